@@ -1,0 +1,81 @@
+"""qplug quantizes large language models for SGLang and vLLM; everything in it is a plugin.
+
+What is importable from here, from ``qplug.numerics``, ``qplug.windows`` and ``qplug.hub_text`` is
+public.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qplug.api import (
+    Algorithm,
+    Block,
+    Capability,
+    Dataset,
+    Exporter,
+    Linear,
+    ModelView,
+    NoParams,
+    Problem,
+    QuantizedWeight,
+    Split,
+    TensorSpec,
+    Tokenizer,
+)
+from qplug.errors import PluginError, QplugError
+from qplug.hookspecs import hookimpl
+from qplug.params import Param
+from qplug.scheme import PRESETS, QuantArgs, Scheme, preset
+
+if TYPE_CHECKING:
+    from qplug.evaluation import evaluate
+    from qplug.reader import load
+    from qplug.run import quantize
+    from qplug.verification import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "Algorithm",
+    "Block",
+    "Capability",
+    "Dataset",
+    "Exporter",
+    "Linear",
+    "ModelView",
+    "NoParams",
+    "Param",
+    "PluginError",
+    "Problem",
+    "QplugError",
+    "QuantArgs",
+    "QuantizedWeight",
+    "Scheme",
+    "Split",
+    "TensorSpec",
+    "Tokenizer",
+    "evaluate",
+    "hookimpl",
+    "load",
+    "preset",
+    "quantize",
+    "verify",
+]
+
+#: Functions that need torch, and the module each lives in: imported when first asked for.
+_LAZY = {
+    "evaluate": "qplug.evaluation",
+    "load": "qplug.reader",
+    "quantize": "qplug.run",
+    "verify": "qplug.verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'qplug' has no attribute {name!r}")

@@ -1,0 +1,7 @@
+"""``python -m qplug``, which is how several processes are started (torchrun -m qplug)."""
+
+from __future__ import annotations
+
+from qplug.cli import main
+
+main()

@@ -1,0 +1,96 @@
+"""A model folder on disk: its configuration, where each tensor lies, and the files beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qplug.errors import QplugError
+from qplug.safetensors_file import StoredTensor, read_header
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# Weights in other formats, what is written anew, and what describes the source alone.
+_LEFT_BEHIND = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack"),
+    *("*.onnx", "*.index.json", "config.json", "qplug.json", "README.md", ".*"),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, opened: headers are read and checked, no weight is."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read ``config.json`` and every shard's header.
+
+        Raises QplugError if the folder is not a checkpoint in safetensors files, a file that the
+        index names is missing, or a shard is truncated or unsound.
+        """
+        if not folder.is_dir():
+            raise QplugError(f"{folder}: no such folder")
+        config = read_json(folder / "config.json")
+        return cls(folder, config, _read_tensors(folder))
+
+    @property
+    def shards(self) -> list[Path]:
+        """The files that hold tensors, in order."""
+        return sorted({tensor.path for tensor in self.tensors.values()})
+
+    def read(self, name: str) -> Tensor:
+        """The tensor called ``name``, in memory of its own."""
+        return self.tensors[name].read()
+
+    def companions(self) -> list[Path]:
+        """The files a server reads beside weights and configuration: tokenizer, templates, code."""
+        files = [
+            path
+            for path in sorted(self.folder.iterdir())
+            if path.is_file() and not any(path.match(pattern) for pattern in _LEFT_BEHIND)
+        ]
+        templates = self.folder / "additional_chat_templates"
+        return files + (sorted(templates.glob("*.jinja")) if templates.is_dir() else [])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises QplugError if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise QplugError(f"{path.parent}: has no {path.name}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise QplugError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise QplugError(f"{path}: is not a JSON mapping")
+    return found
+
+
+def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise QplugError(f"{folder}: has neither {SINGLE} nor {INDEX}")
+        return read_header(folder / SINGLE)
+    places = read_json(folder / INDEX).get("weight_map")
+    if not (isinstance(places, dict) and places):
+        raise QplugError(f"{folder / INDEX}: has no weight_map")
+    headers = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file:
+            raise QplugError(f"{folder / INDEX}: {file} is not a file of this folder")
+        if not (folder / file).is_file():
+            raise QplugError(f"{folder / INDEX}: names {file}, which is not there")
+        headers[file] = read_header(folder / file)
+    for name, file in places.items():
+        if name not in headers[file]:
+            raise QplugError(f"{folder / INDEX}: {name} is not in {file}")
+    return {name: headers[file][name] for name, file in places.items()}

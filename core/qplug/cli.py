@@ -1,0 +1,110 @@
+"""The command line. What a command needs is imported when it runs, never for ``--help``."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import click
+
+from qplug import __version__
+from qplug.errors import QplugError
+from qplug.registry import Registry
+
+#: The commands of qplug itself: where each is, and what ``qplug --help`` says of it.
+COMMANDS = {
+    "quantize": ("qplug.commands.quantize:command", "Quantize a checkpoint."),
+    "eval": ("qplug.commands.eval:command", "Measure the perplexity of a checkpoint."),
+    "verify": ("qplug.commands.verify:command", "Check that an engine can load a folder."),
+    "inspect": ("qplug.commands.inspect:command", "Say what a quantized folder holds."),
+    "schemes": ("qplug.commands.schemes:command", "List schemes, and which engine runs them."),
+    "plugins": ("qplug.commands.plugins:command", "List, check and describe plugins."),
+}
+
+
+class Deferred(click.Command):
+    """Stands for a command until it is run: ``--help`` lists it without importing its module."""
+
+    def __init__(self, name: str, target: str, summary: str) -> None:
+        super().__init__(name, help=summary)
+        self.target = target
+
+    def load(self) -> click.Command:
+        module, _, attribute = self.target.partition(":")
+        return cast("click.Command", getattr(import_module(module), attribute))
+
+
+class Qplug(click.Group):
+    """Prints what the user can mend as one line; lets a bug keep its traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        command = super().get_command(ctx, cmd_name)
+        if command is None and isinstance(ctx.obj, Registry):
+            return ctx.obj.commands.get(cmd_name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command.load() if isinstance(command, Deferred) else command, rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            if ctx.obj is None:
+                ctx.obj = Registry.installed(
+                    blocked=ctx.params["blocked"],
+                    only_shipped=ctx.params["no_plugins"],
+                    files=ctx.params["files"],
+                )
+            return super().invoke(ctx)
+        except QplugError as error:
+            raise click.ClickException(" ".join(str(error).splitlines())) from error
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            plugin = ctx.obj.blame(error) if isinstance(ctx.obj, Registry) else None
+            if plugin is not None:
+                removable = not (plugin.ships_with_qplug or plugin.is_file)
+                hint = f" To do without: qplug --no-plugins, or -p no:{plugin.name}"
+                click.echo(f"The error below is from plugin {plugin}.{hint * removable}", err=True)
+            raise
+
+
+def _blocked(ctx: click.Context, param: click.Parameter, words: tuple[str, ...]) -> list[str]:
+    for word in words:
+        if not (word.startswith("no:") and word[3:]):
+            raise click.BadParameter(f"{word!r}: say no:NAME", ctx, param)
+    return [word[3:] for word in words]
+
+
+@click.group(
+    cls=Qplug,
+    name="qplug",
+    commands=[Deferred(name, *about) for name, about in COMMANDS.items()],
+    epilog="Plugins may add more: qplug plugins list",
+)
+@click.version_option(__version__, prog_name="qplug", message="%(prog)s %(version)s")
+@click.option(
+    "-p",
+    "blocked",
+    metavar="no:NAME",
+    multiple=True,
+    callback=_blocked,
+    help="Leave plugin NAME out. May be repeated.",
+)
+@click.option(
+    "--plugin",
+    "files",
+    metavar="FILE.py",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Load this file as a plugin. May be repeated.",
+)
+@click.option("--no-plugins", is_flag=True, help="Leave out all that does not ship with qplug.")
+def main(blocked: list[str], files: tuple[Path, ...], no_plugins: bool) -> None:
+    """Quantize large language models for SGLang and vLLM."""

@@ -1,0 +1,116 @@
+"""``qplug quantize``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+
+from qplug.params import parse_pairs
+from qplug.progress import progress_bar
+from qplug.registry import Registry
+
+
+@click.command()
+@click.argument("model")
+@click.option("--algo", default="rtn", show_default=True, help="An algorithm, or A+B in order.")
+@click.option("--scheme", default="W4A16", show_default=True, help="See qplug schemes.")
+@click.option("--backend", default="sglang", show_default=True, help="Who shall serve it.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--group-size", type=int, help="Columns that share a scale; -1 is a whole row.")
+@click.option(
+    "-o", "options", metavar="ALGO.PARAM=V", multiple=True, help="See qplug plugins show ALGO."
+)
+@click.option("--backend-opt", "backend_options", metavar="K=V", multiple=True)
+@click.option("--ignore", metavar="PATTERN", multiple=True, help="Leave these layers float.")
+@click.option(
+    "--override", "overrides", metavar="PATTERN=SCHEME", multiple=True, help="Another scheme."
+)
+@click.option(
+    "--shard-size",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Gigabytes in a file of weights.",
+)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, or cuda[:N].")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
+@click.option("--overwrite", is_flag=True, help="Replace a model that is at --out.")
+@click.option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.pass_obj
+def command(
+    registry: Registry,
+    model: str,
+    algo: str,
+    scheme: str,
+    backend: str,
+    out: Path,
+    group_size: int | None,
+    options: tuple[str, ...],
+    backend_options: tuple[str, ...],
+    ignore: tuple[str, ...],
+    overrides: tuple[str, ...],
+    shard_size: float,
+    seed: int,
+    device: str,
+    trust_remote_code: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Quantize MODEL into the new folder --out.
+
+    MODEL is a folder in Hugging Face's layout, a Hub id, or qplug:demo, a small Llama that ships
+    with qplug. A run that was killed goes on when the same command is given again.
+
+    A PATTERN is a glob over module names, or re: and a regular expression.
+    """
+    from qplug.run import quantize
+
+    with progress_bar("quantizing") as bar:
+        result = quantize(
+            model,
+            out,
+            algo=algo,
+            scheme=scheme,
+            backend=backend,
+            group_size=group_size,
+            ignore=ignore,
+            overrides=parse_pairs(overrides, "--override"),
+            algorithm_options=_by_algorithm(options),
+            backend_options=parse_pairs(backend_options, "--backend-opt"),
+            shard_bytes=int(shard_size * 1e9),
+            seed=seed,
+            device=device,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            trust_remote_code=trust_remote_code,
+            registry=registry,
+            watch=lambda done, total, name, error: bar(done, total, name),
+        )
+    if as_json:
+        click.echo(json.dumps({**dataclasses.asdict(result), "out": str(result.out)}, indent=2))
+        return
+    sizes = f"{result.source_bytes / 1e6:,.1f} MB -> {result.bytes / 1e6:,.1f} MB"
+    if result.dry_run:
+        click.echo(f"{out}: would be written: {sizes}")
+        return
+    worst = max(result.errors, key=lambda name: result.errors[name])
+    mean = sum(result.errors.values()) / len(result.errors)
+    resumed = f", {result.resumed} steps of them done before" if result.resumed else ""
+    click.echo(f"{out}: {len(result.errors)} layers, {sizes}, {result.seconds:.1f} s{resumed}")
+    click.echo(f"relative error: mean {mean:.4f}, worst {result.errors[worst]:.4f} ({worst})")
+
+
+def _by_algorithm(words: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    options: dict[str, dict[str, str]] = {}
+    for key, value in parse_pairs(words, "-o").items():
+        algorithm, dot, option = key.partition(".")
+        if not (dot and option):
+            raise click.BadParameter(f"{key}={value}: say ALGO.PARAM=V", param_hint="-o")
+        options.setdefault(algorithm, {})[option] = value
+    return options

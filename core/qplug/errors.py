@@ -1,0 +1,21 @@
+"""How qplug says no: what the user can mend is one line, a bug keeps its traceback."""
+
+from __future__ import annotations
+
+
+class QplugError(Exception):
+    """Something that the user can mend: the message says what is wrong, where, and what to do."""
+
+
+class PluginError(QplugError):
+    """A plugin that was asked for by name does not work; ``__cause__`` says why."""
+
+    def __init__(self, name: str, source: str, error: BaseException) -> None:
+        super().__init__(f"plugin {name} ({source}): {type(error).__name__}: {error}")
+
+
+class StageError(Exception):
+    """A plugin broke while it worked: a bug of that plugin, with what it was working on."""
+
+    def __init__(self, name: str, source: str, where: str, error: BaseException) -> None:
+        super().__init__(f"plugin {name} ({source}): {where}: {type(error).__name__}: {error}")

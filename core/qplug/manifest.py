@@ -1,0 +1,151 @@
+"""What is said of a run beside its weights: config.json, ``qplug.json``, and the model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from qplug.api import Exporter, ModelView
+from qplug.checkpoint import Checkpoint, read_json
+from qplug.errors import QplugError
+from qplug.recipe import Recipe
+from qplug.registry import Registry
+from qplug.scheme import Scheme
+
+MANIFEST = "qplug.json"
+
+_CARD = Template("""\
+---
+tags:
+- qplug
+- $tag
+---
+# $title
+
+$model quantized by qplug $version: `$algorithms`, scheme `$scheme`, for `$backend`.
+
+$count linear layers hold codes; mean relative error of a weight: $error.
+`$manifest` has the recipe, the versions, and the error of each layer.
+
+Check this folder with `qplug verify .`$serve.
+""")
+
+
+def fingerprint(
+    source: Checkpoint, recipe: Recipe, registry: Registry, device: str, shard_bytes: int
+) -> dict[str, Any]:
+    """All that decides the bytes of a run, part by part, to tell whether a run can go on."""
+    model = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
+    for path in source.shards:
+        status = path.stat()
+        model.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+    for name, tensor in sorted(source.tensors.items()):
+        model.update(f"{name} {tensor.path.name} {tensor.start} {tensor.spec}".encode())
+    return {
+        "model": model.hexdigest(),
+        "recipe": recipe.to_dict(),
+        "device": device,
+        "shard size": shard_bytes,
+        "versions": versions(recipe, registry),
+    }
+
+
+def versions(recipe: Recipe, registry: Registry) -> dict[str, str]:
+    """The versions of what computed: qplug, torch, and the packages of the plugins used."""
+    used = {str(p.source) for name in recipe.algorithms for p in registry.algorithms.owners(name)}
+    used |= {p.source for p in registry.exporters.owners(recipe.backend)}
+    plugins = dict(source.rpartition(" ")[::2] for source in sorted(used))
+    return {**plugins, "qplug": version("qplug"), "torch": version("torch")}
+
+
+def result_files(
+    name: str,
+    model: ModelView,
+    recipe: Recipe,
+    exporter: Exporter[Any],
+    schemes: Mapping[str, Scheme],
+    errors: Mapping[str, float],
+    registry: Registry,
+) -> dict[str, str]:
+    """The text files of a finished run, by file name. They say nothing of when or how long."""
+    config = dict(model.config)
+    quantization = exporter.config(model, schemes)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    kinds = list(dict.fromkeys(schemes.values()))
+    manifest = {
+        "model": name,
+        "recipe": recipe.to_dict(),
+        "versions": versions(recipe, registry),
+        "schemes": [scheme.to_dict() for scheme in kinds],
+        "layers": {n: {"scheme": kinds.index(s), "error": errors[n]} for n, s in schemes.items()},
+    }
+    return {
+        "config.json": _json(config),
+        MANIFEST: _json(manifest),
+        "README.md": _card(name, recipe, exporter, errors),
+    }
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``qplug.json`` of a folder says."""
+
+    model: str
+    backend: str
+    algorithms: tuple[str, ...]
+    versions: Mapping[str, str]
+    schemes: Mapping[str, Scheme]
+    errors: Mapping[str, float]
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of ``folder``; None if qplug did not write it.
+
+    Raises QplugError if the file is there but makes no sense.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    told = read_json(folder / MANIFEST)
+    try:
+        kinds = [Scheme.from_dict(plain) for plain in told["schemes"]]
+        layers = told["layers"]
+        return Manifest(
+            model=told["model"],
+            backend=told["recipe"]["backend"],
+            algorithms=tuple(told["recipe"]["algorithms"]),
+            versions=told["versions"],
+            schemes={name: kinds[layer["scheme"]] for name, layer in layers.items()},
+            errors={name: layer["error"] for name, layer in layers.items()},
+        )
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise QplugError(f"{folder / MANIFEST}: cannot be understood: {error!r}") from error
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _card(
+    name: str, recipe: Recipe, exporter: Exporter[Any], errors: Mapping[str, float]
+) -> str:
+    serve = exporter.serve_command
+    return _CARD.substitute(
+        tag=recipe.scheme.name.lower(),
+        title=f"{name.rstrip('/').rpartition('/')[2]}, {recipe.scheme.name}",
+        model=f"`{name}`",
+        version=version("qplug"),
+        algorithms="+".join(recipe.algorithms),
+        scheme=recipe.scheme.name,
+        backend=recipe.backend,
+        count=len(errors),
+        error=f"{sum(errors.values()) / len(errors):.4f}",
+        manifest=MANIFEST,
+        serve=f"; serve it with `{serve.format('.')}`" if serve else "",
+    )

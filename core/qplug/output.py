@@ -1,0 +1,202 @@
+"""The folder that a run writes: built beside OUT, resumed after a kill, moved into place when whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, TypeAlias, Union
+
+from torch import Tensor
+
+from qplug.checkpoint import INDEX
+from qplug.errors import QplugError
+from qplug.journal import Journal, differences
+from qplug.plan import Plan
+from qplug.safetensors_file import StoredTensor, lay_out, tensor_bytes
+
+_PENDING = 2  # steps that may wait for the disk; more would only cost memory
+
+#: What a tensor is written from: the tensor, or its bytes in pieces.
+Content: TypeAlias = Union[Tensor, Iterable[bytes]]
+
+
+def refuse_existing(out: Path, *, overwrite: bool) -> None:
+    """Raises QplugError if ``out`` may not be written: it is there, or has nowhere to be."""
+    if out.exists() or out.is_symlink():
+        if not overwrite:
+            raise QplugError(f"{out}: exists; choose another folder, or pass --overwrite")
+        is_model = (out / "config.json").is_file() or (out.is_dir() and not any(out.iterdir()))
+        if out.is_symlink() or not is_model:
+            raise QplugError(f"{out}: is not a model's folder, so it is not overwritten")
+    if not out.absolute().parent.is_dir():
+        raise QplugError(f"{out.absolute().parent}: no such folder to write into")
+
+
+class Output:
+    """The shards of ``plan`` being written. Use it as a context manager.
+
+    Left by QplugError or a full disk, it removes what it wrote; left by a kill, Ctrl-C or a bug,
+    that stays for the same command to go on. ``finished`` has the steps that earlier runs of this
+    command wrote, with the report each one left.
+    """
+
+    def __init__(
+        self, out: Path, plan: Plan, fingerprint: Mapping[str, Any], *, overwrite: bool
+    ) -> None:
+        refuse_existing(out, overwrite=overwrite)
+        self._out, self._plan = out, plan
+        self._partial = out.absolute().with_name(f".{out.name}.partial")
+        self._model = self._partial / "model"
+        try:
+            self._model.mkdir(parents=True, exist_ok=True)
+            self._journal = Journal(self._partial / "journal.jsonl")
+        except OSError as error:
+            raise QplugError(f"{out}: cannot be written: {error.strerror}") from error
+        self._lay_out_shards()
+        try:
+            self.finished = self._resume(fingerprint, overwrite=overwrite)
+            self._refuse_full_disk()
+        except QplugError:
+            self._journal.close()
+            if not any(self._model.iterdir()):
+                shutil.rmtree(self._partial)
+            raise
+        self._files: dict[Path, BinaryIO] = {}
+        self._writer = ThreadPoolExecutor(1, "qplug-writer")
+        self._pending: list[Future[None]] = []
+
+    # --- beginning -------------------------------------------------------------------------------
+
+    def _lay_out_shards(self) -> None:
+        self._places: dict[str, StoredTensor] = {}
+        self._headers: dict[Path, bytes] = {}
+        for file, specs in self._plan.shards().items():
+            path = self._model / file
+            self._headers[path], tensors = lay_out(path, specs)
+            self._places.update(tensors)
+
+    def _resume(
+        self, fingerprint: Mapping[str, Any], *, overwrite: bool
+    ) -> dict[int, dict[str, Any]]:
+        before, entries = self._journal.read()
+        if before != fingerprint:
+            if before is not None and entries and not overwrite:
+                raise QplugError(
+                    f"{self._partial}: holds an unfinished run with another "
+                    f"{differences(before, fingerprint)}; delete it, or pass --overwrite"
+                )
+            entries = []
+            shutil.rmtree(self._model)
+            self._model.mkdir()
+            self._journal.restart(fingerprint)
+        # A machine that lost power may have lost bytes that the journal tells of.
+        return {e["step"]: e["report"] for e in entries if self._checksum(e["step"]) == e["crc"]}
+
+    def _checksum(self, number: int) -> int:
+        crc = 0
+        for name in self._plan.steps[number].outputs:
+            try:
+                for piece in self._places[name].chunks():
+                    crc = zlib.crc32(piece, crc)
+            except (QplugError, FileNotFoundError):
+                return -1
+        return crc
+
+    def _refuse_full_disk(self) -> None:
+        need = sum(s.nbytes for n, s in enumerate(self._plan.steps) if n not in self.finished)
+        free = shutil.disk_usage(self._partial).free
+        if need > free:
+            raise QplugError(
+                f"{self._out.absolute().parent}: the disk is full: {need / 2**30:.2f} GiB are "
+                f"to be written, {free / 2**30:.2f} GiB are free"
+            )
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def write(self, number: int, contents: Mapping[str, Content], report: dict[str, Any]) -> None:
+        """Write the tensors of step ``number`` in the background, and note it as finished."""
+        while len(self._pending) >= _PENDING:
+            self._pending.pop(0).result()
+        self._pending.append(self._writer.submit(self._write, number, contents, report))
+
+    def _write(self, number: int, contents: Mapping[str, Content], report: dict[str, Any]) -> None:
+        crc = 0
+        for name in self._plan.steps[number].outputs:
+            content, place = contents[name], self._places[name]
+            file = self._file(place.path)
+            file.seek(place.start)
+            for piece in [tensor_bytes(content)] if isinstance(content, Tensor) else content:
+                file.write(piece)
+                crc = zlib.crc32(piece, crc)
+            file.flush()  # the journal must not run ahead of what survives a kill
+        self._journal.append({"step": number, "crc": crc, "report": report})
+
+    def _file(self, path: Path) -> BinaryIO:
+        if path not in self._files:
+            self._files[path] = path.open("r+b" if path.exists() else "w+b")
+            self._files[path].write(self._headers[path])
+        return self._files[path]
+
+    # --- ending ----------------------------------------------------------------------------------
+
+    def finish(self, companions: Iterable[Path], texts: Mapping[str, str]) -> None:
+        """Write the files beside the shards, and move the folder to OUT.
+
+        ``companions`` are copied; ``texts`` are written, by file name.
+        """
+        while self._pending:
+            self._pending.pop(0).result()
+        for path in companions:
+            inner = path.parent.name == "additional_chat_templates"
+            target = self._model / (f"{path.parent.name}/{path.name}" if inner else path.name)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+        index = self._plan.index()
+        if index is not None:
+            texts = {**texts, INDEX: json.dumps(index, indent=2) + "\n"}
+        for name, text in texts.items():
+            (self._model / name).write_text(text, encoding="utf-8")
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        self._close()
+        old = self._partial.with_name(f".{self._out.name}.old")
+        if self._out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self._out.rename(old)
+        self._model.rename(self._out)
+        shutil.rmtree(self._partial)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _close(self) -> None:
+        self._writer.shutdown(cancel_futures=True)
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._journal.close()
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            return
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        self._close()
+        if full or isinstance(error, QplugError):
+            shutil.rmtree(self._partial)
+        if full:
+            raise QplugError(
+                f"{self._out.absolute().parent}: the disk is full; nothing was kept"
+            ) from error

@@ -1,0 +1,162 @@
+"""A component's options: one frozen dataclass, filled from the command line, YAML or Python.
+
+A field is ``name: Annotated[type, Param("What it does.")] = default``. Types: ``bool``, ``int``,
+``float``, ``str``, ``Path``, ``Literal[...]``, and any of them ``| None``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from qplug.errors import QplugError
+
+T = TypeVar("T")
+
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_SCALARS = (bool, int, float, str, Path)
+
+
+@dataclass(frozen=True)
+class Param:
+    """What a field means, the bounds of a number, and older names that it also answers to."""
+
+    help: str
+    min: float | None = None
+    max: float | None = None
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of a ``Params`` dataclass, taken apart."""
+
+    name: str
+    kind: type
+    choices: tuple[Any, ...]
+    optional: bool
+    default: Any
+    param: Param
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def type_name(self) -> str:
+        """The type as users read it: ``int >= 1``, ``v1|v2``."""
+        if self.choices:
+            return "|".join(str(choice) for choice in self.choices)
+        low, high = self.param.min, self.param.max
+        bounds = f" >= {low}" if low is not None else ""
+        bounds += f" <= {high}" if high is not None else ""
+        return self.kind.__name__.lower() + bounds
+
+
+def options(params: type) -> list[Option]:
+    """The fields of ``params``, checked. Raises TypeError for what cannot be an option."""
+    if not (dataclasses.is_dataclass(params) and params.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        raise TypeError(f"{params.__qualname__} must be a frozen dataclass")
+    hints = typing.get_type_hints(params, include_extras=True)
+    return [_option(params, field, hints[field.name]) for field in dataclasses.fields(params)]
+
+
+def _option(params: type, field: dataclasses.Field[Any], hint: Any) -> Option:
+    where = f"{params.__qualname__}.{field.name}"
+    if get_origin(hint) is not Annotated:
+        raise TypeError(f"{where} must be Annotated[type, Param('what it does')]")
+    hint, *extras = get_args(hint)
+    param = next((extra for extra in extras if isinstance(extra, Param)), None)
+    if param is None:
+        raise TypeError(f"{where} must be Annotated[type, Param('what it does')]")
+    optional = False
+    if get_origin(hint) in (Union, types.UnionType):
+        members = [member for member in get_args(hint) if member is not type(None)]
+        optional = len(members) < len(get_args(hint))
+        if len(members) != 1:
+            raise TypeError(f"{where}: {hint} cannot be an option")
+        hint = members[0]
+    choices: tuple[Any, ...] = ()
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        hint = type(choices[0])
+    if hint not in _SCALARS:
+        raise TypeError(f"{where}: {hint} cannot be an option")
+    return Option(field.name, hint, choices, optional, field.default, param)
+
+
+def parse_pairs(pairs: typing.Iterable[str], flag: str) -> dict[str, str]:
+    """``KEY=VALUE`` words, as a mapping. Raises QplugError for a word without ``=``."""
+    values = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise QplugError(f"{flag} {pair}: say KEY=VALUE")
+        values[key] = value
+    return values
+
+
+def fill(params: type[T], values: Mapping[str, Any], owner: str) -> T:
+    """Make ``params`` of ``values``, which may be strings, numbers, or what YAML gave.
+
+    ``owner`` ("algorithm awq") begins the message of the QplugError that an unknown key, a missing
+    one, or a wrong value raises.
+    """
+    known = options(params)
+    by_name = {name.replace("-", "_"): o for o in known for name in (o.name, *o.param.also)}
+    filled: dict[str, Any] = {}
+    for key, value in values.items():
+        option = by_name.get(key.replace("-", "_"))
+        if option is None:
+            near = difflib.get_close_matches(key, by_name, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            names = ", ".join(o.name for o in known) or "none"
+            raise QplugError(f"{owner} has no option {key!r}.{hint} It has: {names}")
+        if option.name in filled:
+            raise QplugError(f"{owner}: option {option.name!r} is given twice")
+        filled[option.name] = _convert(option, value, f"{owner}: {key}={value}")
+    for option in known:
+        if option.required and option.name not in filled:
+            raise QplugError(f"{owner} needs the option {option.name}: {option.param.help}")
+    return params(**filled)
+
+
+def _convert(option: Option, value: Any, where: str) -> Any:
+    if option.optional and (value is None or str(value).lower() in ("none", "null")):
+        return None
+    if option.choices:
+        for choice in option.choices:
+            if str(choice) == str(value):
+                return choice
+        raise QplugError(f"{where}: must be one of {option.type_name.replace('|', ', ')}")
+    try:
+        made = _scalar(option.kind, value)
+    except (ValueError, TypeError):
+        raise QplugError(f"{where}: must be {option.type_name}") from None
+    low, high = option.param.min, option.param.max
+    if (low is not None and made < low) or (high is not None and made > high):
+        raise QplugError(f"{where}: must be {option.type_name}")
+    return made
+
+
+def _scalar(kind: type, value: Any) -> Any:
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in _WORDS:
+            return _WORDS[str(value).lower()]
+        raise ValueError
+    if isinstance(value, bool):
+        raise ValueError
+    if kind is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError
+    made = kind(value)
+    if isinstance(made, float) and made != made:
+        raise ValueError
+    return made

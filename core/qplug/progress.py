@@ -1,0 +1,26 @@
+"""Progress on stderr, so that stdout holds results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+#: Takes how many are done, how many there are, and what was done last.
+Bar = Callable[[int, int, str], None]
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Bar]:
+    """A bar with the time left, gone when it is done; nothing where stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+
+        def show(done: int, total: int, name: str = "") -> None:
+            progress.update(task, completed=done, total=total, description=f"{what} {name}".strip())
+
+        yield show

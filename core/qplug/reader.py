@@ -1,0 +1,186 @@
+"""Read a folder back with qplug's own code: what its codes say, and a model that computes with them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qplug.api import Exporter, ModelView
+from qplug.checkpoint import Checkpoint
+from qplug.errors import QplugError
+from qplug.manifest import Manifest, read_manifest
+from qplug.numerics import fake_quantize_activations
+from qplug.params import fill
+from qplug.quiet import quiet_transformers
+from qplug.registry import Registry
+from qplug.scheme import QuantArgs, Scheme
+from qplug.skeleton import build, load_config, packed_view
+from qplug.source import find_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model's folder, opened: float or quantized."""
+
+    checkpoint: Checkpoint
+    view: ModelView
+    manifest: Manifest | None
+    exporter: Exporter[Any] | None
+    schemes: dict[str, Scheme]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor as a float checkpoint would have it, by name; codes as float32."""
+        packed: dict[str, dict[str, Tensor]] = {}
+        for tensor in self.checkpoint.tensors:
+            name, _, local = tensor.rpartition(".")
+            if name in self.schemes and local != "bias":
+                packed.setdefault(name, {})[local] = self.checkpoint.read(tensor)
+            else:
+                yield tensor, self.checkpoint.read(tensor)
+        for name, tensors in packed.items():
+            yield f"{name}.weight", self.dequantized(name, tensors)
+
+    def dequantized(self, name: str, tensors: dict[str, Tensor] | None = None) -> Tensor:
+        """The float32 weight ``[out, in]`` of a quantized linear."""
+        assert self.exporter is not None
+        if tensors is None:
+            prefix = f"{name}."
+            tensors = {
+                tensor.removeprefix(prefix): self.checkpoint.read(tensor)
+                for tensor in self.checkpoint.tensors
+                if tensor.startswith(prefix) and tensor != f"{name}.bias"
+            }
+        return self.exporter.dequantize(tensors, self.schemes[name])
+
+
+def open_folder(
+    model: str,
+    registry: Registry,
+    *,
+    backend: str | None = None,
+    trust_remote_code: bool = False,
+) -> Folder:
+    """Open a float or quantized model, without reading weights.
+
+    ``backend`` reads the folder as another exporter would. Raises QplugError if the folder is not
+    sound, or no exporter reads its format.
+    """
+    checkpoint = Checkpoint.open(find_model(model))
+    manifest = read_manifest(checkpoint.folder)
+    config = checkpoint.config.get("quantization_config")
+    if config is None and manifest is None:
+        view = packed_view(checkpoint, {}, trust_remote_code=trust_remote_code)
+        return Folder(checkpoint, view, None, None, {})
+    exporter = _find_exporter(checkpoint, manifest, backend, registry)
+    packed = exporter.stored(checkpoint)
+    view = packed_view(checkpoint, packed, trust_remote_code=trust_remote_code)
+    if config is not None:
+        schemes = exporter.schemes(config, view)
+    else:
+        schemes = dict(manifest.schemes) if manifest else {}
+    return Folder(checkpoint, view, manifest, exporter, schemes)
+
+
+def _find_exporter(
+    checkpoint: Checkpoint, manifest: Manifest | None, backend: str | None, registry: Registry
+) -> Exporter[Any]:
+    name = backend or (manifest.backend if manifest else None)
+    if name is None:
+        method = checkpoint.config["quantization_config"].get("quant_method")
+        fitting = [n for n in registry.exporters if registry.exporters[n].quant_method == method]
+        if not fitting:
+            raise QplugError(f"{checkpoint.folder}: no exporter reads quant_method {method!r}")
+        name = fitting[0]
+    exporter = registry.exporters[name]
+    return exporter(fill(exporter.Params, {}, f"backend {name}"))
+
+
+def load(
+    model: str,
+    *,
+    registry: Registry | None = None,
+    dtype: str = "float32",
+    quantize_activations: bool = True,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A float or quantized folder as a transformers model that computes in ``dtype``.
+
+    Weights are dequantized; inputs of linears are rounded as the scheme says, unless
+    ``quantize_activations`` is false. Raises QplugError as ``open_folder``.
+    """
+    folder = open_folder(
+        model, registry or Registry.installed(), trust_remote_code=trust_remote_code
+    )
+    return load_folder(
+        folder,
+        dtype=dtype,
+        quantize_activations=quantize_activations,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def load_folder(
+    folder: Folder,
+    *,
+    dtype: str = "float32",
+    quantize_activations: bool = True,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """``load``, of a folder that is open already."""
+    target = getattr(torch, dtype)
+    path = folder.checkpoint.folder
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    kind = type(build(config, path, device="meta", trust_remote_code=trust_remote_code))
+    state = {name: tensor.to(target) for name, tensor in folder.weights()}
+    with quiet_transformers():
+        model: PreTrainedModel = kind.from_pretrained(
+            None, config=config, state_dict=state, dtype=target
+        )
+    model.eval()
+    if quantize_activations:
+        _quantize_activations(model, folder)
+    return model
+
+
+def _quantize_activations(model: PreTrainedModel, folder: Folder) -> None:
+    modules = dict(model.named_modules())
+    for name, scheme in folder.schemes.items():
+        if scheme.activations is None:
+            continue
+        if not isinstance(modules.get(name), nn.Linear):
+            raise QplugError(f"{name}: its activations cannot be quantized here: it is fused")
+        modules[name].register_forward_pre_hook(partial(_round_input, scheme.activations))
+
+
+def _round_input(args: QuantArgs, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    return (fake_quantize_activations(inputs[0], args),)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder, for texts of any length.
+
+    Raises QplugError if the folder has none that loads.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, model_max_length=sys.maxsize
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise QplugError(f"{folder}: its tokenizer does not load: {reason}") from error
+    return tokenizer

@@ -1,0 +1,93 @@
+"""What a run shall do, as data: made from the command line or Python, kept in ``qplug.json``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from qplug.api import ModelView
+from qplug.errors import QplugError
+from qplug.scheme import Scheme, preset
+
+#: Who quantizes where no algorithm of the pipeline does.
+DEFAULT_QUANTIZER = "rtn"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A pipeline of algorithms, a scheme with its exceptions, and a backend."""
+
+    algorithms: tuple[str, ...]
+    scheme: Scheme
+    backend: str
+    overrides: tuple[tuple[str, Scheme], ...] = ()
+    ignore: tuple[str, ...] = ()
+    algorithm_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    backend_options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain form for JSON."""
+        return {
+            "algorithms": list(self.algorithms),
+            "scheme": self.scheme.to_dict(),
+            "backend": self.backend,
+            "overrides": [[pattern, scheme.to_dict()] for pattern, scheme in self.overrides],
+            "ignore": list(self.ignore),
+            "algorithm_options": {k: dict(v) for k, v in self.algorithm_options.items()},
+            "backend_options": dict(self.backend_options),
+            "seed": self.seed,
+        }
+
+
+def parse_algorithms(text: str) -> tuple[str, ...]:
+    """``"quarot+gptq"`` as names in order. Raises QplugError for an empty or repeated name."""
+    names = tuple(part.strip() for part in text.split("+"))
+    if not all(names) or len(set(names)) < len(names):
+        raise QplugError(f"--algo {text}: say one algorithm, or several as in quarot+gptq")
+    return names
+
+
+def parse_scheme(name: str, group_size: int | None = None) -> Scheme:
+    """The named scheme, with another group size if one is given."""
+    scheme = preset(name)
+    return scheme if group_size is None else scheme.with_group_size(group_size)
+
+
+def assign(recipe: Recipe, model: ModelView) -> dict[str, Scheme]:
+    """The scheme of every linear that is to be quantized, in the model's order.
+
+    A pattern is a glob over module names, or ``re:`` and a regular expression for the whole name.
+    Later overrides win. Raises QplugError if a pattern matches nothing, or nothing is left.
+    """
+    ignored = _matching(recipe.ignore, model.linears, "--ignore")
+    schemes = {n: recipe.scheme for n in model.linears if n in model.quantizable - ignored}
+    for pattern, scheme in recipe.overrides:
+        for name in _matching([pattern], model.linears, "--override") - ignored:
+            schemes[name] = scheme
+    if not schemes:
+        raise QplugError("nothing is left to quantize: the model has no linear layers for it")
+    return {name: schemes[name] for name in model.linears if name in schemes}
+
+
+def _matching(patterns: Iterable[str], names: Iterable[str], flag: str) -> set[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in names if matches(pattern, name)}
+        if not hits:
+            raise QplugError(f"{flag} {pattern}: matches no linear layer of the model")
+        found |= hits
+    return found
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a module's name fits a glob, or a whole regular expression after ``re:``."""
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise QplugError(f"{pattern}: not a regular expression: {error}") from None
+    return fnmatchcase(name, pattern)

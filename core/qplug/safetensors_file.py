@@ -1,0 +1,168 @@
+"""The safetensors format: eight bytes, a JSON header, and the tensors' bytes without a gap.
+
+Files are read and written a tensor at a time, at known offsets, without mapping them: mapped pages
+count as the process's memory, and a shard is larger than all else that a run holds. The layout is
+the one that the ``safetensors`` library writes, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from qplug.api import TensorSpec
+from qplug.errors import QplugError
+
+#: The format's name of each torch dtype.
+CODES = {
+    "float64": "F64",
+    "int64": "I64",
+    "uint64": "U64",
+    "float32": "F32",
+    "int32": "I32",
+    "uint32": "U32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int16": "I16",
+    "uint16": "U16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+# The order in which the library lays out tensors of different dtypes, largest first.
+_LIBRARY_ORDER = (
+    *("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
+_MAX_HEADER = 100_000_000
+_COPY = 1 << 24
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: what it is, and its bytes ``start .. start + nbytes``."""
+
+    path: Path
+    spec: TensorSpec
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return spec_bytes(self.spec)
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            if self.nbytes and file.readinto(buffer.numpy()) != self.nbytes:
+                raise QplugError(f"{self.path} became shorter while it was read")
+        return buffer.view(getattr(torch, self.spec.dtype)).view(self.spec.shape)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The tensor's bytes, a few MiB at a time."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            left = self.nbytes
+            while left:
+                chunk = file.read(min(left, _COPY))
+                if not chunk:
+                    raise QplugError(f"{self.path} became shorter while it was read")
+                left -= len(chunk)
+                yield chunk
+
+
+def spec_bytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor in a file."""
+    return math.prod(spec.shape) * getattr(torch, spec.dtype).itemsize
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, without a copy if it is contiguous."""
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, by name. Raises QplugError if the file is not whole and sound."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            entries, begin = _parse_header(file, size)
+            tensors = {
+                name: StoredTensor(path, _spec(entry), begin + entry["data_offsets"][0])
+                for name, entry in entries.items()
+                if name != "__metadata__"
+            }
+    except OSError as error:
+        raise QplugError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise QplugError(f"{path}: not a sound safetensors file: {error}") from error
+    end = begin
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if tensor.start != end or entries[name]["data_offsets"][1] + begin != end + tensor.nbytes:
+            raise QplugError(f"{path}: not a sound safetensors file: {name} is out of place")
+        end += tensor.nbytes
+    if size != end:
+        what = "cut short" if size < end else "too long"
+        raise QplugError(f"{path}: {what}: its header tells of {end} bytes, it has {size}")
+    return tensors
+
+
+def _parse_header(file: BinaryIO, size: int) -> tuple[dict[str, dict[str, list[int]]], int]:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > _MAX_HEADER:
+        raise ValueError("it has no header")
+    if 8 + length > size:
+        raise ValueError("its header is cut short")
+    entries = json.loads(file.read(length))
+    if not isinstance(entries, dict):
+        raise ValueError("its header is no mapping")
+    return entries, 8 + length
+
+
+def _spec(entry: Mapping[str, object]) -> TensorSpec:
+    code, shape = str(entry["dtype"]), entry["shape"]
+    if code not in _DTYPES:
+        raise ValueError(f"dtype {code} is not known")
+    if not (isinstance(shape, list) and all(isinstance(side, int) and side >= 0 for side in shape)):
+        raise ValueError(f"{shape} is no shape")
+    return TensorSpec(_DTYPES[code], tuple(shape))
+
+
+def lay_out(path: Path, specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, StoredTensor]]:
+    """Header and places of tensors in a new file at ``path``.
+
+    Tensors stand by falling size of dtype, then by name, so that each is aligned.
+    """
+    order = sorted(specs, key=lambda n: (_LIBRARY_ORDER.index(CODES[specs[n].dtype]), n))
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        end = offset + spec_bytes(specs[name])
+        entries[name] = {
+            "dtype": CODES[specs[name].dtype],
+            "shape": list(specs[name].shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    tensors = {}
+    offset = len(header)
+    for name in order:
+        tensors[name] = StoredTensor(path, specs[name], offset)
+        offset += tensors[name].nbytes
+    return header, tensors

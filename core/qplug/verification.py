@@ -1,0 +1,136 @@
+"""Is a folder what it says it is? Checked by the backend's own rules, and against the float model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from qplug.api import Problem
+from qplug.checkpoint import Checkpoint
+from qplug.errors import QplugError
+from qplug.reader import Folder, open_folder
+from qplug.registry import Registry
+from qplug.safetensors_file import tensor_bytes
+from qplug.source import find_model
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found. ``errors``: ``||W' - W|| / ||W||`` of each linear, if there is a source."""
+
+    folder: str
+    backend: str
+    against: str | None
+    linears: int
+    problems: tuple[Problem, ...]
+    errors: Mapping[str, float]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(
+    folder: str,
+    *,
+    against: str | None = None,
+    backend: str | None = None,
+    trust_remote_code: bool = False,
+    registry: Registry | None = None,
+    watch: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Check ``folder`` as the loader of ``backend`` (that which wrote it) would, and unpack it.
+
+    ``against`` is the float model; by default the one in ``qplug.json``, if it can be found.
+    Raises QplugError if the folder cannot be opened at all, or is not quantized.
+    """
+    opened = open_folder(
+        folder,
+        registry or Registry.installed(),
+        backend=backend,
+        trust_remote_code=trust_remote_code,
+    )
+    if opened.exporter is None:
+        raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
+    source_name, source = _find_source(opened, against)
+    problems = list(opened.exporter.check(opened.checkpoint, opened.view))
+    problems += _beside_the_weights(opened)
+    errors: dict[str, float] = {}
+    if source is not None and not problems:
+        problems += _floats_differ(opened, source)
+        for done, name in enumerate(opened.schemes, start=1):
+            errors[name] = _error(opened, source, name)
+            if watch is not None:
+                watch(done, len(opened.schemes))
+        problems += _errors_differ(opened, errors)
+    return Verification(
+        folder=folder,
+        backend=opened.exporter.name,
+        against=source_name,
+        linears=len(opened.schemes),
+        problems=tuple(problems),
+        errors=errors,
+    )
+
+
+def _find_source(opened: Folder, against: str | None) -> tuple[str | None, Checkpoint | None]:
+    if against is not None:
+        return against, Checkpoint.open(find_model(against))
+    recorded = opened.manifest.model if opened.manifest else None
+    if recorded is None:
+        return None, None
+    try:
+        return recorded, Checkpoint.open(find_model(recorded))
+    except QplugError:
+        return None, None  # the folder may have come from another machine
+
+
+def _beside_the_weights(opened: Folder) -> list[Problem]:
+    """A server needs a tokenizer, and a tensor for every weight that is not a linear's."""
+    folder = opened.checkpoint.folder
+    tokenizers = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if not any((folder / name).exists() for name in tokenizers):
+        return [Problem("tokenizer", str(folder), "there is no tokenizer file")]
+    return []
+
+
+def _floats_differ(opened: Folder, source: Checkpoint) -> list[Problem]:
+    """What is not quantized is there, in shape; bit for bit where no algorithm rewrites it."""
+    problems = []
+    held = opened.checkpoint.tensors
+    for tensor, stored in source.tensors.items():
+        name, _, local = tensor.rpartition(".")
+        if local == "weight" and name in opened.schemes:
+            continue
+        if tensor not in held:
+            problems.append(Problem("missing", tensor, "is in the float model, but not here"))
+        elif held[tensor].spec.shape != stored.spec.shape:
+            problems.append(Problem("shape", tensor, f"is not {list(stored.spec.shape)}"))
+        elif tensor_bytes(held[tensor].read()) != tensor_bytes(stored.read()):
+            problems.append(Problem("changed", tensor, "differs from the float model"))
+    return problems
+
+
+def _error(opened: Folder, source: Checkpoint, name: str) -> float:
+    tensor = f"{name}.weight"
+    if tensor not in source.tensors:
+        raise QplugError(f"{source.folder}: has no {tensor}; it is not the model this came from")
+    weight = source.read(tensor).float()
+    restored = opened.dequantized(name)
+    if restored.shape != weight.shape:
+        raise QplugError(f"{source.folder}: {tensor} has another shape; it is another model")
+    return float((restored - weight).norm() / weight.norm().clamp_min(torch.finfo().tiny))
+
+
+def _errors_differ(opened: Folder, errors: Mapping[str, float]) -> list[Problem]:
+    """Each layer is as far from the float model as it was when it was written."""
+    if opened.manifest is None or opened.exporter is None or not opened.exporter.exact:
+        return []
+    told = opened.manifest.errors
+    return [
+        Problem("error", name, f"is {error:.4g} off the float model, not {told[name]:.4g} as told")
+        for name, error in errors.items()
+        if name in told and abs(error - told[name]) > 0.01 * told[name] + 1e-6
+    ]

@@ -1,0 +1,99 @@
+"""From documents to windows of tokens: what is calibrated on, and what perplexity is measured on.
+
+No window has special tokens. Each function draws from a generator of its own, so that the same
+seed gives the same windows on any machine and whatever else was drawn before.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from qplug.errors import QplugError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from qplug.api import Dataset, Split, Tokenizer
+
+
+def random_windows(
+    dataset: Dataset[Any], tokenizer: Tokenizer, *, length: int, count: int, seed: int
+) -> Iterator[Tensor]:
+    """``count`` windows of ``length`` tokens, int64, from anywhere in the calibration text.
+
+    They may overlap. Raises QplugError at once if the text is shorter than one window.
+    """
+    ids = _text_tokens(dataset, tokenizer, length, "calibration")
+    rng = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
+    starts = [rng.randrange(len(ids) - length + 1) for _ in range(count)]
+    return (_window(ids, start, length) for start in starts)
+
+
+def first_windows(
+    dataset: Dataset[Any], tokenizer: Tokenizer, *, length: int, count: int, split: Split
+) -> Tensor:
+    """The first windows of the text side by side, int64 ``[n, length]``.
+
+    ``n`` is ``count``, or less where the text ends before; what is left over at its end is not
+    used. Raises QplugError if the text is shorter than one window.
+    """
+    ids = _text_tokens(dataset, tokenizer, length, split)
+    n = min(count, len(ids) // length)
+    return torch.tensor(ids[: n * length], dtype=torch.int64).view(n, length)
+
+
+def document_windows(
+    documents: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    count: int,
+    seed: int,
+    start: Literal["random", "leading"] = "random",
+) -> Iterator[Tensor]:
+    """``count`` windows of ``length`` tokens, int64, each from another document.
+
+    For corpora too large to be read as one text: documents are tried in a random order, those
+    shorter than a window are passed over, and no more are tokenised than are needed. A window
+    begins anywhere in its document (``random``) or where the document does (``leading``). Raises
+    QplugError at once if there are not ``count`` documents of that length.
+    """
+    rng = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
+    order = list(range(len(documents)))
+    rng.shuffle(order)
+    windows: list[Tensor] = []
+    for index in order:
+        if len(windows) == count:
+            break
+        ids = tokenizer.encode(documents[index], add_special_tokens=False)
+        if len(ids) >= length:
+            first = rng.randrange(len(ids) - length + 1) if start == "random" else 0
+            windows.append(_window(ids, first, length))
+    if len(windows) < count:
+        raise QplugError(
+            f"{len(windows)} of {len(documents)} documents have {length} tokens or more, "
+            f"{count} are needed: ask for fewer or shorter samples"
+        )
+    return iter(windows)
+
+
+def _text_tokens(
+    dataset: Dataset[Any], tokenizer: Tokenizer, length: int, split: Split
+) -> list[int]:
+    text = dataset.separator.join(dataset.documents(split))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) < length:
+        raise QplugError(
+            f"dataset {dataset.name}: its {split} text has {len(ids)} tokens, fewer than one "
+            f"window of {length}: ask for shorter windows or give it more text"
+        )
+    return ids
+
+
+def _window(ids: list[int], start: int, length: int) -> Tensor:
+    return torch.tensor(ids[start : start + length], dtype=torch.int64)

@@ -1,0 +1,200 @@
+"""``quantization_config``: what is written into config.json, and how engines read it back.
+
+A config group gives a scheme to its ``targets``; ``ignore`` takes modules out. Entries are module
+names, class names (``Linear``), or ``re:`` and an expression that must match from the start.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qplug import PRESETS, ModelView, QplugError, QuantArgs, Scheme
+
+PACK_QUANTIZED = "pack-quantized"
+INT_QUANTIZED = "int-quantized"
+FLOAT_QUANTIZED = "float-quantized"
+MIXED = "mixed-precision"
+
+
+def format_of(scheme: Scheme) -> str | None:
+    """The name of the layout that holds ``scheme``; None if there is none."""
+    weights, activations = scheme.weights, scheme.activations
+    if weights.dtype == "e4m3" and activations is not None:
+        return FLOAT_QUANTIZED
+    if weights.dtype in ("int4", "int8") and activations is None:
+        return PACK_QUANTIZED
+    if weights.dtype == "int8" and weights.symmetric and activations is not None:
+        return INT_QUANTIZED
+    return None
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write_config(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+    """The ``quantization_config`` of a model whose linears in ``schemes`` are quantized."""
+    kinds = list(dict.fromkeys(schemes.values()))
+    formats = {format_of(scheme) for scheme in kinds}
+    groups = {}
+    for number, scheme in enumerate(kinds):
+        members = {name for name, other in schemes.items() if other == scheme}
+        targets = ["Linear"] if len(kinds) == 1 else patterns(members, schemes, model.blocks)
+        groups[f"group_{number}"] = _group(scheme, targets)
+        if len(formats) > 1:
+            groups[f"group_{number}"]["format"] = format_of(scheme)
+    floats = [name for name in model.linears if name not in schemes]
+    ignore = patterns(floats, [*schemes, *floats], model.blocks)
+    if model.head is not None and model.head not in {*ignore, *schemes}:
+        ignore.append(model.head)  # a tied head has no tensor, but is a module to loaders
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else MIXED,
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "ignore": ignore,
+        "config_groups": groups,
+    }
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    activations = scheme.activations
+    return {
+        "targets": targets,
+        "weights": _args_to_json(scheme.weights),
+        "input_activations": None if activations is None else _args_to_json(activations),
+        "output_activations": None,
+    }
+
+
+def _args_to_json(args: QuantArgs) -> dict[str, Any]:
+    return {
+        "num_bits": args.bits,
+        "type": "float" if args.is_float else "int",
+        "symmetric": args.symmetric,
+        "strategy": args.strategy,
+        "group_size": args.group_size,
+        "block_structure": None if args.block is None else list(args.block),
+        "dynamic": args.dynamic,
+        "actorder": None,
+        "observer": None if args.dynamic else "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def patterns(names: Iterable[str], among: Iterable[str], blocks: tuple[str, ...]) -> list[str]:
+    """A short list of entries that match ``names`` and nothing else of ``among``.
+
+    What is alike in every block becomes one expression. A name that is a part of another one is
+    made an expression too: SGLang takes plain names as parts of names.
+    """
+    wanted, others = set(names), set(among)
+    inside: dict[str, set[str]] = {}
+    for name in others:
+        block = next((block for block in blocks if name.startswith(block + ".")), None)
+        if block is not None:
+            inside.setdefault(_any_number(name.removeprefix(block + ".")), set()).add(name)
+    entries, covered = [], set()
+    for local, members in inside.items():
+        if members <= wanted:
+            entries.append(rf"re:.*\.{local}$")
+            covered |= members
+    for name in wanted - covered:
+        alone = not any(name in other for other in others if other != name)
+        entries.append(name if alone else f"re:{re.escape(name)}$")
+    return sorted(entries)
+
+
+def _any_number(local: str) -> str:
+    """A name within a block as an expression in which an expert's number may be any."""
+    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in local.split("."))
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """One config group: which modules, and how they are stored."""
+
+    targets: tuple[str, ...]
+    scheme: Scheme
+    format: str
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A ``quantization_config``, parsed."""
+
+    groups: tuple[Group, ...]
+    ignore: tuple[str, ...]
+    ignores_substrings: bool = False
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any], *, ignores_substrings: bool = False) -> Configuration:
+        """Raises QplugError for what no engine takes."""
+        if config.get("quant_method") != "compressed-tensors":
+            raise QplugError(f"quant_method {config.get('quant_method')!r} is another format's")
+        try:
+            groups = tuple(
+                Group(
+                    tuple(group["targets"]),
+                    _scheme(group),
+                    group.get("format") or config["format"],
+                )
+                for group in config["config_groups"].values()
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise QplugError(f"quantization_config is not whole: {error!r}") from error
+        return cls(groups, tuple(config.get("ignore") or ()), ignores_substrings)
+
+    def ignored(self, name: str) -> bool:
+        """Whether the module ``name`` stays float."""
+        if any(_fits(entry, name) for entry in self.ignore):
+            return True
+        return self.ignores_substrings and any(
+            entry in name for entry in self.ignore if not entry.startswith("re:")
+        )
+
+    def group(self, name: str) -> Group | None:
+        """The group that a linear belongs to: by its name, else by its class."""
+        if self.ignored(name):
+            return None
+        for group in self.groups:
+            if any(_fits(target, name) for target in group.targets):
+                return group
+        return next((group for group in self.groups if "Linear" in group.targets), None)
+
+
+def _fits(entry: str, name: str) -> bool:
+    if entry.startswith("re:"):
+        return re.match(entry[3:], name) is not None
+    return entry == name
+
+
+def _scheme(group: Mapping[str, Any]) -> Scheme:
+    weights = _args_from_json(group["weights"])
+    inputs = group.get("input_activations")
+    activations = None if inputs is None else _args_from_json(inputs)
+    for preset in PRESETS.values():
+        if preset.weights.strategy == "group" and weights.strategy in ("group", "channel"):
+            preset = preset.with_group_size(weights.group_size or -1)
+        if (preset.weights, preset.activations) == (weights, activations):
+            return preset
+    name = f"{weights.dtype}/{activations.dtype if activations else '-'}"
+    return Scheme(name, weights, activations)
+
+
+def _args_from_json(args: Mapping[str, Any]) -> QuantArgs:
+    bits = args["num_bits"]
+    floats = {8: "e4m3", 4: "e2m1"}
+    return QuantArgs(
+        dtype=floats[bits] if args.get("type", "int") == "float" else f"int{bits}",
+        strategy=args["strategy"],
+        group_size=args.get("group_size") if args["strategy"] == "group" else None,
+        block=tuple(args["block_structure"]) if args.get("block_structure") else None,
+        symmetric=args.get("symmetric", True),
+        dynamic=bool(args.get("dynamic", False)),
+    )

@@ -1,0 +1,123 @@
+"""The writer that the compressed-tensors, vllm and sglang backends share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from qplug_compressed_tensors.configuration import (
+    PACK_QUANTIZED,
+    Configuration,
+    format_of,
+    write_config,
+)
+from qplug_compressed_tensors.fusing import fused_groups
+from qplug_compressed_tensors.limits import beyond_limits
+from qplug_compressed_tensors.packing import pack_words, unpack_words
+from qplug_compressed_tensors.rules import RULES, Case, Rule
+from torch import Tensor
+
+from qplug import Exporter, ModelView, NoParams, Problem, QuantizedWeight, Scheme, TensorSpec
+
+if TYPE_CHECKING:
+    from qplug.checkpoint import Checkpoint
+
+
+class CompressedTensors(Exporter[NoParams]):
+    """The compressed-tensors format, without the limits of any one engine."""
+
+    name = "compressed-tensors"
+    quant_method = "compressed-tensors"
+
+    #: Whether plain entries of ``ignore`` also match as parts of a name, as SGLang has it.
+    ignores_substrings: ClassVar[bool] = False
+    #: What the loader demands of a folder.
+    rules: ClassVar[tuple[Rule, ...]] = RULES
+
+    def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
+        for scheme in schemes.values():
+            if format_of(scheme) is None:
+                return f"the format has no layout for {scheme.name} ({scheme.weights.dtype})"
+        for group in fused_groups(model.linears):
+            found = {schemes.get(name) for name in group}
+            if len(found) > 1:
+                names = ", ".join(group[:3])
+                return f"engines fuse {names} into one matrix, so they must have one scheme"
+        return beyond_limits(self.capabilities(), model, schemes)
+
+    def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
+        out, width = shape
+        args = scheme.weights
+        scales = args.scale_shape(shape)
+        scale = TensorSpec(args.scale_dtype, (1,) if args.strategy == "tensor" else scales)
+        if format_of(scheme) != PACK_QUANTIZED:
+            code = "float8_e4m3fn" if args.is_float else "int8"
+            return {"weight": TensorSpec(code, shape), "weight_scale": scale}
+        words = 32 // args.bits
+        packed = {
+            "weight_packed": TensorSpec("int32", (out, -(-width // words))),
+            "weight_scale": scale,
+            "weight_shape": TensorSpec("int64", (2,)),
+        }
+        if not args.symmetric:
+            packed["weight_zero_point"] = TensorSpec("int32", (-(-out // words), scales[1]))
+        return packed
+
+    def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
+        args, codes = weight.args, weight.codes
+        scale = weight.scale.to(getattr(torch, args.scale_dtype))
+        if args.strategy == "tensor":
+            scale = scale.reshape(1)
+        if format_of(scheme) != PACK_QUANTIZED:
+            return {"weight": codes, "weight_scale": scale}
+        if args.symmetric:  # words hold codes counted from 0; bytes wrap as they should
+            codes = codes.view(torch.uint8) + 2 ** (args.bits - 1)
+        packed = {
+            "weight_packed": pack_words(codes, args.bits),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(weight.codes.shape),
+        }
+        if weight.zero is not None:
+            packed["weight_zero_point"] = pack_words(weight.zero.T, args.bits).T.contiguous()
+        return packed
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        stored = tensors["weight_scale"]
+        args = replace(scheme.weights, scale_dtype=str(stored.dtype).removeprefix("torch."))
+        scale = stored.float()
+        if args.strategy == "tensor":
+            scale = scale.reshape(1, 1)
+        if format_of(scheme) != PACK_QUANTIZED:
+            return QuantizedWeight(tensors["weight"], scale, None, args)
+        out, width = tensors["weight_shape"].tolist()
+        codes = unpack_words(tensors["weight_packed"], args.bits, width)
+        if args.symmetric:
+            codes = (codes - 2 ** (args.bits - 1)).view(torch.int8)
+            return QuantizedWeight(codes, scale, None, args)
+        zero = unpack_words(tensors["weight_zero_point"].T, args.bits, out).T.contiguous()
+        return QuantizedWeight(codes, scale, zero, args)
+
+    def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+        return write_config(model, schemes)
+
+    def stored(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
+        shapes = {}
+        for tensor in folder.tensors:
+            name, _, local = tensor.rpartition(".")
+            if local == "weight_shape":
+                out, width = folder.read(tensor).tolist()
+                shapes[name] = (out, width)
+        return shapes
+
+    def schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
+        parsed = Configuration.parse(config, ignores_substrings=self.ignores_substrings)
+        groups = {name: parsed.group(name) for name in model.linears}
+        return {name: group.scheme for name, group in groups.items() if group is not None}
+
+    def check(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
+        config = folder.config["quantization_config"]
+        parsed = Configuration.parse(config, ignores_substrings=self.ignores_substrings)
+        case = Case(folder, model, parsed, self)
+        return (problem for rule in self.rules for problem in rule(case))

@@ -1,0 +1,168 @@
+"""What a loader of compressed-tensors folders demands, rule by rule, read from the files alone.
+
+Each rule is a function that yields the problems it finds; a problem carries the rule's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from qplug_compressed_tensors.configuration import (
+    FLOAT_QUANTIZED,
+    INT_QUANTIZED,
+    MIXED,
+    PACK_QUANTIZED,
+    Configuration,
+    format_of,
+)
+from qplug_compressed_tensors.fusing import fused_groups
+from qplug_compressed_tensors.limits import shape_problem
+
+from qplug import Exporter, ModelView, Problem, Scheme
+
+if TYPE_CHECKING:
+    from qplug.checkpoint import Checkpoint
+
+_FORMATS = (PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED)
+_FLOATS = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder under examination, and what its configuration says of each linear."""
+
+    folder: Checkpoint
+    model: ModelView
+    config: Configuration
+    exporter: Exporter[Any]
+
+    @cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """The schemes of the linears that are to be quantized."""
+        groups = {name: self.config.group(name) for name in self.model.linears}
+        return {name: group.scheme for name, group in groups.items() if group is not None}
+
+
+Rule = Callable[[Case], Iterator[Problem]]
+
+
+def known_format(case: Case) -> Iterator[Problem]:
+    """Each group's format is one that fits its scheme."""
+    for group in case.config.groups:
+        fitting = format_of(group.scheme)
+        if group.format not in _FORMATS or group.format != fitting:
+            where = ", ".join(group.targets)
+            yield Problem(
+                "format", where, f"{group.format!r} does not hold {group.scheme.name} ({fitting})"
+            )
+
+
+def tensors_are_there(case: Case) -> Iterator[Problem]:
+    """A quantized linear has just the tensors of its layout, in dtype and shape."""
+    present: dict[str, dict[str, str]] = {}
+    for tensor in case.folder.tensors:
+        name, _, local = tensor.rpartition(".")
+        if local.startswith(("weight", "input_")):
+            present.setdefault(name, {})[local] = tensor
+    for name, scheme in case.schemes.items():
+        found = present.get(name, {})
+        layout = case.exporter.layout(case.model.linears[name], scheme, case.model.dtype)
+        for local in sorted(layout.keys() - found.keys()):
+            yield Problem("missing", name, f"there is no {local}")
+        for local in sorted(found.keys() - layout.keys()):
+            yield Problem("unexpected", name, f"{local} does not belong to {scheme.name}")
+        for local in sorted(found.keys() & layout.keys()):
+            stored, wanted = case.folder.tensors[found[local]].spec, layout[local]
+            if stored.shape != wanted.shape:
+                yield Problem(
+                    "shape", name, f"{local} is {list(stored.shape)}, not {list(wanted.shape)}"
+                )
+            allowed = _FLOATS if local == "weight_scale" else (wanted.dtype,)
+            if stored.dtype not in allowed:
+                yield Problem("dtype", name, f"{local} is {stored.dtype}, not {wanted.dtype}")
+    for name in case.model.linears.keys() - case.schemes.keys():
+        for local in sorted(present.get(name, {}).keys() - {"weight"}):
+            yield Problem("ignore", name, f"config.json says it is float, but it has {local}")
+        if "weight" in present.get(name, {}):
+            dtype = case.folder.tensors[f"{name}.weight"].spec.dtype
+            if dtype not in _FLOATS:
+                yield Problem("ignore", name, f"config.json says it is float, but it is {dtype}")
+        elif name in case.model.quantizable:
+            yield Problem("missing", name, "there is no weight")
+
+
+def float_linears_are_ignored(case: Case) -> Iterator[Problem]:
+    """A linear in no group is named in ``ignore``: SGLang fails without, vLLM guesses."""
+    for name in case.model.linears:
+        if name not in case.schemes and not case.config.ignored(name):
+            yield Problem("ignore", name, "is in no config group, and not in ignore")
+    head = case.model.head
+    if head is not None and head not in case.model.linears and case.config.group(head) is not None:
+        yield Problem("ignore", head, "is tied to the embedding, but not in ignore")
+
+
+def fused_linears_agree(case: Case) -> Iterator[Problem]:
+    """Linears that engines merge have one scheme, or are all float."""
+    for group in fused_groups(case.model.linears):
+        found = {case.schemes.get(name) for name in group}
+        if len(found) > 1:
+            kinds = " and ".join(sorted(s.name if s else "float" for s in found))
+            yield Problem("fused", ", ".join(group[:3]), f"are merged, but are {kinds}")
+
+
+def kernels_take_the_shapes(case: Case) -> Iterator[Problem]:
+    """Every weight is inside the limits of the kernel that will run it."""
+    table = case.exporter.capabilities()
+    for name, scheme in case.schemes.items() if table else ():
+        sentence = shape_problem(table, case.model.linears[name], scheme)
+        if sentence is not None:
+            yield Problem("kernel", name, sentence)
+
+
+def head_and_embedding_are_float(case: Case) -> Iterator[Problem]:
+    """Nothing outside the decoder blocks is quantized: SGLang serves garbage if it is."""
+    for name in case.schemes:
+        if name not in case.model.quantizable:
+            yield Problem("head", name, "is a head or a router, and must stay float")
+
+
+def numbers_are_sound(case: Case) -> Iterator[Problem]:
+    """Scales are finite and positive, and ``weight_shape`` tells the truth."""
+    for name in case.schemes:
+        for local in ("weight_scale", "weight_shape"):
+            if f"{name}.{local}" not in case.folder.tensors:
+                continue
+            values = case.folder.read(f"{name}.{local}")
+            if local == "weight_scale" and not (
+                torch.isfinite(values.float()).all() and (values.float() > 0).all()
+            ):
+                yield Problem("scale", name, "a scale is zero, negative, or not finite")
+            if local == "weight_shape" and tuple(values.tolist()) != case.model.linears[name]:
+                yield Problem(
+                    "weight_shape",
+                    name,
+                    f"says {values.tolist()}, but the layer is {list(case.model.linears[name])}",
+                )
+
+
+def one_format(case: Case) -> Iterator[Problem]:
+    """All groups have the global format: SGLang reads no other."""
+    for group in case.config.groups:
+        if case.folder.config["quantization_config"].get("format") in (MIXED, None):
+            yield Problem("format", ", ".join(group.targets), "a format of its own is not read")
+
+
+#: In the order in which a loader would stumble.
+RULES: tuple[Rule, ...] = (
+    known_format,
+    float_linears_are_ignored,
+    fused_linears_agree,
+    head_and_embedding_are_float,
+    tensors_are_there,
+    kernels_take_the_shapes,
+    numbers_are_sound,
+)

@@ -1,0 +1,34 @@
+"""Dequantized weights in a plain float checkpoint: to measure what no engine serves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qplug import Exporter, ModelView, NoParams, QplugError, QuantizedWeight, Scheme, TensorSpec
+from qplug.numerics import dequantize
+
+
+class Fake(Exporter[NoParams]):
+    """A float checkpoint that any loader takes; only its values are those of the codes."""
+
+    name = "fake"
+    exact = False
+
+    def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
+        return {"weight": TensorSpec(dtype, shape)}
+
+    def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
+        return {"weight": dequantize(weight).to(getattr(torch, dtype))}
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        raise QplugError("a fake-quantized weight holds no codes")
+
+    def dequantize(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
+        return tensors["weight"].float()
+
+    def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any] | None:
+        return None

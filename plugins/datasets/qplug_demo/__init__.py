@@ -1,0 +1,17 @@
+"""The text that every Python carries: no network, no files, always there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qplug import Dataset, hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+@hookimpl
+def qplug_datasets() -> Iterable[type[Dataset[Any]]]:
+    from qplug_demo.python_text import Demo
+
+    return [Demo]

@@ -1,0 +1,17 @@
+"""Your own text: a file or a folder of txt, md, jsonl or json."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qplug import Dataset, hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+@hookimpl
+def qplug_datasets() -> Iterable[type[Dataset[Any]]]:
+    from qplug_text.text_files import TextFiles
+
+    return [TextFiles]

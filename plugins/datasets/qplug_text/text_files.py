@@ -1,0 +1,139 @@
+"""Files of the user's own, read as they are: nothing is stripped and no newline is translated."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from qplug import Dataset, Param, QplugError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from qplug import Split, Tokenizer
+
+#: What is read from a folder. A .json file is read only if ``path`` names it: most are no text.
+_SUFFIXES = (".txt", ".md", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Params:
+    """The options of the dataset ``text``."""
+
+    path: Annotated[
+        Path,
+        Param(
+            "A file, read as one document if it is not .jsonl or .json; or a folder, of which all "
+            ".txt, .md and .jsonl files are read in the order of their names."
+        ),
+    ]
+    order: Annotated[
+        Literal["random", "sequential"],
+        Param("Where samples are taken: anywhere in the text, or side by side from its start."),
+    ] = "random"
+    field: Annotated[
+        str, Param("What holds the text in the objects of .jsonl and .json files.")
+    ] = "text"
+
+
+class TextFiles(Dataset[Params]):
+    """Text of your own: a txt, md, jsonl or json file, or a folder of them.
+
+    Calibration and evaluation read the same text.
+    """
+
+    name = "text"
+    Params = Params
+
+    def documents(self, split: Split) -> Iterator[str]:
+        path = self.params.path.expanduser()
+        texts = [text for file in _files(path) for text in _read(file, self.params.field)]
+        if not any(text.strip() for text in texts):
+            raise QplugError(f"{path}: no text in it")
+        return iter(texts)
+
+    def samples(
+        self, tokenizer: Tokenizer, *, length: int, count: int, seed: int
+    ) -> Iterator[Tensor]:
+        if self.params.order == "random":
+            return super().samples(tokenizer, length=length, count=count, seed=seed)
+        # Imports torch, which listing datasets does not need.
+        from qplug.windows import first_windows
+
+        windows = first_windows(self, tokenizer, length=length, count=count, split="calibration")
+        if len(windows) < count:
+            raise QplugError(
+                f"{self.params.path}: {len(windows)} samples of {length} tokens, {count} are "
+                "needed: ask for fewer or shorter samples, or leave out order=sequential"
+            )
+        return iter(windows)
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise QplugError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return [path]
+    names = sorted(
+        file.relative_to(path).as_posix()
+        for file in path.rglob("*")
+        if file.suffix.lower() in _SUFFIXES and file.is_file()
+    )
+    # What editors and tools keep in hidden folders is not the user's text.
+    names = [name for name in names if not any(p.startswith(".") for p in name.split("/"))]
+    if not names:
+        raise QplugError(f"{path}: no {', '.join(_SUFFIXES)} file in it")
+    return [path / name for name in names]
+
+
+def _read(file: Path, field: str) -> Iterator[str]:
+    text = _decode(file)
+    suffix = file.suffix.lower()
+    if suffix == ".jsonl":
+        # Only a line feed ends a line: a JSON string may hold the others that splitlines knows.
+        for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+            if line.strip():
+                where = f"{file}:{number}"
+                yield _text_of(_parse(line, where), field, where)
+    elif suffix == ".json":
+        items = _parse(text.removeprefix("\ufeff"), str(file))
+        if not isinstance(items, list):
+            raise QplugError(f"{file}: must hold a list of strings, or of objects with {field!r}")
+        for number, item in enumerate(items, 1):
+            yield _text_of(item, field, f"{file}: item {number}")
+    else:
+        yield text
+
+
+def _decode(file: Path) -> str:
+    try:
+        raw = file.read_bytes()
+        if b"\0" in raw:
+            raise QplugError(f"{file}: not a text file: it has a zero byte")
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise QplugError(f"{file}: not UTF-8, at byte {error.start}: save it as UTF-8") from error
+    except OSError as error:
+        raise QplugError(f"{file}: {error.strerror}") from error
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise QplugError(f"{where}: not JSON: {error}") from error
+
+
+def _text_of(item: Any, field: str, where: str) -> str:
+    if isinstance(item, dict):
+        if field not in item:
+            has = ", ".join(map(repr, item)) or "none"
+            raise QplugError(f"{where}: no field {field!r}; its fields: {has}")
+        item = item[field]
+    if not isinstance(item, str):
+        raise QplugError(f"{where}: must be a string, or an object whose {field!r} is one")
+    return item

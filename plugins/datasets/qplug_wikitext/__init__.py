@@ -1,0 +1,17 @@
+"""WikiText-2: Wikipedia articles, on which the field compares perplexities."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qplug import Dataset, hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+@hookimpl
+def qplug_datasets() -> Iterable[type[Dataset[Any]]]:
+    from qplug_wikitext.wikitext2 import WikiText2
+
+    return [WikiText2]

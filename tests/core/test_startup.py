@@ -1,0 +1,71 @@
+"""Nothing that a user waits for needs torch: ``--help``, lists, and the faces of the plugins."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qplug
+
+ROOT = Path(__file__).parents[2]
+FACES = sorted((ROOT / "plugins").glob("*/qplug_*/__init__.py"))
+HEAVY = ("torch", "transformers", "datasets", "safetensors", "numpy")
+
+
+def imported_by(code: str, *roots: Path) -> set[str]:
+    """The top-level modules that a fresh interpreter has after ``code``."""
+    report = "\nimport sys; sys.stderr.write('\\n' + ' '.join(sys.modules))"
+    paths = [*roots, Path(qplug.__file__).parents[1]]
+    result = subprocess.run(  # noqa: S603
+        [sys.executable, "-W", "error", "-c", code + report],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+    )
+    assert result.returncode == 0, result.stderr
+    return {name.partition(".")[0] for name in result.stderr.splitlines()[-1].split()}
+
+
+def run(*words: str) -> str:
+    return (
+        "import qplug.cli\n"
+        f"assert qplug.cli.main({list(words)}, standalone_mode=False) in (None, 0)\n"
+    )
+
+
+def test_heavy_modules_would_be_seen() -> None:
+    assert "safetensors" in imported_by("import safetensors")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import qplug, qplug.api, qplug.hookspecs, qplug.scheme, qplug.params",
+        "import qplug.cli",
+        run("--help"),
+        run("--version"),
+        run("plugins", "--help"),
+        run("plugins", "list"),
+    ],
+)
+def test_torch_is_not_imported_by(code: str) -> None:
+    assert not imported_by(code) & set(HEAVY)
+
+
+@pytest.mark.parametrize("face", FACES, ids=lambda face: face.parent.name)
+def test_the_face_of_a_plugin_imports_no_torch(face: Path) -> None:
+    modules = imported_by(f"import {face.parent.name}", face.parents[1])
+    assert face.parent.name in modules
+    assert not modules & set(HEAVY)
+
+
+def test_every_plugin_has_a_face() -> None:
+    folders = [path for path in (ROOT / "plugins").glob("*/*") if path.is_dir()]
+    packages = [path for path in folders if path.name != "__pycache__"]
+    assert {path.parent for path in FACES} == set(packages)
+    assert all(path.name.startswith("qplug_") for path in packages)
