@@ -30,7 +30,7 @@ from qplug.scheme import PRESETS, QuantArgs, Scheme, preset
 
 if TYPE_CHECKING:
     from qplug.evaluation import evaluate
-    from qplug.reader import load
+    from qplug.reader import load, load_tokenizer
     from qplug.run import quantize
     from qplug.verification import verify
 
@@ -59,6 +59,7 @@ __all__ = [
     "evaluate",
     "hookimpl",
     "load",
+    "load_tokenizer",
     "preset",
     "quantize",
     "verify",
@@ -68,6 +69,7 @@ __all__ = [
 _LAZY = {
     "evaluate": "qplug.evaluation",
     "load": "qplug.reader",
+    "load_tokenizer": "qplug.reader",
     "quantize": "qplug.run",
     "verify": "qplug.verification",
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class QplugError(Exception):
     """Something that the user can mend: the message says what is wrong, where, and what to do."""
@@ -19,3 +22,9 @@ class StageError(Exception):
 
     def __init__(self, name: str, source: str, where: str, error: BaseException) -> None:
         super().__init__(f"plugin {name} ({source}): {where}: {type(error).__name__}: {error}")
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A sentence to add to a message, a space before it; nothing if no name is near."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -59,14 +59,13 @@ def evaluate(
     source: Dataset[Any] = _dataset(registry, dataset, dataset_options or {})
     folder = open_folder(model, registry, trust_remote_code=trust_remote_code)
     where = find_device(device)
-    tokenizer = load_tokenizer(folder.checkpoint.folder, trust_remote_code=trust_remote_code)
-    tokens = first_windows(
-        source, tokenizer, length=seq_len, count=windows, split="evaluation"
-    )
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokens = first_windows(source, tokenizer, length=seq_len, count=windows, split="evaluation")
     limit = folder.view.config.get("max_position_embeddings")
     if isinstance(limit, int) and seq_len > limit:
         raise QplugError(f"--seq-len {seq_len}: the model takes {limit} tokens at most")
-    net = load_folder(folder, trust_remote_code=trust_remote_code).to(where)
+    net = load_folder(folder, trust_remote_code=trust_remote_code)
+    net.to(where)  # type: ignore[arg-type]
     loss = mean_loss(net, tokens, watch or (lambda *_: None))
     return Evaluation(model, math.exp(loss), dataset, len(tokens), seq_len)
 
@@ -77,9 +76,7 @@ def _dataset(registry: Registry, name: str, options: Mapping[str, Any]) -> Datas
 
 
 @torch.inference_mode()
-def mean_loss(
-    model: PreTrainedModel, tokens: Tensor, watch: Callable[[int, int], None]
-) -> float:
+def mean_loss(model: PreTrainedModel, tokens: Tensor, watch: Callable[[int, int], None]) -> float:
     """Mean cross-entropy in nats over ``tokens: [windows, length]``, each window on its own."""
     total, count = 0.0, 0
     done = 0

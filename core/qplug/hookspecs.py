@@ -20,7 +20,7 @@ hookimpl = pluggy.HookimplMarker("qplug")
 def qplug_algorithms() -> Iterable[type[Algorithm[Any]]]:
     """Offer quantization algorithms.
 
-    Called once, when the first algorithm is asked for. Return classes, not instances.
+    Called once, when the first component of any kind is asked for. Return classes, not instances.
 
     Since 0.1. Example::
 
@@ -37,7 +37,7 @@ def qplug_algorithms() -> Iterable[type[Algorithm[Any]]]:
 def qplug_datasets() -> Iterable[type[Dataset[Any]]]:
     """Offer text to calibrate and evaluate on.
 
-    Called once, when the first dataset is asked for. Return classes, not instances.
+    Called once, when the first component of any kind is asked for. Return classes, not instances.
 
     Since 0.1. Example::
 
@@ -54,7 +54,7 @@ def qplug_datasets() -> Iterable[type[Dataset[Any]]]:
 def qplug_exporters() -> Iterable[type[Exporter[Any]]]:
     """Offer formats that engines load.
 
-    Called once, when the first exporter is asked for. Return classes, not instances.
+    Called once, when the first component of any kind is asked for. Return classes, not instances.
 
     Since 0.1. Example::
 
@@ -71,7 +71,7 @@ def qplug_exporters() -> Iterable[type[Exporter[Any]]]:
 def qplug_commands(group: click.Group) -> None:
     """Add commands to the command line.
 
-    Called once, when the command line needs a command that is not its own, or lists all it has.
+    Called once, when a command is asked for that is not qplug's own, or plugins are checked.
 
     Since 0.1. Example::
 

@@ -132,9 +132,7 @@ def _json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _card(
-    name: str, recipe: Recipe, exporter: Exporter[Any], errors: Mapping[str, float]
-) -> str:
+def _card(name: str, recipe: Recipe, exporter: Exporter[Any], errors: Mapping[str, float]) -> str:
     serve = exporter.serve_command
     return _CARD.substitute(
         tag=recipe.scheme.name.lower(),

@@ -120,14 +120,15 @@ def fake_quantize_activations(x: Tensor, args: QuantArgs) -> Tensor:
     """
     if not (args.dynamic and args.symmetric):
         raise NotImplementedError(f"activations {args}")
-    groups = x.float().unflatten(-1, (-1, args.group_size or x.shape[-1]))
+    groups = x.float().reshape(*x.shape[:-1], -1, args.group_size or x.shape[-1])
     top = FLOAT_MAX[args.dtype] if args.is_float else args.code_range[1]
     scale = (groups.abs().amax(-1, keepdim=True) / top).clamp_(min=_SMALLEST["float32"])
     if args.is_float:
         codes = (groups / scale).clamp_(-top, top).to(_FLOAT_DTYPES[args.dtype]).float()
     else:
         codes = (groups / scale).round_().clamp_(*args.code_range)
-    return (codes * scale).flatten(-2).to(x.dtype)
+    rounded: Tensor = (codes * scale).flatten(-2).to(x.dtype)
+    return rounded
 
 
 def check_width(width: int, args: QuantArgs) -> None:
@@ -177,8 +178,8 @@ def _group(part: Tensor, args: QuantArgs) -> Tensor:
         down, right = -part.shape[0] % tall, -part.shape[1] % wide
         if down or right:
             part = torch.nn.functional.pad(part, (0, right, 0, down))
-        return part.unflatten(1, (-1, wide)).unflatten(0, (-1, tall))
-    return part.unflatten(1, (-1, args.group_size or part.shape[1])).unsqueeze(1)
+        return part.view(part.shape[0] // tall, tall, part.shape[1] // wide, wide)
+    return part.view(part.shape[0], 1, -1, args.group_size or part.shape[1])
 
 
 def _ungroup(groups: Tensor, width: int, rows: int) -> Tensor:

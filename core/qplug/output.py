@@ -1,4 +1,4 @@
-"""The folder that a run writes: built beside OUT, resumed after a kill, moved into place when whole."""
+"""The folder that a run writes: built beside OUT, resumable, moved there when whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypeAlias, Union
+from typing import Any, BinaryIO, TypeAlias
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from qplug.safetensors_file import StoredTensor, lay_out, tensor_bytes
 _PENDING = 2  # steps that may wait for the disk; more would only cost memory
 
 #: What a tensor is written from: the tensor, or its bytes in pieces.
-Content: TypeAlias = Union[Tensor, Iterable[bytes]]
+Content: TypeAlias = Tensor | Iterable[bytes]
 
 
 def refuse_existing(out: Path, *, overwrite: bool) -> None:

@@ -7,7 +7,7 @@ A field is ``name: Annotated[type, Param("What it does.")] = default``. Types: `
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from qplug.errors import QplugError
+from qplug.errors import QplugError, did_you_mean
 
 T = TypeVar("T")
 
@@ -51,12 +51,13 @@ class Option:
     @property
     def type_name(self) -> str:
         """The type as users read it: ``int >= 1``, ``v1|v2``."""
+        none = " or none" if self.optional else ""
         if self.choices:
-            return "|".join(str(choice) for choice in self.choices)
+            return "|".join(str(choice) for choice in self.choices) + none
         low, high = self.param.min, self.param.max
         bounds = f" >= {low}" if low is not None else ""
         bounds += f" <= {high}" if high is not None else ""
-        return self.kind.__name__.lower() + bounds
+        return self.kind.__name__.lower() + bounds + none
 
 
 def options(params: type) -> list[Option]:
@@ -64,7 +65,11 @@ def options(params: type) -> list[Option]:
     if not (dataclasses.is_dataclass(params) and params.__dataclass_params__.frozen):  # type: ignore[attr-defined]
         raise TypeError(f"{params.__qualname__} must be a frozen dataclass")
     hints = typing.get_type_hints(params, include_extras=True)
-    return [_option(params, field, hints[field.name]) for field in dataclasses.fields(params)]
+    found = [_option(params, field, hints[field.name]) for field in dataclasses.fields(params)]
+    names = [_plain(name) for option in found for name in (option.name, *option.param.also)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise TypeError(f"{params.__qualname__}: {', '.join(twice)} names two options")
+    return found
 
 
 def _option(params: type, field: dataclasses.Field[Any], hint: Any) -> Option:
@@ -86,9 +91,17 @@ def _option(params: type, field: dataclasses.Field[Any], hint: Any) -> Option:
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         hint = type(choices[0])
-    if hint not in _SCALARS:
+    if hint not in _SCALARS or field.default_factory is not dataclasses.MISSING:
         raise TypeError(f"{where}: {hint} cannot be an option")
-    return Option(field.name, hint, choices, optional, field.default, param)
+    if (param.min, param.max) != (None, None) and (hint not in (int, float) or choices):
+        raise TypeError(f"{where}: only a number can have bounds")
+    option = Option(field.name, hint, choices, optional, field.default, param)
+    if not option.required:
+        try:
+            _convert(option, field.default, where)
+        except QplugError as error:
+            raise TypeError(f"{where}: its default is not allowed: {error}") from None
+    return option
 
 
 def parse_pairs(pairs: typing.Iterable[str], flag: str) -> dict[str, str]:
@@ -109,14 +122,13 @@ def fill(params: type[T], values: Mapping[str, Any], owner: str) -> T:
     one, or a wrong value raises.
     """
     known = options(params)
-    by_name = {name.replace("-", "_"): o for o in known for name in (o.name, *o.param.also)}
+    by_name = {_plain(name): o for o in known for name in (o.name, *o.param.also)}
     filled: dict[str, Any] = {}
     for key, value in values.items():
-        option = by_name.get(key.replace("-", "_"))
+        option = by_name.get(_plain(str(key)))
         if option is None:
-            near = difflib.get_close_matches(key, by_name, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             names = ", ".join(o.name for o in known) or "none"
+            hint = did_you_mean(str(key), by_name)
             raise QplugError(f"{owner} has no option {key!r}.{hint} It has: {names}")
         if option.name in filled:
             raise QplugError(f"{owner}: option {option.name!r} is given twice")
@@ -127,6 +139,10 @@ def fill(params: type[T], values: Mapping[str, Any], owner: str) -> T:
     return params(**filled)
 
 
+def _plain(name: str) -> str:
+    return name.replace("-", "_")
+
+
 def _convert(option: Option, value: Any, where: str) -> Any:
     if option.optional and (value is None or str(value).lower() in ("none", "null")):
         return None
@@ -134,7 +150,7 @@ def _convert(option: Option, value: Any, where: str) -> Any:
         for choice in option.choices:
             if str(choice) == str(value):
                 return choice
-        raise QplugError(f"{where}: must be one of {option.type_name.replace('|', ', ')}")
+        raise QplugError(f"{where}: must be one of {option.type_name}")
     try:
         made = _scalar(option.kind, value)
     except (ValueError, TypeError):
@@ -152,11 +168,11 @@ def _scalar(kind: type, value: Any) -> Any:
         if str(value).lower() in _WORDS:
             return _WORDS[str(value).lower()]
         raise ValueError
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Path)):
         raise ValueError
     if kind is int and isinstance(value, float) and not value.is_integer():
         raise ValueError
     made = kind(value)
-    if isinstance(made, float) and made != made:
+    if isinstance(made, float) and math.isnan(made):
         raise ValueError
     return made

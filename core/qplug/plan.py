@@ -63,7 +63,7 @@ def make_plan(
     *,
     shard_bytes: int,
 ) -> Plan:
-    """Lay out the run: every tensor of ``source`` in natural order, linears in ``schemes`` packed."""
+    """Lay out the run: every tensor of ``source`` in natural order, those in ``schemes`` packed."""
     steps = []
     for tensor in natural_order(source.tensors):
         name, _, local = tensor.rpartition(".")

@@ -1,4 +1,4 @@
-"""Read a folder back with qplug's own code: what its codes say, and a model that computes with them."""
+"""Read a folder back with qplug's own code, and make a model that computes with its codes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -168,13 +167,14 @@ def _round_input(args: QuantArgs, module: nn.Module, inputs: tuple[Tensor, ...])
     return (fake_quantize_activations(inputs[0], args),)
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder, for texts of any length.
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, for texts of any length.
 
-    Raises QplugError if the folder has none that loads.
+    Raises QplugError if the model has none that loads.
     """
     from transformers import AutoTokenizer
 
+    folder = find_model(model)
     try:
         with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

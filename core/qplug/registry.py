@@ -9,7 +9,6 @@ are asked for apart from components, and need no torch.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 import os
@@ -29,7 +28,7 @@ import pluggy
 
 from qplug import hookspecs
 from qplug.api import Algorithm, Component, Dataset, Exporter
-from qplug.errors import PluginError, QplugError
+from qplug.errors import PluginError, QplugError, did_you_mean
 from qplug.params import options
 
 if TYPE_CHECKING:
@@ -331,9 +330,3 @@ def _same(name: str, other: str) -> bool:
 
 def _among(name: str, names: Iterable[str]) -> bool:
     return any(_same(name, other.strip()) for other in names)
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A sentence to add, a space before it, or nothing."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""

@@ -95,9 +95,9 @@ class Run:
     ) -> None:
         self.recipe, self.registry, self.device = recipe, registry, device
         self.trust_remote_code = trust_remote_code
-        exporter = registry.exporters[recipe.backend]
-        backend_options = fill(exporter.Params, recipe.backend_options, f"backend {recipe.backend}")
-        self.exporter: Exporter[Any] = exporter(backend_options)
+        backend = registry.exporters[recipe.backend]
+        options: object = fill(backend.Params, recipe.backend_options, f"backend {backend.name}")
+        self.exporter: Exporter[Any] = backend(options)
         self.quantizer = self._find_quantizer()
 
     def _find_quantizer(self) -> Algorithm[Any]:
@@ -161,7 +161,7 @@ class Run:
         return Result(out, errors, source_bytes, plan.nbytes, seconds, len(output.finished))
 
     def _servable(self, schemes: dict[str, Scheme], view: ModelView) -> dict[str, Scheme]:
-        """The schemes with the backend's dtype of scales. Raises QplugError if it serves no such."""
+        """The schemes with the backend's dtype of scales. Raises QplugError if it refuses them."""
         for name, scheme in schemes.items():
             try:
                 check_width(view.linears[name][1], scheme.weights)

@@ -67,7 +67,7 @@ class StoredTensor:
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
         with self.path.open("rb") as file:
             file.seek(self.start)
-            if self.nbytes and file.readinto(buffer.numpy()) != self.nbytes:
+            if self.nbytes and file.readinto(buffer.numpy().data) != self.nbytes:
                 raise QplugError(f"{self.path} became shorter while it was read")
         return buffer.view(getattr(torch, self.spec.dtype)).view(self.spec.shape)
 
@@ -86,12 +86,13 @@ class StoredTensor:
 
 def spec_bytes(spec: TensorSpec) -> int:
     """Bytes of a tensor in a file."""
-    return math.prod(spec.shape) * getattr(torch, spec.dtype).itemsize
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return math.prod(spec.shape) * dtype.itemsize
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, without a copy if it is contiguous."""
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -112,7 +112,9 @@ class Scheme:
         """A plain form for JSON; ``from_dict`` reads it back."""
 
         def plain(args: QuantArgs | None) -> dict[str, Any] | None:
-            return None if args is None else {**args.__dict__, "block": args.block and [*args.block]}
+            if args is None:
+                return None
+            return {**args.__dict__, "block": args.block and [*args.block]}
 
         return {
             "name": self.name,

@@ -1,7 +1,7 @@
 """What a checkpoint's matrices are: found from its module tree on the meta device, without weights.
 
-No table of architectures: decoder blocks are the longest list of equal modules, a linear is what the
-tree says it is. Names are those on disk, which engines use too; transformers holds experts fused in
+No table of architectures: decoder blocks are the largest list of modules, a linear is what the tree
+says it is. Names are those on disk, which engines use too; transformers holds experts fused in
 memory, but on disk each stands alone.
 """
 
@@ -81,15 +81,13 @@ def _tree(checkpoint: Checkpoint, trust_remote_code: bool) -> _Tree:
     return _Tree(modules, _decoder_blocks(model, folder), head)
 
 
-def _view(
-    checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, int]]
-) -> ModelView:
+def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, int]]) -> ModelView:
     shapes = dict(packed)
     for tensor, stored in checkpoint.tensors.items():
         name, _, local = tensor.rpartition(".")
-        if local == "weight" and len(stored.spec.shape) == 2 and name not in shapes:
-            if not isinstance(tree.modules.get(name), nn.Embedding):
-                shapes[name] = (stored.spec.shape[0], stored.spec.shape[1])
+        is_matrix = local == "weight" and len(stored.spec.shape) == 2
+        if is_matrix and not isinstance(tree.modules.get(name), nn.Embedding):
+            shapes.setdefault(name, (stored.spec.shape[0], stored.spec.shape[1]))
     for name, module in tree.modules.items():
         if isinstance(module, nn.Linear) and tree.in_block(name):
             shapes[name] = (module.out_features, module.in_features)

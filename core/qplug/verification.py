@@ -1,4 +1,4 @@
-"""Is a folder what it says it is? Checked by the backend's own rules, and against the float model."""
+"""Is a folder what it says it is? By the backend's own rules, and against the float model."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def imported_by(code: str, *roots: Path) -> set[str]:
     """The top-level modules that a fresh interpreter has after ``code``."""
     report = "\nimport sys; sys.stderr.write('\\n' + ' '.join(sys.modules))"
     paths = [*roots, Path(qplug.__file__).parents[1]]
-    result = subprocess.run(  # noqa: S603
+    result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code + report],
         capture_output=True,
         text=True,

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qplug.errors import PluginError, QplugError
+from qplug.errors import PluginError, QplugError, did_you_mean
 from qplug.params import Option, options
-from qplug.registry import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -121,7 +120,7 @@ def _description(kind: str, name: str, plugin: Plugin) -> dict[str, Any]:
 def _parameter(option: Option) -> dict[str, Any]:
     return {
         "name": option.name,
-        "type": option.type_name + (" or none" if option.optional else ""),
+        "type": option.type_name,
         "required": option.required,
         "default": None if option.required else option.default,
         "help": option.param.help,

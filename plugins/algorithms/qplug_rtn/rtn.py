@@ -14,4 +14,4 @@ class RTN(Algorithm[NoParams]):
     name = "rtn"
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
-        return {linear.name: round_to_nearest(linear.weight, linear.args) for linear in block.linears}
+        return {each.name: round_to_nearest(each.weight, each.args) for each in block.linears}

@@ -7,6 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
+
+from qplug import Exporter, ModelView, NoParams, Problem, QuantizedWeight, Scheme, TensorSpec
 from qplug_compressed_tensors.configuration import (
     PACK_QUANTIZED,
     Configuration,
@@ -17,9 +20,6 @@ from qplug_compressed_tensors.fusing import fused_groups
 from qplug_compressed_tensors.limits import beyond_limits
 from qplug_compressed_tensors.packing import pack_words, unpack_words
 from qplug_compressed_tensors.rules import RULES, Case, Rule
-from torch import Tensor
-
-from qplug import Exporter, ModelView, NoParams, Problem, QuantizedWeight, Scheme, TensorSpec
 
 if TYPE_CHECKING:
     from qplug.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ class CompressedTensors(Exporter[NoParams]):
     """The compressed-tensors format, without the limits of any one engine."""
 
     name = "compressed-tensors"
-    quant_method = "compressed-tensors"
+    quant_method: ClassVar[str | None] = "compressed-tensors"
 
     #: Whether plain entries of ``ignore`` also match as parts of a name, as SGLang has it.
     ignores_substrings: ClassVar[bool] = False

@@ -11,6 +11,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from qplug import Exporter, ModelView, Problem, Scheme
 from qplug_compressed_tensors.configuration import (
     FLOAT_QUANTIZED,
     INT_QUANTIZED,
@@ -21,8 +23,6 @@ from qplug_compressed_tensors.configuration import (
 )
 from qplug_compressed_tensors.fusing import fused_groups
 from qplug_compressed_tensors.limits import shape_problem
-
-from qplug import Exporter, ModelView, Problem, Scheme
 
 if TYPE_CHECKING:
     from qplug.checkpoint import Checkpoint
@@ -46,6 +46,16 @@ class Case:
         groups = {name: self.config.group(name) for name in self.model.linears}
         return {name: group.scheme for name, group in groups.items() if group is not None}
 
+    @cached_property
+    def present(self) -> dict[str, dict[str, str]]:
+        """The tensors of weights and inputs: module name -> local name -> full name."""
+        tensors: dict[str, dict[str, str]] = {}
+        for tensor in self.folder.tensors:
+            name, _, local = tensor.rpartition(".")
+            if local.startswith(("weight", "input_")):
+                tensors.setdefault(name, {})[local] = tensor
+        return tensors
+
 
 Rule = Callable[[Case], Iterator[Problem]]
 
@@ -61,15 +71,10 @@ def known_format(case: Case) -> Iterator[Problem]:
             )
 
 
-def tensors_are_there(case: Case) -> Iterator[Problem]:
+def codes_are_laid_out(case: Case) -> Iterator[Problem]:
     """A quantized linear has just the tensors of its layout, in dtype and shape."""
-    present: dict[str, dict[str, str]] = {}
-    for tensor in case.folder.tensors:
-        name, _, local = tensor.rpartition(".")
-        if local.startswith(("weight", "input_")):
-            present.setdefault(name, {})[local] = tensor
     for name, scheme in case.schemes.items():
-        found = present.get(name, {})
+        found = case.present.get(name, {})
         layout = case.exporter.layout(case.model.linears[name], scheme, case.model.dtype)
         for local in sorted(layout.keys() - found.keys()):
             yield Problem("missing", name, f"there is no {local}")
@@ -84,10 +89,15 @@ def tensors_are_there(case: Case) -> Iterator[Problem]:
             allowed = _FLOATS if local == "weight_scale" else (wanted.dtype,)
             if stored.dtype not in allowed:
                 yield Problem("dtype", name, f"{local} is {stored.dtype}, not {wanted.dtype}")
+
+
+def floats_are_float(case: Case) -> Iterator[Problem]:
+    """A linear that is not quantized has a float weight and nothing else."""
     for name in case.model.linears.keys() - case.schemes.keys():
-        for local in sorted(present.get(name, {}).keys() - {"weight"}):
+        found = case.present.get(name, {})
+        for local in sorted(found.keys() - {"weight"}):
             yield Problem("ignore", name, f"config.json says it is float, but it has {local}")
-        if "weight" in present.get(name, {}):
+        if "weight" in found:
             dtype = case.folder.tensors[f"{name}.weight"].spec.dtype
             if dtype not in _FLOATS:
                 yield Problem("ignore", name, f"config.json says it is float, but it is {dtype}")
@@ -162,7 +172,8 @@ RULES: tuple[Rule, ...] = (
     float_linears_are_ignored,
     fused_linears_agree,
     head_and_embedding_are_float,
-    tensors_are_there,
+    codes_are_laid_out,
+    floats_are_float,
     kernels_take_the_shapes,
     numbers_are_sound,
 )

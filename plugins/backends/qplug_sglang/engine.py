@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from qplug import Capability, ModelView, Scheme
 from qplug_compressed_tensors.configuration import format_of
 from qplug_compressed_tensors.exporter import CompressedTensors
 from qplug_compressed_tensors.rules import RULES, one_format
-
-from qplug import Capability, ModelView, Scheme
 
 _GPU = "SGLang 0.5.16 on H200 (groups: 128)"
 _GROUPS = (32, 64, 128, -1)

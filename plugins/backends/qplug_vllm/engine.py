@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qplug_compressed_tensors.exporter import CompressedTensors
-
 from qplug import Capability
+from qplug_compressed_tensors.exporter import CompressedTensors
 
 _GPU = "vLLM 0.26 on H200 (groups: 128)"
 _BOTH = f"{_GPU}, vLLM 0.32 on CPU (all)"

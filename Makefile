@@ -1,0 +1,50 @@
+# The first two are all that a newcomer needs: make quickstart, make test.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SHELL := /bin/bash
+
+.PHONY: quickstart test lint types test-engines wheel clean
+
+quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it write
+	rm -rf quantized-demo
+	$(BIN)/qplug quantize qplug:demo --scheme W4A16 --backend sglang --out ./quantized-demo
+	$(BIN)/qplug verify ./quantized-demo
+	$(BIN)/python examples/continue_text.py qplug:demo ./quantized-demo
+
+test: $(VENV)/installed-test  ## the tests that need neither a network nor a GPU
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/installed-dev
+	$(BIN)/mypy
+
+wheel: $(VENV)/installed-dev  ## build the wheel and try it in an environment of its own
+	bash tests/wheel.sh $(BIN)/python
+
+clean:
+	rm -rf $(VENV) .venv-vllm quantized-demo dist
+
+# --- environments: made once, and again when what they are made of changes ---
+
+$(VENV)/created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed-test
+	$(PIP) --editable '.[test,dev]'
+	touch $@

@@ -1,0 +1,55 @@
+"""The lists in pyproject.toml, the folders, and the rule that keeps source roots from being packages."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = {path.name for path in (ROOT / "plugins").glob("*/qplug_*") if path.is_dir()}
+
+
+def test_every_plugin_has_an_entry_point() -> None:
+    assert set(PROJECT["project"]["entry-points"]["qplug"].values()) == PACKAGES
+
+
+def test_every_plugin_is_type_checked_and_held_to_the_architecture() -> None:
+    assert set(PROJECT["tool"]["mypy"]["packages"]) == {"qplug", *PACKAGES}
+    linter = PROJECT["tool"]["importlinter"]
+    assert set(linter["root_packages"]) == {"qplug", *PACKAGES}
+    contracts = {contract["name"]: contract for contract in linter["contracts"]}
+    assert set(contracts["core knows no plugin"]["forbidden_modules"]) == PACKAGES
+    face = contracts["a plugin imports the face, never the machinery"]
+    assert set(face["source_modules"]) == PACKAGES
+
+
+def test_no_source_root_is_a_package() -> None:
+    roots = [ROOT / root for root in PROJECT["tool"]["hatch"]["build"]["dev-mode-dirs"]]
+    assert all(root.is_dir() for root in roots)
+    for folder in {*roots, *(root.parent for root in roots)}:
+        assert not (folder / "__init__.py").exists()
+
+
+def test_every_package_is_typed_and_described() -> None:
+    for package in [ROOT / "core/qplug", *(ROOT / "plugins").glob("*/qplug_*")]:
+        assert (package / "py.typed").exists(), package
+        assert (package / "__init__.py").read_text().startswith('"""'), package
+
+
+def test_no_module_has_a_name_that_says_nothing() -> None:
+    empty = re.compile(r"(utils?|helpers?|common|misc)\.py$")
+    assert not [path for path in ROOT.glob("*/**/*.py") if empty.search(path.name)]
+
+
+def test_what_ships_is_small() -> None:
+    demo = sum(path.stat().st_size for path in (ROOT / "core/qplug/demo").iterdir())
+    assert demo < 10_000_000
