@@ -17,6 +17,10 @@ quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it 
 test: $(VENV)/installed-test  ## the tests that need neither a network nor a GPU
 	$(BIN)/python -m pytest
 
+test-engines: $(VENV)/installed-test  ## the real vLLM, on this CPU, in an environment of its own
+	$(PYTHON) tests/engines/install_vllm.py .venv-vllm
+	QPLUG_VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/python -m pytest -m engine tests/engines
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

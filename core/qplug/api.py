@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from qplug.scheme import QuantArgs, Scheme
@@ -99,28 +99,100 @@ class QuantizedWeight:
     args: QuantArgs
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Linear:
-    """One weight to quantize. ``weight``: ``[out, in]``, in the dtype of the checkpoint."""
+    """One weight to quantize.
+
+    ``weight``: ``[out, in]``, float32 in a calibrated run, else in the dtype of the checkpoint.
+    ``args``: how it is stored; ``activations``: how its input will be rounded, if it will.
+    ``scale`` and ``zero`` are those that an algorithm chose (AWQ's clips): shaped as in
+    ``QuantizedWeight``; whoever computes codes takes them, ``qplug.numerics.scale_of`` gives the
+    covering ones where there are none.
+    """
 
     name: str
     weight: Tensor
     args: QuantArgs
+    activations: QuantArgs | None = None
+    scale: Tensor | None = None
+    zero: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
+class InputGroup:
+    """Linears of a block that read one tensor, ``x: [tokens, in]``, and what is known of it.
+
+    ``gram`` is the sum of ``xᵀx`` over all calibration tokens, float32 ``[in, in]``; ``mean``,
+    ``mean_abs``, ``low`` and ``high`` are the mean of ``x`` and of ``|x|``, the least and the
+    greatest ``x`` of each channel, float32 ``[in]``; ``sample: [some tokens, in]`` are some of the
+    tokens, from all over the calibration data, float32. ``scalable`` tells whether ``Block.smooth``
+    can move scale out of this tensor, ``shiftable`` whether ``Block.shift`` can move an offset, and
+    ``after_norm`` whether it is a norm that makes it.
+    """
+
+    linears: tuple[Linear, ...]
+    gram: Tensor
+    mean: Tensor
+    mean_abs: Tensor
+    low: Tensor
+    high: Tensor
+    sample: Tensor
+    tokens: int
+    scalable: bool
+    shiftable: bool
+    after_norm: bool
+
+
+@dataclass(eq=False)
 class Block:
-    """Weights that are quantized together: a decoder block, or one linear of a data-free run."""
+    """Weights that are quantized together: a decoder block, or one linear of a data-free run.
+
+    ``groups`` are in the order in which the block computes; a data-free run has none. What an
+    algorithm appends to ``notes`` is told to the user.
+    """
 
     name: str
     linears: tuple[Linear, ...]
+    groups: tuple[InputGroup, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def shared(self, group: InputGroup, per_channel: Tensor) -> Tensor:
+        """``per_channel: [in]``, averaged over channels that can only be scaled together.
+
+        Heads that share values (grouped-query attention) share their scales.
+        """
+        raise NotImplementedError
+
+    def smooth(self, group: InputGroup, scale: Tensor) -> None:
+        """Divide channel ``c`` of the group's input by ``scale[c]``, without changing the output.
+
+        The operation before (a norm, or rows of a linear) is divided, the columns of the group's
+        linears are multiplied, and the group's statistics follow. ``scale: [in]``, positive.
+        Raises ValueError if ``group.scalable`` is false.
+        """
+        raise NotImplementedError
+
+    def shift(self, group: InputGroup, offset: Tensor) -> None:
+        """Subtract ``offset: [in]`` from the group's input, without changing the output.
+
+        The bias of the norm before takes it, and those of the group's linears give it back.
+        Raises ValueError if ``group.shiftable`` is false.
+        """
+        raise NotImplementedError
 
 
 class Algorithm(Component[P]):
-    """A way to quantize. One stage so far; an algorithm fills in what it needs.
+    """A way to quantize. Two stages; an algorithm fills in those it needs.
 
-    An algorithm must leave the tensors it is given as they are.
+    ``needs_data`` says whether it reads ``block.groups``. An algorithm changes a block by
+    ``block.smooth``, and by choosing ``linear.scale`` and ``linear.zero``; it leaves tensors as
+    they are.
     """
+
+    needs_data: ClassVar[bool] = False
+
+    def transform(self, block: Block) -> None:
+        """Move scale within a block, and choose clips, before codes are computed."""
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         """Codes for every linear of ``block``, by name."""

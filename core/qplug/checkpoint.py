@@ -85,8 +85,8 @@ def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
     if not (isinstance(places, dict) and places):
         raise QplugError(f"{folder / INDEX}: has no weight_map")
     headers = {}
-    for file in sorted(set(places.values())):
-        if Path(file).name != file:
+    for file in sorted(set(map(str, places.values()))):
+        if Path(file).name != file or "\0" in file:
             raise QplugError(f"{folder / INDEX}: {file} is not a file of this folder")
         if not (folder / file).is_file():
             raise QplugError(f"{folder / INDEX}: names {file}, which is not there")

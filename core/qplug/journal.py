@@ -1,7 +1,7 @@
 """What a run has finished, so that the same command goes on where it was killed.
 
 One JSON object a line: the fingerprint of the run first, then each finished step with a checksum
-of what it wrote. A line that a kill cut short does not count.
+of what it wrote. A line that a kill cut short does not count, nor do those after it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("a+", encoding="utf-8")
+        self._file = path.open("a+", encoding="utf-8", errors="replace")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -30,12 +30,15 @@ class Journal:
     def read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         """The fingerprint, or None if the journal is new, and the finished steps in order."""
         self._file.seek(0)
-        text = self._file.read()
-        whole = text[: text.rfind("\n") + 1]
-        if len(whole) < len(text):
-            self._file.truncate(len(whole.encode()))
-        lines = [json.loads(line) for line in whole.splitlines()]
-        return (lines[0], lines[1:]) if lines else (None, [])
+        entries, whole = [], 0
+        for line in self._file.read().splitlines(keepends=True):
+            entry = _parse(line)
+            if entry is None:
+                break
+            entries.append(entry)
+            whole += len(line.encode())
+        self._file.truncate(whole)
+        return (entries[0], entries[1:]) if entries else (None, [])
 
     def restart(self, fingerprint: Mapping[str, Any]) -> None:
         """Forget everything and begin a run with ``fingerprint``."""
@@ -50,6 +53,15 @@ class Journal:
     def close(self) -> None:
         """Let go of the lock."""
         self._file.close()
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """What a line tells; None if a kill cut it short, or a power cut left other bytes there."""
+    try:
+        entry = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qplug.api import Exporter, ModelView
 from qplug.checkpoint import Checkpoint, read_json
 from qplug.errors import QplugError
 from qplug.recipe import Recipe
-from qplug.registry import Registry
+from qplug.registry import Plugin, Registry
 from qplug.scheme import Scheme
+from qplug.stages import Report
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "qplug.json"
 
@@ -38,7 +42,12 @@ Check this folder with `qplug verify .`$serve.
 
 
 def fingerprint(
-    source: Checkpoint, recipe: Recipe, registry: Registry, device: str, shard_bytes: int
+    source: Checkpoint,
+    recipe: Recipe,
+    registry: Registry,
+    device: str,
+    shard_bytes: int,
+    tokens: Tensor | None,
 ) -> dict[str, Any]:
     """All that decides the bytes of a run, part by part, to tell whether a run can go on."""
     model = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
@@ -52,16 +61,25 @@ def fingerprint(
         "recipe": recipe.to_dict(),
         "device": device,
         "shard size": shard_bytes,
+        "data": None if tokens is None else hashlib.sha256(tokens.numpy().data).hexdigest(),
         "versions": versions(recipe, registry),
     }
 
 
 def versions(recipe: Recipe, registry: Registry) -> dict[str, str]:
     """The versions of what computed: qplug, torch, and the packages of the plugins used."""
-    used = {str(p.source) for name in recipe.algorithms for p in registry.algorithms.owners(name)}
-    used |= {p.source for p in registry.exporters.owners(recipe.backend)}
-    plugins = dict(source.rpartition(" ")[::2] for source in sorted(used))
+    used = [plugin for name in recipe.algorithms for plugin in registry.algorithms.owners(name)]
+    used += registry.exporters.owners(recipe.backend)
+    plugins = dict(_version(plugin) for plugin in used)
     return {**plugins, "qplug": version("qplug"), "torch": version("torch")}
+
+
+def _version(plugin: Plugin) -> tuple[str, str]:
+    """The package of a plugin and its version; for a file, its name and what it holds."""
+    if plugin.is_file:
+        return plugin.name, hashlib.sha256(Path(plugin.source).read_bytes()).hexdigest()[:16]
+    package, _, number = plugin.source.rpartition(" ")
+    return package, number
 
 
 def result_files(
@@ -70,7 +88,7 @@ def result_files(
     recipe: Recipe,
     exporter: Exporter[Any],
     schemes: Mapping[str, Scheme],
-    errors: Mapping[str, float],
+    reports: Sequence[Report],
     registry: Registry,
 ) -> dict[str, str]:
     """The text files of a finished run, by file name. They say nothing of when or how long."""
@@ -78,6 +96,8 @@ def result_files(
     quantization = exporter.config(model, schemes)
     if quantization is not None:
         config["quantization_config"] = quantization
+    errors = {name: error for report in reports for name, error in report.errors.items()}
+    rewritten = sorted(name for report in reports for name in report.rewritten)
     kinds = list(dict.fromkeys(schemes.values()))
     manifest = {
         "model": name,
@@ -85,6 +105,7 @@ def result_files(
         "versions": versions(recipe, registry),
         "schemes": [scheme.to_dict() for scheme in kinds],
         "layers": {n: {"scheme": kinds.index(s), "error": errors[n]} for n, s in schemes.items()},
+        "rewritten": rewritten,
     }
     return {
         "config.json": _json(config),
@@ -103,6 +124,7 @@ class Manifest:
     versions: Mapping[str, str]
     schemes: Mapping[str, Scheme]
     errors: Mapping[str, float]
+    rewritten: frozenset[str]
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -123,6 +145,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             versions=told["versions"],
             schemes={name: kinds[layer["scheme"]] for name, layer in layers.items()},
             errors={name: layer["error"] for name, layer in layers.items()},
+            rewritten=frozenset(told["rewritten"]),
         )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise QplugError(f"{folder / MANIFEST}: cannot be understood: {error!r}") from error

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qplug.api import QuantizedWeight
+from qplug.api import Linear, QuantizedWeight
 from qplug.errors import QplugError
 from qplug.scheme import FLOAT_MAX, QuantArgs
 
@@ -38,6 +38,21 @@ def round_to_nearest(weight: Tensor, args: QuantArgs) -> QuantizedWeight:
     """
     scale, zero = minmax_scale(weight, args)
     return QuantizedWeight(quantize(weight, scale, zero, args), scale, zero, args)
+
+
+def scale_of(linear: Linear) -> tuple[Tensor, Tensor | None]:
+    """The scales that an algorithm chose for ``linear``; if none did, those that cover it."""
+    if linear.scale is not None:
+        return linear.scale, linear.zero
+    return minmax_scale(linear.weight, linear.args)
+
+
+def nearest(linear: Linear) -> QuantizedWeight:
+    """The nearest codes of ``linear`` under ``scale_of(linear)``."""
+    scale, zero = scale_of(linear)
+    return QuantizedWeight(
+        quantize(linear.weight, scale, zero, linear.args), scale, zero, linear.args
+    )
 
 
 def minmax_scale(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor | None]:
@@ -68,7 +83,7 @@ def minmax_scale(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor | None
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs) -> Tensor:
     """Nearest codes ``[out, in]`` of ``weight: [out, in]`` under given scales and zero points."""
-    codes = torch.empty(weight.shape, dtype=_code_dtype(args), device=weight.device)
+    codes = torch.empty(weight.shape, dtype=code_dtype(args), device=weight.device)
     scale = scale.expand(_row_scales(weight, args))
     zeros = None if zero is None else zero.expand(scale.shape)
     for rows, groups in _chunks(weight, args):
@@ -88,12 +103,45 @@ def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """The float32 weight ``[out, in]`` that codes stand for: ``(codes - zero) * scale``."""
-    args, values = weight.args, weight.codes.float()
-    scale = weight.scale.expand(_row_scales(values, args))
+    return dequantize_with(weight.codes, weight.scale, weight.zero, weight.args)
+
+
+def dequantize_with(codes: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs) -> Tensor:
+    """``dequantize`` of codes ``[out, in]`` that are not yet a QuantizedWeight."""
+    values = codes.float()
+    scale = scale.expand(_row_scales(values, args))
     groups = _group(values, args)
-    if weight.zero is not None:
-        groups = groups - _spread(weight.zero.expand(scale.shape))
+    if zero is not None:
+        groups = groups - _spread(zero.expand(scale.shape))
     return _ungroup(groups * _spread(scale), values.shape[1], values.shape[0])
+
+
+def round_codes(
+    values: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs
+) -> tuple[Tensor, Tensor]:
+    """Codes of float32 ``values`` under scales of the same shape, and what the codes stand for."""
+    codes = values / scale
+    if args.is_float:
+        top = FLOAT_MAX[args.dtype]
+        codes = codes.clamp_(-top, top).to(code_dtype(args)).float()
+        return codes, codes * scale
+    codes = codes.round_()
+    if zero is not None:
+        codes = codes.add_(zero).clamp_(*args.code_range)
+        return codes, (codes - zero) * scale
+    codes = codes.clamp_(*args.code_range)
+    return codes, codes * scale
+
+
+def per_column(
+    scale: Tensor, zero: Tensor | None, args: QuantArgs, shape: torch.Size
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points for each weight of a matrix ``shape``, float32 ``[out, in]``."""
+    ones = torch.ones(shape, device=scale.device)
+    spread = dequantize_with(ones, scale, None, args)
+    if zero is None:
+        return spread, None
+    return spread, dequantize_with(ones, zero.float(), None, args)
 
 
 def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
@@ -103,12 +151,15 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
     zero = None if quantized.zero is None else quantized.zero.expand(scale.shape)
     error = norm = 0.0
     for rows, groups in _chunks(weight, args):
-        part = _group(quantized.codes[rows.start * step : rows.stop * step].float(), args)
+        codes = quantized.codes[rows.start * step : rows.stop * step]
+        part = _group(codes.float(), args)
         if zero is not None:
             part -= _spread(zero[rows])
         part *= _spread(scale[rows])
         norm += groups.square().sum(dtype=torch.float64).item()
-        error += (part - groups).square_().sum(dtype=torch.float64).item()
+        # What ragged blocks are filled with is no error.
+        off = _ungroup(part.sub_(groups), codes.shape[1], codes.shape[0])
+        error += off.square_().sum(dtype=torch.float64).item()
     return (error / norm) ** 0.5 if norm else float(error > 0)
 
 
@@ -144,7 +195,8 @@ def _top(args: QuantArgs) -> float:
     return (high - low) / 2
 
 
-def _code_dtype(args: QuantArgs) -> torch.dtype:
+def code_dtype(args: QuantArgs) -> torch.dtype:
+    """The dtype of codes: int8 if symmetric, uint8 if not, or the float format's."""
     if args.is_float:
         return _FLOAT_DTYPES[args.dtype]
     return torch.int8 if args.symmetric else torch.uint8

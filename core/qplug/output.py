@@ -9,6 +9,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TypeAlias
@@ -29,9 +30,11 @@ Content: TypeAlias = Tensor | Iterable[bytes]
 
 def refuse_existing(out: Path, *, overwrite: bool) -> None:
     """Raises QplugError if ``out`` may not be written: it is there, or has nowhere to be."""
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):  # unlike exists(), lets a name that is too long pass
         if not overwrite:
             raise QplugError(f"{out}: exists; choose another folder, or pass --overwrite")
+        if Path.cwd().is_relative_to(out.resolve()):
+            raise QplugError(f"{out}: is or holds the current folder, so it is not overwritten")
         is_model = (out / "config.json").is_file() or (out.is_dir() and not any(out.iterdir()))
         if out.is_symlink() or not is_model:
             raise QplugError(f"{out}: is not a model's folder, so it is not overwritten")
@@ -51,22 +54,28 @@ class Output:
         self, out: Path, plan: Plan, fingerprint: Mapping[str, Any], *, overwrite: bool
     ) -> None:
         refuse_existing(out, overwrite=overwrite)
-        self._out, self._plan = out, plan
-        self._partial = out.absolute().with_name(f".{out.name}.partial")
+        self._out, self._plan = out.resolve(), plan
+        self._partial = self._out.with_name(f".{self._out.name}.partial")
         self._model = self._partial / "model"
         try:
             self._model.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(self._partial / "journal.jsonl")
         except OSError as error:
+            for folder in (self._model, self._partial):
+                with suppress(OSError):  # they may be another run's, or not there
+                    folder.rmdir()
             raise QplugError(f"{out}: cannot be written: {error.strerror}") from error
         self._lay_out_shards()
         try:
             self.finished = self._resume(fingerprint, overwrite=overwrite)
             self._refuse_full_disk()
-        except QplugError:
-            self._journal.close()
+        except (QplugError, OSError) as error:
+            with suppress(OSError):
+                self._journal.close()
             if not any(self._model.iterdir()):
                 shutil.rmtree(self._partial)
+            if isinstance(error, OSError):
+                raise QplugError(f"{out}: cannot be written: {error.strerror}") from error
             raise
         self._files: dict[Path, BinaryIO] = {}
         self._writer = ThreadPoolExecutor(1, "qplug-writer")
@@ -114,7 +123,7 @@ class Output:
         free = shutil.disk_usage(self._partial).free
         if need > free:
             raise QplugError(
-                f"{self._out.absolute().parent}: the disk is full: {need / 2**30:.2f} GiB are "
+                f"{self._out.parent}: the disk is full: {need / 2**30:.2f} GiB are "
                 f"to be written, {free / 2**30:.2f} GiB are free"
             )
 
@@ -144,6 +153,14 @@ class Output:
             self._files[path].write(self._headers[path])
         return self._files[path]
 
+    def stored(self, prefix: str) -> dict[str, Tensor]:
+        """Finished tensors whose names are ``prefix`` and one part more, by that part."""
+        return {
+            name.removeprefix(prefix): place.read()
+            for name, place in self._places.items()
+            if name.startswith(prefix) and "." not in name.removeprefix(prefix)
+        }
+
     # --- ending ----------------------------------------------------------------------------------
 
     def finish(self, companions: Iterable[Path], texts: Mapping[str, str]) -> None:
@@ -163,9 +180,12 @@ class Output:
             texts = {**texts, INDEX: json.dumps(index, indent=2) + "\n"}
         for name, text in texts.items():
             (self._model / name).write_text(text, encoding="utf-8")
-        for file in self._files.values():
-            os.fsync(file.fileno())
-        self._close()
+        for path in self._headers:  # also of shards that are done: a power cut may lose one
+            self._file(path).flush()
+        for path in self._model.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as written:
+                    os.fsync(written.fileno())
         old = self._partial.with_name(f".{self._out.name}.old")
         if self._out.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -173,13 +193,15 @@ class Output:
         self._model.rename(self._out)
         shutil.rmtree(self._partial)
         shutil.rmtree(old, ignore_errors=True)
+        self._close()  # last: it unlocks the journal
 
     def _close(self) -> None:
         self._writer.shutdown(cancel_futures=True)
-        for file in self._files.values():
-            file.close()
+        open_files: list[BinaryIO | Journal] = [*self._files.values(), self._journal]
+        for file in open_files:
+            with suppress(OSError):  # on a full disk, what could not be written fails once more
+                file.close()
         self._files.clear()
-        self._journal.close()
 
     def __enter__(self) -> Output:
         return self
@@ -197,6 +219,4 @@ class Output:
         if full or isinstance(error, QplugError):
             shutil.rmtree(self._partial)
         if full:
-            raise QplugError(
-                f"{self._out.absolute().parent}: the disk is full; nothing was kept"
-            ) from error
+            raise QplugError(f"{self._out.parent}: the disk is full; nothing was kept") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qplug.api import Exporter, ModelView, TensorSpec
 from qplug.checkpoint import INDEX, SINGLE, Checkpoint
@@ -14,13 +14,15 @@ from qplug.skeleton import natural_order
 
 @dataclass(frozen=True)
 class Step:
-    """What is read, worked on and written at one go: a linear to quantize, or a tensor to copy.
+    """What is read, worked on and written at one go: a linear, a block, or a tensor to copy.
 
+    ``linears`` are quantized, by name; ``others`` are tensors that keep name, dtype and shape.
     ``outputs`` are the tensors it writes, by their full names.
     """
 
     name: str
-    scheme: Scheme | None
+    linears: Mapping[str, Scheme]
+    others: tuple[str, ...]
     outputs: Mapping[str, TensorSpec]
 
     @property
@@ -62,18 +64,35 @@ def make_plan(
     exporter: Exporter[object],
     *,
     shard_bytes: int,
+    by_block: bool,
 ) -> Plan:
-    """Lay out the run: every tensor of ``source`` in natural order, those in ``schemes`` packed."""
-    steps = []
+    """Lay out the run: every tensor of ``source`` in natural order, those in ``schemes`` packed.
+
+    ``by_block`` makes a step of each decoder block, else every tensor is a step of its own.
+    """
+    steps: dict[str, Step] = {}
     for tensor in natural_order(source.tensors):
         name, _, local = tensor.rpartition(".")
         scheme = schemes.get(name) if local == "weight" else None
         if scheme is None:
-            steps.append(Step(tensor, None, {tensor: source.tensors[tensor].spec}))
+            step = Step(tensor, {}, (tensor,), {tensor: source.tensors[tensor].spec})
         else:
             packed = exporter.layout(model.linears[name], scheme, model.dtype)
-            steps.append(Step(name, scheme, {f"{name}.{part}": s for part, s in packed.items()}))
-    return Plan(tuple(steps), _assign_shards(steps, shard_bytes))
+            outputs = {f"{name}.{part}": spec for part, spec in packed.items()}
+            step = Step(name, {name: scheme}, (), outputs)
+        block = next((b for b in model.blocks if by_block and tensor.startswith(b + ".")), None)
+        key = step.name if block is None else block
+        steps[key] = _joined(key, steps[key], step) if key in steps else replace(step, name=key)
+    return Plan(tuple(steps.values()), _assign_shards(list(steps.values()), shard_bytes))
+
+
+def _joined(name: str, one: Step, other: Step) -> Step:
+    return Step(
+        name,
+        {**one.linears, **other.linears},
+        one.others + other.others,
+        {**one.outputs, **other.outputs},
+    )
 
 
 def _assign_shards(steps: list[Step], limit: int) -> tuple[str, ...]:

@@ -17,7 +17,9 @@ def progress_bar(what: str) -> Iterator[Bar]:
     from rich.progress import TimeRemainingColumn as TimeLeft
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    off = not console.is_interactive  # rich would print an empty line
+    with Progress(*columns, console=console, transient=True, disable=off) as progress:
         task = progress.add_task(what, total=None)
 
         def show(done: int, total: int, name: str = "") -> None:

@@ -141,12 +141,28 @@ def load_folder(
     config = load_config(path, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    kind = type(build(config, path, device="meta", trust_remote_code=trust_remote_code))
+    kind = type(build(config, path, trust_remote_code=trust_remote_code))
     state = {name: tensor.to(target) for name, tensor in folder.weights()}
-    with quiet_transformers():
-        model: PreTrainedModel = kind.from_pretrained(
-            None, config=config, state_dict=state, dtype=target
-        )
+    # What is amiss comes back in `loading`; transformers would draw random numbers for it.
+    try:
+        with quiet_transformers():
+            loaded: Any = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=target,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise QplugError(f"{path}: its experts are not all there, or differ in shape") from error
+    model: PreTrainedModel = loaded[0]
+    loading: dict[str, Any] = loaded[1]
+    amiss = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    if amiss:
+        raise QplugError(f"{path}: {min(amiss)} is not there, or not in the shape it should have")
     model.eval()
     if quantize_activations:
         _quantize_activations(model, folder)

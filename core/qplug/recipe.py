@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from qplug.api import ModelView
@@ -14,6 +15,31 @@ from qplug.scheme import Scheme, preset
 
 #: Who quantizes where no algorithm of the pipeline does.
 DEFAULT_QUANTIZER = "rtn"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The data of a run: ``samples`` windows of ``seq_len`` tokens of a dataset.
+
+    ``propagate``: whether a block is fed by the ``quantized`` blocks before it, or the ``float``
+    ones.
+    """
+
+    dataset: str = "demo"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    samples: int = 128
+    seq_len: int = 512
+    propagate: str = "quantized"
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.seq_len < 1:
+            raise QplugError("--samples and --seq-len must be at least 1")
+        if self.propagate not in ("quantized", "float"):
+            raise QplugError(f"--propagate {self.propagate}: must be quantized or float")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain form for JSON."""
+        return {**self.__dict__, "options": {k: str(v) for k, v in self.options.items()}}
 
 
 @dataclass(frozen=True)
@@ -27,6 +53,7 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     algorithm_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     backend_options: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -37,10 +64,17 @@ class Recipe:
             "backend": self.backend,
             "overrides": [[pattern, scheme.to_dict()] for pattern, scheme in self.overrides],
             "ignore": list(self.ignore),
-            "algorithm_options": {k: dict(v) for k, v in self.algorithm_options.items()},
-            "backend_options": dict(self.backend_options),
+            "algorithm_options": {
+                name: _plain(options) for name, options in self.algorithm_options.items()
+            },
+            "backend_options": _plain(self.backend_options),
+            "calibration": self.calibration.to_dict() if self.calibration else None,
             "seed": self.seed,
         }
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
 
 
 def parse_algorithms(text: str) -> tuple[str, ...]:

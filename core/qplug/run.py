@@ -5,30 +5,35 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qplug.api import Algorithm, Block, Exporter, Linear, ModelView, QuantizedWeight
+from qplug.api import Block, Linear, ModelView
+from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
-from qplug.errors import QplugError, StageError
+from qplug.errors import QplugError
 from qplug.manifest import fingerprint, result_files
-from qplug.numerics import check_width, relative_error
+from qplug.numerics import check_width
 from qplug.output import Content, Output, refuse_existing
-from qplug.params import fill
-from qplug.plan import Plan, Step, make_plan
-from qplug.recipe import DEFAULT_QUANTIZER, Recipe, assign, parse_algorithms, parse_scheme
+from qplug.plan import Plan, make_plan
+from qplug.recipe import Calibration, Recipe, assign, parse_algorithms, parse_scheme
 from qplug.registry import Registry
+from qplug.samples import calibration_tokens
 from qplug.scheme import Scheme
 from qplug.skeleton import model_view
 from qplug.source import find_model
+from qplug.stages import Report, Stages
 
-#: Told of each finished step: its number from 1, how many there are, its name, its relative error.
-Watcher = Callable[[int, int, str, "float | None"], None]
+#: Told of each finished step: its number from 1, how many there are, and its name.
+Watcher = Callable[[int, int, str], None]
+
+#: A finished step: its number, the tensors to write, and the report to leave in the journal.
+Finished = tuple[int, Mapping[str, Content], Report]
 
 SHARD_BYTES = 5_000_000_000
 
@@ -50,10 +55,15 @@ def quantize(
     model: str,
     out: str | Path,
     *,
-    algo: str = DEFAULT_QUANTIZER,
+    algo: str = "rtn",
     scheme: str = "W4A16",
     backend: str = "sglang",
     group_size: int | None = None,
+    dataset: str = "demo",
+    dataset_options: Mapping[str, Any] | None = None,
+    samples: int = 128,
+    seq_len: int = 512,
+    propagate: str = "quantized",
     ignore: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
     algorithm_options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -69,9 +79,12 @@ def quantize(
 ) -> Result:
     """Quantize ``model`` (a folder, a Hub id, or ``qplug:demo``) into the new folder ``out``.
 
-    ``algo`` is one algorithm or several (``"quarot+gptq"``); ``overrides`` maps patterns of module
-    names to other schemes. Killed and called again, it goes on where it was. Raises QplugError for
-    what the user can mend, before the work where that can be known, and leaves nothing behind.
+    ``algo`` is one algorithm or several (``"awq+gptq"``). Those that need data are given
+    ``samples`` windows of ``seq_len`` tokens of ``dataset``; block by block, the tokens go on
+    through what was made of the block (``propagate="quantized"``) or through the float one.
+    ``overrides`` maps patterns of module names to other schemes. Killed and called again, it goes
+    on where it was. Raises QplugError for what the user can mend, before the work where that can
+    be known, and leaves nothing behind.
     """
     recipe = Recipe(
         algorithms=parse_algorithms(algo),
@@ -81,6 +94,7 @@ def quantize(
         ignore=tuple(ignore),
         algorithm_options=algorithm_options or {},
         backend_options=backend_options or {},
+        calibration=Calibration(dataset, dataset_options or {}, samples, seq_len, propagate),
         seed=seed,
     )
     run = Run(recipe, registry or Registry.installed(), find_device(device), trust_remote_code)
@@ -93,31 +107,11 @@ class Run:
     def __init__(
         self, recipe: Recipe, registry: Registry, device: torch.device, trust_remote_code: bool
     ) -> None:
+        self.stages = Stages(recipe, registry)
+        if not self.stages.needs_data:
+            recipe = replace(recipe, calibration=None)
         self.recipe, self.registry, self.device = recipe, registry, device
         self.trust_remote_code = trust_remote_code
-        backend = registry.exporters[recipe.backend]
-        options: object = fill(backend.Params, recipe.backend_options, f"backend {backend.name}")
-        self.exporter: Exporter[Any] = backend(options)
-        self.quantizer = self._find_quantizer()
-
-    def _find_quantizer(self) -> Algorithm[Any]:
-        recipe, offers = self.recipe, self.registry.algorithms
-        for name in recipe.algorithm_options:
-            if name not in recipe.algorithms:
-                raise QplugError(f"-o {name}...: {name} is not in --algo")
-        pipeline = []
-        for name in recipe.algorithms:
-            algorithm = offers[name]
-            options = recipe.algorithm_options.get(name, {})
-            pipeline.append(algorithm(fill(algorithm.Params, options, f"algorithm {name}")))
-        quantizers = [algorithm for algorithm in pipeline if algorithm.quantizes()]
-        if len(quantizers) > 1:
-            names = " and ".join(algorithm.name for algorithm in quantizers)
-            raise QplugError(f"{names} both choose codes; a pipeline can have one that does")
-        if quantizers:
-            return quantizers[0]
-        default = offers[DEFAULT_QUANTIZER]
-        return default(fill(default.Params, {}, f"algorithm {DEFAULT_QUANTIZER}"))
 
     def __call__(
         self,
@@ -131,32 +125,46 @@ class Run:
         began = time.monotonic()
         refuse_existing(out, overwrite=overwrite)
         source = Checkpoint.open(find_model(model))
-        if out.absolute() == source.folder.absolute():
-            raise QplugError(f"{out}: is the model itself; choose another folder")
+        if source.folder.resolve().is_relative_to(out.resolve()):
+            raise QplugError(f"{out}: is or holds the model itself; choose another folder")
         view = model_view(source, trust_remote_code=self.trust_remote_code)
         schemes = self._servable(assign(self.recipe, view), view)
-        plan = make_plan(source, view, schemes, self.exporter, shard_bytes=shard_bytes)
+        exporter, calibration = self.stages.exporter, self.recipe.calibration
+        by_block = calibration is not None
+        plan = make_plan(
+            source, view, schemes, exporter, shard_bytes=shard_bytes, by_block=by_block
+        )
         source_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
+        tokens = self._tokens(calibration, model, view) if calibration else None
         if dry_run:
             return Result(out, {}, source_bytes, plan.nbytes, 0.0, 0, dry_run=True)
 
-        mark = fingerprint(source, self.recipe, self.registry, self.device.type, shard_bytes)
+        mark = fingerprint(
+            source, self.recipe, self.registry, self.device.type, shard_bytes, tokens
+        )
         with Output(out, plan, mark, overwrite=overwrite) as output:
-            reports = dict(output.finished)
-            for number, weight in self._weights(plan, source, skip=output.finished):
-                step = plan.steps[number]
-                contents, reports[number] = self._work(step, weight, source, view)
-                output.write(number, contents, reports[number])
-                watch(len(reports), len(plan.steps), step.name, reports[number].get("error"))
-            errors = {
-                step.name: reports[number]["error"]
-                for number, step in enumerate(plan.steps)
-                if step.scheme is not None
-            }
-            texts = result_files(
-                model, view, self.recipe, self.exporter, schemes, errors, self.registry
-            )
+            reports = {n: Report.from_dict(plain) for n, plain in output.finished.items()}
+            if tokens is None or calibration is None:
+                work = self._streamed(plan, source, view, output)
+            else:
+                walk = Walk(
+                    source,
+                    view,
+                    schemes,
+                    tokens,
+                    device=self.device,
+                    propagate=calibration.propagate,
+                    trust_remote_code=self.trust_remote_code,
+                )
+                work = self._calibrated(plan, source, view, walk, output)
+            for number, contents, report in work:
+                output.write(number, contents, report.to_dict())
+                reports[number] = report
+                watch(len(reports), len(plan.steps), plan.steps[number].name)
+            told = [reports[number] for number in range(len(plan.steps))]
+            texts = result_files(model, view, self.recipe, exporter, schemes, told, self.registry)
             output.finish(source.companions(), texts)
+        errors = {name: error for report in told for name, error in report.errors.items()}
         seconds = time.monotonic() - began
         return Result(out, errors, source_bytes, plan.nbytes, seconds, len(output.finished))
 
@@ -167,68 +175,92 @@ class Run:
                 check_width(view.linears[name][1], scheme.weights)
             except QplugError as error:
                 raise QplugError(f"{name}: {error}; choose another --group-size") from None
-        sentence = self.exporter.refuses(view, schemes)
+        exporter = self.stages.exporter
+        sentence = exporter.refuses(view, schemes)
         if sentence is not None:
-            raise QplugError(f"{self.exporter.name}: {sentence}")
+            raise QplugError(f"{exporter.name}: {sentence}")
         return {
-            name: scheme.with_scale_dtype(self.exporter.scale_dtype(scheme, view.dtype))
+            name: scheme.with_scale_dtype(exporter.scale_dtype(scheme, view.dtype))
             for name, scheme in schemes.items()
         }
 
-    def _weights(
-        self, plan: Plan, source: Checkpoint, skip: Mapping[int, object]
-    ) -> Iterator[tuple[int, Tensor | None]]:
-        """The steps still to be done, each with its weight; the next is read meanwhile."""
+    def _tokens(self, calibration: Calibration, model: str, view: ModelView) -> Tensor:
+        """The calibration tokens, int64 ``[samples, length]``."""
+        return calibration_tokens(
+            calibration,
+            model,
+            view,
+            seed=self.recipe.seed,
+            registry=self.registry,
+            trust_remote_code=self.trust_remote_code,
+        )
 
-        def read(number: int) -> Tensor | None:
-            step = plan.steps[number]
-            return source.read(f"{step.name}.weight") if step.scheme else None
+    def _streamed(
+        self, plan: Plan, source: Checkpoint, view: ModelView, output: Output
+    ) -> Iterator[Finished]:
+        """Every step that is left, one tensor at a time; the next is read meanwhile."""
 
-        todo = [number for number in range(len(plan.steps)) if number not in skip]
+        def read(number: int) -> list[Tensor]:
+            return [source.read(f"{name}.weight") for name in plan.steps[number].linears]
+
+        todo = [number for number in range(len(plan.steps)) if number not in output.finished]
         with ThreadPoolExecutor(1, "qplug-reader") as reader:
             coming = reader.submit(read, todo[0]) if todo else None
-            for number, after in zip(todo, [*todo[1:], None], strict=True):
+            for number, after in zip_longest(todo, todo[1:]):
                 assert coming is not None
-                weight = coming.result()
+                weights = coming.result()
                 coming = reader.submit(read, after) if after is not None else None
-                yield number, weight
+                step = plan.steps[number]
+                if not weights:
+                    yield number, {n: source.tensors[n].chunks() for n in step.others}, Report()
+                    continue
+                linears = tuple(
+                    Linear(name, weight.to(self.device), scheme.weights, scheme.activations)
+                    for weight, (name, scheme) in zip(weights, step.linears.items(), strict=True)
+                )
+                block = Block(step.name, linears)
+                codes = self.stages.quantize(block)
+                report = Report(self.stages.errors(block, codes))
+                yield number, self.stages.pack(codes, step, view.dtype), report
 
-    def _work(
-        self, step: Step, weight: Tensor | None, source: Checkpoint, view: ModelView
-    ) -> tuple[Mapping[str, Content], dict[str, Any]]:
-        """What one step writes, and the report it leaves in the journal."""
-        if weight is None or step.scheme is None:
-            return {step.name: source.tensors[step.name].chunks()}, {}
-        weight = weight.to(self.device)
-        linear = Linear(step.name, weight, step.scheme.weights)
-        with self._blame(self.quantizer, step.name):
-            codes = self.quantizer.quantize(Block(step.name, (linear,)))[step.name]
-        with self._blame(self.exporter, step.name):
-            contents = self._packed(codes, step, step.scheme, view)
-        return contents, {"error": float(f"{relative_error(weight, codes):.4g}")}
+    def _calibrated(
+        self, plan: Plan, source: Checkpoint, view: ModelView, walk: Walk, output: Output
+    ) -> Iterator[Finished]:
+        """Every step that is left, one decoder block at a time."""
+        for number, step in enumerate(plan.steps):
+            if step.name not in view.blocks:
+                if number not in output.finished:
+                    yield number, {n: source.tensors[n].chunks() for n in step.others}, Report()
+                continue
+            if number in output.finished:
+                walk.replay(step.name, self._served(step.linears, step.others, output, step.name))
+                continue
+            block = walk.enter(step.name)
+            codes = self.stages.quantize(block)
+            report = Report(self.stages.errors(block, codes), block.rewritten())
+            contents: dict[str, Content] = {**self.stages.pack(codes, step, view.dtype)}
+            others = block.others(step.others)
+            contents.update(others)
+            walk.leave(step.name, block.served(codes, others))
+            yield number, contents, report
 
-    def _packed(
-        self, codes: QuantizedWeight, step: Step, scheme: Scheme, view: ModelView
-    ) -> dict[str, Content]:
-        packed = self.exporter.pack(codes, scheme, view.dtype)
-        contents: dict[str, Content] = {f"{step.name}.{k}": t.cpu() for k, t in packed.items()}
-        found = {name: (str(t.dtype)[6:], tuple(t.shape)) for name, t in contents.items()}  # type: ignore[union-attr]
-        planned = {name: (spec.dtype, spec.shape) for name, spec in step.outputs.items()}
-        if found != planned:
-            raise ValueError(f"pack gave {found}, but layout said {planned}")
-        return contents
-
-    @contextmanager
-    def _blame(self, component: Algorithm[Any] | Exporter[Any], where: str) -> Iterator[None]:
-        """Names the layer in an error, and the plugin too if the error is a bug."""
-        try:
-            yield
-        except QplugError as error:
-            raise QplugError(f"{where}: {error}") from error
-        except Exception as error:
-            plugin = self.registry.blame(error)
-            source = plugin.source if plugin else "no plugin"
-            raise StageError(component.name, source, where, error) from error
+    def _served(
+        self,
+        linears: Mapping[str, Scheme],
+        others: Sequence[str],
+        output: Output,
+        block: str,
+    ) -> dict[str, Tensor]:
+        """What an earlier run wrote of a block, as an engine will compute with it."""
+        served = {}
+        for name, scheme in linears.items():
+            layout = output.stored(f"{name}.")
+            tensors = {local: tensor for local, tensor in layout.items() if local != "bias"}
+            served[f"{name}.weight"] = self.stages.exporter.dequantize(tensors, scheme)
+        for name in others:
+            path, _, local = name.rpartition(".")
+            served[name] = output.stored(f"{path}.")[local]
+        return {name.removeprefix(f"{block}."): value for name, value in served.items()}
 
 
 def find_device(name: str) -> torch.device:
@@ -237,7 +269,7 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # the meta device gives no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise QplugError(f"--device {name}: {reason}") from error

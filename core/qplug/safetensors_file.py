@@ -101,18 +101,18 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             size = path.stat().st_size
             entries, begin = _parse_header(file, size)
-            tensors = {
-                name: StoredTensor(path, _spec(entry), begin + entry["data_offsets"][0])
-                for name, entry in entries.items()
-                if name != "__metadata__"
-            }
+            tensors, ends = {}, {}
+            for name, entry in entries.items():
+                if name != "__metadata__":
+                    start, ends[name] = _offsets(entry)
+                    tensors[name] = StoredTensor(path, _spec(entry), begin + start)
     except OSError as error:
         raise QplugError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise QplugError(f"{path}: not a sound safetensors file: {error}") from error
     end = begin
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
-        if tensor.start != end or entries[name]["data_offsets"][1] + begin != end + tensor.nbytes:
+        if tensor.start != end or begin + ends[name] != end + tensor.nbytes:
             raise QplugError(f"{path}: not a sound safetensors file: {name} is out of place")
         end += tensor.nbytes
     if size != end:
@@ -121,7 +121,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _parse_header(file: BinaryIO, size: int) -> tuple[dict[str, dict[str, list[int]]], int]:
+def _parse_header(file: BinaryIO, size: int) -> tuple[dict[str, dict[str, object]], int]:
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > _MAX_HEADER:
         raise ValueError("it has no header")
@@ -133,11 +133,22 @@ def _parse_header(file: BinaryIO, size: int) -> tuple[dict[str, dict[str, list[i
     return entries, 8 + length
 
 
+def _offsets(entry: Mapping[str, object]) -> tuple[int, int]:
+    offsets = entry["data_offsets"]
+    if not (isinstance(offsets, list) and len(offsets) == 2 and _are_sizes(offsets)):
+        raise ValueError(f"{offsets} are no offsets")
+    return offsets[0], offsets[1]
+
+
+def _are_sizes(numbers: list[object]) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
 def _spec(entry: Mapping[str, object]) -> TensorSpec:
     code, shape = str(entry["dtype"]), entry["shape"]
     if code not in _DTYPES:
         raise ValueError(f"dtype {code} is not known")
-    if not (isinstance(shape, list) and all(isinstance(side, int) and side >= 0 for side in shape)):
+    if not (isinstance(shape, list) and _are_sizes(shape)):
         raise ValueError(f"{shape} is no shape")
     return TensorSpec(_DTYPES[code], tuple(shape))
 

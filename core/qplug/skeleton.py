@@ -8,12 +8,12 @@ memory, but on disk each stands alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from qplug.api import ModelView
@@ -74,7 +74,7 @@ class _Tree:
 def _tree(checkpoint: Checkpoint, trust_remote_code: bool) -> _Tree:
     folder = checkpoint.folder
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    model = build(config, folder, device="meta", trust_remote_code=trust_remote_code)
+    model = build(config, folder, trust_remote_code=trust_remote_code)
     modules = dict(model.named_modules())
     output = model.get_output_embeddings()
     head = next((name for name, module in modules.items() if module is output), None)
@@ -117,27 +117,42 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code
             )
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except Exception as error:  # transformers checks little: a wrong field raises anything
         reason = " ".join(str(error).split())[:200]
         raise QplugError(f"{folder / 'config.json'}: unknown architecture: {reason}") from error
     return config
 
 
-def build(
-    config: PreTrainedConfig, folder: Path, *, device: str, trust_remote_code: bool
-) -> PreTrainedModel:
-    """An untrained model of ``config`` on ``device``."""
+def build(config: PreTrainedConfig, folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
+    """A hollow model of ``config``: parameters on the meta device, buffers with their values."""
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device(device), quiet_transformers():
+        with _hollow(), quiet_transformers():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
             )
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # as in load_config
         reason = " ".join(str(error).split())[:200]
         raise QplugError(f"{folder / 'config.json'}: no such causal model: {reason}") from error
     return model
+
+
+@contextmanager
+def _hollow() -> Iterator[None]:
+    """Within it, modules put their parameters on the meta device as they are made."""
+    register = nn.Module.register_parameter
+
+    def register_hollow(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # a tied head stays the embedding
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_hollow  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _decoder_blocks(tree: nn.Module, folder: Path) -> tuple[str, ...]:
@@ -153,22 +168,34 @@ def _decoder_blocks(tree: nn.Module, folder: Path) -> tuple[str, ...]:
     return tuple(f"{name}.{index}" for index in range(len(module)))
 
 
+def float_tensors(
+    checkpoint: Checkpoint, *, trust_remote_code: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that a float checkpoint of this architecture has, with their shapes.
+
+    Names are those on disk: experts one by one; no head where it is tied.
+    """
+    return _on_disk(_tree(checkpoint, trust_remote_code))
+
+
+def _on_disk(tree: _Tree) -> dict[str, tuple[int, ...]]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model: PreTrainedModel = tree.modules[""]  # type: ignore[assignment]
+    tensors = revert_weight_conversion(model, dict(model.named_parameters()))
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def _check_whole(checkpoint: Checkpoint, tree: _Tree) -> None:
-    for name, module in tree.modules.items():
-        if not isinstance(module, nn.Embedding) and not tree.in_block(name):
-            continue  # heads may be tied, or have another name on disk
-        for local, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1 and not isinstance(module, (nn.Linear, nn.Embedding)):
-                continue  # experts and routers may have other names on disk
-            tensor = f"{name}.{local}"
-            stored = checkpoint.tensors.get(tensor)
-            if stored is None:
-                raise QplugError(f"{checkpoint.folder}: the checkpoint lacks {tensor}")
-            if stored.spec.shape != tuple(parameter.shape):
-                raise QplugError(
-                    f"{checkpoint.folder}: {tensor} is {list(stored.spec.shape)}, "
-                    f"but config.json makes it {list(parameter.shape)}"
-                )
+    for tensor, shape in _on_disk(tree).items():
+        stored = checkpoint.tensors.get(tensor)
+        if stored is None:
+            raise QplugError(f"{checkpoint.folder}: the checkpoint lacks {tensor}")
+        if stored.spec.shape != shape:
+            raise QplugError(
+                f"{checkpoint.folder}: {tensor} is {list(stored.spec.shape)}, "
+                f"but config.json makes it {list(shape)}"
+            )
 
 
 def _float_dtype(checkpoint: Checkpoint) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def find_model(model: str) -> Path:
     """
     if model == DEMO:
         return Path(str(files("qplug") / "demo"))
-    if Path(model).exists():
+    if os.path.lexists(model):  # unlike exists(), lets a name that is too long pass
         return Path(model)
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
     if looks_like_path:

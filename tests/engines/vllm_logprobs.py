@@ -2,11 +2,13 @@
 
     python vllm_logprobs.py JOB.json RESULT.json
 
-Runs in vLLM's own environment, which has no qplug, and so imports nothing of it. A job is
-``{"folders": {NAME: PATH}, "prompts": [[TOKEN, ...], ...]}``; the result is, by name, the
-``logprobs`` of every token of every prompt but the first, the ``tokens`` that greedy decoding
-continues each prompt with, and the ``seconds`` it took. A folder that fails has its ``error``
-instead, and the next one is tried.
+Runs in vLLM's own environment, which has no qplug, and so imports nothing of it. A job is::
+
+    {"prompts": [[TOKEN, ...], ...], "loads": {NAME: {"folder": PATH, "dtype": "auto"}, ...}}
+
+The result has, by name, the ``logprobs`` of every token of every prompt but the first, and the
+``seconds`` it took to load and compute. A load that fails has its ``error`` instead, and the next
+one is tried.
 """
 
 from __future__ import annotations
@@ -20,57 +22,45 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-# Read by vLLM when it is imported. All in one process: each engine would else start its own.
-os.environ.update(
-    VLLM_TARGET_DEVICE="cpu",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_NO_USAGE_STATS="1",
-    HF_HUB_OFFLINE="1",
-)
 
-#: How many tokens greedy decoding appends to each prompt.
-CONTINUED = 4
-
-
-def measure(folder: str, prompts: list[list[int]]) -> dict[str, Any]:
+def measure(folder: str, dtype: str, prompts: list[list[int]]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     began = time.monotonic()
-    longest = max(map(len, prompts)) + CONTINUED
+    longest = max(map(len, prompts)) + 1
     llm = LLM(
         model=folder,
+        dtype=dtype,
         enforce_eager=True,
         max_model_len=longest,
         max_num_batched_tokens=longest,
         max_num_seqs=2,
         disable_log_stats=True,
     )
-    asked = SamplingParams(max_tokens=CONTINUED, temperature=0, ignore_eos=True, prompt_logprobs=0)
     answers = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
+        use_tqdm=False,
     )
     logprobs = []
     for prompt, answer in zip(prompts, answers, strict=True):
         found = answer.prompt_logprobs[1:]
         logprobs.append([at[token].logprob for token, at in zip(prompt[1:], found, strict=True)])
-    return {
-        "logprobs": logprobs,
-        "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
-        "seconds": time.monotonic() - began,
-    }
+    return {"logprobs": logprobs, "seconds": round(time.monotonic() - began, 1)}
 
 
 def main() -> None:
     job_file, result_file = map(Path, sys.argv[1:])
     job = json.loads(job_file.read_text("utf-8"))
 
+    # Several engines one after another in this process: starting one takes most of a minute.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    result = {}
-    for name, folder in job["folders"].items():
+    result: dict[str, dict[str, Any]] = {}
+    for name, load in job["loads"].items():
         try:
-            result[name] = measure(folder, job["prompts"])
+            result[name] = measure(load["folder"], load["dtype"], job["prompts"])
         except Exception as error:
             traceback.print_exc()
             result[name] = {"error": f"{type(error).__name__}: {error}"}

@@ -12,7 +12,7 @@ from qplug.progress import progress_bar
 from qplug.registry import Registry
 
 
-@click.command()
+@click.command(name="eval")
 @click.argument("model")
 @click.option("--dataset", default="demo", show_default=True)
 @click.option("--dataset-opt", "dataset_options", metavar="K=V", multiple=True)

@@ -10,7 +10,7 @@ import click
 from qplug.registry import Registry
 
 
-@click.command()
+@click.command(name="inspect")
 @click.argument("folder")
 @click.option("--json", "as_json", is_flag=True, help="Print what is held as JSON.")
 @click.pass_obj

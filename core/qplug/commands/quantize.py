@@ -13,7 +13,7 @@ from qplug.progress import progress_bar
 from qplug.registry import Registry
 
 
-@click.command()
+@click.command(name="quantize")
 @click.argument("model")
 @click.option("--algo", default="rtn", show_default=True, help="An algorithm, or A+B in order.")
 @click.option("--scheme", default="W4A16", show_default=True, help="See qplug schemes.")
@@ -24,6 +24,17 @@ from qplug.registry import Registry
     "-o", "options", metavar="ALGO.PARAM=V", multiple=True, help="See qplug plugins show ALGO."
 )
 @click.option("--backend-opt", "backend_options", metavar="K=V", multiple=True)
+@click.option("--dataset", default="demo", show_default=True, help="What to calibrate on.")
+@click.option("--dataset-opt", "dataset_options", metavar="K=V", multiple=True)
+@click.option("--samples", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--seq-len", default=512, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--propagate",
+    default="quantized",
+    show_default=True,
+    type=click.Choice(["quantized", "float"]),
+    help="What feeds a block in calibration: the blocks before it as they became, or as they were.",
+)
 @click.option("--ignore", metavar="PATTERN", multiple=True, help="Leave these layers float.")
 @click.option(
     "--override", "overrides", metavar="PATTERN=SCHEME", multiple=True, help="Another scheme."
@@ -52,6 +63,11 @@ def command(
     group_size: int | None,
     options: tuple[str, ...],
     backend_options: tuple[str, ...],
+    dataset: str,
+    dataset_options: tuple[str, ...],
+    samples: int,
+    seq_len: int,
+    propagate: str,
     ignore: tuple[str, ...],
     overrides: tuple[str, ...],
     shard_size: float,
@@ -79,6 +95,11 @@ def command(
             scheme=scheme,
             backend=backend,
             group_size=group_size,
+            dataset=dataset,
+            dataset_options=parse_pairs(dataset_options, "--dataset-opt"),
+            samples=samples,
+            seq_len=seq_len,
+            propagate=propagate,
             ignore=ignore,
             overrides=parse_pairs(overrides, "--override"),
             algorithm_options=_by_algorithm(options),
@@ -90,7 +111,7 @@ def command(
             dry_run=dry_run,
             trust_remote_code=trust_remote_code,
             registry=registry,
-            watch=lambda done, total, name, error: bar(done, total, name),
+            watch=bar,
         )
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(result), "out": str(result.out)}, indent=2))

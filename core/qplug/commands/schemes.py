@@ -11,7 +11,7 @@ from qplug.registry import Registry
 from qplug.scheme import PRESETS, QuantArgs, Scheme
 
 
-@click.command()
+@click.command(name="schemes")
 @click.option("--backend", help="Only this backend.")
 @click.option("--json", "as_json", is_flag=True, help="Print the tables as JSON.")
 @click.pass_obj

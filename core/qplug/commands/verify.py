@@ -13,7 +13,7 @@ from qplug.registry import Registry
 _SHOWN = 20
 
 
-@click.command()
+@click.command(name="verify")
 @click.argument("folder")
 @click.option("--against", metavar="MODEL", help="The float model; by default as recorded.")
 @click.option("--backend", help="Whose rules apply; by default those it was written for.")
@@ -59,7 +59,10 @@ def command(
                 f"relative error against {result.against}: "
                 f"mean {mean:.4f}, worst {result.errors[worst]:.4f} ({worst})"
             )
-        elif result.ok:
+        if result.rewritten:
+            told = f"{result.rewritten} layers hold rescaled weights"
+            click.echo(f"{told}: compare what they compute with qplug eval")
+        elif result.ok and not result.errors:
             click.echo("not compared: the float model is not at hand; name it with --against")
     if not result.ok:
         raise click.exceptions.Exit(1)

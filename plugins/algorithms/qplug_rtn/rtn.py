@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qplug import Algorithm, Block, NoParams, QuantizedWeight
-from qplug.numerics import round_to_nearest
+from qplug.numerics import nearest
 
 
 class RTN(Algorithm[NoParams]):
@@ -14,4 +14,4 @@ class RTN(Algorithm[NoParams]):
     name = "rtn"
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
-        return {each.name: round_to_nearest(each.weight, each.args) for each in block.linears}
+        return {linear.name: nearest(linear) for linear in block.linears}

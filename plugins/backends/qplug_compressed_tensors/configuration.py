@@ -22,11 +22,14 @@ MIXED = "mixed-precision"
 def format_of(scheme: Scheme) -> str | None:
     """The name of the layout that holds ``scheme``; None if there is none."""
     weights, activations = scheme.weights, scheme.activations
-    if weights.dtype == "e4m3" and activations is not None:
+    if activations is None:
+        fits = weights.dtype in ("int4", "int8") and weights.strategy in ("group", "channel")
+        return PACK_QUANTIZED if fits else None
+    if not weights.symmetric or weights.dtype != activations.dtype:
+        return None
+    if weights.dtype == "e4m3" and weights.strategy in ("tensor", "channel", "block"):
         return FLOAT_QUANTIZED
-    if weights.dtype in ("int4", "int8") and activations is None:
-        return PACK_QUANTIZED
-    if weights.dtype == "int8" and weights.symmetric and activations is not None:
+    if weights.dtype == "int8" and weights.strategy in ("tensor", "channel"):
         return INT_QUANTIZED
     return None
 
@@ -46,9 +49,9 @@ def write_config(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, A
         if len(formats) > 1:
             groups[f"group_{number}"]["format"] = format_of(scheme)
     floats = [name for name in model.linears if name not in schemes]
+    if model.head is not None and model.head not in model.linears:
+        floats.append(model.head)  # a tied head has no tensor, but is a module to loaders
     ignore = patterns(floats, [*schemes, *floats], model.blocks)
-    if model.head is not None and model.head not in {*ignore, *schemes}:
-        ignore.append(model.head)  # a tied head has no tensor, but is a module to loaders
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else MIXED,
@@ -98,8 +101,10 @@ def patterns(names: Iterable[str], among: Iterable[str], blocks: tuple[str, ...]
             inside.setdefault(_any_number(name.removeprefix(block + ".")), set()).add(name)
     entries, covered = [], set()
     for local, members in inside.items():
-        if members <= wanted:
-            entries.append(rf"re:.*\.{local}$")
+        entry = rf"re:.*\.{local}$"
+        # Of `proj` and `attn.proj` the expression for the first would match both.
+        if members <= wanted and not any(_fits(entry, other) for other in others - wanted):
+            entries.append(entry)
             covered |= members
     for name in wanted - covered:
         alone = not any(name in other for other in others if other != name)

@@ -104,9 +104,10 @@ class CompressedTensors(Exporter[NoParams]):
 
     def stored(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
         shapes = {}
-        for tensor in folder.tensors:
+        for tensor, stored in folder.tensors.items():
             name, _, local = tensor.rpartition(".")
-            if local == "weight_shape":
+            # What is no shape at all is left to the rules, which say so.
+            if local == "weight_shape" and stored.spec == TensorSpec("int64", (2,)):
                 out, width = folder.read(tensor).tolist()
                 shapes[name] = (out, width)
         return shapes
@@ -117,7 +118,11 @@ class CompressedTensors(Exporter[NoParams]):
         return {name: group.scheme for name, group in groups.items() if group is not None}
 
     def check(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
-        config = folder.config["quantization_config"]
+        config = folder.config.get("quantization_config")
+        if config is None:
+            yield Problem("format", "config.json", "has no quantization_config")
+            return
         parsed = Configuration.parse(config, ignores_substrings=self.ignores_substrings)
         case = Case(folder, model, parsed, self)
-        return (problem for rule in self.rules for problem in rule(case))
+        for rule in self.rules:
+            yield from rule(case)

@@ -14,20 +14,21 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
     The last word of a row is filled with zero bits. ``bits`` is 4 or 8.
     """
-    gap = -codes.shape[1] % (32 // bits)
+    rows, columns = codes.shape
+    gap = -columns % (32 // bits)
     if gap:
         codes = torch.nn.functional.pad(codes, (0, gap))
-    codes = codes.contiguous()
+    codes = codes.contiguous().view(-1)  # flat: a side of 1 may have a stride that forbids views
     if bits == 4:
         pairs = codes.view(torch.int16)
         codes = (pairs | (pairs >> 4)).to(torch.uint8)
-    return codes.view(torch.int32)
+    return codes.view(torch.int32).view(rows, -1)
 
 
 def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse: int32 ``[rows, words]`` as uint8 codes ``[rows, columns]``."""
-    codes = words.contiguous().view(torch.uint8)
+    codes = words.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
     if bits == 4:
         pairs = codes.to(torch.int16)
         codes = ((pairs | (pairs << 4)) & 0x0F0F).view(torch.uint8)
-    return codes[:, :columns]
+    return codes.view(words.shape[0], -1)[:, :columns]

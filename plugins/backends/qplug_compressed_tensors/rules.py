@@ -16,7 +16,6 @@ from qplug import Exporter, ModelView, Problem, Scheme
 from qplug_compressed_tensors.configuration import (
     FLOAT_QUANTIZED,
     INT_QUANTIZED,
-    MIXED,
     PACK_QUANTIZED,
     Configuration,
     format_of,
@@ -93,7 +92,9 @@ def codes_are_laid_out(case: Case) -> Iterator[Problem]:
 
 def floats_are_float(case: Case) -> Iterator[Problem]:
     """A linear that is not quantized has a float weight and nothing else."""
-    for name in case.model.linears.keys() - case.schemes.keys():
+    for name in case.model.linears:
+        if name in case.schemes:
+            continue
         found = case.present.get(name, {})
         for local in sorted(found.keys() - {"weight"}):
             yield Problem("ignore", name, f"config.json says it is float, but it has {local}")
@@ -101,8 +102,6 @@ def floats_are_float(case: Case) -> Iterator[Problem]:
             dtype = case.folder.tensors[f"{name}.weight"].spec.dtype
             if dtype not in _FLOATS:
                 yield Problem("ignore", name, f"config.json says it is float, but it is {dtype}")
-        elif name in case.model.quantizable:
-            yield Problem("missing", name, "there is no weight")
 
 
 def float_linears_are_ignored(case: Case) -> Iterator[Problem]:
@@ -151,18 +150,18 @@ def numbers_are_sound(case: Case) -> Iterator[Problem]:
                 torch.isfinite(values.float()).all() and (values.float() > 0).all()
             ):
                 yield Problem("scale", name, "a scale is zero, negative, or not finite")
-            if local == "weight_shape" and tuple(values.tolist()) != case.model.linears[name]:
+            shape = list(case.model.linears[name])
+            if local == "weight_shape" and values.flatten().tolist() != shape:
                 yield Problem(
-                    "weight_shape",
-                    name,
-                    f"says {values.tolist()}, but the layer is {list(case.model.linears[name])}",
+                    "weight_shape", name, f"says {values.tolist()}, but the layer is {shape}"
                 )
 
 
 def one_format(case: Case) -> Iterator[Problem]:
     """All groups have the global format: SGLang reads no other."""
+    told = case.folder.config["quantization_config"].get("format")
     for group in case.config.groups:
-        if case.folder.config["quantization_config"].get("format") in (MIXED, None):
+        if group.format != told:
             yield Problem("format", ", ".join(group.targets), "a format of its own is not read")
 
 

@@ -30,5 +30,8 @@ class Fake(Exporter[NoParams]):
     def dequantize(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
         return tensors["weight"].float()
 
+    def schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
+        raise QplugError(f"{self.name}: a folder with a quantization_config is another backend's")
+
     def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any] | None:
         return None

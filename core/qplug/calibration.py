@@ -1,0 +1,272 @@
+"""Walk a model block by block on calibration tokens: one block in memory, inputs caught once.
+
+What the model computes before its first block (embeddings, masks, rotary tables) is run once, with
+every block replaced by a recorder of what it is called with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qplug.api import ModelView
+from qplug.checkpoint import Checkpoint
+from qplug.errors import QplugError
+from qplug.live_block import LiveBlock
+from qplug.numerics import fake_quantize_activations
+from qplug.scheme import QuantArgs, Scheme
+from qplug.skeleton import build, load_config
+from qplug.statistics import Statistics
+from qplug.structure import Group, find_groups
+
+#: Tokens in one forward pass through a block.
+_BATCH_TOKENS = 4096
+#: Tokens of each group that are kept as they are.
+_SAMPLE = 2048
+#: Tokens on which the structure of a block is found.
+_PROBE = 16
+
+
+class Walk:
+    """Calibration tokens on their way through the blocks of a model.
+
+    ``enter`` reads a block and gathers its statistics, ``leave`` sends the tokens through what was
+    made of it; ``replay`` does the latter alone, for a block that an earlier run has finished.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        view: ModelView,
+        schemes: Mapping[str, Scheme],
+        tokens: Tensor,
+        *,
+        device: torch.device,
+        propagate: str = "quantized",
+        trust_remote_code: bool = False,
+    ) -> None:
+        """``tokens``: int64 ``[samples, length]``."""
+        self._source, self._view, self._schemes = source, view, schemes
+        self._device, self._propagate = device, propagate
+        stored: torch.dtype = getattr(torch, view.dtype)
+        self._stored_dtype = stored
+        # Float32 on a CPU, which has no faster way; on a GPU the dtype that the engine will use.
+        self._dtype = torch.float32 if device.type == "cpu" else stored
+        config = load_config(source.folder, trust_remote_code=trust_remote_code)
+        self._model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
+        self._blocks = {name: self._model.get_submodule(name) for name in view.blocks}
+        self._structures: dict[tuple[Any, ...], tuple[Group, ...]] = {}
+        self._hidden, self._calls = self._catch(tokens)
+
+    # --- before the first block ------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _catch(self, tokens: Tensor) -> tuple[list[Tensor], dict[str, list[dict[str, Any]]]]:
+        """The hidden states that enter block 0, batch by batch, and how each block is called."""
+        outer = [
+            name
+            for name, _ in self._model.base_model.named_parameters(
+                prefix=self._model.base_model_prefix
+            )
+            if not any(name.startswith(block + ".") for block in self._view.blocks)
+        ]
+        held = [name for name in outer if name in self._source.tensors]
+        self._fill(self._model, {name: self._source.read(name) for name in held})
+        for module in self._model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self._device)
+        recorders = {name: _Recorder(block) for name, block in self._blocks.items()}
+        parent = self._model.get_submodule(self._view.blocks[0].rpartition(".")[0])
+        assert isinstance(parent, nn.ModuleList)
+        size = max(1, _BATCH_TOKENS // tokens.shape[1])
+        hidden = []
+        for index, recorder in enumerate(recorders.values()):
+            parent[index] = recorder
+        try:
+            for batch in tokens.split(size):
+                self._model.base_model(input_ids=batch.to(self._device), use_cache=False)
+                hidden.append(recorders[self._view.blocks[0]].hidden)
+        finally:
+            for index, block in enumerate(self._blocks.values()):
+                parent[index] = block
+            for name in outer:
+                _set(self._model, name, torch.empty(0, device="meta"))
+        return hidden, {name: recorder.calls for name, recorder in recorders.items()}
+
+    # --- a block ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def enter(self, name: str) -> LiveBlock:
+        """Read block ``name`` and gather the statistics of what its linears read."""
+        module = self._blocks[name]
+        weights = {
+            local: self._source.read(f"{name}.{local}").to(self._device)
+            for local, _ in module.named_parameters()
+        }
+        self._fill(module, weights)
+        structure = self._structure(name, module, weights)
+        statistics = self._observe(name, module, structure)
+        return LiveBlock(name, structure, statistics, weights, self._schemes, self._stored_dtype)
+
+    def _structure(
+        self, name: str, module: nn.Module, weights: Mapping[str, Tensor]
+    ) -> tuple[Group, ...]:
+        """Found once for all blocks that are alike, in float32, on random weights and tokens.
+
+        Not on the block's own: where those are zero, or small beside the residual, a wrong answer
+        would look right, and a run that goes on at a later block could find another.
+        """
+        kinds = tuple(sorted({str(type(part)) for part in module.modules()}))
+        key = (*kinds, *((local, tuple(weight.shape)) for local, weight in weights.items()))
+        if key not in self._structures:
+            module.float()
+            generator = torch.Generator(self._device).manual_seed(0)
+            draw = partial(torch.rand, generator=generator, device=self._device)
+            for local, weight in weights.items():
+                values = draw(weight.shape)  # norms stay away from zero, matrices keep variance
+                spread = (12 / weight.shape[-1]) ** 0.5
+                _set(module, local, values + 0.5 if weight.ndim == 1 else (values - 0.5) * spread)
+            samples = self._hidden[0]
+            probe = draw(1, min(_PROBE, samples.shape[1]), samples.shape[2]) - 0.5
+            call = _shortened(self._calls[name][0], _PROBE, torch.float32)
+            self._structures[key] = find_groups(module, lambda: _tensor(module(probe, **call)))
+            module.to(self._dtype)
+            self._fill(module, weights)
+        return self._structures[key]
+
+    def _observe(
+        self, name: str, module: nn.Module, structure: tuple[Group, ...]
+    ) -> dict[str, Statistics]:
+        """Statistics by the first linear of each group. In passing, what leaves the float block."""
+        statistics = {}
+        handles = []
+        share = -(-_SAMPLE // len(self._hidden))
+        for group in structure:
+            first = group.linears[0]
+            linear = module.get_submodule(first)
+            assert isinstance(linear, nn.Linear)
+            statistics[first] = Statistics(linear.in_features, self._device, _SAMPLE)
+            observe = partial(_observe_input, statistics[first], share)
+            handles.append(linear.register_forward_pre_hook(observe))
+        try:
+            after = self._forward(name, module)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self._propagate == "float":
+            self._hidden = after
+        return statistics
+
+    @torch.no_grad()
+    def leave(self, name: str, served: Mapping[str, Tensor]) -> None:
+        """Send the tokens through the block with the parameters ``served``, and free it.
+
+        ``served``: every parameter by its name within the block, with the value an engine will use.
+        """
+        module = self._blocks[name]
+        if self._propagate == "quantized":
+            self._fill(module, served)
+            with self._rounding_inputs(name, module):
+                self._hidden = self._forward(name, module)
+        for local, _ in list(module.named_parameters()):
+            _set(module, local, torch.empty(0, device="meta"))
+        self._calls.pop(name)
+
+    @torch.no_grad()
+    def replay(self, name: str, served: Mapping[str, Tensor]) -> None:
+        """``leave`` for a block that was finished by an earlier run."""
+        if self._propagate == "float":
+            module = self._blocks[name]
+            self._fill(
+                module,
+                {n: self._source.read(f"{name}.{n}") for n, _ in module.named_parameters()},
+            )
+            self._hidden = self._forward(name, module)
+        self.leave(name, served)
+
+    def _forward(self, name: str, module: nn.Module) -> list[Tensor]:
+        calls = self._calls[name]
+        return [
+            _tensor(module(hidden, **call))
+            for hidden, call in zip(self._hidden, calls, strict=True)
+        ]
+
+    @contextmanager
+    def _rounding_inputs(self, name: str, module: nn.Module) -> Iterator[None]:
+        handles = []
+        for local, part in module.named_modules():
+            scheme = self._schemes.get(f"{name}.{local}")
+            if scheme is not None and scheme.activations is not None:
+                hook = partial(_round_input, scheme.activations)
+                handles.append(part.register_forward_pre_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _fill(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            _set(module, name, value.to(self._device, self._dtype))
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    path, _, local = name.rpartition(".")
+    module.get_submodule(path)._parameters[local] = nn.Parameter(value, requires_grad=False)
+
+
+def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _observe_input(
+    statistics: Statistics, share: int, module: nn.Module, inputs: tuple[Tensor]
+) -> None:
+    statistics.observe(inputs[0].flatten(0, -2), share)
+
+
+def _round_input(args: QuantArgs, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (fake_quantize_activations(inputs[0], args),)
+
+
+def _shortened(call: Mapping[str, Any], length: int, dtype: torch.dtype) -> dict[str, Any]:
+    """A block's arguments for the first ``length`` tokens of the first sample."""
+    return {name: _shorten(value, length, dtype) for name, value in call.items()}
+
+
+def _shorten(value: Any, length: int, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):  # cos and sin: [samples, tokens, head size]
+        return tuple(part[:1, :length].to(dtype) for part in value)
+    if isinstance(value, Tensor) and value.ndim == 4:  # a mask: [samples, heads, tokens, tokens]
+        return value[:1, :, :length, :length]
+    if isinstance(value, Tensor) and value.ndim == 2:  # positions: [samples, tokens]
+        return value[:1, :length]
+    return value
+
+
+class _Recorder(nn.Module):
+    """Stands for a block: notes how it is called, and lets the hidden states through."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not registered: its parameters are no part of this
+        self.calls: list[dict[str, Any]] = []
+        self.hidden = torch.empty(0)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            raise QplugError("this architecture's blocks take arguments that qplug cannot follow")
+        self.hidden = hidden_states
+        self.calls.append(kwargs)
+        return hidden_states

@@ -1,0 +1,79 @@
+"""How far to clip a weight's range, so that the layer's output changes least (public).
+
+For a group of columns ``g`` of a row, candidate ``ŵ`` and the Gram matrix ``G`` of the input, the
+error over all calibration tokens is ``(w - ŵ)_g G_gg (w - ŵ)_gᵀ``: only diagonal blocks of ``G``
+matter, and no token is needed again. (AWQ, arXiv 2306.00978, section 3.2, clips by such a search.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qplug.api import Linear
+from qplug.numerics import dequantize_with, minmax_scale, quantize
+from qplug.scheme import QuantArgs
+
+#: Weights whose errors are computed at a time.
+_CHUNK = 1 << 24
+
+
+def search_clip(linear: Linear, gram: Tensor, *, steps: int, smallest: float) -> None:
+    """Choose ``linear.scale`` (and ``zero``): the least error on a grid of ranges.
+
+    Ranges go from one that clips nothing to ``smallest`` times the full one, in ``steps`` steps,
+    row by row and group by group. ``gram: [in, in]`` is that of the linear's input.
+    """
+    rows = max(1, _CHUNK // linear.weight.shape[1])
+    scales, zeros = [], []
+    for part in linear.weight.split(rows):
+        scale, zero = _search(Linear(linear.name, part, linear.args), gram, steps, smallest)
+        scales.append(scale)
+        zeros.append(zero)
+    linear.scale = torch.cat(scales)
+    linear.zero = None if zeros[0] is None else torch.cat([z for z in zeros if z is not None])
+
+
+def _search(
+    linear: Linear, gram: Tensor, steps: int, smallest: float
+) -> tuple[Tensor, Tensor | None]:
+    weight, args = linear.weight, linear.args
+    blocks = diagonal_blocks(gram, args.group_size or weight.shape[1])
+    best_scale, best_zero = minmax_scale(weight, args)
+    least = torch.full_like(best_scale, torch.inf)
+    largest = unclipped_ratio(args)
+    for step in range(steps + 1):
+        ratio = largest - step * (largest - smallest) / steps
+        scale, zero = minmax_scale(weight * ratio, args)
+        restored = dequantize_with(quantize(weight, scale, zero, args), scale, zero, args)
+        error = _error(restored.sub_(weight), blocks)
+        better = error < least
+        least = torch.where(better, error, least)
+        best_scale = torch.where(better, scale, best_scale)
+        if zero is not None and best_zero is not None:
+            best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def unclipped_ratio(args: QuantArgs) -> float:
+    """How much wider than ``minmax_scale`` a range must be so that no weight is clipped.
+
+    Symmetric integers reach one step less far above zero than below it; ``minmax_scale`` puts the
+    largest weight between the two ends.
+    """
+    if args.is_float or not args.symmetric:
+        return 1.0
+    low, high = args.code_range
+    return (high - low) / (2 * high)
+
+
+def diagonal_blocks(gram: Tensor, size: int) -> Tensor:
+    """The blocks of ``size`` on the diagonal of ``gram: [in, in]``: ``[groups, size, size]``."""
+    edges = range(0, gram.shape[0], size)
+    return torch.stack([gram[edge : edge + size, edge : edge + size] for edge in edges])
+
+
+def _error(difference: Tensor, blocks: Tensor) -> Tensor:
+    """``d G dᵀ`` for each row and group: ``difference: [out, in]`` -> ``[out, groups]``."""
+    groups = difference.view(difference.shape[0], *blocks.shape[:2]).transpose(0, 1)
+    return (torch.bmm(groups, blocks) * groups).sum(-1).T

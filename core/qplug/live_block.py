@@ -1,0 +1,165 @@
+"""A decoder block in the middle of a calibrated run, as algorithms see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from qplug.api import Block, InputGroup, Linear, QuantizedWeight
+from qplug.numerics import dequantize
+from qplug.scheme import Scheme
+from qplug.statistics import Statistics
+from qplug.structure import Before, Group, divide
+
+
+class LiveBlock(Block):
+    """A block with float32 masters of its parameters, which ``smooth`` rewrites.
+
+    ``masters``: every parameter by its name within the block. Those of norms and biases always have
+    a value that the dtype of the checkpoint can hold, so that what is stored is what was computed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        structure: tuple[Group, ...],
+        statistics: Mapping[str, Statistics],
+        weights: Mapping[str, Tensor],
+        schemes: Mapping[str, Scheme],
+        stored_dtype: torch.dtype,
+    ) -> None:
+        self.masters = {n: weight.to(torch.float32, copy=True) for n, weight in weights.items()}
+        self._dtypes = {local: weight.dtype for local, weight in weights.items()}
+        self._stored_dtype = stored_dtype
+        self._rewritten: set[str] = set()
+        linears = {
+            path: Linear(
+                f"{name}.{path}",
+                self.masters[f"{path}.weight"],
+                schemes[f"{name}.{path}"].weights,
+                schemes[f"{name}.{path}"].activations,
+            )
+            for path in (local.removesuffix(".weight") for local in weights)
+            if f"{name}.{path}" in schemes
+        }
+        groups, self._structure = [], {}
+        for members in structure:
+            known = statistics[members.linears[0]]
+            group = InputGroup(
+                linears=tuple(linears[path] for path in members.linears if path in linears),
+                gram=known.gram,
+                mean=known.mean,
+                mean_abs=known.mean_abs,
+                low=known.low,
+                high=known.high,
+                sample=known.sample,
+                tokens=known.tokens,
+                scalable=members.before is not None,
+                shiftable=self._is_shiftable(members),
+                after_norm=members.before is not None and members.before.kind != "rows",
+            )
+            if group.linears:
+                groups.append(group)
+                self._structure[id(group)] = members
+        super().__init__(name, tuple(linears.values()), tuple(groups))
+
+    def shared(self, group: InputGroup, per_channel: Tensor) -> Tensor:
+        rows = self._before(group).rows
+        count = int(rows.max()) + 1
+        total = torch.zeros(count, device=rows.device).index_add_(0, rows, per_channel.float())
+        return (total / torch.bincount(rows, minlength=count).clamp_(min=1))[rows]
+
+    def smooth(self, group: InputGroup, scale: Tensor) -> None:
+        if not (torch.isfinite(scale).all() and (scale > 0).all()):
+            raise ValueError("a scale must be positive and finite")
+        before = self._before(group)
+        scale = self._divided(before, self.shared(group, scale))
+        readers = [f"{path}.weight" for path in self._structure[id(group)].linears]
+        for name in readers:
+            self.masters[name].mul_(scale)
+        made = [f"{before.module}.weight", f"{before.module}.bias"]
+        self._rewritten.update(name for name in [*readers, *made] if name in self.masters)
+        for linear in group.linears:
+            linear.scale = linear.zero = None
+        group.gram /= scale[:, None] * scale
+        group.mean /= scale
+        group.mean_abs /= scale
+        group.low /= scale
+        group.high /= scale
+        group.sample /= scale
+
+    def rewritten(self) -> tuple[str, ...]:
+        """The parameters that ``smooth`` has changed, by full name."""
+        return tuple(sorted(f"{self.name}.{local}" for local in self._rewritten))
+
+    def others(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The parameters ``names`` (full names) as they are to be stored."""
+        found = {}
+        for name in names:
+            local = name.removeprefix(f"{self.name}.")
+            found[name] = self.masters[local].to(self._dtypes[local]).cpu()
+        return found
+
+    def served(
+        self, codes: Mapping[str, QuantizedWeight], others: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Every parameter by its name within the block, as an engine will compute with it."""
+        values = {f"{name}.weight": dequantize(weight) for name, weight in codes.items()}
+        values.update(others)
+        return {name.removeprefix(f"{self.name}."): value for name, value in values.items()}
+
+    def shift(self, group: InputGroup, offset: Tensor) -> None:
+        if not group.shiftable:
+            raise ValueError("no bias before or behind this group can take an offset")
+        members = self._structure[id(group)]
+        bias = self.masters[f"{self._before(group).module}.bias"]
+        old = bias.clone()
+        bias.sub_(offset).copy_(bias.to(self._stored_dtype))
+        offset = old - bias
+        for path in members.linears:
+            self.masters[f"{path}.bias"].add_(self.masters[f"{path}.weight"] @ offset)
+        changed = [self._before(group).module, *members.linears]
+        self._rewritten.update(f"{path}.bias" for path in changed)
+        total = group.mean * group.tokens
+        group.gram -= total[:, None] * offset + offset[:, None] * total
+        group.gram += group.tokens * offset[:, None] * offset
+        group.mean -= offset
+        group.low -= offset
+        group.high -= offset
+        group.sample -= offset
+        # What is left of |x| is known of the sample alone.
+        group.mean_abs = group.sample.abs().mean(0)
+
+    def _is_shiftable(self, members: Group) -> bool:
+        if members.before is None or members.before.kind != "norm":
+            return False
+        paths = [members.before.module, *members.linears]
+        return all(f"{path}.bias" in self.masters for path in paths)
+
+    def _before(self, group: InputGroup) -> Before:
+        before = self._structure[id(group)].before
+        if before is None:
+            raise ValueError("no operation before this group can take a scale")
+        return before
+
+    def _divided(self, before: Before, scale: Tensor) -> Tensor:
+        """Divide the operation before by ``scale``; give back what it was really divided by.
+
+        A norm is stored in half precision: what rounding takes from it goes into the columns.
+        """
+        weight = self.masters[f"{before.module}.weight"]
+        bias = self.masters.get(f"{before.module}.bias")
+        if before.kind == "rows":
+            divide(weight, bias, before, scale)
+            return scale
+        offset = 1.0 if before.kind == "offset-norm" else 0.0
+        old = weight + offset
+        divide(weight, None, before, scale)
+        weight.copy_(weight.to(self._stored_dtype))
+        new = weight + offset
+        scale = torch.where(new != 0, old / new, scale)
+        if bias is not None:
+            bias.div_(scale).copy_(bias.to(self._stored_dtype))
+        return scale

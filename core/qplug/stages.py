@@ -1,0 +1,131 @@
+"""The pipeline of one run at work on a block: transform, quantize, pack, and say who broke."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qplug.api import Algorithm, Block, Exporter, QuantizedWeight
+from qplug.errors import QplugError, StageError
+from qplug.numerics import relative_error
+from qplug.params import fill
+from qplug.plan import Step
+from qplug.recipe import DEFAULT_QUANTIZER, Recipe
+from qplug.registry import Registry
+from qplug.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a step. ``errors``: ``||W' - W|| / ||W||`` by linear.
+
+    ``rewritten``: the tensors that no longer hold what the float model has, codes aside.
+    """
+
+    errors: Mapping[str, float] = field(default_factory=dict)
+    rewritten: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"errors": dict(self.errors), "rewritten": list(self.rewritten)}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Report:
+        return cls(plain["errors"], tuple(plain["rewritten"]))
+
+
+class Stages:
+    """The algorithms of a recipe, one of which quantizes, and its exporter."""
+
+    def __init__(self, recipe: Recipe, registry: Registry) -> None:
+        """Raises QplugError if a name or an option is wrong, or two algorithms quantize."""
+        self._registry = registry
+        backend = registry.exporters[recipe.backend]
+        options: object = fill(backend.Params, recipe.backend_options, f"backend {backend.name}")
+        self.exporter: Exporter[Any] = backend(options)
+        for name in recipe.algorithm_options:
+            if name not in recipe.algorithms:
+                raise QplugError(f"-o {name}...: {name} is not in --algo")
+        self.pipeline = [
+            self._algorithm(name, recipe.algorithm_options.get(name, {}))
+            for name in recipe.algorithms
+        ]
+        quantizers = [algorithm for algorithm in self.pipeline if algorithm.quantizes()]
+        if len(quantizers) > 1:
+            names = " and ".join(algorithm.name for algorithm in quantizers)
+            raise QplugError(f"{names} both choose codes; a pipeline can have one that does")
+        self.quantizer = quantizers[0] if quantizers else self._algorithm(DEFAULT_QUANTIZER, {})
+
+    def _algorithm(self, name: str, options: Mapping[str, Any]) -> Algorithm[Any]:
+        kind = self._registry.algorithms[name]
+        return kind(fill(kind.Params, options, f"algorithm {name}"))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any algorithm reads statistics."""
+        return any(algorithm.needs_data for algorithm in self.pipeline)
+
+    def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
+        """Run all stages on ``block``: codes by linear."""
+        for algorithm in self.pipeline:
+            with self._blaming(algorithm, block.name):
+                algorithm.transform(block)
+        with self._blaming(self.quantizer, block.name):
+            codes = self.quantizer.quantize(block)
+            wanted = {linear.name for linear in block.linears}
+            if set(codes) != wanted:
+                raise ValueError(f"it gave codes for {sorted(codes)}, not {sorted(wanted)}")
+            return codes
+
+    def errors(self, block: Block, codes: Mapping[str, QuantizedWeight]) -> dict[str, float]:
+        """The relative error of each weight, to four digits."""
+        return {
+            linear.name: float(f"{relative_error(linear.weight, codes[linear.name]):.4g}")
+            for linear in block.linears
+        }
+
+    def pack(
+        self, codes: Mapping[str, QuantizedWeight], step: Step, dtype: str
+    ) -> dict[str, Tensor]:
+        """The tensors of the linears of ``step``, by full name, checked against the plan."""
+        packed: dict[str, Tensor] = {}
+        for name, weight in codes.items():
+            with self._blaming(self.exporter, name):
+                tensors = self._packed(weight, step.linears[name], dtype)
+                packed.update({f"{name}.{local}": tensor for local, tensor in tensors.items()})
+                self._check(name, packed, step)
+        return packed
+
+    def _packed(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
+        tensors = self.exporter.pack(weight, scheme, dtype)
+        return {local: tensor.cpu() for local, tensor in tensors.items()}
+
+    def _check(self, name: str, packed: Mapping[str, Tensor], step: Step) -> None:
+        planned = {n: s for n, s in step.outputs.items() if n.rpartition(".")[0] == name}
+        for full, spec in planned.items():
+            if full in step.others:
+                continue
+            if full not in packed:
+                raise ValueError(f"pack gave no {full}, but layout said so")
+            found = packed[full]
+            if (str(found.dtype).removeprefix("torch."), tuple(found.shape)) != (
+                spec.dtype,
+                spec.shape,
+            ):
+                raise ValueError(f"pack gave {full} as {found.dtype} {list(found.shape)}: {spec}")
+
+    @contextmanager
+    def _blaming(self, component: Algorithm[Any] | Exporter[Any], where: str) -> Iterator[None]:
+        """Names the layer in an error, and the plugin too if the error is a bug."""
+        try:
+            yield
+        except QplugError as error:
+            raise QplugError(f"{where}: {error}") from error
+        except Exception as error:
+            plugin = self._registry.blame(error)
+            source = plugin.source if plugin else "no plugin"
+            raise StageError(component.name, source, where, error) from error

@@ -1,0 +1,209 @@
+"""What a decoder block is made of, found by running it: who reads one tensor, and who makes it.
+
+Linears that are given the same tensor are a group. The operation before a group is whatever can be
+divided by a scale, channel by channel, with the columns of the group multiplied, so that the block
+computes the same: a norm's weight, or rows of an earlier linear (values before the output
+projection, ``up`` before ``down``). It is not looked up but tried: no architecture is named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+#: Runs the block on the same small input each time.
+Call = Callable[[], Tensor]
+
+_RTOL = 1e-3
+
+
+@dataclass(frozen=True)
+class Before:
+    """The operation that makes a group's input. ``rows[c]``: the row behind channel ``c``.
+
+    ``norm`` multiplies by its weight, ``offset-norm`` by one plus its weight (Gemma), ``rows`` is a
+    linear.
+    """
+
+    kind: Literal["norm", "offset-norm", "rows"]
+    module: str
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read one tensor, by their names within the block; ``before`` None if unknown."""
+
+    linears: tuple[str, ...]
+    before: Before | None
+
+
+def find_groups(block: nn.Module, call: Call) -> tuple[Group, ...]:
+    """The groups of ``block``, in the order in which it computes. ``block`` must be float32.
+
+    The block is left as it was.
+    """
+    seen = _watch(block, call)
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, tensor in seen.inputs.items():
+        groups.setdefault((tensor.data_ptr(), tensor.shape[-1]), []).append(name)
+    found = []
+    earlier: list[str] = []
+    for readers in groups.values():
+        found.append(Group(tuple(readers), _find_before(block, call, seen, readers, earlier)))
+        earlier += readers
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One forward pass: the inputs of linears and the outputs of norms, in order, and the result.
+
+    The tensors are kept, so that no address is used twice.
+    """
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    result: Tensor
+
+
+def _watch(block: nn.Module, call: Call) -> _Seen:
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    handles = []
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_pre_hook(_keep_input(inputs, name)))
+        elif _is_norm(module):
+            handles.append(module.register_forward_hook(_keep_output(outputs, name)))
+    try:
+        result = call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _Seen(inputs, outputs, result)
+
+
+def _keep_input(kept: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        kept[name] = inputs[0]
+
+    return hook
+
+
+def _keep_output(
+    kept: dict[str, Tensor], name: str
+) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        kept[name] = output
+
+    return hook
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 1
+
+
+def _find_before(
+    block: nn.Module, call: Call, seen: _Seen, readers: list[str], earlier: list[str]
+) -> Before | None:
+    for candidate in _candidates(block, seen, readers, earlier):
+        if _holds(block, call, seen.result, candidate, readers):
+            return candidate
+    return None
+
+
+def _candidates(
+    block: nn.Module, seen: _Seen, readers: list[str], earlier: list[str]
+) -> Iterator[Before]:
+    read = seen.inputs[readers[0]]
+    width = read.shape[-1]
+    each = torch.arange(width, device=read.device)
+    for name, output in seen.outputs.items():
+        if output.data_ptr() == read.data_ptr() and output.shape == read.shape:
+            yield Before("norm", name, each)
+            yield Before("offset-norm", name, each)
+    for name in reversed(earlier):
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        for rows in _sections(linear.out_features, width, read.device):
+            yield Before("rows", name, rows)
+
+
+def _sections(out: int, width: int, device: torch.device) -> Iterator[Tensor]:
+    """Ways in which ``width`` channels can come from the ``out`` rows of a linear.
+
+    One by one; heads that share values, repeated; and both as the last part of a matrix in which
+    engines or architectures have fused several (qkv, gate-up), or every third run of rows.
+    """
+    sizes = [out] if out <= width else []
+    if out > width:
+        sizes.append(width)
+        if (out - width) % 2 == 0:
+            sizes.append((out - width) // 2)
+    for size in dict.fromkeys(sizes):
+        if size == 0 or width % size:
+            continue
+        start = torch.arange(out - size, out, device=device)
+        repeats = width // size
+        if repeats == 1:
+            yield start
+            continue
+        for head in _divisors(size):
+            yield start.view(-1, 1, head).expand(-1, repeats, -1).reshape(-1)
+    if out == 3 * width:
+        for head in _divisors(width):
+            yield torch.arange(out, device=device).view(-1, 3, head)[:, 2].reshape(-1)
+
+
+def _divisors(size: int) -> list[int]:
+    """The sizes that heads can have."""
+    return [head for head in range(size, 0, -1) if size % head == 0]
+
+
+def _holds(
+    block: nn.Module, call: Call, result: Tensor, before: Before, readers: list[str]
+) -> bool:
+    """Whether scale can be moved from ``before`` to ``readers`` without a change of the result."""
+    source = block.get_submodule(before.module)
+    count = int(before.rows.max()) + 1
+    generator = torch.Generator().manual_seed(0)
+    factors = (torch.rand(count, generator=generator) * 1.5 + 0.5).to(before.rows.device)
+    scale = factors[before.rows]  # [in]
+    made = dict(source.named_parameters(recurse=False))
+    read = [block.get_parameter(f"{name}.weight") for name in readers]
+    touched = [*made.values(), *read]
+    kept = [parameter.detach().clone() for parameter in touched]
+    try:
+        with torch.no_grad():
+            for weight in read:
+                weight.mul_(scale)
+            disturbed = call()
+            divide(made["weight"], made.get("bias"), before, scale)
+            restored = call()
+    finally:
+        with torch.no_grad():
+            for parameter, old in zip(touched, kept, strict=True):
+                parameter.copy_(old)
+    # Compared with what the scale does alone: beside a large residual all changes are small.
+    return bool((restored - result).norm() < _RTOL * (disturbed - result).norm())
+
+
+def divide(weight: Tensor, bias: Tensor | None, before: Before, scale: Tensor) -> None:
+    """Divide what ``before`` makes by ``scale: [in]``, in place, in its ``weight`` and ``bias``."""
+    if before.kind == "rows":
+        per_row = torch.ones(weight.shape[0], device=weight.device, dtype=weight.dtype)
+        per_row[before.rows] = scale.to(weight.dtype)
+        weight.div_(per_row[:, None])
+        scale = per_row
+    elif before.kind == "offset-norm":
+        weight.add_(1).div_(scale).sub_(1)
+    else:
+        weight.div_(scale)
+    if bias is not None:
+        bias.div_(scale)

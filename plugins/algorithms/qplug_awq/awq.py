@@ -1,0 +1,99 @@
+"""AWQ (Lin et al., arXiv 2306.00978), searched on Gram matrices instead of forward passes.
+
+For scales ``s`` of a group's input, the error over all tokens is ``tr(D G Dᵀ)`` with
+``D = W - Q(W diag(s)) diag(s)⁻¹`` (equation 4 of the paper), summed over the linears of the group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from qplug import Algorithm, Block, InputGroup, Linear, Param
+from qplug.clipping import search_clip
+from qplug.numerics import dequantize, fake_quantize_activations, nearest
+
+
+@dataclass(frozen=True)
+class Params:
+    scale: Annotated[bool, Param("Search scales of inputs.", also=("trans",))] = True
+    version: Annotated[
+        Literal["v1", "v2"],
+        Param("v1: x^r / w^(1-r); v2: x^r, of mean magnitudes.", also=("trans_version",)),
+    ] = "v2"
+    ratios: Annotated[int, Param("Ratios r that are tried, from 0 on.", 1)] = 20
+    clip: Annotated[bool, Param("Search clips of weights.", also=("weight_clip",))] = True
+    clip_steps: Annotated[int, Param("Steps of the clip search.", 1)] = 20
+    clip_smallest: Annotated[float, Param("The smallest range, of the full one.", 0.05, 1)] = 0.6
+    clip_in_search: Annotated[
+        int, Param("Steps of a clip search for each ratio; 0 judges ratios unclipped.", 0)
+    ] = 5
+
+
+class AWQ(Algorithm[Params]):
+    """Scale up the columns that carry large inputs, and clip ranges, before rounding."""
+
+    name = "awq"
+    Params = Params
+    needs_data = True
+
+    def transform(self, block: Block) -> None:
+        params = self.params
+        for group in block.groups:
+            if params.scale and group.scalable:
+                block.smooth(group, self._best_scale(block, group))
+        for group in block.groups:
+            for linear in group.linears if params.clip else ():
+                self._clip(linear, group.gram, params.clip_steps)
+
+    def _clip(self, linear: Linear, gram: Tensor, steps: int) -> None:
+        search_clip(linear, gram, steps=steps, smallest=self.params.clip_smallest)
+
+    def _best_scale(self, block: Block, group: InputGroup) -> Tensor:
+        """The scale of least loss; all ones (ratio 0 of v2) is always among those tried."""
+        best = torch.ones_like(group.mean_abs)
+        least = self._loss(group, best)
+        for step in range(self.params.ratios):
+            scale = block.shared(group, self._candidate(group, step / self.params.ratios))
+            loss = self._loss(group, scale)
+            if loss < least:
+                best, least = scale, loss
+        return best
+
+    def _candidate(self, group: InputGroup, ratio: float) -> Tensor:
+        """``[in]``, with the geometric middle of its extremes at 1."""
+        scale = group.mean_abs.pow(ratio)
+        if self.params.version == "v1":
+            scale = scale / _relative_weight(group.linears).pow(1 - ratio)
+        scale = scale.clamp(min=1e-4)
+        return scale / (scale.max() * scale.min()).sqrt()
+
+    def _loss(self, group: InputGroup, scale: Tensor) -> float:
+        total = 0.0
+        for linear in group.linears:
+            scaled = Linear(linear.name, linear.weight * scale, linear.args)
+            if self.params.clip and self.params.clip_in_search:
+                gram = group.gram / (scale[:, None] * scale)
+                self._clip(scaled, gram, self.params.clip_in_search)
+            restored = dequantize(nearest(scaled)) / scale
+            if linear.activations is not None:
+                x = group.sample
+                rounded = fake_quantize_activations(x / scale, linear.activations) * scale
+                total += (rounded @ restored.T - x @ linear.weight.T).square().sum().item()
+                continue
+            difference = restored - linear.weight
+            total += ((difference @ group.gram) * difference).sum().item()
+        return total
+
+
+def _relative_weight(linears: tuple[Linear, ...]) -> Tensor:
+    """The mean over rows of ``|w|`` as a part of the largest of its group, ``[in]``."""
+    parts = []
+    for linear in linears:
+        size = linear.args.group_size or linear.weight.shape[1]
+        groups = linear.weight.abs().unflatten(1, (-1, size))
+        parts.append((groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)).flatten(1).mean(0))
+    return torch.stack(parts).mean(0).clamp(min=1e-4)

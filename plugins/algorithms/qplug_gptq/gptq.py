@@ -1,0 +1,76 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323), on the Gram matrices of input groups.
+
+Rows are independent, so linears that read one tensor are solved together, with one factorisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+
+from qplug import Algorithm, Block, InputGroup, Param, QuantizedWeight
+from qplug.clipping import search_clip, unclipped_ratio
+from qplug.numerics import minmax_scale, nearest, scale_of
+from qplug_gptq.solver import inverse_factor, solve
+
+
+@dataclass(frozen=True)
+class Params:
+    damp: Annotated[
+        float, Param("Added to the diagonal, as a part of its mean.", 0, 1, ("percdamp",))
+    ] = 0.05
+    act_order: Annotated[
+        bool, Param("Columns with large inputs first; groups stay in place.", also=("actorder",))
+    ] = True
+    block_size: Annotated[
+        int, Param("Columns between updates of the rest.", 1, also=("blocksize",))
+    ] = 128
+    clip: Annotated[bool, Param("Search clips first, where no algorithm before has.")] = False
+    clip_steps: Annotated[int, Param("Steps of the clip search.", 1)] = 20
+    clip_smallest: Annotated[float, Param("The smallest range, of the full one.", 0.05, 1)] = 0.6
+
+
+class GPTQ(Algorithm[Params]):
+    """Round column by column, and push each error onto the columns still to come."""
+
+    name = "gptq"
+    Params = Params
+    needs_data = True
+
+    def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
+        codes = {}
+        for group in block.groups:
+            codes.update(self._solve(group, block))
+        for linear in block.linears:
+            if linear.name not in codes:  # nothing was seen to enter it
+                codes[linear.name] = nearest(linear)
+                block.notes.append(f"{linear.name}: no token reached it; rounded to nearest")
+        return codes
+
+    def _solve(self, group: InputGroup, block: Block) -> dict[str, QuantizedWeight]:
+        params = self.params
+        for linear in group.linears:
+            if linear.scale is None and params.clip:
+                search_clip(
+                    linear, group.gram, steps=params.clip_steps, smallest=params.clip_smallest
+                )
+            elif linear.scale is None:
+                # An error that the later columns make good is cheaper than one at a range's end.
+                wider = linear.weight * unclipped_ratio(linear.args)
+                linear.scale, linear.zero = minmax_scale(wider, linear.args)
+        order = torch.argsort(group.gram.diagonal(), descending=True, stable=True)
+        if not params.act_order:
+            order = torch.arange(len(order), device=order.device)
+        factor, damp = inverse_factor(group.gram[order][:, order], params.damp)
+        if damp > params.damp:
+            names = ", ".join(linear.name for linear in group.linears)
+            block.notes.append(f"{names}: damping was raised from {params.damp:g} to {damp:g}")
+        codes = {}
+        for linear in group.linears:
+            scale, zero = scale_of(linear)
+            made = solve(linear.weight, scale, zero, linear.args, factor, order, params.block_size)
+            codes[linear.name] = QuantizedWeight(made, scale, zero, linear.args)
+        return codes

@@ -1,0 +1,204 @@
+"""What a backend cannot serve is refused in a sentence, before any weight is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+import qplug
+from qplug import PRESETS, ModelView, NoParams, QplugError, QuantArgs, Scheme, preset
+from qplug_compressed_tensors.exporter import CompressedTensors
+from qplug_compressed_tensors.fusing import fused_groups
+from qplug_sglang.engine import SGLang
+from qplug_vllm.engine import VLLM
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CT, VLLM_, SGLANG = CompressedTensors(NoParams()), VLLM(NoParams()), SGLang(NoParams())
+W4, W8 = preset("W4A16"), preset("W8A16")
+
+
+def view(**linears: tuple[int, int]) -> ModelView:
+    """A model of one block, with linears of these shapes (out, in)."""
+    named = {f"layers.0.{name}": shape for name, shape in linears.items()}
+    return ModelView({}, "bfloat16", named, frozenset(named), ("layers.0",), None)
+
+
+def refusal(exporter: CompressedTensors, model: ModelView, *schemes: Scheme | None) -> str | None:
+    """What is said to ``schemes``, one for each linear; None leaves a linear float."""
+    assert len(schemes) == len(model.linears)
+    pairs = zip(model.linears, schemes, strict=True)
+    return exporter.refuses(model, {name: scheme for name, scheme in pairs if scheme is not None})
+
+
+@pytest.mark.parametrize(
+    ("exporter", "scheme", "shape", "side"),
+    [
+        (SGLANG, "W4A16", (96, 256), "out_features in multiples of 64, not 96"),
+        (SGLANG, "W4A16", (128, 192), "in_features in multiples of 128, not 192"),
+        (SGLANG, "W4A16_ASYM", (96, 256), "out_features in multiples of 64, not 96"),
+        (SGLANG, "W8A16", (128, 192), "in_features in multiples of 128, not 192"),
+        (SGLANG, "W8A8", (20, 64), "out_features in multiples of 8, not 20"),
+        (SGLANG, "W8A8", (64, 24), "in_features in multiples of 16, not 24"),
+        (SGLANG, "FP8_DYNAMIC", (24, 64), "out_features in multiples of 16, not 24"),
+        (SGLANG, "FP8_BLOCK", (192, 256), "out_features in multiples of 128, not 192"),
+        (VLLM_, "W4A16", (48, 128), "out_features in multiples of 32, not 48"),
+        (VLLM_, "W8A16", (64, 48), "in_features in multiples of 32, not 48"),
+        (VLLM_, "W8A8", (24, 64), "out_features in multiples of 16, not 24"),
+        (VLLM_, "FP8_DYNAMIC", (64, 24), "in_features in multiples of 16, not 24"),
+        (VLLM_, "FP8_BLOCK", (128, 200), "in_features in multiples of 128, not 200"),
+    ],
+)
+def test_shapes_that_no_kernel_takes(
+    exporter: CompressedTensors, scheme: str, shape: tuple[int, int], side: str
+) -> None:
+    found = preset(scheme)
+    if found.weights.strategy == "group":
+        found = found.with_group_size(-1)
+    sentence = refusal(exporter, view(up=(128, 128), odd=shape), found, found)
+    assert sentence is not None
+    assert sentence.startswith("layers.0.odd: ")
+    assert sentence.endswith(side)
+    assert refusal(CT, view(odd=shape), found) is None  # the format itself has no such limits
+
+
+@pytest.mark.parametrize("scheme", PRESETS)
+def test_the_multiples_are_enough(exporter: CompressedTensors, scheme: str) -> None:
+    rows = {row.scheme: row for row in exporter.capabilities()}
+    if not rows:
+        assert exporter.name == "compressed-tensors"
+        return
+    row = rows[scheme]
+    model = view(up=(row.out_multiple, row.in_multiple))
+    sizes = row.group_sizes or (None,)
+    for size in sizes:
+        found = preset(scheme) if size is None else preset(scheme).with_group_size(size)
+        assert refusal(exporter, model, found) is None
+
+
+@pytest.mark.parametrize("exporter", [VLLM_, SGLANG], ids=lambda exporter: exporter.name)
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16"])
+@pytest.mark.parametrize("size", [16, 256])
+def test_groups_that_no_kernel_takes(exporter: CompressedTensors, scheme: str, size: int) -> None:
+    sentence = refusal(exporter, view(up=(256, 256)), preset(scheme).with_group_size(size))
+    assert sentence is not None
+    assert f"takes groups of 32, 64, 128, -1, not {size}" in sentence
+    assert refusal(CT, view(up=(256, 256)), preset(scheme).with_group_size(size)) is None
+
+
+def test_two_formats_are_refused_by_sglang_alone() -> None:
+    model = view(up=(128, 128), down=(128, 128))
+    schemes = (W4, preset("W8A8"))
+    sentence = refusal(SGLANG, model, *schemes)
+    assert sentence == "SGLang reads one format in a folder, not int-quantized and pack-quantized"
+    assert refusal(VLLM_, model, *schemes) is None
+    assert refusal(CT, model, *schemes) is None
+
+
+def test_two_widths_in_one_format_are_served(exporter: CompressedTensors) -> None:
+    assert refusal(exporter, view(up=(128, 128), down=(128, 128)), W4, W8) is None
+
+
+@pytest.mark.parametrize(
+    ("linears", "schemes"),
+    [
+        (("q_proj", "k_proj", "v_proj"), (W4, W8, W4)),
+        (("q_proj", "k_proj", "v_proj"), (W4, W4, None)),
+        (("q_proj", "k_proj", "v_proj"), (W4, W4, W4.with_group_size(64))),
+        (("gate_proj", "up_proj"), (None, W4)),
+        (("w1", "w3"), (W4, W8)),
+        (("experts.0.up_proj", "experts.1.up_proj"), (W4, W8)),
+        (("experts.0.down_proj", "experts.1.down_proj"), (W4, None)),
+        (("experts.0.up_proj", "experts.0.down_proj"), (W4, W8)),
+    ],
+)
+def test_linears_that_are_merged_share_a_scheme(
+    exporter: CompressedTensors, linears: tuple[str, ...], schemes: tuple[Scheme | None, ...]
+) -> None:
+    model = view(**dict.fromkeys(linears, (128, 128)))
+    sentence = refusal(exporter, model, *schemes)
+    assert sentence is not None
+    assert sentence.endswith("into one matrix, so they must have one scheme")
+    assert "layers.0." + linears[0] in sentence
+    assert refusal(exporter, model, *[W4 for _ in linears]) is None
+
+
+def test_merging_is_within_a_layer() -> None:
+    names = [f"layers.{n}.attn.{part}" for n in range(2) for part in ("q_proj", "k_proj", "o_proj")]
+    groups = fused_groups([*names, "layers.0.mlp.gate", "layers.0.mlp.up_proj"])
+    assert groups == [
+        ["layers.0.attn.q_proj", "layers.0.attn.k_proj"],
+        ["layers.1.attn.q_proj", "layers.1.attn.k_proj"],
+    ]
+
+
+TOKEN_INT8 = QuantArgs("int8", "token", dynamic=True)
+TOKEN_FP8 = QuantArgs("e4m3", "token", dynamic=True)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme("W3A16", QuantArgs("int3", "group", 128)),
+        Scheme("W4A16_TENSOR", QuantArgs("int4", "tensor")),
+        Scheme("W8A16_TENSOR", QuantArgs("int8", "tensor", symmetric=False)),
+        Scheme("W4A8", QuantArgs("int4", "group", 128), TOKEN_INT8),
+        Scheme("W8A8_GROUP", QuantArgs("int8", "group", 128), TOKEN_INT8),
+        Scheme("W8A8_ASYM", QuantArgs("int8", "channel", symmetric=False), TOKEN_INT8),
+        Scheme("INT8_FP8", QuantArgs("int8", "channel"), TOKEN_FP8),
+        Scheme("FP8_INT8", QuantArgs("e4m3", "channel"), TOKEN_INT8),
+        Scheme("FP8A16", QuantArgs("e4m3", "channel")),
+        Scheme("E5M2", QuantArgs("e5m2", "channel"), QuantArgs("e5m2", "token", dynamic=True)),
+    ],
+    ids=lambda scheme: scheme.name,
+)
+def test_schemes_without_a_layout(exporter: CompressedTensors, scheme: Scheme) -> None:
+    sentence = refusal(exporter, view(up=(128, 128)), scheme)
+    assert sentence == f"the format has no layout for {scheme.name} ({scheme.weights.dtype})"
+
+
+def test_schemes_without_a_kernel() -> None:
+    scheme = Scheme("W8A16_ASYM", QuantArgs("int8", "group", 128, symmetric=False))
+    for exporter in (VLLM_, SGLANG):
+        sentence = refusal(exporter, view(up=(128, 128)), scheme)
+        assert sentence == "layers.0.up: no kernel for W8A16_ASYM is known"
+    assert refusal(CT, view(up=(128, 128)), scheme) is None
+
+
+# --- as the user meets them ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"backend": "sglang", "overrides": {"*.mlp.*": "W8A8"}},
+            "SGLang reads one format",
+        ),
+        ({"backend": "vllm", "overrides": {"*.q_proj": "W8A16"}}, "vllm: engines fuse "),
+        ({"backend": "vllm", "ignore": ["*.gate_proj"]}, "vllm: engines fuse "),
+        ({"backend": "sglang", "group_size": 16}, "Marlin takes groups of 32, 64, 128, -1"),
+        ({"backend": "sglang", "group_size": 96}, "groups of 96 do not divide its width, 256"),
+    ],
+)
+def test_a_run_is_refused_and_leaves_nothing(
+    tmp_path: Path, options: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(QplugError) as refused:
+        qplug.quantize("qplug:demo", tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert sentence in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_narrow_model_is_refused_by_engines_and_written_for_the_format(
+    narrow_llama: Path, tmp_path: Path
+) -> None:
+    for backend in ("vllm", "sglang"):
+        with pytest.raises(QplugError, match=r"needs (in|out)_features in multiples of"):
+            qplug.quantize(str(narrow_llama), tmp_path / "out", backend=backend, group_size=-1)
+    found = qplug.quantize(
+        str(narrow_llama), tmp_path / "out", backend="compressed-tensors", group_size=-1
+    )
+    assert len(found.errors) == 14
