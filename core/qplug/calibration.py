@@ -25,7 +25,7 @@ from qplug.statistics import Statistics
 from qplug.structure import Group, find_groups
 
 #: Tokens in one forward pass through a block.
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 #: Tokens of each group that are kept as they are.
 _SAMPLE = 2048
 #: Tokens on which the structure of a block is found.
@@ -54,7 +54,6 @@ class Walk:
         self._source, self._view, self._schemes = source, view, schemes
         self._device, self._propagate = device, propagate
         stored: torch.dtype = getattr(torch, view.dtype)
-        self._stored_dtype = stored
         # Float32 on a CPU, which has no faster way; on a GPU the dtype that the engine will use.
         self._dtype = torch.float32 if device.type == "cpu" else stored
         config = load_config(source.folder, trust_remote_code=trust_remote_code)
@@ -83,7 +82,7 @@ class Walk:
         recorders = {name: _Recorder(block) for name, block in self._blocks.items()}
         parent = self._model.get_submodule(self._view.blocks[0].rpartition(".")[0])
         assert isinstance(parent, nn.ModuleList)
-        size = max(1, _BATCH_TOKENS // tokens.shape[1])
+        size = max(1, _BATCH_TOKENS[self._device.type] // tokens.shape[1])
         hidden = []
         for index, recorder in enumerate(recorders.values()):
             parent[index] = recorder
@@ -111,7 +110,7 @@ class Walk:
         self._fill(module, weights)
         structure = self._structure(name, module, weights)
         statistics = self._observe(name, module, structure)
-        return LiveBlock(name, structure, statistics, weights, self._schemes, self._stored_dtype)
+        return LiveBlock(name, structure, statistics, weights, self._schemes)
 
     def _structure(
         self, name: str, module: nn.Module, weights: Mapping[str, Tensor]
@@ -154,12 +153,10 @@ class Walk:
             observe = partial(_observe_input, statistics[first], share)
             handles.append(linear.register_forward_pre_hook(observe))
         try:
-            after = self._forward(name, module)
+            self._forward(name, module, keep=self._propagate == "float")
         finally:
             for handle in handles:
                 handle.remove()
-        if self._propagate == "float":
-            self._hidden = after
         return statistics
 
     @torch.no_grad()
@@ -172,7 +169,7 @@ class Walk:
         if self._propagate == "quantized":
             self._fill(module, served)
             with self._rounding_inputs(name, module):
-                self._hidden = self._forward(name, module)
+                self._forward(name, module, keep=True)
         for local, _ in list(module.named_parameters()):
             _set(module, local, torch.empty(0, device="meta"))
         self._calls.pop(name)
@@ -186,15 +183,15 @@ class Walk:
                 module,
                 {n: self._source.read(f"{name}.{n}") for n, _ in module.named_parameters()},
             )
-            self._hidden = self._forward(name, module)
+            self._forward(name, module, keep=True)
         self.leave(name, served)
 
-    def _forward(self, name: str, module: nn.Module) -> list[Tensor]:
-        calls = self._calls[name]
-        return [
-            _tensor(module(hidden, **call))
-            for hidden, call in zip(self._hidden, calls, strict=True)
-        ]
+    def _forward(self, name: str, module: nn.Module, *, keep: bool) -> None:
+        """Run the block on every batch; ``keep`` puts the results in the place of the inputs."""
+        for index, call in enumerate(self._calls[name]):
+            after = _tensor(module(self._hidden[index], **call))
+            if keep:
+                self._hidden[index] = after
 
     @contextmanager
     def _rounding_inputs(self, name: str, module: nn.Module) -> Iterator[None]:

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 from qplug.api import Linear
-from qplug.numerics import dequantize_with, minmax_scale, quantize
+from qplug.numerics import dequantize_with, quantize, range_scale, weight_range
 from qplug.scheme import QuantArgs
 
 #: Weights whose errors are computed at a time.
-_CHUNK = 1 << 24
+_CHUNK = 1 << 26
 
 
 def search_clip(linear: Linear, gram: Tensor, *, steps: int, smallest: float) -> None:
     """Choose ``linear.scale`` (and ``zero``): the least error on a grid of ranges.
 
     Ranges go from one that clips nothing to ``smallest`` times the full one, in ``steps`` steps,
-    row by row and group by group. ``gram: [in, in]`` is that of the linear's input.
+    row by row and group by group. ``gram: [in, in]`` is that of the linear's input. Where rows
+    share a scale (FP8 blocks and tensors) ranges stay full.
     """
+    if linear.args.strategy not in ("group", "channel"):
+        return
     rows = max(1, _CHUNK // linear.weight.shape[1])
     scales, zeros = [], []
     for part in linear.weight.split(rows):
@@ -39,12 +42,13 @@ def _search(
 ) -> tuple[Tensor, Tensor | None]:
     weight, args = linear.weight, linear.args
     blocks = diagonal_blocks(gram, args.group_size or weight.shape[1])
-    best_scale, best_zero = minmax_scale(weight, args)
+    low, high = weight_range(weight, args)
+    best_scale, best_zero = range_scale(low, high, args)
     least = torch.full_like(best_scale, torch.inf)
     largest = unclipped_ratio(args)
     for step in range(steps + 1):
         ratio = largest - step * (largest - smallest) / steps
-        scale, zero = minmax_scale(weight * ratio, args)
+        scale, zero = range_scale(low * ratio, high * ratio, args)
         restored = dequantize_with(quantize(weight, scale, zero, args), scale, zero, args)
         error = _error(restored.sub_(weight), blocks)
         better = error < least

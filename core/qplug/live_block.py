@@ -28,11 +28,9 @@ class LiveBlock(Block):
         statistics: Mapping[str, Statistics],
         weights: Mapping[str, Tensor],
         schemes: Mapping[str, Scheme],
-        stored_dtype: torch.dtype,
     ) -> None:
         self.masters = {n: weight.to(torch.float32, copy=True) for n, weight in weights.items()}
         self._dtypes = {local: weight.dtype for local, weight in weights.items()}
-        self._stored_dtype = stored_dtype
         self._rewritten: set[str] = set()
         linears = {
             path: Linear(
@@ -81,8 +79,10 @@ class LiveBlock(Block):
             self.masters[name].mul_(scale)
         made = [f"{before.module}.weight", f"{before.module}.bias"]
         self._rewritten.update(name for name in [*readers, *made] if name in self.masters)
-        for linear in group.linears:
-            linear.scale = linear.zero = None
+        behind = f"{self.name}.{before.module}"
+        for linear in self.linears:
+            if linear in group.linears or linear.name == behind:
+                linear.scale = linear.zero = None
         group.gram /= scale[:, None] * scale
         group.mean /= scale
         group.mean_abs /= scale
@@ -116,7 +116,8 @@ class LiveBlock(Block):
         members = self._structure[id(group)]
         bias = self.masters[f"{self._before(group).module}.bias"]
         old = bias.clone()
-        bias.sub_(offset).copy_(bias.to(self._stored_dtype))
+        bias.sub_(offset)
+        self._round(f"{self._before(group).module}.bias")
         offset = old - bias
         for path in members.linears:
             self.masters[f"{path}.bias"].add_(self.masters[f"{path}.weight"] @ offset)
@@ -155,11 +156,18 @@ class LiveBlock(Block):
             divide(weight, bias, before, scale)
             return scale
         offset = 1.0 if before.kind == "offset-norm" else 0.0
-        old = weight + offset
+        kept, old = weight.clone(), weight + offset
         divide(weight, None, before, scale)
-        weight.copy_(weight.to(self._stored_dtype))
+        self._round(f"{before.module}.weight")
+        lost = (weight + offset == 0) & (old != 0)
+        weight.copy_(torch.where(lost, kept, weight))  # scaled by 1 instead
         new = weight + offset
         scale = torch.where(new != 0, old / new, scale)
         if bias is not None:
-            bias.div_(scale).copy_(bias.to(self._stored_dtype))
+            bias.div_(scale)
+            self._round(f"{before.module}.bias")
         return scale
+
+    def _round(self, local: str) -> None:
+        """To what the checkpoint can hold."""
+        self.masters[local].copy_(self.masters[local].to(self._dtypes[local]))

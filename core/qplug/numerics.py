@@ -21,9 +21,9 @@ from qplug.api import Linear, QuantizedWeight
 from qplug.errors import QplugError
 from qplug.scheme import FLOAT_MAX, QuantArgs
 
-# Elements worked on at a time, so that a chunk and its copies stay in a core's cache: a quarter of
-# the time of whole-matrix passes.
-_CHUNK = 1 << 19
+# Elements worked on at a time. On a CPU a chunk and its copies stay in a core's cache, which takes
+# a quarter of the time of whole-matrix passes; a GPU wants much to do at once.
+_CPU_CHUNK, _GPU_CHUNK = 1 << 19, 1 << 26
 
 _FLOAT_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -61,21 +61,31 @@ def minmax_scale(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor | None
     Scales: float32 ``args.scale_shape``, positive, exact in ``args.scale_dtype``. Zero points:
     uint8 of that shape. Raises QplugError as ``round_to_nearest``.
     """
+    return range_scale(*weight_range(weight, args), args)
+
+
+def weight_range(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
+    """The least and the greatest weight under each scale, and zero: float32 ``args.scale_shape``.
+
+    Raises QplugError as ``round_to_nearest``.
+    """
     check_width(weight.shape[1], args)
     low = torch.empty(_row_scales(weight, args), device=weight.device)
     high = torch.empty_like(low)
     for rows, groups in _chunks(weight, args):
-        high[rows] = groups.abs().amax(_AXES) if args.symmetric else groups.amax(_AXES)
-        if not args.symmetric:
-            low[rows] = groups.amin(_AXES)
-    if not (torch.isfinite(high).all() and (args.symmetric or torch.isfinite(low).all())):
+        low[rows], high[rows] = groups.amin(_AXES), groups.amax(_AXES)
+    if not torch.isfinite(high - low).all():
         raise QplugError("the weight has NaN or infinite values")
-    if args.symmetric:
-        peak = high.amax().reshape(1, 1) if args.strategy == "tensor" else high
-        return _as_stored(peak / _top(args), args), None
     low, high = low.clamp_(max=0), high.clamp_(min=0)
     if args.strategy == "tensor":
         low, high = low.amin().reshape(1, 1), high.amax().reshape(1, 1)
+    return low, high
+
+
+def range_scale(low: Tensor, high: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor | None]:
+    """The scales, and zero points, of ranges from ``low <= 0`` to ``high >= 0``."""
+    if args.symmetric:
+        return _as_stored(torch.maximum(-low, high) / _top(args), args), None
     top = args.code_range[1]
     scale = _as_stored((high - low) / top, args)
     return scale, (-low / scale).round_().clamp_(0, top).to(torch.uint8)
@@ -134,14 +144,22 @@ def round_codes(
 
 
 def per_column(
-    scale: Tensor, zero: Tensor | None, args: QuantArgs, shape: torch.Size
+    scale: Tensor, zero: Tensor | None, args: QuantArgs, columns: Tensor, rows: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points for each weight of a matrix ``shape``, float32 ``[out, in]``."""
-    ones = torch.ones(shape, device=scale.device)
-    spread = dequantize_with(ones, scale, None, args)
-    if zero is None:
-        return spread, None
-    return spread, dequantize_with(ones, zero.float(), None, args)
+    """Scales and zero points of each weight in some columns of a matrix with ``rows`` rows.
+
+    ``columns``: int64 ``[n]``. Gives float32 ``[n, rows]``, a column a run of memory.
+    """
+    tall, wide = args.block or (1, args.group_size)
+    places = columns // wide if wide else torch.zeros_like(columns)
+
+    def spread(values: Tensor) -> Tensor:
+        picked = values.T[places].float()
+        if args.strategy == "tensor":
+            return picked.expand(-1, rows).contiguous()
+        return picked.repeat_interleave(tall, dim=1)[:, :rows].contiguous()
+
+    return spread(scale), None if zero is None else spread(zero)
 
 
 def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
@@ -161,6 +179,19 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
         off = _ungroup(part.sub_(groups), codes.shape[1], codes.shape[0])
         error += off.square_().sum(dtype=torch.float64).item()
     return (error / norm) ** 0.5 if norm else float(error > 0)
+
+
+def output_error(difference: Tensor, gram: Tensor) -> float:
+    """``tr(D G Dᵀ)``: the squared error of a linear's output over all tokens, for errors ``D``.
+
+    ``difference: [out, in]``, ``gram: [in, in]``. On a GPU the product is one of bfloat16 numbers
+    summed in float32: what rounding does to 10^8 terms is far below the differences looked for.
+    """
+    if difference.is_cuda:
+        product = torch.mm(difference.bfloat16(), gram.bfloat16(), out_dtype=torch.float32)
+    else:
+        product = difference @ gram
+    return product.mul_(difference).sum(dtype=torch.float64).item()
 
 
 def fake_quantize_activations(x: Tensor, args: QuantArgs) -> Tensor:
@@ -246,7 +277,8 @@ def _chunks(weight: Tensor, args: QuantArgs) -> Iterator[tuple[slice, Tensor]]:
     """Row steps of ``weight`` and their float32 groups, a few rows at a time."""
     step = _row_step(args)
     total = -(-weight.shape[0] // step)
-    size = max(1, _CHUNK // (weight.shape[1] * step))
+    chunk = _CPU_CHUNK if weight.device.type == "cpu" else _GPU_CHUNK
+    size = max(1, chunk // (weight.shape[1] * step))
     for start in range(0, total, size):
         rows = slice(start, min(start + size, total))
         part = weight[rows.start * step : rows.stop * step]

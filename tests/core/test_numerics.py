@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qplug import QplugError, QuantArgs, QuantizedWeight, numerics
+from qplug import QplugError, QuantArgs, QuantizedWeight
 from qplug.numerics import (
     check_width,
     dequantize,
@@ -224,21 +224,28 @@ def stored_as(args: QuantArgs, dtype: str) -> QuantArgs:
 @pytest.mark.parametrize("scale_dtype", FLOATS)
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shape", [(1, 128), (7, 256), (130, 128)])
-@pytest.mark.parametrize("at_a_time", [1, 300, 1000])
-def test_weights_larger_than_what_is_worked_on_at_a_time(
-    at_a_time: int,
-    shape: tuple[int, int],
-    name: str,
-    scale_dtype: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    weight, args = random_weight(shape, "bfloat16", 0), stored_as(FORMATS[name], scale_dtype)
-    whole = round_to_nearest(weight, args)
-    monkeypatch.setattr(numerics, "_CHUNK", at_a_time)
-    found = check(weight, args) if at_a_time == 300 else round_to_nearest(weight, args)
-    assert torch.equal(found.codes.float(), whole.codes.float())
-    assert torch.equal(found.scale, whole.scale)
-    assert relative_error(weight, found) == pytest.approx(relative_error(weight, whole), rel=1e-9)
+def test_presets(shape: tuple[int, int], name: str, scale_dtype: str) -> None:
+    check(random_weight(shape, "bfloat16", 0), stored_as(FORMATS[name], scale_dtype))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_large_weight_is_as_its_parts_are(name: str) -> None:
+    """Large weights are worked on a few rows at a time."""
+    args = FORMATS[name]
+    weight = random_weight((1300, 2048), "bfloat16", 1)
+    found = round_to_nearest(weight, args)
+    if args.strategy == "tensor":
+        scale = torch.tensor([[exact_scale(weight.double().numpy(), args)]]).float()
+        assert torch.equal(found.scale, scale)
+        parts = [quantize(part, scale, None, args) for part in weight.split(128)]
+        assert torch.equal(found.codes, torch.cat(parts))
+    else:
+        rounded = [round_to_nearest(part, args) for part in weight.split(128)]
+        assert torch.equal(found.codes.float(), torch.cat([r.codes.float() for r in rounded]))
+        assert torch.equal(found.scale, torch.cat([r.scale for r in rounded]))
+    restored, exact = dequantize(found).double(), weight.double()
+    wanted = ((restored - exact).norm() / exact.norm()).item()
+    assert relative_error(weight, found) == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 130), (130, 1), (127, 129), (129, 131)])

@@ -99,6 +99,15 @@ def journal_lines(partial: Path) -> int:
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
+def wait_for_journal(partial: Path, lines: int) -> None:
+    """Until it has so many lines; meanwhile there is no OUT."""
+    give_up = time.monotonic() + 60
+    while journal_lines(partial) < lines:
+        assert not (partial.parent / "out").exists()
+        assert time.monotonic() < give_up
+        time.sleep(0.001)
+
+
 def test_killed_ten_times(
     tmp_path: Path,
     write_llama: Callable[..., Path],
@@ -128,9 +137,7 @@ def test_killed_ten_times(
         child, wait = start([*words, str(out)])
         begun = journal_lines(partial)
         enough = begun + rng.randint(1, 9)
-        while journal_lines(partial) < enough:
-            assert not out.exists()
-            time.sleep(0.001)
+        wait_for_journal(partial, enough)
         time.sleep(rng.uniform(0, 0.02))  # anywhere in what it does then
         os.kill(child, signal.SIGKILL)
         assert wait() == -signal.SIGKILL  # it was not done
@@ -510,8 +517,7 @@ def test_ctrl_c_by_a_signal(tmp_path: Path, write_llama: Callable[..., Path], st
     (tmp_path / "slow.py").write_text(SLOW)
     words = ["--plugin", str(tmp_path / "slow.py"), "quantize", str(model), "--algo", "slow"]
     child, wait = start([*words, "--out", str(tmp_path / "out")])
-    while journal_lines(tmp_path / ".out.partial") < 3:
-        time.sleep(0.001)
+    wait_for_journal(tmp_path / ".out.partial", 3)
     os.kill(child, signal.SIGINT)
     assert wait() == 1
     assert journal_lines(tmp_path / ".out.partial") >= 3

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qplug import Algorithm, Block, InputGroup, Linear, Param
 from qplug.clipping import search_clip
-from qplug.numerics import dequantize, fake_quantize_activations, nearest
+from qplug.numerics import dequantize, fake_quantize_activations, nearest, output_error
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ class AWQ(Algorithm[Params]):
                 rounded = fake_quantize_activations(x / scale, linear.activations) * scale
                 total += (rounded @ restored.T - x @ linear.weight.T).square().sum().item()
                 continue
-            difference = restored - linear.weight
-            total += ((difference @ group.gram) * difference).sum().item()
+            total += output_error(restored - linear.weight, group.gram)
         return total
 
 

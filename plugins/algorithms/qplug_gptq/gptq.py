@@ -13,7 +13,7 @@ import torch
 
 from qplug import Algorithm, Block, InputGroup, Param, QuantizedWeight
 from qplug.clipping import search_clip, unclipped_ratio
-from qplug.numerics import minmax_scale, nearest, scale_of
+from qplug.numerics import nearest, range_scale, scale_of, weight_range
 from qplug_gptq.solver import inverse_factor, solve
 
 
@@ -59,12 +59,13 @@ class GPTQ(Algorithm[Params]):
                 )
             elif linear.scale is None:
                 # An error that the later columns make good is cheaper than one at a range's end.
-                wider = linear.weight * unclipped_ratio(linear.args)
-                linear.scale, linear.zero = minmax_scale(wider, linear.args)
+                low, high = weight_range(linear.weight, linear.args)
+                ratio = unclipped_ratio(linear.args)
+                linear.scale, linear.zero = range_scale(low * ratio, high * ratio, linear.args)
         order = torch.argsort(group.gram.diagonal(), descending=True, stable=True)
         if not params.act_order:
             order = torch.arange(len(order), device=order.device)
-        factor, damp = inverse_factor(group.gram[order][:, order], params.damp)
+        factor, damp = inverse_factor(group.gram, order, params.damp)
         if damp > params.damp:
             names = ", ".join(linear.name for linear in group.linears)
             block.notes.append(f"{names}: damping was raised from {params.damp:g} to {damp:g}")

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 from qplug import QplugError, QuantArgs
 from qplug.numerics import code_dtype, per_column, round_codes
 
+#: ``round_columns`` or what does the same.
+Rounder: TypeAlias = Callable[
+    [Tensor, Tensor, "Tensor | None", Tensor, QuantArgs], tuple[Tensor, Tensor]
+]
+
 #: Damping is raised tenfold until the matrix can be factored, at most to this.
 _MOST_DAMP = 10.0
 
 
-def inverse_factor(gram: Tensor, damp: float) -> tuple[Tensor, float]:
+def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> tuple[Tensor, float]:
     """Upper ``U: [in, in]`` with ``UᵀU = (G + damp * mean(diag G) I)⁻¹``, and the damping used.
 
-    One Cholesky factorisation from the last row to the first, and one triangular inverse: the
-    inverse itself is never formed. Columns that no token excites are given a diagonal of one, which
-    leaves them to nearest rounding. Raises QplugError if no damping helps.
+    ``G`` is ``gram: [in, in]`` with its columns in ``order``. One Cholesky factorisation from the
+    last row to the first, and one triangular inverse: the inverse itself is never formed. Columns
+    that no token excites are given a diagonal of one, which leaves them to nearest rounding.
+    Raises QplugError if no damping helps.
     """
     if not torch.isfinite(gram).all():
         raise QplugError("the inputs of this layer are not finite")
-    diagonal = gram.diagonal()
+    backwards = order.flip(0)
+    diagonal = gram.diagonal()[backwards]
     mean = diagonal.mean() if diagonal.any() else torch.ones((), device=gram.device)
     while damp <= _MOST_DAMP:
-        damped = gram.clone()
+        damped = gram[backwards[:, None], backwards]
         damped.diagonal().add_(damp * mean)
         damped.diagonal()[diagonal == 0] = mean
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
             upper = lower.flip(0, 1)  # G = upper upperᵀ
+            del lower
             eye = torch.eye(len(gram), device=gram.device)
-            return torch.linalg.solve_triangular(upper, eye, upper=True), damp
+            return torch.linalg.solve_triangular(upper, eye, upper=True, out=eye), damp
         damp = max(damp * 10, 1e-4)
     raise QplugError("the statistics of this layer cannot be factored: too few calibration tokens")
 
@@ -49,25 +61,42 @@ def solve(
 
     ``factor`` is that of ``inverse_factor`` for columns in ``order``; codes are in the weight's.
     """
-    work = weight[:, order].T.contiguous()  # [in, out]: a column is a run of memory
-    scales, zeros = per_column(scale, zero, args, weight.shape)
-    scales = scales[:, order].T.contiguous()
-    zeros = None if zeros is None else zeros[:, order].T.contiguous()
+    work = weight.T[order]  # [in, out]: a column is a run of memory
     codes = torch.empty(work.shape, dtype=code_dtype(args), device=work.device)
+    round_columns = _rounder(work)
     for start in range(0, len(work), block_size):
         stop = min(start + block_size, len(work))
-        errors = torch.empty(stop - start, work.shape[1], device=work.device)
-        for column in range(start, stop):
-            row = work[column]
-            spread = scales[column]
-            shift = None if zeros is None else zeros[column]
-            code, value = round_codes(row, spread, shift, args)
-            codes[column] = code
-            error = (row - value) / factor[column, column]
-            errors[column - start] = error
-            rest = factor[column, column + 1 : stop, None]
-            work[column + 1 : stop] -= rest * error
+        columns = order[start:stop]
+        scales, zeros = per_column(scale, zero, args, columns, work.shape[1])
+        made, errors = round_columns(
+            work[start:stop], scales, zeros, factor[start:stop, start:stop], args
+        )
+        codes[columns] = made.to(codes.dtype)
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return codes[inverse].T.contiguous()
+    return codes.T.contiguous()
+
+
+def _rounder(work: Tensor) -> Rounder:
+    """What rounds a block of columns: one kernel on a GPU, plain torch elsewhere."""
+    if work.is_cuda:
+        from qplug_gptq.kernel import round_columns_on_gpu
+
+        return round_columns_on_gpu
+    return round_columns
+
+
+def round_columns(
+    work: Tensor, scales: Tensor, zeros: Tensor | None, factor: Tensor, args: QuantArgs
+) -> tuple[Tensor, Tensor]:
+    """Codes and scaled errors ``[columns, out]`` of a block of columns, one after the other.
+
+    ``work: [columns, out]`` is used up. ``scales`` and ``zeros``: ``[columns, out]``. ``factor:
+    [columns, columns]``, upper. A column's error is pushed onto the later columns of the block.
+    """
+    codes, errors = torch.empty_like(work), torch.empty_like(work)
+    for column in range(len(work)):
+        zero = None if zeros is None else zeros[column]
+        codes[column], value = round_codes(work[column], scales[column], zero, args)
+        errors[column] = (work[column] - value) / factor[column, column]
+        work[column + 1 :] -= factor[column, column + 1 :, None] * errors[column]
+    return codes, errors

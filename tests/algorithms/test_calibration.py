@@ -1,0 +1,482 @@
+"""A walk through the blocks sees and computes what the whole model does, killed or not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import qplug
+from qplug import calibration
+from qplug.calibration import Walk
+from qplug.checkpoint import Checkpoint
+from qplug.output import Output
+from qplug.run import Result
+from qplug.skeleton import model_view
+
+Family = Callable[..., Path]
+StartWalk = Callable[..., Walk]
+MakeTokens = Callable[..., Tensor]
+
+#: What float32 may lose when sums over tokens are taken in another order.
+RTOL = 1e-5
+
+FAMILIES = (
+    *("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3"),
+    *("opt", "opt, norm after", "gpt-neox", "phi"),
+)
+
+
+@dataclass
+class Seen:
+    """What a plain forward pass of the whole model shows, all samples one after the other."""
+
+    entered: dict[str, list[Tensor]] = field(default_factory=dict)
+    left: dict[str, list[Tensor]] = field(default_factory=dict)
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def hidden(self, block: str) -> Tensor:
+        return torch.cat(self.entered[block])
+
+    def after(self, block: str) -> Tensor:
+        return torch.cat(self.left[block])
+
+    def rows(self, linear: str) -> Tensor:
+        return torch.cat([x.flatten(0, -2) for x in self.inputs[linear]])
+
+
+@torch.no_grad()
+def plain_forward(model: PreTrainedModel, tokens: Tensor, batch: int) -> Seen:
+    """Every block's input and output, and every linear's input, ``batch`` samples at a time."""
+    seen = Seen()
+
+    def block_hook(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            incoming = args[0] if args else kwargs["hidden_states"]
+            seen.entered.setdefault(name, []).append(incoming)
+            outgoing = output if isinstance(output, Tensor) else output[0]
+            seen.left.setdefault(name, []).append(outgoing)
+
+        return hook
+
+    def linear_hook(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            seen.inputs.setdefault(name, []).append(args[0])
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        if type(module).__name__.endswith(("DecoderLayer", "NeoXLayer")):
+            handles.append(module.register_forward_hook(block_hook(name), with_kwargs=True))
+        elif isinstance(module, nn.Linear):
+            # Ahead of hooks that round what enters.
+            handles.append(module.register_forward_pre_hook(linear_hook(name), prepend=True))
+    for part in tokens.split(batch):
+        model.eval()(part, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def reference(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def at_a_time(samples: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(calibration._BATCH_TOKENS, "cpu", samples * length)
+
+
+def blocks_of(folder: Path) -> tuple[str, ...]:
+    return model_view(Checkpoint.open(folder)).blocks
+
+
+# --- statistics and hidden states -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("samples", "length", "batch"), [(5, 20, 2), (4, 20, 4), (1, 1, 1)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_walk_through_float_blocks_is_a_forward_pass(
+    name: str,
+    samples: int,
+    length: int,
+    batch: int,
+    family: Family,
+    start_walk: StartWalk,
+    make_tokens: MakeTokens,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokens = make_tokens(samples, length)
+    seen = plain_forward(reference(family(name)), tokens, batch)
+    at_a_time(batch, length, monkeypatch)
+    walk = start_walk(family(name), tokens, propagate="float")
+    for block_name in blocks_of(family(name)):
+        # The very same operations in the same order: the very same numbers.
+        assert torch.equal(torch.cat(walk._hidden), seen.hidden(block_name))
+        block = walk.enter(block_name)
+        known = set()
+        for group in block.groups:
+            for linear in group.linears:
+                x = seen.rows(linear.name).double()
+                assert group.tokens == len(x) == samples * length
+                assert distance(group.gram, x.T @ x) <= RTOL
+                assert distance(group.mean_abs, x.abs().mean(0)) <= RTOL
+                assert (group.mean - x.mean(0)).norm() <= RTOL * x.abs().mean(0).norm()
+                assert torch.equal(group.low, x.amin(0).float())
+                assert torch.equal(group.high, x.amax(0).float())
+                assert torch.equal(group.sample, x.float())  # few tokens: all are kept
+                known.add(linear.name)
+        assert known == {n for n in seen.inputs if n.startswith(f"{block_name}.")}
+        assert torch.equal(torch.cat(walk._hidden), seen.after(block_name))
+        walk.leave(block_name, {})
+        assert torch.equal(torch.cat(walk._hidden), seen.after(block_name))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 100])
+def test_batches_of_any_size_give_the_same(
+    batch: int,
+    family: Family,
+    start_walk: StartWalk,
+    make_tokens: MakeTokens,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokens = make_tokens(7, 12)
+    seen = plain_forward(reference(family("gemma2")), tokens, 7)
+    at_a_time(batch, 12, monkeypatch)
+    walk = start_walk(family("gemma2"), tokens, propagate="float")
+    assert [len(hidden) for hidden in walk._hidden] == [len(part) for part in tokens.split(batch)]
+    for block_name in blocks_of(family("gemma2")):
+        block = walk.enter(block_name)
+        for group in block.groups:
+            x = seen.rows(group.linears[0].name).double()
+            assert group.tokens == 84
+            assert distance(group.gram, x.T @ x) <= RTOL
+            assert distance(group.sample, x) <= RTOL
+        assert distance(torch.cat(walk._hidden), seen.after(block_name)) <= RTOL
+        walk.leave(block_name, {})
+
+
+def test_a_sample_longer_than_a_batch(
+    family: Family,
+    start_walk: StartWalk,
+    make_tokens: MakeTokens,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(calibration._BATCH_TOKENS, "cpu", 5)
+    walk = start_walk(family("llama"), make_tokens(2, 12))
+    assert [hidden.shape[:2] for hidden in walk._hidden] == [(1, 12), (1, 12)]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mistral", "gemma2", "gemma3"])
+def test_windows_are_those_of_each_layer(
+    name: str, family: Family, start_walk: StartWalk, make_tokens: MakeTokens
+) -> None:
+    """Were all layers to see everything, or all little, the statistics would be others."""
+    tokens = make_tokens(3, 20)
+    walk = start_walk(family(name), tokens, propagate="float")
+    model = reference(family(name))
+    sliding = [
+        getattr(model.config, "layer_types", ["sliding_attention"] * 3)[i] == "sliding_attention"
+        for i in range(3)
+    ]
+    seen = plain_forward(model, tokens, 3)
+    model.config.sliding_window = 64  # as good as none
+    wide = plain_forward(model, tokens, 3)
+    model.config.sliding_window = 2
+    narrow = plain_forward(model, tokens, 3)
+    fed_alike = True  # until the first layer with a window
+    for block_name, slides in zip(blocks_of(family(name)), sliding, strict=True):
+        output = f"{block_name}.self_attn.o_proj"
+        group = walk.enter(block_name).groups[1]
+        walk.leave(block_name, {})
+        assert distance(group.sample, seen.rows(output)) <= RTOL
+        for other in (wide, narrow):
+            same = distance(group.sample, other.rows(output)) <= RTOL
+            assert same == (fed_alike and not slides)
+        fed_alike = fed_alike and not slides
+    assert not fed_alike
+
+
+# --- some of the tokens themselves ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "room", "wanted"), [(2, 10, 10), (1, 3, 3), (5, 30, 30), (2, 1000, 100)]
+)
+def test_the_sample_is_of_tokens_from_all_over(
+    batch: int,
+    room: int,
+    wanted: int,
+    family: Family,
+    start_walk: StartWalk,
+    make_tokens: MakeTokens,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokens = make_tokens(5, 20)
+    seen = plain_forward(reference(family("llama")), tokens, batch)
+    at_a_time(batch, 20, monkeypatch)
+    monkeypatch.setattr(calibration, "_SAMPLE", room)
+    block = start_walk(family("llama"), tokens).enter("model.layers.0")
+    for group in block.groups:
+        x = seen.rows(group.linears[0].name)
+        assert len(group.sample) == wanted
+        places = [int((x == row).all(1).nonzero()[0]) for row in group.sample]
+        assert places == sorted(places)
+        batches = {place // (batch * 20) for place in places}
+        assert len(batches) == min(-(-5 // batch), room)
+        if wanted < 100:  # none has only the beginning of its batch
+            assert max(place % (batch * 20) for place in places) >= batch * 20 // 2
+
+
+# --- what the quantized blocks give ---------------------------------------------------------------
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Tensor, Tensor]]:
+    """What entered and what left each block of the runs to come."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    leave = Walk.leave
+
+    def watched(self: Walk, name: str, served: Any) -> None:
+        before = torch.cat(self._hidden).clone()
+        leave(self, name, served)
+        seen[name] = before, torch.cat(self._hidden).clone()
+
+    monkeypatch.setattr(Walk, "leave", watched)
+    return seen
+
+
+@pytest.fixture
+def tokens_given(make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Runs calibrate on these tokens, not on those of a dataset."""
+    tokens = make_tokens(5, 20)
+    monkeypatch.setattr("qplug.run.calibration_tokens", lambda *args, **kwargs: tokens)
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "algo", "scheme", "backend"),
+    [
+        ("llama", "awq+gptq", "W4A16", "compressed-tensors"),
+        ("llama", "awq", "W4A16_ASYM", "compressed-tensors"),
+        ("llama", "gptq", "FP8_DYNAMIC", "compressed-tensors"),
+        ("llama", "awq", "W8A8", "compressed-tensors"),
+        ("llama", "awq", "W4A16", "fake"),
+        ("qwen2", "smoothquant+gptq", "W8A8", "compressed-tensors"),
+        ("gemma2", "awq", "W4A16", "compressed-tensors"),
+        ("gemma3", "awq+gptq", "W4A16", "fake"),
+        ("phi3", "awq", "W4A16", "compressed-tensors"),
+        ("opt", "osplus", "W8A8", "compressed-tensors"),
+        ("gpt-neox", "awq+gptq", "W4A16_ASYM", "compressed-tensors"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_is_fed_by_what_an_engine_computes(
+    name: str,
+    algo: str,
+    scheme: str,
+    backend: str,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    family: Family,
+    tokens_given: Tensor,
+    record: dict[str, tuple[Tensor, Tensor]],
+) -> None:
+    source = family(name, dtype)
+    size = 16 if scheme.startswith("W4") else None
+    options = {"algo": algo, "scheme": scheme, "backend": backend, "device": "cpu"}
+    out = qplug.quantize(str(source), tmp_path / "out", group_size=size, **options).out
+    seen = plain_forward(qplug.load(str(out)), tokens_given, len(tokens_given))
+    floats = plain_forward(reference(source), tokens_given, len(tokens_given))
+    for block in blocks_of(source):
+        entered, left = record[block]
+        assert distance(entered, seen.hidden(block)) <= RTOL
+        assert distance(left, seen.after(block)) <= RTOL
+        assert distance(left, floats.after(block)) > 100 * RTOL
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_blocks_can_be_fed_by_the_float_ones(
+    name: str,
+    tmp_path: Path,
+    family: Family,
+    tokens_given: Tensor,
+    record: dict[str, tuple[Tensor, Tensor]],
+) -> None:
+    source = family(name)
+    qplug.quantize(
+        str(source),
+        tmp_path / "out",
+        algo="awq+gptq",
+        group_size=16,
+        backend="compressed-tensors",
+        propagate="float",
+        device="cpu",
+    )
+    floats = plain_forward(reference(source), tokens_given, len(tokens_given))
+    for block in blocks_of(source):
+        assert torch.equal(record[block][1], floats.after(block))
+
+
+# --- a run that is killed -------------------------------------------------------------------------
+
+
+class Stop(KeyboardInterrupt):
+    """Ctrl-C at a chosen step."""
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Quantizes to ``tmp_path / out``; ``stop=n`` interrupts it after n steps."""
+
+    def quantized(source: Path, *, out: str = "out", stop: int | None = None, **kw: Any) -> Result:
+        def watch(done: int, *_: object) -> None:
+            if done == stop:
+                raise Stop
+
+        return qplug.quantize(
+            str(source),
+            tmp_path / out,
+            samples=6,
+            seq_len=20,
+            device="cpu",
+            watch=watch,
+            **{"group_size": 16, "backend": "compressed-tensors", **kw},
+        )
+
+    return quantized
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("propagate", ["quantized", "float"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "options"),
+    [
+        ("llama", torch.bfloat16, {"algo": "awq+gptq", "scheme": "W4A16"}),
+        ("gemma2", torch.bfloat16, {"algo": "awq", "scheme": "W4A16_ASYM"}),
+        ("llama", torch.bfloat16, {"algo": "awq", "scheme": "W4A16", "backend": "fake"}),
+        ("qwen2", torch.float16, {"algo": "smoothquant", "scheme": "W8A8", "group_size": None}),
+        ("opt", torch.bfloat16, {"algo": "osplus+gptq", "scheme": "W8A8", "group_size": None}),
+        ("gpt-neox", torch.float32, {"algo": "awq+gptq", "scheme": "W4A16"}),
+    ],
+)
+def test_killed_after_any_block(
+    name: str,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    propagate: str,
+    tmp_path: Path,
+    family: Family,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at_a_time(4, 20, monkeypatch)
+    source, options = family(name, dtype), {**options, "propagate": propagate}
+    wanted = contents(run(source, out="undisturbed", **options).out)
+    entered: list[str] = []
+    enter = Walk.enter
+    monkeypatch.setattr(
+        Walk, "enter", lambda self, block: [entered.append(block), enter(self, block)][1]
+    )
+    steps = len(model_steps := finished_steps(source))
+    for stop in range(1, steps + 1):
+        with pytest.raises(Stop):
+            run(source, stop=stop, **options)
+        assert not (tmp_path / "out").exists()
+        entered.clear()
+        result = run(source, **options)
+        # Two steps at most had not reached the disk; what had is not computed again.
+        assert max(0, stop - 3) <= result.resumed <= stop
+        assert entered == [step for step in model_steps[result.resumed :] if step]
+        assert contents(result.out) == wanted
+        shutil.rmtree(result.out)
+    assert result.resumed > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"undisturbed"}
+
+
+def finished_steps(source: Path) -> list[str | None]:
+    """The steps of a calibrated run in order: a block's name, or None for another tensor."""
+    view = model_view(Checkpoint.open(source))
+    others = [
+        tensor
+        for tensor in Checkpoint.open(source).tensors
+        if not tensor.startswith(tuple(f"{block}." for block in view.blocks))
+    ]
+    parent = view.blocks[0].rpartition(".")[0]
+    before = [tensor for tensor in others if tensor < parent]
+    return [*(None for _ in before), *view.blocks, *(None for _ in others[len(before) :])]
+
+
+def test_killed_again_and_again(
+    tmp_path: Path, family: Family, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on may be killed too; each takes up what all before it left."""
+    source = family("llama")
+    options = {"algo": "awq+gptq", "scheme": "W4A16"}
+    wanted = contents(run(source, out="undisturbed", **options).out)
+    for stop in range(1, 6):
+        with pytest.raises(Stop):
+            run(source, stop=stop, **options)
+    result = run(source, **options)
+    assert result.resumed > 0
+    assert contents(result.out) == wanted
+
+
+def test_a_block_that_did_not_reach_the_disk_is_computed_again(
+    tmp_path: Path, family: Family, run: Run
+) -> None:
+    source = family("llama")
+    options = {"algo": "awq", "scheme": "W4A16"}
+    wanted = contents(run(source, out="undisturbed", **options).out)
+    with pytest.raises(Stop):
+        run(source, stop=4, **options)
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    # The second block alone is lost, as if a power cut had taken it: those around it stay.
+    kept = [line for line in lines if '"step": 2' not in line]
+    assert len(kept) == len(lines) - 1
+    journal.write_text("".join(kept))
+    result = run(source, **options)
+    assert result.resumed == len(kept) - 1
+    assert contents(result.out) == wanted
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"propagate": "float"},
+        {"samples": 7},
+        {"seq_len": 21},
+        {"seed": 1},
+        {"algorithm_options": {"awq": {"ratios": 3}}},
+    ],
+)
+def test_an_unfinished_run_with_other_data_is_not_taken_up(
+    change: dict[str, Any], tmp_path: Path, family: Family, run: Run
+) -> None:
+    source = str(family("llama"))
+    options: dict[str, Any] = {"algo": "awq", "group_size": 16, "backend": "compressed-tensors"}
+    options |= {"samples": 6, "seq_len": 20, "device": "cpu"}
+    with pytest.raises(Stop):
+        run(Path(source), stop=3, algo="awq")
+    with pytest.raises(qplug.QplugError, match="holds an unfinished run with another"):
+        qplug.quantize(source, tmp_path / "out", **{**options, **change})
+    assert qplug.quantize(source, tmp_path / "out", **options).resumed > 0
