@@ -10,7 +10,7 @@ SHELL := /bin/bash
 
 quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it write
 	rm -rf quantized-demo
-	$(BIN)/qplug quantize qplug:demo --scheme W4A16 --backend sglang --out ./quantized-demo
+	$(BIN)/qplug quantize qplug:demo --algo awq --scheme W4A16 --backend sglang --out ./quantized-demo
 	$(BIN)/qplug verify ./quantized-demo
 	$(BIN)/python examples/continue_text.py qplug:demo ./quantized-demo
 

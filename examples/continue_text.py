@@ -1,4 +1,4 @@
-"""Let models go on with a sentence, one after the other: python continue_text.py MODEL [MODEL ...]"""
+"""Let models go on with a sentence: python continue_text.py MODEL [MODEL ...]"""
 
 import sys
 

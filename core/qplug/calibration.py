@@ -59,6 +59,13 @@ class Walk:
         config = load_config(source.folder, trust_remote_code=trust_remote_code)
         self._model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
         self._blocks = {name: self._model.get_submodule(name) for name in view.blocks}
+        for name, block in self._blocks.items():
+            for local, _ in block.named_parameters():
+                if f"{name}.{local}" not in source.tensors:
+                    raise QplugError(
+                        f"{name}.{local}: is stored in parts, as experts are; algorithms that "
+                        "need calibration data cannot take them yet"
+                    )
         self._structures: dict[tuple[Any, ...], tuple[Group, ...]] = {}
         self._hidden, self._calls = self._catch(tokens)
 
@@ -75,7 +82,7 @@ class Walk:
             if not any(name.startswith(block + ".") for block in self._view.blocks)
         ]
         held = [name for name in outer if name in self._source.tensors]
-        self._fill(self._model, {name: self._source.read(name) for name in held})
+        self._fill(self._model, {name: self._read(name) for name in held})
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self._device)
@@ -104,7 +111,7 @@ class Walk:
         """Read block ``name`` and gather the statistics of what its linears read."""
         module = self._blocks[name]
         weights = {
-            local: self._source.read(f"{name}.{local}").to(self._device)
+            local: self._read(f"{name}.{local}").to(self._device)
             for local, _ in module.named_parameters()
         }
         self._fill(module, weights)
@@ -166,11 +173,12 @@ class Walk:
         ``served``: every parameter by its name within the block, with the value an engine will use.
         """
         module = self._blocks[name]
+        parameters = [local for local, _ in module.named_parameters()]
         if self._propagate == "quantized":
-            self._fill(module, served)
+            self._fill(module, {local: served[local] for local in parameters})
             with self._rounding_inputs(name, module):
                 self._forward(name, module, keep=True)
-        for local, _ in list(module.named_parameters()):
+        for local in parameters:
             _set(module, local, torch.empty(0, device="meta"))
         self._calls.pop(name)
 
@@ -206,6 +214,13 @@ class Walk:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _read(self, name: str) -> Tensor:
+        """A tensor of the model. Raises QplugError if it is not finite."""
+        value = self._source.read(name)
+        if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value)):
+            raise QplugError(f"{name}: has NaN or infinite values")
+        return value
 
     def _fill(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():

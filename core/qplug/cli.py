@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -67,7 +68,8 @@ class Qplug(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            plugin = ctx.obj.blame(error) if isinstance(ctx.obj, Registry) else None
+            root = error.__cause__ or error  # a StageError is raised from what broke
+            plugin = ctx.obj.blame(root) if isinstance(ctx.obj, Registry) else None
             if plugin is not None:
                 removable = not (plugin.ships_with_qplug or plugin.is_file)
                 hint = f" To do without: qplug --no-plugins, or -p no:{plugin.name}"
@@ -108,3 +110,6 @@ def _blocked(ctx: click.Context, param: click.Parameter, words: tuple[str, ...])
 @click.option("--no-plugins", is_flag=True, help="Leave out all that does not ship with qplug.")
 def main(blocked: list[str], files: tuple[Path, ...], no_plugins: bool) -> None:
     """Quantize large language models for SGLang and vLLM."""
+    # Torch's threads otherwise spin while they wait, and a machine that does anything else besides
+    # is six times as slow. It must be said before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

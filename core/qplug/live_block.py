@@ -95,11 +95,12 @@ class LiveBlock(Block):
         return tuple(sorted(f"{self.name}.{local}" for local in self._rewritten))
 
     def others(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The parameters ``names`` (full names) as they are to be stored."""
+        """Those of ``names`` (full names) that are parameters, as they are to be stored."""
         found = {}
         for name in names:
             local = name.removeprefix(f"{self.name}.")
-            found[name] = self.masters[local].to(self._dtypes[local]).cpu()
+            if local in self.masters:
+                found[name] = self.masters[local].to(self._dtypes[local]).cpu()
         return found
 
     def served(

@@ -150,7 +150,9 @@ def _convert(option: Option, value: Any, where: str) -> Any:
         for choice in option.choices:
             if str(choice) == str(value):
                 return choice
-        raise QplugError(f"{where}: must be one of {option.type_name}")
+        names = ", ".join(str(choice) for choice in option.choices)
+        none = " or none" if option.optional else ""
+        raise QplugError(f"{where}: must be one of {names}{none}")
     try:
         made = _scalar(option.kind, value)
     except (ValueError, TypeError):

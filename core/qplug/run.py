@@ -238,11 +238,30 @@ class Run:
             block = walk.enter(step.name)
             codes = self.stages.quantize(block)
             report = Report(self.stages.errors(block, codes), block.rewritten())
-            contents: dict[str, Content] = {**self.stages.pack(codes, step, view.dtype)}
+            packed = self.stages.pack(codes, step, view.dtype)
             others = block.others(step.others)
-            contents.update(others)
-            walk.leave(step.name, block.served(codes, others))
-            yield number, contents, report
+            served = block.served(codes, others)
+            if not self.stages.exporter.exact:  # what it stores is not quite what the codes say
+                served |= self._dequantized(step.linears, packed, step.name)
+            walk.leave(step.name, served)
+            # Old checkpoints have tensors in their blocks that are no parameters: masks, tables.
+            kept = {n: source.tensors[n].chunks() for n in step.others if n not in others}
+            yield number, {**packed, **others, **kept}, report
+
+    def _dequantized(
+        self, linears: Mapping[str, Scheme], tensors: Mapping[str, Tensor], block: str
+    ) -> dict[str, Tensor]:
+        """The weights that packed ``tensors`` (by full name) stand for, by name in the block."""
+        weights = {}
+        for name, scheme in linears.items():
+            packed = {
+                tensor.rpartition(".")[2]: value
+                for tensor, value in tensors.items()
+                if tensor.rpartition(".")[0] == name and tensor != f"{name}.bias"
+            }
+            local = name.removeprefix(f"{block}.")
+            weights[f"{local}.weight"] = self.stages.exporter.dequantize(packed, scheme)
+        return weights
 
     def _served(
         self,
@@ -252,15 +271,15 @@ class Run:
         block: str,
     ) -> dict[str, Tensor]:
         """What an earlier run wrote of a block, as an engine will compute with it."""
-        served = {}
-        for name, scheme in linears.items():
-            layout = output.stored(f"{name}.")
-            tensors = {local: tensor for local, tensor in layout.items() if local != "bias"}
-            served[f"{name}.weight"] = self.stages.exporter.dequantize(tensors, scheme)
+        tensors = {}
+        for name in linears:
+            stored = output.stored(f"{name}.")
+            tensors.update({f"{name}.{local}": tensor for local, tensor in stored.items()})
+        served = self._dequantized(linears, tensors, block)
         for name in others:
             path, _, local = name.rpartition(".")
-            served[name] = output.stored(f"{path}.")[local]
-        return {name.removeprefix(f"{block}."): value for name, value in served.items()}
+            served[name.removeprefix(f"{block}.")] = output.stored(f"{path}.")[local]
+        return served
 
 
 def find_device(name: str) -> torch.device:

@@ -28,10 +28,11 @@ class Statistics:
         torch.maximum(self.high, high.float(), out=self.high)
         self.total += x.sum(0, dtype=torch.float32)
         self.absolute += x.abs().sum(0, dtype=torch.float32)
-        if self._room > 0:
-            rows = x[:: max(1, x.shape[0] // max(1, share))][: min(share, self._room)]
-            self._kept.append(rows.float())
-            self._room -= rows.shape[0]
+        count = min(share, self._room, x.shape[0])
+        if count:
+            even = torch.arange(count, device=x.device) * x.shape[0] // count
+            self._kept.append(x[even].float())
+            self._room -= count
 
     @property
     def mean(self) -> Tensor:

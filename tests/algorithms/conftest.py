@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qplug import InputGroup, Linear, QuantArgs, Scheme
+from qplug import QuantArgs, Scheme
 from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
 from qplug.skeleton import model_view
@@ -140,9 +140,7 @@ def start_walk() -> StartWalk:
         view = model_view(source)
         names = [name for name in view.linears if name in view.quantizable]
         schemes = {name: scheme for name in names if not name.endswith(tuple(ignore))}
-        return Walk(
-            source, view, schemes, tokens, device=torch.device("cpu"), propagate=propagate
-        )
+        return Walk(source, view, schemes, tokens, device=torch.device("cpu"), propagate=propagate)
 
     return start
 

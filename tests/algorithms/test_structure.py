@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -219,8 +218,7 @@ def test_groups_are_found(
         walk.leave(block_name, {})
     (groups,) = found  # all blocks are alike
     assert {
-        group.linears: group.before and (group.before.kind, group.before.module)
-        for group in groups
+        group.linears: group.before and (group.before.kind, group.before.module) for group in groups
     } == EXPECTED[name]
 
 
@@ -356,7 +354,9 @@ def test_heads_that_share_values_share_scales(
     means = given.view(kv_heads, 4 // kv_heads, head).mean(1, keepdim=True)
     wanted = means.expand(-1, 4 // kv_heads, -1).flatten()
     torch.testing.assert_close(block.shared(group, given), wanted)
-    rows = block.masters["self_attn.v_proj.weight" if name != "phi3" else "self_attn.qkv_proj.weight"]
+    rows = block.masters[
+        "self_attn.v_proj.weight" if name != "phi3" else "self_attn.qkv_proj.weight"
+    ]
     old = rows.clone()
     block.smooth(group, given)  # averaged on the way
     divided = old.clone()
@@ -492,7 +492,11 @@ def test_a_first_block_that_does_nothing(
 
     def edit(model: PreTrainedModel) -> None:
         for local, parameter in model.model.layers[0].named_parameters():
-            if zero in local or zero == "all" or (zero in ("up_proj", "v_proj") and "_up_" in local):
+            if (
+                zero in local
+                or zero == "all"
+                or (zero in ("up_proj", "v_proj") and "_up_" in local)
+            ):
                 parameter.zero_()
 
     tokens = make_tokens(3, 20)

@@ -125,8 +125,8 @@ def test_words_for_nothing(word: str | None) -> None:
         ("act_order", "maybe", "bool"),
         ("act_order", 1, "bool"),
         ("label", True, "str"),
-        ("seed", "1.5", "int"),
-        ("file", 7, "path"),
+        ("seed", "1.5", "int or none"),
+        ("file", 7, "path or none"),
     ],
 )
 def test_a_wrong_value_is_refused_with_what_it_must_be(key: str, value: Any, must: str) -> None:
@@ -181,8 +181,8 @@ def test_options_tell_what_a_field_is() -> None:
         "act_order": ("bool", False, False, False),
         "version": ("v1|v2", False, False, "v1"),
         "label": ("str", False, False, ""),
-        "file": ("path", True, False, None),
-        "seed": ("int", True, False, None),
+        "file": ("path or none", True, False, None),
+        "seed": ("int or none", True, False, None),
     }
     assert [o.param.help for o in options(Needs)] == ["Where the text is."]
     assert [o.required for o in options(Needs)] == [True]
