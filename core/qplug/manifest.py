@@ -97,15 +97,19 @@ def result_files(
     if quantization is not None:
         config["quantization_config"] = quantization
     errors = {name: error for report in reports for name, error in report.errors.items()}
-    rewritten = sorted(name for report in reports for name in report.rewritten)
+    losses = {name: loss for report in reports for name, loss in report.losses.items()}
     kinds = list(dict.fromkeys(schemes.values()))
     manifest = {
         "model": name,
         "recipe": recipe.to_dict(),
         "versions": versions(recipe, registry),
         "schemes": [scheme.to_dict() for scheme in kinds],
-        "layers": {n: {"scheme": kinds.index(s), "error": errors[n]} for n, s in schemes.items()},
-        "rewritten": rewritten,
+        "layers": {
+            name: {"scheme": kinds.index(s), "error": errors[name], "loss": losses.get(name)}
+            for name, s in schemes.items()
+        },
+        "rewritten": sorted(name for report in reports for name in report.rewritten),
+        "notes": [note for report in reports for note in report.notes],
     }
     return {
         "config.json": _json(config),

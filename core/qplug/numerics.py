@@ -181,6 +181,14 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
     return (error / norm) ** 0.5 if norm else float(error > 0)
 
 
+def relative_output_error(weight: Tensor, quantized: QuantizedWeight, gram: Tensor) -> float:
+    """``||XW'ᵀ - XWᵀ|| / ||XWᵀ||`` over all tokens, of ``gram: [in, in]``, the sum of ``xᵀx``."""
+    weight = weight.float()
+    norm = output_error(weight, gram)
+    error = output_error(dequantize(quantized).sub_(weight), gram)
+    return (max(error, 0.0) / norm) ** 0.5 if norm > 0 else 0.0
+
+
 def output_error(difference: Tensor, gram: Tensor) -> float:
     """``tr(D G Dᵀ)``: the squared error of a linear's output over all tokens, for errors ``D``.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-#: Takes how many are done, how many there are, and what was done last.
-Bar = Callable[[int, int, str], None]
+#: Takes how many are done, how many there are, what was done last, and its loss.
+Bar = Callable[[int, int, str, "float | None"], None]
 
 
 @contextmanager
@@ -22,7 +22,8 @@ def progress_bar(what: str) -> Iterator[Bar]:
     with Progress(*columns, console=console, transient=True, disable=off) as progress:
         task = progress.add_task(what, total=None)
 
-        def show(done: int, total: int, name: str = "") -> None:
-            progress.update(task, completed=done, total=total, description=f"{what} {name}".strip())
+        def show(done: int, total: int, name: str, loss: float | None) -> None:
+            told = f"{what} {name}" + ("" if loss is None else f" (loss {loss:.4f})")
+            progress.update(task, completed=done, total=total, description=told.strip())
 
         yield show

@@ -29,8 +29,9 @@ from qplug.skeleton import model_view
 from qplug.source import find_model
 from qplug.stages import Report, Stages
 
-#: Told of each finished step: its number from 1, how many there are, and its name.
-Watcher = Callable[[int, int, str], None]
+#: Told of each finished step: its number from 1, how many there are, its name, and the mean loss of
+#: its linears if it was calibrated.
+Watcher = Callable[[int, int, str, "float | None"], None]
 
 #: A finished step: its number, the tensors to write, and the report to leave in the journal.
 Finished = tuple[int, Mapping[str, Content], Report]
@@ -40,10 +41,16 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. ``errors`` are ``||W' - W|| / ||W||`` of each quantized linear."""
+    """What a run did. ``errors`` are ``||W' - W|| / ||W||`` of each quantized linear.
+
+    ``losses`` are the same of what the linears compute on the calibration data, if there is any;
+    ``notes`` is what algorithms have to tell.
+    """
 
     out: Path
     errors: Mapping[str, float]
+    losses: Mapping[str, float]
+    notes: tuple[str, ...]
     source_bytes: int
     bytes: int
     seconds: float
@@ -137,7 +144,7 @@ class Run:
         source_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
         tokens = self._tokens(calibration, model, view) if calibration else None
         if dry_run:
-            return Result(out, {}, source_bytes, plan.nbytes, 0.0, 0, dry_run=True)
+            return Result(out, {}, {}, (), source_bytes, plan.nbytes, 0.0, 0, dry_run=True)
 
         mark = fingerprint(
             source, self.recipe, self.registry, self.device.type, shard_bytes, tokens
@@ -160,13 +167,20 @@ class Run:
             for number, contents, report in work:
                 output.write(number, contents, report.to_dict())
                 reports[number] = report
-                watch(len(reports), len(plan.steps), plan.steps[number].name)
+                watch(len(reports), len(plan.steps), plan.steps[number].name, report.loss)
             told = [reports[number] for number in range(len(plan.steps))]
             texts = result_files(model, view, self.recipe, exporter, schemes, told, self.registry)
             output.finish(source.companions(), texts)
-        errors = {name: error for report in told for name, error in report.errors.items()}
-        seconds = time.monotonic() - began
-        return Result(out, errors, source_bytes, plan.nbytes, seconds, len(output.finished))
+        return Result(
+            out=out,
+            errors={name: error for report in told for name, error in report.errors.items()},
+            losses={name: loss for report in told for name, loss in report.losses.items()},
+            notes=tuple(note for report in told for note in report.notes),
+            source_bytes=source_bytes,
+            bytes=plan.nbytes,
+            seconds=time.monotonic() - began,
+            resumed=len(output.finished),
+        )
 
     def _servable(self, schemes: dict[str, Scheme], view: ModelView) -> dict[str, Scheme]:
         """The schemes with the backend's dtype of scales. Raises QplugError if it refuses them."""
@@ -220,7 +234,7 @@ class Run:
                 )
                 block = Block(step.name, linears)
                 codes = self.stages.quantize(block)
-                report = Report(self.stages.errors(block, codes))
+                report = self.stages.report(block, codes)
                 yield number, self.stages.pack(codes, step, view.dtype), report
 
     def _calibrated(
@@ -237,7 +251,7 @@ class Run:
                 continue
             block = walk.enter(step.name)
             codes = self.stages.quantize(block)
-            report = Report(self.stages.errors(block, codes), block.rewritten())
+            report = self.stages.report(block, codes, block.rewritten())
             packed = self.stages.pack(codes, step, view.dtype)
             others = block.others(step.others)
             served = block.served(codes, others)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qplug.api import Algorithm, Block, Exporter, QuantizedWeight
 from qplug.errors import QplugError, StageError
-from qplug.numerics import relative_error
+from qplug.numerics import relative_error, relative_output_error
 from qplug.params import fill
 from qplug.plan import Step
 from qplug.recipe import DEFAULT_QUANTIZER, Recipe
@@ -22,20 +22,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a step. ``errors``: ``||W' - W|| / ||W||`` by linear.
+    """What became of a step.
 
-    ``rewritten``: the tensors that no longer hold what the float model has, codes aside.
+    ``errors``: ``||W' - W|| / ||W||`` by linear; ``losses``: the same of its output on calibration
+    data. ``rewritten``: the tensors that no longer hold what the float model has, codes aside.
+    ``notes``: what algorithms have to tell the user.
     """
 
     errors: Mapping[str, float] = field(default_factory=dict)
+    losses: Mapping[str, float] = field(default_factory=dict)
     rewritten: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def loss(self) -> float | None:
+        """The mean of ``losses``."""
+        return sum(self.losses.values()) / len(self.losses) if self.losses else None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"errors": dict(self.errors), "rewritten": list(self.rewritten)}
+        """A plain form for JSON."""
+        return {
+            "errors": dict(self.errors),
+            "losses": dict(self.losses),
+            "rewritten": list(self.rewritten),
+            "notes": list(self.notes),
+        }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Report:
-        return cls(plain["errors"], tuple(plain["rewritten"]))
+        """The inverse of ``to_dict``."""
+        rewritten, notes = tuple(plain["rewritten"]), tuple(plain["notes"])
+        return cls(plain["errors"], plain["losses"], rewritten, notes)
 
 
 class Stages:
@@ -81,12 +98,22 @@ class Stages:
                 raise ValueError(f"it gave codes for {sorted(codes)}, not {sorted(wanted)}")
             return codes
 
-    def errors(self, block: Block, codes: Mapping[str, QuantizedWeight]) -> dict[str, float]:
-        """The relative error of each weight, to four digits."""
-        return {
-            linear.name: float(f"{relative_error(linear.weight, codes[linear.name]):.4g}")
+    def report(
+        self, block: Block, codes: Mapping[str, QuantizedWeight], rewritten: tuple[str, ...] = ()
+    ) -> Report:
+        """What became of ``block``, numbers to four digits."""
+        errors = {
+            linear.name: _short(relative_error(linear.weight, codes[linear.name]))
             for linear in block.linears
         }
+        losses = {
+            linear.name: _short(
+                relative_output_error(linear.weight, codes[linear.name], group.gram)
+            )
+            for group in block.groups
+            for linear in group.linears
+        }
+        return Report(errors, losses, rewritten, tuple(block.notes))
 
     def pack(
         self, codes: Mapping[str, QuantizedWeight], step: Step, dtype: str
@@ -129,3 +156,7 @@ class Stages:
             plugin = self._registry.blame(error)
             source = plugin.source if plugin else "no plugin"
             raise StageError(component.name, source, where, error) from error
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.4g}")

@@ -51,7 +51,7 @@ def test_quantize(cli: Cli, tmp_path: Path) -> None:
     first, second = result.stdout.splitlines()
     assert first.startswith(f"{tmp_path / 'out'}: 28 layers, 8.4 MB -> 3.7 MB, ")
     assert first.endswith(" s")
-    assert second.startswith("relative error: mean 0.11")
+    assert second.startswith("relative error of weights: mean 0.11")
 
 
 def test_quantize_json(cli: Cli, tmp_path: Path) -> None:

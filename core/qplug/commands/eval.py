@@ -51,7 +51,7 @@ def command(
             device=device,
             trust_remote_code=trust_remote_code,
             registry=registry,
-            watch=lambda done, total: bar(done, total, ""),
+            watch=lambda done, total: bar(done, total, "", None),
         )
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result), indent=2))

@@ -120,11 +120,16 @@ def command(
     if result.dry_run:
         click.echo(f"{out}: would be written: {sizes}")
         return
-    worst = max(result.errors, key=lambda name: result.errors[name])
-    mean = sum(result.errors.values()) / len(result.errors)
+    losses = result.losses or result.errors
+    worst = max(losses, key=lambda name: losses[name])
+    mean = sum(losses.values()) / len(losses)
     resumed = f", {result.resumed} steps of them done before" if result.resumed else ""
     click.echo(f"{out}: {len(result.errors)} layers, {sizes}, {result.seconds:.1f} s{resumed}")
-    click.echo(f"relative error: mean {mean:.4f}, worst {result.errors[worst]:.4f} ({worst})")
+    of_what = "outputs on the calibration data" if result.losses else "weights"
+    told = f"mean {mean:.4f}, worst {losses[worst]:.4f} ({worst})"
+    click.echo(f"relative error of {of_what}: {told}")
+    for note in result.notes:
+        click.echo(f"note: {note}")
 
 
 def _by_algorithm(words: tuple[str, ...]) -> dict[str, dict[str, str]]:

@@ -42,7 +42,7 @@ def command(
             backend=backend,
             trust_remote_code=trust_remote_code,
             registry=registry,
-            watch=lambda done, total: bar(done, total, ""),
+            watch=lambda done, total: bar(done, total, "", None),
         )
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(result), "ok": result.ok}, indent=2))

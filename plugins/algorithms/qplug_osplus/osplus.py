@@ -43,7 +43,7 @@ class OSPlus(Algorithm[Params]):
         best, least = torch.ones_like(peaks), torch.inf
         top = float(peaks.max())
         bottom = float(peaks.median())
-        for step in range(self.params.steps):
+        for step in range(self.params.steps if top else 0):  # inputs that are all zero stay
             threshold = top * (bottom / top) ** (step / (self.params.steps - 1)) if bottom else top
             scale = block.shared(group, (peaks / threshold).clamp(min=1))
             loss = _loss(group, scale, target)
