@@ -156,8 +156,22 @@ PRESETS: dict[str, Scheme] = {
 
 
 def preset(name: str) -> Scheme:
-    """The scheme called ``name``, in upper or lower case."""
-    try:
-        return PRESETS[name.upper()]
-    except KeyError:
-        raise QplugError(f"no scheme {name!r}. There are: {', '.join(PRESETS)}") from None
+    """The scheme called ``name``, in upper or lower case.
+
+    Beside those that engines serve there is one for every ``W<2-8>A<2-8 or 16>`` of integers, with
+    ``_ASYM`` for asymmetric weights: groups of 128 where inputs stay as they are, else a scale each
+    row and each token.
+    """
+    name = name.upper()
+    if name in PRESETS:
+        return PRESETS[name]
+    found = re.fullmatch(r"W([2-8])A([2-8]|16)(_ASYM)?", name)
+    if found is None:
+        names = ", ".join(PRESETS)
+        raise QplugError(f"no scheme {name!r}. There are: {names}; to be measured: W2A16 ... W8A8")
+    weights, inputs, asymmetric = found.groups()
+    if inputs == "16":
+        args = QuantArgs(f"int{weights}", "group", 128, symmetric=not asymmetric)
+        return Scheme(name, args)
+    args = QuantArgs(f"int{weights}", "channel", symmetric=not asymmetric)
+    return Scheme(name, args, QuantArgs(f"int{inputs}", "token", dynamic=True))

@@ -315,7 +315,7 @@ def test_fused_layers_with_two_schemes(llama: Path, refused: Refused) -> None:
         (["--algo", ""], "--algo : say one algorithm"),
         (["--algo", "rtn+"], "--algo rtn+: say one algorithm"),
         (["--algo", "rtn+rtn"], "--algo rtn+rtn: say one algorithm"),
-        (["--scheme", "W5A16"], "no scheme 'W5A16'. There are: W4A16"),
+        (["--scheme", "W9A16"], "no scheme 'W9A16'. There are: W4A16"),
         (["--backend", "sgland"], "no exporter 'sgland'. Did you mean 'sglang'?"),
         (["-o", "rtn.bits=4"], "algorithm rtn has no option 'bits'"),
         (["-o", "gptq.bits=4"], "-o gptq...: gptq is not in --algo"),
@@ -514,6 +514,6 @@ def test_a_small_disk(
 
 
 def test_python_raises_one_line(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(QplugError, match="no scheme 'W5A16'"):
-        quantize(str(llama), tmp_path / "out", scheme="W5A16")
+    with pytest.raises(QplugError, match="no scheme 'W9A16'"):
+        quantize(str(llama), tmp_path / "out", scheme="W9A16")
     assert list(tmp_path.iterdir()) == [llama]
