@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SHELL := /bin/bash
 
-.PHONY: quickstart test lint types test-engines wheel clean
+.PHONY: quickstart test lint types test-engines test-gpu wheel clean
 
 quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it write
 	rm -rf quantized-demo
@@ -20,6 +20,9 @@ test: $(VENV)/installed-test  ## the tests that need neither a network nor a GPU
 test-engines: $(VENV)/installed-test  ## the real vLLM, on this CPU, in an environment of its own
 	$(PYTHON) tests/engines/install_vllm.py .venv-vllm
 	QPLUG_VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/python -m pytest -m engine tests/engines
+
+test-gpu: $(VENV)/installed-test  ## the kernels, on a host with a GPU
+	$(BIN)/python -m pytest -m gpu tests/algorithms
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

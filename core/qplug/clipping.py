@@ -41,22 +41,38 @@ def _search(
     linear: Linear, gram: Tensor, steps: int, smallest: float
 ) -> tuple[Tensor, Tensor | None]:
     weight, args = linear.weight, linear.args
-    blocks = diagonal_blocks(gram, args.group_size or weight.shape[1])
     low, high = weight_range(weight, args)
-    best_scale, best_zero = range_scale(low, high, args)
-    least = torch.full_like(best_scale, torch.inf)
     largest = unclipped_ratio(args)
-    for step in range(steps + 1):
-        ratio = largest - step * (largest - smallest) / steps
-        scale, zero = range_scale(low * ratio, high * ratio, args)
+    ratios = [largest - step * (largest - smallest) / steps for step in range(steps + 1)]
+    candidates = [range_scale(low * ratio, high * ratio, args) for ratio in ratios]
+    scales = torch.stack([scale for scale, _ in candidates])
+    zeros = None if args.symmetric else torch.stack([z for _, z in candidates if z is not None])
+    blocks = diagonal_blocks(gram, args.group_size or weight.shape[1])
+    errors = clip_errors(weight, scales, zeros, blocks, args)
+    best = errors.argmin(0, keepdim=True)
+    scale = scales.gather(0, best)[0]
+    return scale, None if zeros is None else zeros.gather(0, best)[0]
+
+
+def clip_errors(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, blocks: Tensor, args: QuantArgs
+) -> Tensor:
+    """``(w - ŵ) G (w - ŵ)ᵀ`` of each group under each candidate: ``[candidates, out, groups]``.
+
+    ``weight: [out, in]``; ``scales`` and ``zeros``: ``[candidates, out, groups]``; ``blocks:
+    [groups, size, size]``.
+    """
+    if weight.is_cuda and not args.is_float and blocks.shape[1] in (32, 64, 128):
+        from qplug.clipping_kernel import clip_errors_on_gpu
+
+        return clip_errors_on_gpu(weight, scales, zeros, blocks, args)
+    errors = torch.empty(scales.shape, device=weight.device)
+    for number, scale in enumerate(scales):
+        zero = None if zeros is None else zeros[number]
         restored = dequantize_with(quantize(weight, scale, zero, args), scale, zero, args)
-        error = _error(restored.sub_(weight), blocks)
-        better = error < least
-        least = torch.where(better, error, least)
-        best_scale = torch.where(better, scale, best_scale)
-        if zero is not None and best_zero is not None:
-            best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+        groups = restored.sub_(weight).view(len(weight), *blocks.shape[:2]).transpose(0, 1)
+        errors[number] = (torch.bmm(groups, blocks) * groups).sum(-1).T
+    return errors
 
 
 def unclipped_ratio(args: QuantArgs) -> float:
@@ -75,9 +91,3 @@ def diagonal_blocks(gram: Tensor, size: int) -> Tensor:
     """The blocks of ``size`` on the diagonal of ``gram: [in, in]``: ``[groups, size, size]``."""
     edges = range(0, gram.shape[0], size)
     return torch.stack([gram[edge : edge + size, edge : edge + size] for edge in edges])
-
-
-def _error(difference: Tensor, blocks: Tensor) -> Tensor:
-    """``d G dᵀ`` for each row and group: ``difference: [out, in]`` -> ``[out, groups]``."""
-    groups = difference.view(difference.shape[0], *blocks.shape[:2]).transpose(0, 1)
-    return (torch.bmm(groups, blocks) * groups).sum(-1).T

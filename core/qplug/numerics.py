@@ -183,8 +183,7 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
 
 def relative_output_error(weight: Tensor, quantized: QuantizedWeight, gram: Tensor) -> float:
     """``||XW'ᵀ - XWᵀ|| / ||XWᵀ||`` over all tokens, of ``gram: [in, in]``, the sum of ``xᵀx``."""
-    weight = weight.float()
-    norm = output_error(weight, gram)
+    norm = output_error(weight.float(), gram)
     error = output_error(dequantize(quantized).sub_(weight), gram)
     return (max(error, 0.0) / norm) ** 0.5 if norm > 0 else 0.0
 
@@ -195,11 +194,15 @@ def output_error(difference: Tensor, gram: Tensor) -> float:
     ``difference: [out, in]``, ``gram: [in, in]``. On a GPU the product is one of bfloat16 numbers
     summed in float32: what rounding does to 10^8 terms is far below the differences looked for.
     """
-    if difference.is_cuda:
-        product = torch.mm(difference.bfloat16(), gram.bfloat16(), out_dtype=torch.float32)
-    else:
-        product = difference @ gram
-    return product.mul_(difference).sum(dtype=torch.float64).item()
+    halved = gram.bfloat16() if difference.is_cuda else gram
+    total = torch.zeros((), dtype=torch.float64, device=difference.device)
+    for part in difference.split(max(1, _GPU_CHUNK // 4 // difference.shape[1])):
+        if difference.is_cuda:
+            product = torch.mm(part.bfloat16(), halved, out_dtype=torch.float32)
+        else:
+            product = part @ halved
+        total += product.mul_(part).sum(dtype=torch.float64)
+    return total.item()
 
 
 def fake_quantize_activations(x: Tensor, args: QuantArgs) -> Tensor:

@@ -1,0 +1,86 @@
+"""The GPU's kernels against the plain torch that says what they mean. Run by make test-gpu."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import qplug
+from qplug import PRESETS, QuantArgs
+from qplug.clipping import clip_errors, diagonal_blocks
+from qplug.numerics import minmax_scale, range_scale, weight_range
+from qplug_gptq import solver
+
+pytestmark = pytest.mark.gpu
+
+# Rows that fill no program's share, and one program alone.
+SHAPES = [(70, 256), (300, 384), (1000, 512)]
+
+
+def random_layer(rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """A weight, and the Gram matrix of inputs with channels of different sizes."""
+    torch.manual_seed(0)
+    inputs = torch.randn(4000, width) * torch.rand(width) * 3
+    return torch.randn(rows, width) * 0.02, inputs.T @ inputs
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scheme", PRESETS)
+def test_a_block_of_columns_is_rounded_to_the_same_codes(
+    scheme: str, shape: tuple[int, int]
+) -> None:
+    from qplug_gptq.kernel import round_columns_on_gpu
+
+    args = PRESETS[scheme].weights
+    weight, gram = random_layer(*shape)
+    scale, zero = minmax_scale(weight, args)
+    order = torch.arange(shape[1])
+    factor, _ = solver.inverse_factor(gram, order, 0.05)
+    scales, zeros = solver.per_column(scale, zero, args, order[:128], shape[0])
+    work, corner = weight.T[:128].contiguous(), factor[:128, :128]
+    on_gpu = round_columns_on_gpu(
+        work.cuda(), scales.cuda(), None if zeros is None else zeros.cuda(), corner.cuda(), args
+    )
+    on_cpu = solver.round_columns(work.clone(), scales, zeros, corner, args)
+    same = on_gpu[0].cpu() == on_cpu[0]
+    # An error that is pushed on in another order may fall on the other side of a tie.
+    assert same.float().mean() > 0.9995
+    exact = same.all(0)
+    assert torch.allclose(on_gpu[1].cpu()[:, exact], on_cpu[1][:, exact], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16"])
+def test_errors_of_clips_are_those_of_plain_torch(
+    scheme: str, size: int, shape: tuple[int, int]
+) -> None:
+    args: QuantArgs = replace(PRESETS[scheme].with_group_size(size).weights, scale_dtype="bfloat16")
+    weight, gram = random_layer(*shape)
+    low, high = weight_range(weight, args)
+    candidates = [range_scale(low * ratio, high * ratio, args) for ratio in (1.07, 1, 0.9, 0.6)]
+    scales = torch.stack([scale for scale, _ in candidates])
+    zeros = None if args.symmetric else torch.stack([z for _, z in candidates if z is not None])
+    blocks = diagonal_blocks(gram, size)
+    wanted = clip_errors(weight, scales, zeros, blocks, args)
+    found = clip_errors(
+        weight.cuda(), scales.cuda(), None if zeros is None else zeros.cuda(), blocks.cuda(), args
+    )
+    # TF32 has ten bits; the sum is of a few thousand products of either sign.
+    assert ((found.cpu() - wanted).abs() <= 4e-3 * wanted).all()
+
+
+@pytest.mark.parametrize("algo", ["awq", "gptq", "awq+gptq"])
+def test_a_run_on_the_gpu_is_as_good_as_one_on_the_cpu(algo: str, tmp_path: Path) -> None:
+    losses = {}
+    for device in ("cpu", "cuda"):
+        result = qplug.quantize(
+            "qplug:demo", tmp_path / device, algo=algo, device=device, samples=16, seq_len=128
+        )
+        losses[device] = sum(result.losses.values()) / len(result.losses)
+        assert qplug.verify(str(tmp_path / device)).ok
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)
