@@ -459,6 +459,20 @@ def finished_steps(source: Path) -> list[str | None]:
     return [*(None for _ in before), *view.blocks, *(None for _ in others[len(before) :])]
 
 
+def test_notes_of_resumed_blocks_are_told_again(family: Family, run: Run) -> None:
+    source = family("llama")
+    options: dict[str, Any] = {"algo": "gptq", "samples": 1, "seq_len": 3}
+    options["algorithm_options"] = {"gptq": {"damp": 0.0}}  # three tokens leave much undecided
+    undisturbed = run(source, out="undisturbed", **options)
+    assert len(undisturbed.notes) == 3 * 4
+    assert all("damping was raised from 0 to" in note for note in undisturbed.notes)
+    with pytest.raises(Stop):
+        run(source, stop=4, **options)
+    again = run(source, **options)
+    assert again.resumed > 0
+    assert again.notes == undisturbed.notes
+
+
 def test_killed_again_and_again(
     tmp_path: Path, family: Family, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

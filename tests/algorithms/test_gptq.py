@@ -379,6 +379,17 @@ def test_columns_that_no_token_excites(
     assert same.all(1).float().mean() > 0.95
 
 
+def test_columns_that_no_token_excites_need_no_damping(
+    make_inputs: MakeInputs, make_linear: MakeLinear, make_group: MakeGroup
+) -> None:
+    x, linear = make_inputs(300, 96), make_linear(40, 96, GRIDS["int4 channels"])
+    x[:, [0, 3, 40, 41, 95]] = 0
+    group = make_group(x, linear)
+    block, made = quantized(group, damp=0.0)
+    assert block.notes == []
+    check_codes(made["linear"], textbook(linear, group.gram, made["linear"], damp=0.0), rows=0.05)
+
+
 def test_inputs_that_are_all_zero(make_linear: MakeLinear, make_group: MakeGroup) -> None:
     linear = make_linear(8, 32, GRIDS["int4 groups"])
     block, made = quantized(make_group(torch.zeros(5, 32), linear))

@@ -63,7 +63,7 @@ def solve(
     """
     work = weight.T[order]  # [in, out]: a column is a run of memory
     codes = torch.empty(work.shape, dtype=code_dtype(args), device=work.device)
-    round_columns = _rounder(work)
+    round_columns = _rounder(work, args, block_size)
     for start in range(0, len(work), block_size):
         stop = min(start + block_size, len(work))
         columns = order[start:stop]
@@ -76,9 +76,10 @@ def solve(
     return codes.T.contiguous()
 
 
-def _rounder(work: Tensor) -> Rounder:
+def _rounder(work: Tensor, args: QuantArgs, block_size: int) -> Rounder:
     """What rounds a block of columns: one kernel on a GPU, plain torch elsewhere."""
-    if work.is_cuda:
+    # The kernel has these grids, and registers for so many columns.
+    if work.is_cuda and block_size <= 128 and (args.dtype == "e4m3" or not args.is_float):
         from qplug_gptq.kernel import round_columns_on_gpu
 
         return round_columns_on_gpu
