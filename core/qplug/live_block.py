@@ -15,7 +15,7 @@ from qplug.structure import Before, Group, divide
 
 
 class LiveBlock(Block):
-    """A block with float32 masters of its parameters, which ``smooth`` rewrites.
+    """A block with float32 masters of its parameters, which ``smooth`` and ``shift`` rewrite.
 
     ``masters``: every parameter by its name within the block. Those of norms and biases always have
     a value that the dtype of the checkpoint can hold, so that what is stored is what was computed.
@@ -91,7 +91,7 @@ class LiveBlock(Block):
         group.sample /= scale
 
     def rewritten(self) -> tuple[str, ...]:
-        """The parameters that ``smooth`` has changed, by full name."""
+        """The parameters that ``smooth`` and ``shift`` have changed, by full name."""
         return tuple(sorted(f"{self.name}.{local}" for local in self._rewritten))
 
     def others(self, names: Sequence[str]) -> dict[str, Tensor]:
