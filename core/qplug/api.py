@@ -128,6 +128,10 @@ class InputGroup:
     tokens, from all over the calibration data, float32. ``scalable`` tells whether ``Block.smooth``
     can move scale out of this tensor, ``shiftable`` whether ``Block.shift`` can move an offset, and
     ``after_norm`` whether it is a norm that makes it.
+
+    Where an algorithm ``needs_drift`` and blocks are fed by quantized ones: ``y`` being what the
+    float model has in the place of ``x``, ``drift`` is the sum of ``xᵀ(y - x)``, float32 ``[in,
+    in]``, and ``lag`` that of ``y - x``, ``[in]``.
     """
 
     linears: tuple[Linear, ...]
@@ -141,6 +145,8 @@ class InputGroup:
     scalable: bool
     shiftable: bool
     after_norm: bool
+    drift: Tensor | None = None
+    lag: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -180,6 +186,13 @@ class Block:
         """
         raise NotImplementedError
 
+    def advance(self, codes: Mapping[str, QuantizedWeight]) -> None:
+        """Let the linears in ``codes`` compute with them from now on (true-sequential GPTQ).
+
+        The statistics of groups that have other linears are gathered anew: a pass over the data.
+        """
+        raise NotImplementedError
+
 
 class Algorithm(Component[P]):
     """A way to quantize. Two stages; an algorithm fills in those it needs.
@@ -190,6 +203,11 @@ class Algorithm(Component[P]):
     """
 
     needs_data: ClassVar[bool] = False
+
+    @property
+    def needs_drift(self) -> bool:
+        """Whether it reads ``InputGroup.drift``, for which the float model runs beside."""
+        return False
 
     def transform(self, block: Block) -> None:
         """Move scale within a block, and choose clips, before codes are computed."""
@@ -231,6 +249,7 @@ class Dataset(Component[P]):
     ) -> Iterator[Tensor]:
         """``count`` windows of ``length`` tokens for calibration, int64 ``[length]``.
 
+        A window may be shorter, as a text may; what it is then filled up with enters no statistics.
         The same seed gives the same samples. The default joins all documents, tokenises once
         without special tokens, and draws windows at random.
         """

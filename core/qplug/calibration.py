@@ -6,17 +6,20 @@ every block replaced by a recorder of what it is called with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from qplug.api import ModelView
+from qplug.block_reader import BlockReader
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
+from qplug.hidden_states import HiddenStates
 from qplug.live_block import LiveBlock
 from qplug.numerics import fake_quantize_activations
 from qplug.scheme import QuantArgs, Scheme
@@ -25,7 +28,7 @@ from qplug.statistics import Statistics
 from qplug.structure import Group, find_groups
 
 #: Tokens in one forward pass through a block.
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 8192}
 #: Tokens of each group that are kept as they are.
 _SAMPLE = 2048
 #: Tokens on which the structure of a block is found.
@@ -48,14 +51,19 @@ class Walk:
         *,
         device: torch.device,
         propagate: str = "quantized",
+        batch_size: int | None = None,
+        with_drift: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        """``tokens``: int64 ``[samples, length]``."""
+        """``tokens``: int64 ``[samples, length]``, -1 where a sample has ended.
+
+        ``with_drift`` gathers ``InputGroup.drift``.
+        """
         self._source, self._view, self._schemes = source, view, schemes
         self._device, self._propagate = device, propagate
         stored: torch.dtype = getattr(torch, view.dtype)
         # Float32 on a CPU, which has no faster way; on a GPU the dtype that the engine will use.
-        self._dtype = torch.float32 if device.type == "cpu" else stored
+        self.dtype = torch.float32 if device.type == "cpu" else stored
         config = load_config(source.folder, trust_remote_code=trust_remote_code)
         self._model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
         self._blocks = {name: self._model.get_submodule(name) for name in view.blocks}
@@ -67,12 +75,28 @@ class Walk:
                         "need calibration data cannot take them yet"
                     )
         self._structures: dict[tuple[Any, ...], tuple[Group, ...]] = {}
-        self._hidden, self._calls = self._catch(tokens)
+        self._parameters = {
+            name: [local for local, _ in block.named_parameters()]
+            for name, block in self._blocks.items()
+        }
+        self._reader = BlockReader(source, self._parameters)
+        self._with_drift = with_drift and propagate == "quantized"
+        # What enters the next block; what would in the float model, once that is something else;
+        # and what leaves the block that is being worked on, as a float one.
+        size = batch_size or max(1, _BATCH_TOKENS[device.type] // tokens.shape[1])
+        batches = tokens.split(size)
+        # Behind its end a sample is filled with tokens that no other sees: blocks are causal.
+        self._real = [None if (batch >= 0).all() else (batch >= 0) for batch in batches]
+        self._hidden, self._calls = self._catch([batch.clamp(min=0) for batch in batches])
+        self._ideal: HiddenStates | None = None
+        self._ahead: HiddenStates | None = None
 
     # --- before the first block ------------------------------------------------------------------
 
     @torch.no_grad()
-    def _catch(self, tokens: Tensor) -> tuple[list[Tensor], dict[str, list[dict[str, Any]]]]:
+    def _catch(
+        self, batches: Sequence[Tensor]
+    ) -> tuple[HiddenStates, dict[str, list[dict[str, Any]]]]:
         """The hidden states that enter block 0, batch by batch, and how each block is called."""
         outer = [
             name
@@ -81,27 +105,27 @@ class Walk:
             )
             if not any(name.startswith(block + ".") for block in self._view.blocks)
         ]
-        held = [name for name in outer if name in self._source.tensors]
-        self._fill(self._model, {name: self._read(name) for name in held})
+        self._reader.start(self._view.blocks[0])
+        held = {n: self._source.read(n) for n in outer if n in self._source.tensors}
+        _refuse_infinite(held)
+        _fill(self._model, self._computable(held))
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self._device)
         recorders = {name: _Recorder(block) for name, block in self._blocks.items()}
         parent = self._model.get_submodule(self._view.blocks[0].rpartition(".")[0])
         assert isinstance(parent, nn.ModuleList)
-        size = max(1, _BATCH_TOKENS[self._device.type] // tokens.shape[1])
-        hidden = []
+        hidden = HiddenStates(self._device)
         for index, recorder in enumerate(recorders.values()):
             parent[index] = recorder
         try:
-            for batch in tokens.split(size):
+            for batch in batches:
                 self._model.base_model(input_ids=batch.to(self._device), use_cache=False)
                 hidden.append(recorders[self._view.blocks[0]].hidden)
         finally:
             for index, block in enumerate(self._blocks.values()):
                 parent[index] = block
-            for name in outer:
-                _set(self._model, name, torch.empty(0, device="meta"))
+            _empty(self._model, outer)
         return hidden, {name: recorder.calls for name, recorder in recorders.items()}
 
     # --- a block ---------------------------------------------------------------------------------
@@ -109,62 +133,96 @@ class Walk:
     @torch.no_grad()
     def enter(self, name: str) -> LiveBlock:
         """Read block ``name`` and gather the statistics of what its linears read."""
-        module = self._blocks[name]
-        weights = {
-            local: self._read(f"{name}.{local}").to(self._device)
-            for local, _ in module.named_parameters()
-        }
-        self._fill(module, weights)
-        structure = self._structure(name, module, weights)
-        statistics = self._observe(name, module, structure)
-        return LiveBlock(name, structure, statistics, weights, self._schemes)
+        weights = {n: w.to(self._device) for n, w in self._reader.read(name).items()}
+        _refuse_infinite({f"{name}.{local}": weight for local, weight in weights.items()})
+        structure = self._structure(name, weights)
+        values = self._computable(weights)
+        if self._with_drift or self._propagate == "float":
+            self._ahead = HiddenStates(self._device)
+        statistics = self._observe(name, structure, values, values, self._ahead)
+        del values
+        observe_again = partial(self._observe_again, name, structure)
+        return LiveBlock(name, structure, statistics, weights, self._schemes, observe_again)
 
-    def _structure(
-        self, name: str, module: nn.Module, weights: Mapping[str, Tensor]
-    ) -> tuple[Group, ...]:
+    def _structure(self, name: str, weights: Mapping[str, Tensor]) -> tuple[Group, ...]:
         """Found once for all blocks that are alike, in float32, on random weights and tokens.
 
         Not on the block's own: where those are zero, or small beside the residual, a wrong answer
         would look right, and a run that goes on at a later block could find another.
         """
+        module = self._blocks[name]
         kinds = tuple(sorted({str(type(part)) for part in module.modules()}))
         key = (*kinds, *((local, tuple(weight.shape)) for local, weight in weights.items()))
         if key not in self._structures:
-            module.float()
             generator = torch.Generator(self._device).manual_seed(0)
             draw = partial(torch.rand, generator=generator, device=self._device)
             for local, weight in weights.items():
                 values = draw(weight.shape)  # norms stay away from zero, matrices keep variance
                 spread = (12 / weight.shape[-1]) ** 0.5
                 _set(module, local, values + 0.5 if weight.ndim == 1 else (values - 0.5) * spread)
-            samples = self._hidden[0]
-            probe = draw(1, min(_PROBE, samples.shape[1]), samples.shape[2]) - 0.5
+            length, width = next(iter(self._hidden)).shape[1:]
+            probe = draw(1, min(_PROBE, length), width) - 0.5
             call = _shortened(self._calls[name][0], _PROBE, torch.float32)
             self._structures[key] = find_groups(module, lambda: _tensor(module(probe, **call)))
-            module.to(self._dtype)
-            self._fill(module, weights)
+            _empty(module, weights)
         return self._structures[key]
 
     def _observe(
-        self, name: str, module: nn.Module, structure: tuple[Group, ...]
+        self,
+        name: str,
+        structure: tuple[Group, ...],
+        values: Mapping[str, Tensor],
+        float_values: Mapping[str, Tensor],
+        ahead: HiddenStates | None = None,
     ) -> dict[str, Statistics]:
-        """Statistics by the first linear of each group. In passing, what leaves the float block."""
-        statistics = {}
-        handles = []
+        """Statistics by the first linear of each group, with the parameters ``values``.
+
+        With ``float_values`` the block computes as the float one; what then leaves it goes to
+        ``ahead``.
+        """
+        module = self._blocks[name]
         share = -(-_SAMPLE // len(self._hidden))
+        statistics = {}
         for group in structure:
-            first = group.linears[0]
-            linear = module.get_submodule(first)
+            linear = module.get_submodule(group.linears[0])
             assert isinstance(linear, nn.Linear)
-            statistics[first] = Statistics(linear.in_features, self._device, _SAMPLE)
-            observe = partial(_observe_input, statistics[first], share)
-            handles.append(linear.register_forward_pre_hook(observe))
-        try:
-            self._forward(name, module, keep=self._propagate == "float")
-        finally:
-            for handle in handles:
-                handle.remove()
+            width = linear.in_features
+            statistics[group.linears[0]] = Statistics(width, self._device, _SAMPLE)
+        ideals: Iterable[Tensor | None] = self._ideal or [None] * len(self._hidden)
+        for batch, ideal, call, real in zip(
+            self._hidden, ideals, self._calls[name], self._real, strict=True
+        ):
+            wanted: dict[str, Tensor] = {}
+            after = None
+            if ideal is not None:
+                with _seeing(
+                    module, {first: partial(_keep, wanted, first) for first in statistics}
+                ):
+                    after = _call(module, float_values, ideal, call)
+            observe = {
+                first: partial(_observe_rows, known, share, real, wanted.get(first))
+                for first, known in statistics.items()
+            }
+            with _seeing(module, observe):
+                seen = _call(module, values, batch, call)
+            if ahead is not None:
+                ahead.append(seen if after is None else after)
         return statistics
+
+    @torch.no_grad()
+    def _observe_again(
+        self,
+        name: str,
+        structure: tuple[Group, ...],
+        values: Mapping[str, Tensor],
+        float_values: Mapping[str, Tensor],
+        rounded: Sequence[str],
+    ) -> dict[str, Statistics]:
+        """``_observe`` in the midst of a block, the inputs of linears in ``rounded`` rounded."""
+        with self._rounding_inputs(name, rounded):
+            return self._observe(
+                name, structure, self._computable(values), self._computable(float_values)
+            )
 
     @torch.no_grad()
     def leave(self, name: str, served: Mapping[str, Tensor]) -> None:
@@ -172,41 +230,38 @@ class Walk:
 
         ``served``: every parameter by its name within the block, with the value an engine will use.
         """
-        module = self._blocks[name]
-        parameters = [local for local, _ in module.named_parameters()]
         if self._propagate == "quantized":
-            self._fill(module, {local: served[local] for local in parameters})
-            with self._rounding_inputs(name, module):
-                self._forward(name, module, keep=True)
-        for local in parameters:
-            _set(module, local, torch.empty(0, device="meta"))
+            values = self._computable({local: served[local] for local in self._parameters[name]})
+            with self._rounding_inputs(name, self._parameters[name]):
+                calls = zip(self._hidden, self._calls[name], strict=True)
+                for index, (batch, call) in enumerate(calls):
+                    self._hidden.put(index, _call(self._blocks[name], values, batch, call))
+            self._ideal = self._ahead
+        else:
+            assert self._ahead is not None
+            self._hidden = self._ahead
+        self._ahead = None
         self._calls.pop(name)
 
     @torch.no_grad()
     def replay(self, name: str, served: Mapping[str, Tensor]) -> None:
         """``leave`` for a block that was finished by an earlier run."""
-        if self._propagate == "float":
-            module = self._blocks[name]
-            self._fill(
-                module,
-                {n: self._source.read(f"{name}.{n}") for n, _ in module.named_parameters()},
-            )
-            self._forward(name, module, keep=True)
+        if self._with_drift or self._propagate == "float":
+            values = self._computable(self._reader.read(name))
+            self._ahead = HiddenStates(self._device)
+            for batch, call in zip(self._ideal or self._hidden, self._calls[name], strict=True):
+                self._ahead.append(_call(self._blocks[name], values, batch, call))
         self.leave(name, served)
 
-    def _forward(self, name: str, module: nn.Module, *, keep: bool) -> None:
-        """Run the block on every batch; ``keep`` puts the results in the place of the inputs."""
-        for index, call in enumerate(self._calls[name]):
-            after = _tensor(module(self._hidden[index], **call))
-            if keep:
-                self._hidden[index] = after
-
     @contextmanager
-    def _rounding_inputs(self, name: str, module: nn.Module) -> Iterator[None]:
+    def _rounding_inputs(self, name: str, among: Sequence[str]) -> Iterator[None]:
+        """Within it, linears whose weights are ``among`` the given read what the scheme rounds."""
         handles = []
-        for local, part in module.named_modules():
-            scheme = self._schemes.get(f"{name}.{local}")
+        for local in among:
+            path = local.removesuffix(".weight")
+            scheme = self._schemes.get(f"{name}.{path}")
             if scheme is not None and scheme.activations is not None:
+                part = self._blocks[name].get_submodule(path)
                 hook = partial(_round_input, scheme.activations)
                 handles.append(part.register_forward_pre_hook(hook))
         try:
@@ -215,16 +270,36 @@ class Walk:
             for handle in handles:
                 handle.remove()
 
-    def _read(self, name: str) -> Tensor:
-        """A tensor of the model. Raises QplugError if it is not finite."""
-        value = self._source.read(name)
-        if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(value)):
-            raise QplugError(f"{name}: has NaN or infinite values")
-        return value
+    def _computable(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``values`` where blocks are computed, and in the dtype in which they are."""
+        return {name: value.to(self._device, self.dtype) for name, value in values.items()}
 
-    def _fill(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            _set(module, name, value.to(self._device, self._dtype))
+
+def _refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises QplugError for the first of ``tensors`` that is not finite."""
+    extremes = torch.stack(
+        [torch.stack(torch.aminmax(value)).float() for value in tensors.values()]
+    )
+    for name, finite in zip(tensors, torch.isfinite(extremes).all(1).tolist(), strict=True):
+        if not finite:
+            raise QplugError(f"{name}: has NaN or infinite values")
+
+
+def _call(
+    module: nn.Module, values: Mapping[str, Tensor], batch: Tensor, call: Mapping[str, Any]
+) -> Tensor:
+    """What ``module`` makes of ``batch`` with the parameters ``values``."""
+    return _tensor(functional_call(module, dict(values), (batch,), dict(call)))
+
+
+def _fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        _set(module, name, value)
+
+
+def _empty(module: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        _set(module, name, torch.empty(0, device="meta"))
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
@@ -236,10 +311,38 @@ def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _observe_input(
-    statistics: Statistics, share: int, module: nn.Module, inputs: tuple[Tensor]
+@contextmanager
+def _seeing(module: nn.Module, see: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Within it, what enters a part of ``module`` is shown to ``see`` of its path."""
+    handles = [
+        module.get_submodule(path).register_forward_pre_hook(partial(_show, show))
+        for path, show in see.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _show(show: Callable[[Tensor], None], module: nn.Module, inputs: tuple[Tensor]) -> None:
+    show(inputs[0])
+
+
+def _keep(kept: dict[str, Tensor], name: str, x: Tensor) -> None:
+    kept[name] = x
+
+
+def _observe_rows(
+    known: Statistics, share: int, real: Tensor | None, ideal: Tensor | None, x: Tensor
 ) -> None:
-    statistics.observe(inputs[0].flatten(0, -2), share)
+    """Show ``x: [samples, tokens, in]``, but where ``real: [samples, tokens]`` is false."""
+    known.observe(_rows(x, real), share, None if ideal is None else _rows(ideal, real))
+
+
+def _rows(x: Tensor, real: Tensor | None) -> Tensor:
+    rows = x.flatten(0, -2)
+    return rows if real is None else rows[real.flatten().to(rows.device)]
 
 
 def _round_input(args: QuantArgs, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from qplug.api import Linear
-from qplug.numerics import dequantize_with, quantize, range_scale, weight_range
+from qplug.numerics import (
+    SMALLEST,
+    dequantize,
+    dequantize_with,
+    nearest,
+    quantize,
+    range_scale,
+    weight_range,
+)
 from qplug.scheme import QuantArgs
 
 #: Weights whose errors are computed at a time.
@@ -52,6 +60,34 @@ def _search(
     best = errors.argmin(0, keepdim=True)
     scale = scales.gather(0, best)[0]
     return scale, None if zeros is None else zeros.gather(0, best)[0]
+
+
+def scaled_difference(
+    linear: Linear, scale: Tensor, gram: Tensor, *, steps: int, smallest: float
+) -> Tensor:
+    """``Q(W diag(s)) diag(s)⁻¹ - W: [out, in]`` for scales ``s: [in]`` of the linear's input.
+
+    The ranges of ``Q`` are those of ``search_clip``; with no ``steps`` they are the full ones.
+    bfloat16 where a GPU does it in one pass, else float32.
+    """
+    weight, args = linear.weight, linear.args
+    if weight.is_cuda and not args.is_float and args.group_size in (32, 64, 128):
+        from qplug.clipping_kernel import scaled_difference_on_gpu
+
+        return scaled_difference_on_gpu(
+            weight,
+            scale,
+            diagonal_blocks(gram, args.group_size),
+            args,
+            steps=steps,
+            largest=unclipped_ratio(args) if steps else 1.0,
+            smallest=smallest,
+            least=SMALLEST[args.scale_dtype],
+        )
+    scaled = Linear(linear.name, weight * scale, args)
+    if steps:
+        search_clip(scaled, gram / (scale[:, None] * scale), steps=steps, smallest=smallest)
+    return dequantize(nearest(scaled)).div_(scale).sub_(weight)
 
 
 def clip_errors(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,12 @@ from qplug.numerics import dequantize
 from qplug.scheme import Scheme
 from qplug.statistics import Statistics
 from qplug.structure import Before, Group, divide
+
+#: Statistics anew, by the first linear of each group: with the parameters given first, beside the
+#: float block with those given next, and rounding what the linears of the weights named last read.
+Observe = Callable[
+    [Mapping[str, Tensor], Mapping[str, Tensor], Sequence[str]], Mapping[str, Statistics]
+]
 
 
 class LiveBlock(Block):
@@ -28,9 +35,12 @@ class LiveBlock(Block):
         statistics: Mapping[str, Statistics],
         weights: Mapping[str, Tensor],
         schemes: Mapping[str, Scheme],
+        observe_again: Observe,
     ) -> None:
         self.masters = {n: weight.to(torch.float32, copy=True) for n, weight in weights.items()}
         self._dtypes = {local: weight.dtype for local, weight in weights.items()}
+        self._observe_again = observe_again
+        self._advanced: dict[str, QuantizedWeight] = {}
         self._rewritten: set[str] = set()
         linears = {
             path: Linear(
@@ -44,16 +54,9 @@ class LiveBlock(Block):
         }
         groups, self._structure = [], {}
         for members in structure:
-            known = statistics[members.linears[0]]
             group = InputGroup(
                 linears=tuple(linears[path] for path in members.linears if path in linears),
-                gram=known.gram,
-                mean=known.mean,
-                mean_abs=known.mean_abs,
-                low=known.low,
-                high=known.high,
-                sample=known.sample,
-                tokens=known.tokens,
+                **_known(statistics[members.linears[0]]),
                 scalable=members.before is not None,
                 shiftable=self._is_shiftable(members),
                 after_norm=members.before is not None and members.before.kind != "rows",
@@ -62,6 +65,17 @@ class LiveBlock(Block):
                 groups.append(group)
                 self._structure[id(group)] = members
         super().__init__(name, tuple(linears.values()), tuple(groups))
+
+    def advance(self, codes: Mapping[str, QuantizedWeight]) -> None:
+        self._advanced.update(codes)
+        names = [f"{name.removeprefix(self.name + '.')}.weight" for name in self._advanced]
+        values = {n: dequantize(w) for n, w in zip(names, self._advanced.values(), strict=True)}
+        statistics = self._observe_again({**self.masters, **values}, self.masters, names)
+        for group in self.groups:
+            if any(linear.name not in self._advanced for linear in group.linears):
+                known = _known(statistics[self._structure[id(group)].linears[0]])
+                for field, value in known.items():
+                    setattr(group, field, value)
 
     def shared(self, group: InputGroup, per_channel: Tensor) -> Tensor:
         rows = self._before(group).rows
@@ -84,6 +98,9 @@ class LiveBlock(Block):
             if linear in group.linears or linear.name == behind:
                 linear.scale = linear.zero = None
         group.gram /= scale[:, None] * scale
+        if group.drift is not None and group.lag is not None:
+            group.drift /= scale[:, None] * scale
+            group.lag /= scale
         group.mean /= scale
         group.mean_abs /= scale
         group.low /= scale
@@ -104,11 +121,14 @@ class LiveBlock(Block):
         return found
 
     def served(
-        self, codes: Mapping[str, QuantizedWeight], others: Mapping[str, Tensor]
+        self,
+        codes: Mapping[str, QuantizedWeight],
+        others: Mapping[str, Tensor],
+        dtype: torch.dtype,
     ) -> dict[str, Tensor]:
         """Every parameter by its name within the block, as an engine will compute with it."""
-        values = {f"{name}.weight": dequantize(weight) for name, weight in codes.items()}
-        values.update(others)
+        values = {f"{name}.weight": dequantize(weight).to(dtype) for name, weight in codes.items()}
+        values.update({name: value.to(dtype) for name, value in others.items()})
         return {name.removeprefix(f"{self.name}."): value for name, value in values.items()}
 
     def shift(self, group: InputGroup, offset: Tensor) -> None:
@@ -124,6 +144,8 @@ class LiveBlock(Block):
             self.masters[f"{path}.bias"].add_(self.masters[f"{path}.weight"] @ offset)
         changed = [self._before(group).module, *members.linears]
         self._rewritten.update(f"{path}.bias" for path in changed)
+        if group.drift is not None and group.lag is not None:
+            group.drift -= offset[:, None] * group.lag
         total = group.mean * group.tokens
         group.gram -= total[:, None] * offset + offset[:, None] * total
         group.gram += group.tokens * offset[:, None] * offset
@@ -172,3 +194,18 @@ class LiveBlock(Block):
     def _round(self, local: str) -> None:
         """To what the checkpoint can hold."""
         self.masters[local].copy_(self.masters[local].to(self._dtypes[local]))
+
+
+def _known(statistics: Statistics) -> dict[str, Any]:
+    """The fields of an InputGroup that statistics tell."""
+    return {
+        "gram": statistics.gram,
+        "drift": statistics.drift,
+        "lag": statistics.lag,
+        "mean": statistics.mean,
+        "mean_abs": statistics.mean_abs,
+        "low": statistics.low,
+        "high": statistics.high,
+        "sample": statistics.sample,
+        "tokens": statistics.tokens,
+    }

@@ -27,8 +27,8 @@ _CPU_CHUNK, _GPU_CHUNK = 1 << 19, 1 << 26
 
 _FLOAT_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
-# The smallest positive scale of each dtype: what an all-zero group gets.
-_SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126}
+#: The smallest positive scale of each dtype: what an all-zero group gets.
+SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126}
 
 
 def round_to_nearest(weight: Tensor, args: QuantArgs) -> QuantizedWeight:
@@ -85,9 +85,9 @@ def weight_range(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
 def range_scale(low: Tensor, high: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor | None]:
     """The scales, and zero points, of ranges from ``low <= 0`` to ``high >= 0``."""
     if args.symmetric:
-        return _as_stored(torch.maximum(-low, high) / _top(args), args), None
+        return as_stored(torch.maximum(-low, high) / _top(args), args), None
     top = args.code_range[1]
-    scale = _as_stored((high - low) / top, args)
+    scale = as_stored((high - low) / top, args)
     return scale, (-low / scale).round_().clamp_(0, top).to(torch.uint8)
 
 
@@ -215,7 +215,7 @@ def fake_quantize_activations(x: Tensor, args: QuantArgs) -> Tensor:
         raise NotImplementedError(f"activations {args}")
     groups = x.float().reshape(*x.shape[:-1], -1, args.group_size or x.shape[-1])
     top = FLOAT_MAX[args.dtype] if args.is_float else args.code_range[1]
-    scale = (groups.abs().amax(-1, keepdim=True) / top).clamp_(min=_SMALLEST["float32"])
+    scale = (groups.abs().amax(-1, keepdim=True) / top).clamp_(min=SMALLEST["float32"])
     if args.is_float:
         codes = (groups / scale).clamp_(-top, top).to(_FLOAT_DTYPES[args.dtype]).float()
     else:
@@ -244,9 +244,10 @@ def code_dtype(args: QuantArgs) -> torch.dtype:
     return torch.int8 if args.symmetric else torch.uint8
 
 
-def _as_stored(scale: Tensor, args: QuantArgs) -> Tensor:
+def as_stored(scale: Tensor, args: QuantArgs) -> Tensor:
+    """Positive scales as ``args.scale_dtype`` holds them, in float32."""
     stored = scale.to(getattr(torch, args.scale_dtype)).float()
-    return stored.clamp_(min=_SMALLEST[args.scale_dtype])
+    return stored.clamp_(min=SMALLEST[args.scale_dtype])
 
 
 # --- groups: every strategy is seen as [row step, rows in it, group, columns in it] ---------------

@@ -22,7 +22,7 @@ class Calibration:
     """The data of a run: ``samples`` windows of ``seq_len`` tokens of a dataset.
 
     ``propagate``: whether a block is fed by the ``quantized`` blocks before it, or the ``float``
-    ones.
+    ones. ``batch_size``: samples in one forward pass; None leaves it to the device.
     """
 
     dataset: str = "demo"
@@ -30,10 +30,13 @@ class Calibration:
     samples: int = 128
     seq_len: int = 512
     propagate: str = "quantized"
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.seq_len < 1:
             raise QplugError("--samples and --seq-len must be at least 1")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise QplugError("--batch-size must be at least 1")
         if self.propagate not in ("quantized", "float"):
             raise QplugError(f"--propagate {self.propagate}: must be quantized or float")
 

@@ -71,6 +71,7 @@ def quantize(
     samples: int = 128,
     seq_len: int = 512,
     propagate: str = "quantized",
+    batch_size: int | None = None,
     ignore: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
     algorithm_options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -101,7 +102,9 @@ def quantize(
         ignore=tuple(ignore),
         algorithm_options=algorithm_options or {},
         backend_options=backend_options or {},
-        calibration=Calibration(dataset, dataset_options or {}, samples, seq_len, propagate),
+        calibration=Calibration(
+            dataset, dataset_options or {}, samples, seq_len, propagate, batch_size
+        ),
         seed=seed,
     )
     run = Run(recipe, registry or Registry.installed(), find_device(device), trust_remote_code)
@@ -161,6 +164,8 @@ class Run:
                     tokens,
                     device=self.device,
                     propagate=calibration.propagate,
+                    batch_size=calibration.batch_size,
+                    with_drift=self.stages.needs_drift,
                     trust_remote_code=self.trust_remote_code,
                 )
                 work = self._calibrated(plan, source, view, walk, output)
@@ -254,10 +259,12 @@ class Run:
             report = self.stages.report(block, codes, block.rewritten())
             packed = self.stages.pack(codes, step, view.dtype)
             others = block.others(step.others)
-            served = block.served(codes, others)
+            served = block.served(codes, others, walk.dtype)
+            del block, codes  # on a GPU, the larger part of what it holds
             if not self.stages.exporter.exact:  # what it stores is not quite what the codes say
                 served |= self._dequantized(step.linears, packed, step.name)
             walk.leave(step.name, served)
+            del served
             # Old checkpoints have tensors in their blocks that are no parameters: masks, tables.
             kept = {n: source.tensors[n].chunks() for n in step.others if n not in others}
             yield number, {**packed, **others, **kept}, report

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from torch.nn.utils.rnn import pad_sequence
 
 from qplug.api import Dataset, ModelView
 from qplug.errors import QplugError
@@ -11,6 +12,9 @@ from qplug.params import fill
 from qplug.reader import load_tokenizer
 from qplug.recipe import Calibration
 from qplug.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def calibration_tokens(
@@ -22,7 +26,7 @@ def calibration_tokens(
     registry: Registry,
     trust_remote_code: bool,
 ) -> Tensor:
-    """int64 ``[samples, length]``, the same for the same seed.
+    """int64 ``[samples, length]``, the same for the same seed; -1 where a sample has ended.
 
     Raises QplugError if the dataset or its options are wrong, or the windows too long.
     """
@@ -36,7 +40,7 @@ def calibration_tokens(
     samples = dataset.samples(
         tokenizer, length=calibration.seq_len, count=calibration.samples, seed=seed
     )
-    tokens = torch.stack(list(samples))
+    tokens = pad_sequence(list(samples), batch_first=True, padding_value=-1)
     vocabulary = view.config.get("vocab_size")
     if isinstance(vocabulary, int) and int(tokens.max()) >= vocabulary:
         raise QplugError(f"{model}: its tokenizer makes tokens that the model does not have")

@@ -86,6 +86,11 @@ class Stages:
         """Whether any algorithm reads statistics."""
         return any(algorithm.needs_data for algorithm in self.pipeline)
 
+    @property
+    def needs_drift(self) -> bool:
+        """Whether any algorithm reads how far inputs are from those of the float model."""
+        return any(algorithm.needs_drift for algorithm in self.pipeline)
+
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         """Run all stages on ``block``: codes by linear."""
         for algorithm in self.pipeline:

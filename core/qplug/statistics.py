@@ -5,13 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: Columns of a Gram matrix that are computed at a time on a GPU: half of it is mirrored.
+_STRIPE = 2048
+
 
 class Statistics:
-    """Running sums over the rows of ``x: [tokens, in]``; ``sample`` keeps a few rows themselves."""
+    """Running sums over the rows of ``x: [tokens, in]``; ``sample`` keeps a few rows themselves.
+
+    ``drift`` is the sum of ``xᵀ(y - x)`` and ``lag`` that of ``y - x``, where ``y`` is what the
+    float model would have had in the place of ``x``; None if ``y`` is never given.
+    """
 
     def __init__(self, width: int, device: torch.device, sample: int) -> None:
         self.tokens = 0
-        self.gram = torch.zeros(width, width, device=device)
+        self._gram = torch.zeros(width, width, device=device)
+        self._is_whole = True
+        self.drift: Tensor | None = None
+        self.lag: Tensor | None = None
         self.total = torch.zeros(width, dtype=torch.float64, device=device)
         self.absolute = torch.zeros(width, dtype=torch.float64, device=device)
         self.low = torch.full((width,), torch.inf, device=device)
@@ -19,10 +29,15 @@ class Statistics:
         self._room = sample
         self._kept: list[Tensor] = []
 
-    def observe(self, x: Tensor, share: int) -> None:
-        """Take in ``x: [tokens, in]``; at most ``share`` of its rows go into the sample."""
+    def observe(self, x: Tensor, share: int, ideal: Tensor | None = None) -> None:
+        """Take in ``x: [tokens, in]``; at most ``share`` of its rows go into the sample.
+
+        ``ideal: [tokens, in]``: the ``y`` of these rows.
+        """
         self.tokens += x.shape[0]
-        _add_gram(self.gram, x)
+        self._add_gram(x)
+        if ideal is not None:
+            self._add_drift(x, ideal)
         low, high = torch.aminmax(x, dim=0)
         torch.minimum(self.low, low.float(), out=self.low)
         torch.maximum(self.high, high.float(), out=self.high)
@@ -33,6 +48,16 @@ class Statistics:
             even = torch.arange(count, device=x.device) * x.shape[0] // count
             self._kept.append(x[even].float())
             self._room -= count
+
+    @property
+    def gram(self) -> Tensor:
+        """The sum of ``xᵀx``, float32 ``[in, in]``."""
+        if not self._is_whole:
+            for start in range(0, len(self._gram), _STRIPE):
+                stop = start + _STRIPE
+                self._gram[stop:, start:stop] = self._gram[start:stop, stop:].T
+            self._is_whole = True
+        return self._gram
 
     @property
     def mean(self) -> Tensor:
@@ -47,13 +72,27 @@ class Statistics:
     @property
     def sample(self) -> Tensor:
         """Some of the rows, float32."""
-        return torch.cat(self._kept) if self._kept else self.gram[:0]
+        return torch.cat(self._kept) if self._kept else self._gram[:0]
 
-
-def _add_gram(gram: Tensor, x: Tensor) -> None:
-    """``gram += xᵀx``, summed in float32."""
-    if x.is_cuda and x.dtype != torch.float32:
+    def _add_gram(self, x: Tensor) -> None:
+        """``gram += xᵀx``, summed in float32."""
+        if not x.is_cuda or x.dtype == torch.float32:
+            self._gram.addmm_(x.T.float(), x.float())
+            return
         # Products of half-precision numbers are exact in float32: nothing is lost but time saved.
-        gram += torch.mm(x.T, x, out_dtype=torch.float32)
-    else:
-        gram.addmm_(x.T.float(), x.float())
+        self._is_whole = False
+        for start in range(0, len(self._gram), _STRIPE):
+            stripe = x[:, start : start + _STRIPE].T
+            self._gram[start : start + _STRIPE, start:] += torch.mm(
+                stripe, x[:, start:], out_dtype=torch.float32
+            )
+
+    def _add_drift(self, x: Tensor, ideal: Tensor) -> None:
+        if self.drift is None or self.lag is None:
+            self.drift, self.lag = torch.zeros_like(self._gram), torch.zeros_like(self.low)
+        off = ideal.float() - x.float()
+        self.lag += off.sum(0)
+        if not x.is_cuda or x.dtype == torch.float32:
+            self.drift.addmm_(x.T.float(), off)
+        else:  # what is left of a difference of two numbers needs few digits
+            self.drift += torch.mm(x.T, off.to(x.dtype), out_dtype=torch.float32)

@@ -135,12 +135,23 @@ def start_walk() -> StartWalk:
         propagate: str = "float",
         scheme: Scheme = INT4,
         ignore: Sequence[str] = (),
+        batch_size: int | None = None,
+        with_drift: bool = False,
     ) -> Walk:
         source = Checkpoint.open(folder)
         view = model_view(source)
         names = [name for name in view.linears if name in view.quantizable]
         schemes = {name: scheme for name in names if not name.endswith(tuple(ignore))}
-        return Walk(source, view, schemes, tokens, device=torch.device("cpu"), propagate=propagate)
+        return Walk(
+            source,
+            view,
+            schemes,
+            tokens,
+            device=torch.device("cpu"),
+            propagate=propagate,
+            batch_size=batch_size,
+            with_drift=with_drift,
+        )
 
     return start
 

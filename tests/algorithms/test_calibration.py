@@ -141,7 +141,7 @@ def test_a_walk_through_float_blocks_is_a_forward_pass(
     walk = start_walk(family(name), tokens, propagate="float")
     for block_name in blocks_of(family(name)):
         # The very same operations in the same order: the very same numbers.
-        assert torch.equal(torch.cat(walk._hidden), seen.hidden(block_name))
+        assert torch.equal(torch.cat([*walk._hidden]), seen.hidden(block_name))
         block = walk.enter(block_name)
         known = set()
         for group in block.groups:
@@ -156,9 +156,8 @@ def test_a_walk_through_float_blocks_is_a_forward_pass(
                 assert torch.equal(group.sample, x.float())  # few tokens: all are kept
                 known.add(linear.name)
         assert known == {n for n in seen.inputs if n.startswith(f"{block_name}.")}
-        assert torch.equal(torch.cat(walk._hidden), seen.after(block_name))
         walk.leave(block_name, {})
-        assert torch.equal(torch.cat(walk._hidden), seen.after(block_name))
+        assert torch.equal(torch.cat([*walk._hidden]), seen.after(block_name))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 100])
@@ -181,8 +180,8 @@ def test_batches_of_any_size_give_the_same(
             assert group.tokens == 84
             assert distance(group.gram, x.T @ x) <= RTOL
             assert distance(group.sample, x) <= RTOL
-        assert distance(torch.cat(walk._hidden), seen.after(block_name)) <= RTOL
         walk.leave(block_name, {})
+        assert distance(torch.cat([*walk._hidden]), seen.after(block_name)) <= RTOL
 
 
 def test_a_sample_longer_than_a_batch(
@@ -267,9 +266,9 @@ def record(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Tensor, Tensor]]:
     leave = Walk.leave
 
     def watched(self: Walk, name: str, served: Any) -> None:
-        before = torch.cat(self._hidden).clone()
+        before = torch.cat([*self._hidden]).clone()
         leave(self, name, served)
-        seen[name] = before, torch.cat(self._hidden).clone()
+        seen[name] = before, torch.cat([*self._hidden]).clone()
 
     monkeypatch.setattr(Walk, "leave", watched)
     return seen

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 import qplug
-from qplug import PRESETS, QuantArgs
-from qplug.clipping import clip_errors, diagonal_blocks
-from qplug.numerics import minmax_scale, range_scale, weight_range
+from qplug import PRESETS, Linear, QuantArgs
+from qplug.clipping import clip_errors, diagonal_blocks, scaled_difference
+from qplug.hidden_states import HiddenStates
+from qplug.numerics import minmax_scale, output_error, range_scale, weight_range
+from qplug.statistics import Statistics
 from qplug_gptq import solver
 
 pytestmark = pytest.mark.gpu
@@ -84,3 +86,54 @@ def test_a_run_on_the_gpu_is_as_good_as_one_on_the_cpu(algo: str, tmp_path: Path
         losses[device] = sum(result.losses.values()) / len(result.losses)
         assert qplug.verify(str(tmp_path / device)).ok
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("steps", [0, 5])
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16"])
+def test_scaled_differences_are_those_of_plain_torch(
+    scheme: str, steps: int, size: int, shape: tuple[int, int]
+) -> None:
+    scheme_args = PRESETS[scheme].with_group_size(size).with_scale_dtype("bfloat16").weights
+    weight, gram = random_layer(*shape)
+    scale = torch.rand(shape[1]) + 0.5
+    losses, differences = [], []
+    for device in ("cpu", "cuda"):
+        linear = Linear("linear", weight.to(device), scheme_args)
+        made = scaled_difference(
+            linear, scale.to(device), gram.to(device), steps=steps, smallest=0.6
+        )
+        losses.append(output_error(made, gram.to(device)))
+        differences.append(made.float().cpu())
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    # Equal but for bfloat16, save where two clips are about as good.
+    close = torch.isclose(differences[0], differences[1], rtol=1e-2, atol=1e-6)
+    assert close.float().mean() > 0.97
+
+
+def test_hidden_states_come_back_as_they_went() -> None:
+    device = torch.device("cuda")
+    states = HiddenStates(device)
+    batches = [torch.randn(3, 50, 64, device=device).bfloat16() for _ in range(5)]
+    for batch in batches:
+        states.append(batch)
+    for index, batch in enumerate(states):
+        assert torch.equal(batch, batches[index])
+        states.put(index, batch * 2)
+    assert all(torch.equal(a, b * 2) for a, b in zip(states, batches, strict=True))
+
+
+def test_statistics_on_a_gpu_are_those_of_plain_torch() -> None:
+    """More columns than are computed at a time; half-precision rows, sums in float32."""
+    x = (torch.randn(500, 2500) * torch.rand(2500)).bfloat16()
+    y = x + 0.1 * torch.randn(500, 2500).bfloat16()
+    known = Statistics(2500, torch.device("cuda"), 10)
+    for rows in (slice(0, 200), slice(200, 500)):
+        known.observe(x[rows].cuda(), 5, y[rows].cuda())
+    gram = x.double().T @ x.double()
+    drift = x.double().T @ (y.double() - x.double())
+    assert known.drift is not None
+    assert (known.gram.cpu() - gram).norm() <= 1e-5 * gram.norm()
+    assert torch.equal(known.gram, known.gram.T)
+    assert (known.drift.cpu() - drift).norm() <= 5e-3 * drift.norm()

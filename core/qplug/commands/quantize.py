@@ -35,6 +35,7 @@ from qplug.registry import Registry
     type=click.Choice(["quantized", "float"]),
     help="What feeds a block in calibration: the blocks before it as they became, or as they were.",
 )
+@click.option("--batch-size", type=click.IntRange(1), help="Samples in one forward pass.")
 @click.option("--ignore", metavar="PATTERN", multiple=True, help="Leave these layers float.")
 @click.option(
     "--override", "overrides", metavar="PATTERN=SCHEME", multiple=True, help="Another scheme."
@@ -68,6 +69,7 @@ def command(
     samples: int,
     seq_len: int,
     propagate: str,
+    batch_size: int | None,
     ignore: tuple[str, ...],
     overrides: tuple[str, ...],
     shard_size: float,
@@ -100,6 +102,7 @@ def command(
             samples=samples,
             seq_len=seq_len,
             propagate=propagate,
+            batch_size=batch_size,
             ignore=ignore,
             overrides=parse_pairs(overrides, "--override"),
             algorithm_options=_by_algorithm(options),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from qplug import Algorithm, Block, InputGroup, Linear, Param
-from qplug.clipping import search_clip
-from qplug.numerics import dequantize, fake_quantize_activations, nearest, output_error
+from qplug.clipping import scaled_difference, search_clip
+from qplug.numerics import fake_quantize_activations, output_error
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,18 @@ class AWQ(Algorithm[Params]):
         return scale / (scale.max() * scale.min()).sqrt()
 
     def _loss(self, group: InputGroup, scale: Tensor) -> float:
+        steps = self.params.clip_in_search if self.params.clip else 0
+        smallest = self.params.clip_smallest
         total = 0.0
         for linear in group.linears:
-            scaled = Linear(linear.name, linear.weight * scale, linear.args)
-            if self.params.clip and self.params.clip_in_search:
-                gram = group.gram / (scale[:, None] * scale)
-                self._clip(scaled, gram, self.params.clip_in_search)
-            restored = dequantize(nearest(scaled)) / scale
-            if linear.activations is not None:
-                x = group.sample
-                rounded = fake_quantize_activations(x / scale, linear.activations) * scale
-                total += (rounded @ restored.T - x @ linear.weight.T).square().sum().item()
+            off = scaled_difference(linear, scale, group.gram, steps=steps, smallest=smallest)
+            if linear.activations is None:
+                total += output_error(off, group.gram)
                 continue
-            total += output_error(restored - linear.weight, group.gram)
+            x = group.sample
+            rounded = fake_quantize_activations(x / scale, linear.activations) * scale
+            restored = linear.weight + off
+            total += (rounded @ restored.T - x @ linear.weight.T).square().sum().item()
         return total
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from torch import Tensor
 
-from qplug import Algorithm, Block, InputGroup, Param, QuantizedWeight
+from qplug import Algorithm, Block, InputGroup, Linear, Param, QuantizedWeight
 from qplug.clipping import search_clip, unclipped_ratio
 from qplug.numerics import nearest, range_scale, scale_of, weight_range
-from qplug_gptq.solver import inverse_factor, solve
+from qplug_gptq.solver import corrected, inverse_factor, solve
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,15 @@ class Params:
     block_size: Annotated[
         int, Param("Columns between updates of the rest.", 1, also=("blocksize",))
     ] = 128
-    clip: Annotated[bool, Param("Search clips first, where no algorithm before has.")] = False
+    true_sequential: Annotated[
+        bool, Param("Groups see what became of the groups before them in the block.")
+    ] = False
+    correct: Annotated[
+        float, Param("How much of what inputs drifted from the float model's is made good.", 0, 1)
+    ] = 0.0
+    clip: Annotated[
+        bool, Param("Search clips first, of fewer than 8 bits, where no algorithm before has.")
+    ] = True
     clip_steps: Annotated[int, Param("Steps of the clip search.", 1)] = 20
     clip_smallest: Annotated[float, Param("The smallest range, of the full one.", 0.05, 1)] = 0.6
 
@@ -40,10 +49,16 @@ class GPTQ(Algorithm[Params]):
     Params = Params
     needs_data = True
 
+    @property
+    def needs_drift(self) -> bool:
+        return self.params.correct > 0
+
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
-        codes = {}
+        codes: dict[str, QuantizedWeight] = {}
         for group in block.groups:
             codes.update(self._solve(group, block))
+            if self.params.true_sequential and group is not block.groups[-1]:
+                block.advance(codes)
         for linear in block.linears:
             if linear.name not in codes:  # nothing was seen to enter it
                 codes[linear.name] = nearest(linear)
@@ -52,16 +67,6 @@ class GPTQ(Algorithm[Params]):
 
     def _solve(self, group: InputGroup, block: Block) -> dict[str, QuantizedWeight]:
         params = self.params
-        for linear in group.linears:
-            if linear.scale is None and params.clip:
-                search_clip(
-                    linear, group.gram, steps=params.clip_steps, smallest=params.clip_smallest
-                )
-            elif linear.scale is None:
-                # An error that the later columns make good is cheaper than one at a range's end.
-                low, high = weight_range(linear.weight, linear.args)
-                ratio = unclipped_ratio(linear.args)
-                linear.scale, linear.zero = range_scale(low * ratio, high * ratio, linear.args)
         order = torch.argsort(group.gram.diagonal(), descending=True, stable=True)
         if not params.act_order:
             order = torch.arange(len(order), device=order.device)
@@ -71,7 +76,24 @@ class GPTQ(Algorithm[Params]):
             block.notes.append(f"{names}: damping was raised from {params.damp:g} to {damp:g}")
         codes = {}
         for linear in group.linears:
-            scale, zero = scale_of(linear)
-            made = solve(linear.weight, scale, zero, linear.args, factor, order, params.block_size)
+            weight = linear.weight
+            if params.correct and group.drift is not None:
+                weight = corrected(weight, group.drift, factor, order, params.correct)
+            scale, zero = self._scale(linear, weight, group.gram)
+            made = solve(weight, scale, zero, linear.args, factor, order, params.block_size)
             codes[linear.name] = QuantizedWeight(made, scale, zero, linear.args)
         return codes
+
+    def _scale(self, linear: Linear, weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scales that were chosen for ``linear``, or those for ``weight``, its correction."""
+        params = self.params
+        if linear.scale is not None:
+            return scale_of(linear)
+        if params.clip and linear.args.bits < 8:
+            aim = Linear(linear.name, weight, linear.args)
+            search_clip(aim, gram, steps=params.clip_steps, smallest=params.clip_smallest)
+            return scale_of(aim)
+        # An error that the later columns make good is cheaper than one at a range's end.
+        low, high = weight_range(weight, linear.args)
+        ratio = unclipped_ratio(linear.args)
+        return range_scale(low * ratio, high * ratio, linear.args)

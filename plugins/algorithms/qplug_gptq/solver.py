@@ -18,34 +18,75 @@ Rounder: TypeAlias = Callable[
 
 #: Damping is raised tenfold until the matrix can be factored, at most to this.
 _MOST_DAMP = 10.0
+#: Rows of a matrix that are factored at a time.
+_PANEL = 1024
 
 
 def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> tuple[Tensor, float]:
     """Upper ``U: [in, in]`` with ``UᵀU = (G + damp * mean(diag G) I)⁻¹``, and the damping used.
 
     ``G`` is ``gram: [in, in]`` with its columns in ``order``. One Cholesky factorisation from the
-    last row to the first, and one triangular inverse: the inverse itself is never formed. Columns
-    that no token excites are given a diagonal of one, which leaves them to nearest rounding.
-    Raises QplugError if no damping helps.
+    last row to the first and one triangular inverse, both in the place of one matrix: the inverse
+    of ``G`` is never formed. Columns that no token excites are given a diagonal of one, which
+    leaves them to nearest rounding. Raises QplugError if no damping helps.
     """
-    if not torch.isfinite(gram).all():
+    diagonal = gram.diagonal()[order]
+    if not torch.isfinite(diagonal).all():  # no entry is larger than those on the diagonal
         raise QplugError("the inputs of this layer are not finite")
-    backwards = order.flip(0)
-    diagonal = gram.diagonal()[backwards]
     mean = diagonal.mean() if diagonal.any() else torch.ones((), device=gram.device)
     while damp <= _MOST_DAMP:
-        damped = gram[backwards[:, None], backwards]
-        damped.diagonal().add_(damp * mean)
-        damped.diagonal()[diagonal == 0] = mean
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if not failed:
-            upper = lower.flip(0, 1)  # G = upper upperᵀ
-            del lower
-            eye = torch.eye(len(gram), device=gram.device)
-            return torch.linalg.solve_triangular(upper, eye, upper=True, out=eye), damp
+        factor = torch.empty_like(gram)
+        for part, rows in zip(factor.split(_PANEL), order.split(_PANEL), strict=True):
+            torch.index_select(gram[rows], 1, order, out=part)
+        factor.diagonal().add_(damp * mean)
+        factor.diagonal()[diagonal == 0] = mean
+        if _factor(factor):
+            _invert(factor)
+            return factor, damp
         damp = max(damp * 10, 1e-4)
     raise QplugError("the statistics of this layer cannot be factored: too few calibration tokens")
+
+
+def _factor(matrix: Tensor) -> bool:
+    """Put upper ``R`` with ``R Rᵀ = matrix`` in its place. False if it is not positive definite."""
+    for start in reversed(range(0, len(matrix), _PANEL)):
+        panel = slice(start, start + _PANEL)
+        corner, above = matrix[panel, panel], matrix[:start, panel]
+        lower, failed = torch.linalg.cholesky_ex(corner.flip(0, 1))
+        if failed:
+            return False
+        corner.copy_(lower.flip(0, 1))
+        if start:
+            above.copy_(torch.linalg.solve_triangular(corner.T, above, upper=False, left=False))
+            matrix[panel, :start] = 0
+        for row in range(0, start, _PANEL):  # the upper half is enough
+            rows = slice(row, row + _PANEL)
+            matrix[rows, row:start].addmm_(above[rows], above[row:].T, alpha=-1)
+    return True
+
+
+def _invert(upper: Tensor) -> None:
+    """Put the inverse of a matrix that is zero below its diagonal in its place."""
+    for start in range(0, len(upper), _PANEL):
+        panel = slice(start, start + _PANEL)
+        corner, above = upper[panel, panel], upper[:start, panel]
+        eye = torch.eye(len(corner), device=upper.device)
+        corner.copy_(torch.linalg.solve_triangular(corner, eye, upper=True))
+        right = above @ corner
+        for row in range(0, start, _PANEL):
+            rows = slice(row, row + _PANEL)
+            above[rows] = -(upper[rows, row:start] @ right[row:])
+
+
+def corrected(weight: Tensor, drift: Tensor, factor: Tensor, order: Tensor, part: float) -> Tensor:
+    """The weight that makes good ``part`` of the drift of its inputs (GPTAQ, arXiv 2504.02692).
+
+    ``W + part * W driftᵀ (G + damp I)⁻¹``: at 1, on inputs ``x``, it computes what ``weight: [out,
+    in]`` computes on ``y``, as far as a linear can. ``factor`` is that of ``inverse_factor`` for
+    columns in ``order``; ``drift: [in, in]``, the sum of ``xᵀ(y - x)``.
+    """
+    pull = (weight @ drift.T)[:, order] @ factor.T @ factor
+    return weight.index_add(1, order, pull, alpha=part)
 
 
 def solve(

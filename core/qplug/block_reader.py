@@ -1,0 +1,41 @@
+"""The weights of blocks, read from the shards one block ahead of the work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from qplug.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class BlockReader:
+    """Reads the parameters of a block while the block before it is worked on.
+
+    ``parameters``: of each block in order, by its name, the names of its parameters within it.
+    """
+
+    def __init__(self, source: Checkpoint, parameters: Mapping[str, Sequence[str]]) -> None:
+        self._source, self._parameters = source, parameters
+        self._following = dict(zip(parameters, [*parameters][1:], strict=False))
+        self._thread = ThreadPoolExecutor(1, "qplug-reader")
+        self._coming: dict[str, Future[dict[str, Tensor]]] = {}
+
+    def start(self, block: str) -> None:
+        """Begin to read ``block``."""
+        if block not in self._coming:
+            self._coming[block] = self._thread.submit(self._read, block)
+
+    def read(self, block: str) -> dict[str, Tensor]:
+        """The parameters of ``block``, on the CPU; the next block is begun."""
+        self.start(block)
+        weights = self._coming.pop(block).result()
+        if block in self._following:
+            self.start(self._following[block])
+        return weights
+
+    def _read(self, block: str) -> dict[str, Tensor]:
+        return {local: self._source.read(f"{block}.{local}") for local in self._parameters[block]}

@@ -1,0 +1,64 @@
+"""The hidden states of all calibration tokens, between one block and the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class HiddenStates:
+    """Batches ``[samples, tokens, width]``, kept in the memory of the host.
+
+    They are the largest thing in a calibrated run: 2 GiB for 128 x 2048 tokens of a width of 4096.
+    A GPU has the batch it works on and the next, which comes while the first is worked on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._batches: list[Tensor] = []
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The batches, on the device."""
+        if self._copies is None:
+            yield from self._batches
+            return
+        coming = [self._fetch(index, self._copies) for index in range(min(1, len(self)))]
+        for index in range(len(self)):
+            batch, ready = coming.pop()
+            if index + 1 < len(self):
+                coming.append(self._fetch(index + 1, self._copies))
+            here = torch.cuda.current_stream(self._device)
+            here.wait_event(ready)
+            batch.record_stream(here)
+            yield batch
+
+    def append(self, batch: Tensor) -> None:
+        """Add a batch that is on the device."""
+        if self._copies is None:
+            self._batches.append(batch)
+            return
+        self._batches.append(torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True))
+        self.put(len(self) - 1, batch)
+
+    def put(self, index: int, batch: Tensor) -> None:
+        """Put ``batch``, on the device, in the place of one of the same shape."""
+        if self._copies is None:
+            self._batches[index] = batch
+            return
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copies):
+            self._batches[index].copy_(batch, non_blocking=True)
+        batch.record_stream(self._copies)
+
+    def _fetch(self, index: int, copies: torch.cuda.Stream) -> tuple[Tensor, torch.cuda.Event]:
+        with torch.cuda.stream(copies):
+            batch = self._batches[index].to(self._device, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record(copies)
+        return batch, ready
