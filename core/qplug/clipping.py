@@ -103,11 +103,16 @@ def clip_errors(
 
         return clip_errors_on_gpu(weight, scales, zeros, blocks, args)
     errors = torch.empty(scales.shape, device=weight.device)
+    halved = blocks.bfloat16() if blocks.is_cuda else blocks  # as in numerics.output_error
     for number, scale in enumerate(scales):
         zero = None if zeros is None else zeros[number]
         restored = dequantize_with(quantize(weight, scale, zero, args), scale, zero, args)
         groups = restored.sub_(weight).view(len(weight), *blocks.shape[:2]).transpose(0, 1)
-        errors[number] = (torch.bmm(groups, blocks) * groups).sum(-1).T
+        if groups.is_cuda:
+            products = torch.bmm(groups.bfloat16(), halved, out_dtype=torch.float32)
+        else:
+            products = torch.bmm(groups, halved)
+        errors[number] = products.mul_(groups).sum(-1).T
     return errors
 
 

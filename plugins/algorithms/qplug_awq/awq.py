@@ -25,7 +25,9 @@ class Params:
         Param("v1: x^r / w^(1-r); v2: x^r, of mean magnitudes.", also=("trans_version",)),
     ] = "v2"
     ratios: Annotated[int, Param("Ratios r that are tried, from 0 on.", 1)] = 20
-    clip: Annotated[bool, Param("Search clips of weights.", also=("weight_clip",))] = True
+    clip: Annotated[
+        bool, Param("Search clips of weights of fewer than 8 bits.", also=("weight_clip",))
+    ] = True
     clip_steps: Annotated[int, Param("Steps of the clip search.", 1)] = 20
     clip_smallest: Annotated[float, Param("The smallest range, of the full one.", 0.05, 1)] = 0.6
     clip_in_search: Annotated[
@@ -46,11 +48,18 @@ class AWQ(Algorithm[Params]):
             if params.scale and group.scalable:
                 block.smooth(group, self._best_scale(block, group))
         for group in block.groups:
-            for linear in group.linears if params.clip else ():
-                self._clip(linear, group.gram, params.clip_steps)
+            for linear in group.linears:
+                if self._clips(linear):
+                    search_clip(
+                        linear,
+                        group.gram,
+                        steps=params.clip_steps,
+                        smallest=params.clip_smallest,
+                    )
 
-    def _clip(self, linear: Linear, gram: Tensor, steps: int) -> None:
-        search_clip(linear, gram, steps=steps, smallest=self.params.clip_smallest)
+    def _clips(self, linear: Linear) -> bool:
+        """Whether its range is to be clipped; of 8 bits a range has enough for its largest."""
+        return self.params.clip and linear.args.bits < 8
 
     def _best_scale(self, block: Block, group: InputGroup) -> Tensor:
         """The scale of least loss; all ones (ratio 0 of v2) is always among those tried."""
@@ -72,10 +81,10 @@ class AWQ(Algorithm[Params]):
         return scale / (scale.max() * scale.min()).sqrt()
 
     def _loss(self, group: InputGroup, scale: Tensor) -> float:
-        steps = self.params.clip_in_search if self.params.clip else 0
         smallest = self.params.clip_smallest
         total = 0.0
         for linear in group.linears:
+            steps = self.params.clip_in_search if self._clips(linear) else 0
             off = scaled_difference(linear, scale, group.gram, steps=steps, smallest=smallest)
             if linear.activations is None:
                 total += output_error(off, group.gram)
