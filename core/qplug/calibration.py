@@ -19,6 +19,7 @@ from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
 from qplug.live_block import LiveBlock
 from qplug.numerics import fake_quantize_activations
+from qplug.processes import ALONE, Processes
 from qplug.scheme import QuantArgs, Scheme
 from qplug.skeleton import build, load_config
 from qplug.statistics import Statistics
@@ -49,8 +50,18 @@ class Walk:
         device: torch.device,
         propagate: str = "quantized",
         trust_remote_code: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
-        """``tokens``: int64 ``[samples, length]``."""
+        """``tokens``: int64 ``[samples, length]``, of which each of ``processes`` takes a part.
+
+        Raises QplugError if there are not enough for each to have one.
+        """
+        if len(tokens) < processes.count:
+            raise QplugError(
+                f"{processes.count} processes cannot share {len(tokens)} calibration samples; "
+                "raise --samples, or start fewer"
+            )
+        self._processes = processes
         self._source, self._view, self._schemes = source, view, schemes
         self._device, self._propagate = device, propagate
         stored: torch.dtype = getattr(torch, view.dtype)
@@ -90,11 +101,13 @@ class Walk:
         parent = self._model.get_submodule(self._view.blocks[0].rpartition(".")[0])
         assert isinstance(parent, nn.ModuleList)
         size = max(1, _BATCH_TOKENS[self._device.type] // tokens.shape[1])
+        batches = [part.split(size) for part in tokens.tensor_split(self._processes.count)]
+        self._batches_by_rank = [len(part) for part in batches]
         hidden = []
         for index, recorder in enumerate(recorders.values()):
             parent[index] = recorder
         try:
-            for batch in tokens.split(size):
+            for batch in batches[self._processes.rank]:
                 self._model.base_model(input_ids=batch.to(self._device), use_cache=False)
                 hidden.append(recorders[self._view.blocks[0]].hidden)
         finally:
@@ -117,7 +130,7 @@ class Walk:
         self._fill(module, weights)
         structure = self._structure(name, module, weights)
         statistics = self._observe(name, module, structure)
-        return LiveBlock(name, structure, statistics, weights, self._schemes)
+        return LiveBlock(name, structure, statistics, weights, self._schemes, self._processes)
 
     def _structure(
         self, name: str, module: nn.Module, weights: Mapping[str, Tensor]
@@ -151,12 +164,13 @@ class Walk:
         """Statistics by the first linear of each group. In passing, what leaves the float block."""
         statistics = {}
         handles = []
-        share = -(-_SAMPLE // len(self._hidden))
+        share = -(-_SAMPLE // sum(self._batches_by_rank))
+        room = max(0, _SAMPLE - share * sum(self._batches_by_rank[: self._processes.rank]))
         for group in structure:
             first = group.linears[0]
             linear = module.get_submodule(first)
             assert isinstance(linear, nn.Linear)
-            statistics[first] = Statistics(linear.in_features, self._device, _SAMPLE)
+            statistics[first] = Statistics(linear.in_features, self._device, room)
             observe = partial(_observe_input, statistics[first], share)
             handles.append(linear.register_forward_pre_hook(observe))
         try:
@@ -164,6 +178,8 @@ class Walk:
         finally:
             for handle in handles:
                 handle.remove()
+        for known in statistics.values():
+            known.join(self._processes)
         return statistics
 
     @torch.no_grad()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from qplug.api import Block, InputGroup, Linear, QuantizedWeight
 from qplug.numerics import dequantize
+from qplug.processes import ALONE, Processes
 from qplug.scheme import Scheme
 from qplug.statistics import Statistics
 from qplug.structure import Before, Group, divide
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class LiveBlock(Block):
@@ -28,7 +33,9 @@ class LiveBlock(Block):
         statistics: Mapping[str, Statistics],
         weights: Mapping[str, Tensor],
         schemes: Mapping[str, Scheme],
+        processes: Processes = ALONE,
     ) -> None:
+        self._processes = processes
         self.masters = {n: weight.to(torch.float32, copy=True) for n, weight in weights.items()}
         self._dtypes = {local: weight.dtype for local, weight in weights.items()}
         self._rewritten: set[str] = set()
@@ -89,6 +96,14 @@ class LiveBlock(Block):
         group.low /= scale
         group.high /= scale
         group.sample /= scale
+
+    def spread(
+        self,
+        items: Sequence[T],
+        work: Callable[[T], R],
+        cost: Callable[[T], float] | None = None,
+    ) -> list[R]:
+        return self._processes.spread(items, work, cost)
 
     def rewritten(self) -> tuple[str, ...]:
         """The parameters that ``smooth`` and ``shift`` have changed, by full name."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qplug.processes import Processes
+
 
 class Statistics:
     """Running sums over the rows of ``x: [tokens, in]``; ``sample`` keeps a few rows themselves."""
@@ -33,6 +35,14 @@ class Statistics:
             even = torch.arange(count, device=x.device) * x.shape[0] // count
             self._kept.append(x[even].float())
             self._room -= count
+
+    def join(self, processes: Processes) -> None:
+        """Take in what all other processes have seen: then each has the same."""
+        seen = processes.gather((self.tokens, self._kept))
+        self.tokens = sum(tokens for tokens, _ in seen)
+        self._kept = [rows for _, kept in seen for rows in kept]
+        sums = [self.gram, self.total, self.absolute]
+        processes.reduce(sums=sums, least=[self.low], most=[self.high])
 
     @property
     def mean(self) -> Tensor:

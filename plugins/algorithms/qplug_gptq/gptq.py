@@ -6,12 +6,13 @@ Rows are independent, so linears that read one tensor are solved together, with 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
+from torch import Tensor
 
-from qplug import Algorithm, Block, InputGroup, Param, QuantizedWeight
+from qplug import Algorithm, Block, InputGroup, Linear, Param, QuantizedWeight
 from qplug.clipping import search_clip, unclipped_ratio
 from qplug.numerics import nearest, range_scale, scale_of, weight_range
 from qplug_gptq.solver import inverse_factor, solve
@@ -42,36 +43,56 @@ class GPTQ(Algorithm[Params]):
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         codes = {}
-        for group in block.groups:
-            codes.update(self._solve(group, block))
+        for solved in block.spread(block.groups, self._solve, cost=_cost):
+            codes.update(solved.codes)
+            block.notes.extend(solved.notes)
         for linear in block.linears:
             if linear.name not in codes:  # nothing was seen to enter it
                 codes[linear.name] = nearest(linear)
                 block.notes.append(f"{linear.name}: no token reached it; rounded to nearest")
         return codes
 
-    def _solve(self, group: InputGroup, block: Block) -> dict[str, QuantizedWeight]:
+    def _solve(self, group: InputGroup) -> _Solved:
         params = self.params
-        for linear in group.linears:
-            if linear.scale is None and params.clip:
-                search_clip(
-                    linear, group.gram, steps=params.clip_steps, smallest=params.clip_smallest
-                )
-            elif linear.scale is None:
-                # An error that the later columns make good is cheaper than one at a range's end.
-                low, high = weight_range(linear.weight, linear.args)
-                ratio = unclipped_ratio(linear.args)
-                linear.scale, linear.zero = range_scale(low * ratio, high * ratio, linear.args)
         order = torch.argsort(group.gram.diagonal(), descending=True, stable=True)
         if not params.act_order:
             order = torch.arange(len(order), device=order.device)
         factor, damp = inverse_factor(group.gram, order, params.damp)
+        notes = []
         if damp > params.damp:
             names = ", ".join(linear.name for linear in group.linears)
-            block.notes.append(f"{names}: damping was raised from {params.damp:g} to {damp:g}")
+            notes.append(f"{names}: damping was raised from {params.damp:g} to {damp:g}")
         codes = {}
         for linear in group.linears:
-            scale, zero = scale_of(linear)
+            scale, zero = self._scale(linear, group)
             made = solve(linear.weight, scale, zero, linear.args, factor, order, params.block_size)
             codes[linear.name] = QuantizedWeight(made, scale, zero, linear.args)
-        return codes
+        return _Solved(codes, notes)
+
+    def _scale(self, linear: Linear, group: InputGroup) -> tuple[Tensor, Tensor | None]:
+        """The scale and zero that an algorithm before chose, or those this one does."""
+        params = self.params
+        if linear.scale is not None:
+            return scale_of(linear)
+        if params.clip:
+            clipped = replace(linear)
+            search_clip(clipped, group.gram, steps=params.clip_steps, smallest=params.clip_smallest)
+            return scale_of(clipped)
+        # An error that the later columns make good is cheaper than one at a range's end.
+        low, high = weight_range(linear.weight, linear.args)
+        ratio = unclipped_ratio(linear.args)
+        return range_scale(low * ratio, high * ratio, linear.args)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """What became of an input group: codes by linear, and what the user is told."""
+
+    codes: dict[str, QuantizedWeight]
+    notes: list[str]
+
+
+def _cost(group: InputGroup) -> float:
+    """A factorisation, and the push of every column onto all later ones."""
+    width = len(group.gram)
+    return width**3 + width**2 * sum(len(linear.weight) for linear in group.linears)
