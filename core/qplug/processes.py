@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from qplug.errors import OtherProcessError, QplugError
+from qplug.errors import OtherProcessError, QplugError, RelayedError
 from qplug.launch import Launch
 
 T = TypeVar("T")
@@ -137,8 +137,11 @@ class _Joined(Processes):
     # --- exchanges -------------------------------------------------------------------------------
 
     def gather(self, value: T) -> list[T]:
+        return self._gather("gather", value)
+
+    def _gather(self, what: str, value: T) -> list[T]:
         packed = _pack(value)
-        said = self._agree("gather", packed.message)
+        said = self._agree(what, packed.message)
         with self._exchange():
             return [
                 _unpack(message, self._broadcast(message, packed.tensors, rank))
@@ -180,8 +183,9 @@ class _Joined(Processes):
     ) -> list[R]:
         costs = [1.0 if cost is None else cost(item) for item in items]
         shares = shares_of(costs, self.count)
+        mine = {number: work(items[number]) for number in shares[self.rank]}
         results: dict[int, R] = {}
-        for part in self.gather({number: work(items[number]) for number in shares[self.rank]}):
+        for part in self._gather(f"spread {len(items)} items", mine):
             results.update(part)
         return [results[number] for number in range(len(items))]
 
@@ -304,7 +308,7 @@ class _Failure:
     def as_error(self) -> BaseException:
         """What another process raises for it."""
         if self.kind == "to mend":
-            return QplugError(self.text)
+            return RelayedError(self.text)
         if self.kind == "interrupt":
             return KeyboardInterrupt()
         return OtherProcessError(f"process {self.rank} broke: {self.text}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qplug.api import Algorithm, Block, Exporter, InputGroup, Linear, QuantizedWeight
-from qplug.errors import QplugError, StageError
+from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
 from qplug.numerics import relative_error, relative_output_error
 from qplug.params import fill
 from qplug.plan import Step
@@ -152,6 +152,8 @@ class Stages:
         """Names the layer in an error, and the plugin too if the error is a bug."""
         try:
             yield
+        except (OtherProcessError, RelayedError):
+            raise  # it has been said where
         except QplugError as error:
             raise QplugError(f"{where}: {error}") from error
         except Exception as error:
