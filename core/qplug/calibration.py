@@ -23,6 +23,7 @@ from qplug.processes import ALONE, Processes
 from qplug.scheme import QuantArgs, Scheme
 from qplug.skeleton import build, load_config
 from qplug.statistics import Statistics
+from qplug.statistics import share as share_statistics
 from qplug.structure import Group, find_groups
 
 #: Tokens in one forward pass through a block.
@@ -178,8 +179,7 @@ class Walk:
         finally:
             for handle in handles:
                 handle.remove()
-        for known in statistics.values():
-            known.join(self._processes)
+        share_statistics(list(statistics.values()), self._processes)
         return statistics
 
     @torch.no_grad()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -49,13 +48,19 @@ class Qplug(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Of several processes the first alone prints; a bug's traceback comes from any."""
-        with ExitStack() as stack:
-            if not Launch.of().is_first:
-                silence = stack.enter_context(Path(os.devnull).open("w"))
-                stack.enter_context(redirect_stdout(silence))
-                stack.enter_context(redirect_stderr(silence))
-                stack.callback(_let_the_first_speak)
+        if Launch.of().is_first:
             return super().main(*args, **kwargs)
+        try:
+            with (
+                Path(os.devnull).open("w") as silence,
+                redirect_stdout(silence),
+                redirect_stderr(silence),
+            ):
+                return super().main(*args, **kwargs)
+        except SystemExit as end:
+            if end.code:
+                time.sleep(_LAST_WORD)
+            raise
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -98,12 +103,6 @@ class Qplug(click.Group):
                 hint = f" To do without: qplug --no-plugins, or -p no:{plugin.name}"
                 click.echo(f"The error below is from plugin {plugin}.{hint * removable}", err=True)
             raise
-
-
-def _let_the_first_speak() -> None:
-    end = sys.exc_info()[1]
-    if isinstance(end, SystemExit) and end.code:
-        time.sleep(_LAST_WORD)
 
 
 def _blocked(ctx: click.Context, param: click.Parameter, words: tuple[str, ...]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,14 +38,6 @@ class Statistics:
             self._kept.append(x[even].float())
             self._room -= count
 
-    def join(self, processes: Processes) -> None:
-        """Take in what all other processes have seen: then each has the same."""
-        seen = processes.gather((self.tokens, self._kept))
-        self.tokens = sum(tokens for tokens, _ in seen)
-        self._kept = [rows for _, kept in seen for rows in kept]
-        sums = [self.gram, self.total, self.absolute]
-        processes.reduce(sums=sums, least=[self.low], most=[self.high])
-
     @property
     def mean(self) -> Tensor:
         """The mean of ``x``, float32 ``[in]``."""
@@ -58,6 +52,19 @@ class Statistics:
     def sample(self) -> Tensor:
         """Some of the rows, float32."""
         return torch.cat(self._kept) if self._kept else self.gram[:0]
+
+
+def share(statistics: Sequence[Statistics], processes: Processes) -> None:
+    """Give all processes what each has seen of its tokens: then they have the same statistics."""
+    seen = processes.gather([(each.tokens, each._kept) for each in statistics])
+    for number, each in enumerate(statistics):
+        each.tokens = sum(told[number][0] for told in seen)
+        each._kept = [rows for told in seen for rows in told[number][1]]
+    processes.reduce(
+        sums=[total for each in statistics for total in (each.gram, each.total, each.absolute)],
+        least=[each.low for each in statistics],
+        most=[each.high for each in statistics],
+    )
 
 
 def _add_gram(gram: Tensor, x: Tensor) -> None:
