@@ -18,7 +18,7 @@ from qplug.registry import Registry
 
 #: Seconds that a process waits for the one that says what is wrong: torchrun ends all as soon as
 #: one has ended, and could end that one before its word is out.
-_LAST_WORD = 5
+_LAST_WORD = 3
 
 #: The commands of qplug itself: where each is, and what ``qplug --help`` says of it.
 COMMANDS = {

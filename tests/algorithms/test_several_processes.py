@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,11 @@ from torch import Tensor
 
 import qplug
 from qplug import calibration
+from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
+from qplug.live_block import LiveBlock
+from qplug.processes import ALONE, Processes
+from qplug.skeleton import model_view
 
 Family = Callable[..., Path]
 Quantize = Callable[..., Path]
@@ -114,7 +120,7 @@ for line in sys.stdin:
     print(json.dumps([ends[child] for child in children]), flush=True)
 """
 
-ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., An
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=ALONE,
+        env=ENVIRONMENT,
     ) as starter:
         assert starter.stdin is not None
         assert starter.stdout is not None
@@ -322,15 +328,116 @@ def test_torchrun(family: Family, words: Callable[..., list[str]], tmp_path: Pat
     source, folder = family("llama"), tmp_path / "out"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "-m", "qplug", *words(source, "out", algo="awq")]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env=ALONE)
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("\n") == 2
     assert run.stdout.startswith(f"{folder}: 21 layers, ")
-    again = subprocess.run(command, capture_output=True, text=True, check=False, env=ALONE)
+    again = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert again.returncode == 1
     assert again.stdout == ""
     assert again.stderr.count("Error: ") - again.stderr.count("ChildFailedError: ") == 1
     assert f"Error: {folder}: exists; choose another folder, or pass --overwrite" in again.stderr
+
+
+# --- what each knows ------------------------------------------------------------------------------
+
+
+class Threads(Processes):
+    """Two processes that are threads of this one."""
+
+    count = 2
+
+    def __init__(self, rank: int, board: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self._board, self._barrier = rank, board, barrier
+
+    def gather(self, value: Any) -> list[Any]:
+        self._board[self.rank] = value
+        self._barrier.wait(60)
+        found = list(self._board)
+        self._barrier.wait(60)
+        return found
+
+    def reduce(
+        self,
+        *,
+        sums: Sequence[Tensor] = (),
+        least: Sequence[Tensor] = (),
+        most: Sequence[Tensor] = (),
+    ) -> None:
+        for tensors, join in ((sums, torch.add), (least, torch.minimum), (most, torch.maximum)):
+            both = self.gather([tensor.clone() for tensor in tensors])
+            for tensor, one, two in zip(tensors, *both, strict=True):
+                tensor.copy_(join(one, two))
+
+
+def walk_in_two(source: Path, tokens: Tensor, blocks: int) -> list[list[LiveBlock]]:
+    """The first blocks as each of two processes sees them."""
+    board, barrier = [None, None], threading.Barrier(2)
+
+    def walk(rank: int) -> list[LiveBlock]:
+        return walk_through(source, tokens, blocks, Threads(rank, board, barrier))
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(walk, range(2)))
+
+
+def walk_through(
+    source: Path, tokens: Tensor, blocks: int, processes: Processes
+) -> list[LiveBlock]:
+    folder = Checkpoint.open(source)
+    view = model_view(folder)
+    schemes = dict.fromkeys(view.quantizable, qplug.preset("W4A16"))
+    walk = Walk(
+        folder,
+        view,
+        schemes,
+        tokens,
+        device=torch.device("cpu"),
+        propagate="float",
+        processes=processes,
+    )
+    seen = []
+    for name in view.blocks[:blocks]:
+        seen.append(walk.enter(name))
+        walk.leave(name, {})
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("samples", "at_a_time", "kept"),
+    [
+        (8, 2, 2048),  # every batch is that of one process
+        (8, 2, 90),  # of which the last keeps fewer than the others
+        (8, 100, 2048),  # all samples were one batch
+        (7, 2, 2048),  # the parts are not alike
+        (2, 4, 2048),
+    ],
+)
+def test_all_know_of_all_tokens(
+    samples: int,
+    at_a_time: int,
+    kept: int,
+    family: Family,
+    make_tokens: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calibration, "_SAMPLE", kept)
+    monkeypatch.setitem(calibration._BATCH_TOKENS, "cpu", at_a_time * 20)
+    source, tokens = family("llama"), make_tokens(samples, 20)
+    one = walk_through(source, tokens, 2, ALONE)
+    first, second = walk_in_two(source, tokens, 2)
+    for alone, mine, others in zip(one, first, second, strict=True):
+        for a, b, c in zip(alone.groups, mine.groups, others.groups, strict=True):
+            assert a.tokens == b.tokens == c.tokens == samples * 20
+            for name in ("gram", "mean", "mean_abs", "low", "high", "sample"):
+                wanted, found = getattr(a, name), getattr(b, name)
+                assert torch.equal(found, getattr(c, name))  # the same state everywhere
+                if name != "sample":
+                    rounding = 1e-5 * float(wanted.abs().max())
+                    torch.testing.assert_close(found, wanted, rtol=0, atol=rounding)
+            if samples % 2 == 0:
+                torch.testing.assert_close(b.sample, a.sample, rtol=1e-5, atol=1e-5)
+            assert len(b.sample) <= kept
 
 
 # --- the end of one is the end of all -------------------------------------------------------------
