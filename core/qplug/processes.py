@@ -132,7 +132,9 @@ class _Joined(Processes):
         finally:
             if self._in_step and self._failure_told:
                 self._wait_for_all()
-            distributed.destroy_process_group()
+            # Nccl would wait for those that are gone; the end of this process will do.
+            if self._in_step or self._device.type == "cpu":
+                distributed.destroy_process_group()
 
     # --- exchanges -------------------------------------------------------------------------------
 
