@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from qplug.checkpoint import Checkpoint
 
 P = TypeVar("P")
+T = TypeVar("T")
+R = TypeVar("R")
 Split = Literal["calibration", "evaluation"]
 
 
@@ -192,6 +194,20 @@ class Block:
         The statistics of groups that have other linears are gathered anew: a pass over the data.
         """
         raise NotImplementedError
+
+    def spread(
+        self,
+        items: Sequence[T],
+        work: Callable[[T], R],
+        cost: Callable[[T], float] | None = None,
+    ) -> list[R]:
+        """What ``work`` gives for each item, in order; of several processes each does a part.
+
+        Every process is given all results, so ``work`` must change nothing but give back what it
+        found: what pickle takes, with tensors in it. ``cost`` tells how long an item takes, in any
+        unit, so that the parts are alike. All processes must call this alike.
+        """
+        return [work(item) for item in items]
 
 
 class Algorithm(Component[P]):

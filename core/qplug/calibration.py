@@ -22,9 +22,11 @@ from qplug.errors import QplugError
 from qplug.hidden_states import HiddenStates
 from qplug.live_block import LiveBlock
 from qplug.numerics import fake_quantize_activations
+from qplug.processes import ALONE, Processes
 from qplug.scheme import QuantArgs, Scheme
 from qplug.skeleton import build, load_config
 from qplug.statistics import Statistics
+from qplug.statistics import share as share_statistics
 from qplug.structure import Group, find_groups
 
 #: Tokens in one forward pass through a block.
@@ -54,11 +56,19 @@ class Walk:
         batch_size: int | None = None,
         with_drift: bool = False,
         trust_remote_code: bool = False,
+        processes: Processes = ALONE,
     ) -> None:
         """``tokens``: int64 ``[samples, length]``, -1 where a sample has ended.
 
-        ``with_drift`` gathers ``InputGroup.drift``.
+        Each of ``processes`` takes a part of them. ``with_drift`` gathers ``InputGroup.drift``.
+        Raises QplugError if there are not enough samples for each process to have one.
         """
+        if len(tokens) < processes.count:
+            raise QplugError(
+                f"{processes.count} processes cannot share {len(tokens)} calibration samples; "
+                "raise --samples, or start fewer"
+            )
+        self._processes = processes
         self._source, self._view, self._schemes = source, view, schemes
         self._device, self._propagate = device, propagate
         stored: torch.dtype = getattr(torch, view.dtype)
@@ -84,7 +94,9 @@ class Walk:
         # What enters the next block; what would in the float model, once that is something else;
         # and what leaves the block that is being worked on, as a float one.
         size = batch_size or max(1, _BATCH_TOKENS[device.type] // tokens.shape[1])
-        batches = tokens.split(size)
+        parts = [part.split(size) for part in tokens.tensor_split(processes.count)]
+        self._batches_by_rank = [len(part) for part in parts]
+        batches = parts[processes.rank]
         # Behind its end a sample is filled with tokens that no other sees: blocks are causal.
         self._real = [None if (batch >= 0).all() else (batch >= 0) for batch in batches]
         self._hidden, self._calls = self._catch([batch.clamp(min=0) for batch in batches])
@@ -141,8 +153,15 @@ class Walk:
             self._ahead = HiddenStates(self._device)
         statistics = self._observe(name, structure, values, values, self._ahead)
         del values
-        observe_again = partial(self._observe_again, name, structure)
-        return LiveBlock(name, structure, statistics, weights, self._schemes, observe_again)
+        return LiveBlock(
+            name,
+            structure,
+            statistics,
+            weights,
+            self._schemes,
+            partial(self._observe_again, name, structure),
+            self._processes,
+        )
 
     def _structure(self, name: str, weights: Mapping[str, Tensor]) -> tuple[Group, ...]:
         """Found once for all blocks that are alike, in float32, on random weights and tokens.
@@ -181,13 +200,14 @@ class Walk:
         ``ahead``.
         """
         module = self._blocks[name]
-        share = -(-_SAMPLE // len(self._hidden))
+        share = -(-_SAMPLE // sum(self._batches_by_rank))
+        room = max(0, _SAMPLE - share * sum(self._batches_by_rank[: self._processes.rank]))
         statistics = {}
         for group in structure:
             linear = module.get_submodule(group.linears[0])
             assert isinstance(linear, nn.Linear)
             width = linear.in_features
-            statistics[group.linears[0]] = Statistics(width, self._device, _SAMPLE)
+            statistics[group.linears[0]] = Statistics(width, self._device, room)
         ideals: Iterable[Tensor | None] = self._ideal or [None] * len(self._hidden)
         for batch, ideal, call, real in zip(
             self._hidden, ideals, self._calls[name], self._real, strict=True
@@ -207,6 +227,7 @@ class Walk:
                 seen = _call(module, values, batch, call)
             if ahead is not None:
                 ahead.append(seen if after is None else after)
+        share_statistics(list(statistics.values()), self._processes)
         return statistics
 
     @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -10,8 +12,13 @@ from typing import Any, cast
 import click
 
 from qplug import __version__
-from qplug.errors import QplugError
+from qplug.errors import OtherProcessError, QplugError
+from qplug.launch import Launch
 from qplug.registry import Registry
+
+#: Seconds that a process waits for the one that says what is wrong: torchrun ends all as soon as
+#: one has ended, and could end that one before its word is out.
+_LAST_WORD = 3
 
 #: The commands of qplug itself: where each is, and what ``qplug --help`` says of it.
 COMMANDS = {
@@ -39,6 +46,22 @@ class Deferred(click.Command):
 class Qplug(click.Group):
     """Prints what the user can mend as one line; lets a bug keep its traceback."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Of several processes the first alone prints; a bug's traceback comes from any."""
+        if Launch.of().is_first:
+            return super().main(*args, **kwargs)
+        try:
+            with (
+                Path(os.devnull).open("w") as silence,
+                redirect_stdout(silence),
+                redirect_stderr(silence),
+            ):
+                return super().main(*args, **kwargs)
+        except SystemExit as end:
+            if end.code:
+                time.sleep(_LAST_WORD)
+            raise
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
@@ -65,6 +88,11 @@ class Qplug(click.Group):
             return super().invoke(ctx)
         except QplugError as error:
             raise click.ClickException(" ".join(str(error).splitlines())) from error
+        except OtherProcessError as error:
+            click.echo(f"Error: {error}", err=True)
+            if Launch.of().is_first:
+                time.sleep(_LAST_WORD)
+            raise click.exceptions.Exit(1) from error
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:

@@ -24,6 +24,14 @@ class StageError(Exception):
         super().__init__(f"plugin {name} ({source}): {where}: {type(error).__name__}: {error}")
 
 
+class OtherProcessError(Exception):
+    """Another process of this run broke or was ended; what was written stays, to go on from."""
+
+
+class RelayedError(QplugError):
+    """A QplugError of another process of this run, raised in all of them."""
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """A sentence to add to a message, a space before it; nothing if no name is near."""
     near = difflib.get_close_matches(name, names, n=1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from qplug.api import Block, InputGroup, Linear, QuantizedWeight
 from qplug.numerics import dequantize
+from qplug.processes import ALONE, Processes
 from qplug.scheme import Scheme
 from qplug.statistics import Statistics
 from qplug.structure import Before, Group, divide
@@ -19,6 +20,8 @@ from qplug.structure import Before, Group, divide
 Observe = Callable[
     [Mapping[str, Tensor], Mapping[str, Tensor], Sequence[str]], Mapping[str, Statistics]
 ]
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class LiveBlock(Block):
@@ -36,7 +39,9 @@ class LiveBlock(Block):
         weights: Mapping[str, Tensor],
         schemes: Mapping[str, Scheme],
         observe_again: Observe,
+        processes: Processes = ALONE,
     ) -> None:
+        self._processes = processes
         self.masters = {n: weight.to(torch.float32, copy=True) for n, weight in weights.items()}
         self._dtypes = {local: weight.dtype for local, weight in weights.items()}
         self._observe_again = observe_again
@@ -106,6 +111,14 @@ class LiveBlock(Block):
         group.low /= scale
         group.high /= scale
         group.sample /= scale
+
+    def spread(
+        self,
+        items: Sequence[T],
+        work: Callable[[T], R],
+        cost: Callable[[T], float] | None = None,
+    ) -> list[R]:
+        return self._processes.spread(items, work, cost)
 
     def rewritten(self) -> tuple[str, ...]:
         """The parameters that ``smooth`` and ``shift`` have changed, by full name."""

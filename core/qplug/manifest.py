@@ -48,8 +48,12 @@ def fingerprint(
     device: str,
     shard_bytes: int,
     tokens: Tensor | None,
+    processes: int = 1,
 ) -> dict[str, Any]:
-    """All that decides the bytes of a run, part by part, to tell whether a run can go on."""
+    """All that decides the bytes of a run, part by part, to tell whether a run can go on.
+
+    Sums over tokens depend on how many processes took them.
+    """
     model = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
     for path in source.shards:
         status = path.stat()
@@ -63,6 +67,7 @@ def fingerprint(
         "shard size": shard_bytes,
         "data": None if tokens is None else hashlib.sha256(tokens.numpy().data).hexdigest(),
         "versions": versions(recipe, registry),
+        **({"number of processes": processes} if processes > 1 and tokens is not None else {}),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -17,14 +17,17 @@ from qplug.api import Block, Linear, ModelView
 from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
+from qplug.launch import ALONE, Launch
 from qplug.manifest import fingerprint, result_files
 from qplug.numerics import check_width
 from qplug.output import Content, Output, refuse_existing
 from qplug.plan import Plan, make_plan
+from qplug.processes import Processes, join
 from qplug.recipe import Calibration, Recipe, assign, parse_algorithms, parse_scheme
 from qplug.registry import Registry
 from qplug.samples import calibration_tokens
 from qplug.scheme import Scheme
+from qplug.shared_output import SharedOutput
 from qplug.skeleton import model_view
 from qplug.source import find_model
 from qplug.stages import Report, Stages
@@ -92,8 +95,10 @@ def quantize(
     through what was made of the block (``propagate="quantized"``) or through the float one.
     ``overrides`` maps patterns of module names to other schemes. Killed and called again, it goes
     on where it was. Raises QplugError for what the user can mend, before the work where that can
-    be known, and leaves nothing behind.
+    be known, and leaves nothing behind. Called in each process that torchrun starts, all share the
+    work of a calibrated run; the first one writes.
     """
+    launch = Launch.of()
     recipe = Recipe(
         algorithms=parse_algorithms(algo),
         scheme=parse_scheme(scheme, group_size),
@@ -107,7 +112,8 @@ def quantize(
         ),
         seed=seed,
     )
-    run = Run(recipe, registry or Registry.installed(), find_device(device), trust_remote_code)
+    found = find_device(device, launch)
+    run = Run(recipe, registry or Registry.installed(), found, trust_remote_code, launch)
     return run(model, Path(out), shard_bytes, overwrite, dry_run, watch or (lambda *_: None))
 
 
@@ -115,13 +121,18 @@ class Run:
     """A recipe with its plugins found and their options checked; calling it quantizes a model."""
 
     def __init__(
-        self, recipe: Recipe, registry: Registry, device: torch.device, trust_remote_code: bool
+        self,
+        recipe: Recipe,
+        registry: Registry,
+        device: torch.device,
+        trust_remote_code: bool,
+        launch: Launch,
     ) -> None:
         self.stages = Stages(recipe, registry)
         if not self.stages.needs_data:
             recipe = replace(recipe, calibration=None)
         self.recipe, self.registry, self.device = recipe, registry, device
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code, self.launch = trust_remote_code, launch
 
     def __call__(
         self,
@@ -132,9 +143,22 @@ class Run:
         dry_run: bool,
         watch: Watcher,
     ) -> Result:
+        with join(self.launch, self.device) as processes:
+            return self._run(processes, model, out, shard_bytes, overwrite, dry_run, watch)
+
+    def _run(
+        self,
+        processes: Processes,
+        model: str,
+        out: Path,
+        shard_bytes: int,
+        overwrite: bool,
+        dry_run: bool,
+        watch: Watcher,
+    ) -> Result:
         began = time.monotonic()
         refuse_existing(out, overwrite=overwrite)
-        source = Checkpoint.open(find_model(model))
+        source = Checkpoint.open(processes.from_first(lambda: find_model(model)))
         if source.folder.resolve().is_relative_to(out.resolve()):
             raise QplugError(f"{out}: is or holds the model itself; choose another folder")
         view = model_view(source, trust_remote_code=self.trust_remote_code)
@@ -145,17 +169,30 @@ class Run:
             source, view, schemes, exporter, shard_bytes=shard_bytes, by_block=by_block
         )
         source_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
-        tokens = self._tokens(calibration, model, view) if calibration else None
+        tokens = None
+        if calibration is not None:
+            tokens = processes.from_first(lambda: self._tokens(calibration, model, view))
         if dry_run:
             return Result(out, {}, {}, (), source_bytes, plan.nbytes, 0.0, 0, dry_run=True)
 
         mark = fingerprint(
-            source, self.recipe, self.registry, self.device.type, shard_bytes, tokens
+            source,
+            self.recipe,
+            self.registry,
+            self.device.type,
+            shard_bytes,
+            tokens,
+            processes.count,
         )
-        with Output(out, plan, mark, overwrite=overwrite) as output:
-            reports = {n: Report.from_dict(plain) for n, plain in output.finished.items()}
+        with SharedOutput(
+            processes, lambda: Output(out, plan, mark, overwrite=overwrite)
+        ) as output:
+            done = output.finished()
+            reports = {n: Report.from_dict(plain) for n, plain in done.items()}
+            work: Iterable[Finished]
             if tokens is None or calibration is None:
-                work = self._streamed(plan, source, view, output)
+                # No step needs another, and most of the time goes into files.
+                work = self._streamed(plan, source, view, done) if processes.is_first else ()
             else:
                 walk = Walk(
                     source,
@@ -167,12 +204,15 @@ class Run:
                     batch_size=calibration.batch_size,
                     with_drift=self.stages.needs_drift,
                     trust_remote_code=self.trust_remote_code,
+                    processes=processes,
                 )
-                work = self._calibrated(plan, source, view, walk, output)
+                work = self._calibrated(plan, source, view, walk, output, done)
             for number, contents, report in work:
                 output.write(number, contents, report.to_dict())
                 reports[number] = report
-                watch(len(reports), len(plan.steps), plan.steps[number].name, report.loss)
+                if processes.is_first:
+                    watch(len(reports), len(plan.steps), plan.steps[number].name, report.loss)
+            reports = processes.from_first(lambda: reports)
             told = [reports[number] for number in range(len(plan.steps))]
             texts = result_files(model, view, self.recipe, exporter, schemes, told, self.registry)
             output.finish(source.companions(), texts)
@@ -184,7 +224,7 @@ class Run:
             source_bytes=source_bytes,
             bytes=plan.nbytes,
             seconds=time.monotonic() - began,
-            resumed=len(output.finished),
+            resumed=len(done),
         )
 
     def _servable(self, schemes: dict[str, Scheme], view: ModelView) -> dict[str, Scheme]:
@@ -215,14 +255,14 @@ class Run:
         )
 
     def _streamed(
-        self, plan: Plan, source: Checkpoint, view: ModelView, output: Output
+        self, plan: Plan, source: Checkpoint, view: ModelView, done: Collection[int]
     ) -> Iterator[Finished]:
         """Every step that is left, one tensor at a time; the next is read meanwhile."""
 
         def read(number: int) -> list[Tensor]:
             return [source.read(f"{name}.weight") for name in plan.steps[number].linears]
 
-        todo = [number for number in range(len(plan.steps)) if number not in output.finished]
+        todo = [number for number in range(len(plan.steps)) if number not in done]
         with ThreadPoolExecutor(1, "qplug-reader") as reader:
             coming = reader.submit(read, todo[0]) if todo else None
             for number, after in zip_longest(todo, todo[1:]):
@@ -243,15 +283,21 @@ class Run:
                 yield number, self.stages.pack(codes, step, view.dtype), report
 
     def _calibrated(
-        self, plan: Plan, source: Checkpoint, view: ModelView, walk: Walk, output: Output
+        self,
+        plan: Plan,
+        source: Checkpoint,
+        view: ModelView,
+        walk: Walk,
+        output: SharedOutput,
+        done: Collection[int],
     ) -> Iterator[Finished]:
         """Every step that is left, one decoder block at a time."""
         for number, step in enumerate(plan.steps):
             if step.name not in view.blocks:
-                if number not in output.finished:
+                if number not in done:
                     yield number, {n: source.tensors[n].chunks() for n in step.others}, Report()
                 continue
-            if number in output.finished:
+            if number in done:
                 walk.replay(step.name, self._served(step.linears, step.others, output, step.name))
                 continue
             block = walk.enter(step.name)
@@ -288,25 +334,40 @@ class Run:
         self,
         linears: Mapping[str, Scheme],
         others: Sequence[str],
-        output: Output,
+        output: SharedOutput,
         block: str,
     ) -> dict[str, Tensor]:
         """What an earlier run wrote of a block, as an engine will compute with it."""
-        tensors = {}
-        for name in linears:
-            stored = output.stored(f"{name}.")
-            tensors.update({f"{name}.{local}": tensor for local, tensor in stored.items()})
+        modules = dict.fromkeys([*linears, *(name.rpartition(".")[0] for name in others)])
+        stored = output.stored([f"{name}." for name in modules])
+        tensors = {
+            f"{name}.{local}": tensor
+            for name in linears
+            for local, tensor in stored[f"{name}."].items()
+        }
         served = self._dequantized(linears, tensors, block)
         for name in others:
             path, _, local = name.rpartition(".")
-            served[name.removeprefix(f"{block}.")] = output.stored(f"{path}.")[local]
+            served[name.removeprefix(f"{block}.")] = stored[f"{path}."][local]
         return served
 
 
-def find_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` is a GPU if there is one."""
+def find_device(name: str, launch: Launch = ALONE) -> torch.device:
+    """The device called ``name``; ``auto`` is a GPU if there is one.
+
+    Of several processes each takes a GPU of its own. Raises QplugError if there is none for it.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if launch.count > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise QplugError(f"--device {name}: several processes take a GPU each; say cuda")
+        if torch.cuda.device_count() < launch.local_count:
+            raise QplugError(
+                f"{launch.local_count} processes need a GPU each, and {torch.cuda.device_count()} "
+                "can be seen; start fewer, or say --device cpu"
+            )
+        name = f"cuda:{launch.local_rank}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the meta device gives no values

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qplug.api import Algorithm, Block, Exporter, QuantizedWeight
-from qplug.errors import QplugError, StageError
+from qplug.api import Algorithm, Block, Exporter, InputGroup, Linear, QuantizedWeight
+from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
 from qplug.numerics import relative_error, relative_output_error
 from qplug.params import fill
 from qplug.plan import Step
@@ -111,13 +111,15 @@ class Stages:
             linear.name: _short(relative_error(linear.weight, codes[linear.name]))
             for linear in block.linears
         }
-        losses = {
-            linear.name: _short(
-                relative_output_error(linear.weight, codes[linear.name], group.gram)
-            )
-            for group in block.groups
-            for linear in group.linears
-        }
+        read = [(group, linear) for group in block.groups for linear in group.linears]
+
+        def loss(pair: tuple[InputGroup, Linear]) -> float:
+            group, linear = pair
+            made = codes[linear.name]
+            return _short(relative_output_error(linear.weight, made, group.gram))
+
+        found = block.spread(read, loss, cost=lambda pair: _products(*pair))
+        losses = {linear.name: loss for (_, linear), loss in zip(read, found, strict=True)}
         return Report(errors, losses, rewritten, tuple(block.notes))
 
     def pack(
@@ -155,12 +157,19 @@ class Stages:
         """Names the layer in an error, and the plugin too if the error is a bug."""
         try:
             yield
+        except (OtherProcessError, RelayedError):
+            raise  # it has been said where
         except QplugError as error:
             raise QplugError(f"{where}: {error}") from error
         except Exception as error:
             plugin = self._registry.blame(error)
             source = plugin.source if plugin else "no plugin"
             raise StageError(component.name, source, where, error) from error
+
+
+def _products(group: InputGroup, linear: Linear) -> float:
+    """What a matrix product of the weight with the Gram matrix costs."""
+    return linear.weight.numel() * len(group.gram)
 
 
 def _short(number: float) -> float:

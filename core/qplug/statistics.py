@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from qplug.processes import Processes
 
 #: Columns of a Gram matrix that are computed at a time on a GPU: half of it is mirrored.
 _STRIPE = 2048
@@ -96,3 +100,18 @@ class Statistics:
             self.drift.addmm_(x.T.float(), off)
         else:  # what is left of a difference of two numbers needs few digits
             self.drift += torch.mm(x.T, off.to(x.dtype), out_dtype=torch.float32)
+
+
+def share(statistics: Sequence[Statistics], processes: Processes) -> None:
+    """Give all processes what each has seen of its tokens: then they have the same statistics."""
+    seen = processes.gather([(each.tokens, each._kept) for each in statistics])
+    for number, each in enumerate(statistics):
+        each.tokens = sum(told[number][0] for told in seen)
+        each._kept = [rows for told in seen for rows in told[number][1]]
+    sums = [total for each in statistics for total in (each.gram, each.total, each.absolute)]
+    sums += [drift for each in statistics for drift in (each.drift, each.lag) if drift is not None]
+    processes.reduce(
+        sums=sums,
+        least=[each.low for each in statistics],
+        most=[each.high for each in statistics],
+    )

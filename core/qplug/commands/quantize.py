@@ -83,7 +83,8 @@ def command(
     """Quantize MODEL into the new folder --out.
 
     MODEL is a folder in Hugging Face's layout, a Hub id, or qplug:demo, a small Llama that ships
-    with qplug. A run that was killed goes on when the same command is given again.
+    with qplug. A run that was killed goes on when the same command is given again. Started by
+    torchrun -m qplug, several processes share a calibrated run, each on a GPU of its own.
 
     A PATTERN is a glob over module names, or re: and a regular expression.
     """

@@ -6,7 +6,7 @@ For scales ``s`` of a group's input, the error over all tokens is ``tr(D G Dᵀ)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -44,41 +44,63 @@ class AWQ(Algorithm[Params]):
 
     def transform(self, block: Block) -> None:
         params = self.params
-        for group in block.groups:
-            if params.scale and group.scalable:
-                block.smooth(group, self._best_scale(block, group))
-        for group in block.groups:
-            for linear in group.linears:
-                if self._clips(linear):
-                    search_clip(
-                        linear,
-                        group.gram,
-                        steps=params.clip_steps,
-                        smallest=params.clip_smallest,
-                    )
+        if params.scale:
+            self._scale(block)
+        self._clip_all(block)
+
+    def _scale(self, block: Block) -> None:
+        """Give each group the scale of least loss.
+
+        A group's loss depends on nothing that another group's scale changes, so all are judged
+        first, in any order.
+        """
+        steps = self.params.ratios
+        tried: list[float | None] = [None, *(step / steps for step in range(steps))]
+        groups = [group for group in block.groups if group.scalable]
+        candidates = [(group, ratio) for group in groups for ratio in tried]
+
+        def judge(candidate: tuple[InputGroup, float | None]) -> float:
+            group, ratio = candidate
+            return self._loss(group, self._candidate(block, group, ratio))
+
+        losses = block.spread(candidates, judge, cost=lambda candidate: _products(candidate[0]))
+        for number, group in enumerate(groups):
+            own = losses[number * len(tried) : (number + 1) * len(tried)]
+            best = tried[own.index(min(own))]
+            block.smooth(group, self._candidate(block, group, best))
+
+    def _clip_all(self, block: Block) -> None:
+        params = self.params
+        read = [
+            (group, linear)
+            for group in block.groups
+            for linear in group.linears
+            if self._clips(linear)
+        ]
+
+        def search(pair: tuple[InputGroup, Linear]) -> tuple[Tensor | None, Tensor | None]:
+            group, linear = pair
+            clipped = replace(linear)
+            search_clip(clipped, group.gram, steps=params.clip_steps, smallest=params.clip_smallest)
+            return clipped.scale, clipped.zero
+
+        found = block.spread(read, search, cost=lambda pair: _clip_cost(pair[1]))
+        for (_, linear), clip in zip(read, found, strict=True):
+            linear.scale, linear.zero = clip
 
     def _clips(self, linear: Linear) -> bool:
         """Whether its range is to be clipped; of 8 bits a range has enough for its largest."""
         return self.params.clip and linear.args.bits < 8
 
-    def _best_scale(self, block: Block, group: InputGroup) -> Tensor:
-        """The scale of least loss; all ones (ratio 0 of v2) is always among those tried."""
-        best = torch.ones_like(group.mean_abs)
-        least = self._loss(group, best)
-        for step in range(self.params.ratios):
-            scale = block.shared(group, self._candidate(group, step / self.params.ratios))
-            loss = self._loss(group, scale)
-            if loss < least:
-                best, least = scale, loss
-        return best
-
-    def _candidate(self, group: InputGroup, ratio: float) -> Tensor:
-        """``[in]``, with the geometric middle of its extremes at 1."""
+    def _candidate(self, block: Block, group: InputGroup, ratio: float | None) -> Tensor:
+        """``[in]``, with the geometric middle of its extremes at 1; None is no scale at all."""
+        if ratio is None:  # ratio 0 of v2, tried in v1 too
+            return torch.ones_like(group.mean_abs)
         scale = group.mean_abs.pow(ratio)
         if self.params.version == "v1":
             scale = scale / _relative_weight(group.linears).pow(1 - ratio)
         scale = scale.clamp(min=1e-4)
-        return scale / (scale.max() * scale.min()).sqrt()
+        return block.shared(group, scale / (scale.max() * scale.min()).sqrt())
 
     def _loss(self, group: InputGroup, scale: Tensor) -> float:
         smallest = self.params.clip_smallest
@@ -94,6 +116,15 @@ class AWQ(Algorithm[Params]):
             restored = linear.weight + off
             total += (rounded @ restored.T - x @ linear.weight.T).square().sum().item()
         return total
+
+
+def _products(group: InputGroup) -> float:
+    """What the matrix products of the linears' errors with the Gram matrix cost."""
+    return len(group.gram) * sum(linear.weight.numel() for linear in group.linears)
+
+
+def _clip_cost(linear: Linear) -> float:
+    return linear.weight.numel() * (linear.args.group_size or linear.weight.shape[1])
 
 
 def _relative_weight(linears: tuple[Linear, ...]) -> Tensor:

@@ -55,25 +55,29 @@ class GPTQ(Algorithm[Params]):
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         codes: dict[str, QuantizedWeight] = {}
-        for group in block.groups:
-            codes.update(self._solve(group, block))
-            if self.params.true_sequential and group is not block.groups[-1]:
+        in_turn = [(group,) for group in block.groups]
+        for groups in in_turn if self.params.true_sequential else [block.groups]:
+            if codes:
                 block.advance(codes)
+            for solved in block.spread(groups, self._solve, cost=_cost):
+                codes.update(solved.codes)
+                block.notes.extend(solved.notes)
         for linear in block.linears:
             if linear.name not in codes:  # nothing was seen to enter it
                 codes[linear.name] = nearest(linear)
                 block.notes.append(f"{linear.name}: no token reached it; rounded to nearest")
         return codes
 
-    def _solve(self, group: InputGroup, block: Block) -> dict[str, QuantizedWeight]:
+    def _solve(self, group: InputGroup) -> _Solved:
         params = self.params
         order = torch.argsort(group.gram.diagonal(), descending=True, stable=True)
         if not params.act_order:
             order = torch.arange(len(order), device=order.device)
         factor, damp = inverse_factor(group.gram, order, params.damp)
+        notes = []
         if damp > params.damp:
             names = ", ".join(linear.name for linear in group.linears)
-            block.notes.append(f"{names}: damping was raised from {params.damp:g} to {damp:g}")
+            notes.append(f"{names}: damping was raised from {params.damp:g} to {damp:g}")
         codes = {}
         for linear in group.linears:
             weight = linear.weight
@@ -82,7 +86,7 @@ class GPTQ(Algorithm[Params]):
             scale, zero = self._scale(linear, weight, group.gram)
             made = solve(weight, scale, zero, linear.args, factor, order, params.block_size)
             codes[linear.name] = QuantizedWeight(made, scale, zero, linear.args)
-        return codes
+        return _Solved(codes, notes)
 
     def _scale(self, linear: Linear, weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor | None]:
         """The scales that were chosen for ``linear``, or those for ``weight``, its correction."""
@@ -97,3 +101,17 @@ class GPTQ(Algorithm[Params]):
         low, high = weight_range(weight, linear.args)
         ratio = unclipped_ratio(linear.args)
         return range_scale(low * ratio, high * ratio, linear.args)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """What became of an input group: codes by linear, and what the user is told."""
+
+    codes: dict[str, QuantizedWeight]
+    notes: list[str]
+
+
+def _cost(group: InputGroup) -> float:
+    """A factorisation, and the push of every column onto all later ones."""
+    width = len(group.gram)
+    return width**3 + width**2 * sum(len(linear.weight) for linear in group.linears)

@@ -11,6 +11,9 @@ from torch import Tensor
 from qplug import Algorithm, Block, InputGroup, Param
 from qplug.numerics import dequantize, fake_quantize_activations, round_to_nearest
 
+#: Thresholds that are judged at one go: what they are compared with is computed once.
+_RUN = 10
+
 
 @dataclass(frozen=True)
 class Params:
@@ -29,27 +32,49 @@ class OSPlus(Algorithm[Params]):
     needs_data = True
 
     def transform(self, block: Block) -> None:
-        for group in block.groups:
-            if not group.scalable or (self.params.norms_only and not group.after_norm):
-                continue
+        groups = [
+            group
+            for group in block.groups
+            if group.scalable and (group.after_norm or not self.params.norms_only)
+        ]
+        for group in groups:
             if self.params.shift and group.shiftable:
                 block.shift(group, (group.high + group.low) / 2)  # equation 4
-            block.smooth(group, self._best_scale(block, group))
+        self._smooth(block, groups)
 
-    def _best_scale(self, block: Block, group: InputGroup) -> Tensor:
-        """Of thresholds ``t``, the scale ``max(1, max|x| / t)`` of least error (equation 8)."""
+    def _smooth(self, block: Block, groups: list[InputGroup]) -> None:
+        """Of thresholds ``t``, the scale ``max(1, max|x| / t)`` of least error (equation 8).
+
+        A group's error depends on nothing that another group's scale changes, so all are judged
+        first, in any order.
+        """
+        steps = range(self.params.steps)
+        runs = [steps[start : start + _RUN] for start in range(0, len(steps), _RUN)]
+        parts = [(group, run) for group in groups for run in runs]
+
+        def judge(part: tuple[InputGroup, range]) -> list[float]:
+            group, run = part
+            target = [group.sample @ linear.weight.T for linear in group.linears]
+            return [_loss(group, self._candidate(block, group, step), target) for step in run]
+
+        found = block.spread(parts, judge, cost=lambda part: _weights(part[0]) * len(part[1]))
+        for number, group in enumerate(groups):
+            own = found[number * len(runs) : (number + 1) * len(runs)]
+            losses = [loss for run in own for loss in run]
+            block.smooth(group, self._candidate(block, group, losses.index(min(losses))))
+
+    def _candidate(self, block: Block, group: InputGroup, step: int) -> Tensor:
+        """``[in]``, of thresholds from the greatest peak down to the median one."""
         peaks = torch.maximum(group.high, -group.low)
-        target = [group.sample @ linear.weight.T for linear in group.linears]
-        best, least = torch.ones_like(peaks), torch.inf
-        top = float(peaks.max())
-        bottom = float(peaks.median())
-        for step in range(self.params.steps if top else 0):  # inputs that are all zero stay
-            threshold = top * (bottom / top) ** (step / (self.params.steps - 1)) if bottom else top
-            scale = block.shared(group, (peaks / threshold).clamp(min=1))
-            loss = _loss(group, scale, target)
-            if loss < least:
-                best, least = scale, loss
-        return best
+        top, bottom = float(peaks.max()), float(peaks.median())
+        if not top:  # inputs that are all zero stay
+            return torch.ones_like(peaks)
+        threshold = top * (bottom / top) ** (step / (self.params.steps - 1)) if bottom else top
+        return block.shared(group, (peaks / threshold).clamp(min=1))
+
+
+def _weights(group: InputGroup) -> float:
+    return sum(linear.weight.numel() for linear in group.linears)
 
 
 def _loss(group: InputGroup, scale: Tensor, target: list[Tensor]) -> float:

@@ -1,0 +1,561 @@
+"""Two processes give what one gives, but for the order of sums; and they end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import qplug
+from qplug import calibration
+from qplug.calibration import Walk
+from qplug.checkpoint import Checkpoint
+from qplug.live_block import LiveBlock
+from qplug.processes import ALONE, Processes
+from qplug.skeleton import model_view
+
+Family = Callable[..., Path]
+Quantize = Callable[..., Path]
+
+#: What another order of sums may change: codes of weights that lie between two, by one step.
+MOST_CODES = 0.005
+SCALES = 1e-5
+
+# Does what TROUBLE says to the process and at the block that it names, else nothing.
+TROUBLE = '''
+import errno, os, signal, time
+import qplug.output
+from qplug import Algorithm, NoParams, QplugError, hookimpl
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+class Trouble(Algorithm[NoParams]):
+    """Breaks in many ways."""
+
+    name = "trouble"
+    needs_data = True
+
+    def transform(self, block):
+        rank, _, kind = os.environ.get("TROUBLE", "").partition(" ")
+        if rank not in (os.environ["RANK"], "all") or block.name != "model.layers.1":
+            return
+        if kind == "mend":
+            raise QplugError("this cannot be quantized")
+        if kind == "bug":
+            raise ValueError("a bug")
+        if kind == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "full disk":
+            qplug.output.Output._write = full
+            return
+        if kind == "astray":
+            block.spread([1, 2], lambda item: item)
+        time.sleep(60)
+
+@hookimpl
+def qplug_algorithms():
+    return [Trouble]
+'''
+
+# As torchrun does, but in processes that have torch imported: a start costs no seconds then. Takes
+# a command line from each line of stdin, and tells the processes' ids, then their ends.
+STARTER = """
+import json, os, signal, socket, sys, time, traceback
+import qplug.registry, qplug.run, transformers.models.llama.modeling_llama
+import transformers.models.opt.modeling_opt, torch.distributed
+from qplug.cli import main
+
+for line in sys.stdin:
+    words, environment, count, log = json.loads(line)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(environment)
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+            os.environ.update(LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1")
+            os.environ.update(MASTER_PORT=str(port))
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            end = 0
+            try:
+                main(words, prog_name="qplug")
+            except SystemExit as error:
+                end = error.code
+            except BaseException:
+                traceback.print_exc()
+                end = 1
+            sys.stdout.flush()
+            os._exit(end)  # without a second of tidying up
+        children.append(child)
+    print(json.dumps(children), flush=True)
+    ends = {}
+    while len(ends) < count:
+        child, status = os.wait()
+        ends[child] = os.waitstatus_to_exitcode(status)
+        if ends[child] != 0:
+            time.sleep(0.1)
+            for other in set(children) - set(ends):
+                os.kill(other, signal.SIGTERM)
+    print(json.dumps([ends[child] for child in children]), flush=True)
+"""
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run of several processes ended: their exit codes, by rank, and all they printed."""
+
+    codes: list[int]
+    output: str
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Starts a command line in several processes; gives their ids, and what waits for the end."""
+    logs = tmp_path_factory.mktemp("logs")
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", STARTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    ) as starter:
+        assert starter.stdin is not None
+        assert starter.stdout is not None
+        tell, hear = starter.stdin, starter.stdout
+
+        def run(words: list[str], *, count: int = 2, **environment: str) -> Any:
+            log = logs / f"{len(list(logs.iterdir()))}.log"
+            tell.write(json.dumps([words, environment, count, str(log)]) + "\n")
+            tell.flush()
+            children = json.loads(hear.readline())
+            began = time.monotonic()
+
+            def wait() -> Ended:
+                codes = json.loads(hear.readline())
+                return Ended(codes, log.read_text(), time.monotonic() - began)
+
+            return children, wait
+
+        yield run
+        tell.close()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(" ".join(f"The number {i} is followed by {i + 1}." for i in range(60)))
+    return file
+
+
+@pytest.fixture
+def words(text: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """The command line of a short run."""
+    (tmp_path / "trouble.py").write_text(TROUBLE)
+
+    def made(source: Path, out: str, **changes: Any) -> list[str]:
+        options = {
+            "algo": "gptq",
+            "backend": "compressed-tensors",
+            "group-size": 16,
+            "dataset": "text",
+            "dataset-opt": f"path={text}",
+            "samples": 6,
+            "seq-len": 20,
+            "device": "cpu",
+            **changes,
+        }
+        line = ["--plugin", str(tmp_path / "trouble.py"), "quantize", str(source)]
+        for name, value in options.items():
+            line += [f"--{name}", str(value)] if value is not None else []
+        for name in ("awq", "osplus"):
+            if name in options["algo"]:
+                line += ["-o", {"awq": "awq.ratios=7", "osplus": "osplus.steps=13"}[name]]
+        return [*line, "--out", str(tmp_path / out)]
+
+    return made
+
+
+@pytest.fixture
+def alone(text: Path, tmp_path: Path) -> Quantize:
+    """The same run in this process."""
+
+    def quantized(source: Path, out: str, **changes: Any) -> Path:
+        algorithms = changes.get("algo", "gptq")
+        options = {"awq": {"ratios": 7}, "osplus": {"steps": 13}}
+        return qplug.quantize(
+            str(source),
+            tmp_path / out,
+            **{
+                "algo": "gptq",
+                "backend": "compressed-tensors",
+                "group_size": 16,
+                "dataset": "text",
+                "dataset_options": {"path": str(text)},
+                "samples": 6,
+                "seq_len": 20,
+                "device": "cpu",
+                "algorithm_options": {n: o for n, o in options.items() if n in algorithms},
+                **changes,
+            },
+        ).out
+
+    return quantized
+
+
+@pytest.fixture
+def together(
+    words: Callable[..., list[str]], start: Callable[..., Any], tmp_path: Path
+) -> Quantize:
+    """A run of two processes, which must succeed."""
+
+    def quantized(source: Path, out: str, **changes: Any) -> Path:
+        _, wait = start(words(source, out, **changes))
+        ended = wait()
+        assert ended.codes == [0, 0], ended.output
+        assert ended.output.count("layers, ") == 1  # the first process alone prints
+        return tmp_path / out
+
+    return quantized
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def codes_of(packed: Tensor) -> Tensor:
+    """int4 codes from 0 to 15 of int32 ``[out, in / 8]``; int8 as they are."""
+    if packed.dtype != torch.int32:
+        return packed.int()
+    return torch.stack([packed >> shift & 15 for shift in range(0, 32, 4)])
+
+
+def assert_alike(one: Path, two: Path) -> float:
+    """The same layout, scales but for rounding, codes but for a few; gives the part that differ."""
+    first, second = Checkpoint.open(one), Checkpoint.open(two)
+    assert first.config == second.config
+    assert list(first.tensors) == list(second.tensors)
+    count, differ = 0, 0
+    for name, tensor in first.tensors.items():
+        assert tensor.spec == second.tensors[name].spec
+        a, b = first.read(name), second.read(name)
+        if a.is_floating_point():
+            torch.testing.assert_close(a, b, rtol=SCALES, atol=0)
+        elif name.endswith((".weight_packed", ".weight")):
+            steps = (codes_of(a) - codes_of(b)).abs()
+            assert steps.max() <= 1
+            count, differ = count + steps.numel(), differ + int(steps.count_nonzero())
+        else:
+            assert torch.equal(a, b)
+    assert count
+    assert differ <= MOST_CODES * count
+    return differ / count
+
+
+W8A8 = {"scheme": "W8A8", "group-size": None}
+
+
+@pytest.mark.parametrize("propagate", ["quantized", "float"])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {"algo": "awq"}),
+        ("llama", {"algo": "gptq"}),
+        ("llama", {"algo": "awq+gptq"}),
+        ("opt", {"algo": "osplus", **W8A8}),
+    ],
+)
+def test_two_processes_give_what_one_does(
+    name: str,
+    changes: dict[str, Any],
+    propagate: str,
+    family: Family,
+    alone: Quantize,
+    together: Quantize,
+) -> None:
+    two = together(family(name), "two", propagate=propagate, **changes)
+    python = {key.replace("-", "_"): value for key, value in changes.items()}
+    assert_alike(alone(family(name), "one", propagate=propagate, **python), two)
+
+
+def test_the_order_of_sums_is_all_that_differs(
+    family: Family, alone: Quantize, together: Quantize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = together(family("llama"), "two", algo="awq+gptq")
+    monkeypatch.setitem(calibration._BATCH_TOKENS, "cpu", 3 * 20)  # as each of the two takes
+    one = alone(family("llama"), "one", algo="awq+gptq")
+    assert assert_alike(one, two) == 0
+
+
+def test_two_processes_give_the_same_again(family: Family, together: Quantize) -> None:
+    once = together(family("llama"), "once", algo="awq+gptq", samples=7)
+    assert contents(together(family("llama"), "again", algo="awq+gptq", samples=7)) == contents(
+        once
+    )
+
+
+def test_without_data_there_is_no_difference(
+    family: Family, alone: Quantize, together: Quantize
+) -> None:
+    two = together(family("llama"), "two", algo="rtn")
+    assert contents(two) == contents(alone(family("llama"), "one", algo="rtn"))
+
+
+def test_torchrun(family: Family, words: Callable[..., list[str]], tmp_path: Path) -> None:
+    source, folder = family("llama"), tmp_path / "out"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, "-m", "qplug", *words(source, "out", algo="awq")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("\n") == 2
+    assert run.stdout.startswith(f"{folder}: 21 layers, ")
+    again = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert again.returncode == 1
+    assert again.stdout == ""
+    assert again.stderr.count("Error: ") - again.stderr.count("ChildFailedError: ") == 1
+    assert f"Error: {folder}: exists; choose another folder, or pass --overwrite" in again.stderr
+
+
+# --- what each knows ------------------------------------------------------------------------------
+
+
+class Threads(Processes):
+    """Two processes that are threads of this one."""
+
+    count = 2
+
+    def __init__(self, rank: int, board: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self._board, self._barrier = rank, board, barrier
+
+    def gather(self, value: Any) -> list[Any]:
+        self._board[self.rank] = value
+        self._barrier.wait(60)
+        found = list(self._board)
+        self._barrier.wait(60)
+        return found
+
+    def reduce(
+        self,
+        *,
+        sums: Sequence[Tensor] = (),
+        least: Sequence[Tensor] = (),
+        most: Sequence[Tensor] = (),
+    ) -> None:
+        for tensors, join in ((sums, torch.add), (least, torch.minimum), (most, torch.maximum)):
+            both = self.gather([tensor.clone() for tensor in tensors])
+            for tensor, one, two in zip(tensors, *both, strict=True):
+                tensor.copy_(join(one, two))
+
+
+def walk_in_two(source: Path, tokens: Tensor, blocks: int) -> list[list[LiveBlock]]:
+    """The first blocks as each of two processes sees them."""
+    board, barrier = [None, None], threading.Barrier(2)
+
+    def walk(rank: int) -> list[LiveBlock]:
+        return walk_through(source, tokens, blocks, Threads(rank, board, barrier))
+
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(walk, range(2)))
+
+
+def walk_through(
+    source: Path, tokens: Tensor, blocks: int, processes: Processes
+) -> list[LiveBlock]:
+    folder = Checkpoint.open(source)
+    view = model_view(folder)
+    schemes = dict.fromkeys(view.quantizable, qplug.preset("W4A16"))
+    walk = Walk(
+        folder,
+        view,
+        schemes,
+        tokens,
+        device=torch.device("cpu"),
+        propagate="float",
+        processes=processes,
+    )
+    seen = []
+    for name in view.blocks[:blocks]:
+        seen.append(walk.enter(name))
+        walk.leave(name, {})
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("samples", "at_a_time", "kept"),
+    [
+        (8, 2, 2048),  # every batch is that of one process
+        (8, 2, 90),  # of which the last keeps fewer than the others
+        (8, 100, 2048),  # all samples were one batch
+        (7, 2, 2048),  # the parts are not alike
+        (2, 4, 2048),
+    ],
+)
+def test_all_know_of_all_tokens(
+    samples: int,
+    at_a_time: int,
+    kept: int,
+    family: Family,
+    make_tokens: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calibration, "_SAMPLE", kept)
+    monkeypatch.setitem(calibration._BATCH_TOKENS, "cpu", at_a_time * 20)
+    source, tokens = family("llama"), make_tokens(samples, 20)
+    one = walk_through(source, tokens, 2, ALONE)
+    first, second = walk_in_two(source, tokens, 2)
+    for alone, mine, others in zip(one, first, second, strict=True):
+        for a, b, c in zip(alone.groups, mine.groups, others.groups, strict=True):
+            assert a.tokens == b.tokens == c.tokens == samples * 20
+            for name in ("gram", "mean", "mean_abs", "low", "high", "sample"):
+                wanted, found = getattr(a, name), getattr(b, name)
+                assert torch.equal(found, getattr(c, name))  # the same state everywhere
+                if name != "sample":
+                    rounding = 1e-5 * float(wanted.abs().max())
+                    torch.testing.assert_close(found, wanted, rtol=0, atol=rounding)
+            if samples % 2 == 0:
+                torch.testing.assert_close(b.sample, a.sample, rtol=1e-5, atol=1e-5)
+            assert len(b.sample) <= kept
+
+
+# --- the end of one is the end of all -------------------------------------------------------------
+
+#: Seconds from a failure to the end of all. The block takes one; whoever waits in vain, a minute.
+SOON = 20
+
+
+@pytest.fixture
+def fail(
+    words: Callable[..., list[str]], start: Callable[..., Any], family: Family, tmp_path: Path
+) -> Callable[..., Ended]:
+    """A run of two processes in which TROUBLE happens at the second block."""
+
+    def run(trouble: str, **changes: Any) -> Ended:
+        line = words(family("llama"), "out", **{"algo": "trouble+gptq", **changes})
+        _, wait = start(line, TROUBLE=trouble)
+        ended: Ended = wait()
+        assert not (tmp_path / "out").exists()
+        assert all(ended.codes), ended.output
+        assert ended.seconds < SOON
+        return ended
+
+    return run
+
+
+@pytest.mark.parametrize("rank", ["0", "1", "all"])
+def test_what_can_be_mended_is_said_once(
+    rank: str, fail: Callable[..., Ended], tmp_path: Path
+) -> None:
+    ended = fail(f"{rank} mend")
+    assert ended.codes == [1, -signal.SIGTERM]  # the other one waits until it has been said
+    assert ended.output == "Error: model.layers.1: this cannot be quantized\n"
+    assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "1", "all"])
+def test_a_bug_shows_where_it_is(rank: str, fail: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = fail(f"{rank} bug")
+    assert ended.output.count('raise ValueError("a bug")') == 1
+    told = [line for line in ended.output.splitlines() if line.startswith("Error: ")]
+    assert len(told) == (rank == "1")  # the first process says that it was another
+    assert (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_is_killed_ends_the_others(
+    rank: str, fail: Callable[..., Ended], tmp_path: Path
+) -> None:
+    ended = fail(f"{rank} kill")
+    assert ended.codes[int(rank)] == -signal.SIGKILL
+    assert "Traceback" not in ended.output
+    assert (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "1", "all"])
+def test_ctrl_c(rank: str, fail: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = fail(f"{rank} interrupt")
+    assert ended.output.strip() == "Aborted!"
+    assert ended.codes[0] == 1
+    assert (tmp_path / ".out.partial").exists()
+
+
+def test_a_full_disk(fail: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = fail("0 full disk")
+    assert ended.output == f"Error: {tmp_path}: the disk is full; nothing was kept\n"
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_a_plugin_that_is_not_alike_everywhere_is_found_out(fail: Callable[..., Ended]) -> None:
+    ended = fail("1 astray")
+    assert "the processes do not do the same" in ended.output
+
+
+def test_there_must_be_a_sample_for_each(fail: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = fail("", samples=1)
+    assert ended.output == (
+        "Error: 2 processes cannot share 1 calibration samples; raise --samples, or start fewer\n"
+    )
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_a_wrong_option_is_said_once(fail: Callable[..., Ended]) -> None:
+    ended = fail("", propagate="backwards")
+    assert ended.codes[0] == 2
+    assert ended.output.count("Error: ") == 1
+
+
+def test_killed_and_taken_up_again(
+    family: Family,
+    together: Quantize,
+    words: Callable[..., list[str]],
+    start: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    source = family("llama")
+    wanted = contents(together(source, "undisturbed", algo="trouble+awq+gptq"))
+    children, wait = start(words(source, "out", algo="trouble+awq+gptq"), TROUBLE="all sleep")
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    give_up = time.monotonic() + 60
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 3):
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    assert wait().codes == [-signal.SIGKILL] * 2
+    assert not (tmp_path / "out").exists()
+    out = together(source, "out", algo="trouble+awq+gptq")
+    assert contents(out) == wanted
+
+
+def test_what_one_process_began_two_do_not_take_up(
+    family: Family,
+    words: Callable[..., list[str]],
+    start: Callable[..., Any],
+    fail: Callable[..., Ended],
+) -> None:
+    _, wait = start(words(family("llama"), "out", algo="trouble+gptq"), count=1, TROUBLE="0 kill")
+    assert wait().codes == [-signal.SIGKILL]
+    ended = fail("")
+    assert "holds an unfinished run with another number of processes; delete it" in ended.output
