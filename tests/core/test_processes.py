@@ -182,7 +182,7 @@ def run_three(code: str) -> list[tuple[int, str]]:
         for rank in range(3)
     ]
     try:
-        printed = [process.communicate(timeout=60)[0] for process in launched]
+        printed = [process.communicate(timeout=300)[0] for process in launched]
     finally:
         for process in launched:
             process.kill()
