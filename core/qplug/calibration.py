@@ -6,7 +6,7 @@ every block replaced by a recorder of what it is called with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
 from qplug.live_block import LiveBlock
 from qplug.numerics import fake_quantize_activations
+from qplug.online import rotate_inputs
 from qplug.scheme import QuantArgs, Scheme
 from qplug.skeleton import build, load_config
 from qplug.statistics import Statistics
@@ -48,9 +49,10 @@ class Walk:
         *,
         device: torch.device,
         propagate: str = "quantized",
+        online: Sequence[str] = (),
         trust_remote_code: bool = False,
     ) -> None:
-        """``tokens``: int64 ``[samples, length]``."""
+        """``tokens``: int64 ``[samples, length]``; inputs of linears in ``online`` are rotated."""
         self._source, self._view, self._schemes = source, view, schemes
         self._device, self._propagate = device, propagate
         stored: torch.dtype = getattr(torch, view.dtype)
@@ -58,6 +60,7 @@ class Walk:
         self._dtype = torch.float32 if device.type == "cpu" else stored
         config = load_config(source.folder, trust_remote_code=trust_remote_code)
         self._model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
+        rotate_inputs(self._model, online)
         self._blocks = {name: self._model.get_submodule(name) for name in view.blocks}
         for name, block in self._blocks.items():
             for local, _ in block.named_parameters():
@@ -117,7 +120,8 @@ class Walk:
         self._fill(module, weights)
         structure = self._structure(name, module, weights)
         statistics = self._observe(name, module, structure)
-        return LiveBlock(name, structure, statistics, weights, self._schemes)
+        stored = {local: self._source.tensors[f"{name}.{local}"].spec.dtype for local in weights}
+        return LiveBlock(name, structure, statistics, weights, self._schemes, stored)
 
     def _structure(
         self, name: str, module: nn.Module, weights: Mapping[str, Tensor]

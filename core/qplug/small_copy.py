@@ -7,8 +7,7 @@ Its tensors have the names that they have on disk, whatever transformers makes o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qplug.errors import QplugError
-from qplug.hadamard import transform
+from qplug.hadamard import exists
+from qplug.online import rotate_inputs
 from qplug.quiet import quiet_transformers
 from qplug.skeleton import build, decoder_blocks
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 #: a star for the number of an expert.
 Place = tuple["int | None", str]
 
-_HEADS = 4
+_HEADS = (4, 8, 16)
 _VOCABULARY = 256
 _EXPERTS = 16
 _TOKENS = 16
@@ -169,7 +169,7 @@ class SmallCopy:
     # --- running ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def run(self, online: tuple[str, ...] = ()) -> Seen:
+    def run(self, online: Sequence[str] = ()) -> Seen:
         """One pass over a few tokens; inputs of linears in ``online`` are rotated."""
         vocabulary = self.model.config.get_text_config().vocab_size
         tokens = torch.arange(2, 2 + _TOKENS) * 7 % (vocabulary - 1) + 1
@@ -178,12 +178,12 @@ class SmallCopy:
             self.model.get_submodule(name).register_forward_hook(partial(_note, hidden))
             for name in self.blocks
         ]
-        with rotating_inputs(self.model, online):
-            try:
-                logits = self.model(input_ids=tokens[None], use_cache=False).logits
-            finally:
-                for handle in handles:
-                    handle.remove()
+        handles += rotate_inputs(self.model, online)
+        try:
+            logits = self.model(input_ids=tokens[None], use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
         return Seen(logits[0].float(), tuple(hidden))
 
 
@@ -199,35 +199,6 @@ def place_of(name: str, blocks: tuple[str, ...], kinds: tuple[int, ...] | range)
 
 def _starred(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
-@contextmanager
-def rotating_inputs(model: nn.Module, linears: tuple[str, ...]) -> Iterator[None]:
-    """Within it, the inputs of ``linears`` are multiplied by the Hadamard matrix of their width."""
-    handles = rotate_inputs(model, linears)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def rotate_inputs(
-    model: nn.Module, linears: tuple[str, ...]
-) -> list[torch.utils.hooks.RemovableHandle]:
-    """From now on, the inputs of ``linears`` are multiplied by a Hadamard matrix.
-
-    Raises QplugError if one of them is no linear of its own in memory, as experts are not.
-    """
-    modules = dict(model.named_modules())
-    for name in linears:
-        if not isinstance(modules.get(name), nn.Linear):
-            raise QplugError(f"{name}: its inputs cannot be rotated as the model runs: it is fused")
-    return [modules[name].register_forward_pre_hook(_rotate_input) for name in linears]
-
-
-def _rotate_input(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (transform(inputs[0]),)
 
 
 def _note(hidden: list[Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
@@ -249,7 +220,10 @@ def _untied(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Few heads, of the size that they have; widths to go with them, few words and experts."""
+    """Few heads, of the size that they have; widths to go with them, few words and experts.
+
+    The width is one that has a Hadamard matrix.
+    """
     config = _untied(config)
     text = config.get_text_config()
     text.tie_word_embeddings = False
@@ -257,10 +231,11 @@ def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     groups: int = getattr(text, "num_key_value_heads", None) or heads
     size: int = getattr(text, "head_dim", None) or text.hidden_size // heads
     old = text.hidden_size
-    if heads > _HEADS:
-        text.num_attention_heads = _HEADS
+    fewer = next((count for count in _HEADS if exists(count * size)), heads)
+    if heads > fewer:
+        text.num_attention_heads = fewer
         if hasattr(text, "num_key_value_heads"):
-            text.num_key_value_heads = _HEADS if groups == heads else min(groups, _HEADS // 2)
+            text.num_key_value_heads = fewer if groups == heads else min(groups, 2)
     width = text.num_attention_heads * size
     if width < old:
         text.hidden_size = width

@@ -71,6 +71,12 @@ class Stages:
             self._algorithm(name, recipe.algorithm_options.get(name, {}))
             for name in recipe.algorithms
         ]
+        for earlier, later in zip(self.pipeline, self.pipeline[1:], strict=False):
+            if later.prepares() and not earlier.prepares():
+                raise QplugError(
+                    f"--algo {'+'.join(recipe.algorithms)}: {later.name} rewrites the float model, "
+                    f"so it comes before {earlier.name}"
+                )
         quantizers = [algorithm for algorithm in self.pipeline if algorithm.quantizes()]
         if len(quantizers) > 1:
             names = " and ".join(algorithm.name for algorithm in quantizers)
@@ -85,6 +91,11 @@ class Stages:
     def needs_data(self) -> bool:
         """Whether any algorithm reads statistics."""
         return any(algorithm.needs_data for algorithm in self.pipeline)
+
+    @property
+    def preparing(self) -> list[Algorithm[Any]]:
+        """The algorithms that rewrite the float model."""
+        return [algorithm for algorithm in self.pipeline if algorithm.prepares()]
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         """Run all stages on ``block``: codes by linear."""
