@@ -1,9 +1,9 @@
 """Hadamard matrices, built by rule, and the fast transform by them.
 
-A Hadamard matrix of order ``n`` has entries of 1 and -1 and ``H Hᵀ = n I``. Orders come from Paley's
-two constructions (quadratic residues of a finite field), from four circulant matrices in the array
-of Goethals and Seidel (found by a search among sequences with multipliers), and from Kronecker
-products of these with each other and with Sylvester's ``[[1, 1], [1, -1]]``.
+A Hadamard matrix of order ``n`` has entries of 1 and -1 and ``H Hᵀ = n I``. Orders come from
+Paley's two constructions (quadratic residues of a finite field), from four circulant matrices in
+the array of Goethals and Seidel (found by a search among sequences with multipliers), and from
+Kronecker products of these with each other and with Sylvester's ``[[1, 1], [1, -1]]``.
 """
 
 from __future__ import annotations
@@ -236,14 +236,14 @@ def _circulants(length: int) -> Integers | None:
 
 def _orbit_sets(length: int) -> list[list[list[int]]]:
     """The orbits of ``1 .. length - 1`` under groups of units, those with fewest orbits first."""
-    groups = set()
+    groups: set[frozenset[int]] = set()
     for unit in range(1, length):
         if math.gcd(unit, length) == 1:
-            group, power = {1}, unit
+            members, power = {1}, unit
             while power != 1:
-                group.add(power)
+                members.add(power)
                 power = power * unit % length
-            groups |= {frozenset(group), frozenset(group | {-g % length for g in group})}
+            groups |= {frozenset(members), frozenset(members | {-m % length for m in members})}
     found = []
     for group in sorted(groups, key=lambda group: (-len(group), sorted(group))):
         left, orbits = set(range(1, length)), []

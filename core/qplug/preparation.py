@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from qplug.api import Algorithm, Exporter, FloatModel, ModelView, Preparation, TensorSpec
+from qplug.api import FloatModel, ModelView, Preparation, TensorSpec
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
 from qplug.rewriting import apply, rewritten
 from qplug.skeleton import load_config, natural_order
 from qplug.small_copy import SmallCopy, place_of
+from qplug.stages import Stages
 from qplug.stream import Faces
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 #: How far the logits of a rewritten copy may be from what they were, in float32.
 _RTOL = 1e-4
@@ -35,35 +37,43 @@ class Prepared:
 
 
 def prepare(
-    algorithms: Sequence[Algorithm[Any]],
+    stages: Stages,
     source: Checkpoint,
     view: ModelView,
-    exporter: Exporter[Any],
     *,
     device: torch.device,
     trust_remote_code: bool = False,
 ) -> Prepared:
-    """What ``algorithms`` make of ``source``, one after the other. No weight is read.
+    """What the algorithms of ``stages`` make of ``source``, one after the other.
 
-    Tensors are made on ``device`` as they are read.
-
-    Each is tried on a small random copy first. Raises QplugError if that would compute anything
-    else, or if ``exporter`` cannot tell an engine to do what they ask for.
+    No weight is read yet; tensors are made on ``device`` as they are read. Each algorithm is tried
+    on a small random copy first. Raises QplugError if that would compute anything else, or if what
+    the algorithm asks for cannot be stored for the backend.
     """
     prepared = Prepared(source, view)
-    if not algorithms:
+    if not stages.preparing:
         return prepared
     config = load_config(source.folder, trust_remote_code=trust_remote_code)
     copy = SmallCopy(config, source.folder, trust_remote_code)
     faces = Faces(copy)
     tied = bool(view.config.get("tie_word_embeddings", config.tie_word_embeddings))
     width = config.get_text_config().hidden_size
-    for algorithm in algorithms:
+    for algorithm in stages.preparing:
         specs = {name: held.spec for name, held in prepared.checkpoint.tensors.items()}
         stream = faces.stream(specs, view.blocks, copy.kinds, width, tied=tied)
-        made = algorithm.prepare(FloatModel(prepared.view, specs, stream))
-        _refuse_offline(algorithm, made, exporter)
-        _try(algorithm, copy, faces, prepared.view, tied=tied)
+        made = stages.prepare(algorithm, FloatModel(prepared.view, specs, stream))
+        if made.online and not stages.exporter.rotates_online:
+            raise QplugError(
+                f"{stages.exporter.name}: does not rotate the inputs of linears as the model runs, "
+                f"which {algorithm.name} is asked for; it can be measured with --backend fake"
+            )
+        small = copy.tensors()
+        stream = faces.stream(_specs(small), copy.blocks, _each(copy), copy.width, tied=tied)
+        view_of_small = _view_of(copy, prepared.view, _specs(small))
+        tried = stages.prepare(algorithm, FloatModel(view_of_small, _specs(small), stream))
+        # What is tied in the model is two tensors in the copy.
+        small |= {head: small[words].clone() for head, words in stream.copies.items()}
+        _try(algorithm.name, tried, small, copy, faces, view.blocks)
         tied = bool(made.config.get("tie_word_embeddings", tied))
         checkpoint = rewritten(prepared.checkpoint, made, device)
         prepared = Prepared(
@@ -87,25 +97,18 @@ def _seen(checkpoint: Checkpoint, view: ModelView, made: Preparation) -> ModelVi
     return replace(view, config=checkpoint.config, linears=ordered)
 
 
-def _refuse_offline(
-    algorithm: Algorithm[Any], made: Preparation, exporter: Exporter[Any]
-) -> None:
-    if made.online and not exporter.rotates_online:
-        raise QplugError(
-            f"{exporter.name}: does not rotate the inputs of linears as the model runs, which "
-            f"{algorithm.name} is asked for; that can be measured with --backend fake"
-        )
-
-
 def _try(
-    algorithm: Algorithm[Any], copy: SmallCopy, faces: Faces, view: ModelView, *, tied: bool
+    name: str,
+    made: Preparation,
+    tensors: Mapping[str, Tensor],
+    copy: SmallCopy,
+    faces: Faces,
+    blocks: Sequence[str],
 ) -> None:
-    """Raises QplugError if the rewritten copy computes other logits."""
-    tensors = copy.tensors()
-    specs = {n: TensorSpec("float32", tuple(value.shape)) for n, value in tensors.items()}
-    stream = faces.stream(specs, copy.blocks, range(len(copy.blocks)), copy.width, tied=tied)
-    tensors |= {head: tensors[words].clone() for head, words in stream.copies.items()}
-    made = algorithm.prepare(FloatModel(_view_of(copy, view, specs), specs, stream))
+    """Raises QplugError if ``copy`` computes other logits with ``tensors`` as ``made`` makes them.
+
+    ``blocks`` are those of the real model.
+    """
     copy.fill(tensors)
     before = copy.run()
     copy.fill(apply(made, tensors))
@@ -113,18 +116,29 @@ def _try(
     copy.fill(tensors)
     if _distance(before.logits, after.logits) <= _RTOL:
         return
+    outside = [norm for norm in faces.unread if not norm.startswith(copy.blocks)]
     for kind, (one, other) in enumerate(zip(before.hidden, after.hidden, strict=True)):
         # The angles between tokens stay as they are in any basis.
         if not _distance(one @ one.T, other @ other.T) <= _RTOL:
-            block, inner = view.blocks[copy.first[kind]], copy.blocks[kind]
-            norms = [n.removeprefix(f"{inner}.") for n in faces.unread if n.startswith(inner)]
-            why = f": no linear reads what {norms[0]} gives" if norms else ""
-            raise QplugError(f"{algorithm.name}: {block}: cannot be turned{why}")
-    raise QplugError(f"{algorithm.name}: the head cannot be turned, or the norm before it")
+            inner = f"{copy.blocks[kind]}."
+            within = [n.removeprefix(inner) for n in faces.unread if n.startswith(inner)]
+            norms = " and ".join(within or outside)
+            why = f": no linear reads what {norms} gives" if norms else ""
+            raise QplugError(f"{name}: {blocks[copy.first[kind]]}: cannot be turned{why}")
+    raise QplugError(f"{name}: the head cannot be turned, or the norm before it")
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / one.norm())
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec("float32", tuple(value.shape)) for name, value in tensors.items()}
+
+
+def _each(copy: SmallCopy) -> range:
+    """The kinds of the blocks of ``copy``: all different."""
+    return range(len(copy.blocks))
 
 
 def _view_of(copy: SmallCopy, view: ModelView, specs: dict[str, TensorSpec]) -> ModelView:

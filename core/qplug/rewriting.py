@@ -22,8 +22,8 @@ _CHUNK = 1 << 24
 class RewrittenTensor(StoredTensor):
     """A tensor that is made of others as it is read. ``path`` and ``start`` are of the first one.
 
-    ``sources`` are in the order of ``rewrite.sources``; they may be rewritten themselves. It is made
-    on ``device``, and given on the CPU.
+    ``sources`` are in the order of ``rewrite.sources``; they may be rewritten themselves. It is
+    made on ``device``, and given on the CPU.
     """
 
     name: str
@@ -83,9 +83,7 @@ class RewrittenTensor(StoredTensor):
         return made
 
 
-def rewritten(
-    checkpoint: Checkpoint, preparation: Preparation, device: torch.device
-) -> Checkpoint:
+def rewritten(checkpoint: Checkpoint, preparation: Preparation, device: torch.device) -> Checkpoint:
     """``checkpoint`` with the tensors and the configuration that ``preparation`` gives it."""
     held = dict(checkpoint.tensors)
     for name, rewrite in preparation.rewrites.items():

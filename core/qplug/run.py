@@ -138,10 +138,9 @@ class Run:
             raise QplugError(f"{out}: is or holds the model itself; choose another folder")
         view = model_view(source, trust_remote_code=self.trust_remote_code)
         prepared = prepare(
-            self.stages.preparing,
+            self.stages,
             source,
             view,
-            self.stages.exporter,
             device=self.device,
             trust_remote_code=self.trust_remote_code,
         )

@@ -24,7 +24,7 @@ from qplug.quiet import quiet_transformers
 from qplug.skeleton import build, decoder_blocks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 #: Where a tensor stands, block by kind: the kind (None outside of blocks), and its name there with
 #: a star for the number of an expert.

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qplug.api import Algorithm, Block, Exporter, QuantizedWeight
+from qplug.api import Algorithm, Block, Exporter, FloatModel, Preparation, QuantizedWeight
 from qplug.errors import QplugError, StageError
 from qplug.numerics import relative_error, relative_output_error
 from qplug.params import fill
@@ -96,6 +96,11 @@ class Stages:
     def preparing(self) -> list[Algorithm[Any]]:
         """The algorithms that rewrite the float model."""
         return [algorithm for algorithm in self.pipeline if algorithm.prepares()]
+
+    def prepare(self, algorithm: Algorithm[Any], model: FloatModel) -> Preparation:
+        """What ``algorithm`` makes of ``model``."""
+        with self._blaming(algorithm, algorithm.name):
+            return algorithm.prepare(model)
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         """Run all stages on ``block``: codes by linear."""

@@ -1,8 +1,9 @@
 """What faces the residual stream of a model, found by trial on a small random copy.
 
-No architecture is named. Hide one direction ``u`` of the stream from all norms: a tensor writes into
-the stream if a change along ``u`` then changes no logit. Hide ``u`` from what a norm gives: a tensor
-reads that norm if a change along ``u`` then changes no logit. Either must change them otherwise.
+No architecture is named. Hide one direction ``u`` of the stream from all norms: a tensor writes
+into the stream if a change along ``u`` then changes no logit. Hide ``u`` from what a norm gives: a
+tensor reads that norm if a change along ``u`` then changes no logit. Either must change them
+otherwise.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _RTOL = 1e-3
 class _Values:
     """A projection and the rows of the linear behind it, by the names of parameters in memory.
 
-    ``rows`` says how to find them: ``all``, as many as the projection is ``wide``, the ``rest`` that
-    two others leave, or every third run of ``size``.
+    ``rows`` says how to find them: ``all``, as many as the projection is ``wide``, the ``rest``
+    that two others leave, or every ``third`` run of ``size``.
     """
 
     made: str
@@ -49,7 +50,7 @@ class Faces:
         self._norms = {
             name: module
             for name, module in self._model.named_modules()
-            if is_norm(module) and module.weight.shape == (width,)  # type: ignore[union-attr]
+            if is_norm(module) and module.get_parameter("weight").shape == (width,)
         }
         hidden = torch.randn(width, generator=torch.Generator().manual_seed(1))
         self._hidden = hidden / hidden.norm()  # the direction u
@@ -74,8 +75,10 @@ class Faces:
     def _find(self) -> Iterator[tuple[str, tuple[int, str | None]]]:
         """The axis of each parameter that faces the stream, and the norm that it reads."""
         own = {
-            f"{name}.{local}" for name in self._norms for local, _ in self._parts(name)
-        }  # norms themselves
+            f"{name}.{local}"
+            for name, norm in self._norms.items()
+            for local, _ in norm.named_parameters(recurse=False)
+        }
         sights: dict[str | None, Tensor] = {}
         for norm in (None, *self._norms):
             with self._hiding(norm):
@@ -91,7 +94,7 @@ class Faces:
                     effect = (self._logits() - plain).norm()
                     norm = self._hidden_by(sights, effect) if effect > 0 else _NOT
                 if norm is not _NOT:
-                    yield name, (axis, norm)  # type: ignore[misc]
+                    yield name, (axis, norm)
                     break
 
     def _hidden_by(self, sights: Mapping[str | None, Tensor], effect: Tensor) -> Any:
@@ -102,15 +105,12 @@ class Faces:
                     return norm
         return _NOT
 
-    def _parts(self, norm: str) -> Iterator[tuple[str, nn.Parameter]]:
-        return self._norms[norm].named_parameters(recurse=False)
-
     def _logits(self) -> Tensor:
         return self.copy.run().logits
 
     @contextmanager
     def _hiding(self, norm: str | None) -> Iterator[None]:
-        """Direction ``u`` is taken from what ``norm`` gives; None: from what all norms are given."""
+        """Direction ``u`` is taken from what ``norm`` gives; None: from what all are given."""
         u = self._hidden
         if norm is None:
             handles = [
@@ -179,7 +179,9 @@ class Faces:
                 if rows is None or rows.numel() != distinct:
                     continue
                 turn = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
-                _turn_heads(projection.data.T, torch.arange(projection.shape[1]).view(-1, size), turn)
+                _turn_heads(
+                    projection.data.T, torch.arange(projection.shape[1]).view(-1, size), turn
+                )
                 alone = self._logits()
                 _turn_heads(values.data, rows, turn)
                 if bias is not None:

@@ -1,9 +1,9 @@
 """QuaRot (Ashkboos et al., arXiv 2404.00456), as far as it can be put into the weights.
 
-With ``x' = x Q`` for the residual stream ``x`` and an orthogonal ``Q``, a norm without a weight gives
-``norm(x') = norm(x) Q``. So weights of norms go into the linears behind them, ``W <- W diag(g) Q``, and
-what writes into the stream is turned, ``W <- Qᵀ W`` (section 4, stage 1a). Values are turned head by
-head, and the output projection with them (stage 1c, R2).
+With ``x' = x Q`` for the residual stream ``x`` and an orthogonal ``Q``, a norm without a weight
+gives ``norm(x') = norm(x) Q``. So weights of norms go into the linears behind them,
+``W <- W diag(g) Q``, and what writes into the stream is turned, ``W <- Qᵀ W`` (section 4, stage
+1a). Values are turned head by head, and the output projection with them (stage 1c).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qplug import (
     Stream,
     StreamNorm,
 )
-from qplug.hadamard import transform
+from qplug.hadamard import exists, transform
 from qplug_quarot.rotation import Hadamard, KeepingMean, Random, Rotation
 
 
@@ -55,7 +55,7 @@ class QuaRot(Algorithm[Params]):
         if not stream.norms:
             raise QplugError("no norm of the residual stream that linears read was found")
         turn = self._rotation(stream.width)
-        if stream.centred:
+        if stream.centred:  # a norm that subtracts the mean finds it where it was
             turn = KeepingMean(turn)
         heads = stream.heads if self.params.heads else ()
         sizes = {each.size for each in heads}
@@ -63,7 +63,7 @@ class QuaRot(Algorithm[Params]):
         values = {each.values: each for each in heads}
         outputs = {each.output: by_size[each.size] for each in heads}
         online = self._online(model, heads) if self.params.online else ()
-        rewrites = {}
+        rewrites: dict[str, Rewrite] = {}
         for norm in stream.norms.values():
             rewrites |= _norm_rewrites(norm, _folds_bias(norm, stream), turn)
         for name, facing in stream.tensors.items():
@@ -94,8 +94,13 @@ class QuaRot(Algorithm[Params]):
         )
 
     def _rotation(self, size: int) -> Rotation:
-        kind = {"hadamard": Hadamard, "random": Random}[self.params.rotation]
-        return kind(size, self.params.seed)
+        if self.params.rotation == "random":
+            return Random(size, self.params.seed)
+        if not exists(size):
+            raise QplugError(
+                f"no rule gives a Hadamard matrix of width {size}; say -o quarot.rotation=random"
+            )
+        return Hadamard(size, self.params.seed)
 
     def _online(self, model: FloatModel, heads: tuple[Heads, ...]) -> tuple[str, ...]:
         """The linears that write into the stream, but for those that heads are turned before."""
@@ -104,7 +109,12 @@ class QuaRot(Algorithm[Params]):
         for name, facing in model.stream.tensors.items():
             linear = name.removesuffix(".weight")
             if facing.norm is None and name not in turned and linear in model.view.quantizable:
-                Hadamard(model.view.linears[linear][1], 0)  # says what is wrong with the width
+                width = model.view.linears[linear][1]
+                if not exists(width):
+                    raise QplugError(
+                        f"{linear}: no rule gives a Hadamard matrix of width {width}; "
+                        "leave out -o quarot.online"
+                    )
                 found.append(linear)
         return tuple(found)
 

@@ -7,8 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from qplug import QplugError
-from qplug.hadamard import factors, transform
+from qplug.hadamard import transform
 
 
 class Rotation(ABC):
@@ -31,12 +30,7 @@ class Hadamard(Rotation):
     """A Hadamard matrix whose rows have random signs: ``diag(±1) H / sqrt(n)``."""
 
     def __init__(self, size: int, seed: int) -> None:
-        """Raises QplugError if there is no such matrix."""
         super().__init__(size, seed)
-        try:
-            factors(size)
-        except QplugError as error:
-            raise QplugError(f"{error}; say -o quarot.rotation=random") from None
         self._signs = torch.randint(0, 2, (size,), generator=self.generator) * 2 - 1
 
     def turn(self, x: Tensor) -> Tensor:
@@ -50,7 +44,7 @@ class Random(Rotation):
         super().__init__(size, seed)
         gaussian = torch.randn(size, size, dtype=torch.float64, generator=self.generator)
         q, r = torch.linalg.qr(gaussian)
-        self._matrix = q * r.diagonal().sign()  # without the signs, it favours some
+        self._matrix: Tensor = q * r.diagonal().sign()  # without the signs, it favours some
 
     def turn(self, x: Tensor) -> Tensor:
         return x @ self._matrix.to(x.device, x.dtype)
@@ -71,4 +65,5 @@ class KeepingMean(Rotation):
 
     def turn(self, x: Tensor) -> Tensor:
         turned, away = self._inner.turn(x), self._away.to(x.device, x.dtype)
-        return turned - 2 * (turned @ away)[..., None] * away
+        reflected: Tensor = turned - 2 * (turned @ away)[..., None] * away
+        return reflected
