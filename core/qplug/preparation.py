@@ -123,7 +123,7 @@ def _try(
             inner = f"{copy.blocks[kind]}."
             within = [n.removeprefix(inner) for n in faces.unread if n.startswith(inner)]
             norms = " and ".join(within or outside)
-            why = f": no linear reads what {norms} gives" if norms else ""
+            why = f": no linear reads what comes of {norms}" if norms else ""
             raise QplugError(f"{name}: {blocks[copy.first[kind]]}: cannot be turned{why}")
     raise QplugError(f"{name}: the head cannot be turned, or the norm before it")
 

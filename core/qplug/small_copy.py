@@ -32,15 +32,13 @@ Place = tuple["int | None", str]
 
 _HEADS = (4, 8, 16)
 _VOCABULARY = 256
-_EXPERTS = 16
+_EXPERTS = 8
 _TOKENS = 16
 
 # Sizes by the names that configurations have for them. Nothing else is known of an architecture:
 # where a model of these sizes does not run, the copy has the sizes of the model.
-_INNER = (
-    *("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"),
-    "shared_expert_intermediate_size",
-)
+_INNER = ("intermediate_size", "ffn_dim", "n_inner", "shared_expert_intermediate_size")
+_EXPERT_INNER = "moe_intermediate_size"
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -114,15 +112,19 @@ class SmallCopy:
         from transformers.core_model_loading import revert_weight_conversion
 
         self._parameters = dict(self.model.named_parameters())
+        count = sum(parameter.numel() for parameter in self._parameters.values())
+        narrow = torch.int32 if count < 2**31 else torch.int64
         numbers, start = {}, 0
         for name, parameter in self._parameters.items():
             end = start + parameter.numel()
-            numbers[name] = torch.arange(start, end).view(parameter.shape)
+            numbers[name] = torch.arange(start, end, dtype=narrow).view(parameter.shape)
             start = end
         with quiet_transformers():
             self._numbers: dict[str, Tensor] = revert_weight_conversion(self.model, numbers)
-        found = torch.cat([number.flatten() for number in self._numbers.values()])
-        if not torch.equal(found.sort().values, torch.arange(start)):
+        found = torch.zeros(count, dtype=torch.int8)
+        for number in self._numbers.values():
+            found[number.flatten()] += 1
+        if not (found == 1).all():
             raise QplugError("the tensors on disk are not those in memory, put together otherwise")
 
     # --- tensors, as on disk ---------------------------------------------------------------------
@@ -241,13 +243,16 @@ def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
         text.hidden_size = width
         if getattr(text, "word_embed_proj_dim", None) == old:
             text.word_embed_proj_dim = width
-    for name in _INNER:
+    chosen = getattr(text, "num_experts_per_tok", None) or 1
+    experts = max(_EXPERTS, chosen, 4 * (getattr(text, "n_group", None) or 1))
+    most = {
+        **dict.fromkeys(_INNER, 2 * text.hidden_size),
+        _EXPERT_INNER: text.hidden_size // 2,
+        **dict.fromkeys(_EXPERT_COUNTS, experts),
+    }
+    for name, limit in most.items():
         if isinstance(found := getattr(text, name, None), int):
-            setattr(text, name, min(found, 2 * text.hidden_size))
-    least = max(_EXPERTS, 4 * (getattr(text, "n_group", None) or 1))
-    for name in _EXPERT_COUNTS:
-        if isinstance(found := getattr(text, name, None), int):
-            setattr(text, name, min(found, least))
+            setattr(text, name, min(found, limit))
     text.vocab_size = min(text.vocab_size, _VOCABULARY)
     text.pad_token_id = 0 if isinstance(text.pad_token_id, int) else None
     return config

@@ -235,7 +235,10 @@ class Faces:
                 raise QplugError(f"{name}: is {list(shape)}; its axis {axis} should be {width}")
             block = None if kind is None else _block_of(name, blocks)
             if block is None and norm is not None and norm.startswith(tuple(self.copy.blocks)):
-                raise QplugError(f"{name}: reads what a norm within a block gives: {norm}")
+                raise QplugError(
+                    f"{name}: reads {norm}, a norm within a block: the stream of this model is what "
+                    "norms make, and cannot be rewritten"
+                )
             bias = f"{name.removesuffix('weight')}bias"
             has_bias = norm is not None and bias in shapes and bias != name
             told = None if norm is None else near(block, f"{norm}.weight").removesuffix(".weight")
