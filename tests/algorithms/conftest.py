@@ -111,9 +111,7 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         v_head_dim=16,
     ),
     "olmo2": lambda: transformers.Olmo2Config(**{**GATED, "head_dim": 16}),
-    "bloom": lambda: transformers.BloomConfig(
-        vocab_size=4096, hidden_size=64, n_layer=2, n_head=4
-    ),
+    "bloom": lambda: transformers.BloomConfig(vocab_size=4096, hidden_size=64, n_layer=2, n_head=4),
 }
 
 Family = Callable[..., Path]
