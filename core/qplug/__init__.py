@@ -1,7 +1,7 @@
 """qplug quantizes large language models for SGLang and vLLM; everything in it is a plugin.
 
-What is importable from here, from ``qplug.numerics``, ``qplug.clipping``, ``qplug.windows`` and
-``qplug.hub_text`` is public.
+What is importable from here, from ``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``,
+``qplug.windows`` and ``qplug.hub_text`` is public.
 """
 
 from __future__ import annotations
@@ -14,13 +14,20 @@ from qplug.api import (
     Capability,
     Dataset,
     Exporter,
+    Facing,
+    FloatModel,
+    Heads,
     InputGroup,
     Linear,
     ModelView,
     NoParams,
+    Preparation,
     Problem,
     QuantizedWeight,
+    Rewrite,
     Split,
+    Stream,
+    StreamNorm,
     TensorSpec,
     Tokenizer,
 )
@@ -44,18 +51,25 @@ __all__ = [
     "Capability",
     "Dataset",
     "Exporter",
+    "Facing",
+    "FloatModel",
+    "Heads",
     "InputGroup",
     "Linear",
     "ModelView",
     "NoParams",
     "Param",
     "PluginError",
+    "Preparation",
     "Problem",
     "QplugError",
     "QuantArgs",
     "QuantizedWeight",
+    "Rewrite",
     "Scheme",
     "Split",
+    "Stream",
+    "StreamNorm",
     "TensorSpec",
     "Tokenizer",
     "evaluate",

@@ -1,8 +1,8 @@
 """The contracts that plugins are written against.
 
 Importing this module is cheap: torch is named in annotations only. What stands here, in
-``qplug.numerics``, ``qplug.clipping``, ``qplug.windows`` and ``qplug.hub_text`` is public;
-everything else in ``qplug`` may change without notice.
+``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``, ``qplug.windows`` and
+``qplug.hub_text`` is public; everything else in ``qplug`` may change without notice.
 """
 
 from __future__ import annotations
@@ -80,6 +80,105 @@ class ModelView:
     quantizable: frozenset[str]
     blocks: tuple[str, ...]
     head: str | None
+
+
+# --- a float model, rewritten before it is quantized ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class StreamNorm:
+    """A norm of the residual stream that linears read, and nothing else.
+
+    It multiplies by ``offset`` (0, or 1 in Gemma) plus the tensor ``weight``, and adds ``bias``.
+    ``readers`` are the tensors that read it.
+    """
+
+    weight: str
+    bias: str | None
+    offset: float
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Facing:
+    """One axis of a tensor is the residual stream: it writes into it, or reads a norm of it.
+
+    ``axis`` is counted from 0. ``norm`` is the norm that is read; None for what writes: embeddings,
+    output projections and their biases. ``bias`` takes an offset of what is read, if there is one.
+    """
+
+    axis: int
+    norm: str | None
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Values that only meet one projection, so that each head can be turned.
+
+    ``rows: [heads, size]`` (int64) are the rows of the tensor ``values`` (and places of its bias)
+    that make a head; the columns of ``output`` are heads of the same ``size``, one after another.
+    """
+
+    values: str
+    bias: str | None
+    rows: Tensor
+    output: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What faces the residual stream of a model, by the names of tensors on disk.
+
+    ``centred`` tells whether norms subtract the mean. ``copies`` are tensors that have to be made
+    of others, by name, because the head is tied to the embedding: rewriting one would change both.
+    """
+
+    width: int
+    centred: bool
+    norms: Mapping[str, StreamNorm]
+    tensors: Mapping[str, Facing]
+    heads: tuple[Heads, ...]
+    copies: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """A checkpoint to be rewritten. ``tensors`` are those that it holds, by name."""
+
+    view: ModelView
+    tensors: Mapping[str, TensorSpec]
+    stream: Stream
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """How a tensor is made of tensors of the checkpoint.
+
+    ``make`` takes the tensors named in ``sources``, in float32, and gives the new one in float32;
+    it is shaped like the first, and stored in its dtype. ``by_row``: row ``r`` of the result needs
+    row ``r`` of the first source and no other, so that a large one is made a few rows at a time.
+    """
+
+    sources: tuple[str, ...]
+    make: Callable[..., Tensor]
+    by_row: bool = False
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A float model rewritten so that it computes what it did before.
+
+    ``rewrites`` are by name; names that the checkpoint lacks are added. ``config`` are fields of
+    config.json with other values. ``online`` are linears whose inputs are multiplied by the
+    Hadamard matrix of their width (``qplug.hadamard.transform``) as the model runs: no engine does.
+    """
+
+    rewrites: Mapping[str, Rewrite]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    online: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 # --- algorithms ----------------------------------------------------------------------------------
@@ -211,7 +310,7 @@ class Block:
 
 
 class Algorithm(Component[P]):
-    """A way to quantize. Two stages; an algorithm fills in those it needs.
+    """A way to quantize. Three stages; an algorithm fills in those it needs.
 
     ``needs_data`` says whether it reads ``block.groups``. An algorithm changes a block by
     ``block.smooth``, and by choosing ``linear.scale`` and ``linear.zero``; it leaves tensors as
@@ -225,6 +324,13 @@ class Algorithm(Component[P]):
         """Whether it reads ``InputGroup.drift``, for which the float model runs beside."""
         return False
 
+    def prepare(self, model: FloatModel) -> Preparation:
+        """Rewrite the float model, tensor by tensor, without a change of what it computes.
+
+        Also called for a small random copy of the model, on which what it gives is tried.
+        """
+        raise NotImplementedError
+
     def transform(self, block: Block) -> None:
         """Move scale within a block, and choose clips, before codes are computed."""
 
@@ -236,6 +342,11 @@ class Algorithm(Component[P]):
     def quantizes(cls) -> bool:
         """Whether this algorithm computes codes itself."""
         return cls.quantize is not Algorithm.quantize
+
+    @classmethod
+    def prepares(cls) -> bool:
+        """Whether this algorithm rewrites the float model."""
+        return cls.prepare is not Algorithm.prepare
 
 
 # --- datasets ------------------------------------------------------------------------------------
@@ -315,6 +426,8 @@ class Exporter(Component[P]):
     serve_command: ClassVar[str | None] = None
     #: Whether ``unpack`` gives back the very codes.
     exact: ClassVar[bool] = True
+    #: Whether what reads the folder can rotate the inputs of linears (``Preparation.online``).
+    rotates_online: ClassVar[bool] = False
     #: The ``quant_method`` of folders that this exporter reads though qplug did not write them.
     quant_method: ClassVar[str | None] = None
 

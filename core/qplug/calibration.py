@@ -22,6 +22,7 @@ from qplug.errors import QplugError
 from qplug.hidden_states import HiddenStates
 from qplug.live_block import LiveBlock
 from qplug.numerics import fake_quantize_activations
+from qplug.online import rotate_inputs
 from qplug.processes import ALONE, Processes
 from qplug.scheme import QuantArgs, Scheme
 from qplug.skeleton import build, load_config
@@ -55,13 +56,15 @@ class Walk:
         propagate: str = "quantized",
         batch_size: int | None = None,
         with_drift: bool = False,
+        online: Sequence[str] = (),
         trust_remote_code: bool = False,
         processes: Processes = ALONE,
     ) -> None:
         """``tokens``: int64 ``[samples, length]``, -1 where a sample has ended.
 
         Each of ``processes`` takes a part of them. ``with_drift`` gathers ``InputGroup.drift``.
-        Raises QplugError if there are not enough samples for each process to have one.
+        Inputs of linears in ``online`` are rotated. Raises QplugError if there are not enough
+        samples for each process to have one.
         """
         if len(tokens) < processes.count:
             raise QplugError(
@@ -76,6 +79,7 @@ class Walk:
         self.dtype = torch.float32 if device.type == "cpu" else stored
         config = load_config(source.folder, trust_remote_code=trust_remote_code)
         self._model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
+        rotate_inputs(self._model, online)
         self._blocks = {name: self._model.get_submodule(name) for name in view.blocks}
         for name, block in self._blocks.items():
             for local, _ in block.named_parameters():
@@ -159,6 +163,7 @@ class Walk:
             statistics,
             weights,
             self._schemes,
+            {local: self._source.tensors[f"{name}.{local}"].spec.dtype for local in weights},
             partial(self._observe_again, name, structure),
             self._processes,
         )

@@ -38,12 +38,14 @@ class LiveBlock(Block):
         statistics: Mapping[str, Statistics],
         weights: Mapping[str, Tensor],
         schemes: Mapping[str, Scheme],
+        stored: Mapping[str, str],
         observe_again: Observe,
         processes: Processes = ALONE,
     ) -> None:
+        """``stored``: the dtype in which the checkpoint holds each of ``weights``."""
         self._processes = processes
         self.masters = {n: weight.to(torch.float32, copy=True) for n, weight in weights.items()}
-        self._dtypes = {local: weight.dtype for local, weight in weights.items()}
+        self._dtypes: dict[str, torch.dtype] = {n: getattr(torch, d) for n, d in stored.items()}
         self._observe_again = observe_again
         self._advanced: dict[str, QuantizedWeight] = {}
         self._rewritten: set[str] = set()

@@ -95,8 +95,14 @@ def result_files(
     schemes: Mapping[str, Scheme],
     reports: Sequence[Report],
     registry: Registry,
+    *,
+    online: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> dict[str, str]:
-    """The text files of a finished run, by file name. They say nothing of when or how long."""
+    """The text files of a finished run, by file name. They say nothing of when or how long.
+
+    ``online`` are linears whose inputs whoever computes with the folder must rotate.
+    """
     config = dict(model.config)
     quantization = exporter.config(model, schemes)
     if quantization is not None:
@@ -114,7 +120,8 @@ def result_files(
             for name, s in schemes.items()
         },
         "rewritten": sorted(name for report in reports for name in report.rewritten),
-        "notes": [note for report in reports for note in report.notes],
+        "online": list(online),
+        "notes": [*notes, *(note for report in reports for note in report.notes)],
     }
     return {
         "config.json": _json(config),
@@ -134,6 +141,7 @@ class Manifest:
     schemes: Mapping[str, Scheme]
     errors: Mapping[str, float]
     rewritten: frozenset[str]
+    online: tuple[str, ...] = ()
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -155,6 +163,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             schemes={name: kinds[layer["scheme"]] for name, layer in layers.items()},
             errors={name: layer["error"] for name, layer in layers.items()},
             rewritten=frozenset(told["rewritten"]),
+            online=tuple(told.get("online", ())),
         )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise QplugError(f"{folder / MANIFEST}: cannot be understood: {error!r}") from error

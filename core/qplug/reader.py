@@ -16,6 +16,7 @@ from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
 from qplug.manifest import Manifest, read_manifest
 from qplug.numerics import fake_quantize_activations
+from qplug.online import rotate_inputs
 from qplug.params import fill
 from qplug.quiet import quiet_transformers
 from qplug.registry import Registry
@@ -164,6 +165,8 @@ def load_folder(
     if amiss:
         raise QplugError(f"{path}: {min(amiss)} is not there, or not in the shape it should have")
     model.eval()
+    if folder.manifest is not None:
+        rotate_inputs(model, folder.manifest.online)  # before they are rounded
     if quantize_activations:
         _quantize_activations(model, folder)
     return model

@@ -21,10 +21,12 @@ from qplug.launch import ALONE, Launch
 from qplug.manifest import fingerprint, result_files
 from qplug.numerics import check_width
 from qplug.output import Content, Output, refuse_existing
-from qplug.plan import Plan, make_plan
+from qplug.plan import Plan, Step, make_plan
+from qplug.preparation import prepare
 from qplug.processes import Processes, join
 from qplug.recipe import Calibration, Recipe, assign, parse_algorithms, parse_scheme
 from qplug.registry import Registry
+from qplug.rewriting import rewritten_names
 from qplug.samples import calibration_tokens
 from qplug.scheme import Scheme
 from qplug.shared_output import SharedOutput
@@ -162,11 +164,19 @@ class Run:
         if source.folder.resolve().is_relative_to(out.resolve()):
             raise QplugError(f"{out}: is or holds the model itself; choose another folder")
         view = model_view(source, trust_remote_code=self.trust_remote_code)
+        prepared = prepare(
+            self.stages,
+            source,
+            view,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+        float_model, view = prepared.checkpoint, prepared.view
         schemes = self._servable(assign(self.recipe, view), view)
         exporter, calibration = self.stages.exporter, self.recipe.calibration
         by_block = calibration is not None
         plan = make_plan(
-            source, view, schemes, exporter, shard_bytes=shard_bytes, by_block=by_block
+            float_model, view, schemes, exporter, shard_bytes=shard_bytes, by_block=by_block
         )
         source_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
         tokens = None
@@ -192,10 +202,10 @@ class Run:
             work: Iterable[Finished]
             if tokens is None or calibration is None:
                 # No step needs another, and most of the time goes into files.
-                work = self._streamed(plan, source, view, done) if processes.is_first else ()
+                work = self._streamed(plan, float_model, view, done) if processes.is_first else ()
             else:
                 walk = Walk(
-                    source,
+                    float_model,
                     view,
                     schemes,
                     tokens,
@@ -203,10 +213,11 @@ class Run:
                     propagate=calibration.propagate,
                     batch_size=calibration.batch_size,
                     with_drift=self.stages.needs_drift,
+                    online=prepared.online,
                     trust_remote_code=self.trust_remote_code,
                     processes=processes,
                 )
-                work = self._calibrated(plan, source, view, walk, output, done)
+                work = self._calibrated(plan, float_model, view, walk, output, done)
             for number, contents, report in work:
                 output.write(number, contents, report.to_dict())
                 reports[number] = report
@@ -214,13 +225,23 @@ class Run:
                     watch(len(reports), len(plan.steps), plan.steps[number].name, report.loss)
             reports = processes.from_first(lambda: reports)
             told = [reports[number] for number in range(len(plan.steps))]
-            texts = result_files(model, view, self.recipe, exporter, schemes, told, self.registry)
+            texts = result_files(
+                model,
+                view,
+                self.recipe,
+                exporter,
+                schemes,
+                told,
+                self.registry,
+                online=prepared.online,
+                notes=prepared.notes,
+            )
             output.finish(source.companions(), texts)
         return Result(
             out=out,
             errors={name: error for report in told for name, error in report.errors.items()},
             losses={name: loss for report in told for name, loss in report.losses.items()},
-            notes=tuple(note for report in told for note in report.notes),
+            notes=prepared.notes + tuple(note for report in told for note in report.notes),
             source_bytes=source_bytes,
             bytes=plan.nbytes,
             seconds=time.monotonic() - began,
@@ -271,7 +292,7 @@ class Run:
                 coming = reader.submit(read, after) if after is not None else None
                 step = plan.steps[number]
                 if not weights:
-                    yield number, {n: source.tensors[n].chunks() for n in step.others}, Report()
+                    yield self._copied(number, step, source)
                     continue
                 linears = tuple(
                     Linear(name, weight.to(self.device), scheme.weights, scheme.activations)
@@ -279,8 +300,18 @@ class Run:
                 )
                 block = Block(step.name, linears)
                 codes = self.stages.quantize(block)
-                report = self.stages.report(block, codes)
+                report = self.stages.report(block, codes, self._rewritten(step, source))
                 yield number, self.stages.pack(codes, step, view.dtype), report
+
+    def _copied(self, number: int, step: Step, source: Checkpoint) -> Finished:
+        """A step that has nothing to quantize."""
+        contents = {name: source.tensors[name].chunks() for name in step.others}
+        return number, contents, Report(rewritten=self._rewritten(step, source))
+
+    def _rewritten(self, step: Step, source: Checkpoint) -> tuple[str, ...]:
+        """The tensors of a step that the float model does not hold as they are."""
+        names = [*(f"{name}.weight" for name in step.linears), *step.others]
+        return rewritten_names(source, names)
 
     def _calibrated(
         self,
@@ -295,14 +326,15 @@ class Run:
         for number, step in enumerate(plan.steps):
             if step.name not in view.blocks:
                 if number not in done:
-                    yield number, {n: source.tensors[n].chunks() for n in step.others}, Report()
+                    yield self._copied(number, step, source)
                 continue
             if number in done:
                 walk.replay(step.name, self._served(step.linears, step.others, output, step.name))
                 continue
             block = walk.enter(step.name)
             codes = self.stages.quantize(block)
-            report = self.stages.report(block, codes, block.rewritten())
+            changed = {*block.rewritten(), *self._rewritten(step, source)}
+            report = self.stages.report(block, codes, tuple(sorted(changed)))
             packed = self.stages.pack(codes, step, view.dtype)
             others = block.others(step.others)
             served = block.served(codes, others, walk.dtype)

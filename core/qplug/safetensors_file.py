@@ -71,6 +71,12 @@ class StoredTensor:
                 raise QplugError(f"{self.path} became shorter while it was read")
         return buffer.view(getattr(torch, self.spec.dtype)).view(self.spec.shape)
 
+    def read_rows(self, rows: slice) -> Tensor:
+        """Some rows of the tensor: ``rows`` has a start and a stop, within the first axis."""
+        count, *rest = self.spec.shape
+        spec = TensorSpec(self.spec.dtype, (rows.stop - rows.start, *rest))
+        return StoredTensor(self.path, spec, self.start + self.nbytes // count * rows.start).read()
+
     def chunks(self) -> Iterator[bytes]:
         """The tensor's bytes, a few MiB at a time."""
         with self.path.open("rb") as file:

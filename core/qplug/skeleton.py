@@ -78,7 +78,7 @@ def _tree(checkpoint: Checkpoint, trust_remote_code: bool) -> _Tree:
     modules = dict(model.named_modules())
     output = model.get_output_embeddings()
     head = next((name for name, module in modules.items() if module is output), None)
-    return _Tree(modules, _decoder_blocks(model, folder), head)
+    return _Tree(modules, decoder_blocks(model, folder), head)
 
 
 def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, int]]) -> ModelView:
@@ -155,7 +155,8 @@ def _hollow() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _decoder_blocks(tree: nn.Module, folder: Path) -> tuple[str, ...]:
+def decoder_blocks(tree: nn.Module, folder: Path) -> tuple[str, ...]:
+    """The names of a model's decoder blocks. Raises QplugError if it has no list of modules."""
     lists = [
         (name, module)
         for name, module in tree.named_modules()

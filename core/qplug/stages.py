@@ -7,7 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qplug.api import Algorithm, Block, Exporter, InputGroup, Linear, QuantizedWeight
+from qplug.api import (
+    Algorithm,
+    Block,
+    Exporter,
+    FloatModel,
+    InputGroup,
+    Linear,
+    Preparation,
+    QuantizedWeight,
+)
 from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
 from qplug.numerics import relative_error, relative_output_error
 from qplug.params import fill
@@ -71,6 +80,12 @@ class Stages:
             self._algorithm(name, recipe.algorithm_options.get(name, {}))
             for name in recipe.algorithms
         ]
+        for earlier, later in zip(self.pipeline, self.pipeline[1:], strict=False):
+            if later.prepares() and not earlier.prepares():
+                raise QplugError(
+                    f"--algo {'+'.join(recipe.algorithms)}: {later.name} rewrites the float model, "
+                    f"so it comes before {earlier.name}"
+                )
         quantizers = [algorithm for algorithm in self.pipeline if algorithm.quantizes()]
         if len(quantizers) > 1:
             names = " and ".join(algorithm.name for algorithm in quantizers)
@@ -90,6 +105,16 @@ class Stages:
     def needs_drift(self) -> bool:
         """Whether any algorithm reads how far inputs are from those of the float model."""
         return any(algorithm.needs_drift for algorithm in self.pipeline)
+
+    @property
+    def preparing(self) -> list[Algorithm[Any]]:
+        """The algorithms that rewrite the float model."""
+        return [algorithm for algorithm in self.pipeline if algorithm.prepares()]
+
+    def prepare(self, algorithm: Algorithm[Any], model: FloatModel) -> Preparation:
+        """What ``algorithm`` makes of ``model``."""
+        with self._blaming(algorithm, algorithm.name):
+            return algorithm.prepare(model)
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         """Run all stages on ``block``: codes by linear."""

@@ -78,7 +78,7 @@ def _watch(block: nn.Module, call: Call) -> _Seen:
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(_keep_input(inputs, name)))
-        elif _is_norm(module):
+        elif is_norm(module):
             handles.append(module.register_forward_hook(_keep_output(outputs, name)))
     try:
         result = call()
@@ -104,7 +104,8 @@ def _keep_output(
     return hook
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module multiplies by a vector: norms do, and nothing else that has weights."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 1
 

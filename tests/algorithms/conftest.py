@@ -34,6 +34,7 @@ GATED: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 24,
 }
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 #: Windows shorter than the samples of the tests.
 SLIDING: dict[str, Any] = {
     "sliding_window": 8,
@@ -68,6 +69,49 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         **SIZES, intermediate_size=96, use_parallel_residual=False
     ),
     "phi": lambda: transformers.PhiConfig(**SIZES, intermediate_size=96, num_key_value_heads=2),
+    "llama, tied": lambda: transformers.LlamaConfig(**GATED, tie_word_embeddings=True),
+    "opt, untied": lambda: transformers.OPTConfig(
+        **SIZES, ffn_dim=96, word_embed_proj_dim=64, tie_word_embeddings=False
+    ),
+    "opt, words of another width": lambda: transformers.OPTConfig(
+        **SIZES, ffn_dim=96, word_embed_proj_dim=32
+    ),
+    "gemma": lambda: transformers.GemmaConfig(**GATED),
+    "cohere": lambda: transformers.CohereConfig(**{**GATED, "head_dim": 16}),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=4096, n_embd=64, n_layer=2, n_head=4, n_positions=64, n_inner=96
+    ),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **GATED, **EXPERTS, moe_intermediate_size=48, decoder_sparse_step=2
+    ),
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
+        **{**GATED, "head_dim": 16},
+        **EXPERTS,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=64,
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **GATED, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "gpt-oss": lambda: transformers.GptOssConfig(
+        **GATED, num_local_experts=4, num_experts_per_tok=2, sliding_window=8
+    ),
+    "deepseek-v3": lambda: transformers.DeepseekV3Config(
+        **{**SIZES, "num_key_value_heads": 4, "intermediate_size": 96},
+        moe_intermediate_size=48,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+    ),
+    "olmo2": lambda: transformers.Olmo2Config(**{**GATED, "head_dim": 16}),
+    "bloom": lambda: transformers.BloomConfig(vocab_size=4096, hidden_size=64, n_layer=2, n_head=4),
 }
 
 Family = Callable[..., Path]

@@ -60,7 +60,7 @@ def command(
                 f"mean {mean:.4f}, worst {result.errors[worst]:.4f} ({worst})"
             )
         if result.rewritten:
-            told = f"{result.rewritten} layers hold rescaled weights"
+            told = f"{result.rewritten} layers hold rewritten weights"
             click.echo(f"{told}: compare what they compute with qplug eval")
         elif result.ok and not result.errors:
             click.echo("not compared: the float model is not at hand; name it with --against")
