@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qplug.api import ModelView
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
+from qplug.kv_cache import SCALES, KVCache, ObservedCache, PassingCache, RoundedCache
 from qplug.live_block import LiveBlock
 from qplug.numerics import fake_quantize_activations
 from qplug.scheme import QuantArgs, Scheme
@@ -48,11 +49,12 @@ class Walk:
         *,
         device: torch.device,
         propagate: str = "quantized",
+        cache: KVCache | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """``tokens``: int64 ``[samples, length]``."""
+        """``tokens``: int64 ``[samples, length]``. ``cache``: how keys and values are stored."""
         self._source, self._view, self._schemes = source, view, schemes
-        self._device, self._propagate = device, propagate
+        self._device, self._propagate, self._cache = device, propagate, cache
         stored: torch.dtype = getattr(torch, view.dtype)
         # Float32 on a CPU, which has no faster way; on a GPU the dtype that the engine will use.
         self._dtype = torch.float32 if device.type == "cpu" else stored
@@ -156,7 +158,14 @@ class Walk:
             first = group.linears[0]
             linear = module.get_submodule(first)
             assert isinstance(linear, nn.Linear)
-            statistics[first] = Statistics(linear.in_features, self._device, _SAMPLE)
+            static = any(
+                scheme.static_inputs
+                for local in group.linears
+                if (scheme := self._schemes.get(f"{name}.{local}")) is not None
+            )
+            statistics[first] = Statistics(
+                linear.in_features, self._device, _SAMPLE, by_window=static
+            )
             observe = partial(_observe_input, statistics[first], share)
             handles.append(linear.register_forward_pre_hook(observe))
         try:
@@ -170,17 +179,42 @@ class Walk:
     def leave(self, name: str, served: Mapping[str, Tensor]) -> None:
         """Send the tokens through the block with the parameters ``served``, and free it.
 
-        ``served``: every parameter by its name within the block, with the value an engine will use.
+        ``served``: every parameter by its name within the block, with the value an engine will use,
+        and the scales of static inputs and of the KV cache.
         """
         module = self._blocks[name]
         parameters = [local for local, _ in module.named_parameters()]
         if self._propagate == "quantized":
             self._fill(module, {local: served[local] for local in parameters})
-            with self._rounding_inputs(name, module):
-                self._forward(name, module, keep=True)
+            rounded = None
+            if self._cache is not None:
+                attention = self._cache.modules[name]
+                scales = (served[f"{attention}.{local}"] for local in SCALES)
+                rounded = RoundedCache(self._cache.args, tuple(scales))
+            with self._rounding_inputs(name, module, served):
+                self._forward(name, module, keep=True, cache=rounded)
         for local in parameters:
             _set(module, local, torch.empty(0, device="meta"))
         self._calls.pop(name)
+
+    @torch.no_grad()
+    def cache_scales(self, name: str, served: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The scales of keys and values, float32 ``[1]``, by name in the block; none without cache.
+
+        ``served`` as for ``leave``: what they must cover is what the quantized block computes,
+        after all that algorithms moved. Raises QplugError if that is not finite.
+        """
+        if self._cache is None:
+            return {}
+        module, observer = self._blocks[name], ObservedCache()
+        self._fill(module, {local: served[local] for local, _ in module.named_parameters()})
+        with self._rounding_inputs(name, module, served):
+            self._forward(name, module, keep=False, cache=observer)
+        attention = self._cache.modules[name]
+        if observer.times != len(self._hidden):
+            raise QplugError(f"{name}: fills a KV cache not once, so one scale does not fit it")
+        scales = observer.scales(self._cache.args, f"{name}.{attention}")
+        return {f"{attention}.{local}": scale for local, scale in zip(SCALES, scales, strict=True)}
 
     @torch.no_grad()
     def replay(self, name: str, served: Mapping[str, Tensor]) -> None:
@@ -194,20 +228,28 @@ class Walk:
             self._forward(name, module, keep=True)
         self.leave(name, served)
 
-    def _forward(self, name: str, module: nn.Module, *, keep: bool) -> None:
+    def _forward(
+        self, name: str, module: nn.Module, *, keep: bool, cache: PassingCache | None = None
+    ) -> None:
         """Run the block on every batch; ``keep`` puts the results in the place of the inputs."""
         for index, call in enumerate(self._calls[name]):
+            if self._cache is not None and cache is not None:
+                call = {**call, self._cache.argument: cache}
             after = _tensor(module(self._hidden[index], **call))
             if keep:
                 self._hidden[index] = after
 
     @contextmanager
-    def _rounding_inputs(self, name: str, module: nn.Module) -> Iterator[None]:
+    def _rounding_inputs(
+        self, name: str, module: nn.Module, served: Mapping[str, Tensor]
+    ) -> Iterator[None]:
         handles = []
         for local, part in module.named_modules():
             scheme = self._schemes.get(f"{name}.{local}")
             if scheme is not None and scheme.activations is not None:
-                hook = partial(_round_input, scheme.activations)
+                scale = served.get(f"{local}.input_scale")
+                scale = None if scale is None else scale.to(self._device)
+                hook = partial(_round_input, scheme.activations, scale)
                 handles.append(part.register_forward_pre_hook(hook))
         try:
             yield
@@ -239,11 +281,13 @@ def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 def _observe_input(
     statistics: Statistics, share: int, module: nn.Module, inputs: tuple[Tensor]
 ) -> None:
-    statistics.observe(inputs[0].flatten(0, -2), share)
+    statistics.observe_windows(inputs[0], share)
 
 
-def _round_input(args: QuantArgs, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (fake_quantize_activations(inputs[0], args),)
+def _round_input(
+    args: QuantArgs, scale: Tensor | None, module: nn.Module, inputs: tuple[Tensor]
+) -> tuple[Tensor]:
+    return (fake_quantize_activations(inputs[0], args, scale),)
 
 
 def _shortened(call: Mapping[str, Any], length: int, dtype: torch.dtype) -> dict[str, Any]:

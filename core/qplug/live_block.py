@@ -57,6 +57,8 @@ class LiveBlock(Block):
                 scalable=members.before is not None,
                 shiftable=self._is_shiftable(members),
                 after_norm=members.before is not None and members.before.kind != "rows",
+                lows=known.lows,
+                highs=known.highs,
             )
             if group.linears:
                 groups.append(group)
@@ -83,12 +85,17 @@ class LiveBlock(Block):
         for linear in self.linears:
             if linear in group.linears or linear.name == behind:
                 linear.scale = linear.zero = None
+            if linear in group.linears:
+                linear.input_scale = None
         group.gram /= scale[:, None] * scale
         group.mean /= scale
         group.mean_abs /= scale
         group.low /= scale
         group.high /= scale
         group.sample /= scale
+        for extremes in (group.lows, group.highs):
+            if extremes is not None:
+                extremes /= scale
 
     def rewritten(self) -> tuple[str, ...]:
         """The parameters that ``smooth`` and ``shift`` have changed, by full name."""
@@ -106,8 +113,14 @@ class LiveBlock(Block):
     def served(
         self, codes: Mapping[str, QuantizedWeight], others: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Every parameter by its name within the block, as an engine will compute with it."""
+        """Every parameter by its name within the block, as an engine will compute with it.
+
+        Beside them the scales of static inputs, as ``input_scale`` of their linears.
+        """
         values = {f"{name}.weight": dequantize(weight) for name, weight in codes.items()}
+        for name, weight in codes.items():
+            if weight.input_scale is not None:
+                values[f"{name}.input_scale"] = weight.input_scale
         values.update(others)
         return {name.removeprefix(f"{self.name}."): value for name, value in values.items()}
 
@@ -131,6 +144,9 @@ class LiveBlock(Block):
         group.low -= offset
         group.high -= offset
         group.sample -= offset
+        for extremes in (group.lows, group.highs):
+            if extremes is not None:
+                extremes -= offset
         # What is left of |x| is known of the sample alone.
         group.mean_abs = group.sample.abs().mean(0)
 

@@ -17,11 +17,12 @@ from qplug.api import Block, Linear, ModelView
 from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
+from qplug.kv_cache import KVCache, find_cache
 from qplug.manifest import fingerprint, result_files
 from qplug.numerics import check_width
 from qplug.output import Content, Output, refuse_existing
-from qplug.plan import Plan, make_plan
-from qplug.recipe import Calibration, Recipe, assign, parse_algorithms, parse_scheme
+from qplug.plan import Plan, Step, make_plan
+from qplug.recipe import Calibration, Recipe, assign, parse_algorithms, parse_cache, parse_scheme
 from qplug.registry import Registry
 from qplug.samples import calibration_tokens
 from qplug.scheme import Scheme
@@ -71,6 +72,9 @@ def quantize(
     samples: int = 128,
     seq_len: int = 512,
     propagate: str = "quantized",
+    observer: str = "minmax",
+    observer_options: Mapping[str, Any] | None = None,
+    kv_cache: str | None = None,
     ignore: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
     algorithm_options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -88,7 +92,9 @@ def quantize(
 
     ``algo`` is one algorithm or several (``"awq+gptq"``). Those that need data are given
     ``samples`` windows of ``seq_len`` tokens of ``dataset``; block by block, the tokens go on
-    through what was made of the block (``propagate="quantized"``) or through the float one.
+    through what was made of the block (``propagate="quantized"``) or through the float one. So do
+    schemes with static inputs, whose ranges ``observer`` finds (``minmax``, ``moving-average`` or
+    ``histogram``), and ``kv_cache="fp8"``, which stores the scales of keys and values.
     ``overrides`` maps patterns of module names to other schemes. Killed and called again, it goes
     on where it was. Raises QplugError for what the user can mend, before the work where that can
     be known, and leaves nothing behind.
@@ -101,7 +107,16 @@ def quantize(
         ignore=tuple(ignore),
         algorithm_options=algorithm_options or {},
         backend_options=backend_options or {},
-        calibration=Calibration(dataset, dataset_options or {}, samples, seq_len, propagate),
+        calibration=Calibration(
+            dataset,
+            dataset_options or {},
+            samples,
+            seq_len,
+            propagate,
+            observer,
+            observer_options or {},
+        ),
+        kv_cache=parse_cache(kv_cache),
         seed=seed,
     )
     run = Run(recipe, registry or Registry.installed(), find_device(device), trust_remote_code)
@@ -137,9 +152,15 @@ class Run:
         view = model_view(source, trust_remote_code=self.trust_remote_code)
         schemes = self._servable(assign(self.recipe, view), view)
         exporter, calibration = self.stages.exporter, self.recipe.calibration
-        by_block = calibration is not None
+        cache = self._cache(source, view)
         plan = make_plan(
-            source, view, schemes, exporter, shard_bytes=shard_bytes, by_block=by_block
+            source,
+            view,
+            schemes,
+            exporter,
+            shard_bytes=shard_bytes,
+            by_block=calibration is not None,
+            cache_scales={b: cache.scale_names(b) for b in view.blocks} if cache else {},
         )
         source_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
         tokens = self._tokens(calibration, model, view) if calibration else None
@@ -161,6 +182,7 @@ class Run:
                     tokens,
                     device=self.device,
                     propagate=calibration.propagate,
+                    cache=cache,
                     trust_remote_code=self.trust_remote_code,
                 )
                 work = self._calibrated(plan, source, view, walk, output)
@@ -197,6 +219,16 @@ class Run:
             name: scheme.with_scale_dtype(exporter.scale_dtype(scheme, view.dtype))
             for name, scheme in schemes.items()
         }
+
+    def _cache(self, source: Checkpoint, view: ModelView) -> KVCache | None:
+        """Who fills the KV cache, if its scales are to be stored. Raises QplugError if refused."""
+        args, exporter = self.recipe.kv_cache, self.stages.exporter
+        if args is None:
+            return None
+        sentence = exporter.refuses_cache(args)
+        if sentence is not None:
+            raise QplugError(f"--kv-cache: {exporter.name}: {sentence}")
+        return find_cache(source, view, args, trust_remote_code=self.trust_remote_code)
 
     def _tokens(self, calibration: Calibration, model: str, view: ModelView) -> Tensor:
         """The calibration tokens, int64 ``[samples, length]``."""
@@ -247,7 +279,7 @@ class Run:
                     yield number, {n: source.tensors[n].chunks() for n in step.others}, Report()
                 continue
             if number in output.finished:
-                walk.replay(step.name, self._served(step.linears, step.others, output, step.name))
+                walk.replay(step.name, self._served(step, output))
                 continue
             block = walk.enter(step.name)
             codes = self.stages.quantize(block)
@@ -257,15 +289,20 @@ class Run:
             served = block.served(codes, others)
             if not self.stages.exporter.exact:  # what it stores is not quite what the codes say
                 served |= self._dequantized(step.linears, packed, step.name)
-            walk.leave(step.name, served)
+            scales = walk.cache_scales(step.name, served)
+            walk.leave(step.name, served | scales)
             # Old checkpoints have tensors in their blocks that are no parameters: masks, tables.
             kept = {n: source.tensors[n].chunks() for n in step.others if n not in others}
-            yield number, {**packed, **others, **kept}, report
+            cached = {f"{step.name}.{local}": scale for local, scale in scales.items()}
+            yield number, {**packed, **others, **kept, **cached}, report
 
     def _dequantized(
         self, linears: Mapping[str, Scheme], tensors: Mapping[str, Tensor], block: str
     ) -> dict[str, Tensor]:
-        """The weights that packed ``tensors`` (by full name) stand for, by name in the block."""
+        """The weights that packed ``tensors`` (by full name) stand for, by name in the block.
+
+        Beside them the scales of static inputs.
+        """
         weights = {}
         for name, scheme in linears.items():
             packed = {
@@ -275,24 +312,21 @@ class Run:
             }
             local = name.removeprefix(f"{block}.")
             weights[f"{local}.weight"] = self.stages.exporter.dequantize(packed, scheme)
+            scale = self.stages.exporter.input_scale(packed)
+            if scale is not None:
+                weights[f"{local}.input_scale"] = scale
         return weights
 
-    def _served(
-        self,
-        linears: Mapping[str, Scheme],
-        others: Sequence[str],
-        output: Output,
-        block: str,
-    ) -> dict[str, Tensor]:
+    def _served(self, step: Step, output: Output) -> dict[str, Tensor]:
         """What an earlier run wrote of a block, as an engine will compute with it."""
         tensors = {}
-        for name in linears:
+        for name in step.linears:
             stored = output.stored(f"{name}.")
             tensors.update({f"{name}.{local}": tensor for local, tensor in stored.items()})
-        served = self._dequantized(linears, tensors, block)
-        for name in others:
+        served = self._dequantized(step.linears, tensors, step.name)
+        for name in (*step.others, *step.cache_scales):
             path, _, local = name.rpartition(".")
-            served[name.removeprefix(f"{block}.")] = output.stored(f"{path}.")[local]
+            served[name.removeprefix(f"{step.name}.")] = output.stored(f"{path}.")[local]
         return served
 
 

@@ -7,9 +7,14 @@ from torch import Tensor
 
 
 class Statistics:
-    """Running sums over the rows of ``x: [tokens, in]``; ``sample`` keeps a few rows themselves."""
+    """Running sums over the rows of ``x: [tokens, in]``; ``sample`` keeps a few rows themselves.
 
-    def __init__(self, width: int, device: torch.device, sample: int) -> None:
+    ``by_window`` keeps the extremes of each window of tokens too.
+    """
+
+    def __init__(
+        self, width: int, device: torch.device, sample: int, *, by_window: bool = False
+    ) -> None:
         self.tokens = 0
         self.gram = torch.zeros(width, width, device=device)
         self.total = torch.zeros(width, dtype=torch.float64, device=device)
@@ -18,6 +23,19 @@ class Statistics:
         self.high = torch.full((width,), -torch.inf, device=device)
         self._room = sample
         self._kept: list[Tensor] = []
+        self._lows: list[Tensor] | None = [] if by_window else None
+        self._highs: list[Tensor] = []
+
+    def observe_windows(self, x: Tensor, share: int) -> None:
+        """``observe`` ``x: [windows, tokens, in]``, or one window ``[tokens, in]``.
+
+        However many come in one call, the extremes of each are kept apart.
+        """
+        if self._lows is not None:
+            low, high = torch.aminmax(x.reshape(-1, *x.shape[-2:]), dim=1)
+            self._lows.append(low.float())
+            self._highs.append(high.float())
+        self.observe(x.flatten(0, -2), share)
 
     def observe(self, x: Tensor, share: int) -> None:
         """Take in ``x: [tokens, in]``; at most ``share`` of its rows go into the sample."""
@@ -43,6 +61,16 @@ class Statistics:
     def mean_abs(self) -> Tensor:
         """The mean of ``|x|``, float32 ``[in]``."""
         return (self.absolute / max(1, self.tokens)).float()
+
+    @property
+    def lows(self) -> Tensor | None:
+        """The least ``x`` of each channel in each window, float32 ``[windows, in]``, if kept."""
+        return torch.cat(self._lows) if self._lows else None
+
+    @property
+    def highs(self) -> Tensor | None:
+        """The greatest, likewise."""
+        return torch.cat(self._highs) if self._highs else None
 
     @property
     def sample(self) -> Tensor:

@@ -11,6 +11,7 @@ import click
 from qplug.params import parse_pairs
 from qplug.progress import progress_bar
 from qplug.registry import Registry
+from qplug.scheme import CACHES
 
 
 @click.command(name="quantize")
@@ -35,6 +36,15 @@ from qplug.registry import Registry
     type=click.Choice(["quantized", "float"]),
     help="What feeds a block in calibration: the blocks before it as they became, or as they were.",
 )
+@click.option(
+    "--observer",
+    default="minmax",
+    show_default=True,
+    type=click.Choice(["minmax", "moving-average", "histogram"]),
+    help="How the ranges of static inputs are found.",
+)
+@click.option("--observer-opt", "observer_options", metavar="K=V", multiple=True)
+@click.option("--kv-cache", type=click.Choice(list(CACHES)), help="Store scales for such a cache.")
 @click.option("--ignore", metavar="PATTERN", multiple=True, help="Leave these layers float.")
 @click.option(
     "--override", "overrides", metavar="PATTERN=SCHEME", multiple=True, help="Another scheme."
@@ -68,6 +78,9 @@ def command(
     samples: int,
     seq_len: int,
     propagate: str,
+    observer: str,
+    observer_options: tuple[str, ...],
+    kv_cache: str | None,
     ignore: tuple[str, ...],
     overrides: tuple[str, ...],
     shard_size: float,
@@ -100,6 +113,9 @@ def command(
             samples=samples,
             seq_len=seq_len,
             propagate=propagate,
+            observer=observer,
+            observer_options=parse_pairs(observer_options, "--observer-opt"),
+            kv_cache=kv_cache,
             ignore=ignore,
             overrides=parse_pairs(overrides, "--override"),
             algorithm_options=_by_algorithm(options),
