@@ -191,13 +191,15 @@ class QuantizedWeight:
     ``codes``: ``[out, in]``; int8 if symmetric, uint8 counted from 0 if not, or the float dtype.
     ``scale``: ``args.scale_shape``, float32, positive, exactly representable in
     ``args.scale_dtype``. ``zero``: uint8, shaped like ``scale``, for asymmetric codes only.
-    The weight meant is ``(codes - zero) * scale``.
+    The weight meant is ``(codes - zero) * scale``. ``input_scale``: float32 ``[1]``, the scale
+    under which the linear's input is rounded, where the scheme stores one; the run fills it in.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
     args: QuantArgs
+    input_scale: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -208,7 +210,8 @@ class Linear:
     ``args``: how it is stored; ``activations``: how its input will be rounded, if it will.
     ``scale`` and ``zero`` are those that an algorithm chose (AWQ's clips): shaped as in
     ``QuantizedWeight``; whoever computes codes takes them, ``qplug.numerics.scale_of`` gives the
-    covering ones where there are none.
+    covering ones where there are none. ``input_scale``: float32 ``[1]``, that of static inputs; an
+    algorithm may choose it, else the run's observer does once all scales are moved.
     """
 
     name: str
@@ -217,6 +220,7 @@ class Linear:
     activations: QuantArgs | None = None
     scale: Tensor | None = None
     zero: Tensor | None = None
+    input_scale: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -226,7 +230,9 @@ class InputGroup:
     ``gram`` is the sum of ``xᵀx`` over all calibration tokens, float32 ``[in, in]``; ``mean``,
     ``mean_abs``, ``low`` and ``high`` are the mean of ``x`` and of ``|x|``, the least and the
     greatest ``x`` of each channel, float32 ``[in]``; ``sample: [some tokens, in]`` are some of the
-    tokens, from all over the calibration data, float32. ``scalable`` tells whether ``Block.smooth``
+    tokens, from all over the calibration data, float32. ``lows`` and ``highs`` are the ``low`` and
+    ``high`` of each calibration window, float32 ``[windows, in]``; None unless a linear of the
+    group has static inputs. ``scalable`` tells whether ``Block.smooth``
     can move scale out of this tensor, ``shiftable`` whether ``Block.shift`` can move an offset, and
     ``after_norm`` whether it is a norm that makes it.
 
@@ -248,6 +254,8 @@ class InputGroup:
     after_norm: bool
     drift: Tensor | None = None
     lag: Tensor | None = None
+    lows: Tensor | None = None
+    highs: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -472,9 +480,29 @@ class Exporter(Component[P]):
 
         return dequantize(self.unpack(tensors, scheme))
 
+    def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """The scale of static inputs, float32 ``[1]``, among stored tensors; None if it is not."""
+        stored = tensors.get("input_scale")
+        return None if stored is None else stored.float().reshape(1)
+
     @abstractmethod
     def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any] | None:
         """``quantization_config`` for config.json; None writes none."""
+
+    def refuses_cache(self, cache: QuantArgs) -> str | None:
+        """A sentence that says why the scales of a KV cache cannot be stored, or None.
+
+        Stored they are as ``k_scale`` and ``v_scale`` of each attention module, float32 ``[1]``.
+        """
+        return f"has no place for the scales of a KV cache in {cache.dtype}"
+
+    def with_cache(self, config: dict[str, Any] | None, cache: QuantArgs) -> dict[str, Any] | None:
+        """``quantization_config`` with what it has to say of the KV cache."""
+        return config
+
+    def cache(self, config: Mapping[str, Any]) -> QuantArgs | None:
+        """How the KV cache is stored by a ``quantization_config``; None if it stays float."""
+        return None
 
     def stored(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
         """The linears that ``folder`` holds as codes, with the shapes (out, in) they unpack to."""

@@ -20,6 +20,7 @@ from qplug.block_reader import BlockReader
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
 from qplug.hidden_states import HiddenStates
+from qplug.kv_cache import SCALES, KVCache, ObservedCache, RoundedCache
 from qplug.live_block import LiveBlock
 from qplug.numerics import fake_quantize_activations
 from qplug.online import rotate_inputs
@@ -57,14 +58,15 @@ class Walk:
         batch_size: int | None = None,
         with_drift: bool = False,
         online: Sequence[str] = (),
+        cache: KVCache | None = None,
         trust_remote_code: bool = False,
         processes: Processes = ALONE,
     ) -> None:
         """``tokens``: int64 ``[samples, length]``, -1 where a sample has ended.
 
         Each of ``processes`` takes a part of them. ``with_drift`` gathers ``InputGroup.drift``.
-        Inputs of linears in ``online`` are rotated. Raises QplugError if there are not enough
-        samples for each process to have one.
+        Inputs of linears in ``online`` are rotated. ``cache``: how keys and values are stored.
+        Raises QplugError if there are not enough samples for each process to have one.
         """
         if len(tokens) < processes.count:
             raise QplugError(
@@ -73,7 +75,7 @@ class Walk:
             )
         self._processes = processes
         self._source, self._view, self._schemes = source, view, schemes
-        self._device, self._propagate = device, propagate
+        self._device, self._propagate, self._cache = device, propagate, cache
         stored: torch.dtype = getattr(torch, view.dtype)
         # Float32 on a CPU, which has no faster way; on a GPU the dtype that the engine will use.
         self.dtype = torch.float32 if device.type == "cpu" else stored
@@ -211,8 +213,13 @@ class Walk:
         for group in structure:
             linear = module.get_submodule(group.linears[0])
             assert isinstance(linear, nn.Linear)
+            static = any(
+                scheme.static_inputs
+                for local in group.linears
+                if (scheme := self._schemes.get(f"{name}.{local}")) is not None
+            )
             width = linear.in_features
-            statistics[group.linears[0]] = Statistics(width, self._device, room)
+            statistics[group.linears[0]] = Statistics(width, self._device, room, by_window=static)
         ideals: Iterable[Tensor | None] = self._ideal or [None] * len(self._hidden)
         for batch, ideal, call, real in zip(
             self._hidden, ideals, self._calls[name], self._real, strict=True
@@ -225,7 +232,7 @@ class Walk:
                 ):
                     after = _call(module, float_values, ideal, call)
             observe = {
-                first: partial(_observe_rows, known, share, real, wanted.get(first))
+                first: partial(_observe, known, share, real, wanted.get(first), batch.shape[1])
                 for first, known in statistics.items()
             }
             with _seeing(module, observe):
@@ -245,29 +252,55 @@ class Walk:
         rounded: Sequence[str],
     ) -> dict[str, Statistics]:
         """``_observe`` in the midst of a block, the inputs of linears in ``rounded`` rounded."""
-        with self._rounding_inputs(name, rounded):
+        parameters = {local: values[local] for local in self._parameters[name]}
+        with self._rounding_inputs(name, rounded, values):
             return self._observe(
-                name, structure, self._computable(values), self._computable(float_values)
+                name, structure, self._computable(parameters), self._computable(float_values)
             )
 
     @torch.no_grad()
     def leave(self, name: str, served: Mapping[str, Tensor]) -> None:
         """Send the tokens through the block with the parameters ``served``, and free it.
 
-        ``served``: every parameter by its name within the block, with the value an engine will use.
+        ``served``: every parameter by its name within the block, with the value an engine will use,
+        and the scales of static inputs and of the KV cache.
         """
         if self._propagate == "quantized":
             values = self._computable({local: served[local] for local in self._parameters[name]})
-            with self._rounding_inputs(name, self._parameters[name]):
+            rounded = self._rounded_cache(name, served)
+            with self._rounding_inputs(name, self._parameters[name], served):
                 calls = zip(self._hidden, self._calls[name], strict=True)
                 for index, (batch, call) in enumerate(calls):
-                    self._hidden.put(index, _call(self._blocks[name], values, batch, call))
+                    after = _call(self._blocks[name], values, batch, {**call, **rounded})
+                    self._hidden.put(index, after)
             self._ideal = self._ahead
         else:
             assert self._ahead is not None
             self._hidden = self._ahead
         self._ahead = None
         self._calls.pop(name)
+
+    @torch.no_grad()
+    def cache_scales(self, name: str, served: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The scales of keys and values, float32 ``[1]``, by name in the block; none without cache.
+
+        ``served`` as for ``leave``: what they must cover is what the quantized block computes,
+        after all that algorithms moved. Raises QplugError if that is not finite.
+        """
+        if self._cache is None:
+            return {}
+        observer = ObservedCache()
+        values = self._computable({local: served[local] for local in self._parameters[name]})
+        with self._rounding_inputs(name, self._parameters[name], served):
+            for batch, call, real in zip(self._hidden, self._calls[name], self._real, strict=True):
+                observer.real = real
+                _call(self._blocks[name], values, batch, {**call, self._cache.argument: observer})
+        attention = self._cache.modules[name]
+        if observer.times != len(self._hidden):
+            raise QplugError(f"{name}: fills a KV cache not once, so one scale does not fit it")
+        self._processes.reduce(most=observer.peaks)
+        scales = observer.scales(self._cache.args, f"{name}.{attention}")
+        return {f"{attention}.{local}": scale for local, scale in zip(SCALES, scales, strict=True)}
 
     @torch.no_grad()
     def replay(self, name: str, served: Mapping[str, Tensor]) -> None:
@@ -279,16 +312,30 @@ class Walk:
                 self._ahead.append(_call(self._blocks[name], values, batch, call))
         self.leave(name, served)
 
+    def _rounded_cache(self, name: str, served: Mapping[str, Tensor]) -> dict[str, RoundedCache]:
+        """The argument that makes a block round keys and values; none without cache."""
+        if self._cache is None:
+            return {}
+        scales = (served[f"{self._cache.modules[name]}.{local}"] for local in SCALES)
+        return {self._cache.argument: RoundedCache(self._cache.args, tuple(scales))}
+
     @contextmanager
-    def _rounding_inputs(self, name: str, among: Sequence[str]) -> Iterator[None]:
-        """Within it, linears whose weights are ``among`` the given read what the scheme rounds."""
+    def _rounding_inputs(
+        self, name: str, among: Sequence[str], served: Mapping[str, Tensor]
+    ) -> Iterator[None]:
+        """Within it, linears whose weights are ``among`` the given read what the scheme rounds.
+
+        ``served`` has the scales of static inputs.
+        """
         handles = []
         for local in among:
             path = local.removesuffix(".weight")
             scheme = self._schemes.get(f"{name}.{path}")
             if scheme is not None and scheme.activations is not None:
                 part = self._blocks[name].get_submodule(path)
-                hook = partial(_round_input, scheme.activations)
+                scale = served.get(f"{path}.input_scale")
+                scale = None if scale is None else scale.to(self._device)
+                hook = partial(_round_input, scheme.activations, scale)
                 handles.append(part.register_forward_pre_hook(hook))
         try:
             yield
@@ -359,20 +406,21 @@ def _keep(kept: dict[str, Tensor], name: str, x: Tensor) -> None:
     kept[name] = x
 
 
-def _observe_rows(
-    known: Statistics, share: int, real: Tensor | None, ideal: Tensor | None, x: Tensor
+def _observe(
+    known: Statistics,
+    share: int,
+    real: Tensor | None,
+    ideal: Tensor | None,
+    length: int,
+    x: Tensor,
 ) -> None:
-    """Show ``x: [samples, tokens, in]``, but where ``real: [samples, tokens]`` is false."""
-    known.observe(_rows(x, real), share, None if ideal is None else _rows(ideal, real))
+    known.observe_windows(x, share, length, real, ideal)
 
 
-def _rows(x: Tensor, real: Tensor | None) -> Tensor:
-    rows = x.flatten(0, -2)
-    return rows if real is None else rows[real.flatten().to(rows.device)]
-
-
-def _round_input(args: QuantArgs, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (fake_quantize_activations(inputs[0], args),)
+def _round_input(
+    args: QuantArgs, scale: Tensor | None, module: nn.Module, inputs: tuple[Tensor]
+) -> tuple[Tensor]:
+    return (fake_quantize_activations(inputs[0], args, scale),)
 
 
 def _shortened(call: Mapping[str, Any], length: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -77,6 +77,11 @@ class LiveBlock(Block):
         self._advanced.update(codes)
         names = [f"{name.removeprefix(self.name + '.')}.weight" for name in self._advanced]
         values = {n: dequantize(w) for n, w in zip(names, self._advanced.values(), strict=True)}
+        for linear in self.linears:  # a scheme may round what they read under a fixed scale
+            if linear.input_scale is not None:
+                values[f"{linear.name.removeprefix(self.name + '.')}.input_scale"] = (
+                    linear.input_scale
+                )
         statistics = self._observe_again({**self.masters, **values}, self.masters, names)
         for group in self.groups:
             if any(linear.name not in self._advanced for linear in group.linears):
@@ -104,6 +109,8 @@ class LiveBlock(Block):
         for linear in self.linears:
             if linear in group.linears or linear.name == behind:
                 linear.scale = linear.zero = None
+            if linear in group.linears:
+                linear.input_scale = None
         group.gram /= scale[:, None] * scale
         if group.drift is not None and group.lag is not None:
             group.drift /= scale[:, None] * scale
@@ -113,6 +120,9 @@ class LiveBlock(Block):
         group.low /= scale
         group.high /= scale
         group.sample /= scale
+        for extremes in (group.lows, group.highs):
+            if extremes is not None:
+                extremes /= scale
 
     def spread(
         self,
@@ -141,8 +151,14 @@ class LiveBlock(Block):
         others: Mapping[str, Tensor],
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
-        """Every parameter by its name within the block, as an engine will compute with it."""
+        """Every parameter by its name within the block, as an engine will compute with it.
+
+        Beside them the scales of static inputs, as ``input_scale`` of their linears.
+        """
         values = {f"{name}.weight": dequantize(weight).to(dtype) for name, weight in codes.items()}
+        for name, weight in codes.items():
+            if weight.input_scale is not None:
+                values[f"{name}.input_scale"] = weight.input_scale
         values.update({name: value.to(dtype) for name, value in others.items()})
         return {name.removeprefix(f"{self.name}."): value for name, value in values.items()}
 
@@ -168,6 +184,9 @@ class LiveBlock(Block):
         group.low -= offset
         group.high -= offset
         group.sample -= offset
+        for extremes in (group.lows, group.highs):
+            if extremes is not None:
+                extremes -= offset
         # What is left of |x| is known of the sample alone.
         group.mean_abs = group.sample.abs().mean(0)
 
@@ -220,6 +239,8 @@ def _known(statistics: Statistics) -> dict[str, Any]:
         "mean": statistics.mean,
         "mean_abs": statistics.mean_abs,
         "low": statistics.low,
+        "lows": statistics.lows,
+        "highs": statistics.highs,
         "high": statistics.high,
         "sample": statistics.sample,
         "tokens": statistics.tokens,

@@ -16,7 +16,7 @@ from qplug.checkpoint import Checkpoint, read_json
 from qplug.errors import QplugError
 from qplug.recipe import Recipe
 from qplug.registry import Plugin, Registry
-from qplug.scheme import Scheme
+from qplug.scheme import QuantArgs, Scheme
 from qplug.stages import Report
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ def result_files(
     """
     config = dict(model.config)
     quantization = exporter.config(model, schemes)
+    if recipe.kv_cache is not None:
+        quantization = exporter.with_cache(quantization, recipe.kv_cache)
     if quantization is not None:
         config["quantization_config"] = quantization
     errors = {name: error for report in reports for name, error in report.errors.items()}
@@ -141,6 +143,7 @@ class Manifest:
     schemes: Mapping[str, Scheme]
     errors: Mapping[str, float]
     rewritten: frozenset[str]
+    kv_cache: QuantArgs | None
     online: tuple[str, ...] = ()
 
 
@@ -154,7 +157,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     told = read_json(folder / MANIFEST)
     try:
         kinds = [Scheme.from_dict(plain) for plain in told["schemes"]]
-        layers = told["layers"]
+        layers, cache = told["layers"], told["recipe"]["kv_cache"]
         return Manifest(
             model=told["model"],
             backend=told["recipe"]["backend"],
@@ -163,6 +166,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             schemes={name: kinds[layer["scheme"]] for name, layer in layers.items()},
             errors={name: layer["error"] for name, layer in layers.items()},
             rewritten=frozenset(told["rewritten"]),
+            kv_cache=QuantArgs.from_dict(cache) if cache else None,
             online=tuple(told.get("online", ())),
         )
     except (KeyError, TypeError, IndexError, AttributeError) as error:

@@ -205,23 +205,41 @@ def output_error(difference: Tensor, gram: Tensor) -> float:
     return total.item()
 
 
-def fake_quantize_activations(x: Tensor, args: QuantArgs) -> Tensor:
+def fake_quantize_activations(x: Tensor, args: QuantArgs, scale: Tensor | None = None) -> Tensor:
     """``x: [..., width]`` rounded as an engine rounds it at run time, in the dtype of ``x``.
 
-    One scale a token, or a token and ``group_size`` columns. Engines divide int8 activations by
-    ``max|x| / 127``, not 127.5 as for weights.
+    One scale a token, or a token and ``group_size`` columns; or, for all of ``x``, the static
+    ``scale`` (one element), which without one given covers ``x``. Engines divide int8 activations
+    by ``max|x| / 127``, not 127.5 as for weights.
     """
-    if not (args.dynamic and args.symmetric):
+    if not args.symmetric:
         raise NotImplementedError(f"activations {args}")
-    groups = x.float().reshape(*x.shape[:-1], -1, args.group_size or x.shape[-1])
-    top = FLOAT_MAX[args.dtype] if args.is_float else args.code_range[1]
-    scale = (groups.abs().amax(-1, keepdim=True) / top).clamp_(min=SMALLEST["float32"])
+    if args.strategy == "tensor":
+        groups = x.float().unsqueeze(-2)
+        peak = groups.abs().amax() if scale is None and x.numel() else groups.new_zeros(())
+    elif args.dynamic:
+        groups = x.float().reshape(*x.shape[:-1], -1, args.group_size or x.shape[-1])
+        peak = groups.abs().amax(-1, keepdim=True)
+    else:
+        raise NotImplementedError(f"activations {args}")
+    top = activation_top(args)
+    scale = input_scale(peak, args) if scale is None else scale.float()
     if args.is_float:
         codes = (groups / scale).clamp_(-top, top).to(_FLOAT_DTYPES[args.dtype]).float()
     else:
         codes = (groups / scale).round_().clamp_(*args.code_range)
     rounded: Tensor = (codes * scale).flatten(-2).to(x.dtype)
     return rounded
+
+
+def input_scale(peak: Tensor, args: QuantArgs) -> Tensor:
+    """Float32 scales under which inputs of magnitudes up to ``peak`` are not clipped, positive."""
+    return (peak.float() / activation_top(args)).clamp_(min=SMALLEST["float32"])
+
+
+def activation_top(args: QuantArgs) -> float:
+    """The code that the largest magnitude of an input gets: 127 of int8, 448 of e4m3."""
+    return FLOAT_MAX[args.dtype] if args.is_float else args.code_range[1]
 
 
 def check_width(width: int, args: QuantArgs) -> None:

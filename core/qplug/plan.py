@@ -16,14 +16,16 @@ from qplug.skeleton import natural_order
 class Step:
     """What is read, worked on and written at one go: a linear, a block, or a tensor to copy.
 
-    ``linears`` are quantized, by name; ``others`` are tensors that keep name, dtype and shape.
-    ``outputs`` are the tensors it writes, by their full names.
+    ``linears`` are quantized, by name; ``others`` are tensors that keep name, dtype and shape;
+    ``cache_scales`` are the scales of a KV cache, which the source does not have. ``outputs`` are
+    the tensors it writes, by their full names.
     """
 
     name: str
     linears: Mapping[str, Scheme]
     others: tuple[str, ...]
     outputs: Mapping[str, TensorSpec]
+    cache_scales: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -65,10 +67,12 @@ def make_plan(
     *,
     shard_bytes: int,
     by_block: bool,
+    cache_scales: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Plan:
     """Lay out the run: every tensor of ``source`` in natural order, those in ``schemes`` packed.
 
     ``by_block`` makes a step of each decoder block, else every tensor is a step of its own.
+    ``cache_scales``: the full names of those of each block, float32 ``[1]``.
     """
     steps: dict[str, Step] = {}
     for tensor in natural_order(source.tensors):
@@ -83,6 +87,9 @@ def make_plan(
         block = next((b for b in model.blocks if by_block and tensor.startswith(b + ".")), None)
         key = step.name if block is None else block
         steps[key] = _joined(key, steps[key], step) if key in steps else replace(step, name=key)
+    for block, names in (cache_scales or {}).items():
+        outputs = {**steps[block].outputs, **dict.fromkeys(names, TensorSpec("float32", (1,)))}
+        steps[block] = replace(steps[block], outputs=outputs, cache_scales=names)
     return Plan(tuple(steps.values()), _assign_shards(list(steps.values()), shard_bytes))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qplug.api import Exporter, ModelView
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
+from qplug.kv_cache import SCALES, round_cache
 from qplug.manifest import Manifest, read_manifest
 from qplug.numerics import fake_quantize_activations
 from qplug.online import rotate_inputs
@@ -37,6 +38,7 @@ class Folder:
     manifest: Manifest | None
     exporter: Exporter[Any] | None
     schemes: dict[str, Scheme]
+    kv_cache: QuantArgs | None = None
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor as a float checkpoint would have it, by name; codes as float32."""
@@ -45,7 +47,7 @@ class Folder:
             name, _, local = tensor.rpartition(".")
             if name in self.schemes and local != "bias":
                 packed.setdefault(name, {})[local] = self.checkpoint.read(tensor)
-            else:
+            elif self.kv_cache is None or local not in SCALES:
                 yield tensor, self.checkpoint.read(tensor)
         for name, tensors in packed.items():
             yield f"{name}.weight", self.dequantized(name, tensors)
@@ -61,6 +63,39 @@ class Folder:
                 if tensor.startswith(prefix) and tensor != f"{name}.bias"
             }
         return self.exporter.dequantize(tensors, self.schemes[name])
+
+    def input_scale(self, name: str) -> Tensor | None:
+        """The scale of a linear's static inputs, float32 ``[1]``; None if they have none.
+
+        Raises QplugError if the scheme wants one that is not there.
+        """
+        if self.exporter is None or not self.schemes[name].static_inputs:
+            return None
+        stored = {
+            tensor.removeprefix(f"{name}."): self.checkpoint.read(tensor)
+            for tensor in self.checkpoint.tensors
+            if tensor.startswith(f"{name}.input_")
+        }
+        scale = self.exporter.input_scale(stored)
+        if scale is None:
+            raise QplugError(f"{name}: its inputs are static, but no scale of them is there")
+        return scale
+
+    def cache_scales(self) -> dict[int, tuple[Tensor, ...]]:
+        """The scales of keys and of values, float32 ``[1]``, by the number of the block.
+
+        Raises QplugError if those of a block are not there.
+        """
+        scales = {}
+        for number, block in enumerate(self.view.blocks):
+            found = [
+                [n for n in self.checkpoint.tensors if n.startswith(block + ".") and n.endswith(e)]
+                for e in (f".{local}" for local in SCALES)
+            ]
+            if any(len(names) != 1 for names in found):
+                raise QplugError(f"{block}: has not just one {' and one '.join(SCALES)}")
+            scales[number] = tuple(self.checkpoint.read(n).float().reshape(1) for (n,) in found)
+        return scales
 
 
 def open_folder(
@@ -85,10 +120,11 @@ def open_folder(
     packed = exporter.stored(checkpoint)
     view = packed_view(checkpoint, packed, trust_remote_code=trust_remote_code)
     if config is not None:
-        schemes = exporter.schemes(config, view)
+        schemes, cache = exporter.schemes(config, view), exporter.cache(config)
     else:
         schemes = dict(manifest.schemes) if manifest else {}
-    return Folder(checkpoint, view, manifest, exporter, schemes)
+        cache = manifest.kv_cache if manifest else None
+    return Folder(checkpoint, view, manifest, exporter, schemes, cache)
 
 
 def _find_exporter(
@@ -115,8 +151,9 @@ def load(
 ) -> PreTrainedModel:
     """A float or quantized folder as a transformers model that computes in ``dtype``.
 
-    Weights are dequantized; inputs of linears are rounded as the scheme says, unless
-    ``quantize_activations`` is false. Raises QplugError as ``open_folder``.
+    Weights are dequantized; inputs of linears are rounded as the scheme says, and keys and values
+    as the KV cache has them, unless ``quantize_activations`` is false. Raises QplugError as
+    ``open_folder``.
     """
     folder = open_folder(
         model, registry or Registry.installed(), trust_remote_code=trust_remote_code
@@ -169,6 +206,8 @@ def load_folder(
         rotate_inputs(model, folder.manifest.online)  # before they are rounded
     if quantize_activations:
         _quantize_activations(model, folder)
+        if folder.kv_cache is not None:
+            round_cache(model, folder.kv_cache, folder.cache_scales())
     return model
 
 
@@ -179,11 +218,15 @@ def _quantize_activations(model: PreTrainedModel, folder: Folder) -> None:
             continue
         if not isinstance(modules.get(name), nn.Linear):
             raise QplugError(f"{name}: its activations cannot be quantized here: it is fused")
-        modules[name].register_forward_pre_hook(partial(_round_input, scheme.activations))
+        hook = partial(_round_input, scheme.activations, folder.input_scale(name))
+        modules[name].register_forward_pre_hook(hook)
 
 
-def _round_input(args: QuantArgs, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-    return (fake_quantize_activations(inputs[0], args),)
+def _round_input(
+    args: QuantArgs, scale: Tensor | None, module: nn.Module, inputs: tuple[Tensor, ...]
+) -> tuple[Tensor]:
+    x = inputs[0]
+    return (fake_quantize_activations(x, args, None if scale is None else scale.to(x.device)),)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

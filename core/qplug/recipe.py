@@ -11,7 +11,7 @@ from typing import Any
 
 from qplug.api import ModelView
 from qplug.errors import QplugError
-from qplug.scheme import Scheme, preset
+from qplug.scheme import CACHES, QuantArgs, Scheme, preset
 
 #: Who quantizes where no algorithm of the pipeline does.
 DEFAULT_QUANTIZER = "rtn"
@@ -22,7 +22,8 @@ class Calibration:
     """The data of a run: ``samples`` windows of ``seq_len`` tokens of a dataset.
 
     ``propagate``: whether a block is fed by the ``quantized`` blocks before it, or the ``float``
-    ones. ``batch_size``: samples in one forward pass; None leaves it to the device.
+    ones. ``observer``: how the ranges of static inputs are found. ``batch_size``: samples in one
+    forward pass; None leaves it to the device.
     """
 
     dataset: str = "demo"
@@ -30,6 +31,8 @@ class Calibration:
     samples: int = 128
     seq_len: int = 512
     propagate: str = "quantized"
+    observer: str = "minmax"
+    observer_options: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -42,12 +45,19 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """A plain form for JSON."""
-        return {**self.__dict__, "options": {k: str(v) for k, v in self.options.items()}}
+        return {
+            **self.__dict__,
+            "options": {k: str(v) for k, v in self.options.items()},
+            "observer_options": {k: str(v) for k, v in self.observer_options.items()},
+        }
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A pipeline of algorithms, a scheme with its exceptions, and a backend."""
+    """A pipeline of algorithms, a scheme with its exceptions, and a backend.
+
+    ``kv_cache``: how keys and values are stored; None leaves it to whoever serves.
+    """
 
     algorithms: tuple[str, ...]
     scheme: Scheme
@@ -57,7 +67,14 @@ class Recipe:
     algorithm_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     backend_options: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
+    kv_cache: QuantArgs | None = None
     seed: int = 0
+
+    @property
+    def stores_ranges(self) -> bool:
+        """Whether it writes scales of what the model computes, which only data can tell."""
+        schemes = [self.scheme, *(scheme for _, scheme in self.overrides)]
+        return self.kv_cache is not None or any(scheme.static_inputs for scheme in schemes)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain form for JSON."""
@@ -72,6 +89,7 @@ class Recipe:
             },
             "backend_options": _plain(self.backend_options),
             "calibration": self.calibration.to_dict() if self.calibration else None,
+            "kv_cache": self.kv_cache.to_dict() if self.kv_cache else None,
             "seed": self.seed,
         }
 
@@ -92,6 +110,15 @@ def parse_scheme(name: str, group_size: int | None = None) -> Scheme:
     """The named scheme, with another group size if one is given."""
     scheme = preset(name)
     return scheme if group_size is None else scheme.with_group_size(group_size)
+
+
+def parse_cache(name: str | None) -> QuantArgs | None:
+    """How a KV cache called ``name`` is stored; None for none."""
+    if name is None:
+        return None
+    if name not in CACHES:
+        raise QplugError(f"--kv-cache {name}: there is {', '.join(CACHES)}")
+    return CACHES[name]
 
 
 def assign(recipe: Recipe, model: ModelView) -> dict[str, Scheme]:

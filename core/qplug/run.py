@@ -17,6 +17,7 @@ from qplug.api import Block, Linear, ModelView
 from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
+from qplug.kv_cache import KVCache, find_cache
 from qplug.launch import ALONE, Launch
 from qplug.manifest import fingerprint, result_files
 from qplug.numerics import check_width
@@ -24,7 +25,7 @@ from qplug.output import Content, Output, refuse_existing
 from qplug.plan import Plan, Step, make_plan
 from qplug.preparation import prepare
 from qplug.processes import Processes, join
-from qplug.recipe import Calibration, Recipe, assign, parse_algorithms, parse_scheme
+from qplug.recipe import Calibration, Recipe, assign, parse_algorithms, parse_cache, parse_scheme
 from qplug.registry import Registry
 from qplug.rewriting import rewritten_names
 from qplug.samples import calibration_tokens
@@ -77,6 +78,9 @@ def quantize(
     seq_len: int = 512,
     propagate: str = "quantized",
     batch_size: int | None = None,
+    observer: str = "minmax",
+    observer_options: Mapping[str, Any] | None = None,
+    kv_cache: str | None = None,
     ignore: Sequence[str] = (),
     overrides: Mapping[str, str] | None = None,
     algorithm_options: Mapping[str, Mapping[str, Any]] | None = None,
@@ -94,7 +98,9 @@ def quantize(
 
     ``algo`` is one algorithm or several (``"awq+gptq"``). Those that need data are given
     ``samples`` windows of ``seq_len`` tokens of ``dataset``; block by block, the tokens go on
-    through what was made of the block (``propagate="quantized"``) or through the float one.
+    through what was made of the block (``propagate="quantized"``) or through the float one. So do
+    schemes with static inputs, whose ranges ``observer`` finds (``minmax``, ``moving-average`` or
+    ``histogram``), and ``kv_cache="fp8"``, which stores the scales of keys and values.
     ``overrides`` maps patterns of module names to other schemes. Killed and called again, it goes
     on where it was. Raises QplugError for what the user can mend, before the work where that can
     be known, and leaves nothing behind. Called in each process that torchrun starts, all share the
@@ -110,8 +116,16 @@ def quantize(
         algorithm_options=algorithm_options or {},
         backend_options=backend_options or {},
         calibration=Calibration(
-            dataset, dataset_options or {}, samples, seq_len, propagate, batch_size
+            dataset,
+            dataset_options or {},
+            samples,
+            seq_len,
+            propagate,
+            observer,
+            observer_options or {},
+            batch_size,
         ),
+        kv_cache=parse_cache(kv_cache),
         seed=seed,
     )
     found = find_device(device, launch)
@@ -174,9 +188,15 @@ class Run:
         float_model, view = prepared.checkpoint, prepared.view
         schemes = self._servable(assign(self.recipe, view), view)
         exporter, calibration = self.stages.exporter, self.recipe.calibration
-        by_block = calibration is not None
+        cache = self._cache(source, view)
         plan = make_plan(
-            float_model, view, schemes, exporter, shard_bytes=shard_bytes, by_block=by_block
+            float_model,
+            view,
+            schemes,
+            exporter,
+            shard_bytes=shard_bytes,
+            by_block=calibration is not None,
+            cache_scales={b: cache.scale_names(b) for b in view.blocks} if cache else {},
         )
         source_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
         tokens = None
@@ -214,6 +234,7 @@ class Run:
                     batch_size=calibration.batch_size,
                     with_drift=self.stages.needs_drift,
                     online=prepared.online,
+                    cache=cache,
                     trust_remote_code=self.trust_remote_code,
                     processes=processes,
                 )
@@ -263,6 +284,16 @@ class Run:
             name: scheme.with_scale_dtype(exporter.scale_dtype(scheme, view.dtype))
             for name, scheme in schemes.items()
         }
+
+    def _cache(self, source: Checkpoint, view: ModelView) -> KVCache | None:
+        """Who fills the KV cache, if its scales are to be stored. Raises QplugError if refused."""
+        args, exporter = self.recipe.kv_cache, self.stages.exporter
+        if args is None:
+            return None
+        sentence = exporter.refuses_cache(args)
+        if sentence is not None:
+            raise QplugError(f"--kv-cache: {exporter.name}: {sentence}")
+        return find_cache(source, view, args, trust_remote_code=self.trust_remote_code)
 
     def _tokens(self, calibration: Calibration, model: str, view: ModelView) -> Tensor:
         """The calibration tokens, int64 ``[samples, length]``."""
@@ -329,7 +360,7 @@ class Run:
                     yield self._copied(number, step, source)
                 continue
             if number in done:
-                walk.replay(step.name, self._served(step.linears, step.others, output, step.name))
+                walk.replay(step.name, self._served(step, output))
                 continue
             block = walk.enter(step.name)
             codes = self.stages.quantize(block)
@@ -341,16 +372,21 @@ class Run:
             del block, codes  # on a GPU, the larger part of what it holds
             if not self.stages.exporter.exact:  # what it stores is not quite what the codes say
                 served |= self._dequantized(step.linears, packed, step.name)
-            walk.leave(step.name, served)
+            scales = walk.cache_scales(step.name, served)
+            walk.leave(step.name, served | scales)
             del served
             # Old checkpoints have tensors in their blocks that are no parameters: masks, tables.
             kept = {n: source.tensors[n].chunks() for n in step.others if n not in others}
-            yield number, {**packed, **others, **kept}, report
+            cached = {f"{step.name}.{local}": scale for local, scale in scales.items()}
+            yield number, {**packed, **others, **kept, **cached}, report
 
     def _dequantized(
         self, linears: Mapping[str, Scheme], tensors: Mapping[str, Tensor], block: str
     ) -> dict[str, Tensor]:
-        """The weights that packed ``tensors`` (by full name) stand for, by name in the block."""
+        """The weights that packed ``tensors`` (by full name) stand for, by name in the block.
+
+        Beside them the scales of static inputs.
+        """
         weights = {}
         for name, scheme in linears.items():
             packed = {
@@ -360,27 +396,25 @@ class Run:
             }
             local = name.removeprefix(f"{block}.")
             weights[f"{local}.weight"] = self.stages.exporter.dequantize(packed, scheme)
+            scale = self.stages.exporter.input_scale(packed)
+            if scale is not None:
+                weights[f"{local}.input_scale"] = scale
         return weights
 
-    def _served(
-        self,
-        linears: Mapping[str, Scheme],
-        others: Sequence[str],
-        output: SharedOutput,
-        block: str,
-    ) -> dict[str, Tensor]:
+    def _served(self, step: Step, output: SharedOutput) -> dict[str, Tensor]:
         """What an earlier run wrote of a block, as an engine will compute with it."""
-        modules = dict.fromkeys([*linears, *(name.rpartition(".")[0] for name in others)])
+        kept = (*step.others, *step.cache_scales)
+        modules = dict.fromkeys([*step.linears, *(name.rpartition(".")[0] for name in kept)])
         stored = output.stored([f"{name}." for name in modules])
         tensors = {
             f"{name}.{local}": tensor
-            for name in linears
+            for name in step.linears
             for local, tensor in stored[f"{name}."].items()
         }
-        served = self._dequantized(linears, tensors, block)
-        for name in others:
+        served = self._dequantized(step.linears, tensors, step.name)
+        for name in kept:
             path, _, local = name.rpartition(".")
-            served[name.removeprefix(f"{block}.")] = stored[f"{path}."][local]
+            served[name.removeprefix(f"{step.name}.")] = stored[f"{path}."][local]
         return served
 
 

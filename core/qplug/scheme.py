@@ -6,6 +6,7 @@ The names are the ecosystem's preset names (``W4A16`` ... ``FP8_BLOCK``). Nothin
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -78,6 +79,14 @@ class QuantArgs:
             return -(-out // self.block[0]), -(-width // self.block[1])
         return (1, 1) if self.strategy == "tensor" else (out, 1)
 
+    def to_dict(self) -> dict[str, Any]:
+        """A plain form for JSON; ``from_dict`` reads it back."""
+        return {**self.__dict__, "block": self.block and [*self.block]}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> QuantArgs:
+        return cls(**{**plain, "block": plain["block"] and tuple(plain["block"])})
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -86,6 +95,11 @@ class Scheme:
     name: str
     weights: QuantArgs
     activations: QuantArgs | None = None
+
+    @property
+    def static_inputs(self) -> bool:
+        """Whether inputs are rounded under a stored scale, which calibration data must tell."""
+        return self.activations is not None and not self.activations.dynamic
 
     def with_group_size(self, size: int) -> Scheme:
         """The same scheme with another group size; -1 is one scale for the whole row.
@@ -112,9 +126,7 @@ class Scheme:
         """A plain form for JSON; ``from_dict`` reads it back."""
 
         def plain(args: QuantArgs | None) -> dict[str, Any] | None:
-            if args is None:
-                return None
-            return {**args.__dict__, "block": args.block and [*args.block]}
+            return None if args is None else args.to_dict()
 
         return {
             "name": self.name,
@@ -125,9 +137,7 @@ class Scheme:
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Scheme:
         def args(values: dict[str, Any] | None) -> QuantArgs | None:
-            if values is None:
-                return None
-            return QuantArgs(**{**values, "block": values["block"] and tuple(values["block"])})
+            return None if values is None else QuantArgs.from_dict(values)
 
         weights = args(plain["weights"])
         assert weights is not None
@@ -136,6 +146,8 @@ class Scheme:
 
 _TOKEN_INT8 = QuantArgs("int8", "token", dynamic=True)
 _TOKEN_E4M3 = QuantArgs("e4m3", "token", dynamic=True)
+_STATIC_INT8 = QuantArgs("int8", "tensor")
+_STATIC_E4M3 = QuantArgs("e4m3", "tensor")
 
 #: The schemes that have a name.
 PRESETS: dict[str, Scheme] = {
@@ -145,6 +157,8 @@ PRESETS: dict[str, Scheme] = {
         Scheme("W4A16_ASYM", QuantArgs("int4", "group", 128, symmetric=False)),
         Scheme("W8A16", QuantArgs("int8", "group", 128)),
         Scheme("W8A8", QuantArgs("int8", "channel"), _TOKEN_INT8),
+        Scheme("W8A8_STATIC", QuantArgs("int8", "channel"), _STATIC_INT8),
+        Scheme("FP8", QuantArgs("e4m3", "tensor"), _STATIC_E4M3),
         Scheme("FP8_DYNAMIC", QuantArgs("e4m3", "channel"), _TOKEN_E4M3),
         Scheme(
             "FP8_BLOCK",
@@ -153,6 +167,9 @@ PRESETS: dict[str, Scheme] = {
         ),
     )
 }
+
+#: How the keys and values of attention can be stored: one scale each, a layer.
+CACHES: dict[str, QuantArgs] = {"fp8": _STATIC_E4M3}
 
 
 def preset(name: str) -> Scheme:

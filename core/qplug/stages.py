@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qplug.api import (
@@ -19,9 +19,10 @@ from qplug.api import (
 )
 from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
 from qplug.numerics import relative_error, relative_output_error
+from qplug.observers import find_observer, fix_input_scales, share_tensor_scales
 from qplug.params import fill
 from qplug.plan import Step
-from qplug.recipe import DEFAULT_QUANTIZER, Recipe
+from qplug.recipe import DEFAULT_QUANTIZER, Calibration, Recipe
 from qplug.registry import Registry
 from qplug.scheme import Scheme
 
@@ -91,6 +92,9 @@ class Stages:
             names = " and ".join(algorithm.name for algorithm in quantizers)
             raise QplugError(f"{names} both choose codes; a pipeline can have one that does")
         self.quantizer = quantizers[0] if quantizers else self._algorithm(DEFAULT_QUANTIZER, {})
+        calibration = recipe.calibration or Calibration()
+        self._observer = find_observer(calibration.observer, calibration.observer_options)
+        self._stores_ranges = recipe.stores_ranges
 
     def _algorithm(self, name: str, options: Mapping[str, Any]) -> Algorithm[Any]:
         kind = self._registry.algorithms[name]
@@ -98,8 +102,8 @@ class Stages:
 
     @property
     def needs_data(self) -> bool:
-        """Whether any algorithm reads statistics."""
-        return any(algorithm.needs_data for algorithm in self.pipeline)
+        """Whether any algorithm reads statistics, or scales of them are to be stored."""
+        return self._stores_ranges or any(algorithm.needs_data for algorithm in self.pipeline)
 
     @property
     def needs_drift(self) -> bool:
@@ -121,12 +125,15 @@ class Stages:
         for algorithm in self.pipeline:
             with self._blaming(algorithm, block.name):
                 algorithm.transform(block)
+        fix_input_scales(block, self._observer)
+        share_tensor_scales(block)
         with self._blaming(self.quantizer, block.name):
             codes = self.quantizer.quantize(block)
             wanted = {linear.name for linear in block.linears}
             if set(codes) != wanted:
                 raise ValueError(f"it gave codes for {sorted(codes)}, not {sorted(wanted)}")
-            return codes
+        scales = {linear.name: linear.input_scale for linear in block.linears}
+        return {name: replace(made, input_scale=scales[name]) for name, made in codes.items()}
 
     def report(
         self, block: Block, codes: Mapping[str, QuantizedWeight], rewritten: tuple[str, ...] = ()

@@ -17,10 +17,13 @@ class Statistics:
     """Running sums over the rows of ``x: [tokens, in]``; ``sample`` keeps a few rows themselves.
 
     ``drift`` is the sum of ``xᵀ(y - x)`` and ``lag`` that of ``y - x``, where ``y`` is what the
-    float model would have had in the place of ``x``; None if ``y`` is never given.
+    float model would have had in the place of ``x``; None if ``y`` is never given. ``by_window``
+    keeps the extremes of each window of tokens too.
     """
 
-    def __init__(self, width: int, device: torch.device, sample: int) -> None:
+    def __init__(
+        self, width: int, device: torch.device, sample: int, *, by_window: bool = False
+    ) -> None:
         self.tokens = 0
         self._gram = torch.zeros(width, width, device=device)
         self._is_whole = True
@@ -32,6 +35,40 @@ class Statistics:
         self.high = torch.full((width,), -torch.inf, device=device)
         self._room = sample
         self._kept: list[Tensor] = []
+        self._by_window = by_window
+        self._lows: list[Tensor] = []
+        self._highs: list[Tensor] = []
+
+    def observe_windows(
+        self,
+        x: Tensor,
+        share: int,
+        length: int,
+        real: Tensor | None = None,
+        ideal: Tensor | None = None,
+    ) -> None:
+        """``observe`` ``x: [..., in]``, rows of windows of ``length`` tokens, one after the other.
+
+        However many come in one call, the extremes of each are kept apart; but rows that make no
+        whole windows, as those that are routed to an expert, count as one. Where ``real``, bool
+        ``[windows, tokens]``, is false, a window has ended.
+        """
+        rows = x.flatten(0, -2)
+        kept = None if real is None else real.flatten().to(rows.device)
+        if self._by_window and len(rows):
+            whole = length if len(rows) % length == 0 else len(rows)
+            windows = rows.float().unflatten(0, (-1, whole))
+            low = high = windows
+            if kept is not None:
+                ended = ~kept.view(-1, whole, 1)
+                low = windows.masked_fill(ended, torch.inf)
+                high = windows.masked_fill(ended, -torch.inf)
+            self._lows.append(low.amin(1))
+            self._highs.append(high.amax(1))
+        wanted = None if ideal is None else ideal.flatten(0, -2)
+        if kept is not None:
+            rows, wanted = rows[kept], None if wanted is None else wanted[kept]
+        self.observe(rows, share, wanted)
 
     def observe(self, x: Tensor, share: int, ideal: Tensor | None = None) -> None:
         """Take in ``x: [tokens, in]``; at most ``share`` of its rows go into the sample.
@@ -74,6 +111,16 @@ class Statistics:
         return (self.absolute / max(1, self.tokens)).float()
 
     @property
+    def lows(self) -> Tensor | None:
+        """The least ``x`` of each channel in each window, float32 ``[windows, in]``, if kept."""
+        return torch.cat(self._lows) if self._lows else None
+
+    @property
+    def highs(self) -> Tensor | None:
+        """The greatest, likewise."""
+        return torch.cat(self._highs) if self._highs else None
+
+    @property
     def sample(self) -> Tensor:
         """Some of the rows, float32."""
         return torch.cat(self._kept) if self._kept else self._gram[:0]
@@ -104,10 +151,12 @@ class Statistics:
 
 def share(statistics: Sequence[Statistics], processes: Processes) -> None:
     """Give all processes what each has seen of its tokens: then they have the same statistics."""
-    seen = processes.gather([(each.tokens, each._kept) for each in statistics])
+    seen = processes.gather([(s.tokens, s._kept, s._lows, s._highs) for s in statistics])
     for number, each in enumerate(statistics):
         each.tokens = sum(told[number][0] for told in seen)
         each._kept = [rows for told in seen for rows in told[number][1]]
+        each._lows = [rows for told in seen for rows in told[number][2]]
+        each._highs = [rows for told in seen for rows in told[number][3]]
     sums = [total for each in statistics for total in (each.gram, each.total, each.absolute)]
     sums += [drift for each in statistics for drift in (each.drift, each.lag) if drift is not None]
     processes.reduce(

@@ -39,7 +39,10 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Quantized:
         key = f"{model} {scheme} {sorted(options.items())}"
         if key not in made:
             out = tmp_path_factory.mktemp("quantized") / "out"
-            made[key] = qplug.quantize(model, out, scheme=scheme, device="cpu", **options).out
+            few = {"samples": 4, "seq_len": 64}  # for schemes that calibrate
+            made[key] = qplug.quantize(
+                model, out, scheme=scheme, device="cpu", **{**few, **options}
+            ).out
         return made[key]
 
     return quantize

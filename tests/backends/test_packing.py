@@ -53,7 +53,8 @@ def weights(draw: st.DrawFn) -> tuple[QuantizedWeight, Scheme, str]:
     scale = torch.rand(scales, generator=generator) * 2.0 ** random(-10, 3, scales)
     scale = (scale + 2.0**-14).to(getattr(torch, args.scale_dtype)).float()
     zero = None if args.symmetric else random(0, 2**args.bits - 1, scales).to(torch.uint8)
-    return QuantizedWeight(codes, scale, zero, args), scheme, dtype
+    inputs = torch.rand(1, generator=generator) + 2.0**-14 if scheme.static_inputs else None
+    return QuantizedWeight(codes, scale, zero, args, inputs), scheme, dtype
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -74,6 +75,7 @@ def test_unpack_is_the_inverse_of_pack(drawn: tuple[QuantizedWeight, Scheme, str
     assert same(back.codes, weight.codes)
     assert same(back.scale, weight.scale)
     assert same(back.zero, weight.zero)
+    assert same(back.input_scale, weight.input_scale)
     assert back.args == weight.args
 
 

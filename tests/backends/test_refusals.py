@@ -8,6 +8,7 @@ import pytest
 
 import qplug
 from qplug import PRESETS, ModelView, NoParams, QplugError, QuantArgs, Scheme, preset
+from qplug.scheme import CACHES
 from qplug_compressed_tensors.exporter import CompressedTensors
 from qplug_compressed_tensors.fusing import fused_groups
 from qplug_sglang.engine import SGLang
@@ -46,7 +47,10 @@ def refusal(exporter: CompressedTensors, model: ModelView, *schemes: Scheme | No
         (SGLANG, "FP8_BLOCK", (192, 256), "out_features in multiples of 128, not 192"),
         (VLLM_, "W4A16", (48, 128), "out_features in multiples of 32, not 48"),
         (VLLM_, "W8A16", (64, 48), "in_features in multiples of 32, not 48"),
+        (SGLANG, "FP8", (64, 24), "in_features in multiples of 16, not 24"),
         (VLLM_, "W8A8", (24, 64), "out_features in multiples of 16, not 24"),
+        (VLLM_, "W8A8_STATIC", (24, 64), "out_features in multiples of 16, not 24"),
+        (VLLM_, "FP8", (64, 24), "in_features in multiples of 16, not 24"),
         (VLLM_, "FP8_DYNAMIC", (64, 24), "in_features in multiples of 16, not 24"),
         (VLLM_, "FP8_BLOCK", (128, 200), "in_features in multiples of 128, not 200"),
     ],
@@ -71,6 +75,11 @@ def test_the_multiples_are_enough(exporter: CompressedTensors, scheme: str) -> N
         assert exporter.name == "compressed-tensors"
         return
     row = rows[scheme]
+    if not row.served:
+        assert (exporter.name, scheme) == ("sglang", "W8A8_STATIC")
+        sentence = refusal(exporter, view(up=(128, 128)), preset(scheme))
+        assert sentence == f"layers.0.up: {row.kernel}"
+        return
     model = view(up=(row.out_multiple, row.in_multiple))
     sizes = row.group_sizes or (None,)
     for size in sizes:
@@ -95,6 +104,16 @@ def test_two_formats_are_refused_by_sglang_alone() -> None:
     assert sentence == "SGLang reads one format in a folder, not int-quantized and pack-quantized"
     assert refusal(VLLM_, model, *schemes) is None
     assert refusal(CT, model, *schemes) is None
+
+
+def test_scales_of_a_cache_are_refused_where_they_would_be_dropped(tmp_path: Path) -> None:
+    cache = CACHES["fp8"]
+    assert VLLM_.refuses_cache(cache) is None
+    assert CT.refuses_cache(cache) is None
+    assert "--kv-cache-dtype fp8_e4m3" in str(SGLANG.refuses_cache(cache))
+    with pytest.raises(QplugError, match="--kv-cache: sglang: SGLang drops the scales"):
+        qplug.quantize("qplug:demo", tmp_path / "out", kv_cache="fp8", backend="sglang")
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_widths_in_one_format_are_served(exporter: CompressedTensors) -> None:

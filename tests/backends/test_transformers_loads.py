@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     Quantized = Callable[..., Path]
 
 WEIGHT_ONLY = ("W4A16", "W8A16")
-WITH_ACTIVATIONS = ("W8A8", "FP8_DYNAMIC", "FP8_BLOCK")
+WITH_ACTIVATIONS = ("W8A8", "W8A8_STATIC", "FP8", "FP8_DYNAMIC", "FP8_BLOCK")
 EVERY = (*WEIGHT_ONLY, "W4A16_ASYM", *WITH_ACTIVATIONS)
 
 
@@ -65,17 +66,19 @@ def test_other_groups_are_equal_bit_for_bit(quantized: Quantized, group_size: in
     [*((name, "bfloat16") for name in EVERY), *((name, "float32") for name in WITH_ACTIVATIONS)],
 )
 def test_dequantized_is_equal_bit_for_bit(quantized: Quantized, scheme: str, dtype: str) -> None:
-    out = quantized(scheme)
+    out = quantized(scheme, backend="vllm")
     drop_activations = CompressedTensorsConfig(dequantize=True)
     found = theirs(out, dtype, quantization_config=drop_activations)
     assert torch.equal(found, ours(out, dtype, quantize_activations=False))
 
 
-@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "FP8_BLOCK"])
-def test_fp8_activations_are_equal_bit_for_bit(quantized: Quantized, scheme: str) -> None:
+@pytest.mark.parametrize("scheme", ["W8A8_STATIC", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"])
+def test_fp8_and_static_activations_are_equal_bit_for_bit(
+    quantized: Quantized, scheme: str
+) -> None:
     # In float32: compressed-tensors divides activations in the model's dtype, engines and qplug
     # in float32.
-    out = quantized(scheme)
+    out = quantized(scheme, backend="vllm")
     assert torch.equal(theirs(out, "float32"), ours(out, "float32"))
 
 
@@ -95,12 +98,25 @@ def test_int8_activations_differ_by_their_divisor_alone(
     assert (as_engines_do - reference).norm().item() < 1.1 * 2**0.5 * rounding
 
     # With their divisor in qplug's own code path, nothing is left to differ.
-    def with_their_divisor(x: Tensor, args: QuantArgs) -> Tensor:
+    def with_their_divisor(x: Tensor, args: QuantArgs, given: Tensor | None) -> Tensor:
         scale = x.abs().amax(-1, keepdim=True) / 127.5
         return (x / scale).round().clamp(-128, 127) * scale
 
     monkeypatch.setattr("qplug.reader.fake_quantize_activations", with_their_divisor)
     assert torch.equal(reference, ours(out, "float32"))
+
+
+def test_a_cache_in_fp8_loads(quantized: Quantized) -> None:
+    """Nothing is missing or left over; transformers itself keeps keys and values as they are."""
+    out = quantized("W8A8_STATIC", backend="vllm", kv_cache="fp8")
+    model, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(loading.values()), loading
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    for block in range(4):
+        for name in ("k_scale", "v_scale"):
+            tensor = f"model.layers.{block}.self_attn.{name}"
+            stored = load_file(out / "model.safetensors")[tensor]
+            assert held[tensor].item() == stored.item()
 
 
 def test_two_formats_in_one_folder_are_read_alike(quantized: Quantized) -> None:

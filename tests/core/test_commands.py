@@ -382,6 +382,6 @@ def test_what_the_table_serves_is_not_refused(cli: Cli, tmp_path: Path) -> None:
         served = {row["scheme"] for row in told[backend] if row["served"]}
         assert served
         for scheme in PRESETS:
-            words = ("--scheme", scheme, "--backend", backend, "--dry-run")
+            words = ("--scheme", scheme, "--backend", backend, "--samples", 4, "--dry-run")
             result = cli("quantize", "qplug:demo", "--out", tmp_path / "out", *words)
             assert (result.exit_code == 0) == (scheme in served), (backend, scheme)

@@ -66,13 +66,15 @@ def demo_model() -> PreTrainedModel:
 class Rounded(nn.Module):
     """A linear whose input is rounded before."""
 
-    def __init__(self, linear: nn.Linear, scheme: qplug.Scheme) -> None:
+    def __init__(
+        self, linear: nn.Linear, scheme: qplug.Scheme, scale: Tensor | None = None
+    ) -> None:
         super().__init__()
         assert scheme.activations is not None
-        self.linear, self.args = linear, scheme.activations
+        self.linear, self.args, self.scale = linear, scheme.activations, scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(fake_quantize_activations(x, self.args))
+        return self.linear(fake_quantize_activations(x, self.args, self.scale))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def folder(scheme: str, backend: str = "compressed-tensors") -> Path:
         if (scheme, backend) not in made:
             out = tmp_path_factory.mktemp("quantized") / "out"
-            quantize("qplug:demo", out, scheme=scheme, backend=backend)
+            quantize("qplug:demo", out, scheme=scheme, backend=backend, samples=4, seq_len=64)
             made[scheme, backend] = out
         return made[scheme, backend]
 
@@ -112,6 +114,8 @@ def test_the_second_token_is_predicted_from_the_first() -> None:
     [
         *((scheme, "compressed-tensors") for scheme in PRESETS if scheme != "W8A16"),
         ("W8A8", "fake"),
+        ("W8A8_STATIC", "fake"),
+        ("FP8", "fake"),
     ],
 )
 def test_a_quantized_model(scheme: str, backend: str, folders: Callable[..., Path]) -> None:
@@ -126,7 +130,10 @@ def test_a_quantized_model(scheme: str, backend: str, folders: Callable[..., Pat
         linear.weight = nn.Parameter(opened.dequantized(name))
         assert not torch.equal(linear.weight, before)
         if found.activations is not None:
-            model.set_submodule(name, Rounded(linear, found))
+            scale = None
+            if found.static_inputs:
+                scale = opened.checkpoint.read(f"{name}.input_scale")
+            model.set_submodule(name, Rounded(linear, found, scale))
     wanted = textbook_perplexity(model, text_tokens(5))
     assert evaluated(folder).perplexity == pytest.approx(wanted, rel=1e-6)
     assert wanted != pytest.approx(evaluated("qplug:demo").perplexity, rel=1e-5)

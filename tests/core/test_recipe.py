@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 
-from qplug import PRESETS, ModelView, QplugError, preset
-from qplug.recipe import Recipe, assign, matches, parse_algorithms, parse_scheme
+from qplug import PRESETS, ModelView, QplugError, QuantArgs, preset
+from qplug.recipe import (
+    Calibration,
+    Recipe,
+    assign,
+    matches,
+    parse_algorithms,
+    parse_cache,
+    parse_scheme,
+)
 from qplug.scheme import Scheme
 
 Q, GATE, UP = (f"model.layers.{{}}.{local}" for local in ("attn.q", "mlp.gate", "mlp.up"))
@@ -156,6 +164,8 @@ def test_a_recipe_survives_json(scheme: Scheme) -> None:
         ignore=("*.up",),
         algorithm_options={"gptq": {"damp": 0.01, "cache": Path("folder") / "file"}},
         backend_options={"x": None, "path": Path("file")},
+        calibration=Calibration(observer="moving-average", observer_options={"momentum": 0.5}),
+        kv_cache=parse_cache("fp8"),
         seed=7,
     )
     plain = recipe.to_dict()
@@ -163,3 +173,6 @@ def test_a_recipe_survives_json(scheme: Scheme) -> None:
     assert Scheme.from_dict(plain["scheme"]) == scheme
     assert plain["algorithm_options"] == {"gptq": {"damp": 0.01, "cache": "folder/file"}}
     assert plain["seed"] == 7
+    assert plain["calibration"]["observer"] == "moving-average"
+    assert plain["calibration"]["observer_options"] == {"momentum": "0.5"}
+    assert QuantArgs.from_dict(plain["kv_cache"]) == QuantArgs("e4m3", "tensor")

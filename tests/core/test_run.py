@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +44,15 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 # --- what is written -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", PRESETS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("scheme", "backend"),
+    [pair for pair in product(PRESETS, BACKENDS) if pair != ("W8A8_STATIC", "sglang")],
+)
 def test_the_demo_model_for_every_backend(backend: str, scheme: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = quantize("qplug:demo", out, scheme=scheme, backend=backend)
+    result = quantize(
+        "qplug:demo", out, scheme=scheme, backend=backend, samples=4, seq_len=64, device="cpu"
+    )
     assert result.out == out
     assert (result.resumed, result.dry_run) == (0, False)
     assert len(result.errors) == 28

@@ -33,6 +33,7 @@ def command(registry: Registry, folder: str, as_json: bool) -> None:
         "linear weights": weights,
         "bits per linear weight": round(8 * _linear_bytes(opened) / weights, 3),
         "schemes": dict(Counter(scheme.name for scheme in opened.schemes.values())),
+        "kv cache": opened.kv_cache.dtype if opened.kv_cache else None,
         "float linears": [name for name in view.linears if name not in opened.schemes],
     }
     if as_json:

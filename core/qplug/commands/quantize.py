@@ -11,6 +11,7 @@ import click
 from qplug.params import parse_pairs
 from qplug.progress import progress_bar
 from qplug.registry import Registry
+from qplug.scheme import CACHES
 
 
 @click.command(name="quantize")
@@ -36,6 +37,15 @@ from qplug.registry import Registry
     help="What feeds a block in calibration: the blocks before it as they became, or as they were.",
 )
 @click.option("--batch-size", type=click.IntRange(1), help="Samples in one forward pass.")
+@click.option(
+    "--observer",
+    default="minmax",
+    show_default=True,
+    type=click.Choice(["minmax", "moving-average", "histogram"]),
+    help="How the ranges of static inputs are found.",
+)
+@click.option("--observer-opt", "observer_options", metavar="K=V", multiple=True)
+@click.option("--kv-cache", type=click.Choice(list(CACHES)), help="Store scales for such a cache.")
 @click.option("--ignore", metavar="PATTERN", multiple=True, help="Leave these layers float.")
 @click.option(
     "--override", "overrides", metavar="PATTERN=SCHEME", multiple=True, help="Another scheme."
@@ -70,6 +80,9 @@ def command(
     seq_len: int,
     propagate: str,
     batch_size: int | None,
+    observer: str,
+    observer_options: tuple[str, ...],
+    kv_cache: str | None,
     ignore: tuple[str, ...],
     overrides: tuple[str, ...],
     shard_size: float,
@@ -104,6 +117,9 @@ def command(
             seq_len=seq_len,
             propagate=propagate,
             batch_size=batch_size,
+            observer=observer,
+            observer_options=parse_pairs(observer_options, "--observer-opt"),
+            kv_cache=kv_cache,
             ignore=ignore,
             overrides=parse_pairs(overrides, "--override"),
             algorithm_options=_by_algorithm(options),

@@ -43,10 +43,13 @@ def _plain() -> dict[str, object]:
 def describe(scheme: Scheme) -> str:
     """``int4 weights a group of 128; int8 inputs a token``."""
     inputs = scheme.activations
-    return f"{_args(scheme.weights)} weights" + (f"; {_args(inputs)} inputs" if inputs else "")
+    told = f"{_args(scheme.weights, of_weights=True)} weights"
+    return told + (f"; {_args(inputs, of_weights=False)} inputs" if inputs else "")
 
 
-def _args(args: QuantArgs) -> str:
+def _args(args: QuantArgs, *, of_weights: bool) -> str:
     size = args.group_size or (args.block and "x".join(map(str, args.block)))
     kind = "" if args.symmetric else " asymmetric"
+    if not of_weights and not args.dynamic:
+        return f"{args.dtype}{kind}, one stored scale,"
     return f"{args.dtype}{kind}, a scale each {args.strategy}{f' of {size}' if size else ''},"

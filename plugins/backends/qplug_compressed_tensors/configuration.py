@@ -66,13 +66,14 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     activations = scheme.activations
     return {
         "targets": targets,
-        "weights": _args_to_json(scheme.weights),
-        "input_activations": None if activations is None else _args_to_json(activations),
+        "weights": args_to_json(scheme.weights),
+        "input_activations": None if activations is None else args_to_json(activations),
         "output_activations": None,
     }
 
 
-def _args_to_json(args: QuantArgs) -> dict[str, Any]:
+def args_to_json(args: QuantArgs) -> dict[str, Any]:
+    """``args`` as the fields of compressed-tensors' QuantizationArgs."""
     return {
         "num_bits": args.bits,
         "type": "float" if args.is_float else "int",
@@ -190,6 +191,15 @@ def _scheme(group: Mapping[str, Any]) -> Scheme:
             return preset
     name = f"{weights.dtype}/{activations.dtype if activations else '-'}"
     return Scheme(name, weights, activations)
+
+
+def cache_of(config: Mapping[str, Any]) -> QuantArgs | None:
+    """How a ``quantization_config`` says that the KV cache is stored; None if it stays float."""
+    told = config.get("kv_cache_scheme")
+    try:
+        return None if told is None else _args_from_json(told)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise QplugError(f"kv_cache_scheme is not whole: {error!r}") from error
 
 
 def _args_from_json(args: Mapping[str, Any]) -> QuantArgs:

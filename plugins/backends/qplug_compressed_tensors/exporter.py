@@ -9,10 +9,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from qplug import Exporter, ModelView, NoParams, Problem, QuantizedWeight, Scheme, TensorSpec
+from qplug import (
+    Exporter,
+    ModelView,
+    NoParams,
+    Problem,
+    QuantArgs,
+    QuantizedWeight,
+    Scheme,
+    TensorSpec,
+)
 from qplug_compressed_tensors.configuration import (
     PACK_QUANTIZED,
     Configuration,
+    args_to_json,
+    cache_of,
     format_of,
     write_config,
 )
@@ -54,7 +65,10 @@ class CompressedTensors(Exporter[NoParams]):
         scale = TensorSpec(args.scale_dtype, (1,) if args.strategy == "tensor" else scales)
         if format_of(scheme) != PACK_QUANTIZED:
             code = "float8_e4m3fn" if args.is_float else "int8"
-            return {"weight": TensorSpec(code, shape), "weight_scale": scale}
+            packed = {"weight": TensorSpec(code, shape), "weight_scale": scale}
+            if scheme.static_inputs:
+                packed["input_scale"] = TensorSpec("float32", (1,))
+            return packed
         words = 32 // args.bits
         packed = {
             "weight_packed": TensorSpec("int32", (out, -(-width // words))),
@@ -71,7 +85,12 @@ class CompressedTensors(Exporter[NoParams]):
         if args.strategy == "tensor":
             scale = scale.reshape(1)
         if format_of(scheme) != PACK_QUANTIZED:
-            return {"weight": codes, "weight_scale": scale}
+            packed = {"weight": codes, "weight_scale": scale}
+            if scheme.static_inputs:
+                if weight.input_scale is None:
+                    raise ValueError(f"{scheme.name} needs an input_scale")
+                packed["input_scale"] = weight.input_scale
+            return packed
         if args.symmetric:  # words hold codes counted from 0; bytes wrap as they should
             codes = codes.view(torch.uint8) + 2 ** (args.bits - 1)
         packed = {
@@ -90,7 +109,8 @@ class CompressedTensors(Exporter[NoParams]):
         if args.strategy == "tensor":
             scale = scale.reshape(1, 1)
         if format_of(scheme) != PACK_QUANTIZED:
-            return QuantizedWeight(tensors["weight"], scale, None, args)
+            inputs = self.input_scale(tensors)
+            return QuantizedWeight(tensors["weight"], scale, None, args, inputs)
         out, width = tensors["weight_shape"].tolist()
         codes = unpack_words(tensors["weight_packed"], args.bits, width)
         if args.symmetric:
@@ -101,6 +121,15 @@ class CompressedTensors(Exporter[NoParams]):
 
     def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
         return write_config(model, schemes)
+
+    def refuses_cache(self, cache: QuantArgs) -> str | None:
+        return None
+
+    def with_cache(self, config: dict[str, Any] | None, cache: QuantArgs) -> dict[str, Any] | None:
+        return None if config is None else {**config, "kv_cache_scheme": args_to_json(cache)}
+
+    def cache(self, config: Mapping[str, Any]) -> QuantArgs | None:
+        return cache_of(config)
 
     def stored(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
         shapes = {}

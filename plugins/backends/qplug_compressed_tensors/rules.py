@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qplug import Exporter, ModelView, Problem, Scheme
+from qplug import Exporter, ModelView, Problem, QuantArgs, Scheme
 from qplug_compressed_tensors.configuration import (
     FLOAT_QUANTIZED,
     INT_QUANTIZED,
     PACK_QUANTIZED,
     Configuration,
+    cache_of,
     format_of,
 )
 from qplug_compressed_tensors.fusing import fused_groups
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 _FORMATS = (PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED)
 _FLOATS = ("bfloat16", "float16", "float32")
+_SCALES = ("weight_scale", "input_scale")
+_CACHE_SCALES = ("k_scale", "v_scale")
+_CACHE = QuantArgs("e4m3", "tensor")
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def codes_are_laid_out(case: Case) -> Iterator[Problem]:
                 yield Problem(
                     "shape", name, f"{local} is {list(stored.shape)}, not {list(wanted.shape)}"
                 )
-            allowed = _FLOATS if local == "weight_scale" else (wanted.dtype,)
+            allowed = _FLOATS if local in _SCALES else (wanted.dtype,)
             if stored.dtype not in allowed:
                 yield Problem("dtype", name, f"{local} is {stored.dtype}, not {wanted.dtype}")
 
@@ -142,19 +146,58 @@ def head_and_embedding_are_float(case: Case) -> Iterator[Problem]:
 def numbers_are_sound(case: Case) -> Iterator[Problem]:
     """Scales are finite and positive, and ``weight_shape`` tells the truth."""
     for name in case.schemes:
-        for local in ("weight_scale", "weight_shape"):
+        for local in (*_SCALES, "weight_shape"):
             if f"{name}.{local}" not in case.folder.tensors:
                 continue
             values = case.folder.read(f"{name}.{local}")
-            if local == "weight_scale" and not (
-                torch.isfinite(values.float()).all() and (values.float() > 0).all()
-            ):
+            if local in _SCALES and not _is_sound(values):
                 yield Problem("scale", name, "a scale is zero, negative, or not finite")
             shape = list(case.model.linears[name])
             if local == "weight_shape" and values.flatten().tolist() != shape:
                 yield Problem(
                     "weight_shape", name, f"says {values.tolist()}, but the layer is {shape}"
                 )
+
+
+def _is_sound(scales: torch.Tensor) -> bool:
+    return bool((torch.isfinite(scales.float()) & (scales.float() > 0)).all())
+
+
+def cache_scales_are_whole(case: Case) -> Iterator[Problem]:
+    """Where the KV cache has a scheme every block has one scale of keys and one of values."""
+    args = cache_of(case.folder.config["quantization_config"])
+    found = {
+        block: [
+            tensor
+            for tensor in case.folder.tensors
+            if tensor.startswith(f"{block}.") and tensor.rpartition(".")[2] in _CACHE_SCALES
+        ]
+        for block in case.model.blocks
+    }
+    if args is None:
+        for tensor in sorted(name for names in found.values() for name in names):
+            yield Problem("unexpected", tensor, "there is no kv_cache_scheme it belongs to")
+        return
+    if args != _CACHE:
+        yield Problem("cache", "config.json", f"{args.dtype} a {args.strategy} is no KV cache's")
+        return
+    for block, names in found.items():
+        local = sorted(name.rpartition(".")[2] for name in names)
+        if local != sorted(_CACHE_SCALES) or len({n.rpartition(".")[0] for n in names}) != 1:
+            told = " and ".join(sorted(n.removeprefix(f"{block}.") for n in names)) or "none"
+            yield Problem("missing", block, f"one k_scale and one v_scale are wanted, not {told}")
+        for name in sorted(names):
+            spec = case.folder.tensors[name].spec
+            if spec.dtype not in _FLOATS or spec.shape not in ((), (1,)):
+                yield Problem("shape", name, f"is {spec.dtype} {list(spec.shape)}, not float32 [1]")
+            elif not _is_sound(case.folder.read(name)):
+                yield Problem("scale", name, "a scale is zero, negative, or not finite")
+
+
+def no_cache_scales(case: Case) -> Iterator[Problem]:
+    """There are no scales of a KV cache: SGLang drops them, and says nothing."""
+    if cache_of(case.folder.config["quantization_config"]) is not None:
+        yield Problem("cache", "config.json", "kv_cache_scheme is not read: its scales are dropped")
 
 
 def one_format(case: Case) -> Iterator[Problem]:
@@ -175,4 +218,5 @@ RULES: tuple[Rule, ...] = (
     floats_are_float,
     kernels_take_the_shapes,
     numbers_are_sound,
+    cache_scales_are_whole,
 )

@@ -17,6 +17,8 @@ CAPABILITIES = (
     Capability("W4A16_ASYM", "Machete or Marlin", True, _GROUPS, 32, 32, _BOTH),
     Capability("W8A16", "Machete or Marlin", True, _GROUPS, 32, 32, f"{_GPU}; not on CPU"),
     Capability("W8A8", "Cutlass int8", True, (), 16, 16, _BOTH),
+    Capability("W8A8_STATIC", "Cutlass int8", True, (), 16, 16, _BOTH),
+    Capability("FP8", "Cutlass fp8", True, (), 16, 16, f"{_GPU}; not on CPU"),
     Capability("FP8_DYNAMIC", "Cutlass fp8", True, (), 16, 16, _BOTH),
     Capability("FP8_BLOCK", "Cutlass or Triton fp8", True, (), 128, 128, f"{_GPU}; not on CPU"),
 )

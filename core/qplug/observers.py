@@ -1,0 +1,160 @@
+"""Which magnitudes of its inputs a static scale covers: observers, and the scales they lead to.
+
+Ranges are those of an input group, so the linears that read one tensor get one scale: engines that
+fuse them take the largest anyway.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qplug.api import Block, Component, InputGroup, NoParams, P
+from qplug.errors import QplugError
+from qplug.numerics import fake_quantize_activations, input_scale, scale_of
+from qplug.params import Param, fill
+from qplug.scheme import QuantArgs
+
+
+class Observer(Component[P]):
+    """Decides up to where the inputs of a group are not clipped."""
+
+    @abstractmethod
+    def peak(self, group: InputGroup, args: QuantArgs) -> Tensor:
+        """The largest ``|x|`` that is to keep a code of its own, float32 ``[]``.
+
+        Asked once everything that moves scale has run; ``args`` is how inputs are rounded.
+        """
+
+
+class MinMax(Observer[NoParams]):
+    """The largest magnitude of all tokens: nothing is clipped."""
+
+    name = "minmax"
+
+    def peak(self, group: InputGroup, args: QuantArgs) -> Tensor:
+        return torch.maximum(group.high.amax(), -group.low.amin())
+
+
+@dataclass(frozen=True)
+class MovingAverageParams:
+    momentum: Annotated[
+        float, Param("The share of a new window in the average.", 0, 1, ("averaging_constant",))
+    ] = 0.01
+
+
+class MovingAverage(Observer[MovingAverageParams]):
+    """The extremes of each calibration window, averaged as they come: rare outliers are clipped."""
+
+    name = "moving-average"
+    Params = MovingAverageParams
+
+    def peak(self, group: InputGroup, args: QuantArgs) -> Tensor:
+        assert group.lows is not None
+        assert group.highs is not None
+        lows, highs = group.lows.amin(1), group.highs.amax(1)  # [windows]
+        low, high = lows[0].clone(), highs[0].clone()
+        for window in range(1, len(lows)):
+            low += self.params.momentum * (lows[window] - low)
+            high += self.params.momentum * (highs[window] - high)
+        return torch.maximum(high, -low).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class HistogramParams:
+    bins: Annotated[int, Param("Bins in which a magnitude doubles.", 8, 65536)] = 256
+    octaves: Annotated[int, Param("Halvings until a magnitude is taken for 0.", 1)] = 24
+    steps: Annotated[int, Param("Thresholds that are tried in each halving.", 1)] = 16
+
+
+class Histogram(Observer[HistogramParams]):
+    """The threshold of least squared rounding error, on a histogram of some of the tokens.
+
+    Bins are of equal ratio, not of equal width: they stay finer than the steps of a grid whatever
+    the threshold. No threshold is below a 256th of the largest magnitude.
+    """
+
+    name = "histogram"
+    Params = HistogramParams
+    _HALVINGS: ClassVar[int] = 8
+
+    def peak(self, group: InputGroup, args: QuantArgs) -> Tensor:
+        top = torch.maximum(group.high.amax(), -group.low.amin())
+        if not top > 0:
+            return top
+        counts, values = self._histogram(group.sample, top)
+        best, least = top, torch.inf
+        for step in range(self._HALVINGS * self.params.steps + 1):
+            threshold = top * 2.0 ** (-step / self.params.steps)
+            rounded = fake_quantize_activations(values, args, input_scale(threshold, args))
+            error = (counts * (rounded - values).double().square()).sum().item()
+            if error < least:
+                best, least = threshold, error
+        return best
+
+    def _histogram(self, sample: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts, float64, and middles, float32, of the bins of ``|x| / top``; zeros have none."""
+        bins, octaves = self.params.bins, self.params.octaves
+        counts = torch.zeros(bins * octaves, dtype=torch.int64, device=sample.device)
+        for rows in sample.split(64):
+            halvings = torch.log2(rows.abs().flatten() / top) + octaves  # at most `octaves`
+            places = (halvings[halvings > 0] * bins).long().clamp_(max=len(counts) - 1)
+            counts += torch.bincount(places, minlength=len(counts))
+        middles = (torch.arange(len(counts), device=sample.device) + 0.5) / bins - octaves
+        return counts.double(), top * torch.exp2(middles)
+
+
+OBSERVERS: dict[str, type[Observer[Any]]] = {
+    kind.name: kind for kind in (MinMax, MovingAverage, Histogram)
+}
+
+
+def find_observer(name: str, options: Mapping[str, Any]) -> Observer[Any]:
+    """Raises QplugError if there is none of that name, or an option is wrong."""
+    if name not in OBSERVERS:
+        raise QplugError(f"--observer {name}: there are {', '.join(OBSERVERS)}")
+    kind = OBSERVERS[name]
+    params: object = fill(kind.Params, options, f"observer {name}")
+    return kind(params)
+
+
+def fix_input_scales(block: Block, observer: Observer[Any]) -> None:
+    """Choose ``input_scale`` of the linears of ``block`` that have static inputs and none yet.
+
+    Raises QplugError, without the block's name, where no token has shown a range.
+    """
+    for group in block.groups:
+        for args in dict.fromkeys(linear.activations for linear in group.linears):
+            if args is None or args.dynamic:
+                continue
+            if not (group.tokens and torch.isfinite(group.high - group.low).all()):
+                names = ", ".join(linear.name for linear in group.linears)
+                raise QplugError(f"{names}: no range of inputs was seen in the calibration data")
+            scale = input_scale(observer.peak(group, args), args).reshape(1)
+            for linear in group.linears:
+                if linear.activations == args and linear.input_scale is None:
+                    linear.input_scale = scale
+    for linear in block.linears:
+        if linear.activations and not linear.activations.dynamic and linear.input_scale is None:
+            raise QplugError(f"{linear.name}: no token of the calibration data reached it")
+
+
+def share_tensor_scales(block: Block) -> None:
+    """Give the linears of a group whose weights have one scale each the same: the largest.
+
+    Engines fuse such linears, keep the largest scale, and round the codes of the others once more:
+    with one scale from the start there is nothing left to round.
+    """
+    for group in block.groups:
+        for args in dict.fromkeys(linear.args for linear in group.linears):
+            if args.strategy != "tensor" or not args.symmetric:
+                continue
+            alike = [linear for linear in group.linears if linear.args == args]
+            shared = torch.stack([scale_of(linear)[0] for linear in alike]).amax(0)
+            for linear in alike:
+                linear.scale, linear.zero = shared, None
