@@ -166,7 +166,8 @@ class Walk:
             statistics[first] = Statistics(
                 linear.in_features, self._device, _SAMPLE, by_window=static
             )
-            observe = partial(_observe_input, statistics[first], share)
+            length = self._hidden[0].shape[1]
+            observe = partial(_observe_input, statistics[first], share, length)
             handles.append(linear.register_forward_pre_hook(observe))
         try:
             self._forward(name, module, keep=self._propagate == "float")
@@ -279,9 +280,9 @@ def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def _observe_input(
-    statistics: Statistics, share: int, module: nn.Module, inputs: tuple[Tensor]
+    statistics: Statistics, share: int, length: int, module: nn.Module, inputs: tuple[Tensor]
 ) -> None:
-    statistics.observe_windows(inputs[0], share)
+    statistics.observe_windows(inputs[0], share, length)
 
 
 def _round_input(

@@ -26,16 +26,19 @@ class Statistics:
         self._lows: list[Tensor] | None = [] if by_window else None
         self._highs: list[Tensor] = []
 
-    def observe_windows(self, x: Tensor, share: int) -> None:
-        """``observe`` ``x: [windows, tokens, in]``, or one window ``[tokens, in]``.
+    def observe_windows(self, x: Tensor, share: int, length: int) -> None:
+        """``observe`` ``x: [..., in]``, rows of windows of ``length`` tokens, one after the other.
 
-        However many come in one call, the extremes of each are kept apart.
+        However many come in one call, the extremes of each are kept apart; but rows that make no
+        whole windows, as those that are routed to an expert, count as one.
         """
-        if self._lows is not None:
-            low, high = torch.aminmax(x.reshape(-1, *x.shape[-2:]), dim=1)
+        rows = x.flatten(0, -2)
+        if self._lows is not None and len(rows):
+            whole = length if len(rows) % length == 0 else len(rows)
+            low, high = torch.aminmax(rows.unflatten(0, (-1, whole)), dim=1)
             self._lows.append(low.float())
             self._highs.append(high.float())
-        self.observe(x.flatten(0, -2), share)
+        self.observe(rows, share)
 
     def observe(self, x: Tensor, share: int) -> None:
         """Take in ``x: [tokens, in]``; at most ``share`` of its rows go into the sample."""
