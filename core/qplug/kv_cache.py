@@ -232,8 +232,10 @@ def round_cache(
             cache.rounds = True
         return inputs, {**call, "past_key_values": cache}
 
+    # Some heads call the decoder inside their base model, others the base model itself.
     base: nn.Module = model.base_model  # type: ignore[assignment]
-    base.register_forward_pre_hook(give, with_kwargs=True)
+    for part in dict.fromkeys((model, base)):
+        part.register_forward_pre_hook(give, with_kwargs=True)
 
 
 def _round_then(

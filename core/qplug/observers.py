@@ -67,9 +67,9 @@ class MovingAverage(Observer[MovingAverageParams]):
 
 @dataclass(frozen=True)
 class HistogramParams:
-    bins: Annotated[int, Param("Bins in which a magnitude doubles.", 8, 65536)] = 256
-    octaves: Annotated[int, Param("Halvings until a magnitude is taken for 0.", 1)] = 24
-    steps: Annotated[int, Param("Thresholds that are tried in each halving.", 1)] = 16
+    bins: Annotated[int, Param("Bins in which a magnitude doubles.", 8, 65536)] = 512
+    octaves: Annotated[int, Param("Halvings until a magnitude is taken for 0.", 1)] = 16
+    steps: Annotated[int, Param("Thresholds that are tried in each halving.", 1)] = 64
 
 
 class Histogram(Observer[HistogramParams]):

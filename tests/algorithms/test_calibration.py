@@ -36,6 +36,9 @@ RUN: dict[str, Any] = {
     "device": "cpu",
 }
 W8A8: dict[str, Any] = {"scheme": "W8A8", "group_size": None}
+FP8: dict[str, Any] = {"scheme": "FP8", "group_size": None}
+STATIC: dict[str, Any] = {"scheme": "W8A8_STATIC", "group_size": None}
+CACHE: dict[str, Any] = {"kv_cache": "fp8"}
 #: Searches that take no longer than a test needs.
 SHORT: dict[str, dict[str, Any]] = {
     "awq": {"ratios": 3, "clip_steps": 3, "clip_in_search": 0},
@@ -290,6 +293,11 @@ def tokens_given(make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Te
         ("llama", "gptq", "FP8_DYNAMIC", "compressed-tensors"),
         ("llama", "awq", "W8A8", "compressed-tensors"),
         ("llama", "awq", "W4A16", "fake"),
+        ("llama", "smoothquant+gptq", "FP8", "compressed-tensors"),
+        ("llama", "awq", "W8A8_STATIC", "fake"),
+        ("llama", "awq", "W4A16 fp8", "compressed-tensors"),
+        ("gemma2", "rtn", "FP8 fp8", "compressed-tensors"),
+        ("gpt-neox", "rtn", "W8A8_STATIC fp8", "fake"),
         ("qwen2", "smoothquant+gptq", "W8A8", "compressed-tensors"),
         ("gemma2", "awq", "W4A16", "compressed-tensors"),
         ("gemma3", "awq+gptq", "W4A16", "fake"),
@@ -310,7 +318,9 @@ def test_a_block_is_fed_by_what_an_engine_computes(
     tokens_given: Tensor,
     record: dict[str, tuple[Tensor, Tensor]],
 ) -> None:
+    """``scheme`` may have that of a KV cache behind it."""
     source = family(name, dtype)
+    scheme, _, cache = scheme.partition(" ")
     size = 16 if scheme.startswith("W4") else None
     out = qplug.quantize(
         str(source),
@@ -319,6 +329,7 @@ def test_a_block_is_fed_by_what_an_engine_computes(
         scheme=scheme,
         backend=backend,
         group_size=size,
+        kv_cache=cache or None,
         algorithm_options={name: SHORT[name] for name in algo.split("+") if name in SHORT},
         device="cpu",
     ).out
@@ -408,6 +419,20 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("opt", torch.bfloat16, "quantized", {"algo": "osplus+gptq", **W8A8}),
         ("opt", torch.bfloat16, "float", {"algo": "osplus", **W8A8}),
         ("gpt-neox", torch.float32, "quantized", {"algo": "gptq"}),
+        ("llama", torch.bfloat16, "quantized", {"algo": "smoothquant+gptq", **FP8, **CACHE}),
+        ("llama", torch.bfloat16, "float", {"algo": "rtn", **FP8, **CACHE}),
+        (
+            "opt",
+            torch.float16,
+            "quantized",
+            {"algo": "osplus", **STATIC, **CACHE, "backend": "fake", "observer": "histogram"},
+        ),
+        (
+            "qwen2",
+            torch.bfloat16,
+            "quantized",
+            {"algo": "awq", **STATIC, "observer": "moving-average"},
+        ),
     ],
 )
 def test_killed_after_any_block(

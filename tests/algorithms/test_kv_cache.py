@@ -25,6 +25,11 @@ Family = Callable[..., Path]
 MakeTokens = Callable[..., Tensor]
 
 FP8 = CACHES["fp8"]
+#: Searches that take no longer than a test needs.
+SHORT: dict[str, dict[str, Any]] = {
+    "awq": {"ratios": 3, "clip_steps": 2, "clip_in_search": 0},
+    "osplus": {"steps": 3},
+}
 #: The module that fills the cache, and the name by which blocks know the cache.
 SITES = {
     **dict.fromkeys(
@@ -135,14 +140,7 @@ def test_scales_just_cover_what_the_quantized_model_stores(
         group_size=16 if scheme == "W4A16" else None,
         backend="compressed-tensors",
         kv_cache="fp8",
-        algorithm_options={
-            key: value
-            for key, value in {
-                "awq": {"ratios": 3, "clip_steps": 2},
-                "osplus": {"steps": 3},
-            }.items()
-            if key in algo
-        },
+        algorithm_options={algo: SHORT[algo]} if algo in SHORT else {},
         device="cpu",
     ).out
     assert qplug.verify(str(out)).problems == ()

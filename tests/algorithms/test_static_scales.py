@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ TOPS = {INT8: 127.0, E4M3: 448.0, INT4: 7.0}
 def seen(x: Tensor, *linears: Linear, room: int = 10**6) -> InputGroup:
     """The group of ``linears`` that read ``x: [windows, tokens, in]``."""
     known = Statistics(x.shape[-1], torch.device("cpu"), room, by_window=True)
-    known.observe_windows(x, room)
+    known.observe_windows(x, room, x.shape[1])
     return InputGroup(
         linears=linears,
         gram=known.gram,
@@ -73,18 +73,13 @@ def test_extremes_and_their_averages_are_the_textbook_s(
     x = torch.randn(windows, tokens, width, generator=generator) + 0.5
     group = seen(x)
     assert peak("minmax", group) == x.abs().max().item()
-    low, high = None, None
-    for window in x.double().numpy():
-        least, most = window.min(), window.max()
-        low = least if low is None else low + momentum * (least - low)
-        high = most if high is None else high + momentum * (most - high)
-    assert low is not None
-    assert high is not None
-    wanted = max(abs(low), abs(high)) if max(-low, high) > 0 else 0.0
-    assert peak("moving-average", group, momentum=momentum) == pytest.approx(
-        max(high, -low, 0.0), rel=1e-5
-    )
-    assert wanted >= 0
+    values = x.double().numpy()
+    low, high = values[0].min(), values[0].max()
+    for window in values[1:]:
+        low += momentum * (window.min() - low)
+        high += momentum * (window.max() - high)
+    wanted = max(high, -low, 0.0)
+    assert peak("moving-average", group, momentum=momentum) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_the_average_moves_by_a_hundredth() -> None:
@@ -296,7 +291,7 @@ def inputs_of(model: Any, tokens: Tensor, names: dict[str, float]) -> dict[str, 
 
 
 @pytest.fixture
-def tokens_given(make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tensor]:
+def tokens_given(make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Runs calibrate on these tokens, not on those of a dataset."""
     tokens = make_tokens(4, 20)
     monkeypatch.setattr("qplug.run.calibration_tokens", lambda *args, **kwargs: tokens)

@@ -54,13 +54,21 @@ class Case:
     scheme: str
     group_size: int | None = None
     backend: str = "vllm"
+    kv_cache: str | None = None
 
     def __str__(self) -> str:
         sizes = {None: "", -1: "-channel"}
-        return f"{self.scheme}{sizes.get(self.group_size, f'-g{self.group_size}')}-{self.backend}"
+        size = sizes.get(self.group_size, f"-g{self.group_size}")
+        cache = f"-{self.kv_cache}-cache" if self.kv_cache else ""
+        return f"{self.scheme}{size}{cache}-{self.backend}"
 
 
-ACTIVATIONS = [Case("W8A8"), Case("FP8_DYNAMIC")]
+ACTIVATIONS = [
+    Case("W8A8"),
+    Case("FP8_DYNAMIC"),
+    Case("W8A8_STATIC"),
+    Case("W8A8", kv_cache="fp8"),
+]
 CASES = [
     Case("W4A16"),
     Case("W4A16", group_size=32),
@@ -81,6 +89,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Path]:
             scheme=case.scheme,
             group_size=case.group_size,
             backend=case.backend,
+            kv_cache=case.kv_cache,
+            samples=16,
             device="cpu",
         )
     return {case: base / str(case) for case in CASES}
