@@ -280,6 +280,9 @@ class Exporter(Component[P]):
     serve_command: ClassVar[str | None] = None
     #: Whether ``unpack`` gives back the very codes.
     exact: ClassVar[bool] = True
+    #: Whether an engine computes with what is stored. Where none does, floats may be rounded as no
+    #: engine rounds them (``use_qtorch``).
+    served: ClassVar[bool] = True
     #: The ``quant_method`` of folders that this exporter reads though qplug did not write them.
     quant_method: ClassVar[str | None] = None
 

@@ -21,7 +21,15 @@ from qplug.manifest import fingerprint, result_files
 from qplug.numerics import check_width
 from qplug.output import Content, Output, refuse_existing
 from qplug.plan import Plan, make_plan
-from qplug.recipe import Calibration, Recipe, assign, parse_algorithms, parse_scheme
+from qplug.qtorch_rounding import require_qtorch
+from qplug.recipe import (
+    Calibration,
+    Recipe,
+    assign,
+    parse_algorithms,
+    parse_scheme,
+    with_qtorch,
+)
 from qplug.registry import Registry
 from qplug.samples import calibration_tokens
 from qplug.scheme import Scheme
@@ -75,6 +83,7 @@ def quantize(
     overrides: Mapping[str, str] | None = None,
     algorithm_options: Mapping[str, Mapping[str, Any]] | None = None,
     backend_options: Mapping[str, Any] | None = None,
+    use_qtorch: bool = False,
     shard_bytes: int = SHARD_BYTES,
     seed: int = 0,
     device: str = "auto",
@@ -89,9 +98,10 @@ def quantize(
     ``algo`` is one algorithm or several (``"awq+gptq"``). Those that need data are given
     ``samples`` windows of ``seq_len`` tokens of ``dataset``; block by block, the tokens go on
     through what was made of the block (``propagate="quantized"``) or through the float one.
-    ``overrides`` maps patterns of module names to other schemes. Killed and called again, it goes
-    on where it was. Raises QplugError for what the user can mend, before the work where that can
-    be known, and leaves nothing behind.
+    ``overrides`` maps patterns of module names to other schemes. ``use_qtorch`` has the package
+    qtorch round to float formats, for a backend that only measures. Killed and called again, it
+    goes on where it was. Raises QplugError for what the user can mend, before the work where that
+    can be known, and leaves nothing behind.
     """
     recipe = Recipe(
         algorithms=parse_algorithms(algo),
@@ -104,6 +114,8 @@ def quantize(
         calibration=Calibration(dataset, dataset_options or {}, samples, seq_len, propagate),
         seed=seed,
     )
+    if use_qtorch:
+        recipe = with_qtorch(recipe)
     run = Run(recipe, registry or Registry.installed(), find_device(device), trust_remote_code)
     return run(model, Path(out), shard_bytes, overwrite, dry_run, watch or (lambda *_: None))
 
@@ -190,6 +202,13 @@ class Run:
             except QplugError as error:
                 raise QplugError(f"{name}: {error}; choose another --group-size") from None
         exporter = self.stages.exporter
+        if any(scheme.uses_qtorch for scheme in schemes.values()):
+            if exporter.served:
+                raise QplugError(
+                    f"{exporter.name}: use_qtorch: engines do not round as qtorch does; "
+                    "measure it with --backend fake"
+                )
+            require_qtorch()
         sentence = exporter.refuses(view, schemes)
         if sentence is not None:
             raise QplugError(f"{exporter.name}: {sentence}")

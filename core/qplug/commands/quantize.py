@@ -39,6 +39,7 @@ from qplug.registry import Registry
 @click.option(
     "--override", "overrides", metavar="PATTERN=SCHEME", multiple=True, help="Another scheme."
 )
+@click.option("--use-qtorch", is_flag=True, help="Round floats by qtorch, for --backend fake.")
 @click.option(
     "--shard-size",
     default=5.0,
@@ -70,6 +71,7 @@ def command(
     propagate: str,
     ignore: tuple[str, ...],
     overrides: tuple[str, ...],
+    use_qtorch: bool,
     shard_size: float,
     seed: int,
     device: str,
@@ -104,6 +106,7 @@ def command(
             overrides=parse_pairs(overrides, "--override"),
             algorithm_options=_by_algorithm(options),
             backend_options=parse_pairs(backend_options, "--backend-opt"),
+            use_qtorch=use_qtorch,
             shard_bytes=int(shard_size * 1e9),
             seed=seed,
             device=device,

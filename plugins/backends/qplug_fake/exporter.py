@@ -17,6 +17,7 @@ class Fake(Exporter[NoParams]):
 
     name = "fake"
     exact = False
+    served = False
 
     def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
         return {"weight": TensorSpec(dtype, shape)}
