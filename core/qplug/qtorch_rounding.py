@@ -19,7 +19,7 @@ def require_qtorch() -> None:
     try:
         import qtorch.quant  # noqa: F401
     except ImportError as error:
-        if error.name == "qtorch":
+        if error.name in ("qtorch", "qtorch.quant"):
             raise QplugError(
                 "use_qtorch needs the package qtorch: pip install 'qplug[qtorch]'"
             ) from error

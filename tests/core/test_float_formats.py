@@ -6,9 +6,7 @@ double precision holds the middle of any two neighbours of a grid.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import qplug
 from qplug import PRESETS, QplugError, QuantArgs, Scheme, preset
 from qplug.numerics import (
     code_dtype,
@@ -62,10 +59,8 @@ def searched(values: Tensor, dtype: str) -> np.ndarray:
     middles = (grid[:-1] + grid[1:]) / 2
     code = np.searchsorted(middles, size, side="left")  # ties go down
     tie = np.isin(size, middles)
-    if dtype[3] == "0":  # there is no mantissa to be even: up, but from zero
-        code = code + (tie & (code > 0))
-    else:
-        code = code + (tie & (code % 2 == 1))
+    # To the even mantissa; where there is none, up, but from zero.
+    code = code + (tie & ((code > 0) if dtype[3] == "0" else (code % 2 == 1)))
     return np.where(np.signbit(exact), -1.0, 1.0) * grid[code]
 
 
@@ -177,15 +172,19 @@ def test_rounding_of_its_own_is_that_of_torch(dtype: str, monkeypatch: pytest.Mo
         assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))  # signs of zeros too
 
 
-@settings(deadline=None, max_examples=300)
-@given(formats, st.floats(width=32, allow_nan=False), st.floats(-8, 8, width=32))
+@settings(deadline=None, max_examples=100)
+@given(
+    st.sampled_from([name for name in sorted(FLOATS) if sum(FLOATS[name]) < 9]),
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    st.floats(-8, 8, width=32),
+)
 def test_nothing_on_the_grid_is_nearer(dtype: str, anywhere: float, near: float) -> None:
-    positive = [Fraction(value) for value in positive_grid(dtype)[:256]]
+    positive = [Fraction(value) for value in positive_grid(dtype)]
     for value in (anywhere, near):
         args = QuantArgs(dtype, "channel")
         found = Fraction(rounded(torch.tensor([value]), args).item())
         exact = Fraction(max(-FLOAT_MAX[dtype], min(value, FLOAT_MAX[dtype])))
-        assert abs(found - exact) <= min(abs(abs(exact) - other) for other in positive)
+        assert abs(found - exact) == min(abs(abs(exact) - other) for other in positive)
 
 
 @every_format
@@ -227,7 +226,7 @@ def spread(scale: Tensor, args: QuantArgs, shape: torch.Size) -> Tensor:
     return scale[rows][:, columns]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(layers())
 def test_weights_of_any_shape_and_format(layer: tuple[Tensor, QuantArgs]) -> None:
     weight, args = layer
@@ -250,7 +249,7 @@ def test_weights_of_any_shape_and_format(layer: tuple[Tensor, QuantArgs]) -> Non
     assert relative_error(weight, found) == pytest.approx(off, rel=1e-5, abs=1e-7)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(formats, st.integers(1, 5), st.integers(1, 4), st.booleans(), st.integers(0, 2**32))
 def test_activations_of_any_format(
     dtype: str, tokens: int, groups: int, grouped: bool, seed: int
@@ -335,62 +334,3 @@ def test_dtypes_that_do_not_exist(dtype: str) -> None:
 def test_floats_with_rounded_inputs_have_no_groups_to_choose(name: str) -> None:
     with pytest.raises(QplugError, match="has no group size to choose"):
         preset(name).with_group_size(32)
-
-
-# --- from end to end ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["vllm", "sglang", "compressed-tensors"])
-@pytest.mark.parametrize(
-    "scheme", ["WE2M1A16", "WE3M2A16", "WE4M3A16", "WE5M2AE5M2", "WE4M3AE5M2", "W4AE4M3", "W4A4"]
-)
-def test_engines_refuse_what_they_do_not_serve(scheme: str, backend: str, tmp_path: Path) -> None:
-    sentence = f"{backend}: the format has no layout for {scheme} "
-    for options in ({"scheme": scheme}, {"overrides": {"*.mlp.*": scheme}}):
-        with pytest.raises(QplugError) as refused:
-            qplug.quantize("qplug:demo", tmp_path / "out", backend=backend, **options)
-        assert str(refused.value).startswith(sentence)
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_floats_are_measured_by_fake(tmp_path: Path) -> None:
-    perplexities, errors = {}, {}
-    for scheme in ("WE3M2A16", "WE2M1A16", "WE2M1AE5M2", "WE2M1AE2M1", "W4AE4M3", "W4AE1M1"):
-        out = tmp_path / scheme
-        result = qplug.quantize("qplug:demo", out, scheme=scheme, backend="fake")
-        errors[scheme] = result.errors
-        perplexities[scheme] = qplug.evaluate(str(out), windows=4, seq_len=128).perplexity
-        assert qplug.verify(str(out)).ok
-    assert perplexities["WE3M2A16"] < perplexities["WE2M1A16"]
-    # Inputs count: their format alone tells these apart.
-    assert errors["WE2M1AE5M2"] == errors["WE2M1AE2M1"]
-    assert perplexities["WE2M1AE5M2"] * 1.02 < perplexities["WE2M1AE2M1"]
-    assert perplexities["W4AE4M3"] * 1.02 < perplexities["W4AE1M1"]
-
-
-def test_what_is_stored_is_on_the_grid(tmp_path: Path) -> None:
-    qplug.quantize("qplug:demo", tmp_path / "out", scheme="WE2M1A16", backend="fake")
-    model = qplug.load(str(tmp_path / "out"))
-    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight.detach()
-    groups = weight.view(-1, 128)
-    sizes = groups.abs() / groups.abs().amax(1, keepdim=True) * 6
-    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    off = (sizes[..., None] - grid).abs().amin(-1)
-    assert off.max() < 6 * 2.0**-7  # the product of code and scale is stored in bfloat16
-    assert replace(preset("WE2M1A16").weights, group_size=128).bits == 4
-
-
-@pytest.mark.parametrize("algo", ["awq", "gptq", "awq+gptq", "smoothquant"])
-@pytest.mark.parametrize("scheme", ["WE2M1A16", "WE3M2AE5M2"])
-def test_calibrated_algorithms_take_them(algo: str, scheme: str, tmp_path: Path) -> None:
-    result = qplug.quantize(
-        "qplug:demo",
-        tmp_path / "out",
-        algo=algo,
-        scheme=scheme,
-        backend="fake",
-        samples=4,
-        seq_len=64,
-        algorithm_options={"awq": {"ratios": 3, "clip_steps": 3}} if "awq" in algo else {},
-    )
-    assert all(0 < loss < 0.5 for loss in result.losses.values())
