@@ -436,6 +436,9 @@ class Exporter(Component[P]):
     exact: ClassVar[bool] = True
     #: Whether what reads the folder can rotate the inputs of linears (``Preparation.online``).
     rotates_online: ClassVar[bool] = False
+    #: Whether an engine computes with what is stored. Where none does, floats may be rounded as no
+    #: engine rounds them (``use_qtorch``).
+    served: ClassVar[bool] = True
     #: The ``quant_method`` of folders that this exporter reads though qplug did not write them.
     quant_method: ClassVar[str | None] = None
 

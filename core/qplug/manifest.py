@@ -76,7 +76,8 @@ def versions(recipe: Recipe, registry: Registry) -> dict[str, str]:
     used = [plugin for name in recipe.algorithms for plugin in registry.algorithms.owners(name)]
     used += registry.exporters.owners(recipe.backend)
     plugins = dict(_version(plugin) for plugin in used)
-    return {**plugins, "qplug": version("qplug"), "torch": version("torch")}
+    rounder = {"qtorch": version("qtorch")} if recipe.uses_qtorch else {}
+    return {**plugins, **rounder, "qplug": version("qplug"), "torch": version("torch")}
 
 
 def _version(plugin: Plugin) -> tuple[str, str]:

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from qplug.api import Linear, QuantizedWeight
 from qplug.errors import QplugError
-from qplug.scheme import FLOAT_MAX, QuantArgs
+from qplug.scheme import FLOAT_MAX, FLOAT_STEP, FLOATS, QuantArgs, all_finite_max
 
 # Elements worked on at a time. On a CPU a chunk and its copies stay in a core's cache, which takes
 # a quarter of the time of whole-matrix passes; a GPU wants much to do at once.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 19, 1 << 26
 
+# The float formats that torch has, narrow ones first. It rounds to them as ``round_floats`` does.
 _FLOAT_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+_EXPONENT_BITS = 0x7F800000  # of a float32
 
 #: The smallest positive scale of each dtype: what an all-zero group gets.
 SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126}
@@ -99,7 +101,7 @@ def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs
     for rows, groups in _chunks(weight, args):
         groups /= _spread(scale[rows])
         if args.is_float:
-            groups.clamp_(-FLOAT_MAX[args.dtype], FLOAT_MAX[args.dtype])
+            groups = round_floats(groups, args)
         else:
             groups.round_()
             if zeros is not None:
@@ -132,8 +134,7 @@ def round_codes(
     """Codes of float32 ``values`` under scales of the same shape, and what the codes stand for."""
     codes = values / scale
     if args.is_float:
-        top = FLOAT_MAX[args.dtype]
-        codes = codes.clamp_(-top, top).to(code_dtype(args)).float()
+        codes = round_floats(codes, args).float()
         return codes, codes * scale
     codes = codes.round_()
     if zero is not None:
@@ -141,6 +142,27 @@ def round_codes(
         return codes, (codes - zero) * scale
     codes = codes.clamp_(*args.code_range)
     return codes, codes * scale
+
+
+def round_floats(values: Tensor, args: QuantArgs) -> Tensor:
+    """The nearest values of a float format, in ``code_dtype(args)``; ``values`` is used up.
+
+    ``values``: float32, of any shape. What is too large saturates. Of two that are equally near,
+    the one with the even mantissa is taken; where a format has no mantissa bit, the larger one, or
+    zero (IEEE 754-2019, 4.3.1). ``args.use_qtorch`` rounds as qtorch does instead.
+    """
+    exponent, mantissa = FLOATS[args.dtype]
+    if args.use_qtorch:
+        from qplug.qtorch_rounding import round_by_qtorch
+
+        return round_by_qtorch(values, exponent, mantissa).to(code_dtype(args))
+    values.clamp_(-FLOAT_MAX[args.dtype], FLOAT_MAX[args.dtype])
+    if args.dtype in _FLOAT_DTYPES:
+        return values.to(_FLOAT_DTYPES[args.dtype])
+    # Without sign and mantissa, a float32 is the power of two at or below its magnitude: 2^M steps.
+    step = (values.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
+    step.mul_(2.0**-mantissa).clamp_(min=FLOAT_STEP[args.dtype])
+    return values.div_(step).round_().mul_(step).to(code_dtype(args))
 
 
 def per_column(
@@ -222,10 +244,9 @@ def fake_quantize_activations(x: Tensor, args: QuantArgs, scale: Tensor | None =
         peak = groups.abs().amax(-1, keepdim=True)
     else:
         raise NotImplementedError(f"activations {args}")
-    top = activation_top(args)
     scale = input_scale(peak, args) if scale is None else scale.float()
     if args.is_float:
-        codes = (groups / scale).clamp_(-top, top).to(_FLOAT_DTYPES[args.dtype]).float()
+        codes = round_floats(groups / scale, args).float()
     else:
         codes = (groups / scale).round_().clamp_(*args.code_range)
     rounded: Tensor = (codes * scale).flatten(-2).to(x.dtype)
@@ -256,10 +277,19 @@ def _top(args: QuantArgs) -> float:
 
 
 def code_dtype(args: QuantArgs) -> torch.dtype:
-    """The dtype of codes: int8 if symmetric, uint8 if not, or the float format's."""
-    if args.is_float:
-        return _FLOAT_DTYPES[args.dtype]
-    return torch.int8 if args.symmetric else torch.uint8
+    """The dtype of codes: int8 if symmetric, uint8 if not.
+
+    Those of floats have the narrowest dtype that holds every value of the format.
+    """
+    if not args.is_float:
+        return torch.int8 if args.symmetric else torch.uint8
+    exponent, mantissa = FLOATS[args.dtype]
+    top = all_finite_max(exponent, mantissa) if args.use_qtorch else FLOAT_MAX[args.dtype]
+    for name, dtype in _FLOAT_DTYPES.items():
+        fits = mantissa <= FLOATS[name][1] and top <= FLOAT_MAX[name]
+        if fits and FLOAT_STEP[args.dtype] >= FLOAT_STEP[name]:
+            return dtype
+    return torch.bfloat16
 
 
 def as_stored(scale: Tensor, args: QuantArgs) -> Tensor:

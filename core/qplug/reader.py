@@ -19,6 +19,7 @@ from qplug.manifest import Manifest, read_manifest
 from qplug.numerics import fake_quantize_activations
 from qplug.online import rotate_inputs
 from qplug.params import fill
+from qplug.qtorch_rounding import require_qtorch
 from qplug.quiet import quiet_transformers
 from qplug.registry import Registry
 from qplug.scheme import QuantArgs, Scheme
@@ -174,6 +175,9 @@ def load_folder(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """``load``, of a folder that is open already."""
+    inputs = [scheme.activations for scheme in folder.schemes.values() if scheme.activations]
+    if quantize_activations and any(args.use_qtorch for args in inputs):
+        require_qtorch()
     target = getattr(torch, dtype)
     path = folder.checkpoint.folder
     config = load_config(path, trust_remote_code=trust_remote_code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,12 @@ class Recipe:
         schemes = [self.scheme, *(scheme for _, scheme in self.overrides)]
         return self.kv_cache is not None or any(scheme.static_inputs for scheme in schemes)
 
+    @property
+    def uses_qtorch(self) -> bool:
+        """Whether the package qtorch rounds anything."""
+        schemes = [self.scheme, *(scheme for _, scheme in self.overrides)]
+        return any(scheme.uses_qtorch for scheme in schemes)
+
     def to_dict(self) -> dict[str, Any]:
         """A plain form for JSON."""
         return {
@@ -119,6 +125,21 @@ def parse_cache(name: str | None) -> QuantArgs | None:
     if name not in CACHES:
         raise QplugError(f"--kv-cache {name}: there is {', '.join(CACHES)}")
     return CACHES[name]
+
+
+def with_qtorch(recipe: Recipe) -> Recipe:
+    """``recipe`` with the floats of all its schemes rounded by the package qtorch.
+
+    Raises QplugError if no scheme has a float format.
+    """
+    changed = replace(
+        recipe,
+        scheme=recipe.scheme.with_qtorch(),
+        overrides=tuple((pattern, scheme.with_qtorch()) for pattern, scheme in recipe.overrides),
+    )
+    if not changed.uses_qtorch:
+        raise QplugError(f"use_qtorch: {recipe.scheme.name} has no float format to round")
+    return changed
 
 
 def assign(recipe: Recipe, model: ModelView) -> dict[str, Scheme]:

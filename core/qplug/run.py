@@ -25,7 +25,16 @@ from qplug.output import Content, Output, refuse_existing
 from qplug.plan import Plan, Step, make_plan
 from qplug.preparation import prepare
 from qplug.processes import Processes, join
-from qplug.recipe import Calibration, Recipe, assign, parse_algorithms, parse_cache, parse_scheme
+from qplug.qtorch_rounding import require_qtorch
+from qplug.recipe import (
+    Calibration,
+    Recipe,
+    assign,
+    parse_algorithms,
+    parse_cache,
+    parse_scheme,
+    with_qtorch,
+)
 from qplug.registry import Registry
 from qplug.rewriting import rewritten_names
 from qplug.samples import calibration_tokens
@@ -85,6 +94,7 @@ def quantize(
     overrides: Mapping[str, str] | None = None,
     algorithm_options: Mapping[str, Mapping[str, Any]] | None = None,
     backend_options: Mapping[str, Any] | None = None,
+    use_qtorch: bool = False,
     shard_bytes: int = SHARD_BYTES,
     seed: int = 0,
     device: str = "auto",
@@ -101,10 +111,11 @@ def quantize(
     through what was made of the block (``propagate="quantized"``) or through the float one. So do
     schemes with static inputs, whose ranges ``observer`` finds (``minmax``, ``moving-average`` or
     ``histogram``), and ``kv_cache="fp8"``, which stores the scales of keys and values.
-    ``overrides`` maps patterns of module names to other schemes. Killed and called again, it goes
-    on where it was. Raises QplugError for what the user can mend, before the work where that can
-    be known, and leaves nothing behind. Called in each process that torchrun starts, all share the
-    work of a calibrated run; the first one writes.
+    ``overrides`` maps patterns of module names to other schemes. ``use_qtorch`` has the package
+    qtorch round to float formats, for a backend that only measures. Killed and called again, it
+    goes on where it was. Raises QplugError for what the user can mend, before the work where that
+    can be known, and leaves nothing behind. Called in each process that torchrun starts, all share
+    the work of a calibrated run; the first one writes.
     """
     launch = Launch.of()
     recipe = Recipe(
@@ -128,6 +139,8 @@ def quantize(
         kv_cache=parse_cache(kv_cache),
         seed=seed,
     )
+    if use_qtorch:
+        recipe = with_qtorch(recipe)
     found = find_device(device, launch)
     run = Run(recipe, registry or Registry.installed(), found, trust_remote_code, launch)
     return run(model, Path(out), shard_bytes, overwrite, dry_run, watch or (lambda *_: None))
@@ -277,6 +290,13 @@ class Run:
             except QplugError as error:
                 raise QplugError(f"{name}: {error}; choose another --group-size") from None
         exporter = self.stages.exporter
+        if any(scheme.uses_qtorch for scheme in schemes.values()):
+            if exporter.served:
+                raise QplugError(
+                    f"{exporter.name}: use_qtorch: engines do not round as qtorch does; "
+                    "measure it with --backend fake"
+                )
+            require_qtorch()
         sentence = exporter.refuses(view, schemes)
         if sentence is not None:
             raise QplugError(f"{exporter.name}: {sentence}")

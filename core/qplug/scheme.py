@@ -5,6 +5,7 @@ The names are the ecosystem's preset names (``W4A16`` ... ``FP8_BLOCK``). Nothin
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,19 +15,45 @@ from qplug.errors import QplugError
 
 Strategy = Literal["tensor", "channel", "group", "block", "token"]
 
-#: Largest finite value of the float formats that have one fixed by their standard.
-FLOAT_MAX = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
+#: The float formats by name (``e4m3``): their bits of exponent and of mantissa. All have a sign,
+#: the bias ``2^(E-1) - 1``, and subnormals. One exponent bit makes an even grid; no mantissa bit
+#: leaves zero and powers of two; the widest is bfloat16, ``e8m7``.
+FLOATS = {f"e{e}m{m}": (e, m) for e in range(1, 9) for m in range(8)}
+
+
+def all_finite_max(exponent: int, mantissa: int) -> float:
+    """The largest value of a float format in which every code is a number."""
+    return math.ldexp(2 - 2.0**-mantissa, 2 ** (exponent - 1))
+
+
+def _float_max(exponent: int, mantissa: int) -> float:
+    if (exponent, mantissa) == (4, 3):
+        return 448.0
+    ieee = (exponent, mantissa) == (5, 2) or exponent == 8
+    return all_finite_max(exponent, mantissa) / (2 if ieee else 1)
+
+
+#: The largest finite value of each float format. ``e4m3`` gives one code to NaN (OCP's ``fn``).
+#: ``e5m2`` and formats with the exponent of float32 give the top exponent to infinity and NaN, as
+#: IEEE 754 does: 57344, and that of bfloat16. In all others every code is a number, as OCP's MX
+#: formats have it (6 for ``e2m1``, 28 for ``e3m2``, 7.5 for ``e2m3``), and LLMC for any.
+FLOAT_MAX = {name: _float_max(*bits) for name, bits in FLOATS.items()}
+
+#: The smallest positive value of each float format: the step between its subnormals.
+FLOAT_STEP = {name: math.ldexp(1, 2 - 2 ** (e - 1) - m) for name, (e, m) in FLOATS.items()}
 
 
 @dataclass(frozen=True)
 class QuantArgs:
     """How one kind of tensor is quantized.
 
-    ``dtype`` is ``int<bits>`` or ``e<exponent>m<mantissa>``. One scale serves: the whole tensor
-    (``tensor``), one output row (``channel``), ``group_size`` columns of one row (``group``), one
-    ``block`` of rows x columns, or one token of an activation (``token``). ``dynamic`` scales are
-    found by the engine at run time and are not stored. ``scale_dtype`` is the dtype in which the
-    backend stores scales: codes must be nearest under the scale *as stored*.
+    ``dtype`` is ``int<bits>`` or one of ``FLOATS``, ``e<exponent>m<mantissa>``. One scale serves:
+    the whole tensor (``tensor``), one output row (``channel``), ``group_size`` columns of one row
+    (``group``), one ``block`` of rows x columns, or one token of an activation (``token``).
+    ``dynamic`` scales are found by the engine at run time and are not stored. ``scale_dtype`` is
+    the dtype in which the backend stores scales: codes must be nearest under the scale *as stored*.
+    ``use_qtorch`` has the package qtorch round to a float format, as no engine rounds: ties away
+    from zero, and saturation at ``all_finite_max``.
     """
 
     dtype: str
@@ -36,10 +63,14 @@ class QuantArgs:
     symmetric: bool = True
     dynamic: bool = False
     scale_dtype: str = "float32"
+    use_qtorch: bool = False
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"int[2-8]|e[1-8]m[0-9]", self.dtype):
-            raise QplugError(f"unknown number format {self.dtype!r}: say int2..int8 or e4m3, e5m2")
+        if self.dtype not in FLOATS and not re.fullmatch(r"int[2-8]", self.dtype):
+            raise QplugError(
+                f"there is no number format {self.dtype!r}: say int2 to int8, or e<E>m<M> with "
+                "1 to 8 bits of exponent and 0 to 7 of mantissa, such as e4m3"
+            )
         if (self.strategy == "group") != (self.group_size is not None):
             raise QplugError(f"strategy {self.strategy!r} does not go with group_size")
         if self.group_size is not None and self.group_size < 1:
@@ -48,17 +79,20 @@ class QuantArgs:
             raise QplugError(f"strategy {self.strategy!r} does not go with block")
         if self.is_float and not self.symmetric:
             raise QplugError(f"{self.dtype} is symmetric by nature")
+        if self.use_qtorch and not self.is_float:
+            raise QplugError(f"use_qtorch: {self.dtype} is no float format")
+        if self.use_qtorch and FLOATS[self.dtype][0] == 8:
+            raise QplugError(f"use_qtorch: {self.dtype} has no largest value in qtorch")
 
     @property
     def is_float(self) -> bool:
-        return self.dtype.startswith("e")
+        return self.dtype in FLOATS
 
     @property
     def bits(self) -> int:
         """Bits of one code, the sign of a float format included."""
         if self.is_float:
-            exponent, mantissa = self.dtype[1:].split("m")
-            return 1 + int(exponent) + int(mantissa)
+            return 1 + sum(FLOATS[self.dtype])
         return int(self.dtype[3:])
 
     @property
@@ -104,10 +138,11 @@ class Scheme:
     def with_group_size(self, size: int) -> Scheme:
         """The same scheme with another group size; -1 is one scale for the whole row.
 
-        Raises QplugError for schemes whose weights are not quantized in groups or rows of
-        integers, such as ``FP8_BLOCK``.
+        Raises QplugError for schemes whose weights are not quantized in groups or rows, such as
+        ``FP8_BLOCK``, and for those of floats with inputs that are quantized too.
         """
-        if self.weights.strategy not in ("group", "channel") or self.weights.is_float:
+        both_rounded = self.weights.is_float and self.activations is not None
+        if self.weights.strategy not in ("group", "channel") or both_rounded:
             raise QplugError(f"{self.name} has no group size to choose")
         if self.activations is not None and size != -1:
             raise QplugError(f"{self.name} has one scale for each row: no engine serves groups")
@@ -121,6 +156,20 @@ class Scheme:
     def with_scale_dtype(self, dtype: str) -> Scheme:
         """The same scheme with the scales of weights stored in ``dtype``."""
         return replace(self, weights=replace(self.weights, scale_dtype=dtype))
+
+    @property
+    def uses_qtorch(self) -> bool:
+        """Whether the package qtorch rounds anything."""
+        return any(args.use_qtorch for args in (self.weights, self.activations) if args)
+
+    def with_qtorch(self) -> Scheme:
+        """The same scheme with its floats rounded by qtorch; integers stay as they are."""
+
+        def rounded(args: QuantArgs) -> QuantArgs:
+            return replace(args, use_qtorch=True) if args.is_float else args
+
+        inputs = self.activations
+        return replace(self, weights=rounded(self.weights), activations=inputs and rounded(inputs))
 
     def to_dict(self) -> dict[str, Any]:
         """A plain form for JSON; ``from_dict`` reads it back."""
@@ -175,20 +224,41 @@ CACHES: dict[str, QuantArgs] = {"fp8": _STATIC_E4M3}
 def preset(name: str) -> Scheme:
     """The scheme called ``name``, in upper or lower case.
 
-    Beside those that engines serve there is one for every ``W<2-8>A<2-8 or 16>`` of integers, with
-    ``_ASYM`` for asymmetric weights: groups of 128 where inputs stay as they are, else a scale each
-    row and each token.
+    Beside those that engines serve there is one to be measured for every ``W<weights>A<inputs>`` of
+    2 to 8 bits or a float format (``W4A4``, ``WE2M1A16``, ``W4AE4M3``), with ``_ASYM`` for
+    asymmetric integer weights: groups of 128 where inputs stay as they are (``A16``), else a scale
+    each row and each token. One that is the same as a preset is that preset. Raises QplugError for
+    what is no scheme, and for number formats that do not exist.
     """
     name = name.upper()
     if name in PRESETS:
         return PRESETS[name]
-    found = re.fullmatch(r"W([2-8])A([2-8]|16)(_ASYM)?", name)
+    found = re.fullmatch(rf"W({_NUMBER})A({_NUMBER}|16)(_ASYM)?", name)
     if found is None:
         names = ", ".join(PRESETS)
-        raise QplugError(f"no scheme {name!r}. There are: {names}; to be measured: W2A16 ... W8A8")
+        raise QplugError(
+            f"no scheme {name!r}. There are: {names}; to be measured: W2A16 ... W8A8, "
+            "WE2M1A16 ... WE5M2AE5M2"
+        )
     weights, inputs, asymmetric = found.groups()
+    dtype, symmetric = _dtype(weights), not asymmetric
     if inputs == "16":
-        args = QuantArgs(f"int{weights}", "group", 128, symmetric=not asymmetric)
-        return Scheme(name, args)
-    args = QuantArgs(f"int{weights}", "channel", symmetric=not asymmetric)
-    return Scheme(name, args, QuantArgs(f"int{inputs}", "token", dynamic=True))
+        return Scheme(name, QuantArgs(dtype, "group", 128, symmetric=symmetric))
+    scheme = Scheme(
+        name,
+        QuantArgs(dtype, "channel", symmetric=symmetric),
+        QuantArgs(_dtype(inputs), "token", dynamic=True),
+    )
+    return next((known for known in PRESETS.values() if _same(known, scheme)), scheme)
+
+
+# Floats of any number of bits, so that those there are not can be told from what is no scheme.
+_NUMBER = r"[2-8]|E\d+M\d+"
+
+
+def _dtype(number: str) -> str:
+    return number.lower() if number.startswith("E") else f"int{number}"
+
+
+def _same(one: Scheme, other: Scheme) -> bool:
+    return (one.weights, one.activations) == (other.weights, other.activations)

@@ -39,6 +39,7 @@ GRIDS = {
     "int8 channels": QuantArgs("int8", "channel"),
     "int2 groups, asymmetric": QuantArgs("int2", "group", 16, symmetric=False),
     "e4m3 channels": QuantArgs("e4m3", "channel"),
+    "e2m1 groups": QuantArgs("e2m1", "group", 16),
 }
 every_grid = pytest.mark.parametrize("grid", GRIDS)
 ACTIVATIONS = {
@@ -57,7 +58,9 @@ RTOL = 1e-5
 # of two codes, and the last bit decides. What is made of rounded weights is in double precision.
 
 
-def e4m3_grid() -> Tensor:
+def float_grid(dtype: str) -> Tensor:
+    if dtype == "e2m1":
+        return torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.5, -1, -1.5, -2, -3, -4, -6]).unique()
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     return every[every.isfinite()].unique()
 
@@ -71,13 +74,14 @@ def round_range(weight: Tensor, ratio: float, args: QuantArgs) -> tuple[Tensor, 
     low, high = weight.min().clamp(max=0) * ratio, weight.max().clamp(min=0) * ratio
     levels = 2**args.bits
     if args.symmetric:
-        scale = torch.maximum(-low, high) / (448 if args.is_float else (levels - 1) / 2)
+        top = float_grid(args.dtype)[-1] if args.is_float else (levels - 1) / 2
+        scale = torch.maximum(-low, high) / top
     else:
         scale = (high - low) / (levels - 1)
     scale = scale.to(getattr(torch, args.scale_dtype)).float()
     quotient = weight / scale
     if args.is_float:
-        grid = e4m3_grid()
+        grid = float_grid(args.dtype)
         codes = grid[(quotient.double()[:, None] - grid).abs().argmin(1)]
         return codes.double() * scale, scale.item(), 0.0
     if args.symmetric:
@@ -154,7 +158,7 @@ def round_tokens(x: Tensor, args: QuantArgs | None) -> Tensor:
     top = 448.0 if args.is_float else 2 ** (args.bits - 1) - 1
     scale = x.abs().amax(1, keepdim=True) / top
     if args.is_float:
-        grid = e4m3_grid()
+        grid = float_grid(args.dtype)
         return grid[((x / scale).double()[..., None] - grid).abs().argmin(-1)] * scale
     return (x / scale).round().clamp(-top - 1, top) * scale
 
@@ -256,6 +260,7 @@ def test_the_scale_of_least_error_is_chosen(
         ("int4 groups", "int4 tokens"),
         ("e4m3 channels", "e4m3 tokens"),
         ("e4m3 channels", "int8 tokens"),
+        ("int4 groups", "e4m3 tokens"),
     ],
 )
 def test_rounded_inputs_count_where_they_will_be_rounded(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from qplug import Block, InputGroup, Linear, QplugError, QuantArgs, QuantizedWeight
 from qplug.numerics import dequantize, nearest
+from qplug_gptq import solver
 from qplug_gptq.gptq import GPTQ, Params
 
 MakeInputs = Callable[..., Tensor]
@@ -32,6 +34,9 @@ GRIDS = {
     "e4m3 channels": QuantArgs("e4m3", "channel"),
     "e4m3 blocks": QuantArgs("e4m3", "block", block=(20, 24)),
     "e5m2 channels": QuantArgs("e5m2", "channel"),
+    "e2m1 groups": QuantArgs("e2m1", "group", 16),
+    "e3m2 groups": QuantArgs("e3m2", "group", 32),
+    "e3m4 channels": QuantArgs("e3m4", "channel"),
 }
 every_grid = pytest.mark.parametrize("grid", GRIDS)
 
@@ -53,10 +58,17 @@ class Textbook:
 
 
 def grid_values(args: QuantArgs) -> Tensor:
-    if args.is_float:
-        dtype = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[args.dtype]
-        every = torch.arange(256, dtype=torch.uint8).view(dtype).double()
+    native = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}.get(args.dtype)
+    if native is not None:
+        every = torch.arange(256, dtype=torch.uint8).view(native).double()
         return every[every.isfinite()].unique()
+    if args.is_float:  # every code of the others is a number
+        e, m = int(args.dtype[1]), int(args.dtype[3])
+        fractions, bias = torch.arange(2**m) / 2**m, 2 ** (e - 1) - 1
+        parts = [fractions * 2.0 ** (1 - bias)]
+        parts += [(1 + fractions) * 2.0 ** (k - bias) for k in range(1, 2**e)]
+        every = torch.cat(parts).double()
+        return torch.cat([every, -every]).unique()
     low, high = args.code_range
     return torch.arange(low, high + 1).double()
 
@@ -272,6 +284,22 @@ def test_inputs_that_have_nothing_to_do_with_each_other_leave_nearest_codes(
     assert torch.equal(made["linear"].codes, nearest(linear).codes)
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        QuantArgs("e2m1", "group", 16),
+        QuantArgs("e3m2", "channel"),
+        QuantArgs("e5m2", "channel"),
+        QuantArgs("e4m2", "channel"),
+        QuantArgs("e4m3", "channel", use_qtorch=True),
+    ],
+    ids=lambda args: f"{args.dtype}{', qtorch' * args.use_qtorch}",
+)
+def test_the_kernel_of_gpus_is_left_out_for_grids_that_it_has_not(args: QuantArgs) -> None:
+    on_gpu: Any = SimpleNamespace(is_cuda=True)
+    assert solver._rounder(on_gpu, args, 128) is solver.round_columns
+
+
 # --- scales ---------------------------------------------------------------------------------------
 
 
@@ -320,7 +348,9 @@ def test_scales_of_its_own_clip_nothing(
         assert near[cells == cell].min() <= reach
 
 
-@pytest.mark.parametrize("grid", ["int3 groups", "int4 channels", "int4 groups, asymmetric"])
+@pytest.mark.parametrize(
+    "grid", ["int3 groups", "int4 channels", "int4 groups, asymmetric", "e2m1 groups"]
+)
 def test_clips_are_searched_where_asked_for(
     grid: str, make_inputs: MakeInputs, make_linear: MakeLinear, make_group: MakeGroup
 ) -> None:

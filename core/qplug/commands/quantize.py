@@ -50,6 +50,7 @@ from qplug.scheme import CACHES
 @click.option(
     "--override", "overrides", metavar="PATTERN=SCHEME", multiple=True, help="Another scheme."
 )
+@click.option("--use-qtorch", is_flag=True, help="Round floats by qtorch, for --backend fake.")
 @click.option(
     "--shard-size",
     default=5.0,
@@ -85,6 +86,7 @@ def command(
     kv_cache: str | None,
     ignore: tuple[str, ...],
     overrides: tuple[str, ...],
+    use_qtorch: bool,
     shard_size: float,
     seed: int,
     device: str,
@@ -124,6 +126,7 @@ def command(
             overrides=parse_pairs(overrides, "--override"),
             algorithm_options=_by_algorithm(options),
             backend_options=parse_pairs(backend_options, "--backend-opt"),
+            use_qtorch=use_qtorch,
             shard_bytes=int(shard_size * 1e9),
             seed=seed,
             device=device,

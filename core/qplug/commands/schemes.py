@@ -16,7 +16,12 @@ from qplug.scheme import PRESETS, QuantArgs, Scheme
 @click.option("--json", "as_json", is_flag=True, help="Print the tables as JSON.")
 @click.pass_obj
 def command(registry: Registry, backend: str | None, as_json: bool) -> None:
-    """List the schemes, and which engine runs each with which kernel."""
+    """List the schemes, and which engine runs each with which kernel.
+
+    Others can be measured: quantize --backend fake, then eval. They are W<weights>A<inputs>, each 2
+    to 8 (bits of an integer) or E<e>M<m> (a float, 1 to 8 bits of exponent and 0 to 7 of mantissa),
+    or A16 where inputs stay as they are: W3A16, W4A4, WE2M1A16, WE5M2AE5M2.
+    """
     names = [backend] if backend else list(registry.exporters)
     tables = {name: registry.exporters[name].capabilities() for name in names}
     if as_json:

@@ -120,7 +120,8 @@ def solve(
 def _rounder(work: Tensor, args: QuantArgs, block_size: int) -> Rounder:
     """What rounds a block of columns: one kernel on a GPU, plain torch elsewhere."""
     # The kernel has these grids, and registers for so many columns.
-    if work.is_cuda and block_size <= 128 and (args.dtype == "e4m3" or not args.is_float):
+    rounds_so = not args.is_float or (args.dtype == "e4m3" and not args.use_qtorch)
+    if work.is_cuda and block_size <= 128 and rounds_so:
         from qplug_gptq.kernel import round_columns_on_gpu
 
         return round_columns_on_gpu

@@ -27,6 +27,7 @@ class Fake(Exporter[NoParams]):
     name = "fake"
     exact = False
     rotates_online = True
+    served = False
 
     def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
         packed = {"weight": TensorSpec(dtype, shape)}

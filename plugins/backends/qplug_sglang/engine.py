@@ -42,7 +42,7 @@ class SGLang(CompressedTensors):
         return CAPABILITIES
 
     def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
-        formats = sorted({str(format_of(scheme)) for scheme in schemes.values()})
+        formats = sorted({found for s in schemes.values() if (found := format_of(s))})
         if len(formats) > 1:
             return f"SGLang reads one format in a folder, not {' and '.join(formats)}"
         return super().refuses(model, schemes)
