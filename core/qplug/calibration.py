@@ -7,7 +7,7 @@ every block replaced by a recorder of what it is called with.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -76,9 +76,7 @@ class Walk:
         self._processes = processes
         self._source, self._view, self._schemes = source, view, schemes
         self._device, self._propagate, self._cache = device, propagate, cache
-        stored: torch.dtype = getattr(torch, view.dtype)
-        # Float32 on a CPU, which has no faster way; on a GPU the dtype that the engine will use.
-        self.dtype = torch.float32 if device.type == "cpu" else stored
+        self.dtype = _passing_dtype(device, getattr(torch, view.dtype))
         config = load_config(source.folder, trust_remote_code=trust_remote_code)
         self._model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
         rotate_inputs(self._model, online)
@@ -235,10 +233,14 @@ class Walk:
                 first: partial(_observe, known, share, real, wanted.get(first), batch.shape[1])
                 for first, known in statistics.items()
             }
-            with _seeing(module, observe):
-                seen = _call(module, values, batch, call)
-            if ahead is not None:
-                ahead.append(seen if after is None else after)
+            if ahead is not None and after is None:
+                with _seeing(module, observe):
+                    after = _call(module, values, batch, call)
+            else:
+                with suppress(_SeenEnoughError), _seeing(module, observe, stop=True):
+                    _call(module, values, batch, call)
+            if ahead is not None and after is not None:
+                ahead.append(after)
         share_statistics(list(statistics.values()), self._processes)
         return statistics
 
@@ -265,7 +267,7 @@ class Walk:
         ``served``: every parameter by its name within the block, with the value an engine will use,
         and the scales of static inputs and of the KV cache.
         """
-        if self._propagate == "quantized":
+        if self._propagate == "quantized" and name != self._view.blocks[-1]:
             values = self._computable({local: served[local] for local in self._parameters[name]})
             rounded = self._rounded_cache(name, served)
             with self._rounding_inputs(name, self._parameters[name], served):
@@ -274,8 +276,7 @@ class Walk:
                     after = _call(self._blocks[name], values, batch, {**call, **rounded})
                     self._hidden.put(index, after)
             self._ideal = self._ahead
-        else:
-            assert self._ahead is not None
+        elif self._ahead is not None:
             self._hidden = self._ahead
         self._ahead = None
         self._calls.pop(name)
@@ -375,6 +376,25 @@ def _empty(module: nn.Module, names: Iterable[str]) -> None:
         _set(module, name, torch.empty(0, device="meta"))
 
 
+def _passing_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The dtype of forward passes: the checkpoint's where the device multiplies it fast.
+
+    GPUs do; CPUs that have instructions for bfloat16 do, twice as fast as float32. Others would
+    emulate it, which is slower than float32.
+    """
+    if device.type != "cpu" or (stored == torch.bfloat16 and _multiplies_bfloat16()):
+        return stored
+    return torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class _SeenEnoughError(Exception):
+    """Ends a forward pass whose result nobody wants, once all inputs have been observed."""
+
+
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, local = name.rpartition(".")
     module.get_submodule(path)._parameters[local] = nn.Parameter(value, requires_grad=False)
@@ -385,10 +405,18 @@ def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 @contextmanager
-def _seeing(module: nn.Module, see: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Within it, what enters a part of ``module`` is shown to ``see`` of its path."""
+def _seeing(
+    module: nn.Module, see: Mapping[str, Callable[[Tensor], None]], *, stop: bool = False
+) -> Iterator[None]:
+    """Within it, what enters a part of ``module`` is shown to ``see`` of its path.
+
+    ``stop`` raises _SeenEnoughError when the last has been shown what it was to see.
+    """
+    last = [*see][-1:]
     handles = [
-        module.get_submodule(path).register_forward_pre_hook(partial(_show, show))
+        module.get_submodule(path).register_forward_pre_hook(
+            partial(_show, show, stop and path in last)
+        )
         for path, show in see.items()
     ]
     try:
@@ -398,8 +426,12 @@ def _seeing(module: nn.Module, see: Mapping[str, Callable[[Tensor], None]]) -> I
             handle.remove()
 
 
-def _show(show: Callable[[Tensor], None], module: nn.Module, inputs: tuple[Tensor]) -> None:
+def _show(
+    show: Callable[[Tensor], None], stop: bool, module: nn.Module, inputs: tuple[Tensor]
+) -> None:
     show(inputs[0])
+    if stop:
+        raise _SeenEnoughError
 
 
 def _keep(kept: dict[str, Tensor], name: str, x: Tensor) -> None:

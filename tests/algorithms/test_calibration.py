@@ -264,7 +264,8 @@ def test_the_sample_is_of_tokens_from_all_over(
 
 @pytest.fixture
 def record(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Tensor, Tensor]]:
-    """What entered and what left each block of the runs to come."""
+    """What entered and what left each block of the runs to come, which compute in float32."""
+    monkeypatch.setattr(calibration, "_multiplies_bfloat16", lambda: False)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     leave = Walk.leave
 
@@ -338,7 +339,8 @@ def test_a_block_is_fed_by_what_an_engine_computes(
     for block in blocks_of(source):
         entered, left = record[block]
         assert distance(entered, seen.hidden(block)) <= RTOL
-        assert distance(left, seen.after(block)) <= RTOL
+        if block != blocks_of(source)[-1]:  # nobody is fed by that one
+            assert distance(left, seen.after(block)) <= RTOL
         assert distance(left, floats.after(block)) > 100 * RTOL
 
 

@@ -1,0 +1,77 @@
+"""The sum of ``xᵀx`` over many rows, in float32, with half of the products: it is symmetric."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Rows of ``G`` that are computed at a time; what is left of their diagonal is mirrored.
+_PANEL = {"cpu": 1024, "cuda": 2048}
+#: Values of ``x`` that a CPU gathers in float32 before it multiplies them: a product of many rows
+#: writes the whole of ``G`` once for all of them.
+_ROOM = 1 << 24
+_MOST_ROWS = 4096
+
+
+class Gram:
+    """``G: [in, in]``, the sum of ``xᵀx`` of all rows ``x`` that were added."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._sum = torch.zeros(width, width, device=device)  # float32, the upper half alone
+        self._panel = _PANEL.get(device.type, 2048)
+        self._is_whole = True
+        self._waiting = torch.empty(0, width)  # on a CPU: rows that are not in the sum yet
+        self._filled = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add the rows of ``x: [tokens, in]``."""
+        if x.device.type == "cpu":
+            self._gather(x)
+        elif x.dtype == torch.float32:
+            self.value.addmm_(x.T, x)
+        else:
+            self._is_whole = False
+            for start in range(0, len(self._sum), self._panel):
+                stop = start + self._panel
+                # Products of half-precision numbers are exact in float32: only time is saved.
+                self._sum[start:stop, start:] += torch.mm(
+                    x[:, start:stop].T, x[:, start:], out_dtype=torch.float32
+                )
+
+    @property
+    def value(self) -> Tensor:
+        """``G``, float32: always the same tensor, brought up to date."""
+        if self._filled:
+            self._multiply()
+        if not self._is_whole:
+            for start in range(0, len(self._sum), self._panel):
+                stop = start + self._panel
+                self._sum[stop:, start:stop] = self._sum[start:stop, stop:].T
+            self._is_whole = True
+        return self._sum
+
+    def _gather(self, x: Tensor) -> None:
+        if not len(self._waiting):
+            width = x.shape[1]
+            self._waiting = torch.empty(max(1, min(_MOST_ROWS, _ROOM // width)), width)
+        while len(x):
+            count = min(len(x), len(self._waiting) - self._filled)
+            self._waiting[self._filled : self._filled + count] = x[:count]
+            self._filled += count
+            if self._filled == len(self._waiting):
+                self._multiply()
+            x = x[count:]
+
+    def _multiply(self) -> None:
+        """Add the rows that wait.
+
+        NumPy computes a matrix times its own transpose by BLAS's syrk, which torch does not call.
+        """
+        self._is_whole = False
+        sums, rows = self._sum.numpy(), self._waiting[: self._filled].numpy()  # the same memory
+        for start in range(0, rows.shape[1], self._panel):
+            stop = start + self._panel
+            panel = rows[:, start:stop]
+            sums[start:stop, start:stop] += panel.T @ panel
+            sums[start:stop, stop:] += panel.T @ rows[:, stop:]
+        self._filled = 0
