@@ -236,8 +236,8 @@ class Faces:
             block = None if kind is None else _block_of(name, blocks)
             if block is None and norm is not None and norm.startswith(tuple(self.copy.blocks)):
                 raise QplugError(
-                    f"{name}: reads {norm}, a norm within a block: the stream of this model is what "
-                    "norms make, and cannot be rewritten"
+                    f"{name}: reads {norm}, a norm within a block: the stream of this model is "
+                    "what norms make, and cannot be rewritten"
                 )
             bias = f"{name.removesuffix('weight')}bias"
             has_bias = norm is not None and bias in shapes and bias != name
