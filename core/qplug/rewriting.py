@@ -15,7 +15,7 @@ from qplug.errors import QplugError
 from qplug.safetensors_file import StoredTensor, tensor_bytes
 
 #: Elements of a large tensor that are made at a time.
-_CHUNK = 1 << 24
+_CHUNK = 1 << 21
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,11 @@ class Params:
     ] = "hadamard"
     heads: Annotated[bool, Param("Rotate the values of each head too.")] = True
     online: Annotated[
-        bool, Param("Rotate what down projections read, as the model runs: only to measure.")
+        bool,
+        Param(
+            "Rotate what down projections read (R4) as the model runs, to measure it: no engine "
+            "does. Queries and keys (R3) are left alone: no scheme rounds them."
+        ),
     ] = False
     seed: Annotated[int, Param("Of the rotations.", 0)] = 0
 
