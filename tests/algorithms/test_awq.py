@@ -46,6 +46,7 @@ ACTIVATIONS = {
     "int8 tokens": QuantArgs("int8", "token", dynamic=True),
     "int4 tokens": QuantArgs("int4", "token", dynamic=True),
     "e4m3 tokens": QuantArgs("e4m3", "token", dynamic=True),
+    "e2m1 tokens": QuantArgs("e2m1", "token", dynamic=True),
 }
 
 #: What float32 may lose in a sum over weights and tokens.
@@ -155,7 +156,7 @@ def clip_weight(weight: Tensor, x: Tensor, args: QuantArgs, ratios: list[float])
 def round_tokens(x: Tensor, args: QuantArgs | None) -> Tensor:
     if args is None:
         return x
-    top = 448.0 if args.is_float else 2 ** (args.bits - 1) - 1
+    top = float_grid(args.dtype)[-1] if args.is_float else 2 ** (args.bits - 1) - 1
     scale = x.abs().amax(1, keepdim=True) / top
     if args.is_float:
         grid = float_grid(args.dtype)
@@ -260,7 +261,7 @@ def test_the_scale_of_least_error_is_chosen(
         ("int4 groups", "int4 tokens"),
         ("e4m3 channels", "e4m3 tokens"),
         ("e4m3 channels", "int8 tokens"),
-        ("int4 groups", "e4m3 tokens"),
+        ("e2m1 groups", "e2m1 tokens"),
     ],
 )
 def test_rounded_inputs_count_where_they_will_be_rounded(
