@@ -280,6 +280,9 @@ class Exporter(Component[P]):
     serve_command: ClassVar[str | None] = None
     #: Whether ``unpack`` gives back the very codes.
     exact: ClassVar[bool] = True
+    #: Whether it stores float weights, as algorithms transformed them: nothing is quantized then,
+    #: and ``layout``, ``pack`` and ``unpack`` are never asked.
+    stores_float: ClassVar[bool] = False
     #: The ``quant_method`` of folders that this exporter reads though qplug did not write them.
     quant_method: ClassVar[str | None] = None
 

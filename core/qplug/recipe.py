@@ -16,13 +16,16 @@ from qplug.scheme import Scheme, preset
 #: Who quantizes where no algorithm of the pipeline does.
 DEFAULT_QUANTIZER = "rtn"
 
+#: How windows are cut from the documents of a dataset: see ``qplug.windows``.
+SAMPLINGS = ("dataset", "windows", "documents", "leading", "packed")
+
 
 @dataclass(frozen=True)
 class Calibration:
     """The data of a run: ``samples`` windows of ``seq_len`` tokens of a dataset.
 
     ``propagate``: whether a block is fed by the ``quantized`` blocks before it, or the ``float``
-    ones.
+    ones. ``sampling``: how windows are cut from documents; ``dataset`` is the dataset's own way.
     """
 
     dataset: str = "demo"
@@ -30,12 +33,15 @@ class Calibration:
     samples: int = 128
     seq_len: int = 512
     propagate: str = "quantized"
+    sampling: str = "dataset"
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.seq_len < 1:
             raise QplugError("--samples and --seq-len must be at least 1")
         if self.propagate not in ("quantized", "float"):
             raise QplugError(f"--propagate {self.propagate}: must be quantized or float")
+        if self.sampling not in SAMPLINGS:
+            raise QplugError(f"--sampling {self.sampling}: must be one of {', '.join(SAMPLINGS)}")
 
     def to_dict(self) -> dict[str, Any]:
         """A plain form for JSON."""
@@ -85,9 +91,9 @@ def parse_algorithms(text: str) -> tuple[str, ...]:
     return names
 
 
-def parse_scheme(name: str, group_size: int | None = None) -> Scheme:
-    """The named scheme, with another group size if one is given."""
-    scheme = preset(name)
+def parse_scheme(name: str | Scheme, group_size: int | None = None) -> Scheme:
+    """The scheme, by its name or as it is, with another group size if one is given."""
+    scheme = preset(name) if isinstance(name, str) else name
     return scheme if group_size is None else scheme.with_group_size(group_size)
 
 

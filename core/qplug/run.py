@@ -63,7 +63,7 @@ def quantize(
     out: str | Path,
     *,
     algo: str = "rtn",
-    scheme: str = "W4A16",
+    scheme: str | Scheme = "W4A16",
     backend: str = "sglang",
     group_size: int | None = None,
     dataset: str = "demo",
@@ -71,8 +71,9 @@ def quantize(
     samples: int = 128,
     seq_len: int = 512,
     propagate: str = "quantized",
+    sampling: str = "dataset",
     ignore: Sequence[str] = (),
-    overrides: Mapping[str, str] | None = None,
+    overrides: Mapping[str, str | Scheme] | None = None,
     algorithm_options: Mapping[str, Mapping[str, Any]] | None = None,
     backend_options: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -89,9 +90,10 @@ def quantize(
     ``algo`` is one algorithm or several (``"awq+gptq"``). Those that need data are given
     ``samples`` windows of ``seq_len`` tokens of ``dataset``; block by block, the tokens go on
     through what was made of the block (``propagate="quantized"``) or through the float one.
-    ``overrides`` maps patterns of module names to other schemes. Killed and called again, it goes
-    on where it was. Raises QplugError for what the user can mend, before the work where that can
-    be known, and leaves nothing behind.
+    ``sampling`` is how windows are cut from its documents: as the dataset has it, or as
+    ``qplug.windows.sample`` does. ``overrides`` maps patterns of module names to other schemes.
+    Killed and called again, it goes on where it was. Raises QplugError for what the user can mend,
+    before the work where that can be known, and leaves nothing behind.
     """
     recipe = Recipe(
         algorithms=parse_algorithms(algo),
@@ -101,7 +103,9 @@ def quantize(
         ignore=tuple(ignore),
         algorithm_options=algorithm_options or {},
         backend_options=backend_options or {},
-        calibration=Calibration(dataset, dataset_options or {}, samples, seq_len, propagate),
+        calibration=Calibration(
+            dataset, dataset_options or {}, samples, seq_len, propagate, sampling
+        ),
         seed=seed,
     )
     run = Run(recipe, registry or Registry.installed(), find_device(device), trust_remote_code)
@@ -117,6 +121,9 @@ class Run:
         self.stages = Stages(recipe, registry)
         if not self.stages.needs_data:
             recipe = replace(recipe, calibration=None)
+        elif recipe.calibration and self.stages.exporter.stores_float:
+            # What is stored computes what the float model does, and a run that goes on has no more.
+            recipe = replace(recipe, calibration=replace(recipe.calibration, propagate="float"))
         self.recipe, self.registry, self.device = recipe, registry, device
         self.trust_remote_code = trust_remote_code
 
@@ -138,9 +145,8 @@ class Run:
         schemes = self._servable(assign(self.recipe, view), view)
         exporter, calibration = self.stages.exporter, self.recipe.calibration
         by_block = calibration is not None
-        plan = make_plan(
-            source, view, schemes, exporter, shard_bytes=shard_bytes, by_block=by_block
-        )
+        coded = {} if exporter.stores_float else schemes
+        plan = make_plan(source, view, coded, exporter, shard_bytes=shard_bytes, by_block=by_block)
         source_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
         tokens = self._tokens(calibration, model, view) if calibration else None
         if dry_run:
@@ -169,7 +175,7 @@ class Run:
                 reports[number] = report
                 watch(len(reports), len(plan.steps), plan.steps[number].name, report.loss)
             told = [reports[number] for number in range(len(plan.steps))]
-            texts = result_files(model, view, self.recipe, exporter, schemes, told, self.registry)
+            texts = result_files(model, view, self.recipe, exporter, coded, told, self.registry)
             output.finish(source.companions(), texts)
         return Result(
             out=out,
@@ -251,6 +257,8 @@ class Run:
                 continue
             block = walk.enter(step.name)
             codes = self.stages.quantize(block)
+            if self.stages.exporter.stores_float:
+                block.clip()
             report = self.stages.report(block, codes, block.rewritten())
             packed = self.stages.pack(codes, step, view.dtype)
             others = block.others(step.others)

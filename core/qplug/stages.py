@@ -87,10 +87,12 @@ class Stages:
         return any(algorithm.needs_data for algorithm in self.pipeline)
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
-        """Run all stages on ``block``: codes by linear."""
+        """Run all stages on ``block``: codes by linear. None where float weights are stored."""
         for algorithm in self.pipeline:
             with self._blaming(algorithm, block.name):
                 algorithm.transform(block)
+        if self.exporter.stores_float:
+            return {}
         with self._blaming(self.quantizer, block.name):
             codes = self.quantizer.quantize(block)
             wanted = {linear.name for linear in block.linears}
@@ -105,6 +107,7 @@ class Stages:
         errors = {
             linear.name: _short(relative_error(linear.weight, codes[linear.name]))
             for linear in block.linears
+            if linear.name in codes
         }
         losses = {
             linear.name: _short(
@@ -112,6 +115,7 @@ class Stages:
             )
             for group in block.groups
             for linear in group.linears
+            if linear.name in codes
         }
         return Report(errors, losses, rewritten, tuple(block.notes))
 
