@@ -30,7 +30,10 @@ from qplug.params import Param
 from qplug.scheme import PRESETS, QuantArgs, Scheme, preset
 
 if TYPE_CHECKING:
+    from qplug.configs.job import Export, Job, Measurement
+    from qplug.configs.reading import read_job
     from qplug.evaluation import evaluate
+    from qplug.perform import perform
     from qplug.reader import load, load_tokenizer
     from qplug.run import quantize
     from qplug.verification import verify
@@ -43,9 +46,12 @@ __all__ = [
     "Block",
     "Capability",
     "Dataset",
+    "Export",
     "Exporter",
     "InputGroup",
+    "Job",
     "Linear",
+    "Measurement",
     "ModelView",
     "NoParams",
     "Param",
@@ -62,17 +68,24 @@ __all__ = [
     "hookimpl",
     "load",
     "load_tokenizer",
+    "perform",
     "preset",
     "quantize",
+    "read_job",
     "verify",
 ]
 
-#: Functions that need torch, and the module each lives in: imported when first asked for.
+#: What plugins do not need, and the module that each lives in: imported when first asked for.
 _LAZY = {
+    "Export": "qplug.configs.job",
+    "Job": "qplug.configs.job",
+    "Measurement": "qplug.configs.job",
     "evaluate": "qplug.evaluation",
     "load": "qplug.reader",
     "load_tokenizer": "qplug.reader",
+    "perform": "qplug.perform",
     "quantize": "qplug.run",
+    "read_job": "qplug.configs.reading",
     "verify": "qplug.verification",
 }
 
