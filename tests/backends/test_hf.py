@@ -50,7 +50,7 @@ def test_weights_are_rescaled_and_nothing_is_quantized(transformed: Path) -> Non
     name = "model.layers.0.self_attn.q_proj.weight"
     ratio = now.read(name).float() / was.read(name).float()
     assert ratio.std(0).median() < 0.01  # a factor for each column
-    assert ratio.mean(0).std() > 0.05
+    assert ratio.mean(0).std() > 3 * ratio.std(0).median()
     manifest = json.loads((transformed / "qplug.json").read_text())
     assert manifest["layers"] == {}
     assert name in manifest["rewritten"]
