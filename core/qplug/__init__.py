@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from qplug.configs.job import Export, Job, Measurement
     from qplug.configs.reading import read_job
     from qplug.evaluation import evaluate
-    from qplug.perform import perform
+    from qplug.job_run import perform
     from qplug.reader import load, load_tokenizer
     from qplug.run import quantize
     from qplug.verification import verify
@@ -83,7 +83,7 @@ _LAZY = {
     "evaluate": "qplug.evaluation",
     "load": "qplug.reader",
     "load_tokenizer": "qplug.reader",
-    "perform": "qplug.perform",
+    "perform": "qplug.job_run",
     "quantize": "qplug.run",
     "read_job": "qplug.configs.reading",
     "verify": "qplug.verification",

@@ -151,7 +151,7 @@ def _run_config(registry: Registry, file: Path, *, dry_run: bool, as_json: bool)
     """The job in ``file``; of the command line, what was said and not what is usual."""
     from qplug.commands.quantize_config import run_config
     from qplug.configs.override import Given
-    from qplug.perform import How
+    from qplug.job_run import How
 
     ctx = click.get_current_context()
     said = {

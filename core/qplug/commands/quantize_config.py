@@ -16,7 +16,7 @@ from qplug.registry import Registry
 
 if TYPE_CHECKING:
     from qplug.configs.override import Given
-    from qplug.perform import Done, How
+    from qplug.job_run import Done, How
     from qplug.run import Result
 
     Teller = Callable[[Result], None]
@@ -35,7 +35,7 @@ def run_config(
     """Read, change and perform the job in ``file``, and print what became of it."""
     from qplug.configs.override import overridden
     from qplug.configs.reading import read_job
-    from qplug.perform import perform
+    from qplug.job_run import perform
 
     read = read_job(file, registry)
     tell(read.warnings)
