@@ -1,8 +1,8 @@
 """LLMC's own files, unmodified but for their placeholder paths, if they are at hand.
 
 ``QPLUG_LLMC_CONFIGS=.../configs/quantization pytest -m llmc tests/configs/test_llmc_files.py`` runs
-every file of ``backend/sglang`` and ``backend/vllm`` on small models: with its own algorithm, scheme
-and stages, on less data. Steps that read what another step writes run after it.
+every file of ``backend/sglang`` and ``backend/vllm`` on small models: its algorithm, its scheme and
+its stages, on less data. Steps that read what another step writes run after it.
 """
 
 from __future__ import annotations
