@@ -37,7 +37,10 @@ from qplug.params import Param
 from qplug.scheme import PRESETS, QuantArgs, Scheme, preset
 
 if TYPE_CHECKING:
+    from qplug.configs.job import Export, Job, Measurement
+    from qplug.configs.reading import read_job
     from qplug.evaluation import evaluate
+    from qplug.job_run import perform
     from qplug.reader import load, load_tokenizer
     from qplug.run import quantize
     from qplug.verification import verify
@@ -50,12 +53,15 @@ __all__ = [
     "Block",
     "Capability",
     "Dataset",
+    "Export",
     "Exporter",
     "Facing",
     "FloatModel",
     "Heads",
     "InputGroup",
+    "Job",
     "Linear",
+    "Measurement",
     "ModelView",
     "NoParams",
     "Param",
@@ -76,17 +82,24 @@ __all__ = [
     "hookimpl",
     "load",
     "load_tokenizer",
+    "perform",
     "preset",
     "quantize",
+    "read_job",
     "verify",
 ]
 
-#: Functions that need torch, and the module each lives in: imported when first asked for.
+#: What plugins do not need, and the module that each lives in: imported when first asked for.
 _LAZY = {
+    "Export": "qplug.configs.job",
+    "Job": "qplug.configs.job",
+    "Measurement": "qplug.configs.job",
     "evaluate": "qplug.evaluation",
     "load": "qplug.reader",
     "load_tokenizer": "qplug.reader",
+    "perform": "qplug.job_run",
     "quantize": "qplug.run",
+    "read_job": "qplug.configs.reading",
     "verify": "qplug.verification",
 }
 

@@ -439,6 +439,9 @@ class Exporter(Component[P]):
     #: Whether an engine computes with what is stored. Where none does, floats may be rounded as no
     #: engine rounds them (``use_qtorch``).
     served: ClassVar[bool] = True
+    #: Whether it stores float weights, as algorithms transformed them: nothing is quantized then,
+    #: and ``layout``, ``pack`` and ``unpack`` are never asked.
+    stores_float: ClassVar[bool] = False
     #: The ``quant_method`` of folders that this exporter reads though qplug did not write them.
     quant_method: ClassVar[str | None] = None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qplug.block_fp8 import as_float, is_block_fp8
 from qplug.errors import QplugError
 from qplug.safetensors_file import StoredTensor, read_header
 
@@ -35,13 +36,17 @@ class Checkpoint:
     def open(cls, folder: Path) -> Checkpoint:
         """Read ``config.json`` and every shard's header.
 
+        A checkpoint that was published in blocks of fp8 is opened as the float one that it means.
         Raises QplugError if the folder is not a checkpoint in safetensors files, a file that the
         index names is missing, or a shard is truncated or unsound.
         """
         if not folder.is_dir():
             raise QplugError(f"{folder}: no such folder")
         config = read_json(folder / "config.json")
-        return cls(folder, config, _read_tensors(folder))
+        tensors = _read_tensors(folder)
+        if is_block_fp8(config):
+            config, tensors = as_float(config, tensors)
+        return cls(folder, config, tensors)
 
     @property
     def shards(self) -> list[Path]:

@@ -24,6 +24,7 @@ _LAST_WORD = 3
 COMMANDS = {
     "quantize": ("qplug.commands.quantize:command", "Quantize a checkpoint."),
     "eval": ("qplug.commands.eval:command", "Measure the perplexity of a checkpoint."),
+    "config": ("qplug.commands.config:command", "Check and convert recipes and LLMC files."),
     "verify": ("qplug.commands.verify:command", "Check that an engine can load a folder."),
     "inspect": ("qplug.commands.inspect:command", "Say what a quantized folder holds."),
     "schemes": ("qplug.commands.schemes:command", "List schemes, and which engine runs them."),

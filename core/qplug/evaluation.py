@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qplug.api import Dataset
+from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
 from qplug.params import fill
 from qplug.reader import load_folder, load_tokenizer, open_folder
 from qplug.registry import Registry
 from qplug.run import find_device
+from qplug.source import find_model
 from qplug.windows import first_windows
 
 if TYPE_CHECKING:
@@ -43,31 +46,54 @@ def evaluate(
     dataset: str = "demo",
     dataset_options: Mapping[str, Any] | None = None,
     seq_len: int = 512,
-    windows: int = 64,
+    windows: int | None = 64,
     device: str = "auto",
     trust_remote_code: bool = False,
     registry: Registry | None = None,
     watch: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity over the first ``windows`` windows of ``seq_len`` tokens of a text.
+    """Perplexity over the first ``windows`` windows of ``seq_len`` tokens of a text, or all.
 
     The text is tokenised once, without special tokens, and cut into windows that do not overlap;
     each token but the first of a window is predicted, in float32. Codes are dequantized, and
     activations rounded as the scheme says. Raises QplugError for what the user can mend.
     """
     registry = registry or Registry.installed()
-    source: Dataset[Any] = _dataset(registry, dataset, dataset_options or {})
-    folder = open_folder(model, registry, trust_remote_code=trust_remote_code)
     where = find_device(device)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    tokens = first_windows(source, tokenizer, length=seq_len, count=windows, split="evaluation")
-    limit = folder.view.config.get("max_position_embeddings")
-    if isinstance(limit, int) and seq_len > limit:
-        raise QplugError(f"--seq-len {seq_len}: the model takes {limit} tokens at most")
+    tokens = evaluation_tokens(
+        model,
+        dataset=dataset,
+        dataset_options=dataset_options,
+        seq_len=seq_len,
+        windows=windows,
+        trust_remote_code=trust_remote_code,
+        registry=registry,
+    )
+    folder = open_folder(model, registry, trust_remote_code=trust_remote_code)
     net = load_folder(folder, trust_remote_code=trust_remote_code)
     net.to(where)  # type: ignore[arg-type]
     loss = mean_loss(net, tokens, watch or (lambda *_: None))
     return Evaluation(model, math.exp(loss), dataset, len(tokens), seq_len)
+
+
+def evaluation_tokens(
+    model: str,
+    *,
+    dataset: str,
+    dataset_options: Mapping[str, Any] | None,
+    seq_len: int,
+    windows: int | None,
+    trust_remote_code: bool,
+    registry: Registry,
+) -> Tensor:
+    """What ``evaluate`` reads, int64 ``[windows, seq_len]``. Raises QplugError as it does."""
+    source: Dataset[Any] = _dataset(registry, dataset, dataset_options or {})
+    limit = Checkpoint.open(find_model(model)).config.get("max_position_embeddings")
+    if isinstance(limit, int) and seq_len > limit:
+        raise QplugError(f"--seq-len {seq_len}: the model takes {limit} tokens at most")
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    count = sys.maxsize if windows is None else windows
+    return first_windows(source, tokenizer, length=seq_len, count=count, split="evaluation")
 
 
 def _dataset(registry: Registry, name: str, options: Mapping[str, Any]) -> Dataset[Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qplug.api import Block, InputGroup, Linear, QuantizedWeight
-from qplug.numerics import dequantize
+from qplug.numerics import clip_to_scale, dequantize
 from qplug.processes import ALONE, Processes
 from qplug.scheme import Scheme
 from qplug.statistics import Statistics
@@ -132,8 +132,15 @@ class LiveBlock(Block):
     ) -> list[R]:
         return self._processes.spread(items, work, cost)
 
+    def clip(self) -> None:
+        """Cut off what lies outside the scales that algorithms chose, for float weights to show."""
+        for linear in self.linears:
+            if linear.scale is not None:
+                clip_to_scale(linear.weight, linear.scale, linear.zero, linear.args)
+                self._rewritten.add(f"{linear.name.removeprefix(self.name + '.')}.weight")
+
     def rewritten(self) -> tuple[str, ...]:
-        """The parameters that ``smooth`` and ``shift`` have changed, by full name."""
+        """The parameters that ``smooth``, ``shift`` and ``clip`` have changed, by full name."""
         return tuple(sorted(f"{self.name}.{local}" for local in self._rewritten))
 
     def others(self, names: Sequence[str]) -> dict[str, Tensor]:

@@ -32,9 +32,9 @@ tags:
 ---
 # $title
 
-$model quantized by qplug $version: `$algorithms`, scheme `$scheme`, for `$backend`.
+$model $made by qplug $version: `$algorithms`, scheme `$scheme`, for `$backend`.
 
-$count linear layers hold codes; mean relative error of a weight: $error.
+$told
 `$manifest` has the recipe, the versions, and the error of each layer.
 
 Check this folder with `qplug verify .`$serve.
@@ -178,6 +178,13 @@ def _json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
+def _told(errors: Mapping[str, float]) -> str:
+    if not errors:
+        return "Its weights are float, as the algorithms transformed them; none is quantized."
+    mean = sum(errors.values()) / len(errors)
+    return f"{len(errors)} linear layers hold codes; mean relative error of a weight: {mean:.4f}."
+
+
 def _card(name: str, recipe: Recipe, exporter: Exporter[Any], errors: Mapping[str, float]) -> str:
     serve = exporter.serve_command
     return _CARD.substitute(
@@ -188,8 +195,8 @@ def _card(name: str, recipe: Recipe, exporter: Exporter[Any], errors: Mapping[st
         algorithms="+".join(recipe.algorithms),
         scheme=recipe.scheme.name,
         backend=recipe.backend,
-        count=len(errors),
-        error=f"{sum(errors.values()) / len(errors):.4f}",
+        made="transformed" if exporter.stores_float else "quantized",
+        told=_told(errors),
         manifest=MANIFEST,
         serve=f"; serve it with `{serve.format('.')}`" if serve else "",
     )

@@ -93,6 +93,19 @@ def range_scale(low: Tensor, high: Tensor, args: QuantArgs) -> tuple[Tensor, Ten
     return scale, (-low / scale).round_().clamp_(0, top).to(torch.uint8)
 
 
+def clip_to_scale(weight: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs) -> Tensor:
+    """``weight: [out, in]``, float32, cut in place to the range that its scales were made for.
+
+    ``minmax_scale`` of the result gives the same scales back where a weight reached the range.
+    """
+    groups, spread = _group(weight, args), scale.expand(_row_scales(weight, args))
+    top = _top(args) if args.symmetric else args.code_range[1]
+    low = torch.full_like(spread, -top) if zero is None else -zero.float().expand(spread.shape)
+    high = torch.full_like(spread, top) if zero is None else top + low
+    cut = torch.clamp(groups, _spread(low * spread), _spread(high * spread))
+    return weight.copy_(_ungroup(cut, weight.shape[1], weight.shape[0]))
+
+
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs) -> Tensor:
     """Nearest codes ``[out, in]`` of ``weight: [out, in]`` under given scales and zero points."""
     codes = torch.empty(weight.shape, dtype=code_dtype(args), device=weight.device)

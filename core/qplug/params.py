@@ -98,7 +98,7 @@ def _option(params: type, field: dataclasses.Field[Any], hint: Any) -> Option:
     option = Option(field.name, hint, choices, optional, field.default, param)
     if not option.required:
         try:
-            _convert(option, field.default, where)
+            convert(option, field.default, where)
         except QplugError as error:
             raise TypeError(f"{where}: its default is not allowed: {error}") from None
     return option
@@ -122,7 +122,7 @@ def fill(params: type[T], values: Mapping[str, Any], owner: str) -> T:
     one, or a wrong value raises.
     """
     known = options(params)
-    by_name = {_plain(name): o for o in known for name in (o.name, *o.param.also)}
+    by_name = by_all_names(known)
     filled: dict[str, Any] = {}
     for key, value in values.items():
         option = by_name.get(_plain(str(key)))
@@ -132,18 +132,24 @@ def fill(params: type[T], values: Mapping[str, Any], owner: str) -> T:
             raise QplugError(f"{owner} has no option {key!r}.{hint} It has: {names}")
         if option.name in filled:
             raise QplugError(f"{owner}: option {option.name!r} is given twice")
-        filled[option.name] = _convert(option, value, f"{owner}: {key}={value}")
+        filled[option.name] = convert(option, value, f"{owner}: {key}={value}")
     for option in known:
         if option.required and option.name not in filled:
             raise QplugError(f"{owner} needs the option {option.name}: {option.param.help}")
     return params(**filled)
 
 
+def by_all_names(known: typing.Iterable[Option]) -> dict[str, Option]:
+    """Options by their names and older names, in the spelling with underscores."""
+    return {_plain(name): o for o in known for name in (o.name, *o.param.also)}
+
+
 def _plain(name: str) -> str:
     return name.replace("-", "_")
 
 
-def _convert(option: Option, value: Any, where: str) -> Any:
+def convert(option: Option, value: Any, where: str) -> Any:
+    """``value`` as ``option`` has it. Raises QplugError, which begins with ``where``."""
     if option.optional and (value is None or str(value).lower() in ("none", "null")):
         return None
     if option.choices:

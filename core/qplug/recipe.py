@@ -16,6 +16,9 @@ from qplug.scheme import CACHES, QuantArgs, Scheme, preset
 #: Who quantizes where no algorithm of the pipeline does.
 DEFAULT_QUANTIZER = "rtn"
 
+#: How windows are cut from the documents of a dataset: see ``qplug.windows``.
+SAMPLINGS = ("dataset", "windows", "documents", "leading", "packed")
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -23,7 +26,8 @@ class Calibration:
 
     ``propagate``: whether a block is fed by the ``quantized`` blocks before it, or the ``float``
     ones. ``observer``: how the ranges of static inputs are found. ``batch_size``: samples in one
-    forward pass; None leaves it to the device.
+    forward pass; None leaves it to the device. ``sampling``: how windows are cut from documents;
+    ``dataset`` is the dataset's own way.
     """
 
     dataset: str = "demo"
@@ -34,6 +38,7 @@ class Calibration:
     observer: str = "minmax"
     observer_options: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int | None = None
+    sampling: str = "dataset"
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.seq_len < 1:
@@ -42,6 +47,8 @@ class Calibration:
             raise QplugError("--batch-size must be at least 1")
         if self.propagate not in ("quantized", "float"):
             raise QplugError(f"--propagate {self.propagate}: must be quantized or float")
+        if self.sampling not in SAMPLINGS:
+            raise QplugError(f"--sampling {self.sampling}: must be one of {', '.join(SAMPLINGS)}")
 
     def to_dict(self) -> dict[str, Any]:
         """A plain form for JSON."""
@@ -112,9 +119,9 @@ def parse_algorithms(text: str) -> tuple[str, ...]:
     return names
 
 
-def parse_scheme(name: str, group_size: int | None = None) -> Scheme:
-    """The named scheme, with another group size if one is given."""
-    scheme = preset(name)
+def parse_scheme(name: str | Scheme, group_size: int | None = None) -> Scheme:
+    """The scheme, by its name or as it is, with another group size if one is given."""
+    scheme = preset(name) if isinstance(name, str) else name
     return scheme if group_size is None else scheme.with_group_size(group_size)
 
 

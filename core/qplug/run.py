@@ -78,7 +78,7 @@ def quantize(
     out: str | Path,
     *,
     algo: str = "rtn",
-    scheme: str = "W4A16",
+    scheme: str | Scheme = "W4A16",
     backend: str = "sglang",
     group_size: int | None = None,
     dataset: str = "demo",
@@ -90,8 +90,9 @@ def quantize(
     observer: str = "minmax",
     observer_options: Mapping[str, Any] | None = None,
     kv_cache: str | None = None,
+    sampling: str = "dataset",
     ignore: Sequence[str] = (),
-    overrides: Mapping[str, str] | None = None,
+    overrides: Mapping[str, str | Scheme] | None = None,
     algorithm_options: Mapping[str, Mapping[str, Any]] | None = None,
     backend_options: Mapping[str, Any] | None = None,
     use_qtorch: bool = False,
@@ -111,11 +112,12 @@ def quantize(
     through what was made of the block (``propagate="quantized"``) or through the float one. So do
     schemes with static inputs, whose ranges ``observer`` finds (``minmax``, ``moving-average`` or
     ``histogram``), and ``kv_cache="fp8"``, which stores the scales of keys and values.
-    ``overrides`` maps patterns of module names to other schemes. ``use_qtorch`` has the package
-    qtorch round to float formats, for a backend that only measures. Killed and called again, it
-    goes on where it was. Raises QplugError for what the user can mend, before the work where that
-    can be known, and leaves nothing behind. Called in each process that torchrun starts, all share
-    the work of a calibrated run; the first one writes.
+    ``sampling`` is how windows are cut from its documents: as the dataset has it, or as
+    ``qplug.windows.sample`` does. ``overrides`` maps patterns of module names to other schemes.
+    ``use_qtorch`` has the package qtorch round to float formats, for a backend that only measures.
+    Killed and called again, it goes on where it was. Raises QplugError for what the user can mend,
+    before the work where that can be known, and leaves nothing behind. Called in each process that
+    torchrun starts, all share the work of a calibrated run; the first one writes.
     """
     launch = Launch.of()
     recipe = Recipe(
@@ -135,6 +137,7 @@ def quantize(
             observer,
             observer_options or {},
             batch_size,
+            sampling,
         ),
         kv_cache=parse_cache(kv_cache),
         seed=seed,
@@ -160,6 +163,9 @@ class Run:
         self.stages = Stages(recipe, registry)
         if not self.stages.needs_data:
             recipe = replace(recipe, calibration=None)
+        elif recipe.calibration and self.stages.exporter.stores_float:
+            # What is stored computes what the float model does, and a run that goes on has no more.
+            recipe = replace(recipe, calibration=replace(recipe.calibration, propagate="float"))
         self.recipe, self.registry, self.device = recipe, registry, device
         self.trust_remote_code, self.launch = trust_remote_code, launch
 
@@ -202,10 +208,11 @@ class Run:
         schemes = self._servable(assign(self.recipe, view), view)
         exporter, calibration = self.stages.exporter, self.recipe.calibration
         cache = self._cache(source, view)
+        coded = {} if exporter.stores_float else schemes
         plan = make_plan(
             float_model,
             view,
-            schemes,
+            coded,
             exporter,
             shard_bytes=shard_bytes,
             by_block=calibration is not None,
@@ -264,7 +271,7 @@ class Run:
                 view,
                 self.recipe,
                 exporter,
-                schemes,
+                coded,
                 told,
                 self.registry,
                 online=prepared.online,
@@ -384,6 +391,8 @@ class Run:
                 continue
             block = walk.enter(step.name)
             codes = self.stages.quantize(block)
+            if self.stages.exporter.stores_float:
+                block.clip()
             changed = {*block.rewritten(), *self._rewritten(step, source)}
             report = self.stages.report(block, codes, tuple(sorted(changed)))
             packed = self.stages.pack(codes, step, view.dtype)

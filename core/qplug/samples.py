@@ -12,6 +12,7 @@ from qplug.params import fill
 from qplug.reader import load_tokenizer
 from qplug.recipe import Calibration
 from qplug.registry import Registry
+from qplug.windows import sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +38,13 @@ def calibration_tokens(
     options: object = fill(kind.Params, calibration.options, f"dataset {kind.name}")
     dataset: Dataset[object] = kind(options)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    samples = dataset.samples(
-        tokenizer, length=calibration.seq_len, count=calibration.samples, seed=seed
+    samples = sample(
+        dataset,
+        tokenizer,
+        calibration.sampling,
+        length=calibration.seq_len,
+        count=calibration.samples,
+        seed=seed,
     )
     tokens = pad_sequence(list(samples), batch_first=True, padding_value=-1)
     vocabulary = view.config.get("vocab_size")

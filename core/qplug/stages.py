@@ -121,10 +121,12 @@ class Stages:
             return algorithm.prepare(model)
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
-        """Run all stages on ``block``: codes by linear."""
+        """Run all stages on ``block``: codes by linear. None where float weights are stored."""
         for algorithm in self.pipeline:
             with self._blaming(algorithm, block.name):
                 algorithm.transform(block)
+        if self.exporter.stores_float:
+            return {}
         fix_input_scales(block, self._observer)
         share_tensor_scales(block)
         with self._blaming(self.quantizer, block.name):
@@ -142,8 +144,14 @@ class Stages:
         errors = {
             linear.name: _short(relative_error(linear.weight, codes[linear.name]))
             for linear in block.linears
+            if linear.name in codes
         }
-        read = [(group, linear) for group in block.groups for linear in group.linears]
+        read = [
+            (group, linear)
+            for group in block.groups
+            for linear in group.linears
+            if linear.name in codes
+        ]
 
         def loss(pair: tuple[InputGroup, Linear]) -> float:
             group, linear = pair

@@ -34,6 +34,53 @@ def random_windows(
     return (_window(ids, start, length) for start in starts)
 
 
+def sample(
+    dataset: Dataset[Any], tokenizer: Tokenizer, how: str, *, length: int, count: int, seed: int
+) -> Iterator[Tensor]:
+    """``count`` windows of ``length`` tokens, int64, for calibration.
+
+    ``how``: ``dataset``, as the dataset has it; ``windows``, from anywhere in the joined text;
+    ``documents`` and ``leading``, each from another document, from anywhere in it or its start;
+    ``packed``, from short documents one after another.
+    """
+    if how == "dataset":
+        return dataset.samples(tokenizer, length=length, count=count, seed=seed)
+    if how == "windows":
+        return random_windows(dataset, tokenizer, length=length, count=count, seed=seed)
+    documents = list(dataset.documents("calibration"))
+    if how == "packed":
+        return packed_windows(documents, tokenizer, length=length, count=count, seed=seed)
+    start: Literal["random", "leading"] = "leading" if how == "leading" else "random"
+    return document_windows(
+        documents, tokenizer, length=length, count=count, seed=seed, start=start
+    )
+
+
+def packed_windows(
+    documents: Sequence[str], tokenizer: Tokenizer, *, length: int, count: int, seed: int
+) -> Iterator[Tensor]:
+    """``count`` windows of ``length`` tokens, int64, side by side in a row of short documents.
+
+    As AWQ's authors sample: documents in a random order, those longer than a window passed over,
+    the others put one after another. Raises QplugError at once if they end too soon.
+    """
+    rng = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
+    order = list(range(len(documents)))
+    rng.shuffle(order)
+    row: list[int] = []
+    for index in order:
+        if len(row) >= count * length:
+            break
+        ids = tokenizer.encode(documents[index].strip(), add_special_tokens=False)
+        row.extend(ids if len(ids) <= length else ())
+    if len(row) < count * length:
+        raise QplugError(
+            f"the {len(documents)} documents of up to {length} tokens fill "
+            f"{len(row) // length} windows, {count} are needed: ask for fewer or shorter samples"
+        )
+    return (_window(row, number * length, length) for number in range(count))
+
+
 def first_windows(
     dataset: Dataset[Any], tokenizer: Tokenizer, *, length: int, count: int, split: Split
 ) -> Tensor:

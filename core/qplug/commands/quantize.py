@@ -5,21 +5,31 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from qplug.params import parse_pairs
 from qplug.progress import progress_bar
+from qplug.recipe import SAMPLINGS
 from qplug.registry import Registry
 from qplug.scheme import CACHES
 
+if TYPE_CHECKING:
+    from qplug.run import Result
+
 
 @click.command(name="quantize")
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="A recipe, or an LLMC YAML file as it is; options given beside it win.",
+)
 @click.option("--algo", default="rtn", show_default=True, help="An algorithm, or A+B in order.")
 @click.option("--scheme", default="W4A16", show_default=True, help="See qplug schemes.")
 @click.option("--backend", default="sglang", show_default=True, help="Who shall serve it.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@click.option("--out", type=click.Path(path_type=Path), help="A new folder.")
 @click.option("--group-size", type=int, help="Columns that share a scale; -1 is a whole row.")
 @click.option(
     "-o", "options", metavar="ALGO.PARAM=V", multiple=True, help="See qplug plugins show ALGO."
@@ -46,6 +56,13 @@ from qplug.scheme import CACHES
 )
 @click.option("--observer-opt", "observer_options", metavar="K=V", multiple=True)
 @click.option("--kv-cache", type=click.Choice(list(CACHES)), help="Store scales for such a cache.")
+@click.option(
+    "--sampling",
+    default="dataset",
+    show_default=True,
+    type=click.Choice(SAMPLINGS),
+    help="How windows are cut: as the dataset does, or from all text, single or short documents.",
+)
 @click.option("--ignore", metavar="PATTERN", multiple=True, help="Leave these layers float.")
 @click.option(
     "--override", "overrides", metavar="PATTERN=SCHEME", multiple=True, help="Another scheme."
@@ -67,11 +84,12 @@ from qplug.scheme import CACHES
 @click.pass_obj
 def command(
     registry: Registry,
-    model: str,
+    model: str | None,
+    config: Path | None,
     algo: str,
     scheme: str,
     backend: str,
-    out: Path,
+    out: Path | None,
     group_size: int | None,
     options: tuple[str, ...],
     backend_options: tuple[str, ...],
@@ -84,6 +102,7 @@ def command(
     observer: str,
     observer_options: tuple[str, ...],
     kv_cache: str | None,
+    sampling: str,
     ignore: tuple[str, ...],
     overrides: tuple[str, ...],
     use_qtorch: bool,
@@ -103,6 +122,14 @@ def command(
 
     A PATTERN is a glob over module names, or re: and a regular expression.
     """
+    if config is not None:
+        _run_config(registry, config, dry_run=dry_run, as_json=as_json)
+        return
+    for value, name in ((model, "MODEL"), (out, "--out")):
+        if value is None:
+            raise click.UsageError(f"Missing {name}: give it, or a recipe with --config.")
+    assert model is not None
+    assert out is not None
     from qplug.run import quantize
 
     with progress_bar("quantizing") as bar:
@@ -122,6 +149,7 @@ def command(
             observer=observer,
             observer_options=parse_pairs(observer_options, "--observer-opt"),
             kv_cache=kv_cache,
+            sampling=sampling,
             ignore=ignore,
             overrides=parse_pairs(overrides, "--override"),
             algorithm_options=_by_algorithm(options),
@@ -139,9 +167,53 @@ def command(
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(result), "out": str(result.out)}, indent=2))
         return
+    _tell(result)
+
+
+def _run_config(registry: Registry, file: Path, *, dry_run: bool, as_json: bool) -> None:
+    """The job in ``file``; of the command line, what was said and not what is usual."""
+    from qplug.commands.quantize_config import run_config
+    from qplug.configs.override import Given
+    from qplug.job_run import How
+
+    ctx = click.get_current_context()
+    said = {
+        name: value
+        for name, value in ctx.params.items()
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
+    for name, flag in (("dataset_options", "--dataset-opt"), ("backend_options", "--backend-opt")):
+        said[name] = parse_pairs(said.get(name, ()), flag)
+    said["overrides"] = parse_pairs(said.get("overrides", ()), "--override")
+    said["options"] = _by_algorithm(said.get("options", ()))
+    fields = {field.name for field in dataclasses.fields(Given)}
+    params = ctx.params
+    how = How(
+        device=params["device"],
+        shard_bytes=int(params["shard_size"] * 1e9),
+        overwrite=params["overwrite"],
+        trust_remote_code=params["trust_remote_code"],
+    )
+    run_config(
+        file,
+        Given(**{name: value for name, value in said.items() if name in fields}),
+        how,
+        registry=registry,
+        dry_run=dry_run,
+        as_json=as_json,
+        tell_result=_tell,
+    )
+
+
+def _tell(result: Result) -> None:
+    """What became of a run, in a few lines."""
+    out = result.out
     sizes = f"{result.source_bytes / 1e6:,.1f} MB -> {result.bytes / 1e6:,.1f} MB"
     if result.dry_run:
         click.echo(f"{out}: would be written: {sizes}")
+        return
+    if not result.errors:
+        click.echo(f"{out}: float, nothing is quantized, {sizes}, {result.seconds:.1f} s")
         return
     losses = result.losses or result.errors
     worst = max(losses, key=lambda name: losses[name])

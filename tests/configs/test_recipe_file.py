@@ -1,0 +1,336 @@
+"""The native recipe: read, refused with its line, written, and told as JSON Schema."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qplug import PRESETS, QplugError, QuantArgs, preset
+from qplug.configs.job import STAGES, Export, Job, Measurement
+from qplug.configs.override import Given, overridden
+from qplug.configs.reading import ReadJob
+from qplug.configs.recipe_file import read_recipe, schema, write_recipe
+from qplug.configs.spelled_scheme import spelled
+from qplug.configs.yaml_tree import read_yaml
+from qplug.recipe import SAMPLINGS, Calibration
+
+Read = Callable[..., ReadJob]
+Cli = Callable[..., Result]
+
+WHOLE = """
+    model: qplug:demo
+    pipeline:
+      - algorithm: awq
+        options: {clip: false, ratios: 10}
+      - gptq
+    scheme: {preset: W4A16, group_size: 64}
+    overrides:
+      - {pattern: "*down_proj", scheme: W8A16}
+      - pattern: re:.*o_proj
+        scheme:
+          weights: {dtype: int6, strategy: channel}
+          activations: {dtype: int8, strategy: token, dynamic: true}
+    ignore: ["*.0.*"]
+    calibration: {dataset: text, options: {path: a.txt}, samples: 16, sampling: windows}
+    seed: 3
+    export:
+      - {out: one, backend: vllm}
+      - {out: two, backend: hf}
+    eval:
+      - {at: [pretrain, quantized], seq_len: 128, windows: 4}
+"""
+
+
+def test_a_whole_recipe(read_text: Read) -> None:
+    read = read_text(WHOLE)
+    assert read.warnings == ()
+    assert read.job == Job(
+        model="qplug:demo",
+        algorithms=("awq", "gptq"),
+        algorithm_options={"awq": {"clip": False, "ratios": 10}},
+        scheme=preset("W4A16").with_group_size(64),
+        overrides=(
+            ("*down_proj", preset("W8A16")),
+            (
+                "re:.*o_proj",
+                spelled(QuantArgs("int6", "channel"), QuantArgs("int8", "token", dynamic=True)),
+            ),
+        ),
+        ignore=("*.0.*",),
+        calibration=Calibration("text", {"path": "a.txt"}, 16, sampling="windows"),
+        seed=3,
+        exports=(Export(Path("one"), "vllm"), Export(Path("two"), "hf")),
+        measurements=(Measurement(("pretrain", "quantized"), seq_len=128, windows=4),),
+    )
+
+
+def test_what_is_not_said_is_what_the_command_line_has(read_text: Read) -> None:
+    import inspect
+
+    from qplug.run import quantize
+
+    job = read_text("model: qplug:demo").job
+    usual = {n: p.default for n, p in inspect.signature(quantize).parameters.items()}
+    assert "+".join(job.algorithms) == usual["algo"]
+    assert job.scheme == preset(usual["scheme"])
+    assert Export(Path()).backend == usual["backend"]
+    for name in ("dataset", "samples", "seq_len", "propagate", "sampling"):
+        assert getattr(job.calibration, name) == usual[name]
+    assert job.seed == usual["seed"]
+    assert job == Job(model="qplug:demo")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("pipline: [awq]", r":1: pipline: no such key. Did you mean 'pipeline'\?; allowed: model,"),
+        ("pipeline: awq", ":1: pipeline: 'awq' is wrong; allowed: a list"),
+        ("pipeline: [awq, awq]", ":1: pipeline: --algo awq"),
+        ("pipeline:\n- awq\n- quip", r":3: pipeline\[1\]: no algorithm 'quip'"),
+        ("pipeline:\n- algorithm: awq\n  options: {clp: 1}", r":2: pipeline\[0\]: .* 'clp'. Did"),
+        ("pipeline: [4]", r"pipeline\[0\]: 4 is wrong; allowed: a string or a mapping of algor"),
+        ("scheme: W4", ":1: scheme: no scheme 'W4'"),
+        ("scheme: {preset: W4A16, weights: {dtype: int4, strategy: group}}", "say preset, or we"),
+        ("scheme: {weights: {dtype: int4}}", "weights: has no 'strategy', which it needs"),
+        (
+            "scheme: {weights: {dtype: int4, strategy: row}}",
+            "strategy: 'row' is wrong; allowed: te",
+        ),
+        ("scheme: {weights: {dtype: int4, strategy: group}}", "scheme: .*does not go with group_s"),
+        ("scheme: {weights: {dtype: int9, strategy: channel}}", "unknown number format 'int9'"),
+        ("overrides:\n- {pattern: x, scheme: W4}", r":2: overrides\[0\]: no scheme 'W4'"),
+        ("calibration: {samples: many}", "calibration.samples: 'many' is wrong; allowed: a whole"),
+        ("calibration: {samples: 0}", ":1: calibration: --samples and --seq-len must be"),
+        ("calibration: {sampling: all}", "sampling: 'all' is wrong; allowed: dataset, windows"),
+        ("calibration: {dataset: c5}", ":1: calibration: no dataset 'c5'. There are: c4"),
+        ("export:\n- {backend: vllm}", r":2: export\[0\]: has no 'out', which it needs"),
+        ("export:\n- {out: x, backend: trt}", r":2: export\[0\]: no exporter 'trt'"),
+        ("eval:\n- {at: [later]}", r":2: eval\[0\].at\[0\]: 'later' is wrong; allowed: pretrain,"),
+        ("eval:\n- {at: quantized}", "at: 'quantized' is wrong; allowed: a list"),
+        ("seed: 1.5", "seed: 1.5 is wrong; allowed: a whole number"),
+        ("seed: true", "seed: True is wrong"),
+        ("use_qtorch: 1", "use_qtorch: 1 is wrong; allowed: True, False"),
+    ],
+)
+def test_wrong_recipes(read_text: Read, text: str, complaint: str) -> None:
+    with pytest.raises(QplugError, match=complaint):
+        read_text(text)
+
+
+# --- there and back -------------------------------------------------------------------------------
+
+WORDS = st.text("abcxyz.*:-\u00e9 '\"", min_size=1).filter(lambda word: word.strip() == word)
+SCALARS = st.one_of(st.booleans(), st.integers(-9, 9), st.floats(-9, 9), WORDS)
+WEIGHTS = st.one_of(
+    st.builds(
+        QuantArgs,
+        st.sampled_from(["int2", "int4", "int8"]),
+        st.just("group"),
+        st.sampled_from([32, 128]),
+        symmetric=st.booleans(),
+    ),
+    st.builds(QuantArgs, st.sampled_from(["int3", "e4m3", "e5m2"]), st.just("channel")),
+    st.just(QuantArgs("e4m3", "block", block=(128, 64))),
+)
+INPUTS = st.one_of(
+    st.none(),
+    st.builds(
+        QuantArgs, st.sampled_from(["int8", "e4m3"]), st.just("token"), dynamic=st.just(True)
+    ),
+)
+SCHEMES = st.one_of(
+    st.sampled_from(sorted(PRESETS)).map(preset), st.builds(spelled, WEIGHTS, INPUTS)
+)
+JOBS = st.builds(
+    Job,
+    model=st.one_of(st.none(), WORDS),
+    algorithms=st.sampled_from([("rtn",), ("awq", "gptq"), ("smoothquant",)]),
+    scheme=SCHEMES,
+    overrides=st.lists(st.tuples(WORDS, SCHEMES), max_size=2).map(tuple),
+    ignore=st.lists(WORDS, max_size=2).map(tuple),
+    calibration=st.builds(
+        Calibration,
+        WORDS,
+        st.dictionaries(WORDS, SCALARS, max_size=2),
+        st.integers(1, 999),
+        st.integers(1, 999),
+        st.sampled_from(["quantized", "float"]),
+        st.sampled_from(SAMPLINGS),
+    ),
+    observer=st.sampled_from(["minmax", "histogram"]),
+    kv_cache=st.sampled_from([None, "fp8"]),
+    use_qtorch=st.booleans(),
+    seed=st.integers(0, 99),
+    exports=st.lists(st.builds(Export, WORDS.map(Path), WORDS), max_size=2).map(tuple),
+    measurements=st.lists(
+        st.builds(
+            Measurement,
+            st.lists(st.sampled_from(STAGES), max_size=3).map(tuple),
+            WORDS,
+            st.dictionaries(WORDS, SCALARS, max_size=1),
+            st.integers(2, 99),
+            st.one_of(st.none(), st.integers(1, 9)),
+        ),
+        max_size=2,
+    ).map(tuple),
+).map(
+    lambda job: replace(job, algorithm_options={job.algorithms[-1]: {"x": 1}} if job.seed else {})
+)
+
+
+@given(JOBS)
+def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, job: Job) -> None:
+    file = tmp_path_factory.getbasetemp() / "written.yml"
+    text = write_recipe(job)
+    file.write_text(text, encoding="utf-8")
+    assert read_recipe(read_yaml(file)) == job
+    assert list(problems(schema(), yaml.safe_load(text))) == []
+
+
+def test_an_llmc_file_converted_says_the_same(
+    read_text: Read, llmc: Callable[..., str], tmp_path: Path, cli: Cli
+) -> None:
+    text = llmc(
+        method="Awq",
+        special="trans_version: v1\nweight_clip: False",
+        calib="name: c4\ndownload: True\nn_samples: 9\nseq_len: 99\nbs: 1\npreproc: pileval_awq",
+        evaluate="eval_pos: [pretrain, fake_quant]\nname: c4\ndownload: True\nseq_len: 64\nbs: 1",
+        save="save_vllm: True\nsave_trans: True\nsave_path: there",
+        more="ignored_layers: {block_ids: [0-3], layer_names: [mlp.up_proj]}\n",
+    )
+    read = read_text(text)
+    converted = cli("config", "convert", tmp_path / "f.yml")
+    assert converted.exit_code == 0, converted.output
+    assert read_text(converted.stdout, "native.yml").job == read.job
+    assert list(problems(schema(), yaml.safe_load(converted.stdout))) == []
+
+
+# --- the JSON Schema ------------------------------------------------------------------------------
+
+TYPES: dict[str, Any] = {
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "null": type(None),
+    "object": dict,
+    "array": list,
+}
+
+
+def problems(rule: Mapping[str, Any], value: Any, path: str = "") -> list[str]:
+    """What JSON Schema has against ``value``, for the words of it that qplug uses."""
+    known = {"$schema", "title", "description", "default", "type", "properties", "required"}
+    assert set(rule) <= known | {"additionalProperties", "enum", "items", "anyOf"}
+    found: list[str] = []
+    if "anyOf" in rule:
+        tried = [problems(member, value, path) for member in rule["anyOf"]]
+        return [] if [] in tried else [f"{path}: fits none: {tried}"]
+    if "enum" in rule and value not in rule["enum"]:
+        found.append(f"{path}: {value} is not in {rule['enum']}")
+    if "type" in rule:
+        names = rule["type"] if isinstance(rule["type"], list) else [rule["type"]]
+        fits = any(
+            isinstance(value, TYPES[name]) and not (name != "boolean" and isinstance(value, bool))
+            for name in names
+        )
+        if not fits:
+            return [f"{path}: {value!r} is no {names}"]
+    if isinstance(value, dict):
+        extra = rule.get("additionalProperties", True)
+        for key, inner in value.items():
+            if key in rule.get("properties", {}):
+                found += problems(rule["properties"][key], inner, f"{path}.{key}")
+            elif extra is False:
+                found.append(f"{path}: {key} is not known")
+            elif extra is not True:
+                found += problems(extra, inner, f"{path}.{key}")
+        found += [f"{path}: no {key}" for key in rule.get("required", ()) if key not in value]
+    if isinstance(value, list):
+        for number, inner in enumerate(value):
+            found += problems(rule["items"], inner, f"{path}[{number}]")
+    return found
+
+
+def test_the_schema_takes_what_is_right_and_no_more(cli: Cli) -> None:
+    told = json.loads(cli("config", "schema").stdout)
+    assert told == json.loads(json.dumps(schema()))
+    assert told["$schema"].startswith("https://json-schema.org/draft/2020-12")
+    whole = yaml.safe_load(WHOLE)
+    assert problems(told, whole) == []
+    for key in told["properties"]:
+        assert told["properties"][key]["description"]
+        assert problems(told, {key: {"no": "such"}}) != [], key
+    assert problems(told, {"pipline": []}) == [": pipline is not known"]
+    assert problems(told, {**whole, "seed": True}) != []
+    assert problems(told, {**whole, "eval": [{"at": ["later"]}]}) != []
+
+
+def test_examples_are_valid(cli: Cli) -> None:
+    files = sorted((Path(__file__).parents[2] / "examples").glob("*.yml"))
+    assert files
+    for file in files:
+        checked = cli("config", "check", file)
+        assert checked.exit_code == 0, checked.output
+        assert re.search("sound \\(native\\)", checked.output)
+        assert problems(schema(), yaml.safe_load(file.read_text())) == []
+
+
+# --- changed by the command line ------------------------------------------------------------------
+
+
+def test_what_is_given_beside_the_file_wins(read_text: Read) -> None:
+    job = overridden(
+        replace(read_text(WHOLE).job, exports=(Export(Path("one"), "vllm", {"x": 1}),)),
+        Given(
+            model="other",
+            out=Path("here"),
+            scheme="W8A16",
+            options={"awq": {"ratios": 5}},
+            overrides={"*up_proj": "W4A16"},
+            ignore=("*.1.*",),
+            samples=4,
+            seed=9,
+        ),
+    )
+    assert (job.model, job.seed, job.scheme) == ("other", 9, preset("W8A16"))
+    assert job.exports == (Export(Path("here"), "vllm", {"x": 1}),)
+    assert job.algorithm_options == {"awq": {"clip": False, "ratios": 5}}
+    assert [pattern for pattern, _ in job.overrides] == ["*down_proj", "re:.*o_proj", "*up_proj"]
+    assert job.ignore == ("*.0.*", "*.1.*")
+    assert (job.calibration.dataset, job.calibration.samples) == ("text", 4)
+
+
+def test_another_pipeline_keeps_the_options_that_still_mean_something(read_text: Read) -> None:
+    job = overridden(read_text(WHOLE).job, Given(algo="rtn"))
+    assert (job.algorithms, job.algorithm_options) == (("rtn",), {})
+    with pytest.raises(QplugError, match="awq is not in the pipeline"):
+        overridden(job, Given(options={"awq": {"clip": True}}))
+
+
+def test_another_dataset_has_options_of_its_own(read_text: Read) -> None:
+    data = overridden(read_text(WHOLE).job, Given(dataset="demo")).calibration
+    assert (data.dataset, data.options, data.sampling) == ("demo", {}, "dataset")
+    more = overridden(read_text(WHOLE).job, Given(dataset_options={"order": "sequential"}))
+    assert more.calibration.options == {"path": "a.txt", "order": "sequential"}
+
+
+def test_another_group_or_backend(read_text: Read) -> None:
+    job = replace(read_text(WHOLE).job, exports=())
+    changed = overridden(job, Given(group_size=32, out=Path("x"), backend="vllm"))
+    assert changed.scheme == preset("W4A16").with_group_size(32)
+    assert changed.exports == (Export(Path("x"), "vllm"),)
+    with pytest.raises(QplugError, match="say with --out where to write"):
+        overridden(job, Given(backend="vllm"))
+    with pytest.raises(QplugError, match="names several folders"):
+        overridden(read_text(WHOLE).job, Given(out=Path("x")))
