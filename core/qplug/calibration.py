@@ -25,7 +25,7 @@ from qplug.statistics import Statistics
 from qplug.structure import Group, find_groups
 
 #: Tokens in one forward pass through a block.
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 #: Tokens of each group that are kept as they are.
 _SAMPLE = 2048
 #: Tokens on which the structure of a block is found.
@@ -115,6 +115,7 @@ class Walk:
         self._fill(module, weights)
         structure = self._structure(name, module, weights)
         statistics = self._observe(name, module, structure)
+        _release(module)  # algorithms have masters of their own; ``leave`` fills it again
         return LiveBlock(name, structure, statistics, weights, self._schemes)
 
     def _structure(
@@ -180,8 +181,7 @@ class Walk:
             self._fill(module, {local: served[local] for local in parameters})
             with self._rounding_inputs(name, module):
                 self._forward(name, module, keep=True)
-        for local in parameters:
-            _set(module, local, torch.empty(0, device="meta"))
+        _release(module)
         self._calls.pop(name)
 
     @torch.no_grad()
@@ -256,6 +256,12 @@ def _stop(module: nn.Module, inputs: tuple[Tensor]) -> None:
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, local = name.rpartition(".")
     module.get_submodule(path)._parameters[local] = nn.Parameter(value, requires_grad=False)
+
+
+def _release(module: nn.Module) -> None:
+    """Give the memory of its parameters back."""
+    for name in [name for name, _ in module.named_parameters()]:
+        _set(module, name, torch.empty(0, device="meta"))
 
 
 def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
