@@ -32,7 +32,7 @@ from qplug.statistics import share as share_statistics
 from qplug.structure import Group, find_groups
 
 #: Tokens in one forward pass through a block.
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 8192}
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 #: Tokens of each group that are kept as they are.
 _SAMPLE = 2048
 #: Tokens on which the structure of a block is found.

@@ -244,7 +244,6 @@ def test_what_special_says_in_vain(
 @pytest.mark.parametrize(
     "special",
     [
-        "true_sequential: False",
         "static_groups: True",
         "clip_sym: True",
         "save_mem: False",

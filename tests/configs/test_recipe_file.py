@@ -107,7 +107,7 @@ def test_what_is_not_said_is_what_the_command_line_has(read_text: Read) -> None:
             "strategy: 'row' is wrong; allowed: te",
         ),
         ("scheme: {weights: {dtype: int4, strategy: group}}", "scheme: .*does not go with group_s"),
-        ("scheme: {weights: {dtype: int9, strategy: channel}}", "unknown number format 'int9'"),
+        ("scheme: {weights: {dtype: int9, strategy: channel}}", "there is no number format 'int9'"),
         ("overrides:\n- {pattern: x, scheme: W4}", r":2: overrides\[0\]: no scheme 'W4'"),
         ("calibration: {samples: many}", "calibration.samples: 'many' is wrong; allowed: a whole"),
         ("calibration: {samples: 0}", ":1: calibration: --samples and --seq-len must be"),

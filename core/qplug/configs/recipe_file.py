@@ -186,7 +186,7 @@ def read_recipe(root: Node) -> Job:
             calibration.samples,
             calibration.seq_len,
             calibration.propagate,
-            calibration.sampling,
+            sampling=calibration.sampling,
         )
     except QplugError as error:
         raise top["calibration"].place.error(str(error)) from error

@@ -1,0 +1,156 @@
+"""How much memory GPTQ takes on a CPU for a checkpoint of the shape of Llama 2 7B, and how long.
+
+Writes a random slice of few layers, quantizes it by the command line, and says what the process
+took at most, imports included. A slice of one layer more tells what one of 32 layers takes. Exits
+with status 1 if the target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+PEAK_BYTES = 6 * 2**30
+LAYERS = 32  # of the whole model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sides of Llama 2 7B."""
+
+    hidden: int = 4096
+    inner: int = 11008
+    heads: int = 32
+    vocab: int = 32000
+
+    def layer(self) -> dict[str, tuple[int, ...]]:
+        hidden, inner = self.hidden, self.inner
+        return {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (hidden, hidden),
+            "self_attn.v_proj": (hidden, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }
+
+    def config(self, layers: int) -> dict[str, object]:
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "dtype": "bfloat16",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "vocab_size": self.vocab,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+        }
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a process took: CPU seconds (user and system), and bytes resident at most."""
+
+    seconds: float
+    peak: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], help="slices to run")
+    parser.add_argument("--algo", default="gptq")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--dir", type=Path, help="where the temporary folder is made")
+    args = parser.parse_args()
+
+    taken: dict[int, Used] = {}
+    for layers in args.layers:
+        with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+            model = Path(folder, "model")
+            write_slice(model, Shape(), layers)
+            words = ["quantize", str(model), "--out", str(Path(folder, "out"))]
+            words += ["--algo", args.algo, "--device", "cpu", "--samples", str(args.samples)]
+            words += ["--seq-len", str(args.seq_len)]
+            used = taken[layers] = run(words)
+        print(f"{layers} layers: {used.seconds:.0f} CPU s, peak {used.peak / 2**30:.2f} GiB")
+    few, many = min(taken), max(taken)
+    if many > few:
+        each = (taken[many].seconds - taken[few].seconds) / (many - few)
+        whole = taken[few].seconds + each * (LAYERS - few)
+        print(
+            f"a layer more: {each:.0f} CPU s; {LAYERS} layers: about {whole / 3600:.1f} CPU hours"
+        )
+    peak = max(used.peak for used in taken.values())
+    sys.exit(f"the peak is above {PEAK_BYTES / 2**30:.0f} GiB" if peak > PEAK_BYTES else None)
+
+
+def write_slice(folder: Path, shape: Shape, layers: int) -> None:
+    """A random checkpoint with the tokenizer of the demo model, one shard for each layer."""
+    from qplug.source import DEMO, find_model
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape.config(layers)))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((find_model(DEMO) / name).read_bytes())
+    generator = torch.Generator().manual_seed(0)
+    outer = {
+        "model.embed_tokens": (shape.vocab, shape.hidden),
+        "lm_head": (shape.vocab, shape.hidden),
+        "model.norm": (shape.hidden,),
+    }
+    shards: list[dict[str, tuple[int, ...]]] = [outer]
+    for number in range(layers):
+        shards.append({f"model.layers.{number}.{n}": sides for n, sides in shape.layer().items()})
+    places = {}
+    for number, sides_by_name in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for name, sides in sides_by_name.items():
+            noise = torch.ones(sides)
+            if len(sides) == 2:
+                noise.normal_(std=0.02, generator=generator)
+            tensors[f"{name}.weight"] = noise.bfloat16()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def run(words: list[str]) -> Used:
+    """``qplug`` with ``words`` in a process of its own; exits if it fails."""
+    # Not forked from this process, whose memory it would be said to have had: spawned.
+    arguments = [sys.executable, "-c", _CHILD, *words]
+    told = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True).stdout
+    seconds, peak = json.loads(told.splitlines()[-1])
+    return Used(seconds, peak)
+
+
+#: Starts qplug from a process that has held nothing, since a child's peak begins with its parent's.
+_CHILD = """
+import json, os, sys
+child = os.posix_spawn(sys.executable, [sys.executable, "-m", "qplug", *sys.argv[1:]], os.environ)
+_, status, used = os.wait4(child, 0)
+if status:
+    sys.exit(os.waitstatus_to_exitcode(status))
+print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))
+"""
+
+
+if __name__ == "__main__":
+    main()
