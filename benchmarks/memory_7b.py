@@ -93,7 +93,8 @@ def main() -> None:
     if many > few:
         each = (taken[many].seconds - taken[few].seconds) / (many - few)
         whole = taken[few].seconds + each * (LAYERS - few)
-        print(
+        layers = f"{LAYERS} layers: about {whole / 3600:.1f} CPU hours"
+        print(f"a layer more: {each:.0f} CPU s; {layers}")
             f"a layer more: {each:.0f} CPU s; {LAYERS} layers: about {whole / 3600:.1f} CPU hours"
         )
     peak = max(used.peak for used in taken.values())
