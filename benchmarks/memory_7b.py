@@ -95,8 +95,6 @@ def main() -> None:
         whole = taken[few].seconds + each * (LAYERS - few)
         layers = f"{LAYERS} layers: about {whole / 3600:.1f} CPU hours"
         print(f"a layer more: {each:.0f} CPU s; {layers}")
-            f"a layer more: {each:.0f} CPU s; {LAYERS} layers: about {whole / 3600:.1f} CPU hours"
-        )
     peak = max(used.peak for used in taken.values())
     sys.exit(f"the peak is above {PEAK_BYTES / 2**30:.0f} GiB" if peak > PEAK_BYTES else None)
 

@@ -165,7 +165,7 @@ JOBS = st.builds(
         st.integers(1, 999),
         st.integers(1, 999),
         st.sampled_from(["quantized", "float"]),
-        st.sampled_from(SAMPLINGS),
+        sampling=st.sampled_from(SAMPLINGS),
     ),
     observer=st.sampled_from(["minmax", "histogram"]),
     kv_cache=st.sampled_from([None, "fp8"]),
