@@ -189,7 +189,7 @@ def test_a_text_that_ends_before(tmp_path: Path) -> None:
         ({"dataset_options": {"x": 1}}, "dataset demo has no option 'x'"),
         ({"dataset": "text"}, "dataset text needs the option path"),
         ({"dataset": "text", "dataset_options": {"path": "nowhere.txt"}}, "nowhere.txt: "),
-        ({"seq_len": 10**7}, "fewer than one window of 10000000"),
+        ({"seq_len": 10**7}, "--seq-len 10000000: the model takes 1024 tokens at most"),
         ({"device": "nonsense"}, "--device nonsense: "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -450,7 +450,7 @@ def test_activations_by_hand() -> None:
 
 def test_activations_that_no_engine_rounds_so() -> None:
     with pytest.raises(NotImplementedError):
-        fake_quantize_activations(torch.zeros(2, 4), QuantArgs("int8", "tensor"))
+        fake_quantize_activations(torch.zeros(2, 4), QuantArgs("int8", "channel"))
     with pytest.raises(NotImplementedError):
         fake_quantize_activations(
             torch.zeros(2, 4), QuantArgs("int8", "token", symmetric=False, dynamic=True)
