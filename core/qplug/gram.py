@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,9 +70,10 @@ class Gram:
         """
         self._is_whole = False
         sums, rows = self._sum.numpy(), self._waiting[: self._filled].numpy()  # the same memory
-        for start in range(0, rows.shape[1], self._panel):
-            stop = start + self._panel
-            panel = rows[:, start:stop]
-            sums[start:stop, start:stop] += panel.T @ panel
-            sums[start:stop, stop:] += panel.T @ rows[:, stop:]
+        with np.errstate(all="ignore"):  # whoever reads the sums sees whether they are finite
+            for start in range(0, rows.shape[1], self._panel):
+                stop = start + self._panel
+                panel = rows[:, start:stop]
+                sums[start:stop, start:stop] += panel.T @ panel
+                sums[start:stop, stop:] += panel.T @ rows[:, stop:]
         self._filled = 0

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qplug import InputGroup, Linear, QuantArgs, Scheme
+from qplug import InputGroup, Linear, QuantArgs, Scheme, calibration
 from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
 from qplug.skeleton import model_view
@@ -116,6 +116,12 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
 
 Family = Callable[..., Path]
 StartWalk = Callable[..., Walk]
+
+
+@pytest.fixture
+def passes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks compute in float32, also on CPUs that multiply bfloat16."""
+    monkeypatch.setattr(calibration, "_multiplies_bfloat16", lambda: False)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -263,9 +263,10 @@ def test_the_sample_is_of_tokens_from_all_over(
 
 
 @pytest.fixture
-def record(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Tensor, Tensor]]:
+def record(
+    monkeypatch: pytest.MonkeyPatch, passes_in_float32: None
+) -> dict[str, tuple[Tensor, Tensor]]:
     """What entered and what left each block of the runs to come, which compute in float32."""
-    monkeypatch.setattr(calibration, "_multiplies_bfloat16", lambda: False)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     leave = Walk.leave
 

@@ -24,6 +24,8 @@ Family = Callable[..., Path]
 StartWalk = Callable[..., Walk]
 MakeTokens = Callable[..., Tensor]
 
+pytestmark = pytest.mark.usefixtures("passes_in_float32")
+
 #: What float32 may lose, relative to what the block adds to the residual stream.
 RTOL = 1e-5
 

@@ -359,7 +359,8 @@ def test_usage(words: list[str], llama: Path, refused: Refused) -> None:
 def test_a_model_must_be_named(cli: Callable[..., Result]) -> None:
     result = cli("quantize", "--out", "x")
     assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1] == "Error: Missing argument 'MODEL'."
+    message = "Error: Missing MODEL: give it, or a recipe with --config."
+    assert result.stderr.splitlines()[-1] == message
 
 
 def test_a_device_that_is_there() -> None:
