@@ -12,14 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from qplug.errors import OtherProcessError, QplugError, RelayedError
 from qplug.launch import Launch
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -107,13 +112,18 @@ class _Joined(Processes):
     def __enter__(self) -> Processes:
         from torch import distributed
 
-        if self._device.type == "cuda":
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
             torch.cuda.set_device(self._device)
-            distributed.init_process_group(
-                "cpu:gloo,cuda:nccl", timeout=_PATIENCE, device_id=self._device
-            )
-        else:
-            distributed.init_process_group("gloo", timeout=_PATIENCE)
+        meeting = _meeting_place()
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=_PATIENCE,
+            store=distributed.PrefixStore(str(next(meeting.times)), meeting.store),
+            rank=self.rank,
+            world_size=self.count,
+            device_id=self._device if on_gpu else None,
+        )
         return self
 
     def __exit__(
@@ -250,6 +260,26 @@ class _Joined(Processes):
         self._in_step = False
         yield
         self._in_step = True
+
+
+@dataclass(frozen=True)
+class _MeetingPlace:
+    """Where processes find one another, and how often they have met before: each time anew."""
+
+    store: Store
+    times: Iterator[int]
+
+
+@cache
+def _meeting_place() -> _MeetingPlace:
+    """That of this process, opened once: a second store on its port could be taken for the first.
+
+    Environment variables say where it is, as torchrun sets them.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=_PATIENCE))
+    return _MeetingPlace(store, count())
 
 
 @contextmanager
