@@ -15,7 +15,7 @@ quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it 
 	$(BIN)/python examples/continue_text.py qplug:demo ./quantized-demo
 
 test: $(VENV)/installed-test  ## the tests that need neither a network nor a GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test-engines: $(VENV)/installed-test  ## the real vLLM, on this CPU, in an environment of its own
 	$(PYTHON) tests/engines/install_vllm.py .venv-vllm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +122,6 @@ StartWalk = Callable[..., Walk]
 def passes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks compute in float32, also on CPUs that multiply bfloat16."""
     monkeypatch.setattr(calibration, "_multiplies_bfloat16", lambda: False)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices here are small, and threads that wait for a busy core cost seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @torch.no_grad()

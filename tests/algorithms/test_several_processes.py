@@ -120,8 +120,6 @@ for line in sys.stdin:
     print(json.dumps([ends[child] for child in children]), flush=True)
 """
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
 
 @dataclass(frozen=True)
 class Ended:
@@ -141,7 +139,6 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., An
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
     ) as starter:
         assert starter.stdin is not None
         assert starter.stdout is not None
@@ -328,11 +325,11 @@ def test_torchrun(family: Family, words: Callable[..., list[str]], tmp_path: Pat
     source, folder = family("llama"), tmp_path / "out"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "-m", "qplug", *words(source, "out", algo="awq")]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("\n") == 2
     assert run.stdout.startswith(f"{folder}: 21 layers, ")
-    again = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 1
     assert again.stdout == ""
     assert again.stderr.count("Error: ") - again.stderr.count("ChildFailedError: ") == 1

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent, indent
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from qplug.cli import main
@@ -19,15 +18,6 @@ ReadText = Callable[..., ReadJob]
 WriteLlmc = Callable[..., str]
 
 WEIGHT = "{bit: 4, symmetric: True, granularity: per_group, group_size: 128}"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices here are small, and threads that wait for a busy core cost seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
     Cli = Callable[..., Result]
     Contents = Callable[[Path], dict[str, bytes | None]]
-
-ONE_CORE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +126,6 @@ def test_in_a_process_of_its_own(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             check=False,
-            env=ONE_CORE,
         )
 
     done = run("quantize", "qplug:demo", "--out", "out", "--json")

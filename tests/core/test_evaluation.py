@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -241,7 +240,6 @@ def test_stdout_has_the_result_alone() -> None:
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     wanted = evaluated("qplug:demo").perplexity
     assert json.loads(result.stdout)["perplexity"] == pytest.approx(wanted, rel=1e-6)

@@ -36,7 +36,8 @@ def vllm_python() -> Path:
 @pytest.fixture(scope="session")
 def vllm_settings() -> dict[str, str]:
     """The environment variables vLLM is started with."""
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ours = ("OMP_NUM_THREADS", "PYTHONPATH")
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
     return {
         **inherited,
         "VLLM_TARGET_DEVICE": "cpu",
