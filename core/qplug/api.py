@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from qplug.scheme import QuantArgs, Scheme
@@ -234,7 +234,12 @@ class InputGroup:
     ``high`` of each calibration window, float32 ``[windows, in]``; None unless a linear of the
     group has static inputs. ``scalable`` tells whether ``Block.smooth``
     can move scale out of this tensor, ``shiftable`` whether ``Block.shift`` can move an offset, and
-    ``after_norm`` whether it is a norm that makes it.
+    ``after_norm`` whether it is a norm that makes it. ``experts`` is the name of a layer's experts,
+    where the reader is one of them; their groups follow one another, and compute side by side.
+
+    Experts read some of the tokens: ``routed`` has a group for each expert among the linears, with
+    what is known of the tokens that were routed to it. Those have no scale of their own to move. An
+    expert may have seen none: ``tokens`` is 0 then, and all that is summed is zero.
 
     Where an algorithm ``needs_drift`` and blocks are fed by quantized ones: ``y`` being what the
     float model has in the place of ``x``, ``drift`` is the sum of ``xᵀ(y - x)``, float32 ``[in,
@@ -256,6 +261,20 @@ class InputGroup:
     lag: Tensor | None = None
     lows: Tensor | None = None
     highs: Tensor | None = None
+    experts: str | None = None
+    routed: tuple[InputGroup, ...] = ()
+
+    @property
+    def parts(self) -> tuple[InputGroup, ...]:
+        """The group in parts whose linears see the same tokens: itself, where there are no experts.
+
+        Whoever judges a linear by what it reads takes these; scale is moved for all at once.
+        """
+        if not self.routed:
+            return (self,)
+        apart = {id(linear) for part in self.routed for linear in part.linears}
+        rest = tuple(linear for linear in self.linears if id(linear) not in apart)
+        return (*((replace(self, linears=rest, routed=()),) if rest else ()), *self.routed)
 
 
 @dataclass(eq=False)

@@ -6,8 +6,8 @@ every block replaced by a recorder of what it is called with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,22 +19,21 @@ from qplug.api import ModelView
 from qplug.block_reader import BlockReader
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
+from qplug.experts import as_on_disk
 from qplug.hidden_states import HiddenStates
 from qplug.kv_cache import SCALES, KVCache, ObservedCache, RoundedCache
 from qplug.live_block import LiveBlock
 from qplug.numerics import fake_quantize_activations
+from qplug.observation import Observation, Shares
 from qplug.online import rotate_inputs
 from qplug.processes import ALONE, Processes
 from qplug.scheme import QuantArgs, Scheme
 from qplug.skeleton import build, load_config
 from qplug.statistics import Statistics
-from qplug.statistics import share as share_statistics
 from qplug.structure import Group, find_groups
 
 #: Tokens in one forward pass through a block.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
-#: Tokens of each group that are kept as they are.
-_SAMPLE = 2048
 #: Tokens on which the structure of a block is found.
 _PROBE = 16
 
@@ -80,26 +79,25 @@ class Walk:
         config = load_config(source.folder, trust_remote_code=trust_remote_code)
         self._model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
         rotate_inputs(self._model, online)
+        as_on_disk(self._model, view.blocks, source.tensors)
         self._blocks = {name: self._model.get_submodule(name) for name in view.blocks}
-        for name, block in self._blocks.items():
-            for local, _ in block.named_parameters():
-                if f"{name}.{local}" not in source.tensors:
-                    raise QplugError(
-                        f"{name}.{local}: is stored in parts, as experts are; algorithms that "
-                        "need calibration data cannot take them yet"
-                    )
         self._structures: dict[tuple[Any, ...], tuple[Group, ...]] = {}
         self._parameters = {
-            name: [local for local, _ in block.named_parameters()]
+            name: [
+                local
+                for local, value in block.state_dict(keep_vars=True).items()
+                if isinstance(value, nn.Parameter) or f"{name}.{local}" in source.tensors
+            ]
             for name, block in self._blocks.items()
         }
+        self._buffers = {n for block in self._blocks.values() for n, _ in block.named_buffers()}
         self._reader = BlockReader(source, self._parameters)
         self._with_drift = with_drift and propagate == "quantized"
         # What enters the next block; what would in the float model, once that is something else;
         # and what leaves the block that is being worked on, as a float one.
         size = batch_size or max(1, _BATCH_TOKENS[device.type] // tokens.shape[1])
         parts = [part.split(size) for part in tokens.tensor_split(processes.count)]
-        self._batches_by_rank = [len(part) for part in parts]
+        self._shares = Shares([len(part) for part in parts], processes.rank)
         batches = parts[processes.rank]
         # Behind its end a sample is filled with tokens that no other sees: blocks are causal.
         self._real = [None if (batch >= 0).all() else (batch >= 0) for batch in batches]
@@ -182,8 +180,11 @@ class Walk:
             draw = partial(torch.rand, generator=generator, device=self._device)
             for local, weight in weights.items():
                 values = draw(weight.shape)  # norms stay away from zero, matrices keep variance
-                spread = (12 / weight.shape[-1]) ** 0.5
-                _set(module, local, values + 0.5 if weight.ndim == 1 else (values - 0.5) * spread)
+                if weight.ndim < 2:
+                    values += 0.5
+                else:
+                    values = (values - 0.5) * (12 / weight.shape[-1]) ** 0.5
+                _set(module, local, values)
             length, width = next(iter(self._hidden)).shape[1:]
             probe = draw(1, min(_PROBE, length), width) - 0.5
             call = _shortened(self._calls[name][0], _PROBE, torch.float32)
@@ -199,50 +200,38 @@ class Walk:
         float_values: Mapping[str, Tensor],
         ahead: HiddenStates | None = None,
     ) -> dict[str, Statistics]:
-        """Statistics by the first linear of each group, with the parameters ``values``.
+        """What is seen of ``structure`` with the parameters ``values``, by ``Observation``'s paths.
 
         With ``float_values`` the block computes as the float one; what then leaves it goes to
         ``ahead``.
         """
         module = self._blocks[name]
-        share = -(-_SAMPLE // sum(self._batches_by_rank))
-        room = max(0, _SAMPLE - share * sum(self._batches_by_rank[: self._processes.rank]))
-        statistics = {}
-        for group in structure:
-            linear = module.get_submodule(group.linears[0])
-            assert isinstance(linear, nn.Linear)
-            static = any(
-                scheme.static_inputs
-                for local in group.linears
-                if (scheme := self._schemes.get(f"{name}.{local}")) is not None
-            )
-            width = linear.in_features
-            statistics[group.linears[0]] = Statistics(width, self._device, room, by_window=static)
+        inside = f"{name}."
+        observation = Observation(
+            module,
+            structure,
+            {n.removeprefix(inside): s for n, s in self._schemes.items() if n.startswith(inside)},
+            self._shares,
+            self._device,
+            with_drift=self._ideal is not None,
+        )
         ideals: Iterable[Tensor | None] = self._ideal or [None] * len(self._hidden)
         for batch, ideal, call, real in zip(
             self._hidden, ideals, self._calls[name], self._real, strict=True
         ):
-            wanted: dict[str, Tensor] = {}
+            wanted: dict[str, tuple[Tensor, Tensor | None]] = {}
             after = None
             if ideal is not None:
-                with _seeing(
-                    module, {first: partial(_keep, wanted, first) for first in statistics}
-                ):
+                with observation.noting(wanted):
                     after = _call(module, float_values, ideal, call)
-            observe = {
-                first: partial(_observe, known, share, real, wanted.get(first), batch.shape[1])
-                for first, known in statistics.items()
-            }
-            if ahead is not None and after is None:
-                with _seeing(module, observe):
-                    after = _call(module, values, batch, call)
-            else:
-                with suppress(_SeenEnoughError), _seeing(module, observe, stop=True):
-                    _call(module, values, batch, call)
+            feeds = ahead is not None and after is None
+            with observation.watching(batch.shape[1], real, wanted, stop=not feeds):
+                left = _call(module, values, batch, call)
+                after = left if feeds else after
             if ahead is not None and after is not None:
                 ahead.append(after)
-        share_statistics(list(statistics.values()), self._processes)
-        return statistics
+        observation.share(self._processes)
+        return observation.statistics
 
     @torch.no_grad()
     def _observe_again(
@@ -345,8 +334,14 @@ class Walk:
                 handle.remove()
 
     def _computable(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``values`` where blocks are computed, and in the dtype in which they are."""
-        return {name: value.to(self._device, self.dtype) for name, value in values.items()}
+        """``values`` where blocks are computed, and in the dtype in which they are.
+
+        Buffers, as the correction of a router, stay in their own.
+        """
+        return {
+            name: value.to(self._device, None if name in self._buffers else self.dtype)
+            for name, value in values.items()
+        }
 
 
 def _refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
@@ -391,62 +386,17 @@ def _multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-class _SeenEnoughError(Exception):
-    """Ends a forward pass whose result nobody wants, once all inputs have been observed."""
-
-
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, local = name.rpartition(".")
-    module.get_submodule(path)._parameters[local] = nn.Parameter(value, requires_grad=False)
+    part = module.get_submodule(path)
+    if local in part._buffers:
+        part._buffers[local] = value
+    else:
+        part._parameters[local] = nn.Parameter(value, requires_grad=False)
 
 
 def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
-
-
-@contextmanager
-def _seeing(
-    module: nn.Module, see: Mapping[str, Callable[[Tensor], None]], *, stop: bool = False
-) -> Iterator[None]:
-    """Within it, what enters a part of ``module`` is shown to ``see`` of its path.
-
-    ``stop`` raises _SeenEnoughError when the last has been shown what it was to see.
-    """
-    last = [*see][-1:]
-    handles = [
-        module.get_submodule(path).register_forward_pre_hook(
-            partial(_show, show, stop and path in last)
-        )
-        for path, show in see.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _show(
-    show: Callable[[Tensor], None], stop: bool, module: nn.Module, inputs: tuple[Tensor]
-) -> None:
-    show(inputs[0])
-    if stop:
-        raise _SeenEnoughError
-
-
-def _keep(kept: dict[str, Tensor], name: str, x: Tensor) -> None:
-    kept[name] = x
-
-
-def _observe(
-    known: Statistics,
-    share: int,
-    real: Tensor | None,
-    ideal: Tensor | None,
-    length: int,
-    x: Tensor,
-) -> None:
-    known.observe_windows(x, share, length, real, ideal)
 
 
 def _round_input(

@@ -11,18 +11,19 @@ _PANEL = {"cpu": 1024, "cuda": 2048}
 #: Values of ``x`` that a CPU gathers in float32 before it multiplies them: a product of many rows
 #: writes the whole of ``G`` once for all of them.
 _ROOM = 1 << 24
-_MOST_ROWS = 4096
+MOST_ROWS = 4096
 
 
 class Gram:
     """``G: [in, in]``, the sum of ``xᵀx`` of all rows ``x`` that were added."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, width: int, device: torch.device, patience: int = MOST_ROWS) -> None:
+        """``patience``: how many rows a CPU gathers at most before it multiplies."""
         self._sum = torch.zeros(width, width, device=device)  # float32, the upper half alone
         self._panel = _PANEL.get(device.type, 2048)
         self._is_whole = True
         self._waiting = torch.empty(0, width)  # on a CPU: rows that are not in the sum yet
-        self._filled = 0
+        self._filled, self._most = 0, patience
 
     def add(self, x: Tensor) -> None:
         """Add the rows of ``x: [tokens, in]``."""
@@ -54,7 +55,7 @@ class Gram:
     def _gather(self, x: Tensor) -> None:
         if not len(self._waiting):
             width = x.shape[1]
-            self._waiting = torch.empty(max(1, min(_MOST_ROWS, _ROOM // width)), width)
+            self._waiting = torch.empty(max(1, min(self._most, _ROOM // width)), width)
         while len(x):
             count = min(len(x), len(self._waiting) - self._filled)
             self._waiting[self._filled : self._filled + count] = x[:count]

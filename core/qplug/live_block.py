@@ -15,8 +15,9 @@ from qplug.scheme import Scheme
 from qplug.statistics import Statistics
 from qplug.structure import Before, Group, divide
 
-#: Statistics anew, by the first linear of each group: with the parameters given first, beside the
-#: float block with those given next, and rounding what the linears of the weights named last read.
+#: Statistics anew, by the paths at which they are taken: with the parameters given first, beside
+#: the float block with those given next, and rounding what the linears of the weights named last
+#: read.
 Observe = Callable[
     [Mapping[str, Tensor], Mapping[str, Tensor], Sequence[str]], Mapping[str, Statistics]
 ]
@@ -60,17 +61,23 @@ class LiveBlock(Block):
             if f"{name}.{path}" in schemes
         }
         groups, self._structure = [], {}
+        #: Every group, those of experts too, and the path at which its statistics are taken.
+        self._seen_at: list[tuple[InputGroup, str]] = []
         for members in structure:
-            group = InputGroup(
-                linears=tuple(linears[path] for path in members.linears if path in linears),
-                **_known(statistics[members.linears[0]]),
-                scalable=members.before is not None,
-                shiftable=self._is_shiftable(members),
-                after_norm=members.before is not None and members.before.kind != "rows",
-            )
-            if group.linears:
-                groups.append(group)
-                self._structure[id(group)] = members
+            whole = _group(name, linears, members.linears, statistics.get(members.at), members)
+            if whole is None:
+                continue
+            routed = [
+                (_group(name, linears, paths, statistics.get(paths[0]), members), paths[0])
+                for paths in members.routed
+            ]
+            known = [(group, at) for group, at in routed if group is not None]
+            whole.scalable = members.before is not None and whole.tokens > 0
+            whole.shiftable = self._is_shiftable(members)
+            whole.routed = tuple(group for group, _ in known)
+            self._seen_at += [(whole, members.at), *known]
+            groups.append(whole)
+            self._structure[id(whole)] = members
         super().__init__(name, tuple(linears.values()), tuple(groups))
 
     def advance(self, codes: Mapping[str, QuantizedWeight]) -> None:
@@ -83,10 +90,9 @@ class LiveBlock(Block):
                     linear.input_scale
                 )
         statistics = self._observe_again({**self.masters, **values}, self.masters, names)
-        for group in self.groups:
+        for group, at in self._seen_at:
             if any(linear.name not in self._advanced for linear in group.linears):
-                known = _known(statistics[self._structure[id(group)].linears[0]])
-                for field, value in known.items():
+                for field, value in _known(statistics[at]).items():
                     setattr(group, field, value)
 
     def shared(self, group: InputGroup, per_channel: Tensor) -> Tensor:
@@ -111,18 +117,8 @@ class LiveBlock(Block):
                 linear.scale = linear.zero = None
             if linear in group.linears:
                 linear.input_scale = None
-        group.gram /= scale[:, None] * scale
-        if group.drift is not None and group.lag is not None:
-            group.drift /= scale[:, None] * scale
-            group.lag /= scale
-        group.mean /= scale
-        group.mean_abs /= scale
-        group.low /= scale
-        group.high /= scale
-        group.sample /= scale
-        for extremes in (group.lows, group.highs):
-            if extremes is not None:
-                extremes /= scale
+        for each in (group, *group.routed):
+            _divide_known(each, scale)
 
     def spread(
         self,
@@ -166,7 +162,7 @@ class LiveBlock(Block):
         for name, weight in codes.items():
             if weight.input_scale is not None:
                 values[f"{name}.input_scale"] = weight.input_scale
-        values.update({name: value.to(dtype) for name, value in others.items()})
+        values.update(others)
         return {name.removeprefix(f"{self.name}."): value for name, value in values.items()}
 
     def shift(self, group: InputGroup, offset: Tensor) -> None:
@@ -204,7 +200,7 @@ class LiveBlock(Block):
         return all(f"{path}.bias" in self.masters for path in paths)
 
     def _before(self, group: InputGroup) -> Before:
-        before = self._structure[id(group)].before
+        before = self._structure[id(group)].before if id(group) in self._structure else None
         if before is None:
             raise ValueError("no operation before this group can take a scale")
         return before
@@ -237,6 +233,41 @@ class LiveBlock(Block):
         self.masters[local].copy_(self.masters[local].to(self._dtypes[local]))
 
 
+def _group(
+    block: str,
+    linears: Mapping[str, Linear],
+    paths: Sequence[str],
+    statistics: Statistics | None,
+    members: Group,
+) -> InputGroup | None:
+    """The group of those of ``paths`` that are ``linears``; None if none is."""
+    own = tuple(linears[path] for path in paths if path in linears)
+    if not own:
+        return None
+    assert statistics is not None
+    return InputGroup(
+        own,
+        **_known(statistics),
+        scalable=False,
+        shiftable=False,
+        after_norm=members.before is not None and members.before.kind != "rows",
+        experts=f"{block}.{members.experts}" if members.experts else None,
+    )
+
+
+def _divide_known(group: InputGroup, scale: Tensor) -> None:
+    """What is known of a group whose input is divided by ``scale: [in]``."""
+    group.gram /= scale[:, None] * scale
+    if group.drift is not None and group.lag is not None:
+        group.drift /= scale[:, None] * scale
+        group.lag /= scale
+    for known in (group.mean, group.mean_abs, group.low, group.high, group.sample):
+        known /= scale
+    for extremes in (group.lows, group.highs):
+        if extremes is not None:
+            extremes /= scale
+
+
 def _known(statistics: Statistics) -> dict[str, Any]:
     """The fields of an InputGroup that statistics tell."""
     return {
@@ -245,10 +276,10 @@ def _known(statistics: Statistics) -> dict[str, Any]:
         "lag": statistics.lag,
         "mean": statistics.mean,
         "mean_abs": statistics.mean_abs,
-        "low": statistics.low,
+        "low": statistics.low if statistics.tokens else torch.zeros_like(statistics.low),
+        "high": statistics.high if statistics.tokens else torch.zeros_like(statistics.high),
         "lows": statistics.lows,
         "highs": statistics.highs,
-        "high": statistics.high,
         "sample": statistics.sample,
         "tokens": statistics.tokens,
     }

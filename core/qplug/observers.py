@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -126,17 +127,21 @@ def find_observer(name: str, options: Mapping[str, Any]) -> Observer[Any]:
 def fix_input_scales(block: Block, observer: Observer[Any]) -> None:
     """Choose ``input_scale`` of the linears of ``block`` that have static inputs and none yet.
 
-    Raises QplugError, without the block's name, where no token has shown a range.
+    The experts of a layer get one scale, which engines have room for, and which holds for experts
+    that saw no token. Raises QplugError, without the block's name, where none has shown a range.
     """
-    for group in block.groups:
-        for args in dict.fromkeys(linear.activations for linear in group.linears):
+    for _, alike in groupby(block.groups, lambda group: group.experts or id(group)):
+        groups = [*alike]
+        linears = [linear for group in groups for linear in group.linears]
+        for args in dict.fromkeys(linear.activations for linear in linears):
             if args is None or args.dynamic:
                 continue
-            if not (group.tokens and torch.isfinite(group.high - group.low).all()):
-                names = ", ".join(linear.name for linear in group.linears)
+            peaks = [observer.peak(g, args) for g in groups if g.tokens and _reads_with(g, args)]
+            if not peaks or not torch.isfinite(torch.stack(peaks)).all():
+                names = ", ".join(linear.name for linear in linears)
                 raise QplugError(f"{names}: no range of inputs was seen in the calibration data")
-            scale = input_scale(observer.peak(group, args), args).reshape(1)
-            for linear in group.linears:
+            scale = input_scale(torch.stack(peaks).amax(), args).reshape(1)
+            for linear in linears:
                 if linear.activations == args and linear.input_scale is None:
                     linear.input_scale = scale
     for linear in block.linears:
@@ -144,13 +149,17 @@ def fix_input_scales(block: Block, observer: Observer[Any]) -> None:
             raise QplugError(f"{linear.name}: no token of the calibration data reached it")
 
 
+def _reads_with(group: InputGroup, args: QuantArgs) -> bool:
+    return any(linear.activations == args for linear in group.linears)
+
+
 def share_tensor_scales(block: Block) -> None:
     """Give the linears of a group whose weights have one scale each the same: the largest.
 
-    Engines fuse such linears, keep the largest scale, and round the codes of the others once more:
-    with one scale from the start there is nothing left to round.
+    Of experts, those of one. Engines fuse such linears, keep the largest scale, and round the codes
+    of the others once more: with one scale from the start there is nothing left to round.
     """
-    for group in block.groups:
+    for group in (part for whole in block.groups for part in whole.parts):
         for args in dict.fromkeys(linear.args for linear in group.linears):
             if args.strategy != "tensor" or not args.symmetric:
                 continue

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qplug.api import Exporter, ModelView
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
+from qplug.experts import as_on_disk
 from qplug.kv_cache import SCALES, round_cache
 from qplug.manifest import Manifest, read_manifest
 from qplug.numerics import fake_quantize_activations
@@ -216,13 +217,16 @@ def load_folder(
 
 
 def _quantize_activations(model: PreTrainedModel, folder: Folder) -> None:
+    rounded = {n: s.activations for n, s in folder.schemes.items() if s.activations is not None}
     modules = dict(model.named_modules())
-    for name, scheme in folder.schemes.items():
-        if scheme.activations is None:
-            continue
+    if any(name not in modules for name in rounded):  # experts, which transformers fuses
+        floats = {f"{name}.weight" for name in folder.schemes}
+        as_on_disk(model, folder.view.blocks, floats.union(folder.checkpoint.tensors))
+        modules = dict(model.named_modules())
+    for name, args in rounded.items():
         if not isinstance(modules.get(name), nn.Linear):
             raise QplugError(f"{name}: its activations cannot be quantized here: it is fused")
-        hook = partial(_round_input, scheme.activations, folder.input_scale(name))
+        hook = partial(_round_input, args, folder.input_scale(name))
         modules[name].register_forward_pre_hook(hook)
 
 

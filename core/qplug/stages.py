@@ -134,6 +134,7 @@ class Stages:
             wanted = {linear.name for linear in block.linears}
             if set(codes) != wanted:
                 raise ValueError(f"it gave codes for {sorted(codes)}, not {sorted(wanted)}")
+        block.notes.extend(_unseen(block))
         scales = {linear.name: linear.input_scale for linear in block.linears}
         return {name: replace(made, input_scale=scales[name]) for name, made in codes.items()}
 
@@ -148,9 +149,10 @@ class Stages:
         }
         read = [
             (group, linear)
-            for group in block.groups
+            for whole in block.groups
+            for group in whole.parts
             for linear in group.linears
-            if linear.name in codes
+            if linear.name in codes and group.tokens
         ]
 
         def loss(pair: tuple[InputGroup, Linear]) -> float:
@@ -205,6 +207,16 @@ class Stages:
             plugin = self._registry.blame(error)
             source = plugin.source if plugin else "no plugin"
             raise StageError(component.name, source, where, error) from error
+
+
+def _unseen(block: Block) -> Iterator[str]:
+    """A note for each layer of which some experts were given no calibration token."""
+    unseen: dict[str, list[str]] = {}
+    for group in (part for whole in block.groups for part in whole.routed if not part.tokens):
+        layer, _, number = group.linears[0].name.rpartition(".")[0].rpartition(".")
+        unseen.setdefault(layer, []).append(number)
+    for layer, numbers in unseen.items():
+        yield f"{layer}: no token reached {', '.join(numbers)}; rounded to nearest"
 
 
 def _products(group: InputGroup, linear: Linear) -> float:

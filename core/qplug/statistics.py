@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qplug.gram import Gram
+from qplug.gram import MOST_ROWS, Gram
 from qplug.processes import Processes
 
 #: Values worked on at a time on a CPU, so that they stay in a core's cache.
@@ -18,17 +18,25 @@ class Statistics:
     """Running sums over the rows of ``x: [tokens, in]``; ``sample`` keeps a few rows themselves.
 
     ``drift`` is the sum of ``xᵀ(y - x)`` and ``lag`` that of ``y - x``, where ``y`` is what the
-    float model would have had in the place of ``x``; None if ``y`` is never given. ``by_window``
+    float model would have had in the place of ``x``; None unless ``with_drift``. ``by_window``
     keeps the extremes of each window of tokens too.
     """
 
     def __init__(
-        self, width: int, device: torch.device, sample: int, *, by_window: bool = False
+        self,
+        width: int,
+        device: torch.device,
+        sample: int,
+        *,
+        by_window: bool = False,
+        with_drift: bool = False,
+        patience: int = MOST_ROWS,
     ) -> None:
+        """``patience``: rows of ``x`` that a CPU may hold back, to multiply them at one go."""
         self.tokens = 0
-        self._gram = Gram(width, device)
-        self.drift: Tensor | None = None
-        self.lag: Tensor | None = None
+        self._gram = Gram(width, device, patience)
+        self.drift = torch.zeros(width, width, device=device) if with_drift else None
+        self.lag = torch.zeros(width, device=device) if with_drift else None
         self.total = torch.zeros(width, dtype=torch.float64, device=device)
         self.absolute = torch.zeros(width, dtype=torch.float64, device=device)
         self.low = torch.full((width,), torch.inf, device=device)
@@ -46,39 +54,45 @@ class Statistics:
         length: int,
         real: Tensor | None = None,
         ideal: Tensor | None = None,
+        rows: Tensor | None = None,
+        ideal_rows: Tensor | None = None,
     ) -> None:
         """``observe`` ``x: [..., in]``, rows of windows of ``length`` tokens, one after the other.
 
-        However many come in one call, the extremes of each are kept apart; but rows that make no
-        whole windows, as those that are routed to an expert, count as one. Where ``real``, bool
-        ``[windows, tokens]``, is false, a window has ended.
+        However many come in one call, the extremes of each are kept apart. Where ``real``, bool
+        ``[windows, tokens]``, is false, a window has ended. ``rows``, int64 in order: the tokens
+        that an expert was given, of all in the windows; ``ideal_rows`` those that it is given in
+        the float model. Tokens that it has in only one of both have not drifted, but gone.
         """
-        rows = x.flatten(0, -2)
-        kept = None if real is None else real.flatten().to(rows.device)
-        if self._by_window and len(rows):
-            whole = length if len(rows) % length == 0 else len(rows)
-            windows = rows.float().unflatten(0, (-1, whole))
-            low = high = windows
-            if kept is not None:
-                ended = ~kept.view(-1, whole, 1)
-                low = windows.masked_fill(ended, torch.inf)
-                high = windows.masked_fill(ended, -torch.inf)
-            self._lows.append(low.amin(1))
-            self._highs.append(high.amax(1))
-        wanted = None if ideal is None else ideal.flatten(0, -2)
-        if kept is not None:
-            rows, wanted = rows[kept], None if wanted is None else wanted[kept]
-        self.observe(rows, share, wanted)
+        x = x.flatten(0, -2)
+        tokens = torch.arange(len(x), device=x.device) if rows is None else rows
+        ideal = None if ideal is None else ideal.flatten(0, -2)
+        if real is not None:
+            kept = real.flatten().to(x.device)[tokens]
+            x, tokens = x[kept], tokens[kept]
+            ideal = ideal[kept] if ideal is not None and ideal_rows is None else ideal
+        if self._by_window and len(x):
+            _, counts = torch.unique_consecutive(tokens // length, return_counts=True)
+            windows = x.float().split(counts.tolist())
+            self._lows.append(torch.stack([window.amin(0) for window in windows]))
+            self._highs.append(torch.stack([window.amax(0) for window in windows]))
+        if ideal is not None and ideal_rows is not None:
+            both = torch.isin(tokens, ideal_rows), torch.isin(ideal_rows, tokens)
+            self.compare(x[both[0]], ideal[both[1]])
+            ideal = None
+        self.observe(x, share, ideal)
 
     def observe(self, x: Tensor, share: int, ideal: Tensor | None = None) -> None:
         """Take in ``x: [tokens, in]``; at most ``share`` of its rows go into the sample.
 
         ``ideal: [tokens, in]``: the ``y`` of these rows.
         """
+        if not len(x):
+            return
         self.tokens += x.shape[0]
         self._gram.add(x)
         if ideal is not None:
-            self._add_drift(x, ideal)
+            self.compare(x, ideal)
         if x.device.type == "cpu":
             for rows in x.split(max(1, _CHUNK // x.shape[1])):
                 self._add_on_cpu(rows)
@@ -132,9 +146,10 @@ class Statistics:
         self.total += rows.sum(0)
         self.absolute += rows.abs().sum(0)
 
-    def _add_drift(self, x: Tensor, ideal: Tensor) -> None:
-        if self.drift is None or self.lag is None:
-            self.drift, self.lag = torch.zeros_like(self.gram), torch.zeros_like(self.low)
+    def compare(self, x: Tensor, ideal: Tensor) -> None:
+        """Take in how far ``x: [tokens, in]`` is from ``ideal``, the ``y`` of these rows."""
+        assert self.drift is not None
+        assert self.lag is not None
         off = ideal.float() - x.float()
         self.lag += off.sum(0)
         if not x.is_cuda or x.dtype == torch.float32:

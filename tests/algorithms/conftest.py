@@ -135,8 +135,11 @@ def randomise(model: PreTrainedModel) -> None:
         elif parameter.ndim == 1:
             values = torch.where(values > 0, 0.3 + 0.1 * values, 1.4 - 0.2 * values)
         elif "embed" not in name:
-            values = values / parameter.shape[1] ** 0.5
+            values = values / parameter.shape[-1] ** 0.5
         parameter.copy_(values)
+    for name, buffer in model.state_dict().items():
+        if name.endswith("correction_bias"):  # of DeepSeek's routers
+            buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
 
 
 def save(model: PreTrainedModel, folder: Path) -> Path:

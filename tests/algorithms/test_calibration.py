@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qplug
-from qplug import calibration
+from qplug import calibration, observation
 from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
 from qplug.run import Result
@@ -246,7 +246,7 @@ def test_the_sample_is_of_tokens_from_all_over(
     tokens = torch.randperm(4000, generator=torch.Generator().manual_seed(0))[:100].view(5, 20)
     seen = plain_forward(reference(family("llama")), tokens, batch)
     at_a_time(batch, 20, monkeypatch)
-    monkeypatch.setattr(calibration, "_SAMPLE", room)
+    monkeypatch.setattr(observation, "SAMPLE", room)
     block = start_walk(family("llama"), tokens).enter("model.layers.0")
     for group in block.groups:
         x = seen.rows(group.linears[0].name)

@@ -128,7 +128,7 @@ def test_statistics_on_a_gpu_are_those_of_plain_torch() -> None:
     """More columns than are computed at a time; half-precision rows, sums in float32."""
     x = (torch.randn(500, 2500) * torch.rand(2500)).bfloat16()
     y = x + 0.1 * torch.randn(500, 2500).bfloat16()
-    known = Statistics(2500, torch.device("cuda"), 10)
+    known = Statistics(2500, torch.device("cuda"), 10, with_drift=True)
     for rows in (slice(0, 200), slice(200, 500)):
         known.observe(x[rows].cuda(), 5, y[rows].cuda())
     gram = x.double().T @ x.double()

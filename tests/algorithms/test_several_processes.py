@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import qplug
-from qplug import calibration
+from qplug import calibration, observation
 from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
 from qplug.live_block import LiveBlock
@@ -416,7 +416,7 @@ def test_all_know_of_all_tokens(
     make_tokens: Callable[..., Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(calibration, "_SAMPLE", kept)
+    monkeypatch.setattr(observation, "SAMPLE", kept)
     monkeypatch.setitem(calibration._BATCH_TOKENS, "cpu", at_a_time * 20)
     source, tokens = family("llama"), make_tokens(samples, 20)
     one = first_blocks(start_walk_of(source, tokens, ALONE))

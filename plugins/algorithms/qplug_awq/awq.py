@@ -73,9 +73,10 @@ class AWQ(Algorithm[Params]):
         params = self.params
         read = [
             (group, linear)
-            for group in block.groups
+            for whole in block.groups
+            for group in whole.parts
             for linear in group.linears
-            if self._clips(linear)
+            if self._clips(linear) and group.tokens
         ]
 
         def search(pair: tuple[InputGroup, Linear]) -> tuple[Tensor | None, Tensor | None]:
@@ -103,18 +104,21 @@ class AWQ(Algorithm[Params]):
         return block.shared(group, scale / (scale.max() * scale.min()).sqrt())
 
     def _loss(self, group: InputGroup, scale: Tensor) -> float:
+        """The squared error over all tokens; of an expert, over those that are routed to it."""
         smallest = self.params.clip_smallest
         total = 0.0
-        for linear in group.linears:
-            steps = self.params.clip_in_search if self._clips(linear) else 0
-            off = scaled_difference(linear, scale, group.gram, steps=steps, smallest=smallest)
-            if linear.activations is None:
-                total += output_error(off, group.gram)
-                continue
-            x = group.sample
-            rounded = fake_quantize_activations(x / scale, linear.activations) * scale
-            restored = linear.weight + off
-            total += (rounded @ restored.T - x @ linear.weight.T).square().sum().item()
+        for part in group.parts:
+            for linear in part.linears if part.tokens else ():
+                steps = self.params.clip_in_search if self._clips(linear) else 0
+                off = scaled_difference(linear, scale, part.gram, steps=steps, smallest=smallest)
+                if linear.activations is None:
+                    total += output_error(off, part.gram)
+                    continue
+                x = part.sample
+                rounded = fake_quantize_activations(x / scale, linear.activations) * scale
+                restored = linear.weight + off
+                error = (rounded @ restored.T - x @ linear.weight.T).square().sum().item()
+                total += error * part.tokens / len(x)
         return total
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Annotated
 
 import torch
@@ -55,11 +56,12 @@ class GPTQ(Algorithm[Params]):
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         codes: dict[str, QuantizedWeight] = {}
-        in_turn = [(group,) for group in block.groups]
+        in_turn = [[*alike] for _, alike in groupby(block.groups, lambda g: g.experts or id(g))]
         for groups in in_turn if self.params.true_sequential else [block.groups]:
             if codes:
                 block.advance(codes)
-            for solved in block.spread(groups, self._solve, cost=_cost):
+            parts = [part for group in groups for part in group.parts]
+            for solved in block.spread(parts, self._solve, cost=_cost):
                 codes.update(solved.codes)
                 block.notes.extend(solved.notes)
         for linear in block.linears:
@@ -70,6 +72,8 @@ class GPTQ(Algorithm[Params]):
 
     def _solve(self, group: InputGroup) -> _Solved:
         params = self.params
+        if not group.tokens:  # an expert that none was routed to
+            return _Solved({linear.name: nearest(linear) for linear in group.linears}, [])
         order = torch.argsort(group.gram.diagonal(), descending=True, stable=True)
         if not params.act_order:
             order = torch.arange(len(order), device=order.device)

@@ -54,8 +54,14 @@ class OSPlus(Algorithm[Params]):
 
         def judge(part: tuple[InputGroup, range]) -> list[float]:
             group, run = part
-            target = [group.sample @ linear.weight.T for linear in group.linears]
-            return [_loss(group, self._candidate(block, group, step), target) for step in run]
+            losses = [0.0] * len(run)
+            for same in group.parts:
+                if same.tokens:
+                    target = [same.sample @ linear.weight.T for linear in same.linears]
+                    for number, step in enumerate(run):
+                        scale = self._candidate(block, group, step)
+                        losses[number] += _loss(same, scale, target)
+            return losses
 
         found = block.spread(parts, judge, cost=lambda part: _weights(part[0]) * len(part[1]))
         for number, group in enumerate(groups):
@@ -78,6 +84,7 @@ def _weights(group: InputGroup) -> float:
 
 
 def _loss(group: InputGroup, scale: Tensor, target: list[Tensor]) -> float:
+    """The squared error over all tokens, as far as the sample tells."""
     total = 0.0
     for linear, wanted in zip(group.linears, target, strict=True):
         inputs = group.sample / scale
@@ -85,4 +92,4 @@ def _loss(group: InputGroup, scale: Tensor, target: list[Tensor]) -> float:
             inputs = fake_quantize_activations(inputs, linear.activations)
         weight = dequantize(round_to_nearest(linear.weight * scale, linear.args))
         total += (inputs @ weight.T - wanted).square().sum().item()
-    return total
+    return total * group.tokens / len(group.sample)
