@@ -15,19 +15,29 @@ _FUSED = (
 )
 
 
+def merged_matrices(names: Iterable[str]) -> list[list[str]]:
+    """The groups of ``names`` that become one matrix, each with two names or more."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        parent, _, local = name.rpartition(".")
+        for number, members in enumerate(_FUSED):
+            if local in members:
+                groups.setdefault((parent, number), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def fused_groups(names: Iterable[str]) -> list[list[str]]:
     """The groups of ``names`` that must share one scheme, each with two names or more.
 
     All experts of a layer are one group too: engines stack them.
     """
-    groups: dict[tuple[str, object], list[str]] = {}
+    experts: dict[str, list[str]] = {}
+    others = []
     for name in names:
-        parent, _, local = name.rpartition(".")
-        layer, expert, _ = parent.partition(".experts.")
+        layer, expert, _ = name.partition(".experts.")
         if expert:
-            groups.setdefault((layer, "experts"), []).append(name)
-            continue
-        for number, members in enumerate(_FUSED):
-            if local in members:
-                groups.setdefault((parent, number), []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
+            experts.setdefault(layer, []).append(name)
+        else:
+            others.append(name)
+    stacked = [group for group in experts.values() if len(group) > 1]
+    return merged_matrices(others) + stacked
