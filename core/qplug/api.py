@@ -1,8 +1,9 @@
 """The contracts that plugins are written against.
 
 Importing this module is cheap: torch is named in annotations only. What stands here, in
-``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``, ``qplug.limits``, ``qplug.windows`` and
-``qplug.hub_text`` is public; everything else in ``qplug`` may change without notice.
+``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``, ``qplug.laid_out``, ``qplug.limits``,
+``qplug.windows`` and ``qplug.hub_text`` is public; everything else in ``qplug`` may change without
+notice.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ _FUSED = (
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
+_MERGED_NAMES = ("qkv_proj", "gate_up_proj", None, "fused_qkv_a_proj_with_mqa")
 
 
 def merged_matrices(names: Iterable[str]) -> list[list[str]]:
@@ -41,3 +42,14 @@ def fused_groups(names: Iterable[str]) -> list[list[str]]:
             others.append(name)
     stacked = [group for group in experts.values() if len(group) > 1]
     return merged_matrices(others) + stacked
+
+
+def with_merged_names(names: Iterable[str]) -> list[str]:
+    """``names``, and the names that merged linears have in the engine's own module tree."""
+    found = dict.fromkeys(names)
+    for name in list(found):
+        parent, _, local = name.rpartition(".")
+        for members, merged in zip(_FUSED, _MERGED_NAMES, strict=True):
+            if local in members and merged is not None and ".experts." not in name:
+                found[f"{parent}.{merged}"] = None
+    return list(found)

@@ -84,6 +84,6 @@ class SGLang(CompressedTensors):
     def check(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
         config = folder.config.get("quantization_config") or {}
         if config.get("quant_method") == modelopt.METHOD:
-            yield from modelopt.check(folder, model)
+            yield from modelopt.check(folder, model, self)
         else:
             yield from super().check(folder, model)

@@ -12,17 +12,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qplug import PRESETS, ModelView, Problem, QplugError, QuantizedWeight, Scheme, TensorSpec
+from qplug import (
+    PRESETS,
+    Exporter,
+    ModelView,
+    Problem,
+    QplugError,
+    QuantizedWeight,
+    Scheme,
+    TensorSpec,
+)
+from qplug.laid_out import layout_problems
+from qplug.limits import Target, shape_problem
 from qplug_compressed_tensors import fp4
-from qplug_compressed_tensors.fusing import merged_matrices
+from qplug_compressed_tensors.fusing import merged_matrices, with_merged_names
 
 if TYPE_CHECKING:
     from qplug.checkpoint import Checkpoint
 
 METHOD = "modelopt"
 NVFP4 = PRESETS["NVFP4"]
-_FLOATS = ("bfloat16", "float16", "float32")
-_MERGED_NAMES = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+_SCALES = ("weight_scale", "weight_scale_2", "input_scale")
 
 
 def layout(shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
@@ -70,11 +80,7 @@ def config(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     floats = [name for name in model.linears if name not in schemes]
     if model.head is not None and model.head not in model.linears:
         floats.append(model.head)
-    for name in list(floats):
-        parent, _, local = name.rpartition(".")
-        if local in _MERGED_NAMES:
-            floats.append(f"{parent}.{_MERGED_NAMES[local]}")
-    ignore = sorted(set(floats))
+    ignore = sorted(with_merged_names(floats))
     return {
         "quant_method": METHOD,
         "quant_algo": "NVFP4",
@@ -103,34 +109,24 @@ def stored(folder: Checkpoint) -> dict[str, tuple[int, int]]:
     }
 
 
-def check(folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
+def check(folder: Checkpoint, model: ModelView, exporter: Exporter[Any]) -> Iterator[Problem]:
     """The rules of SGLang's loader for ModelOpt's NVFP4 that ``folder`` breaks."""
     found = schemes(folder.config["quantization_config"], model)
-    for name, shape in model.linears.items():
-        held = {
-            tensor.removeprefix(f"{name}."): stored.spec
-            for tensor, stored in folder.tensors.items()
-            if tensor.rpartition(".")[0] == name and tensor != f"{name}.bias"
-        }
-        if name not in found:
-            weight = held.get("weight")
-            if held.keys() != {"weight"} or (weight and weight.dtype not in _FLOATS):
-                yield Problem("ignore", name, "config.json says it is float, but it is not")
-            continue
+    laid_out = list(layout_problems(folder, model, found, exporter))
+    yield from laid_out
+    broken = {problem.where for problem in laid_out}
+    for name, scheme in found.items():
         if name not in model.quantizable:
             yield Problem("head", name, "is a head or a router, and must stay float")
-        wanted = layout(shape, NVFP4)
-        for local in sorted(wanted.keys() | held.keys()):
-            if local not in held:
-                yield Problem("missing", name, f"there is no {local}")
-            elif local not in wanted:
-                yield Problem("unexpected", name, f"{local} does not belong to NVFP4")
-            elif held[local] != wanted[local]:
-                yield Problem("shape", name, f"{local} is {held[local]}, not {wanted[local]}")
-            elif "scale" in local:
-                values = folder.read(f"{name}.{local}").float()
-                if not (torch.isfinite(values) & (values > 0)).all():
-                    yield Problem("scale", name, "a scale is zero, negative, or not finite")
+        sentence = shape_problem(exporter.capabilities(), name, model, scheme, Target())
+        if sentence is not None:
+            yield Problem("kernel", name, sentence)
+        if name in broken:
+            continue
+        for local in _SCALES:
+            values = folder.read(f"{name}.{local}").float()
+            if not (torch.isfinite(values) & (values > 0)).all():
+                yield Problem("scale", name, f"{local} is zero, negative, or not finite")
     yield from _units_differ(folder, found)
 
 
