@@ -1,7 +1,7 @@
 """qplug quantizes large language models for SGLang and vLLM; everything in it is a plugin.
 
 What is importable from here, from ``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``,
-``qplug.windows`` and ``qplug.hub_text`` is public.
+``qplug.laid_out``, ``qplug.limits``, ``qplug.windows`` and ``qplug.hub_text`` is public.
 """
 
 from __future__ import annotations

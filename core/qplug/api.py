@@ -1,8 +1,9 @@
 """The contracts that plugins are written against.
 
 Importing this module is cheap: torch is named in annotations only. What stands here, in
-``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``, ``qplug.windows`` and
-``qplug.hub_text`` is public; everything else in ``qplug`` may change without notice.
+``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``, ``qplug.laid_out``, ``qplug.limits``,
+``qplug.windows`` and ``qplug.hub_text`` is public; everything else in ``qplug`` may change without
+notice.
 """
 
 from __future__ import annotations
@@ -193,6 +194,8 @@ class QuantizedWeight:
     ``args.scale_dtype``. ``zero``: uint8, shaped like ``scale``, for asymmetric codes only.
     The weight meant is ``(codes - zero) * scale``. ``input_scale``: float32 ``[1]``, the scale
     under which the linear's input is rounded, where the scheme stores one; the run fills it in.
+    ``global_scale``: float32 ``[1]``, a power of two, where ``args.two_level``: it is ``scale /
+    global_scale`` then that is exact in ``args.scale_dtype``; the run fills it in too.
     """
 
     codes: Tensor
@@ -200,6 +203,7 @@ class QuantizedWeight:
     zero: Tensor | None
     args: QuantArgs
     input_scale: Tensor | None = None
+    global_scale: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -212,6 +216,8 @@ class Linear:
     ``QuantizedWeight``; whoever computes codes takes them, ``qplug.numerics.scale_of`` gives the
     covering ones where there are none. ``input_scale``: float32 ``[1]``, that of static inputs; an
     algorithm may choose it, else the run's observer does once all scales are moved.
+    ``global_scale``: float32 ``[1]``, that of scales with two levels; the run fixes it before codes
+    are computed, alike for linears that the engine merges (``qplug.numerics.global_scale_of``).
     """
 
     name: str
@@ -221,6 +227,7 @@ class Linear:
     scale: Tensor | None = None
     zero: Tensor | None = None
     input_scale: Tensor | None = None
+    global_scale: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -421,8 +428,10 @@ class Capability:
 
     ``scheme``: a preset's name. ``kernel``: what runs it, or why it does not run if ``served`` is
     false. ``group_sizes``: those the kernel takes, -1 for one scale a row; empty where the scheme
-    has none to choose. ``out_multiple``, ``in_multiple``: what the sides of a weight must divide
-    by. ``evidence``: where this was measured or read.
+    has none to choose. ``out_multiple``, ``in_multiple``: what the sides of a weight, or of each
+    process's part of it, must divide by. ``evidence``: ``run`` and where and when, or ``not
+    run`` and what it was read from. ``engine``: with its version (``vLLM 0.26``). ``devices``: of
+    ``qplug.limits.DEVICES``, those that the row tells of.
     """
 
     scheme: str
@@ -432,6 +441,8 @@ class Capability:
     out_multiple: int = 1
     in_multiple: int = 1
     evidence: str = ""
+    engine: str = ""
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -483,6 +494,13 @@ class Exporter(Component[P]):
         the codes are computed makes the codes nearest under the scale that will be used.
         """
         return model_dtype if scheme.activations is None else "float32"
+
+    def merged(self, names: Sequence[str]) -> list[list[str]]:
+        """The groups of linears among ``names`` that the engine makes one matrix of.
+
+        Where scales have two levels, those of a group get the same global scale.
+        """
+        return []
 
     @abstractmethod
     def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:

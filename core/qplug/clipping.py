@@ -12,15 +12,16 @@ from torch import Tensor
 
 from qplug.api import Linear
 from qplug.numerics import (
-    SMALLEST,
     dequantize,
     dequantize_with,
+    global_scale_of,
     nearest,
     quantize,
     range_scale,
     weight_range,
 )
 from qplug.scheme import QuantArgs
+from qplug.stored_scales import SMALLEST
 
 #: Weights whose errors are computed at a time.
 _CHUNK = 1 << 26
@@ -36,9 +37,11 @@ def search_clip(linear: Linear, gram: Tensor, *, steps: int, smallest: float) ->
     if linear.args.strategy not in ("group", "channel"):
         return
     rows = max(1, _CHUNK // linear.weight.shape[1])
+    unit = global_scale_of(linear)
     scales, zeros = [], []
     for part in linear.weight.split(rows):
-        scale, zero = _search(Linear(linear.name, part, linear.args), gram, steps, smallest)
+        aim = Linear(linear.name, part, linear.args, global_scale=unit)
+        scale, zero = _search(aim, gram, steps, smallest)
         scales.append(scale)
         zeros.append(zero)
     linear.scale = torch.cat(scales)
@@ -52,7 +55,9 @@ def _search(
     low, high = weight_range(weight, args)
     largest = unclipped_ratio(args)
     ratios = [largest - step * (largest - smallest) / steps for step in range(steps + 1)]
-    candidates = [range_scale(low * ratio, high * ratio, args) for ratio in ratios]
+    candidates = [
+        range_scale(low * ratio, high * ratio, args, linear.global_scale) for ratio in ratios
+    ]
     scales = torch.stack([scale for scale, _ in candidates])
     zeros = None if args.symmetric else torch.stack([z for _, z in candidates if z is not None])
     blocks = diagonal_blocks(gram, args.group_size or weight.shape[1])

@@ -7,19 +7,30 @@ For an integer grid with codes ``qmin .. qmax`` and a weight ``w`` under scale `
                                                          q = clamp(round(w / s) + z)
 
 and ``w' = (q - z) * s``. A float grid has ``s = max|w| / max(grid)`` and saturates. Rounding is to
-nearest, ties to even. (Arithmetic in bfloat16 puts 8 to 10 % of int8 codes one step off.)
+nearest, ties to even. Scales in e4m3 are rounded as multiples of a power of two, ``global_scale``;
+those in e8m0 are powers of two themselves. (Arithmetic in bfloat16 puts 8 to 10 % of int8 codes one
+step off.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qplug.api import Linear, QuantizedWeight
 from qplug.errors import QplugError
-from qplug.scheme import FLOAT_MAX, FLOAT_STEP, FLOATS, QuantArgs, all_finite_max
+from qplug.scheme import E8M0_SCALES, FLOAT_MAX, FLOAT_STEP, FLOATS, QuantArgs, all_finite_max
+from qplug.stored_scales import (
+    EXPONENT_BITS,
+    SMALLEST,
+    as_stored,
+    global_scale,
+    largest_code,
+    power_of_two,
+)
 
 # Elements worked on at a time. On a CPU a chunk and its copies stay in a core's cache, which takes
 # a quarter of the time of whole-matrix passes; a GPU wants much to do at once.
@@ -27,10 +38,6 @@ _CPU_CHUNK, _GPU_CHUNK = 1 << 19, 1 << 26
 
 # The float formats that torch has, narrow ones first. It rounds to them as ``round_floats`` does.
 _FLOAT_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-_EXPONENT_BITS = 0x7F800000  # of a float32
-
-#: The smallest positive scale of each dtype: what an all-zero group gets.
-SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126}
 
 
 def round_to_nearest(weight: Tensor, args: QuantArgs) -> QuantizedWeight:
@@ -38,32 +45,44 @@ def round_to_nearest(weight: Tensor, args: QuantArgs) -> QuantizedWeight:
 
     Raises QplugError if a weight is NaN or infinite, or the group does not divide the width.
     """
-    scale, zero = minmax_scale(weight, args)
-    return QuantizedWeight(quantize(weight, scale, zero, args), scale, zero, args)
+    return nearest(Linear("", weight, args))
 
 
 def scale_of(linear: Linear) -> tuple[Tensor, Tensor | None]:
     """The scales that an algorithm chose for ``linear``; if none did, those that cover it."""
     if linear.scale is not None:
         return linear.scale, linear.zero
-    return minmax_scale(linear.weight, linear.args)
+    return minmax_scale(linear.weight, linear.args, linear.global_scale)
 
 
 def nearest(linear: Linear) -> QuantizedWeight:
     """The nearest codes of ``linear`` under ``scale_of(linear)``."""
-    scale, zero = scale_of(linear)
-    return QuantizedWeight(
-        quantize(linear.weight, scale, zero, linear.args), scale, zero, linear.args
-    )
+    unit = global_scale_of(linear)
+    scale, zero = scale_of(replace(linear, global_scale=unit))
+    codes = quantize(linear.weight, scale, zero, linear.args)
+    return QuantizedWeight(codes, scale, zero, linear.args, global_scale=unit)
 
 
-def minmax_scale(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor | None]:
+def global_scale_of(linear: Linear) -> Tensor | None:
+    """The global scale of ``linear``, float32 ``[1]``; None if its scales have one level.
+
+    It is the one that was chosen for it; if none was, the smallest that covers its weight.
+    """
+    if not linear.args.two_level or linear.global_scale is not None:
+        return linear.global_scale
+    return global_scale(linear.weight.abs().amax().float(), linear.args)
+
+
+def minmax_scale(
+    weight: Tensor, args: QuantArgs, unit: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Scales, and zero points if ``args`` is asymmetric, that cover ``weight: [out, in]``.
 
-    Scales: float32 ``args.scale_shape``, positive, exact in ``args.scale_dtype``. Zero points:
-    uint8 of that shape. Raises QplugError as ``round_to_nearest``.
+    Scales: float32 ``args.scale_shape``, positive, exact in ``args.scale_dtype`` (if that is e4m3,
+    as multiples of the global scale ``unit``: by default the one that covers ``weight``). Zero
+    points: uint8 of that shape. Raises QplugError as ``round_to_nearest``.
     """
-    return range_scale(*weight_range(weight, args), args)
+    return range_scale(*weight_range(weight, args), args, unit)
 
 
 def weight_range(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
@@ -84,10 +103,18 @@ def weight_range(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def range_scale(low: Tensor, high: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor | None]:
-    """The scales, and zero points, of ranges from ``low <= 0`` to ``high >= 0``."""
+def range_scale(
+    low: Tensor, high: Tensor, args: QuantArgs, unit: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The scales, and zero points, of ranges from ``low <= 0`` to ``high >= 0``.
+
+    ``unit``: the global scale, if scales have two levels; by default one that covers all ranges.
+    """
     if args.symmetric:
-        return as_stored(torch.maximum(-low, high) / _top(args), args), None
+        peak = torch.maximum(-low, high)
+        if args.scale_dtype == E8M0_SCALES:
+            return power_of_two(peak, args), None
+        return as_stored(peak / largest_code(args), args, unit), None
     top = args.code_range[1]
     scale = as_stored((high - low) / top, args)
     return scale, (-low / scale).round_().clamp_(0, top).to(torch.uint8)
@@ -99,7 +126,7 @@ def clip_to_scale(weight: Tensor, scale: Tensor, zero: Tensor | None, args: Quan
     ``minmax_scale`` of the result gives the same scales back where a weight reached the range.
     """
     groups, spread = _group(weight, args), scale.expand(_row_scales(weight, args))
-    top = _top(args) if args.symmetric else args.code_range[1]
+    top = largest_code(args) if args.symmetric else args.code_range[1]
     low = torch.full_like(spread, -top) if zero is None else -zero.float().expand(spread.shape)
     high = torch.full_like(spread, top) if zero is None else top + low
     cut = torch.clamp(groups, _spread(low * spread), _spread(high * spread))
@@ -173,7 +200,7 @@ def round_floats(values: Tensor, args: QuantArgs) -> Tensor:
     if args.dtype in _FLOAT_DTYPES:
         return values.to(_FLOAT_DTYPES[args.dtype])
     # Without sign and mantissa, a float32 is the power of two at or below its magnitude: 2^M steps.
-    step = (values.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
+    step = (values.view(torch.int32) & EXPONENT_BITS).view(torch.float32)
     step.mul_(2.0**-mantissa).clamp_(min=FLOAT_STEP[args.dtype])
     return values.div_(step).round_().mul_(step).to(code_dtype(args))
 
@@ -244,7 +271,8 @@ def fake_quantize_activations(x: Tensor, args: QuantArgs, scale: Tensor | None =
     """``x: [..., width]`` rounded as an engine rounds it at run time, in the dtype of ``x``.
 
     One scale a token, or a token and ``group_size`` columns; or, for all of ``x``, the static
-    ``scale`` (one element), which without one given covers ``x``. Engines divide int8 activations
+    ``scale`` (one element), which without one given covers ``x``; in NVFP4 both, and the static one
+    is the global scale. Engines divide int8 activations
     by ``max|x| / 127``, not 127.5 as for weights.
     """
     if not args.symmetric:
@@ -257,7 +285,11 @@ def fake_quantize_activations(x: Tensor, args: QuantArgs, scale: Tensor | None =
         peak = groups.abs().amax(-1, keepdim=True)
     else:
         raise NotImplementedError(f"activations {args}")
-    scale = input_scale(peak, args) if scale is None else scale.float()
+    if args.two_level:
+        unit = input_scale(peak.amax(), args) if scale is None and x.numel() else scale
+        scale = as_stored(peak / largest_code(args), args, unit)
+    else:
+        scale = input_scale(peak, args) if scale is None else scale.float()
     if args.is_float:
         codes = round_floats(groups / scale, args).float()
     else:
@@ -267,7 +299,12 @@ def fake_quantize_activations(x: Tensor, args: QuantArgs, scale: Tensor | None =
 
 
 def input_scale(peak: Tensor, args: QuantArgs) -> Tensor:
-    """Float32 scales under which inputs of magnitudes up to ``peak`` are not clipped, positive."""
+    """Float32 scales under which inputs of magnitudes up to ``peak`` are not clipped, positive.
+
+    In NVFP4, where ``peak`` has one element, the global scale ``[1]``.
+    """
+    if args.two_level:
+        return global_scale(peak, args)
     return (peak.float() / activation_top(args)).clamp_(min=SMALLEST["float32"])
 
 
@@ -280,13 +317,6 @@ def check_width(width: int, args: QuantArgs) -> None:
     """Raises QplugError if groups of ``args`` do not divide rows of ``width`` weights."""
     if args.group_size is not None and width % args.group_size:
         raise QplugError(f"groups of {args.group_size} do not divide its width, {width}")
-
-
-def _top(args: QuantArgs) -> float:
-    if args.is_float:
-        return FLOAT_MAX[args.dtype]
-    low, high = args.code_range
-    return (high - low) / 2
 
 
 def code_dtype(args: QuantArgs) -> torch.dtype:
@@ -303,12 +333,6 @@ def code_dtype(args: QuantArgs) -> torch.dtype:
         if fits and FLOAT_STEP[args.dtype] >= FLOAT_STEP[name]:
             return dtype
     return torch.bfloat16
-
-
-def as_stored(scale: Tensor, args: QuantArgs) -> Tensor:
-    """Positive scales as ``args.scale_dtype`` holds them, in float32."""
-    stored = scale.to(getattr(torch, args.scale_dtype)).float()
-    return stored.clamp_(min=SMALLEST[args.scale_dtype])
 
 
 # --- groups: every strategy is seen as [row step, rows in it, group, columns in it] ---------------

@@ -7,7 +7,7 @@ fuse them take the largest anyway.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Annotated, Any, ClassVar
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from qplug.api import Block, Component, InputGroup, NoParams, P
 from qplug.errors import QplugError
-from qplug.numerics import fake_quantize_activations, input_scale, scale_of
+from qplug.numerics import fake_quantize_activations, global_scale_of, input_scale, scale_of
 from qplug.params import Param, fill
 from qplug.scheme import QuantArgs
+from qplug.stored_scales import as_stored
 
 
 class Observer(Component[P]):
@@ -134,7 +135,7 @@ def fix_input_scales(block: Block, observer: Observer[Any]) -> None:
         groups = [*alike]
         linears = [linear for group in groups for linear in group.linears]
         for args in dict.fromkeys(linear.activations for linear in linears):
-            if args is None or args.dynamic:
+            if args is None or not args.stores_scale:
                 continue
             peaks = [observer.peak(g, args) for g in groups if g.tokens and _reads_with(g, args)]
             if not peaks or not torch.isfinite(torch.stack(peaks)).all():
@@ -145,7 +146,7 @@ def fix_input_scales(block: Block, observer: Observer[Any]) -> None:
                 if linear.activations == args and linear.input_scale is None:
                     linear.input_scale = scale
     for linear in block.linears:
-        if linear.activations and not linear.activations.dynamic and linear.input_scale is None:
+        if linear.activations and linear.activations.stores_scale and linear.input_scale is None:
             raise QplugError(f"{linear.name}: no token of the calibration data reached it")
 
 
@@ -167,3 +168,22 @@ def share_tensor_scales(block: Block) -> None:
             shared = torch.stack([scale_of(linear)[0] for linear in alike]).amax(0)
             for linear in alike:
                 linear.scale, linear.zero = shared, None
+
+
+def share_global_scales(block: Block, merged: Sequence[Sequence[str]]) -> None:
+    """Fix the global scales of the linears of ``block`` whose scales have two levels.
+
+    Those of a group in ``merged`` get the largest: engines keep that one, and round nothing anew.
+    Scales that were chosen already are rounded to multiples of it.
+    """
+    linears = {linear.name: linear for linear in block.linears if linear.args.two_level}
+    for linear in linears.values():
+        linear.global_scale = global_scale_of(linear)
+    for names in merged:
+        alike = [linears[name] for name in names if name in linears]
+        units = [linear.global_scale for linear in alike if linear.global_scale is not None]
+        for linear in alike:
+            linear.global_scale = torch.stack(units).amax(0)
+    for linear in linears.values():
+        if linear.scale is not None:
+            linear.scale = as_stored(linear.scale, linear.args, linear.global_scale)

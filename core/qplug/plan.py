@@ -71,9 +71,12 @@ def make_plan(
 ) -> Plan:
     """Lay out the run: every tensor of ``source`` in natural order, those in ``schemes`` packed.
 
-    ``by_block`` makes a step of each decoder block, else every tensor is a step of its own.
+    ``by_block`` makes a step of each decoder block, else every tensor is a step of its own, but for
+    linears that are to share a global scale.
     ``cache_scales``: the full names of those of each block, float32 ``[1]``.
     """
+    two_level = [name for name, scheme in schemes.items() if scheme.weights.two_level]
+    first = {name: group[0] for group in exporter.merged(two_level) for name in group}
     steps: dict[str, Step] = {}
     for tensor in natural_order(source.tensors):
         name, _, local = tensor.rpartition(".")
@@ -85,7 +88,7 @@ def make_plan(
             outputs = {f"{name}.{part}": spec for part, spec in packed.items()}
             step = Step(name, {name: scheme}, (), outputs)
         block = next((b for b in model.blocks if by_block and tensor.startswith(b + ".")), None)
-        key = step.name if block is None else block
+        key = first.get(step.name, step.name) if block is None else block
         steps[key] = _joined(key, steps[key], step) if key in steps else replace(step, name=key)
     for block, names in (cache_scales or {}).items():
         outputs = {**steps[block].outputs, **dict.fromkeys(names, TensorSpec("float32", (1,)))}

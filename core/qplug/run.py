@@ -361,6 +361,19 @@ class Run:
                 report = self.stages.report(block, codes, self._rewritten(step, source))
                 yield number, self.stages.pack(codes, step, view.dtype), report
 
+    def _apart(self, number: int, step: Step, source: Checkpoint, dtype: str) -> Finished:
+        """A step of a calibrated run that is no decoder block: a tensor to copy, or a head."""
+        if not step.linears:
+            return self._copied(number, step, source)
+        linears = tuple(
+            Linear(name, source.read(f"{name}.weight").to(self.device), s.weights, s.activations)
+            for name, s in step.linears.items()
+        )
+        block = Block(step.name, linears)
+        codes = self.stages.quantize_apart(block)
+        report = self.stages.report(block, codes, self._rewritten(step, source))
+        return number, self.stages.pack(codes, step, dtype), report
+
     def _copied(self, number: int, step: Step, source: Checkpoint) -> Finished:
         """A step that has nothing to quantize."""
         contents = {name: source.tensors[name].chunks() for name in step.others}
@@ -384,7 +397,7 @@ class Run:
         for number, step in enumerate(plan.steps):
             if step.name not in view.blocks:
                 if number not in done:
-                    yield self._copied(number, step, source)
+                    yield self._apart(number, step, source, view.dtype)
                 continue
             if number in done:
                 walk.replay(step.name, self._served(step, output))

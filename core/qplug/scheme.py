@@ -42,6 +42,10 @@ FLOAT_MAX = {name: _float_max(*bits) for name, bits in FLOATS.items()}
 #: The smallest positive value of each float format: the step between its subnormals.
 FLOAT_STEP = {name: math.ldexp(1, 2 - 2 ** (e - 1) - m) for name, (e, m) in FLOATS.items()}
 
+#: Dtypes of scales that belong to a format, whatever the backend. In NVFP4 they are fp8, and a
+#: float32 for the whole tensor multiplies them; in MXFP4 (OCP MX) they are powers of two.
+E4M3_SCALES, E8M0_SCALES = "float8_e4m3fn", "float8_e8m0fnu"
+
 
 @dataclass(frozen=True)
 class QuantArgs:
@@ -52,6 +56,7 @@ class QuantArgs:
     (``group``), one ``block`` of rows x columns, or one token of an activation (``token``).
     ``dynamic`` scales are found by the engine at run time and are not stored. ``scale_dtype`` is
     the dtype in which the backend stores scales: codes must be nearest under the scale *as stored*.
+    ``E4M3_SCALES`` and ``E8M0_SCALES`` are part of the format, and no backend's choice.
     ``use_qtorch`` has the package qtorch round to a float format, as no engine rounds: ties away
     from zero, and saturation at ``all_finite_max``.
     """
@@ -77,6 +82,8 @@ class QuantArgs:
             raise QplugError(f"group_size must be positive, not {self.group_size}")
         if (self.strategy == "block") != (self.block is not None):
             raise QplugError(f"strategy {self.strategy!r} does not go with block")
+        if self.fixes_scales and (self.strategy != "group" or not self.is_float):
+            raise QplugError(f"scales in {self.scale_dtype} are those of groups of floats")
         if self.is_float and not self.symmetric:
             raise QplugError(f"{self.dtype} is symmetric by nature")
         if self.use_qtorch and not self.is_float:
@@ -87,6 +94,22 @@ class QuantArgs:
     @property
     def is_float(self) -> bool:
         return self.dtype in FLOATS
+
+    @property
+    def fixes_scales(self) -> bool:
+        """Whether the dtype of scales is a part of the format."""
+        return self.scale_dtype in (E4M3_SCALES, E8M0_SCALES)
+
+    @property
+    def two_level(self) -> bool:
+        """Whether scales are multiples of a ``global_scale``, one for the whole tensor (NVFP4)."""
+        return self.scale_dtype == E4M3_SCALES
+
+    @property
+    def stores_scale(self) -> bool:
+        """Whether a scale is stored, not found by the engine at run time: of inputs in NVFP4, the
+        global one."""
+        return not self.dynamic or self.two_level
 
     @property
     def bits(self) -> int:
@@ -133,7 +156,7 @@ class Scheme:
     @property
     def static_inputs(self) -> bool:
         """Whether inputs are rounded under a stored scale, which calibration data must tell."""
-        return self.activations is not None and not self.activations.dynamic
+        return self.activations is not None and self.activations.stores_scale
 
     def with_group_size(self, size: int) -> Scheme:
         """The same scheme with another group size; -1 is one scale for the whole row.
@@ -142,9 +165,10 @@ class Scheme:
         ``FP8_BLOCK``, and for those of floats with inputs that are quantized too.
         """
         both_rounded = self.weights.is_float and self.activations is not None
-        if self.weights.strategy not in ("group", "channel") or both_rounded:
+        fixed = both_rounded or self.weights.fixes_scales
+        if self.weights.strategy not in ("group", "channel") or fixed:
             raise QplugError(f"{self.name} has no group size to choose")
-        if self.activations is not None and size != -1:
+        if self.activations is not None and self.weights.strategy == "channel" and size != -1:
             raise QplugError(f"{self.name} has one scale for each row: no engine serves groups")
         weights = (
             replace(self.weights, strategy="channel", group_size=None)
@@ -154,7 +178,9 @@ class Scheme:
         return replace(self, weights=weights)
 
     def with_scale_dtype(self, dtype: str) -> Scheme:
-        """The same scheme with the scales of weights stored in ``dtype``."""
+        """The same scheme with the scales of weights stored in ``dtype``, if that is free."""
+        if self.weights.fixes_scales:
+            return self
         return replace(self, weights=replace(self.weights, scale_dtype=dtype))
 
     @property
@@ -197,6 +223,7 @@ _TOKEN_INT8 = QuantArgs("int8", "token", dynamic=True)
 _TOKEN_E4M3 = QuantArgs("e4m3", "token", dynamic=True)
 _STATIC_INT8 = QuantArgs("int8", "tensor")
 _STATIC_E4M3 = QuantArgs("e4m3", "tensor")
+_NVFP4 = QuantArgs("e2m1", "group", 16, scale_dtype=E4M3_SCALES)
 
 #: The schemes that have a name.
 PRESETS: dict[str, Scheme] = {
@@ -214,6 +241,10 @@ PRESETS: dict[str, Scheme] = {
             QuantArgs("e4m3", "block", block=(128, 128)),
             QuantArgs("e4m3", "group", 128, dynamic=True),
         ),
+        Scheme("W4AFP8", QuantArgs("int4", "group", 128), _TOKEN_E4M3),
+        Scheme("NVFP4A16", _NVFP4),
+        Scheme("NVFP4", _NVFP4, replace(_NVFP4, dynamic=True)),
+        Scheme("MXFP4A16", QuantArgs("e2m1", "group", 32, scale_dtype=E8M0_SCALES)),
     )
 }
 

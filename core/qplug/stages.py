@@ -19,7 +19,12 @@ from qplug.api import (
 )
 from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
 from qplug.numerics import relative_error, relative_output_error
-from qplug.observers import find_observer, fix_input_scales, share_tensor_scales
+from qplug.observers import (
+    find_observer,
+    fix_input_scales,
+    share_global_scales,
+    share_tensor_scales,
+)
 from qplug.params import fill
 from qplug.plan import Step
 from qplug.recipe import DEFAULT_QUANTIZER, Calibration, Recipe
@@ -91,7 +96,8 @@ class Stages:
         if len(quantizers) > 1:
             names = " and ".join(algorithm.name for algorithm in quantizers)
             raise QplugError(f"{names} both choose codes; a pipeline can have one that does")
-        self.quantizer = quantizers[0] if quantizers else self._algorithm(DEFAULT_QUANTIZER, {})
+        self._default = self._algorithm(DEFAULT_QUANTIZER, {})
+        self.quantizer = quantizers[0] if quantizers else self._default
         calibration = recipe.calibration or Calibration()
         self._observer = find_observer(calibration.observer, calibration.observer_options)
         self._stores_ranges = recipe.stores_ranges
@@ -127,16 +133,30 @@ class Stages:
                 algorithm.transform(block)
         if self.exporter.stores_float:
             return {}
+        return self._codes(block, self.quantizer)
+
+    def quantize_apart(self, block: Block) -> Mapping[str, QuantizedWeight]:
+        """Codes of what no decoder block holds, a head: nobody has statistics of it."""
+        return self._codes(block, self._default)
+
+    def _codes(self, block: Block, quantizer: Algorithm[Any]) -> Mapping[str, QuantizedWeight]:
         fix_input_scales(block, self._observer)
         share_tensor_scales(block)
-        with self._blaming(self.quantizer, block.name):
-            codes = self.quantizer.quantize(block)
+        share_global_scales(block, self.exporter.merged([linear.name for linear in block.linears]))
+        with self._blaming(quantizer, block.name):
+            codes = quantizer.quantize(block)
             wanted = {linear.name for linear in block.linears}
             if set(codes) != wanted:
                 raise ValueError(f"it gave codes for {sorted(codes)}, not {sorted(wanted)}")
         block.notes.extend(_unseen(block))
-        scales = {linear.name: linear.input_scale for linear in block.linears}
-        return {name: replace(made, input_scale=scales[name]) for name, made in codes.items()}
+        return {
+            linear.name: replace(
+                codes[linear.name],
+                input_scale=linear.input_scale,
+                global_scale=linear.global_scale,
+            )
+            for linear in block.linears
+        }
 
     def report(
         self, block: Block, codes: Mapping[str, QuantizedWeight], rewritten: tuple[str, ...] = ()

@@ -7,25 +7,56 @@ import json
 
 import click
 
+from qplug.api import Capability, ModelView
+from qplug.errors import QplugError
+from qplug.limits import DEVICES, Target, row_problem
 from qplug.registry import Registry
-from qplug.scheme import PRESETS, QuantArgs, Scheme
+from qplug.scheme import E4M3_SCALES, E8M0_SCALES, PRESETS, QuantArgs, Scheme
+
+_SCALES = {E4M3_SCALES: " in e4m3 and a global one", E8M0_SCALES: " in e8m0"}
 
 
 @click.command(name="schemes")
 @click.option("--backend", help="Only this backend.")
+@click.option("--gpu", type=click.Choice(DEVICES), help="Only what is known of this device.")
+@click.option("--model", help="Say which kernels take the shapes of this model.")
+@click.option("--tp", type=click.IntRange(1), help="Of its parts in so many processes.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the tables as JSON.")
 @click.pass_obj
-def command(registry: Registry, backend: str | None, as_json: bool) -> None:
-    """List the schemes, and which engine runs each with which kernel.
+def command(
+    registry: Registry,
+    backend: str | None,
+    gpu: str | None,
+    model: str | None,
+    tp: int | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """List the schemes, and which engine runs each with which kernel on which device.
 
     Others can be measured: quantize --backend fake, then eval. They are W<weights>A<inputs>, each 2
     to 8 (bits of an integer) or E<e>M<m> (a float, 1 to 8 bits of exponent and 0 to 7 of mantissa),
     or A16 where inputs stay as they are: W3A16, W4A4, WE2M1A16, WE5M2AE5M2.
     """
+    if tp is not None and model is None:
+        raise QplugError("--tp: parts of what? Say --model")
+    target = Target("any" if gpu is None else gpu, tp or 1)  # type: ignore[arg-type]
     names = [backend] if backend else list(registry.exporters)
-    tables = {name: registry.exporters[name].capabilities() for name in names}
+    tables = {
+        name: [
+            row
+            for row in registry.exporters[name].capabilities()
+            if target.gpu in ("any", *row.devices)
+        ]
+        for name in names
+    }
+    view = None if model is None else _view(model, trust_remote_code)
     if as_json:
-        rows = {name: [dataclasses.asdict(row) for row in table] for name, table in tables.items()}
+        rows = {
+            name: [{**dataclasses.asdict(row), **_fits(row, view, target)} for row in table]
+            for name, table in tables.items()
+        }
         click.echo(json.dumps({"schemes": _plain(), "backends": rows}, indent=2))
         return
     for scheme in PRESETS.values():
@@ -33,12 +64,45 @@ def command(registry: Registry, backend: str | None, as_json: bool) -> None:
         for name, table in tables.items():
             for row in table:
                 if row.scheme == scheme.name:
-                    sizes = ", ".join(map(str, row.group_sizes))
-                    groups = f", groups {sizes}" if sizes else ""
-                    sides = f", out % {row.out_multiple}, in % {row.in_multiple}"
-                    limits = f"{groups}{sides}" if row.served else ""
-                    verb = row.kernel if row.served else f"no: {row.kernel}"
-                    click.echo(f"  {name:<8} {verb}{limits} ({row.evidence})")
+                    click.echo(f"  {name:<8} {_line(row)}")
+                    for problem in _fits(row, view, target).values():
+                        click.echo(f"  {'':<8}   {problem or 'takes the model'}")
+
+
+def _view(model: str, trust_remote_code: bool) -> ModelView:
+    from qplug.checkpoint import Checkpoint
+    from qplug.skeleton import model_view
+    from qplug.source import find_model
+
+    return model_view(Checkpoint.open(find_model(model)), trust_remote_code=trust_remote_code)
+
+
+def _fits(row: Capability, view: ModelView | None, target: Target) -> dict[str, str | None]:
+    """``{"problem": ...}``: the first linear that a kernel does not take; empty without a model."""
+    if view is None or not row.served:
+        return {}
+    scheme = PRESETS[row.scheme]
+    for name in view.linears:
+        if name in view.quantizable:
+            problem = row_problem(row, name, view, scheme, target.tp)
+            if problem is not None:
+                return {"problem": f"not this model: {name}: {problem}"}
+    return {"problem": None}
+
+
+def _line(row: Capability) -> str:
+    where = " ".join(filter(None, (row.engine, " ".join(row.devices))))
+    head = f"{where}: " if where else ""
+    if not row.served:
+        return f"{head}no: {row.kernel} ({row.evidence})"
+    return f"{head}{row.kernel}{limits(row)} ({row.evidence})"
+
+
+def limits(row: Capability) -> str:
+    """``, groups 32, 64, -1, out % 64, in % 128``."""
+    sizes = ", ".join(map(str, row.group_sizes))
+    groups = f", groups {sizes}" if sizes else ""
+    return f"{groups}, out % {row.out_multiple}, in % {row.in_multiple}"
 
 
 def _plain() -> dict[str, object]:
@@ -57,4 +121,5 @@ def _args(args: QuantArgs, *, of_weights: bool) -> str:
     kind = "" if args.symmetric else " asymmetric"
     if not of_weights and not args.dynamic:
         return f"{args.dtype}{kind}, one stored scale,"
-    return f"{args.dtype}{kind}, a scale each {args.strategy}{f' of {size}' if size else ''},"
+    shared = f"{args.strategy}{f' of {size}' if size else ''}{_SCALES.get(args.scale_dtype, '')}"
+    return f"{args.dtype}{kind}, a scale each {shared},"

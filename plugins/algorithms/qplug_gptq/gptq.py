@@ -98,13 +98,13 @@ class GPTQ(Algorithm[Params]):
         if linear.scale is not None:
             return scale_of(linear)
         if params.clip and linear.args.bits < 8:
-            aim = Linear(linear.name, weight, linear.args)
+            aim = Linear(linear.name, weight, linear.args, global_scale=linear.global_scale)
             search_clip(aim, gram, steps=params.clip_steps, smallest=params.clip_smallest)
             return scale_of(aim)
         # An error that the later columns make good is cheaper than one at a range's end.
         low, high = weight_range(weight, linear.args)
         ratio = unclipped_ratio(linear.args)
-        return range_scale(low * ratio, high * ratio, linear.args)
+        return range_scale(low * ratio, high * ratio, linear.args, linear.global_scale)
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,36 @@ from dataclasses import dataclass
 from typing import Any
 
 from qplug import PRESETS, ModelView, QplugError, QuantArgs, Scheme
+from qplug.scheme import E4M3_SCALES, E8M0_SCALES
 
 PACK_QUANTIZED = "pack-quantized"
 INT_QUANTIZED = "int-quantized"
 FLOAT_QUANTIZED = "float-quantized"
+NVFP4_PACKED = "nvfp4-pack-quantized"
+MXFP4_PACKED = "mxfp4-pack-quantized"
 MIXED = "mixed-precision"
+
+_FP4 = {
+    (PRESETS[name].weights, PRESETS[name].activations): layout
+    for name, layout in (
+        ("NVFP4", NVFP4_PACKED),
+        ("NVFP4A16", NVFP4_PACKED),
+        ("MXFP4A16", MXFP4_PACKED),
+    )
+}
+_FP8_TOKEN = PRESETS["W4AFP8"].activations
 
 
 def format_of(scheme: Scheme) -> str | None:
     """The name of the layout that holds ``scheme``; None if there is none."""
     weights, activations = scheme.weights, scheme.activations
-    if activations is None:
-        fits = weights.dtype in ("int4", "int8") and weights.strategy in ("group", "channel")
+    if weights.fixes_scales:
+        return _FP4.get((weights, activations))
+    if activations is None or (activations == _FP8_TOKEN and weights.dtype == "int4"):
+        dtypes, strategies = ("int4", "int8"), ("group", "channel")
+        fits = weights.dtype in dtypes and weights.strategy in strategies
+        if activations is not None:
+            fits = weights.strategy == "group" and weights.symmetric
         return PACK_QUANTIZED if fits else None
     if not weights.symmetric or weights.dtype != activations.dtype:
         return None
@@ -32,6 +50,10 @@ def format_of(scheme: Scheme) -> str | None:
     if weights.dtype == "int8" and weights.strategy in ("tensor", "channel"):
         return INT_QUANTIZED
     return None
+
+
+#: How dtypes of scales are called that are part of a format; e8m0 is stored as bare exponents.
+_SCALE_DTYPES = {E4M3_SCALES: "torch.float8_e4m3fn", E8M0_SCALES: "torch.uint8"}
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -45,6 +67,8 @@ def write_config(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, A
     for number, scheme in enumerate(kinds):
         members = {name for name, other in schemes.items() if other == scheme}
         targets = ["Linear"] if len(kinds) == 1 else patterns(members, schemes, model.blocks)
+        if model.head in members and len(kinds) == 1:  # a head is no Linear to engines
+            targets.append(rf"re:.*{re.escape(model.head)}$")
         groups[f"group_{number}"] = _group(scheme, targets)
         if len(formats) > 1:
             groups[f"group_{number}"]["format"] = format_of(scheme)
@@ -74,7 +98,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 def args_to_json(args: QuantArgs) -> dict[str, Any]:
     """``args`` as the fields of compressed-tensors' QuantizationArgs."""
-    return {
+    plain: dict[str, Any] = {
         "num_bits": args.bits,
         "type": "float" if args.is_float else "int",
         "symmetric": args.symmetric,
@@ -86,6 +110,12 @@ def args_to_json(args: QuantArgs) -> dict[str, Any]:
         "observer": None if args.dynamic else "minmax",
         "observer_kwargs": {},
     }
+    if args.two_level:  # of inputs, the global scale is static, and those of groups are not
+        plain |= {"strategy": "tensor_group", "dynamic": "local" if args.dynamic else False}
+        plain["observer"] = "minmax"
+    if args.fixes_scales:
+        plain["scale_dtype"] = _SCALE_DTYPES[args.scale_dtype]
+    return plain
 
 
 def patterns(names: Iterable[str], among: Iterable[str], blocks: tuple[str, ...]) -> list[str]:
@@ -104,7 +134,7 @@ def patterns(names: Iterable[str], among: Iterable[str], blocks: tuple[str, ...]
     for local, members in inside.items():
         entry = rf"re:.*\.{local}$"
         # Of `proj` and `attn.proj` the expression for the first would match both.
-        if members <= wanted and not any(_fits(entry, other) for other in others - wanted):
+        if members <= wanted and not any(matches(entry, other) for other in others - wanted):
             entries.append(entry)
             covered |= members
     for name in wanted - covered:
@@ -158,7 +188,7 @@ class Configuration:
 
     def ignored(self, name: str) -> bool:
         """Whether the module ``name`` stays float."""
-        if any(_fits(entry, name) for entry in self.ignore):
+        if any(matches(entry, name) for entry in self.ignore):
             return True
         return self.ignores_substrings and any(
             entry in name for entry in self.ignore if not entry.startswith("re:")
@@ -169,12 +199,13 @@ class Configuration:
         if self.ignored(name):
             return None
         for group in self.groups:
-            if any(_fits(target, name) for target in group.targets):
+            if any(matches(target, name) for target in group.targets):
                 return group
         return next((group for group in self.groups if "Linear" in group.targets), None)
 
 
-def _fits(entry: str, name: str) -> bool:
+def matches(entry: str, name: str) -> bool:
+    """Whether an entry of ``targets`` or ``ignore`` is or matches the name of a module."""
     if entry.startswith("re:"):
         return re.match(entry[3:], name) is not None
     return entry == name
@@ -185,7 +216,8 @@ def _scheme(group: Mapping[str, Any]) -> Scheme:
     inputs = group.get("input_activations")
     activations = None if inputs is None else _args_from_json(inputs)
     for preset in PRESETS.values():
-        if preset.weights.strategy == "group" and weights.strategy in ("group", "channel"):
+        sizes = preset.weights.strategy == "group" and not preset.weights.fixes_scales
+        if sizes and weights.strategy in ("group", "channel"):
             preset = preset.with_group_size(weights.group_size or -1)
         if (preset.weights, preset.activations) == (weights, activations):
             return preset
@@ -203,13 +235,20 @@ def cache_of(config: Mapping[str, Any]) -> QuantArgs | None:
 
 
 def _args_from_json(args: Mapping[str, Any]) -> QuantArgs:
-    bits = args["num_bits"]
+    bits, strategy = args["num_bits"], args["strategy"]
     floats = {8: "e4m3", 4: "e2m1"}
+    is_float = args.get("type", "int") == "float"
+    scale_dtype = "float32"
+    if is_float and bits == 4 and strategy == "tensor_group":
+        strategy, scale_dtype = "group", E4M3_SCALES
+    elif is_float and bits == 4 and strategy == "group" and args.get("group_size") == 32:
+        scale_dtype = E8M0_SCALES
     return QuantArgs(
-        dtype=floats[bits] if args.get("type", "int") == "float" else f"int{bits}",
-        strategy=args["strategy"],
-        group_size=args.get("group_size") if args["strategy"] == "group" else None,
+        dtype=floats[bits] if is_float else f"int{bits}",
+        strategy=strategy,
+        group_size=args.get("group_size") if strategy == "group" else None,
         block=tuple(args["block_structure"]) if args.get("block_structure") else None,
         symmetric=args.get("symmetric", True),
         dynamic=bool(args.get("dynamic", False)),
+        scale_dtype=scale_dtype,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,8 @@ from qplug import (
     Scheme,
     TensorSpec,
 )
+from qplug.limits import Target, beyond_limits
+from qplug_compressed_tensors import fp4
 from qplug_compressed_tensors.configuration import (
     PACK_QUANTIZED,
     Configuration,
@@ -27,8 +29,7 @@ from qplug_compressed_tensors.configuration import (
     format_of,
     write_config,
 )
-from qplug_compressed_tensors.fusing import fused_groups
-from qplug_compressed_tensors.limits import beyond_limits
+from qplug_compressed_tensors.fusing import fused_groups, merged_matrices
 from qplug_compressed_tensors.packing import pack_words, unpack_words
 from qplug_compressed_tensors.rules import RULES, Case, Rule
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from qplug.checkpoint import Checkpoint
 
 
-class CompressedTensors(Exporter[NoParams]):
+class CompressedTensors(Exporter[NoParams | Target]):
     """The compressed-tensors format, without the limits of any one engine."""
 
     name = "compressed-tensors"
@@ -56,11 +57,22 @@ class CompressedTensors(Exporter[NoParams]):
             if len(found) > 1:
                 names = ", ".join(group[:3])
                 return f"engines fuse {names} into one matrix, so they must have one scheme"
-        return beyond_limits(self.capabilities(), model, schemes)
+        target = self.params if isinstance(self.params, Target) else None
+        return beyond_limits(self.capabilities(), model, schemes, target)
+
+    def scale_dtype(self, scheme: Scheme, model_dtype: str) -> str:
+        # Engines hold scales of packed integers in the model's dtype, whatever the inputs.
+        packed = format_of(scheme) == PACK_QUANTIZED
+        return model_dtype if packed else super().scale_dtype(scheme, model_dtype)
+
+    def merged(self, names: Sequence[str]) -> list[list[str]]:
+        return merged_matrices(names)
 
     def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
         out, width = shape
         args = scheme.weights
+        if args.fixes_scales:
+            return fp4.layout(shape, scheme)
         scales = args.scale_shape(shape)
         scale = TensorSpec(args.scale_dtype, (1,) if args.strategy == "tensor" else scales)
         if format_of(scheme) != PACK_QUANTIZED:
@@ -81,6 +93,8 @@ class CompressedTensors(Exporter[NoParams]):
 
     def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
         args, codes = weight.args, weight.codes
+        if args.fixes_scales:
+            return fp4.pack(weight, scheme)
         scale = weight.scale.to(getattr(torch, args.scale_dtype))
         if args.strategy == "tensor":
             scale = scale.reshape(1)
@@ -103,6 +117,8 @@ class CompressedTensors(Exporter[NoParams]):
         return packed
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        if scheme.weights.fixes_scales:
+            return fp4.unpack(tensors, scheme)
         stored = tensors["weight_scale"]
         args = replace(scheme.weights, scale_dtype=str(stored.dtype).removeprefix("torch."))
         scale = stored.float()
@@ -118,6 +134,10 @@ class CompressedTensors(Exporter[NoParams]):
             return QuantizedWeight(codes, scale, None, args)
         zero = unpack_words(tensors["weight_zero_point"].T, args.bits, out).T.contiguous()
         return QuantizedWeight(codes, scale, zero, args)
+
+    def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        found = fp4.input_scale(tensors)
+        return super().input_scale(tensors) if found is None else found
 
     def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
         return write_config(model, schemes)
@@ -139,6 +159,8 @@ class CompressedTensors(Exporter[NoParams]):
             if local == "weight_shape" and stored.spec == TensorSpec("int64", (2,)):
                 out, width = folder.read(tensor).tolist()
                 shapes[name] = (out, width)
+            elif local == "weight_packed" and stored.spec.dtype == "uint8":
+                shapes[name] = fp4.unpacked_shape(stored.spec)
         return shapes
 
     def schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:

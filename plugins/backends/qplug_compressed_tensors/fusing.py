@@ -13,6 +13,18 @@ _FUSED = (
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
+_MERGED_NAMES = ("qkv_proj", "gate_up_proj", None, "fused_qkv_a_proj_with_mqa")
+
+
+def merged_matrices(names: Iterable[str]) -> list[list[str]]:
+    """The groups of ``names`` that become one matrix, each with two names or more."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        parent, _, local = name.rpartition(".")
+        for number, members in enumerate(_FUSED):
+            if local in members:
+                groups.setdefault((parent, number), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def fused_groups(names: Iterable[str]) -> list[list[str]]:
@@ -20,14 +32,24 @@ def fused_groups(names: Iterable[str]) -> list[list[str]]:
 
     All experts of a layer are one group too: engines stack them.
     """
-    groups: dict[tuple[str, object], list[str]] = {}
+    experts: dict[str, list[str]] = {}
+    others = []
     for name in names:
-        parent, _, local = name.rpartition(".")
-        layer, expert, _ = parent.partition(".experts.")
+        layer, expert, _ = name.partition(".experts.")
         if expert:
-            groups.setdefault((layer, "experts"), []).append(name)
-            continue
-        for number, members in enumerate(_FUSED):
-            if local in members:
-                groups.setdefault((parent, number), []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
+            experts.setdefault(layer, []).append(name)
+        else:
+            others.append(name)
+    stacked = [group for group in experts.values() if len(group) > 1]
+    return merged_matrices(others) + stacked
+
+
+def with_merged_names(names: Iterable[str]) -> list[str]:
+    """``names``, and the names that merged linears have in the engine's own module tree."""
+    found = dict.fromkeys(names)
+    for name in list(found):
+        parent, _, local = name.rpartition(".")
+        for members, merged in zip(_FUSED, _MERGED_NAMES, strict=True):
+            if local in members and merged is not None and ".experts." not in name:
+                found[f"{parent}.{merged}"] = None
+    return list(found)

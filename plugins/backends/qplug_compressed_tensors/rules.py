@@ -13,23 +13,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qplug import Exporter, ModelView, Problem, QuantArgs, Scheme
+from qplug.limits import Target, shape_problem
 from qplug_compressed_tensors.configuration import (
     FLOAT_QUANTIZED,
     INT_QUANTIZED,
+    MXFP4_PACKED,
+    NVFP4_PACKED,
     PACK_QUANTIZED,
     Configuration,
     cache_of,
     format_of,
 )
 from qplug_compressed_tensors.fusing import fused_groups
-from qplug_compressed_tensors.limits import shape_problem
 
 if TYPE_CHECKING:
     from qplug.checkpoint import Checkpoint
 
-_FORMATS = (PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED)
+_FORMATS = (PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED, NVFP4_PACKED, MXFP4_PACKED)
 _FLOATS = ("bfloat16", "float16", "float32")
-_SCALES = ("weight_scale", "input_scale")
+_SCALES = ("weight_scale", "input_scale", "weight_global_scale", "input_global_scale")
 _CACHE_SCALES = ("k_scale", "v_scale")
 _CACHE = QuantArgs("e4m3", "tensor")
 
@@ -89,7 +91,8 @@ def codes_are_laid_out(case: Case) -> Iterator[Problem]:
                 yield Problem(
                     "shape", name, f"{local} is {list(stored.shape)}, not {list(wanted.shape)}"
                 )
-            allowed = _FLOATS if local in _SCALES else (wanted.dtype,)
+            loose = local in _SCALES and wanted.dtype in _FLOATS
+            allowed = _FLOATS if loose else (wanted.dtype,)
             if stored.dtype not in allowed:
                 yield Problem("dtype", name, f"{local} is {stored.dtype}, not {wanted.dtype}")
 
@@ -131,7 +134,7 @@ def kernels_take_the_shapes(case: Case) -> Iterator[Problem]:
     """Every weight is inside the limits of the kernel that will run it."""
     table = case.exporter.capabilities()
     for name, scheme in case.schemes.items() if table else ():
-        sentence = shape_problem(table, case.model.linears[name], scheme)
+        sentence = shape_problem(table, name, case.model, scheme, Target())
         if sentence is not None:
             yield Problem("kernel", name, sentence)
 

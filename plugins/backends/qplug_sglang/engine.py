@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from qplug import Capability, ModelView, QuantArgs, Scheme
+from qplug import Capability, ModelView, Problem, QuantArgs, QuantizedWeight, Scheme, TensorSpec
+from qplug.limits import Target
 from qplug_compressed_tensors.configuration import format_of
 from qplug_compressed_tensors.exporter import CompressedTensors
 from qplug_compressed_tensors.rules import RULES, no_cache_scales, one_format
+from qplug_sglang import modelopt
+from qplug_sglang.capabilities import CAPABILITIES
 
-_GPU = "SGLang 0.5.16 on H200 (groups: 128)"
-_GROUPS = (32, 64, 128, -1)
-_NO_STATIC_INT8 = (
-    "SGLang ignores input_scale of int8 and fails while loading; W8A8 finds scales at run time"
-)
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# SGLang does not pad: a shape outside Marlin's tiles passes its checks and breaks later.
-CAPABILITIES = (
-    Capability("W4A16", "Marlin", True, _GROUPS, 64, 128, _GPU),
-    Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _GPU),
-    Capability("W8A16", "Marlin", True, _GROUPS, 64, 128, _GPU),
-    Capability("W8A8", "int8_scaled_mm", True, (), 8, 16, _GPU),
-    Capability("W8A8_STATIC", _NO_STATIC_INT8, False, evidence="SGLang 0.5.16 on H200"),
-    Capability("FP8", "fp8_scaled_mm", True, (), 16, 16, _GPU),
-    Capability("FP8_DYNAMIC", "fp8_scaled_mm", True, (), 16, 16, _GPU),
-    Capability("FP8_BLOCK", "Triton fp8", True, (), 128, 128, _GPU),
-)
+    from qplug.checkpoint import Checkpoint
 
 
 class SGLang(CompressedTensors):
-    """Folders that SGLang serves, and vLLM too."""
+    """Folders that SGLang serves, and vLLM too. NVFP4 is stored as ModelOpt does."""
 
     name = "sglang"
+    Params = Target
     quant_method = None
     serve_command = "python -m sglang.launch_server --model-path {}"
     ignores_substrings = True
@@ -42,6 +34,9 @@ class SGLang(CompressedTensors):
         return CAPABILITIES
 
     def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
+        outside = next((name for name in schemes if name not in model.quantizable), None)
+        if outside is not None:
+            return f"{outside}: SGLang loads a quantized head or router, and serves garbage"
         formats = sorted({found for s in schemes.values() if (found := format_of(s))})
         if len(formats) > 1:
             return f"SGLang reads one format in a folder, not {' and '.join(formats)}"
@@ -52,3 +47,43 @@ class SGLang(CompressedTensors):
             "SGLang drops the scales of a KV cache in silence; leave the option out, and serve "
             "with --kv-cache-dtype fp8_e4m3, which works with scales of 1"
         )
+
+    def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
+        if scheme == modelopt.NVFP4:
+            return modelopt.layout(shape, scheme)
+        return super().layout(shape, scheme, dtype)
+
+    def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
+        if scheme == modelopt.NVFP4:
+            return modelopt.pack(weight)
+        return super().pack(weight, scheme, dtype)
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        if "weight_scale_2" in tensors:
+            return modelopt.unpack(tensors, scheme)
+        return super().unpack(tensors, scheme)
+
+    def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+        if modelopt.NVFP4 in schemes.values():
+            return modelopt.config(model, schemes)
+        return super().config(model, schemes)
+
+    def cache(self, config: Mapping[str, Any]) -> QuantArgs | None:
+        return None if config.get("quant_method") == modelopt.METHOD else super().cache(config)
+
+    def stored(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
+        if folder.config.get("quantization_config", {}).get("quant_method") != modelopt.METHOD:
+            return super().stored(folder)
+        return modelopt.stored(folder)
+
+    def schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
+        if config.get("quant_method") == modelopt.METHOD:
+            return modelopt.schemes(config, model)
+        return super().schemes(config, model)
+
+    def check(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
+        config = folder.config.get("quantization_config") or {}
+        if config.get("quant_method") == modelopt.METHOD:
+            yield from modelopt.check(folder, model, self)
+        else:
+            yield from super().check(folder, model)

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from qplug import Capability
+from qplug import Capability, ModelView, Scheme
+from qplug.limits import Target
+from qplug_compressed_tensors.configuration import INT_QUANTIZED, PACK_QUANTIZED, format_of
 from qplug_compressed_tensors.exporter import CompressedTensors
-
-_GPU = "vLLM 0.26 on H200 (groups: 128)"
-_BOTH = f"{_GPU}, vLLM 0.32 on CPU (all)"
-_GROUPS = (32, 64, 128, -1)
-
-# The multiples are those of the CPU's int4 kernel and of Cutlass; Marlin pads to its tiles.
-CAPABILITIES = (
-    Capability("W4A16", "Machete or Marlin", True, _GROUPS, 32, 32, _BOTH),
-    Capability("W4A16_ASYM", "Machete or Marlin", True, _GROUPS, 32, 32, _BOTH),
-    Capability("W8A16", "Machete or Marlin", True, _GROUPS, 32, 32, f"{_GPU}; not on CPU"),
-    Capability("W8A8", "Cutlass int8", True, (), 16, 16, _BOTH),
-    Capability("W8A8_STATIC", "Cutlass int8", True, (), 16, 16, _BOTH),
-    Capability("FP8", "Cutlass fp8", True, (), 16, 16, f"{_GPU}; not on CPU"),
-    Capability("FP8_DYNAMIC", "Cutlass fp8", True, (), 16, 16, _BOTH),
-    Capability("FP8_BLOCK", "Cutlass or Triton fp8", True, (), 128, 128, f"{_GPU}; not on CPU"),
-)
+from qplug_compressed_tensors.rules import RULES, head_and_embedding_are_float
+from qplug_vllm.capabilities import CAPABILITIES
+from qplug_vllm.head import head_is_a_target
 
 
 class VLLM(CompressedTensors):
     """Folders that vLLM serves."""
 
     name = "vllm"
+    Params = Target
     quant_method = None
     serve_command = "vllm serve {}"
+    rules = tuple(
+        head_is_a_target if rule is head_and_embedding_are_float else rule for rule in RULES
+    )
 
     @classmethod
     def capabilities(cls) -> Sequence[Capability]:
         return CAPABILITIES
+
+    def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
+        for name, scheme in schemes.items():
+            if name in model.quantizable:
+                continue
+            if name != model.head:
+                return f"{name}: vLLM keeps routers float"
+            if format_of(scheme) not in (PACK_QUANTIZED, INT_QUANTIZED):
+                return f"{name}: vLLM takes a head in W4A16, W8A16 or W8A8, not {scheme.name}"
+        return super().refuses(model, schemes)

@@ -1,0 +1,15 @@
+"""The GPTQ format, as vLLM and SGLang load it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from qplug import Exporter, hookimpl
+
+
+@hookimpl
+def qplug_exporters() -> Iterable[type[Exporter[Any]]]:
+    from qplug_gptq_format.exporter import GPTQFormat
+
+    return [GPTQFormat]
