@@ -31,7 +31,8 @@ from qplug.api import (
     TensorSpec,
     Tokenizer,
 )
-from qplug.errors import PluginError, QplugError
+from qplug.errors import PluginError, PluginWarning, QplugError
+from qplug.events import BlockReport, Result
 from qplug.hookspecs import hookimpl
 from qplug.params import Param
 from qplug.scheme import PRESETS, QuantArgs, Scheme, preset
@@ -51,6 +52,7 @@ __all__ = [
     "PRESETS",
     "Algorithm",
     "Block",
+    "BlockReport",
     "Capability",
     "Dataset",
     "Export",
@@ -66,11 +68,13 @@ __all__ = [
     "NoParams",
     "Param",
     "PluginError",
+    "PluginWarning",
     "Preparation",
     "Problem",
     "QplugError",
     "QuantArgs",
     "QuantizedWeight",
+    "Result",
     "Rewrite",
     "Scheme",
     "Split",
