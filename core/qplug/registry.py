@@ -81,6 +81,14 @@ class Plugin:
         return cls(name, "an object", module, lambda: plugged)
 
     @property
+    def takes_part(self) -> list[str]:
+        """The hooks it implements beside those that offer something, once it is imported."""
+        if self.manager is None:
+            return []
+        hooks = ("qplug_model_view", "qplug_block_done", "qplug_run_done")
+        return [hook for hook in hooks if getattr(self.manager.hook, hook).get_hookimpls()]
+
+    @property
     def status(self) -> str:
         return "blocked" if self.blocked else "failed" if self.error else "ok"
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qplug.announcing import Announcer
 from qplug.api import Block, Linear, ModelView
+from qplug.architectures import find_view
 from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
@@ -42,7 +43,6 @@ from qplug.rewriting import rewritten_names
 from qplug.samples import calibration_tokens
 from qplug.scheme import Scheme
 from qplug.shared_output import SharedOutput
-from qplug.skeleton import model_view
 from qplug.source import find_model
 from qplug.stages import Report, Stages
 
@@ -179,7 +179,7 @@ class Run:
         source = Checkpoint.open(processes.from_first(lambda: find_model(model)))
         if source.folder.resolve().is_relative_to(out.resolve()):
             raise QplugError(f"{out}: is or holds the model itself; choose another folder")
-        view = model_view(source, trust_remote_code=self.trust_remote_code)
+        view = find_view(source, self.registry, trust_remote_code=self.trust_remote_code)
         prepared = prepare(
             self.stages,
             source,
@@ -188,6 +188,9 @@ class Run:
             trust_remote_code=self.trust_remote_code,
         )
         float_model, view = prepared.checkpoint, prepared.view
+        sentence = self.stages.exporter.refuses_files(source.folder)
+        if sentence is not None:
+            raise QplugError(f"{self.stages.exporter.name}: {sentence}")
         schemes = self._servable(assign(self.recipe, view), view)
         exporter, calibration = self.stages.exporter, self.recipe.calibration
         cache = self._cache(source, view)
@@ -217,8 +220,9 @@ class Run:
             tokens,
             processes.count,
         )
+        spare = plan.nbytes if exporter.file else 0  # both forms are there for a moment
         with SharedOutput(
-            processes, lambda: Output(out, plan, mark, overwrite=overwrite)
+            processes, lambda: Output(out, plan, mark, overwrite=overwrite, spare=spare)
         ) as output:
             done = output.finished()
             reports = {n: Report.from_dict(plain) for n, plain in done.items()}
@@ -264,7 +268,9 @@ class Run:
                 online=prepared.online,
                 notes=prepared.notes,
             )
-            output.finish(source.companions(), texts)
+            output.finish(
+                source.companions(), texts, lambda folder: self.stages.convert(folder, view, coded)
+            )
         result = Result(
             out=out,
             errors={name: error for report in told for name, error in report.errors.items()},
