@@ -31,18 +31,21 @@ from qplug.api import (
     TensorSpec,
     Tokenizer,
 )
-from qplug.errors import PluginError, QplugError
+from qplug.errors import PluginError, PluginWarning, QplugError
+from qplug.events import BlockReport, Result
 from qplug.hookspecs import hookimpl
 from qplug.params import Param
 from qplug.scheme import PRESETS, QuantArgs, Scheme, preset
 
 if TYPE_CHECKING:
+    from qplug.checkpoint import Checkpoint
     from qplug.configs.job import Export, Job, Measurement
     from qplug.configs.reading import read_job
     from qplug.evaluation import evaluate
     from qplug.job_run import perform
     from qplug.reader import load, load_tokenizer
     from qplug.run import quantize
+    from qplug.safetensors_file import StoredTensor
     from qplug.verification import verify
 
 __version__ = "0.1.0"
@@ -51,7 +54,9 @@ __all__ = [
     "PRESETS",
     "Algorithm",
     "Block",
+    "BlockReport",
     "Capability",
+    "Checkpoint",
     "Dataset",
     "Export",
     "Exporter",
@@ -66,14 +71,17 @@ __all__ = [
     "NoParams",
     "Param",
     "PluginError",
+    "PluginWarning",
     "Preparation",
     "Problem",
     "QplugError",
     "QuantArgs",
     "QuantizedWeight",
+    "Result",
     "Rewrite",
     "Scheme",
     "Split",
+    "StoredTensor",
     "Stream",
     "StreamNorm",
     "TensorSpec",
@@ -91,6 +99,7 @@ __all__ = [
 
 #: What plugins do not need, and the module that each lives in: imported when first asked for.
 _LAZY = {
+    "Checkpoint": "qplug.checkpoint",
     "Export": "qplug.configs.job",
     "Job": "qplug.configs.job",
     "Measurement": "qplug.configs.job",
@@ -99,6 +108,7 @@ _LAZY = {
     "load_tokenizer": "qplug.reader",
     "perform": "qplug.job_run",
     "quantize": "qplug.run",
+    "StoredTensor": "qplug.safetensors_file",
     "read_job": "qplug.configs.reading",
     "verify": "qplug.verification",
 }

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 from qplug.scheme import QuantArgs, Scheme
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from qplug.checkpoint import Checkpoint
+    from qplug.safetensors_file import StoredTensor
 
 P = TypeVar("P")
 T = TypeVar("T")
@@ -289,13 +292,15 @@ class Block:
     """Weights that are quantized together: a decoder block, or one linear of a data-free run.
 
     ``groups`` are in the order in which the block computes; a data-free run has none. What an
-    algorithm appends to ``notes`` is told to the user.
+    algorithm appends to ``notes`` is told to the user. ``originals``: the weights that ``replace``
+    took the place of, by the name of the linear, scaled since as the new ones were.
     """
 
     name: str
     linears: tuple[Linear, ...]
     groups: tuple[InputGroup, ...] = ()
     notes: list[str] = field(default_factory=list)
+    originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def shared(self, group: InputGroup, per_channel: Tensor) -> Tensor:
         """``per_channel: [in]``, averaged over channels that can only be scaled together.
@@ -320,6 +325,23 @@ class Block:
         Raises ValueError if ``group.shiftable`` is false.
         """
         raise NotImplementedError
+
+    def replace(self, linear: Linear, weight: Tensor) -> None:
+        """Go on with another ``weight: [out, in]``, which computes something else (MagR).
+
+        Scales and clips that were chosen for the old one are dropped. Errors that are told to the
+        user stay those against the old one, as the block would be without any quantization.
+        """
+        if weight.shape != linear.weight.shape:
+            was, new = list(linear.weight.shape), list(weight.shape)
+            raise ValueError(f"{linear.name} is {was}; what shall replace it is {new}")
+        self.originals.setdefault(linear.name, linear.weight)
+        linear.weight = weight.to(linear.weight.dtype)
+        linear.scale = linear.zero = None
+
+    def original(self, linear: Linear) -> Tensor:
+        """The weight of ``linear`` that the float block has."""
+        return self.originals.get(linear.name, linear.weight)
 
     def advance(self, codes: Mapping[str, QuantizedWeight]) -> None:
         """Let the linears in ``codes`` compute with them from now on (true-sequential GPTQ).
@@ -347,8 +369,8 @@ class Algorithm(Component[P]):
     """A way to quantize. Three stages; an algorithm fills in those it needs.
 
     ``needs_data`` says whether it reads ``block.groups``. An algorithm changes a block by
-    ``block.smooth``, and by choosing ``linear.scale`` and ``linear.zero``; it leaves tensors as
-    they are.
+    ``block.smooth``, ``block.shift`` and ``block.replace``, and by choosing ``linear.scale`` and
+    ``linear.zero``; it leaves tensors as they are.
     """
 
     needs_data: ClassVar[bool] = False
@@ -472,6 +494,9 @@ class Exporter(Component[P]):
     #: Whether it stores float weights, as algorithms transformed them: nothing is quantized then,
     #: and ``layout``, ``pack`` and ``unpack`` are never asked.
     stores_float: ClassVar[bool] = False
+    #: The file that stands in the place of safetensors files, if the engine reads one
+    #: (``model.gguf``): ``write`` makes it of them, and ``read`` tells of its tensors.
+    file: ClassVar[str | None] = None
     #: The ``quant_method`` of folders that this exporter reads though qplug did not write them.
     quant_method: ClassVar[str | None] = None
 
@@ -486,6 +511,32 @@ class Exporter(Component[P]):
         Asked before any weight is read. ``schemes``: of the linears that are to be quantized.
         """
         return None
+
+    def refuses_files(self, folder: Path) -> str | None:
+        """A sentence that says why what lies beside the weights cannot be stored, or None.
+
+        Asked as ``refuses``, of the folder of the float model: for formats that take its tokenizer
+        in.
+        """
+        return None
+
+    def write(
+        self, finished: Checkpoint, model: ModelView, schemes: Mapping[str, Scheme], path: Path
+    ) -> None:
+        """Write ``path``, called ``file``, of all tensors of a run, packed ones and float ones.
+
+        Read them one by one: together they may be more than memory. ``finished.folder`` has
+        config.json and the tokenizer too. For those that have a ``file``; when this returns, the
+        safetensors files are removed.
+        """
+        raise NotImplementedError
+
+    def read(self, path: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
+        """The tensors in a ``path`` that ``write`` wrote, by the names that they were given.
+
+        Raises QplugError if the file is not sound. For those that have a ``file``.
+        """
+        raise NotImplementedError
 
     def scale_dtype(self, scheme: Scheme, model_dtype: str) -> str:
         """The dtype in which the scales of weights are stored.

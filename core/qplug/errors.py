@@ -17,6 +17,10 @@ class PluginError(QplugError):
         super().__init__(f"plugin {name} ({source}): {type(error).__name__}: {error}")
 
 
+class PluginWarning(UserWarning):
+    """A plugin that only watches a run broke; the run goes on without it."""
+
+
 class StageError(Exception):
     """A plugin broke while it worked: a bug of that plugin, with what it was working on."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qplug.api import Dataset
-from qplug.checkpoint import Checkpoint
+from qplug.checkpoint import read_json
 from qplug.errors import QplugError
 from qplug.params import fill
 from qplug.reader import load_folder, load_tokenizer, open_folder
@@ -88,7 +88,7 @@ def evaluation_tokens(
 ) -> Tensor:
     """What ``evaluate`` reads, int64 ``[windows, seq_len]``. Raises QplugError as it does."""
     source: Dataset[Any] = _dataset(registry, dataset, dataset_options or {})
-    limit = Checkpoint.open(find_model(model)).config.get("max_position_embeddings")
+    limit = read_json(find_model(model) / "config.json").get("max_position_embeddings")
     if isinstance(limit, int) and seq_len > limit:
         raise QplugError(f"--seq-len {seq_len}: the model takes {limit} tokens at most")
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)

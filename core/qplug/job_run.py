@@ -13,9 +13,10 @@ from typing import Any
 from qplug.configs.job import Export, Job, Measurement, Stage
 from qplug.errors import QplugError
 from qplug.evaluation import Evaluation, evaluate, evaluation_tokens
+from qplug.events import Result
 from qplug.manifest import MANIFEST, read_manifest
 from qplug.registry import Registry
-from qplug.run import SHARD_BYTES, Result, quantize
+from qplug.run import SHARD_BYTES, quantize
 
 #: Told what is being done, and of each step of it as ``qplug.run.Watcher`` is.
 Watcher = Callable[[str, int, int, str, "float | None"], None]

@@ -82,18 +82,27 @@ class LiveBlock(Block):
 
     def advance(self, codes: Mapping[str, QuantizedWeight]) -> None:
         self._advanced.update(codes)
-        names = [f"{name.removeprefix(self.name + '.')}.weight" for name in self._advanced]
+        names = [f"{self._local(name)}.weight" for name in self._advanced]
         values = {n: dequantize(w) for n, w in zip(names, self._advanced.values(), strict=True)}
         for linear in self.linears:  # a scheme may round what they read under a fixed scale
             if linear.input_scale is not None:
-                values[f"{linear.name.removeprefix(self.name + '.')}.input_scale"] = (
-                    linear.input_scale
-                )
-        statistics = self._observe_again({**self.masters, **values}, self.masters, names)
+                values[f"{self._local(linear.name)}.input_scale"] = linear.input_scale
+        originals = {f"{self._local(name)}.weight": w for name, w in self.originals.items()}
+        ideal = {**self.masters, **originals}
+        statistics = self._observe_again({**self.masters, **values}, ideal, names)
         for group, at in self._seen_at:
             if any(linear.name not in self._advanced for linear in group.linears):
                 for field, value in _known(statistics[at]).items():
                     setattr(group, field, value)
+
+    def replace(self, linear: Linear, weight: Tensor) -> None:
+        self.originals.setdefault(linear.name, linear.weight.clone())
+        super().replace(linear, weight)
+        # What moves scale finds a weight in the masters.
+        linear.weight = self.masters[f"{self._local(linear.name)}.weight"].copy_(weight)
+
+    def _local(self, name: str) -> str:
+        return name.removeprefix(f"{self.name}.")
 
     def shared(self, group: InputGroup, per_channel: Tensor) -> Tensor:
         rows = self._before(group).rows
@@ -109,6 +118,9 @@ class LiveBlock(Block):
         readers = [f"{path}.weight" for path in self._structure[id(group)].linears]
         for name in readers:
             self.masters[name].mul_(scale)
+        for path in self._structure[id(group)].linears:
+            if (original := self.originals.get(f"{self.name}.{path}")) is not None:
+                original.mul_(scale)
         made = [f"{before.module}.weight", f"{before.module}.bias"]
         self._rewritten.update(name for name in [*readers, *made] if name in self.masters)
         behind = f"{self.name}.{before.module}"
@@ -129,11 +141,16 @@ class LiveBlock(Block):
         return self._processes.spread(items, work, cost)
 
     def clip(self) -> None:
-        """Cut off what lies outside the scales that algorithms chose, for float weights to show."""
+        """Cut off what lies outside the scales that algorithms chose, for float weights to show.
+
+        With it, weights that were replaced are what is stored, so they count as rewritten.
+        """
         for linear in self.linears:
             if linear.scale is not None:
                 clip_to_scale(linear.weight, linear.scale, linear.zero, linear.args)
-                self._rewritten.add(f"{linear.name.removeprefix(self.name + '.')}.weight")
+                self._rewritten.add(f"{self._local(linear.name)}.weight")
+            if linear.name in self.originals:
+                self._rewritten.add(f"{self._local(linear.name)}.weight")
 
     def rewritten(self) -> tuple[str, ...]:
         """The parameters that ``smooth``, ``shift`` and ``clip`` have changed, by full name."""
@@ -213,6 +230,8 @@ class LiveBlock(Block):
         weight = self.masters[f"{before.module}.weight"]
         bias = self.masters.get(f"{before.module}.bias")
         if before.kind == "rows":
+            if (original := self.originals.get(f"{self.name}.{before.module}")) is not None:
+                divide(original, None, before, scale)
             divide(weight, bias, before, scale)
             return scale
         offset = 1.0 if before.kind == "offset-norm" else 0.0

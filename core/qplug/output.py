@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -51,9 +51,17 @@ class Output:
     """
 
     def __init__(
-        self, out: Path, plan: Plan, fingerprint: Mapping[str, Any], *, overwrite: bool
+        self,
+        out: Path,
+        plan: Plan,
+        fingerprint: Mapping[str, Any],
+        *,
+        overwrite: bool,
+        spare: int = 0,
     ) -> None:
+        """``spare``: bytes that must be free beside those of the plan."""
         refuse_existing(out, overwrite=overwrite)
+        self._spare = spare
         self._out, self._plan = out.resolve(), plan
         self._partial = self._out.with_name(f".{self._out.name}.partial")
         self._model = self._partial / "model"
@@ -119,7 +127,8 @@ class Output:
         return crc
 
     def _refuse_full_disk(self) -> None:
-        need = sum(s.nbytes for n, s in enumerate(self._plan.steps) if n not in self.finished)
+        left = (s.nbytes for n, s in enumerate(self._plan.steps) if n not in self.finished)
+        need = sum(left) + self._spare
         free = shutil.disk_usage(self._partial).free
         if need > free:
             raise QplugError(
@@ -163,10 +172,16 @@ class Output:
 
     # --- ending ----------------------------------------------------------------------------------
 
-    def finish(self, companions: Iterable[Path], texts: Mapping[str, str]) -> None:
+    def finish(
+        self,
+        companions: Iterable[Path],
+        texts: Mapping[str, str],
+        convert: Callable[[Path], None] | None = None,
+    ) -> None:
         """Write the files beside the shards, and move the folder to OUT.
 
-        ``companions`` are copied; ``texts`` are written, by file name.
+        ``companions`` are copied; ``texts`` are written, by file name; ``convert`` is called with
+        the folder that has all of it, and may put other files in the place of shards.
         """
         while self._pending:
             self._pending.pop(0).result()
@@ -182,6 +197,8 @@ class Output:
             (self._model / name).write_text(text, encoding="utf-8")
         for path in self._headers:  # also of shards that are done: a power cut may lose one
             self._file(path).flush()
+        if convert is not None:
+            convert(self._model)
         for path in self._model.rglob("*"):
             if path.is_file():
                 with path.open("rb") as written:

@@ -6,13 +6,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qplug.api import Exporter, ModelView
-from qplug.checkpoint import Checkpoint
+from qplug.architectures import find_packed_view
+from qplug.checkpoint import Checkpoint, read_json
 from qplug.errors import QplugError
 from qplug.experts import as_on_disk
 from qplug.kv_cache import SCALES, round_cache
@@ -24,7 +26,7 @@ from qplug.qtorch_rounding import require_qtorch
 from qplug.quiet import quiet_transformers
 from qplug.registry import Registry
 from qplug.scheme import QuantArgs, Scheme
-from qplug.skeleton import build, load_config, packed_view
+from qplug.skeleton import build, load_config
 from qplug.source import find_model
 
 if TYPE_CHECKING:
@@ -112,21 +114,36 @@ def open_folder(
     ``backend`` reads the folder as another exporter would. Raises QplugError if the folder is not
     sound, or no exporter reads its format.
     """
-    checkpoint = Checkpoint.open(find_model(model))
-    manifest = read_manifest(checkpoint.folder)
+    folder = find_model(model)
+    manifest = read_manifest(folder)
+    checkpoint = _open(folder, manifest, backend, registry)
     config = checkpoint.config.get("quantization_config")
     if config is None and manifest is None:
-        view = packed_view(checkpoint, {}, trust_remote_code=trust_remote_code)
+        view = find_packed_view(checkpoint, {}, registry, trust_remote_code=trust_remote_code)
         return Folder(checkpoint, view, None, None, {})
     exporter = _find_exporter(checkpoint, manifest, backend, registry)
     packed = exporter.stored(checkpoint)
-    view = packed_view(checkpoint, packed, trust_remote_code=trust_remote_code)
+    view = find_packed_view(checkpoint, packed, registry, trust_remote_code=trust_remote_code)
     if config is not None:
         schemes, cache = exporter.schemes(config, view), exporter.cache(config)
     else:
         schemes = dict(manifest.schemes) if manifest else {}
         cache = manifest.kv_cache if manifest else None
     return Folder(checkpoint, view, manifest, exporter, schemes, cache)
+
+
+def _open(
+    folder: Path, manifest: Manifest | None, backend: str | None, registry: Registry
+) -> Checkpoint:
+    """The checkpoint in ``folder``, also where its exporter has a file of its own."""
+    if manifest is not None and not any(folder.glob("*.safetensors")):
+        name = backend or manifest.backend
+        kind = registry.exporters[name]
+        if kind.file is not None and (folder / kind.file).is_file():
+            config = read_json(folder / "config.json")
+            exporter = kind(fill(kind.Params, {}, f"backend {name}"))
+            return Checkpoint(folder, config, exporter.read(folder / kind.file, config))
+    return Checkpoint.open(folder)
 
 
 def _find_exporter(

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from types import ModuleType
+from typing import Any, Generic, TypeVar
 
 import click
 import pluggy
@@ -30,9 +31,6 @@ from qplug import hookspecs
 from qplug.api import Algorithm, Component, Dataset, Exporter
 from qplug.errors import PluginError, QplugError, did_you_mean
 from qplug.params import options
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 GROUP = "qplug"
 T = TypeVar("T")
@@ -43,7 +41,7 @@ class Plugin:
     """An object with hooks that can be imported, and what became of it.
 
     ``blocked`` and ``error`` say why it is not used. ``offers`` are its components and commands by
-    kind and name; a plugin with an ``error`` has none that count.
+    kind and name, once it has been ``asked``; a plugin with an ``error`` has none that count.
     """
 
     name: str
@@ -56,6 +54,8 @@ class Plugin:
     error: BaseException | None = None
     offers: dict[tuple[str, str], Any] = field(default_factory=dict)
     manager: pluggy.PluginManager | None = None
+    asked: bool = False
+    asked_for_commands: bool = False
 
     @classmethod
     def of_entry(cls, entry: EntryPoint) -> Plugin:
@@ -72,6 +72,21 @@ class Plugin:
         # The prefix keeps a file called torch.py from hiding torch.
         module = f"qplug_file_{path.stem}"
         return cls(path.stem, str(path), module, partial(_import, path, module), is_file=True)
+
+    @classmethod
+    def of_object(cls, plugged: object, name: str) -> Plugin:
+        """A plugin that is at hand: a module, or an object whose methods are hooks."""
+        kind = plugged if isinstance(plugged, ModuleType) else type(plugged)
+        module = getattr(kind, "__module__", kind.__name__)
+        return cls(name, "an object", module, lambda: plugged)
+
+    @property
+    def takes_part(self) -> list[str]:
+        """The hooks it implements beside those that offer something, once it is imported."""
+        if self.manager is None:
+            return []
+        hooks = ("qplug_model_view", "qplug_block_done", "qplug_run_done")
+        return [hook for hook in hooks if getattr(self.manager.hook, hook).get_hookimpls()]
 
     @property
     def status(self) -> str:
@@ -157,7 +172,6 @@ class Registry:
         self.datasets = Offers[type[Dataset[Any]]]("dataset", self.plugins, self.load)
         self.exporters = Offers[type[Exporter[Any]]]("exporter", self.plugins, self.load)
         self.commands = Offers[click.Command]("command", self.plugins, self.load_commands)
-        self._loaded = self._commands_loaded = False
 
     @classmethod
     def installed(
@@ -188,6 +202,15 @@ class Registry:
                 plugin.blocked = f"-p no:{plugin.name}"
         return cls(plugins)
 
+    def with_(self, plugged: object, name: str = "") -> Registry:
+        """This registry and one more plugin: a module, or an object whose methods are hooks.
+
+        ``name`` is what it is called in messages; by default as its class or module is.
+        """
+        kind = plugged if isinstance(plugged, ModuleType) else type(plugged)
+        name = name or kind.__name__.rpartition(".")[2].lower().replace("_", "-")
+        return Registry([*self.plugins, Plugin.of_object(plugged, name)])
+
     @property
     def kinds(self) -> list[Offers[Any]]:
         """All that plugins can offer."""
@@ -195,7 +218,10 @@ class Registry:
 
     def load(self) -> Registry:
         """Take the components of every plugin, once. What breaks stops no other plugin."""
-        for plugin in self._usable() if not self._loaded else ():
+        for plugin in self._usable():
+            if plugin.asked:
+                continue
+            plugin.asked = True
             with _blaming(plugin):
                 # Nothing is kept until all is checked: a plugin is taken whole or not at all.
                 found: dict[tuple[str, str], type[Component[Any]]] = {}
@@ -206,19 +232,30 @@ class Registry:
                             raise ValueError(f"it offers {kind} {offer.name!r} twice")
                         found[kind, offer.name] = offer
                 plugin.offers.update(found)
-        self._loaded = True
         return self
 
     def load_commands(self) -> Registry:
         """Take the commands of every plugin, once. What breaks stops no other plugin."""
-        for plugin in self._usable() if not self._commands_loaded else ():
+        for plugin in self._usable():
+            if plugin.asked_for_commands:
+                continue
+            plugin.asked_for_commands = True
             with _blaming(plugin):
                 # Each fills a group of its own: in a shared one the last of a name would win.
                 group = click.Group("qplug")
                 _manager(plugin).hook.qplug_commands(group=group)
                 plugin.offers.update({("command", name): c for name, c in group.commands.items()})
-        self._commands_loaded = True
         return self
+
+    def implementing(self, hook: str) -> Iterator[tuple[Plugin, pluggy.HookCaller]]:
+        """The plugins that implement ``hook``, each with what calls it alone, by name."""
+        for plugin in self._usable():
+            with _blaming(plugin):
+                _manager(plugin)
+            if plugin.manager is not None and not plugin.error:
+                call: pluggy.HookCaller = getattr(plugin.manager.hook, hook)
+                if call.get_hookimpls():
+                    yield plugin, call
 
     def blame(self, error: BaseException) -> Plugin | None:
         """The plugin whose code ``error`` passed through: the innermost, if there are several."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qplug.announcing import Announcer
 from qplug.api import Block, Linear, ModelView
+from qplug.architectures import find_view
 from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
+from qplug.events import Result
 from qplug.kv_cache import KVCache, find_cache
 from qplug.launch import ALONE, Launch
 from qplug.manifest import fingerprint, result_files
@@ -40,7 +43,6 @@ from qplug.rewriting import rewritten_names
 from qplug.samples import calibration_tokens
 from qplug.scheme import Scheme
 from qplug.shared_output import SharedOutput
-from qplug.skeleton import model_view
 from qplug.source import find_model
 from qplug.stages import Report, Stages
 
@@ -52,25 +54,6 @@ Watcher = Callable[[int, int, str, "float | None"], None]
 Finished = tuple[int, Mapping[str, Content], Report]
 
 SHARD_BYTES = 5_000_000_000
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run did. ``errors`` are ``||W' - W|| / ||W||`` of each quantized linear.
-
-    ``losses`` are the same of what the linears compute on the calibration data, if there is any;
-    ``notes`` is what algorithms have to tell.
-    """
-
-    out: Path
-    errors: Mapping[str, float]
-    losses: Mapping[str, float]
-    notes: tuple[str, ...]
-    source_bytes: int
-    bytes: int
-    seconds: float
-    resumed: int
-    dry_run: bool = False
 
 
 def quantize(
@@ -196,7 +179,7 @@ class Run:
         source = Checkpoint.open(processes.from_first(lambda: find_model(model)))
         if source.folder.resolve().is_relative_to(out.resolve()):
             raise QplugError(f"{out}: is or holds the model itself; choose another folder")
-        view = model_view(source, trust_remote_code=self.trust_remote_code)
+        view = find_view(source, self.registry, trust_remote_code=self.trust_remote_code)
         prepared = prepare(
             self.stages,
             source,
@@ -205,6 +188,9 @@ class Run:
             trust_remote_code=self.trust_remote_code,
         )
         float_model, view = prepared.checkpoint, prepared.view
+        sentence = self.stages.exporter.refuses_files(source.folder)
+        if sentence is not None:
+            raise QplugError(f"{self.stages.exporter.name}: {sentence}")
         schemes = self._servable(assign(self.recipe, view), view)
         exporter, calibration = self.stages.exporter, self.recipe.calibration
         cache = self._cache(source, view)
@@ -234,15 +220,20 @@ class Run:
             tokens,
             processes.count,
         )
+        spare = plan.nbytes if exporter.file else 0  # both forms are there for a moment
         with SharedOutput(
-            processes, lambda: Output(out, plan, mark, overwrite=overwrite)
+            processes, lambda: Output(out, plan, mark, overwrite=overwrite, spare=spare)
         ) as output:
             done = output.finished()
             reports = {n: Report.from_dict(plain) for n, plain in done.items()}
-            work: Iterable[Finished]
+            announcer = Announcer(
+                self.registry, len(plan.steps), len(done), silent=not processes.is_first
+            )
+            work: Iterable[Finished] = ()
             if tokens is None or calibration is None:
                 # No step needs another, and most of the time goes into files.
-                work = self._streamed(plan, float_model, view, done) if processes.is_first else ()
+                if processes.is_first:
+                    work = self._streamed(plan, float_model, view, done, announcer)
             else:
                 walk = Walk(
                     float_model,
@@ -258,7 +249,7 @@ class Run:
                     trust_remote_code=self.trust_remote_code,
                     processes=processes,
                 )
-                work = self._calibrated(plan, float_model, view, walk, output, done)
+                work = self._calibrated(plan, float_model, view, walk, output, done, announcer)
             for number, contents, report in work:
                 output.write(number, contents, report.to_dict())
                 reports[number] = report
@@ -277,8 +268,10 @@ class Run:
                 online=prepared.online,
                 notes=prepared.notes,
             )
-            output.finish(source.companions(), texts)
-        return Result(
+            output.finish(
+                source.companions(), texts, lambda folder: self.stages.convert(folder, view, coded)
+            )
+        result = Result(
             out=out,
             errors={name: error for report in told for name, error in report.errors.items()},
             losses={name: loss for report in told for name, loss in report.losses.items()},
@@ -288,6 +281,8 @@ class Run:
             seconds=time.monotonic() - began,
             resumed=len(done),
         )
+        announcer.run_done(result)
+        return result
 
     def _servable(self, schemes: dict[str, Scheme], view: ModelView) -> dict[str, Scheme]:
         """The schemes with the backend's dtype of scales. Raises QplugError if it refuses them."""
@@ -334,7 +329,12 @@ class Run:
         )
 
     def _streamed(
-        self, plan: Plan, source: Checkpoint, view: ModelView, done: Collection[int]
+        self,
+        plan: Plan,
+        source: Checkpoint,
+        view: ModelView,
+        done: Collection[int],
+        announcer: Announcer,
     ) -> Iterator[Finished]:
         """Every step that is left, one tensor at a time; the next is read meanwhile."""
 
@@ -350,7 +350,7 @@ class Run:
                 coming = reader.submit(read, after) if after is not None else None
                 step = plan.steps[number]
                 if not weights:
-                    yield self._copied(number, step, source)
+                    yield self._copied(number, step, source, announcer)
                     continue
                 linears = tuple(
                     Linear(name, weight.to(self.device), scheme.weights, scheme.activations)
@@ -359,12 +359,15 @@ class Run:
                 block = Block(step.name, linears)
                 codes = self.stages.quantize(block)
                 report = self.stages.report(block, codes, self._rewritten(step, source))
+                announcer.block_done(step.name, report, block, codes)
                 yield number, self.stages.pack(codes, step, view.dtype), report
 
-    def _apart(self, number: int, step: Step, source: Checkpoint, dtype: str) -> Finished:
+    def _apart(
+        self, number: int, step: Step, source: Checkpoint, dtype: str, announcer: Announcer
+    ) -> Finished:
         """A step of a calibrated run that is no decoder block: a tensor to copy, or a head."""
         if not step.linears:
-            return self._copied(number, step, source)
+            return self._copied(number, step, source, announcer)
         linears = tuple(
             Linear(name, source.read(f"{name}.weight").to(self.device), s.weights, s.activations)
             for name, s in step.linears.items()
@@ -372,12 +375,17 @@ class Run:
         block = Block(step.name, linears)
         codes = self.stages.quantize_apart(block)
         report = self.stages.report(block, codes, self._rewritten(step, source))
+        announcer.block_done(step.name, report, block, codes)
         return number, self.stages.pack(codes, step, dtype), report
 
-    def _copied(self, number: int, step: Step, source: Checkpoint) -> Finished:
+    def _copied(
+        self, number: int, step: Step, source: Checkpoint, announcer: Announcer
+    ) -> Finished:
         """A step that has nothing to quantize."""
         contents = {name: source.tensors[name].chunks() for name in step.others}
-        return number, contents, Report(rewritten=self._rewritten(step, source))
+        report = Report(rewritten=self._rewritten(step, source))
+        announcer.block_done(step.name, report)
+        return number, contents, report
 
     def _rewritten(self, step: Step, source: Checkpoint) -> tuple[str, ...]:
         """The tensors of a step that the float model does not hold as they are."""
@@ -392,12 +400,13 @@ class Run:
         walk: Walk,
         output: SharedOutput,
         done: Collection[int],
+        announcer: Announcer,
     ) -> Iterator[Finished]:
         """Every step that is left, one decoder block at a time."""
         for number, step in enumerate(plan.steps):
             if step.name not in view.blocks:
                 if number not in done:
-                    yield self._apart(number, step, source, view.dtype)
+                    yield self._apart(number, step, source, view.dtype, announcer)
                 continue
             if number in done:
                 walk.replay(step.name, self._served(step, output))
@@ -411,6 +420,7 @@ class Run:
             packed = self.stages.pack(codes, step, view.dtype)
             others = block.others(step.others)
             served = block.served(codes, others, walk.dtype)
+            announcer.block_done(step.name, report, block, codes)
             del block, codes  # on a GPU, the larger part of what it holds
             if not self.stages.exporter.exact:  # what it stores is not quite what the codes say
                 served |= self._dequantized(step.linears, packed, step.name)

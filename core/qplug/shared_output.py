@@ -48,10 +48,15 @@ class SharedOutput:
         if self._output is not None:
             self._output.write(number, contents, report)
 
-    def finish(self, companions: Iterable[Path], texts: Mapping[str, str]) -> None:
+    def finish(
+        self,
+        companions: Iterable[Path],
+        texts: Mapping[str, str],
+        convert: Callable[[Path], None] | None = None,
+    ) -> None:
         """``Output.finish`` on the first process."""
         if self._output is not None:
-            self._output.finish(companions, texts)
+            self._output.finish(companions, texts, convert)
 
     def _mine(self) -> Output:
         assert self._output is not None

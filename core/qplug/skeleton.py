@@ -38,12 +38,18 @@ def model_view(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Mo
     Raises QplugError if the architecture is unknown, the checkpoint lacks a weight that the
     architecture has, or it is quantized already.
     """
-    folder = checkpoint.folder
-    if "quantization_config" in checkpoint.config or "compression_config" in checkpoint.config:
-        raise QplugError(f"{folder}: is quantized already; quantize the float model it came from")
+    refuse_quantized(checkpoint)
     tree = _tree(checkpoint, trust_remote_code)
     _check_whole(checkpoint, tree)
     return _view(checkpoint, tree, {})
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raises QplugError if ``checkpoint`` holds codes."""
+    if "quantization_config" in checkpoint.config or "compression_config" in checkpoint.config:
+        raise QplugError(
+            f"{checkpoint.folder}: is quantized already; quantize the float model it came from"
+        )
 
 
 def packed_view(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qplug.api import (
@@ -14,9 +15,11 @@ from qplug.api import (
     FloatModel,
     InputGroup,
     Linear,
+    ModelView,
     Preparation,
     QuantizedWeight,
 )
+from qplug.checkpoint import INDEX, Checkpoint
 from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
 from qplug.numerics import relative_error, relative_output_error
 from qplug.observers import (
@@ -161,9 +164,9 @@ class Stages:
     def report(
         self, block: Block, codes: Mapping[str, QuantizedWeight], rewritten: tuple[str, ...] = ()
     ) -> Report:
-        """What became of ``block``, numbers to four digits."""
+        """What became of ``block``, numbers to four digits; errors against its float weights."""
         errors = {
-            linear.name: _short(relative_error(linear.weight, codes[linear.name]))
+            linear.name: _short(relative_error(block.original(linear), codes[linear.name]))
             for linear in block.linears
             if linear.name in codes
         }
@@ -178,7 +181,7 @@ class Stages:
         def loss(pair: tuple[InputGroup, Linear]) -> float:
             group, linear = pair
             made = codes[linear.name]
-            return _short(relative_output_error(linear.weight, made, group.gram))
+            return _short(relative_output_error(block.original(linear), made, group.gram))
 
         found = block.spread(read, loss, cost=lambda pair: _products(*pair))
         losses = {linear.name: loss for (_, linear), loss in zip(read, found, strict=True)}
@@ -213,6 +216,19 @@ class Stages:
                 spec.shape,
             ):
                 raise ValueError(f"pack gave {full} as {found.dtype} {list(found.shape)}: {spec}")
+
+    def convert(self, folder: Path, model: ModelView, schemes: Mapping[str, Scheme]) -> None:
+        """Put the exporter's own file, if it has one, in the place of what ``folder`` holds."""
+        if self.exporter.file is None:
+            return
+        finished = Checkpoint.open(folder)
+        path = folder / self.exporter.file
+        with self._blaming(self.exporter, self.exporter.file):
+            self.exporter.write(finished, model, schemes, path)
+            if not path.is_file():
+                raise ValueError(f"write left no {path.name}")
+        for replaced in (*finished.shards, folder / INDEX):
+            replaced.unlink(missing_ok=True)
 
     @contextmanager
     def _blaming(self, component: Algorithm[Any] | Exporter[Any], where: str) -> Iterator[None]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from qplug.api import Problem
+from qplug.architectures import expected_tensors
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
 from qplug.reader import Folder, open_folder
 from qplug.registry import Registry
 from qplug.safetensors_file import tensor_bytes
-from qplug.skeleton import float_tensors
 from qplug.source import find_model
 
 
@@ -52,9 +52,10 @@ def verify(
     ``against`` is the float model; by default the one in ``qplug.json``, if it can be found.
     Raises QplugError if the folder cannot be opened at all, or is not quantized.
     """
+    registry = registry or Registry.installed()
     opened = open_folder(
         folder,
-        registry or Registry.installed(),
+        registry,
         backend=backend,
         trust_remote_code=trust_remote_code,
     )
@@ -63,7 +64,7 @@ def verify(
     source_name, source = _find_source(opened, against)
     problems = list(opened.exporter.check(opened.checkpoint, opened.view))
     problems += _beside_the_weights(opened)
-    problems += _architecture_lacks(opened, trust_remote_code)
+    problems += _architecture_lacks(opened, registry, trust_remote_code)
     errors: dict[str, float] = {}
     rewritten = opened.manifest.rewritten if opened.manifest else frozenset()
     if not problems:
@@ -110,13 +111,14 @@ def _beside_the_weights(opened: Folder) -> list[Problem]:
     return []
 
 
-def _architecture_lacks(opened: Folder, trust_remote_code: bool) -> list[Problem]:
+def _architecture_lacks(
+    opened: Folder, registry: Registry, trust_remote_code: bool
+) -> list[Problem]:
     """Every tensor that the architecture has is there, float or packed: norms, experts, head."""
     problems = []
     held, linears = opened.checkpoint.tensors, opened.view.linears
-    for tensor, shape in float_tensors(
-        opened.checkpoint, trust_remote_code=trust_remote_code
-    ).items():
+    expected = expected_tensors(opened.checkpoint, registry, trust_remote_code=trust_remote_code)
+    for tensor, shape in expected.items():
         name, _, local = tensor.rpartition(".")
         packed = local == "weight" and name in opened.schemes
         if not packed and tensor not in held:

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 import qplug
 from qplug import Block, InputGroup, Linear, QplugError, QuantArgs
+from qplug.events import Result
 from qplug.numerics import dequantize
-from qplug.run import Result
 from qplug_awq.awq import AWQ
 from qplug_awq.awq import Params as AWQParams
 from qplug_gptq.gptq import GPTQ

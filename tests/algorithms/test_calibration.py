@@ -17,7 +17,7 @@ import qplug
 from qplug import calibration, observation
 from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
-from qplug.run import Result
+from qplug.events import Result
 from qplug.skeleton import model_view
 
 Family = Callable[..., Path]

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qplug.errors import QplugError, StageError
+from qplug.events import Result
 from qplug.journal import Journal
-from qplug.run import Result, quantize
+from qplug.run import quantize
 
 if TYPE_CHECKING:
     from click.testing import Result as CliResult

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from qplug.registry import Plugin, Registry
+    from qplug.scaffold import Kind
 
 
 @click.group(name="plugins")
@@ -80,6 +82,25 @@ def show(registry: Registry, name: str, as_json: bool) -> None:
         click.echo("\n\n".join(_prose(description) for description in found))
 
 
+@command.command()
+@click.argument("name")
+@click.option(
+    "--kind",
+    required=True,
+    type=click.Choice(["algorithm", "dataset", "exporter"]),
+    help="What it offers.",
+)
+@click.option("--folder", type=click.Path(path_type=Path), help="A new one; default: qplug-NAME.")
+@click.pass_obj
+def new(registry: Registry, name: str, kind: Kind, folder: Path | None) -> None:
+    """Write a package with a plugin that works, and with its tests, to change into your own."""
+    from qplug import __version__
+    from qplug.scaffold import write_plugin
+
+    written = write_plugin(name, kind, folder or Path(f"qplug-{name}"), registry, __version__)
+    click.echo(f"{written}: written. Next: pip install -e '{written}[test]' && pytest {written}")
+
+
 def _unused(plugin: Plugin) -> str | None:
     if plugin.blocked:
         return f"switched off by {plugin.blocked}"
@@ -89,7 +110,9 @@ def _unused(plugin: Plugin) -> str | None:
 
 
 def _offers(plugin: Plugin) -> str:
-    return ", ".join(f"{kind} {name}" for kind, name in plugin.offers)
+    """What it offers, and the hooks by which it takes part in other ways."""
+    offers = [f"{kind} {name}" for kind, name in plugin.offers]
+    return ", ".join([*offers, *plugin.takes_part])
 
 
 def _clashes(registry: Registry, root: click.Command) -> Iterator[str]:

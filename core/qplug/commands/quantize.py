@@ -16,7 +16,7 @@ from qplug.registry import Registry
 from qplug.scheme import CACHES
 
 if TYPE_CHECKING:
-    from qplug.run import Result
+    from qplug.events import Result
 
 
 @click.command(name="quantize")

@@ -16,8 +16,8 @@ from qplug.registry import Registry
 
 if TYPE_CHECKING:
     from qplug.configs.override import Given
+    from qplug.events import Result
     from qplug.job_run import Done, How
-    from qplug.run import Result
 
     Teller = Callable[[Result], None]
 

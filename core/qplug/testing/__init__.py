@@ -1,0 +1,34 @@
+"""Tests that every plugin must pass, and what to test it with. It needs pytest.
+
+Subclass a contract in a test of your own::
+
+    class TestMine(AlgorithmContract):
+        algorithm = Mine
+
+Each check fails with a sentence that says what to mend. New checks come in minor releases alone,
+and the release notes name them.
+"""
+
+from __future__ import annotations
+
+from qplug.testing.algorithm import AlgorithmContract
+from qplug.testing.blocks import tiny_block, tiny_linear
+from qplug.testing.dataset import DatasetContract
+from qplug.testing.exporter import ExporterContract
+from qplug.testing.models import ByteTokenizer, tiny_model, tiny_tokenizer, write_tiny_model
+from qplug.testing.registries import KitText, bare_registry, registry_with
+
+__all__ = [
+    "AlgorithmContract",
+    "ByteTokenizer",
+    "DatasetContract",
+    "ExporterContract",
+    "KitText",
+    "bare_registry",
+    "registry_with",
+    "tiny_block",
+    "tiny_linear",
+    "tiny_model",
+    "tiny_tokenizer",
+    "write_tiny_model",
+]

@@ -1,0 +1,118 @@
+"""A decoder block of a few thousand weights, with statistics, as algorithms are given one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qplug.api import Block, Linear
+from qplug.live_block import LiveBlock
+from qplug.scheme import Scheme
+from qplug.statistics import Statistics
+from qplug.structure import Before, Group
+
+_INNER = 48
+
+
+class _TinyMLP(nn.Module):
+    """Norm, two linears that read it, and one that reads their product; no residual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.gate = nn.Linear(width, _INNER, bias=False)
+        self.up = nn.Linear(width, _INNER, bias=False)
+        self.down = nn.Linear(_INNER, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        down: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return down
+
+
+def tiny_block(
+    scheme: Scheme,
+    *,
+    width: int = 64,
+    tokens: int = 256,
+    movable: bool = True,
+    dead_channel: bool = False,
+    seed: int = 0,
+) -> LiveBlock:
+    """A block of three linears in ``scheme``: ``gate`` and ``up`` read a norm, ``down`` the rest.
+
+    Weights ``[48, width]``, ``[48, width]`` and ``[width, 48]``, float32; some channels of the
+    input are far larger than others, as in real models. Scale can be moved out of both inputs if
+    ``movable``. ``dead_channel``: channel 3 of the first input is always zero. ``tokens`` 0 is a
+    block that no token reached.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, width, generator=generator)
+    x[:, :: max(1, width // 4)] *= 10
+    if dead_channel:
+        x[:, 3] = 0
+    module = _TinyMLP(width)
+    weights = {"norm.weight": torch.ones(width)}
+    for name in ("gate", "up", "down"):
+        shape = module.get_submodule(name).weight.shape
+        weights[f"{name}.weight"] = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+    first = Before("norm", "norm", torch.arange(width)) if movable else None
+    second = Before("rows", "up", torch.arange(_INNER)) if movable else None
+    structure = (Group(("gate", "up"), first), Group(("down",), second))
+    observe = partial(_observe, module, x)
+    return LiveBlock(
+        "block",
+        structure,
+        observe(weights, weights, ()),
+        weights,
+        {f"block.{name}": scheme for name in ("gate", "up", "down")},
+        dict.fromkeys(weights, "float32"),
+        observe,
+    )
+
+
+@torch.no_grad()
+def _observe(
+    module: nn.Module,
+    x: Tensor,
+    values: Mapping[str, Tensor],
+    float_values: Mapping[str, Tensor],
+    rounded: Sequence[str],
+) -> dict[str, Statistics]:
+    """Statistics of the two inputs; what inputs drifted from the float block's too."""
+    seen = [_inputs(module, parameters, x) for parameters in (values, float_values)]
+    found = {}
+    for name, computed, ideal in zip(("gate", "down"), *seen, strict=True):
+        found[name] = Statistics(computed.shape[1], torch.device("cpu"), 128, by_window=True)
+        if len(computed):
+            found[name].observe_windows(computed, 128, len(computed), ideal=ideal)
+    return found
+
+
+def _inputs(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> list[Tensor]:
+    inputs: list[Tensor] = []
+    handles = [
+        module.get_submodule(name).register_forward_pre_hook(
+            lambda _, given: inputs.append(given[0])
+        )
+        for name in ("gate", "down")
+    ]
+    try:
+        functional_call(module, {n: p for n, p in parameters.items() if "input_scale" not in n}, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def tiny_linear(
+    scheme: Scheme, *, rows: int = 48, width: int = 64, dtype: str = "float32"
+) -> Block:
+    """One weight ``[rows, width]`` in ``dtype`` without statistics: a step of a data-free run."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, width, generator=generator).to(getattr(torch, dtype))
+    return Block("linear", (Linear("linear", weight, scheme.weights, scheme.activations),))

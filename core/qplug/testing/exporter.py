@@ -1,0 +1,235 @@
+"""What every exporter must keep."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qplug.api import Exporter, ModelView, QuantizedWeight
+from qplug.numerics import dequantize, minmax_scale, quantize
+from qplug.safetensors_file import tensor_bytes
+from qplug.scheme import PRESETS, Scheme
+from qplug.testing.checking import ComponentContract, demand, demanding, refusal, same
+from qplug.testing.models import write_tiny_model
+from qplug.testing.registries import registry_with
+
+_NAME = "model.layers.0.mlp.down_proj"
+
+
+class ExporterContract(ComponentContract):
+    """Subclass it as ``class TestMine(ExporterContract): exporter = Mine``.
+
+    ``shape`` is that of the weights that are packed, (out, in), and ``model_config`` the
+    config.json of the model that they are said to be of. ``served``: a scheme and a group size, or
+    None, that it takes of ``tiny_model``, for a whole run; None makes no run, for engines whose
+    kernels take no model as small as that. ``digests``: SHA-256 of what ``pack`` gives for the
+    kit's weight, by scheme: what is on users' disks must not change unseen.
+    """
+
+    exporter: ClassVar[type[Exporter[Any]]]
+    shape: ClassVar[tuple[int, int]] = (128, 256)
+    model_config: ClassVar[Mapping[str, Any]] = {"model_type": "llama"}
+    served: ClassVar[tuple[str, int | None] | None] = ("W8A16", 32)
+    digests: ClassVar[Mapping[str, str]] = {}
+
+    def component(self) -> type[Exporter[Any]]:
+        return self.exporter
+
+    def test_refuses_by_a_sentence(self) -> None:
+        made: Exporter[Any] = self.make()
+        accepted = 0
+        for label, scheme in _schemes():
+            with demanding(f"{self._who}.refuses fails for {label}; it must return a sentence"):
+                sentence = made.refuses(self._view(), {_NAME: scheme})
+            accepted += sentence is None
+            demand(
+                sentence is None or (isinstance(sentence, str) and sentence.strip()),
+                f"{self._who}.refuses must return None or a sentence for {label}, not {sentence!r}",
+            )
+            demand(
+                sentence is None or "\n" not in sentence,
+                f"{self._who}.refuses: users get one line; for {label} it returned several",
+            )
+        demand(accepted, f"{self._who}.refuses refuses every scheme that qplug has a name for")
+
+    def test_unpack_is_the_inverse_of_pack(self) -> None:
+        for label, scheme, dtype, weight in self._weights():
+            made: Exporter[Any] = self.make()
+            if not made.exact:
+                continue
+            with demanding(f"{self._who}: packing and unpacking {label} fails"):
+                back = made.unpack(made.pack(weight, scheme, dtype), scheme)
+            for part in ("codes", "scale", "zero", "input_scale"):
+                demand(
+                    same(getattr(back, part), getattr(weight, part)),
+                    f"{self._who}: unpack(pack(w)) has other {part} than w, for {label} of a "
+                    f"{dtype} model; if what it stores is not exact, say exact = False",
+                )
+
+    def test_stored_tensors_stand_for_the_weight(self) -> None:
+        for label, scheme, dtype, weight in self._weights():
+            made: Exporter[Any] = self.make()
+            with demanding(f"{self._who}.dequantize fails for {label}"):
+                found = made.dequantize(made.pack(weight, scheme, dtype), scheme)
+            meant = dequantize(weight)
+            off = (found - meant).norm() / meant.norm()
+            demand(
+                found.dtype == torch.float32 and found.shape == meant.shape and off < 0.01,
+                f"{self._who}.dequantize must give the float32 weight back that was packed; for "
+                f"{label} it is off by {float(off):.2g}",
+            )
+
+    def test_layout_is_what_pack_gives(self) -> None:
+        for label, scheme, dtype, weight in self._weights():
+            made: Exporter[Any] = self.make()
+            with demanding(f"{self._who}: layout or pack fails for {label}"):
+                planned = made.layout(self.shape, scheme, dtype)
+                packed = made.pack(weight, scheme, dtype)
+            told = {name: (spec.dtype, tuple(spec.shape)) for name, spec in planned.items()}
+            given = {n: (str(t.dtype)[6:], tuple(t.shape)) for n, t in packed.items()}
+            demand(
+                told == given,
+                f"{self._who}: layout says {told} for {label}, but pack gives {given}",
+            )
+            demand(
+                not any("." in name for name in packed),
+                f"{self._who}.pack must give local names, such as weight_packed: {list(packed)}",
+            )
+
+    def test_pack_leaves_its_input_alone(self) -> None:
+        for label, scheme, dtype, weight in self._weights():
+            kept = {n: t.clone() for n, t in _tensors(weight).items()}
+            packed = self.make().pack(weight, scheme, dtype)
+            for name, tensor in _tensors(weight).items():
+                demand(
+                    same(tensor, kept[name]),
+                    f"{self._who}.pack changes the {name} it is given, for {label}: clone first",
+                )
+            stored = {name: tensor.clone() for name, tensor in packed.items()}
+            refusal(lambda p=packed, s=scheme: self.make().unpack(p, s))
+            demand(
+                all(same(packed[name], stored[name]) for name in stored),
+                f"{self._who}.unpack changes the tensors it is given, for {label}: clone first",
+            )
+
+    def test_config_is_json_and_is_understood(self) -> None:
+        made: Exporter[Any] = self.make()
+        for label, scheme in self._accepted():
+            with demanding(f"{self._who}.config fails for {label}"):
+                config = made.config(self._view(), {_NAME: scheme})
+            if config is None:
+                continue
+            with demanding(f"{self._who}.config must be JSON; for {label} it is not"):
+                read = json.loads(json.dumps(config))
+            demand(
+                read == config, f"{self._who}.config is another after JSON: use lists and strings"
+            )
+            with demanding(f"{self._who}.schemes fails on its own config for {label}"):
+                told = made.schemes(read, self._view())
+            demand(
+                set(told) == {_NAME},
+                f"{self._who}.schemes must find {[_NAME]} in its own config for {label}, and "
+                f"found {sorted(told)}",
+            )
+
+    def test_what_is_on_disk_does_not_change(self) -> None:
+        for label, scheme, dtype, weight in self._weights():
+            wanted = self.digests.get(label)
+            if wanted is None or dtype != "bfloat16":
+                continue
+            digest = hashlib.sha256()
+            for name, tensor in sorted(self.make().pack(weight, scheme, dtype).items()):
+                digest.update(name.encode() + bytes(tensor_bytes(tensor)))
+            demand(
+                digest.hexdigest().startswith(wanted),
+                f"{self._who}: what pack gives for {label} has changed: users have such files. If "
+                f"it is meant, say digests = {{{label!r}: {digest.hexdigest()[:16]!r}}}",
+            )
+
+    def test_a_whole_run(self, tmp_path: Path) -> None:
+        from qplug.run import quantize
+        from qplug.verification import verify
+
+        if self.served is None:
+            return
+        (name, size), registry = self.served, registry_with(self.exporter)
+        model = write_tiny_model(tmp_path / "model")
+        with demanding(f"{self._who}: a run with --backend {self.exporter.name} fails"):
+            out = quantize(
+                str(model),
+                tmp_path / "out",
+                scheme=name,
+                group_size=size,
+                backend=self.exporter.name,
+                backend_options=dict(self.options),
+                device="cpu",
+                registry=registry,
+            ).out
+        if self.exporter.stores_float:
+            return
+        with demanding(f"{self._who}: the folder it wrote cannot be opened"):
+            found = verify(str(out), registry=registry)
+        told = "; ".join(map(str, found.problems))
+        demand(not found.problems, f"{self._who}: qplug verify finds faults in its folder: {told}")
+        demand(found.errors, f"{self._who}: none of the linears in its folder can be told")
+
+    # --- how -------------------------------------------------------------------------------------
+
+    @property
+    def _who(self) -> str:
+        return self.exporter.__qualname__
+
+    def _view(self) -> ModelView:
+        return ModelView(
+            config=self.model_config,
+            dtype="bfloat16",
+            linears={_NAME: self.shape},
+            quantizable=frozenset({_NAME}),
+            blocks=("model.layers.0",),
+            head=None,
+        )
+
+    def _accepted(self) -> Iterator[tuple[str, Scheme]]:
+        made: Exporter[Any] = self.make()
+        if not made.stores_float:
+            for label, scheme in _schemes():
+                if made.refuses(self._view(), {_NAME: scheme}) is None:
+                    yield label, scheme
+
+    def _weights(self) -> Iterator[tuple[str, Scheme, str, QuantizedWeight]]:
+        """A random weight in each scheme that is not refused, of models of each dtype."""
+        made: Exporter[Any] = self.make()
+        for label, scheme in self._accepted():
+            for dtype in ("bfloat16", "float16"):
+                stored = scheme.with_scale_dtype(made.scale_dtype(scheme, dtype))
+                yield label, stored, dtype, _random(self.shape, stored)
+
+
+def _schemes() -> Iterator[tuple[str, Scheme]]:
+    """Every preset, and those of groups in other sizes, with names for messages."""
+    for name, scheme in PRESETS.items():
+        yield name, scheme
+        if scheme.weights.strategy == "group":
+            for size in (32, 64, -1):
+                yield f"{name} in groups of {size}", scheme.with_group_size(size)
+
+
+def _random(shape: tuple[int, int], scheme: Scheme) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator)
+    scale, zero = minmax_scale(weight, scheme.weights)
+    codes = quantize(weight, scale, zero, scheme.weights)
+    inputs = torch.tensor([0.25]) if scheme.static_inputs else None
+    return QuantizedWeight(codes, scale, zero, scheme.weights, inputs)
+
+
+def _tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
+    values = {field.name: getattr(weight, field.name) for field in fields(weight)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}

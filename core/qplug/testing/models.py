@@ -1,0 +1,69 @@
+"""A model and a tokenizer of a few thousand numbers, made in memory: nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qplug.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+#: Characters that are tokens; what is none of them is token 0.
+_CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
+_SIZES: dict[str, Any] = {
+    "vocab_size": 1 + len(_CHARACTERS),
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
+}
+
+
+class ByteTokenizer:
+    """A token a byte of UTF-8: all that datasets need of a tokenizer, and fast."""
+
+    size = 256
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return list(text.encode())
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a character of ASCII, 97 in all."""
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.decoders import Fuse
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    numbers = {token: number for number, token in enumerate(["<unk>", *_CHARACTERS])}
+    tokenizer = Tokenizer(WordLevel(numbers, unk_token="<unk>"))  # noqa: S106
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")  # noqa: S106
+
+
+def tiny_model(seed: int = 0, dtype: str = "float32") -> PreTrainedModel:
+    """A random Llama of two blocks, 64 wide, with the vocabulary of ``tiny_tokenizer``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    generator = torch.random.fork_rng(devices=[])
+    with generator, quiet_transformers():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**_SIZES))
+        return model.to(getattr(torch, dtype)).eval()
+
+
+def write_tiny_model(folder: Path, seed: int = 0, dtype: str = "bfloat16") -> Path:
+    """Both in ``folder``, which must not exist; gives it back."""
+    with quiet_transformers():
+        tiny_model(seed, dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,34 @@
+"""Fixtures for the tests of plugins: ``pytest_plugins = ["qplug.testing.plugin"]``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qplug.registry import Registry
+from qplug.testing.models import tiny_tokenizer as make_tokenizer
+from qplug.testing.models import write_tiny_model
+from qplug.testing.registries import bare_registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama of two blocks and its tokenizer, to read, not to change."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a character."""
+    return make_tokenizer()
+
+
+@pytest.fixture
+def registry() -> Registry:
+    """It discovers nothing; ``registry.with_(plugin)`` has one plugin more."""
+    return bare_registry()

@@ -1,0 +1,81 @@
+"""MagR (Zhang et al., arXiv 2406.00800), on the Gram matrices of input groups.
+
+Inputs of a layer are nearly of low rank, so many weights give nearly the same outputs. Of those,
+the one whose ranges are smallest is rounded best: for each row ``w`` of the float weight, and each
+group ``g`` of columns that share a scale, minimise::
+
+    1/2 (v - w) G (v - w)ᵀ + alpha * sum_g max|v_g|
+
+with ``G = xᵀx`` scaled to a largest eigenvalue of 1 (equation 5 of the paper, where a row is one
+group). This is done by proximal gradient steps of length 1 (algorithm 1); the proximal operator of
+``max|.|`` takes off what is left of a projection onto an l1 ball.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from qplug import Algorithm, Block, InputGroup, Param
+
+
+@dataclass(frozen=True)
+class Params:
+    alpha: Annotated[float, Param("The price of a range. 0.001 suits rows, 0.0001 groups.", 0)] = (
+        1e-3
+    )
+    steps: Annotated[int, Param("Proximal gradient steps.", 1)] = 150
+
+
+class MagR(Algorithm[Params]):
+    """Make ranges of weights as small as the data allow, before they are rounded."""
+
+    name = "magr"
+    Params = Params
+    needs_data = True
+
+    def transform(self, block: Block) -> None:
+        for group in block.groups:
+            gram = _scaled(group)
+            if gram is None:
+                continue
+            for linear in group.linears:
+                width = linear.args.group_size or linear.weight.shape[1]
+                smaller = shrink(linear.weight, gram, self.params.alpha, self.params.steps, width)
+                block.replace(linear, smaller)
+
+
+def _scaled(group: InputGroup) -> Tensor | None:
+    """The Gram matrix with a largest eigenvalue of 1; None if no token was seen."""
+    largest = torch.linalg.eigvalsh(group.gram.double())[-1]
+    return group.gram / largest.float() if largest > 0 else None
+
+
+def shrink(weight: Tensor, gram: Tensor, alpha: float, steps: int, width: int) -> Tensor:
+    """The weight ``[out, in]`` of least cost, near ``weight``; ``gram``: ``[in, in]``.
+
+    ``width``: columns in a group; ``gram`` has no eigenvalue above 1.
+    """
+    found = weight.clone()
+    for _ in range(steps):
+        found = found - (found - weight) @ gram
+        found = less_range(found.unflatten(1, (-1, width)), alpha).flatten(1)
+    return found
+
+
+def less_range(values: Tensor, price: float) -> Tensor:
+    """The proximal operator of ``price * max|v|`` along the last axis.
+
+    By Moreau's identity it is ``v`` less its projection onto the l1 ball of radius ``price``, which
+    is found by sorting (Duchi et al., ICML 2008).
+    """
+    magnitudes = values.abs()
+    ordered = magnitudes.sort(-1, descending=True).values
+    excess = ordered.cumsum(-1) - price
+    counts = torch.arange(1, values.shape[-1] + 1, device=values.device)
+    last = (ordered * counts > excess).sum(-1, keepdim=True).clamp(min=1)
+    limit = (excess.gather(-1, last - 1) / last).clamp(min=0)
+    return torch.minimum(magnitudes, limit) * values.sign()

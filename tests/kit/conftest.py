@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from qplug.cli import main
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices here are small, and threads that wait for a busy core cost seconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cli() -> Cli:
+    """Runs ``qplug`` with the given words in this process."""
+
+    def run(*words: object) -> Result:
+        return CliRunner().invoke(main, [str(word) for word in words], prog_name="qplug")
+
+    return run
+
+
+class Environment:
+    """A virtual environment at ``folder`` that sees the packages of this one."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, with_pip=False)
+        self.python = folder / "bin" / "python"
+        (inner,) = folder.glob("lib/python*/site-packages")
+        # Not a plain path: qplug itself is reached through a .pth file of that folder.
+        here = sysconfig.get_path("purelib")
+        (inner / "outer.pth").write_text(f"import site; site.addsitedir({here!r})\n")
+
+    def install(self, *packages: Path) -> None:
+        """Without a network: what builds them is here already."""
+        pip = [sys.executable, "-m", "pip", "--python", str(self.python), "install", "--quiet"]
+        offline = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+        subprocess.run([*pip, *offline, *map(str, packages)], check=True)
+
+    def run(self, *words: object, folder: Path) -> str:
+        """What ``python WORDS`` prints in ``folder``; a failure of it is one of the test."""
+        done = subprocess.run(
+            [str(self.python), *map(str, words)],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    """An environment as a stranger has it."""
+    return Environment(tmp_path / "venv")

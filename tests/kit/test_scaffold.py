@@ -1,0 +1,86 @@
+"""``qplug plugins new`` writes packages that install, are found, work, and pass their tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from click.testing import Result
+
+    Cli = Callable[..., Result]
+
+KINDS = {"algorithm": "my-rounding", "dataset": "my-text", "exporter": "my-format"}
+QUICK = ("--samples", 2, "--seq-len", 32, "--device", "cpu")
+
+
+def test_the_whole_round_of_all_three(tmp_path: Path, cli: Cli, environment: Any) -> None:
+    folders = []
+    for kind, name in KINDS.items():
+        result = cli("plugins", "new", name, "--kind", kind, "--folder", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        folders.append(tmp_path / name)
+    environment.install(*folders)
+    checked = environment.run("-m", "qplug", "plugins", "check", folder=tmp_path)
+    for kind, name in KINDS.items():
+        assert f"{kind} {name}" in checked
+    environment.run(
+        *("-m", "qplug", "quantize", "qplug:demo", "--out", "out", *QUICK),
+        *("--algo", "smoothquant+my-rounding", "--dataset", "my-text"),
+        *("--scheme", "W8A16", "--backend", "my-format", "-o", "my-rounding.range=0.9"),
+        folder=tmp_path,
+    )
+    environment.run("-m", "qplug", "verify", "out", folder=tmp_path)
+    tests = [folder / "tests" for folder in folders]
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", *tests)
+    told = environment.run(*words, "--import-mode=importlib", folder=tmp_path)
+    assert "failed" not in told
+    assert "passed" in told
+
+
+def test_what_is_printed_is_what_to_do_next(
+    tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cli("plugins", "new", "mine", "--kind", "algorithm")
+    assert "pip install -e 'qplug-mine[test]' && pytest qplug-mine" in result.output
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert written == {
+        "qplug-mine/pyproject.toml",
+        "qplug-mine/README.md",
+        "qplug-mine/qplug_mine/__init__.py",
+        "qplug-mine/qplug_mine/mine.py",
+        "qplug-mine/qplug_mine/py.typed",
+        "qplug-mine/tests/test_contract.py",
+    }
+    assert '"qplug>=0.1,<0.2"' in (tmp_path / "qplug-mine/pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("MyIdea", "lower case"),
+        ("my_idea", "lower case"),
+        ("../up", "lower case"),
+        ("random", "a module of Python itself"),
+        ("awq", "is taken by plugin awq (qplug"),
+        ("compressed-tensors", "is taken by plugin"),
+    ],
+)
+def test_names_that_cannot_be_taken(tmp_path: Path, cli: Cli, name: str, sentence: str) -> None:
+    result = cli("plugins", "new", name, "--kind", "dataset", "--folder", tmp_path / "new")
+    assert result.exit_code == 1
+    assert sentence in result.output
+    assert not (tmp_path / "new").exists()
+
+
+def test_folders_that_cannot_be_taken(tmp_path: Path, cli: Cli) -> None:
+    kind = ("--kind", "dataset", "--folder")
+    assert "exists; choose" in cli("plugins", "new", "mine", *kind, tmp_path).output
+    nowhere = tmp_path / "no" / "where"
+    assert "no such folder" in cli("plugins", "new", "mine", *kind, nowhere).output
+    assert list(tmp_path.iterdir()) == []
