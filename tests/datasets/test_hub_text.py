@@ -204,7 +204,11 @@ def test_a_wrong_path_says_what_is_wrong(tmp_path: Path) -> None:
     assert complaint(tmp_path / "column") == "no column 'text'; its columns: body"
 
 
-@pytest.mark.parametrize("content", [b"junk", b"", gzip.compress(b"{nonsense"), gzip.compress(b"")])
+@pytest.mark.parametrize(
+    "content",
+    [b"junk", b"", gzip.compress(b"{nonsense"), gzip.compress(b"")],
+    ids=["junk", "empty", "no JSON", "nothing compressed"],  # gzip writes the time
+)
 def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "en/c4-train.00000-of-01024.json.gz"
     file.parent.mkdir()
