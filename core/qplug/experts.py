@@ -60,7 +60,8 @@ class Experts(nn.Module):
             if len(rows):
                 made[place] = self._computed(expert, tokens[rows])
         weighted = made.unflatten(0, (-1, each)) * shares.unsqueeze(-1)
-        return weighted.sum(1).to(tokens.dtype)
+        mixed: Tensor = weighted.sum(1).to(tokens.dtype)
+        return mixed
 
     def _computed(self, expert: nn.Module, x: Tensor) -> Tensor:
         fused: Any = self.__dict__["_fused"]

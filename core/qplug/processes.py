@@ -24,7 +24,7 @@ from qplug.errors import OtherProcessError, QplugError, RelayedError
 from qplug.launch import Launch
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -111,6 +111,7 @@ class _Joined(Processes):
 
     def __enter__(self) -> Processes:
         from torch import distributed
+        from torch.distributed.distributed_c10d import PrefixStore
 
         on_gpu = self._device.type == "cuda"
         if on_gpu:
@@ -119,7 +120,7 @@ class _Joined(Processes):
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             timeout=_PATIENCE,
-            store=distributed.PrefixStore(str(next(meeting.times)), meeting.store),
+            store=PrefixStore(str(next(meeting.times)), meeting.store),
             rank=self.rank,
             world_size=self.count,
             device_id=self._device if on_gpu else None,

@@ -58,11 +58,11 @@ def tiny_block(
     module = _TinyMLP(width)
     weights = {"norm.weight": torch.ones(width)}
     for name in ("gate", "up", "down"):
-        shape = module.get_submodule(name).weight.shape
+        shape = module.get_parameter(f"{name}.weight").shape
         weights[f"{name}.weight"] = torch.randn(shape, generator=generator) / shape[1] ** 0.5
     first = Before("norm", "norm", torch.arange(width)) if movable else None
     second = Before("rows", "up", torch.arange(_INNER)) if movable else None
-    structure = (Group(("gate", "up"), first), Group(("down",), second))
+    structure = (Group(("gate", "up"), first, "gate"), Group(("down",), second, "down"))
     observe = partial(_observe, module, x)
     return LiveBlock(
         "block",

@@ -58,7 +58,8 @@ def tiny_model(seed: int = 0, dtype: str = "float32") -> PreTrainedModel:
     with generator, quiet_transformers():
         torch.manual_seed(seed)
         model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**_SIZES))
-        return model.to(getattr(torch, dtype)).eval()
+        model.to(getattr(torch, dtype)).eval()
+        return model
 
 
 def write_tiny_model(folder: Path, seed: int = 0, dtype: str = "bfloat16") -> Path:

@@ -149,4 +149,5 @@ def _pack(codes: Tensor) -> Tensor:
 def _unpack(words: Tensor) -> Tensor:
     """The inverse: int32 ``[rows, out / 8]`` as uint8 ``[rows, out]``."""
     ordered = unpack_words(words, 4, 8 * words.shape[1])
-    return ordered.unflatten(1, (-1, 8))[..., list(_PLACES)].flatten(1)
+    codes: Tensor = ordered.unflatten(1, (-1, 8))[..., list(_PLACES)].flatten(1)
+    return codes
