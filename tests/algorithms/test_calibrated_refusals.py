@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import qplug
 from qplug import Block, InputGroup, Linear, QplugError, QuantArgs
@@ -111,26 +109,6 @@ def test_weights_too_large_for_what_they_compute(tmp_path: Path, family: Family,
 
 
 # --- models and data ------------------------------------------------------------------------------
-
-
-def test_fused_experts_are_refused_in_words(tmp_path: Path, run: Run) -> None:
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=4096,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=4,
-        moe_intermediate_size=32,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(QplugError, match=r"^model\.layers\.0\.mlp\.experts.*is stored in parts"):
-        run(tmp_path / "model", "awq")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize(

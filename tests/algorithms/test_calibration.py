@@ -306,6 +306,8 @@ def tokens_given(make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Te
         ("phi3", "awq", "W4A16", "compressed-tensors"),
         ("opt", "osplus", "W8A8", "compressed-tensors"),
         ("gpt-neox", "awq+gptq", "W4A16_ASYM", "compressed-tensors"),
+        ("mixtral", "awq+gptq", "W4A16", "compressed-tensors"),
+        ("deepseek-v3", "smoothquant", "W8A8", "compressed-tensors"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -484,6 +486,36 @@ def finished_steps(source: Path) -> list[str | None]:
     parent = view.blocks[0].rpartition(".")[0]
     before = [tensor for tensor in others if tensor < parent]
     return [*(None for _ in before), *view.blocks, *(None for _ in others[len(before) :])]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "propagate", "options"),
+    [
+        ("mixtral", torch.bfloat16, "quantized", {"algo": "awq"}),
+        ("qwen3-moe", torch.bfloat16, "float", {"algo": "rtn", **FP8}),
+        ("deepseek-v3", torch.bfloat16, "quantized", {"algo": "smoothquant+gptq", **W8A8}),
+    ],
+)
+def test_experts_are_taken_up_again(
+    name: str,
+    dtype: torch.dtype,
+    propagate: str,
+    options: dict[str, Any],
+    family: Family,
+    run: Run,
+) -> None:
+    """With the notes of experts that no token reached, and what is beside weights in a router."""
+    source = family(name, dtype)
+    options = {**options, "propagate": propagate, "samples": 2, "seq_len": 2}
+    if "gptq" in options["algo"]:
+        options["algorithm_options"] = {"gptq": {"correct": 0.5}}
+    undisturbed = run(source, out="undisturbed", **options)
+    with pytest.raises(Stop):
+        run(source, stop=4, **options)
+    again = run(source, **options)
+    assert again.resumed > 1
+    assert again.notes == undisturbed.notes
+    assert contents(again.out) == contents(undisturbed.out)
 
 
 def test_notes_of_resumed_blocks_are_told_again(family: Family, run: Run) -> None:

@@ -383,8 +383,8 @@ def test_an_expert_that_saw_no_token_is_rounded_to_nearest(
     assert len(unseen) == 2
     weights, source = unpacked(result.out), load_file(family(name) / "model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
-    stored = "W8A8_STATIC" if algo == "rtn" else "W4A16"
-    args = qplug.preset(stored).with_group_size(None if algo == "rtn" else 16).weights
+    static, grouped = qplug.preset("W8A8_STATIC"), qplug.preset("W4A16").with_group_size(16)
+    args = (static if algo == "rtn" else grouped).weights
     for number in unseen:
         down = f"{BLOCK}.{path}.{number}.{locals_[2]}.weight"
         wanted = dequantize(round_to_nearest(source[down].float(), args))

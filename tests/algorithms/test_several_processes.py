@@ -78,7 +78,8 @@ def qplug_algorithms():
 STARTER = """
 import json, os, signal, socket, sys, time, traceback
 import qplug.registry, qplug.run, transformers.models.llama.modeling_llama
-import transformers.models.opt.modeling_opt, torch.distributed
+import transformers.models.opt.modeling_opt, transformers.models.mixtral.modeling_mixtral
+import torch.distributed
 from qplug.cli import main
 
 for line in sys.stdin:
@@ -298,6 +299,15 @@ def test_two_processes_give_what_one_does(
     assert_alike(alone(family(name), "one", propagate=propagate, **python), two)
 
 
+def test_experts_that_one_process_alone_has_tokens_for(
+    family: Family, alone: Quantize, together: Quantize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"algo": "awq+gptq", "samples": 2}
+    two = together(family("mixtral"), "two", **few, **{"seq-len": 2})
+    monkeypatch.setitem(calibration._BATCH_TOKENS, "cpu", 2)  # as each of the two takes
+    assert assert_alike(alone(family("mixtral"), "one", **few, seq_len=2), two) == 0
+
+
 def test_the_order_of_sums_is_all_that_differs(
     family: Family, alone: Quantize, together: Quantize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -433,6 +443,50 @@ def test_all_know_of_all_tokens(
             if samples % 2 == 0:
                 torch.testing.assert_close(b.sample, a.sample, rtol=1e-5, atol=1e-5)
             assert len(b.sample) <= kept
+
+
+def test_all_know_of_the_tokens_of_experts(
+    family: Family, make_tokens: Callable[..., Tensor]
+) -> None:
+    """Those that one process alone has tokens for, and those that none has; and of their drift."""
+    source, tokens = family("mixtral"), make_tokens(2, 1)
+
+    def walk_of(processes: Processes) -> Walk:
+        folder = Checkpoint.open(source)
+        view = model_view(folder)
+        return Walk(
+            folder,
+            view,
+            dict.fromkeys(view.quantizable, qplug.preset("W4A16")),
+            tokens,
+            device=torch.device("cpu"),
+            with_drift=True,
+            batch_size=1,
+            processes=processes,
+        )
+
+    def second_block(walk: Walk) -> LiveBlock:
+        block = walk.enter("model.layers.0")
+        changed = {n: w if "norm" in n else w * 1.1 for n, w in block.masters.items()}
+        walk.leave("model.layers.0", changed)
+        return walk.enter("model.layers.1")
+
+    board, barrier = [None, None], threading.Barrier(2)
+    walks = [walk_of(Threads(rank, board, barrier)) for rank in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(second_block, walks)
+    one = second_block(walk_of(ALONE))
+    groups = [
+        [part for group in block.groups for part in (group, *group.routed)]
+        for block in (one, first, second)
+    ]
+    assert any(group.tokens == 0 for group in groups[0])
+    for a, b, c in zip(*groups, strict=True):
+        assert a.tokens == b.tokens == c.tokens
+        for name in ("gram", "mean_abs", "low", "high", "sample", "drift", "lag"):
+            wanted, found = getattr(a, name), getattr(b, name)
+            assert torch.equal(found, getattr(c, name))
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 # --- the end of one is the end of all -------------------------------------------------------------
