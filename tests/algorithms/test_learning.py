@@ -329,7 +329,7 @@ def test_inputs_are_rounded_where_the_scheme_says(
         reconstruction.compute({}, batch, rounding=rounding) for rounding in (True, False)
     )
     assert 1e-4 < distance(rounded, plain) < 0.1
-    served = {n: v for n, v in block.masters.items()}
+    served = dict(block.masters)
     walk._propagate = "quantized"
     walk.leave("model.layers.0", served)  # what an engine will compute is what was learned with
     assert torch.equal(next(iter(walk._hidden)), rounded)
@@ -467,9 +467,13 @@ def test_nothing_to_learn_is_refused() -> None:
 
 def test_a_block_without_data_is_refused(make_linear: MakeLinear) -> None:
     block = Block("block", (make_linear(4, 16, GRIDS["int4 groups"]),))
-    with pytest.raises(QplugError, match="^omniquant learns from calibration data, and here is"):
+    with pytest.raises(
+        QplugError, match=r"^omniquant learns from calibration data, and here is none$"
+    ):
         OmniQuant(OmniQuantParams()).transform(block)
-    with pytest.raises(QplugError, match="^signround learns from calibration data, and here is"):
+    with pytest.raises(
+        QplugError, match=r"^signround learns from calibration data, and here is none$"
+    ):
         SignRound(SignRoundParams()).quantize(block)
 
 
