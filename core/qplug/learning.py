@@ -82,6 +82,9 @@ def learn(
             optimizer.zero_grad(set_to_none=True)
             made = values()
             error_on(batch).backward()
+            for tensor in learned:  # an expert that saw no token here may have seen one elsewhere
+                if tensor.grad is None:
+                    tensor.grad = torch.zeros_like(tensor)
             reconstruction.total([tensor.grad for tensor in learned if tensor.grad is not None])
             optimizer.step()
         with torch.no_grad():

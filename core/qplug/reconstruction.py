@@ -72,20 +72,16 @@ class LiveReconstruction(Reconstruction):
         mine = [number for number in wanted if number < len(self._data.hidden)]
         inputs, targets = self._data.hidden.at(mine), self._targets[aim].at(mine)
         for number in wanted:
+            tokens = self._data.tokens[number]
             if number < len(self._data.hidden):
-                yield self._batch(number, next(inputs), next(targets), self._data.real[number])
+                real = self._data.real[number]
+                real = None if real is None else real.to(self._device)
+                call = self._data.calls[number]
+                yield _LiveBatch(next(inputs).float(), next(targets), real, tokens, call)
             else:
-                first = next(iter(self._data.hidden))
+                first = next(iter(self._data.hidden)).float()
                 nothing = torch.zeros(first.shape[:2], dtype=torch.bool, device=self._device)
-                yield self._batch(number, first, first, nothing)
-
-    def _batch(
-        self, number: int, inputs: Tensor, target: Tensor, real: Tensor | None
-    ) -> _LiveBatch:
-        call = self._data.calls[min(number, len(self._data.calls) - 1)]
-        call = call if number < len(self._data.calls) else self._data.calls[0]
-        real = None if real is None else real.to(self._device)
-        return _LiveBatch(inputs.float(), target, real, self._data.tokens[number], call)
+                yield _LiveBatch(first, first, nothing, tokens, self._data.calls[0])
 
     @torch.no_grad()
     def _float_outputs(self, *, mixed: bool) -> HiddenStates:

@@ -107,14 +107,13 @@ class _FakeQuantize(torch.autograd.Function):
         shape = weight.shape
         of_weight = out_of_groups(through, shape[1], shape[0]) if wanted[0] else None
         of_scale = of_zero = of_offset = None
-        if wanted[1]:
-            of_scale = _sum(codes.mul_(grad).sub_(quotient.mul_(through)), scale)
         if wanted[3]:
-            assert offset is not None
-            steps = _steps(in_groups(weight, args) / spread, args)
-            of_offset = out_of_groups(through * spread * steps, shape[1], shape[0])
+            steps = (through * spread).mul_(_steps(quotient, args))
+            of_offset = out_of_groups(steps, shape[1], shape[0])
         if wanted[2]:
             of_zero = _sum((through - grad).mul_(spread), scale)
+        if wanted[1]:
+            of_scale = _sum(codes.mul_(grad).sub_(quotient.mul_(through)), scale)
         return of_weight, of_scale, of_zero, of_offset, None
 
 

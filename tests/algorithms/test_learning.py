@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import qplug
 from qplug import Block, Linear, QplugError, QuantArgs, Reconstruction, Scheme
 from qplug.calibration import Walk
+from qplug.checkpoint import Checkpoint
 from qplug.learning import SignSGD, learn
 from qplug.numerics import (
     dequantize_with,
@@ -357,6 +358,11 @@ SCHEMES = {
     "W8A8": Scheme("w8a8", QuantArgs("int8", "channel"), INT8_TOKENS),
     "FP8": qplug.preset("FP8"),
     "FP8_DYNAMIC": qplug.preset("FP8_DYNAMIC"),
+    "FP8 blocks": Scheme(
+        "blocks",
+        QuantArgs("e4m3", "block", block=(16, 16)),
+        QuantArgs("e4m3", "group", 16, dynamic=True),
+    ),
 }
 
 
@@ -484,3 +490,81 @@ def test_a_block_that_is_not_finite_is_refused(
     block.masters["mlp.down_proj.weight"][0, 0] = 1e38
     with pytest.raises(QplugError, match="not finite"):
         SignRound(SignRoundParams(epochs=1)).quantize(block)
+
+
+# --- in a run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Checkpoint]:
+    """``run(model, algo)``: a folder that has been verified."""
+    tokens = make_tokens(6, 12)
+    monkeypatch.setattr("qplug.run.calibration_tokens", lambda *args, **kwargs: tokens)
+
+    def quantized(model: Path, algo: str, **changes: Any) -> Checkpoint:
+        short: dict[str, dict[str, Any]] = {
+            "awq": {"ratios": 2, "clip_in_search": 0},
+            "omniquant": {"epochs": 2},
+            "signround": {"epochs": 2},
+        }
+        used = {name: short[name] for name in algo.split("+") if name in short}
+        options = {"group_size": 16, "backend": "compressed-tensors", "batch_size": 2, **changes}
+        out = qplug.quantize(
+            str(model), tmp_path / algo, algo=algo, algorithm_options=used, device="cpu", **options
+        ).out
+        assert qplug.verify(str(out)).ok
+        return Checkpoint.open(out)
+
+    return quantized
+
+
+def scales_of(folder: Checkpoint, block: int) -> dict[str, Tensor]:
+    return {
+        name: folder.read(name)
+        for name in folder.tensors
+        if name.endswith("weight_scale") and f"layers.{block}." in name
+    }
+
+
+def test_what_is_learned_reaches_whoever_quantizes(
+    family: Family, run: Callable[..., Checkpoint]
+) -> None:
+    """The scales of the first block; the second one has other inputs."""
+    model = family("llama", torch.bfloat16)
+    alone, plain = run(model, "omniquant"), run(model, "rtn")
+    learned = scales_of(alone, 0)
+    assert len(learned) == 7
+    for algo in ("omniquant+gptq", "omniquant+signround"):
+        folder = run(model, algo)
+        for name, scale in scales_of(folder, 0).items():
+            assert not torch.equal(scale, plain.read(name))
+            if algo == "omniquant+gptq":
+                assert torch.equal(scale, learned[name])
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        weight = f"model.layers.0.{name}.weight"
+        assert torch.equal(folder.read(weight), alone.read(weight))
+        assert not torch.equal(folder.read(weight), plain.read(weight))
+
+
+@pytest.mark.parametrize(
+    ("algo", "changes"),
+    [
+        ("awq+omniquant", {"scheme": "W4A16_ASYM"}),
+        ("quarot+omniquant", {"scheme": "W8A8", "group_size": None}),
+        ("awq+omniquant+signround", {}),
+        ("smoothquant+signround", {"scheme": "FP8", "group_size": None, "kv_cache": "fp8"}),
+    ],
+)
+def test_pipelines(
+    algo: str, changes: dict[str, Any], family: Family, run: Callable[..., Checkpoint]
+) -> None:
+    model = family("llama", torch.bfloat16)
+    folder = run(model, algo, **changes)
+    assert folder.config["quantization_config"]
+
+
+def test_two_that_choose_codes_are_refused(family: Family, run: Callable[..., Checkpoint]) -> None:
+    with pytest.raises(QplugError, match="gptq and signround both choose codes"):
+        run(family("llama"), "gptq+signround")

@@ -18,17 +18,16 @@ from qplug.straight_through import fake_quantize, range_scale
 @dataclass(frozen=True)
 class Params:
     epochs: Annotated[int, Param("Passes over the calibration data.", 1)] = 6
-    lr: Annotated[
+    offset_lr: Annotated[
         float | None, Param("The first step of offsets; none: so that all add up to a half.", 0)
     ] = None
     range_lr: Annotated[
         float | None,
         Param("The first step of ranges, of 1; none: as for offsets.", 0, also=("minmax_lr",)),
     ] = None
-    aim: Annotated[
-        Literal["model", "block", "both"],
-        Param("Match the float model, the float block on the same inputs, or both."),
-    ] = "model"
+    aug_loss: Annotated[
+        bool, Param("Match the float block on the same inputs too, not the float model alone.")
+    ] = False
     dtype: Annotated[
         Literal["float32", "bfloat16"], Param("Of the matrix products while learning.")
     ] = "float32"
@@ -55,7 +54,9 @@ class SignRound(Algorithm[Params]):
             return {f"{name}.weight": rounding.weight() for name, rounding in learned.items()}
 
         steps = params.epochs * block.reconstruction.steps
-        lr = 1 / (steps + 1) if params.lr is None else params.lr  # falling to 0, steps add up
+        lr = (
+            1 / (steps + 1) if params.offset_lr is None else params.offset_lr
+        )  # falling to 0, steps add up
         range_lr = lr if params.range_lr is None else params.range_lr
         offsets = [rounding.offset for rounding in learned.values()]
         factors = [factor for rounding in learned.values() for factor in rounding.factors]
@@ -72,7 +73,7 @@ class SignRound(Algorithm[Params]):
             [*offsets, *factors],
             optimizer,
             epochs=params.epochs,
-            aim=params.aim,
+            aim="both" if params.aug_loss else "model",
             precision=params.dtype,
             decay=True,
         )
