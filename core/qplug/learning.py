@@ -118,7 +118,7 @@ class SignSGD(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "low": low, "high": high})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for value in group["params"]:
                 if value.grad is not None:

@@ -42,7 +42,7 @@ def fake_quantize(
     whether a weight is rounded up or down. Gradients reach all four. The values are those of
     ``qplug.numerics.dequantize`` of ``quantize``.
     """
-    made: Tensor = _FakeQuantize.apply(weight, scale, zero, offset, args)
+    made: Tensor = _FakeQuantize.apply(weight, scale, zero, offset, args)  # type: ignore[no-untyped-call]
     return made
 
 
@@ -73,7 +73,7 @@ def _through(values: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
 
 def round_inputs(x: Tensor, args: QuantArgs, scale: Tensor | None = None) -> Tensor:
     """``qplug.numerics.fake_quantize_activations`` with a gradient: none where ``x`` is clipped."""
-    made: Tensor = _RoundInputs.apply(x, scale, args)
+    made: Tensor = _RoundInputs.apply(x, scale, args)  # type: ignore[no-untyped-call]
     return made
 
 
