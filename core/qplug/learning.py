@@ -13,6 +13,7 @@ from torch import Tensor
 from qplug.api import Aim, Batch, InputGroup, Reconstruction
 from qplug.clipping import search_clip
 from qplug.errors import QplugError
+from qplug.scheme import E8M0_SCALES, QuantArgs
 
 #: The dtype of a block's matrix products while it is learned; all else is float32.
 Precision = Literal["float32", "bfloat16"]
@@ -126,9 +127,17 @@ class SignSGD(torch.optim.Optimizer):
                     value.clamp_(group["low"], group["high"])
 
 
+def learns_ranges(args: QuantArgs) -> bool:
+    """Whether scales of weights can be learned one by one.
+
+    That of a whole tensor is to serve other tensors too, and powers of two have no near neighbours.
+    """
+    return args.strategy != "tensor" and args.scale_dtype != E8M0_SCALES
+
+
 def start_clips(groups: Iterable[InputGroup], *, steps: int, smallest: float) -> None:
     """Search clips, of fewer than 8 bits, where no algorithm has chosen any: ranges to begin at."""
-    for group in groups:
-        for linear in group.linears:
+    for part in (part for group in groups for part in group.parts if part.tokens):
+        for linear in part.linears:
             if linear.scale is None and linear.args.bits < 8:
-                search_clip(linear, group.gram, steps=steps, smallest=smallest)
+                search_clip(linear, part.gram, steps=steps, smallest=smallest)

@@ -88,8 +88,9 @@ class LiveReconstruction(Reconstruction):
         """What the float block makes of the inputs, or the middle of that and the model's."""
         made = HiddenStates(self._device)
         mine = range(len(self._data.hidden))
+        originals = {f"{name}.weight": w for name, w in self._block.originals.items()}
         for batch in self.batches("model", mine):
-            output = self.compute({}, batch, rounding=False)
+            output = self.compute(originals, batch, rounding=False)
             if mixed:
                 output = (output + batch.target.float()) / 2
             made.append(output.to(batch.target.dtype))

@@ -8,16 +8,14 @@ codes ``q`` of ``w' = (q - z) * s`` that are not clipped, ``dw'/dw = 1`` and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qplug import numerics
 from qplug.numerics import (
-    as_stored,
-    code_span,
     fake_quantize_activations,
     float_steps,
     in_groups,
@@ -26,6 +24,7 @@ from qplug.numerics import (
     round_floats,
 )
 from qplug.scheme import FLOAT_MAX, QuantArgs
+from qplug.stored_scales import largest_code
 
 
 def fake_quantize(
@@ -46,15 +45,36 @@ def fake_quantize(
     return made
 
 
-def range_scale(low: Tensor, high: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor | None]:
+def range_scale(
+    low: Tensor, high: Tensor, args: QuantArgs, unit: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """``qplug.numerics.range_scale`` with gradients; zero points are float32."""
+    stored, _ = numerics.range_scale(low.detach(), high.detach(), args, unit)
     if args.symmetric:
-        return _through(
-            torch.maximum(-low, high) / code_span(args), partial(as_stored, args=args)
-        ), None
+        return _straight(torch.maximum(-low, high) / largest_code(args), stored), None
     top = args.code_range[1]
-    scale = _through((high - low) / top, partial(as_stored, args=args))
-    return scale, _through(-low / scale, torch.round).clamp(0, top)
+    scale = _straight((high - low) / top, stored)
+    zero = -low / scale
+    return scale, _straight(zero, zero.round()).clamp(0, top)
+
+
+def stretched(
+    scale: Tensor,
+    zero: Tensor | None,
+    factors: Sequence[Tensor],
+    args: QuantArgs,
+    unit: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points of ranges whose ends lie ``factors`` times as far out, with gradients.
+
+    ``factors``: that of the low end and that of the high one, or one if ``args`` is symmetric,
+    float32 ``args.scale_shape``. ``unit`` as in ``range_scale``.
+    """
+    if zero is None:
+        end = scale * largest_code(args) * factors[0]
+        return range_scale(-end, end, args, unit)
+    low, high = -zero * scale, (args.code_range[1] - zero) * scale
+    return range_scale(low * factors[0], high * factors[-1], args, unit)
 
 
 def ranges(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
@@ -66,15 +86,15 @@ def ranges(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def _through(values: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
-    """``rounding`` of ``values``, whose derivative is taken for 1."""
-    return values + (rounding(values) - values).detach()
-
-
 def round_inputs(x: Tensor, args: QuantArgs, scale: Tensor | None = None) -> Tensor:
     """``qplug.numerics.fake_quantize_activations`` with a gradient: none where ``x`` is clipped."""
     made: Tensor = _RoundInputs.apply(x, scale, args)  # type: ignore[no-untyped-call]
     return made
+
+
+def _straight(values: Tensor, rounded: Tensor) -> Tensor:
+    """``rounded``, with the gradients of ``values``."""
+    return values + (rounded - values).detach()
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qplug import Algorithm, Block, InputGroup, Linear, Param, QplugError, Reconstruction
 from qplug.clipping import scaling_error, unclipped_ratio
-from qplug.learning import learn, start_clips
+from qplug.learning import learn, learns_ranges, start_clips
 from qplug.numerics import minmax_scale, scale_of
 from qplug.straight_through import fake_quantize, range_scale, ranges
 
@@ -147,14 +147,14 @@ class _Move:
 class _Clip:
     """The part of a weight's range that is kept, at its low and its high end: ``scale_shape``.
 
-    One for both ends, if weights are symmetric. Each is a logit: ``widest * sigmoid``. Weights that
-    have one scale for the whole matrix, which has to serve others too, keep their range.
+    One for both ends, if weights are symmetric. Each is a logit: ``widest * sigmoid``. Where scales
+    cannot be learned, a weight that scale is moved into has its full range.
     """
 
     def __init__(self, linear: Linear, *, learned: bool) -> None:
         self.linear = linear
         args = linear.args
-        self._fixed = args.strategy == "tensor"
+        self._fixed = not learns_ranges(args)
         self._widest = _WIDEST * unclipped_ratio(args)
         part = scale_of(linear)[0] / minmax_scale(linear.weight, args)[0] / self._widest
         logit = torch.logit(part.clamp(0.01, 0.99))
@@ -168,9 +168,12 @@ class _Clip:
     def weight(self, weight: Tensor) -> Tensor:
         """``weight`` as it would be stored, with gradients."""
         # A weight that nothing is moved into keeps its extremes.
-        moved = weight is not self.linear.weight
-        ends = ranges(weight, self.linear.args) if moved else self._still
-        return fake_quantize(weight, *self._scale(*ends), self.linear.args)
+        args, moved = self.linear.args, weight is not self.linear.weight
+        if self._fixed and not moved:
+            return fake_quantize(weight, *scale_of(self.linear), args)
+        return fake_quantize(
+            weight, *self._scale(*(ranges(weight, args) if moved else self._still)), args
+        )
 
     @torch.no_grad()
     def apply(self) -> None:

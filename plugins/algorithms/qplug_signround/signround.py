@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from qplug import Algorithm, Block, Linear, Param, QplugError, QuantizedWeight
-from qplug.learning import SignSGD, learn, start_clips
-from qplug.numerics import code_span, quantize, scale_of
-from qplug.straight_through import fake_quantize, range_scale
+from qplug.learning import SignSGD, learn, learns_ranges, start_clips
+from qplug.numerics import quantize, scale_of
+from qplug.straight_through import fake_quantize, stretched
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,12 @@ class _Rounding:
 
     def __init__(self, linear: Linear) -> None:
         self._weight, self._args = linear.weight, linear.args
+        self._unit = linear.global_scale
         scale, zero = scale_of(linear)
         self._scale, self._zero = scale, None if zero is None else zero.float()
         self.offset = torch.zeros_like(linear.weight, requires_grad=True)
-        count = 1 if linear.args.symmetric else 2
-        # A scale of a whole tensor is one that other linears have too.
-        free = linear.args.strategy != "tensor"
-        self.factors = [torch.ones_like(scale, requires_grad=True) for _ in range(count * free)]
+        ends = (1 if linear.args.symmetric else 2) * learns_ranges(linear.args)
+        self.factors = [torch.ones_like(scale, requires_grad=True) for _ in range(ends)]
 
     def weight(self) -> Tensor:
         """What the codes stand for, with gradients."""
@@ -119,9 +118,4 @@ class _Rounding:
     def _range(self) -> tuple[Tensor, Tensor | None]:
         if not self.factors:
             return self._scale, self._zero
-        if self._zero is None:
-            high = self._scale * code_span(self._args)
-            return range_scale(-high * self.factors[0], high * self.factors[0], self._args)
-        low = -self._zero * self._scale
-        high = (self._args.code_range[1] - self._zero) * self._scale
-        return range_scale(low * self.factors[0], high * self.factors[1], self._args)
+        return stretched(self._scale, self._zero, self.factors, self._args, self._unit)
