@@ -1,7 +1,8 @@
 """qplug quantizes large language models for SGLang and vLLM; everything in it is a plugin.
 
 What is importable from here, from ``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``,
-``qplug.laid_out``, ``qplug.limits``, ``qplug.windows`` and ``qplug.hub_text`` is public.
+``qplug.laid_out``, ``qplug.learning``, ``qplug.limits``, ``qplug.straight_through``,
+``qplug.windows`` and ``qplug.hub_text`` is public.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qplug.api import (
     Algorithm,
+    Batch,
     Block,
     Capability,
     Dataset,
@@ -24,6 +26,7 @@ from qplug.api import (
     Preparation,
     Problem,
     QuantizedWeight,
+    Reconstruction,
     Rewrite,
     Split,
     Stream,
@@ -53,6 +56,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "Algorithm",
+    "Batch",
     "Block",
     "BlockReport",
     "Capability",
@@ -77,6 +81,7 @@ __all__ = [
     "QplugError",
     "QuantArgs",
     "QuantizedWeight",
+    "Reconstruction",
     "Result",
     "Rewrite",
     "Scheme",

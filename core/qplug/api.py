@@ -1,9 +1,9 @@
 """The contracts that plugins are written against.
 
 Importing this module is cheap: torch is named in annotations only. What stands here, in
-``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``, ``qplug.laid_out``, ``qplug.limits``,
-``qplug.windows`` and ``qplug.hub_text`` is public; everything else in ``qplug`` may change without
-notice.
+``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``, ``qplug.laid_out``, ``qplug.learning``,
+``qplug.limits``, ``qplug.straight_through``, ``qplug.windows`` and ``qplug.hub_text`` is public;
+everything else in ``qplug`` may change without notice.
 """
 
 from __future__ import annotations
@@ -287,6 +287,94 @@ class InputGroup:
         return (*((replace(self, linears=rest, routed=()),) if rest else ()), *self.routed)
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some calibration samples at a block: ``[samples, tokens, width]``, on the run's device.
+
+    ``inputs`` are what enters the block, of the quantized blocks before it if the run goes on
+    through those. ``target`` is what shall leave it. ``real``, bool ``[samples, tokens]``, is false
+    where a sample has ended, None if none has. ``tokens`` counts the real ones, those of the same
+    batch in other processes too.
+    """
+
+    inputs: Tensor
+    target: Tensor
+    real: Tensor | None
+    tokens: int
+
+    def error(self, output: Tensor) -> Tensor:
+        """``||output - target||² / (tokens * width)`` over the real tokens: float32 ``[]``.
+
+        Summed over the processes it is the mean square.
+        """
+        squares = (output.float() - self.target.float()).square()
+        if self.real is not None:
+            squares = squares * self.real[..., None]
+        return squares.sum() / max(1, self.tokens * output.shape[-1])
+
+
+#: What shall leave a block: what does in the float ``model``, whose blocks before it are float too;
+#: what the float ``block`` makes of the inputs that this one has; or the middle of ``both``, which
+#: has the gradients of the sum of the errors to one and the other.
+Aim = Literal["model", "block", "both"]
+
+
+class Reconstruction(ABC):
+    """A block that can be computed with other parameters, to learn what the float one does.
+
+    Parameters are named in full (``model.layers.0.mlp.up_proj.weight``). All that is made of
+    ``values`` here can be differentiated, and changes nothing.
+    """
+
+    #: Batches of a pass over the data, the same number in every process.
+    steps: int
+
+    @property
+    @abstractmethod
+    def parameters(self) -> dict[str, Tensor]:
+        """The float32 parameters of the block as they are now, earlier algorithms' work included.
+
+        They are the block's own: not to be changed in place.
+        """
+
+    @abstractmethod
+    def batches(self, aim: Aim = "model", among: Sequence[int] | None = None) -> Iterator[Batch]:
+        """This process's part of each batch, of all ``steps`` or of those ``among`` them.
+
+        Where it has none, one comes in which no token is real.
+        """
+
+    @abstractmethod
+    def compute(
+        self, values: Mapping[str, Tensor], batch: Batch, *, rounding: bool = True
+    ) -> Tensor:
+        """What the block makes of ``batch.inputs``: ``[samples, tokens, width]``.
+
+        Parameters that ``values`` lacks are the block's own. With ``rounding``, the inputs of
+        linears are rounded as their scheme says, and the gradient goes straight through. In
+        float32, but for what ``torch.autocast`` around it takes to another dtype.
+        """
+
+    @abstractmethod
+    def smoothed(
+        self, values: Mapping[str, Tensor], group: InputGroup, scale: Tensor
+    ) -> dict[str, Tensor]:
+        """What ``Block.smooth`` would make of ``values``, those of all parameters.
+
+        ``scale: [in]``, alike where ``Block.shared`` makes it so.
+        """
+
+    @abstractmethod
+    def shifted(
+        self, values: Mapping[str, Tensor], group: InputGroup, offset: Tensor
+    ) -> dict[str, Tensor]:
+        """What ``Block.shift`` would make of ``values``, those of all parameters."""
+
+    @abstractmethod
+    def total(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors in place by their sums over all processes: gradients, errors."""
+
+
 @dataclass(eq=False)
 class Block:
     """Weights that are quantized together: a decoder block, or one linear of a data-free run.
@@ -294,6 +382,7 @@ class Block:
     ``groups`` are in the order in which the block computes; a data-free run has none. What an
     algorithm appends to ``notes`` is told to the user. ``originals``: the weights that ``replace``
     took the place of, by the name of the linear, scaled since as the new ones were.
+    ``reconstruction`` is there where an algorithm of the run ``learns``.
     """
 
     name: str
@@ -301,6 +390,7 @@ class Block:
     groups: tuple[InputGroup, ...] = ()
     notes: list[str] = field(default_factory=list)
     originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    reconstruction: Reconstruction | None = None
 
     def shared(self, group: InputGroup, per_channel: Tensor) -> Tensor:
         """``per_channel: [in]``, averaged over channels that can only be scaled together.
@@ -370,10 +460,13 @@ class Algorithm(Component[P]):
 
     ``needs_data`` says whether it reads ``block.groups``. An algorithm changes a block by
     ``block.smooth``, ``block.shift`` and ``block.replace``, and by choosing ``linear.scale`` and
-    ``linear.zero``; it leaves tensors as they are.
+    ``linear.zero``; it leaves tensors as they are. ``learns`` says whether it reads
+    ``block.reconstruction``, for which what enters and what shall leave the block is kept; it
+    ``needs_data`` then too.
     """
 
     needs_data: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
 
     @property
     def needs_drift(self) -> bool:

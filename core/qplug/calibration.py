@@ -7,13 +7,13 @@ every block replaced by a recorder of what it is called with.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from qplug.api import ModelView
 from qplug.block_reader import BlockReader
@@ -27,6 +27,7 @@ from qplug.numerics import fake_quantize_activations
 from qplug.observation import Observation, Shares
 from qplug.online import rotate_inputs
 from qplug.processes import ALONE, Processes
+from qplug.reconstruction import Data, LiveReconstruction, call_block, first_tensor
 from qplug.scheme import QuantArgs, Scheme
 from qplug.skeleton import build, load_config
 from qplug.statistics import Statistics
@@ -56,6 +57,7 @@ class Walk:
         propagate: str = "quantized",
         batch_size: int | None = None,
         with_drift: bool = False,
+        with_targets: bool = False,
         online: Sequence[str] = (),
         cache: KVCache | None = None,
         trust_remote_code: bool = False,
@@ -63,7 +65,8 @@ class Walk:
     ) -> None:
         """``tokens``: int64 ``[samples, length]``, -1 where a sample has ended.
 
-        Each of ``processes`` takes a part of them. ``with_drift`` gathers ``InputGroup.drift``.
+        Each of ``processes`` takes a part of them. ``with_drift`` gathers ``InputGroup.drift``,
+        ``with_targets`` gives blocks their ``reconstruction``.
         Inputs of linears in ``online`` are rotated. ``cache``: how keys and values are stored.
         Raises QplugError if there are not enough samples for each process to have one.
         """
@@ -93,12 +96,16 @@ class Walk:
         self._buffers = {n for block in self._blocks.values() for n, _ in block.named_buffers()}
         self._reader = BlockReader(source, self._parameters)
         self._with_drift = with_drift and propagate == "quantized"
+        self._with_targets = with_targets
+        # Whether what the float model has at each block is computed beside, or alone.
+        self._with_float = with_drift or with_targets or propagate == "float"
         # What enters the next block; what would in the float model, once that is something else;
         # and what leaves the block that is being worked on, as a float one.
         size = batch_size or max(1, _BATCH_TOKENS[device.type] // tokens.shape[1])
         parts = [part.split(size) for part in tokens.tensor_split(processes.count)]
         self._shares = Shares([len(part) for part in parts], processes.rank)
         batches = parts[processes.rank]
+        self._tokens_by_batch = _real_tokens(parts)
         # Behind its end a sample is filled with tokens that no other sees: blocks are causal.
         self._real = [None if (batch >= 0).all() else (batch >= 0) for batch in batches]
         self._hidden, self._calls = self._catch([batch.clamp(min=0) for batch in batches])
@@ -151,11 +158,11 @@ class Walk:
         _refuse_infinite({f"{name}.{local}": weight for local, weight in weights.items()})
         structure = self._structure(name, weights)
         values = self._computable(weights)
-        if self._with_drift or self._propagate == "float":
+        if self._with_float:
             self._ahead = HiddenStates(self._device)
         statistics = self._observe(name, structure, values, values, self._ahead)
         del values
-        return LiveBlock(
+        block = LiveBlock(
             name,
             structure,
             statistics,
@@ -165,6 +172,15 @@ class Walk:
             partial(self._observe_again, name, structure),
             self._processes,
         )
+        if self._with_targets:
+            assert self._ahead is not None
+            data = Data(
+                self._hidden, self._ahead, self._calls[name], self._real, self._tokens_by_batch
+            )
+            block.reconstruction = LiveReconstruction(
+                block, self._blocks[name], data, self._device, self._processes
+            )
+        return block
 
     def _structure(self, name: str, weights: Mapping[str, Tensor]) -> tuple[Group, ...]:
         """Found once for all blocks that are alike, in float32, on random weights and tokens.
@@ -188,7 +204,7 @@ class Walk:
             length, width = next(iter(self._hidden)).shape[1:]
             probe = draw(1, min(_PROBE, length), width) - 0.5
             call = _shortened(self._calls[name][0], _PROBE, torch.float32)
-            self._structures[key] = find_groups(module, lambda: _tensor(module(probe, **call)))
+            self._structures[key] = find_groups(module, lambda: first_tensor(module(probe, **call)))
             _empty(module, weights)
         return self._structures[key]
 
@@ -213,20 +229,21 @@ class Walk:
             {n.removeprefix(inside): s for n, s in self._schemes.items() if n.startswith(inside)},
             self._shares,
             self._device,
-            with_drift=self._ideal is not None,
+            with_drift=self._with_drift and self._ideal is not None,
         )
-        ideals: Iterable[Tensor | None] = self._ideal or [None] * len(self._hidden)
+        beside = self._ideal if self._with_drift or ahead is not None else None
+        ideals: Iterable[Tensor | None] = beside or [None] * len(self._hidden)
         for batch, ideal, call, real in zip(
             self._hidden, ideals, self._calls[name], self._real, strict=True
         ):
             wanted: dict[str, tuple[Tensor, Tensor | None]] = {}
             after = None
             if ideal is not None:
-                with observation.noting(wanted):
-                    after = _call(module, float_values, ideal, call)
+                with observation.noting(wanted) if self._with_drift else nullcontext():
+                    after = call_block(module, float_values, ideal, call)
             feeds = ahead is not None and after is None
             with observation.watching(batch.shape[1], real, wanted, stop=not feeds):
-                left = _call(module, values, batch, call)
+                left = call_block(module, values, batch, call)
                 after = left if feeds else after
             if ahead is not None and after is not None:
                 ahead.append(after)
@@ -262,7 +279,7 @@ class Walk:
             with self._rounding_inputs(name, self._parameters[name], served):
                 calls = zip(self._hidden, self._calls[name], strict=True)
                 for index, (batch, call) in enumerate(calls):
-                    after = _call(self._blocks[name], values, batch, {**call, **rounded})
+                    after = call_block(self._blocks[name], values, batch, {**call, **rounded})
                     self._hidden.put(index, after)
             self._ideal = self._ahead
         elif self._ahead is not None:
@@ -284,7 +301,9 @@ class Walk:
         with self._rounding_inputs(name, self._parameters[name], served):
             for batch, call, real in zip(self._hidden, self._calls[name], self._real, strict=True):
                 observer.real = real
-                _call(self._blocks[name], values, batch, {**call, self._cache.argument: observer})
+                call_block(
+                    self._blocks[name], values, batch, {**call, self._cache.argument: observer}
+                )
         attention = self._cache.modules[name]
         if observer.times != len(self._hidden):
             raise QplugError(f"{name}: fills a KV cache not once, so one scale does not fit it")
@@ -295,11 +314,11 @@ class Walk:
     @torch.no_grad()
     def replay(self, name: str, served: Mapping[str, Tensor]) -> None:
         """``leave`` for a block that was finished by an earlier run."""
-        if self._with_drift or self._propagate == "float":
+        if self._with_float:
             values = self._computable(self._reader.read(name))
             self._ahead = HiddenStates(self._device)
             for batch, call in zip(self._ideal or self._hidden, self._calls[name], strict=True):
-                self._ahead.append(_call(self._blocks[name], values, batch, call))
+                self._ahead.append(call_block(self._blocks[name], values, batch, call))
         self.leave(name, served)
 
     def _rounded_cache(self, name: str, served: Mapping[str, Tensor]) -> dict[str, RoundedCache]:
@@ -354,13 +373,6 @@ def _refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
             raise QplugError(f"{name}: has NaN or infinite values")
 
 
-def _call(
-    module: nn.Module, values: Mapping[str, Tensor], batch: Tensor, call: Mapping[str, Any]
-) -> Tensor:
-    """What ``module`` makes of ``batch`` with the parameters ``values``."""
-    return _tensor(functional_call(module, dict(values), (batch,), dict(call)))
-
-
 def _fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         _set(module, name, value)
@@ -386,6 +398,12 @@ def _multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def _real_tokens(parts: Sequence[Sequence[Tensor]]) -> list[int]:
+    """The real tokens of each batch, those of all processes, whose ``parts`` are given."""
+    counts = [[int((batch >= 0).sum()) for batch in part] for part in parts]
+    return [sum(of_batch) for of_batch in zip_longest(*counts, fillvalue=0)]
+
+
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, local = name.rpartition(".")
     part = module.get_submodule(path)
@@ -393,10 +411,6 @@ def _set(module: nn.Module, name: str, value: Tensor) -> None:
         part._buffers[local] = value
     else:
         part._parameters[local] = nn.Parameter(value, requires_grad=False)
-
-
-def _tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def _round_input(

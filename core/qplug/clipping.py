@@ -10,12 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qplug.api import Linear
+from qplug.api import InputGroup, Linear
 from qplug.numerics import (
     dequantize,
     dequantize_with,
+    fake_quantize_activations,
     global_scale_of,
     nearest,
+    output_error,
     quantize,
     range_scale,
     weight_range,
@@ -93,6 +95,29 @@ def scaled_difference(
     if steps:
         search_clip(scaled, gram / (scale[:, None] * scale), steps=steps, smallest=smallest)
     return dequantize(nearest(scaled)).div_(scale).sub_(weight)
+
+
+def scaling_error(group: InputGroup, scale: Tensor, *, steps: int, smallest: float) -> float:
+    """The squared error, over all tokens, of a group's linears if its input has scales ``[in]``.
+
+    Of an expert, over those that are routed to it. Weights of fewer than 8 bits are judged in
+    ranges as ``search_clip`` finds them, with no ``steps`` in full ones. Where inputs are rounded
+    too it is the error on ``sample``, for as many tokens as there were.
+    """
+    total = 0.0
+    for part in group.parts:
+        for linear in part.linears if part.tokens else ():
+            searched = steps if linear.args.bits < 8 else 0
+            off = scaled_difference(linear, scale, part.gram, steps=searched, smallest=smallest)
+            if linear.activations is None:
+                total += output_error(off, part.gram)
+                continue
+            x = part.sample
+            rounded = fake_quantize_activations(x / scale, linear.activations) * scale
+            restored = linear.weight + off
+            error = (rounded @ restored.T - x @ linear.weight.T).square().sum().item()
+            total += error * part.tokens / len(x)
+    return total
 
 
 def clip_errors(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,14 +25,18 @@ class HiddenStates:
 
     def __iter__(self) -> Iterator[Tensor]:
         """The batches, on the device."""
+        return self.at(range(len(self)))
+
+    def at(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """Some of the batches, on the device."""
         if self._copies is None:
-            yield from self._batches
+            yield from (self._batches[index] for index in indices)
             return
-        coming = [self._fetch(index, self._copies) for index in range(min(1, len(self)))]
-        for index in range(len(self)):
+        coming = [self._fetch(index, self._copies) for index in indices[:1]]
+        for place in range(len(indices)):
             batch, ready = coming.pop()
-            if index + 1 < len(self):
-                coming.append(self._fetch(index + 1, self._copies))
+            if place + 1 < len(indices):
+                coming.append(self._fetch(indices[place + 1], self._copies))
             here = torch.cuda.current_stream(self._device)
             here.wait_event(ready)
             batch.record_stream(here)

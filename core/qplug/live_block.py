@@ -132,6 +132,13 @@ class LiveBlock(Block):
         for each in (group, *group.routed):
             _divide_known(each, scale)
 
+    def moved(self, group: InputGroup) -> tuple[Before, tuple[str, ...]]:
+        """The operation before ``group``, and all linears that read it, by their local names.
+
+        Raises ValueError if there is no operation that scale can be moved out of.
+        """
+        return self._before(group), self._structure[id(group)].linears
+
     def spread(
         self,
         items: Sequence[T],

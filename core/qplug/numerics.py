@@ -125,12 +125,12 @@ def clip_to_scale(weight: Tensor, scale: Tensor, zero: Tensor | None, args: Quan
 
     ``minmax_scale`` of the result gives the same scales back where a weight reached the range.
     """
-    groups, spread = _group(weight, args), scale.expand(_row_scales(weight, args))
+    groups, spread = in_groups(weight, args), scale.expand(_row_scales(weight, args))
     top = largest_code(args) if args.symmetric else args.code_range[1]
     low = torch.full_like(spread, -top) if zero is None else -zero.float().expand(spread.shape)
     high = torch.full_like(spread, top) if zero is None else top + low
     cut = torch.clamp(groups, _spread(low * spread), _spread(high * spread))
-    return weight.copy_(_ungroup(cut, weight.shape[1], weight.shape[0]))
+    return weight.copy_(out_of_groups(cut, weight.shape[1], weight.shape[0]))
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs) -> Tensor:
@@ -149,7 +149,7 @@ def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs
             groups.clamp_(*args.code_range)
         step = _row_step(args)
         part = codes[rows.start * step : rows.stop * step]
-        part.copy_(_ungroup(groups, weight.shape[1], part.shape[0]))
+        part.copy_(out_of_groups(groups, weight.shape[1], part.shape[0]))
     return codes
 
 
@@ -162,10 +162,10 @@ def dequantize_with(codes: Tensor, scale: Tensor, zero: Tensor | None, args: Qua
     """``dequantize`` of codes ``[out, in]`` that are not yet a QuantizedWeight."""
     values = codes.float()
     scale = scale.expand(_row_scales(values, args))
-    groups = _group(values, args)
+    groups = in_groups(values, args)
     if zero is not None:
         groups = groups - _spread(zero.expand(scale.shape))
-    return _ungroup(groups * _spread(scale), values.shape[1], values.shape[0])
+    return out_of_groups(groups * _spread(scale), values.shape[1], values.shape[0])
 
 
 def round_codes(
@@ -199,10 +199,15 @@ def round_floats(values: Tensor, args: QuantArgs) -> Tensor:
     values.clamp_(-FLOAT_MAX[args.dtype], FLOAT_MAX[args.dtype])
     if args.dtype in _FLOAT_DTYPES:
         return values.to(_FLOAT_DTYPES[args.dtype])
+    step = float_steps(values, args)
+    return values.div_(step).round_().mul_(step).to(code_dtype(args))
+
+
+def float_steps(values: Tensor, args: QuantArgs) -> Tensor:
+    """The distance of neighbouring values of a float format at each of ``values``, float32."""
     # Without sign and mantissa, a float32 is the power of two at or below its magnitude: 2^M steps.
     step = (values.view(torch.int32) & EXPONENT_BITS).view(torch.float32)
-    step.mul_(2.0**-mantissa).clamp_(min=FLOAT_STEP[args.dtype])
-    return values.div_(step).round_().mul_(step).to(code_dtype(args))
+    return step.mul_(2.0 ** -FLOATS[args.dtype][1]).clamp_(min=FLOAT_STEP[args.dtype])
 
 
 def per_column(
@@ -232,13 +237,13 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
     error = norm = 0.0
     for rows, groups in _chunks(weight, args):
         codes = quantized.codes[rows.start * step : rows.stop * step]
-        part = _group(codes.float(), args)
+        part = in_groups(codes.float(), args)
         if zero is not None:
             part -= _spread(zero[rows])
         part *= _spread(scale[rows])
         norm += groups.square().sum(dtype=torch.float64).item()
         # What ragged blocks are filled with is no error.
-        off = _ungroup(part.sub_(groups), codes.shape[1], codes.shape[0])
+        off = out_of_groups(part.sub_(groups), codes.shape[1], codes.shape[0])
         error += off.square_().sum(dtype=torch.float64).item()
     return (error / norm) ** 0.5 if norm else float(error > 0)
 
@@ -351,7 +356,12 @@ def _row_scales(weight: Tensor, args: QuantArgs) -> tuple[int, int]:
     return args.scale_shape((weight.shape[0], weight.shape[1]))
 
 
-def _group(part: Tensor, args: QuantArgs) -> Tensor:
+def per_row_scale(scale: Tensor, weight: Tensor, args: QuantArgs) -> Tensor:
+    """``scale: args.scale_shape`` as ``[row step, 1, group, 1]``, to go with ``in_groups``."""
+    return _spread(scale.expand(_row_scales(weight, args)))
+
+
+def in_groups(part: Tensor, args: QuantArgs) -> Tensor:
     """``[rows, in]`` as ``[row step, rows, group, columns]``; ragged blocks are filled with 0."""
     if args.block:
         tall, wide = args.block
@@ -362,7 +372,8 @@ def _group(part: Tensor, args: QuantArgs) -> Tensor:
     return part.view(part.shape[0], 1, -1, args.group_size or part.shape[1])
 
 
-def _ungroup(groups: Tensor, width: int, rows: int) -> Tensor:
+def out_of_groups(groups: Tensor, width: int, rows: int) -> Tensor:
+    """The inverse of ``in_groups``: ``[rows, width]``."""
     return groups.flatten(2).flatten(0, 1)[:rows, :width]
 
 
@@ -380,4 +391,4 @@ def _chunks(weight: Tensor, args: QuantArgs) -> Iterator[tuple[slice, Tensor]]:
         rows = slice(start, min(start + size, total))
         part = weight[rows.start * step : rows.stop * step]
         # A copy even of float32 weights: callers work in place.
-        yield rows, _group(part.to(torch.float32, copy=True), args)
+        yield rows, in_groups(part.to(torch.float32, copy=True), args)

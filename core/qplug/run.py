@@ -244,6 +244,7 @@ class Run:
                     propagate=calibration.propagate,
                     batch_size=calibration.batch_size,
                     with_drift=self.stages.needs_drift,
+                    with_targets=self.stages.learns,
                     online=prepared.online,
                     cache=cache,
                     trust_remote_code=self.trust_remote_code,

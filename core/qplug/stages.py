@@ -120,6 +120,11 @@ class Stages:
         return any(algorithm.needs_drift for algorithm in self.pipeline)
 
     @property
+    def learns(self) -> bool:
+        """Whether any algorithm computes whole blocks, to learn what the float ones do."""
+        return any(algorithm.learns for algorithm in self.pipeline)
+
+    @property
     def preparing(self) -> list[Algorithm[Any]]:
         """The algorithms that rewrite the float model."""
         return [algorithm for algorithm in self.pipeline if algorithm.prepares()]

@@ -267,14 +267,23 @@ def _holds(
 
 def divide(weight: Tensor, bias: Tensor | None, before: Before, scale: Tensor) -> None:
     """Divide what ``before`` makes by ``scale: [in]``, in place, in its ``weight`` and ``bias``."""
+    new_weight, new_bias = divided(weight, bias, before, scale)
+    weight.copy_(new_weight)
+    if bias is not None and new_bias is not None:
+        bias.copy_(new_bias)
+
+
+def divided(
+    weight: Tensor, bias: Tensor | None, before: Before, scale: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """What ``divide`` makes of them. Of channels that share a row, the first tells its scale."""
     if before.kind == "rows":
-        per_row = torch.ones(weight.shape[0], device=weight.device, dtype=weight.dtype)
-        per_row[before.rows] = scale.to(weight.dtype)
-        weight.div_(per_row[:, None])
-        scale = per_row
+        channels = torch.full((len(weight),), -1, device=weight.device)
+        channels[before.rows.flip(0)] = torch.arange(len(before.rows), device=weight.device).flip(0)
+        scale = torch.where(channels >= 0, scale.to(weight.dtype)[channels.clamp(min=0)], 1)
+        made = weight / scale[:, None]
     elif before.kind == "offset-norm":
-        weight.add_(1).div_(scale).sub_(1)
+        made = (weight + 1) / scale - 1
     else:
-        weight.div_(scale)
-    if bias is not None:
-        bias.div_(scale)
+        made = weight / scale
+    return made, None if bias is None else bias / scale

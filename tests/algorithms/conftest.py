@@ -181,6 +181,7 @@ def start_walk() -> StartWalk:
         ignore: Sequence[str] = (),
         batch_size: int | None = None,
         with_drift: bool = False,
+        with_targets: bool = False,
     ) -> Walk:
         source = Checkpoint.open(folder)
         view = model_view(source)
@@ -195,6 +196,7 @@ def start_walk() -> StartWalk:
             propagate=propagate,
             batch_size=batch_size,
             with_drift=with_drift,
+            with_targets=with_targets,
         )
 
     return start

@@ -43,6 +43,8 @@ CACHE: dict[str, Any] = {"kv_cache": "fp8"}
 SHORT: dict[str, dict[str, Any]] = {
     "awq": {"ratios": 3, "clip_steps": 3, "clip_in_search": 0},
     "osplus": {"steps": 3},
+    "omniquant": {"epochs": 1},
+    "signround": {"epochs": 2},
 }
 
 FAMILIES = (
@@ -438,6 +440,9 @@ def contents(folder: Path) -> dict[str, bytes]:
             "quantized",
             {"algo": "awq", **STATIC, "observer": "moving-average"},
         ),
+        ("llama", torch.bfloat16, "quantized", {"algo": "omniquant", "scheme": "W4A16_ASYM"}),
+        ("gpt-neox", torch.bfloat16, "float", {"algo": "omniquant", **W8A8}),
+        ("opt", torch.bfloat16, "quantized", {"algo": "signround"}),
     ],
 )
 def test_killed_after_any_block(

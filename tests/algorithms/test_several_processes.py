@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from qplug.checkpoint import Checkpoint
 from qplug.live_block import LiveBlock
 from qplug.processes import ALONE, Processes
 from qplug.skeleton import model_view
+from qplug_omniquant.omniquant import OmniQuant
+from qplug_omniquant.omniquant import Params as OmniQuantParams
 
 Family = Callable[..., Path]
 Quantize = Callable[..., Path]
@@ -377,7 +380,7 @@ class Threads(Processes):
                 tensor.copy_(join(one, two))
 
 
-def start_walk_of(source: Path, tokens: Tensor, processes: Processes) -> Walk:
+def start_walk_of(source: Path, tokens: Tensor, processes: Processes, **changes: Any) -> Walk:
     folder = Checkpoint.open(source)
     view = model_view(folder)
     return Walk(
@@ -388,6 +391,7 @@ def start_walk_of(source: Path, tokens: Tensor, processes: Processes) -> Walk:
         device=torch.device("cpu"),
         propagate="float",
         processes=processes,
+        **changes,
     )
 
 
@@ -487,6 +491,55 @@ def test_all_know_of_the_tokens_of_experts(
             wanted, found = getattr(a, name), getattr(b, name)
             assert torch.equal(found, getattr(c, name))
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("samples", [4, 5])
+def test_all_learn_the_same(
+    samples: int, family: Family, make_tokens: Callable[..., Tensor]
+) -> None:
+    """The same on each, and what one alone learns of the same batches.
+
+    Of five samples one process has none in its last batch.
+    """
+    source, tokens = family("opt"), make_tokens(samples, 20)
+    tokens[1, 12:] = -1
+    board, barrier = [None, None], threading.Barrier(2)
+    walks = [
+        start_walk_of(
+            source, tokens, Threads(rank, board, barrier), with_targets=True, batch_size=1
+        )
+        for rank in range(2)
+    ]
+
+    def learned(walk: Walk) -> LiveBlock:
+        block = walk.enter("model.decoder.layers.0")
+        OmniQuant(OmniQuantParams(epochs=2)).transform(block)
+        return block
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(learned, walks)
+    # Alone, with batches of the samples that the two had at the same time.
+    half = -(-samples // 2)
+    order = [n for pair in zip_longest(range(half), range(half, samples)) for n in pair]
+    alone = learned(
+        start_walk_of(
+            source,
+            tokens[[n for n in order if n is not None]],
+            ALONE,
+            with_targets=True,
+            batch_size=2,
+        )
+    )
+    for name, value in alone.masters.items():
+        assert torch.equal(first.masters[name], second.masters[name])
+        torch.testing.assert_close(first.masters[name], value, rtol=1e-3, atol=1e-3)
+    for mine, others, wanted in zip(first.linears, second.linears, alone.linears, strict=True):
+        assert mine.scale is not None
+        assert others.scale is not None
+        assert wanted.scale is not None
+        assert torch.equal(mine.scale, others.scale)
+        torch.testing.assert_close(mine.scale, wanted.scale, rtol=1e-2, atol=0)
+    assert first.notes == second.notes
 
 
 # --- the end of one is the end of all -------------------------------------------------------------

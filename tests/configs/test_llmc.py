@@ -186,6 +186,9 @@ def test_kv_caches(read_text: Read, llmc: Llmc) -> None:
         ("GPTQ", "gptq"),
         ("SmoothQuant", "smoothquant"),
         ("OsPlus", "osplus"),
+        ("OmniQuant", "omniquant"),
+        ("TesseraQ", "signround"),
+        ("GPTBRECQ", "signround"),
     ],
 )
 def test_methods(read_text: Read, llmc: Llmc, method: str, name: str) -> None:
@@ -214,6 +217,22 @@ def test_options_of_algorithms(read_text: Read, llmc: Llmc) -> None:
     assert read_text(llmc(method="SmoothQuant", special="alpha: 0.8")).job.algorithm_options == {
         "smoothquant": {"alpha": 0.8}
     }
+
+
+def test_options_of_omniquant(read_text: Read, llmc: Llmc) -> None:
+    """As the second step of LLMC's combination with AWQ has them."""
+    special = (
+        "aug_loss: False\nlet: False\nlwc: True\nlwc_lr: 0.01\nlet_lr: 0.005\nuse_shift: False\n"
+        "alpha: 0.5\ndeactive_amp: True\nepochs: 5\nwd: 0\nsearch_clip_init: True"
+    )
+    read = read_text(llmc(method="OmniQuant", special=special))
+    assert read.job.algorithm_options == {
+        "omniquant": {
+            **{"aug_loss": False, "let": False, "lwc": True, "lwc_lr": 0.01, "let_lr": 0.005},
+            **{"shift": False, "alpha": 0.5, "epochs": 5, "weight_decay": 0},
+        }
+    }
+    assert told(read) == ()
 
 
 def test_a_wrong_option(read_text: Read, llmc: Llmc) -> None:

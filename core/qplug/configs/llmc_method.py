@@ -21,8 +21,8 @@ METHODS = {
     "Quarot": "quarot",
     "SpinQuant": "spinquant",
     "HQQ": "hqq",
-    "TesseraQ": "tesseraq",
-    "GPTBRECQ": "tesseraq",
+    "TesseraQ": "signround",
+    "GPTBRECQ": "signround",
 }
 
 #: Memory, files between steps, and what qplug always does: of these any value will do.

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from qplug import Algorithm, Block, InputGroup, Linear, Param
-from qplug.clipping import scaled_difference, search_clip
-from qplug.numerics import fake_quantize_activations, output_error
+from qplug.clipping import scaling_error, search_clip
 
 
 @dataclass(frozen=True)
@@ -104,22 +103,8 @@ class AWQ(Algorithm[Params]):
         return block.shared(group, scale / (scale.max() * scale.min()).sqrt())
 
     def _loss(self, group: InputGroup, scale: Tensor) -> float:
-        """The squared error over all tokens; of an expert, over those that are routed to it."""
-        smallest = self.params.clip_smallest
-        total = 0.0
-        for part in group.parts:
-            for linear in part.linears if part.tokens else ():
-                steps = self.params.clip_in_search if self._clips(linear) else 0
-                off = scaled_difference(linear, scale, part.gram, steps=steps, smallest=smallest)
-                if linear.activations is None:
-                    total += output_error(off, part.gram)
-                    continue
-                x = part.sample
-                rounded = fake_quantize_activations(x / scale, linear.activations) * scale
-                restored = linear.weight + off
-                error = (rounded @ restored.T - x @ linear.weight.T).square().sum().item()
-                total += error * part.tokens / len(x)
-        return total
+        steps = self.params.clip_in_search if self.params.clip else 0
+        return scaling_error(group, scale, steps=steps, smallest=self.params.clip_smallest)
 
 
 def _products(group: InputGroup) -> float:

@@ -1,0 +1,15 @@
+"""SignRound: learn which way each weight is rounded, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from qplug import Algorithm, hookimpl
+
+
+@hookimpl
+def qplug_algorithms() -> Iterable[type[Algorithm[Any]]]:
+    from qplug_signround.signround import SignRound
+
+    return [SignRound]

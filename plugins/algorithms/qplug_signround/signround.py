@@ -1,0 +1,121 @@
+"""SignRound (Cheng et al., arXiv 2309.05516): rounding learned by the signs of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from qplug import Algorithm, Block, Linear, Param, QplugError, QuantizedWeight
+from qplug.learning import SignSGD, learn, learns_ranges, start_clips
+from qplug.numerics import quantize, scale_of
+from qplug.straight_through import fake_quantize, stretched
+
+
+@dataclass(frozen=True)
+class Params:
+    epochs: Annotated[int, Param("Passes over the calibration data.", 1)] = 6
+    offset_lr: Annotated[
+        float | None, Param("The first step of offsets; none: so that all add up to a half.", 0)
+    ] = None
+    range_lr: Annotated[
+        float | None,
+        Param("The first step of ranges, of 1; none: as for offsets.", 0, also=("minmax_lr",)),
+    ] = None
+    aug_loss: Annotated[
+        bool, Param("Match the float block on the same inputs too, not the float model alone.")
+    ] = False
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], Param("Of the matrix products while learning.")
+    ] = "float32"
+    clip_steps: Annotated[int, Param("Steps of the clip search.", 1)] = 20
+    clip_smallest: Annotated[float, Param("The smallest range, of the full one.", 0.05, 1)] = 0.6
+
+
+class SignRound(Algorithm[Params]):
+    """Learn which way each weight is rounded, so that whole blocks compute what they did."""
+
+    name = "signround"
+    Params = Params
+    needs_data = True
+    learns = True
+
+    def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
+        params = self.params
+        if block.reconstruction is None:
+            raise QplugError("signround learns from calibration data, and here is none")
+        start_clips(block.groups, steps=params.clip_steps, smallest=params.clip_smallest)
+        learned = {linear.name: _Rounding(linear) for linear in block.linears}
+
+        def weights() -> dict[str, Tensor]:
+            return {f"{name}.weight": rounding.weight() for name, rounding in learned.items()}
+
+        steps = params.epochs * block.reconstruction.steps
+        lr = (
+            1 / (steps + 1) if params.offset_lr is None else params.offset_lr
+        )  # falling to 0, steps add up
+        range_lr = lr if params.range_lr is None else params.range_lr
+        offsets = [rounding.offset for rounding in learned.values()]
+        factors = [factor for rounding in learned.values() for factor in rounding.factors]
+        optimizer = SignSGD(
+            [
+                {"params": offsets, "lr": lr, "low": -0.5, "high": 0.5},
+                {"params": factors, "lr": range_lr, "low": 0.1, "high": 2.0},
+            ],
+            lr,
+        )
+        found = learn(
+            block.reconstruction,
+            weights,
+            [*offsets, *factors],
+            optimizer,
+            epochs=params.epochs,
+            aim="both" if params.aug_loss else "model",
+            precision=params.dtype,
+            decay=True,
+        )
+        block.notes.append(
+            f"{block.name}: error of its output {found.before:.4g}, {found.after:.4g} once learned"
+        )
+        return {name: rounding.codes() for name, rounding in learned.items()}
+
+
+class _Rounding:
+    """What is learned of one linear.
+
+    ``offset: [out, in]`` is added before rounding, in steps. ``factors``: the range's low and high
+    end (one, if it is symmetric), as a part of those that it started with, ``args.scale_shape``.
+    """
+
+    def __init__(self, linear: Linear) -> None:
+        self._weight, self._args = linear.weight, linear.args
+        self._unit = linear.global_scale
+        scale, zero = scale_of(linear)
+        self._scale, self._zero = scale, None if zero is None else zero.float()
+        self.offset = torch.zeros_like(linear.weight, requires_grad=True)
+        ends = (1 if linear.args.symmetric else 2) * learns_ranges(linear.args)
+        self.factors = [torch.ones_like(scale, requires_grad=True) for _ in range(ends)]
+
+    def weight(self) -> Tensor:
+        """What the codes stand for, with gradients."""
+        return fake_quantize(self._weight, *self._range(), self._args, self.offset)
+
+    @torch.no_grad()
+    def codes(self) -> QuantizedWeight:
+        args = self._args
+        scale, zero = self._range()
+        made = fake_quantize(self._weight, scale, zero, args, self.offset)
+        return QuantizedWeight(
+            quantize(made, scale, zero, args),
+            scale,
+            None if zero is None else zero.to(torch.uint8),
+            args,
+        )
+
+    def _range(self) -> tuple[Tensor, Tensor | None]:
+        if not self.factors:
+            return self._scale, self._zero
+        return stretched(self._scale, self._zero, self.factors, self._args, self._unit)
