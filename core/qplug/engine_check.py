@@ -84,7 +84,7 @@ def check_engine(
         registry=registry,
         backend=backend,
         python=python,
-        port=_free_port(),
+        port=free_port(),
         trust_remote_code=trust_remote_code,
     )
     serving.require_engine()
@@ -127,7 +127,7 @@ def _perplexity(logprobs: Tensor) -> float:
     return math.exp(-logprobs.double().mean().item())
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -196,12 +196,12 @@ def prompt_logprobs(url: str, model: str, tokens: Sequence[int]) -> list[float]:
     Raises QplugError if it refuses.
     """
     asked = {"prompt": list(tokens), "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
-    answer = _post(f"{url}/v1/completions", {"model": model, **asked})
+    answer = post_json(f"{url}/v1/completions", {"model": model, **asked})
     found: list[float] = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(tokens)]
     return found
 
 
-def _post(url: str, body: dict[str, Any]) -> Any:
+def post_json(url: str, body: dict[str, Any]) -> Any:
     request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
     try:
         with urlopen(request, timeout=600) as response:  # noqa: S310 - it is ours

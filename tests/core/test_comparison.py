@@ -128,7 +128,7 @@ def test_another_embedding_leaves_the_predictions(
 
 
 def test_another_model_is_refused(folder: Callable[..., Path], llama: Path) -> None:
-    with pytest.raises(qplug.QplugError, match="has other blocks than .*; it is another model"):
+    with pytest.raises(qplug.QplugError, match=r"has other blocks than .*; it is another model"):
         compare(str(folder(scheme="W8A8")), str(llama))
 
 

@@ -17,7 +17,7 @@ from qplug_vllm.cpu import cpu_flags
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-ENGINE_SECONDS = 3000
+ENGINE_SECONDS = 7200 if os.environ.get("QPLUG_ENGINE_TESTS") == "full" else 1800
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ WEIGHTS_ONLY, WITH_ACTIVATIONS = 0.03, 0.1
 #: How far the perplexity of the served model may be from that which ``qplug eval`` gives.
 PERPLEXITY = 0.01
 
-TOKENS, WINDOWS = 128, 16
+TOKENS, WINDOWS = 128, 8
 FLOATS = ("demo", "qwen2", "qwen3-moe")
 
 
@@ -54,7 +54,7 @@ def engine(request: pytest.FixtureRequest) -> RealEngine:
 
 @pytest.fixture(scope="session")
 def prompts() -> Tensor:
-    """Token ids ``[16, 128]``: what ``qplug eval --seq-len 128 --windows 16`` reads."""
+    """Token ids ``[8, 128]``: what ``qplug eval --seq-len 128 --windows 8`` reads."""
     return evaluation_tokens(
         DEMO,
         dataset="demo",

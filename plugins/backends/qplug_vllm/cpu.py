@@ -38,7 +38,12 @@ CPU_KERNELS = (
     ),
     CPUKernel("W8A16", _ONLY_INT4, None, f"{_AVX2}, {_AVX512}"),
     CPUKernel("W8A8", "onednn_scaled_mm", frozenset({"avx2"}), f"{_AVX2}, {_AVX512}"),
-    CPUKernel("W8A8_STATIC", "onednn_scaled_mm", frozenset({"avx2"}), f"{_AVX2}, {_AVX512}"),
+    CPUKernel(
+        "W8A8_STATIC",
+        "onednn_scaled_mm with one scale of the inputs (minutes a page without)",
+        frozenset({"avx512f"}),
+        f"{_AVX512}; in {_AVX2} it computes the same in oneDNN's reference kernel: minutes",
+    ),
     CPUKernel("FP8", "static_scaled_fp8_quant is not built", None, f"{_AVX2}, {_AVX512}"),
     CPUKernel("FP8_DYNAMIC", "torch._scaled_mm", frozenset({"avx2"}), f"{_AVX2}, {_AVX512}"),
     CPUKernel("FP8_BLOCK", "cpu fp8 block", frozenset({"amx_tile"}), f"refused in {_AVX512}"),
