@@ -9,13 +9,10 @@ from dataclasses import dataclass
 
 from qplug import PRESETS
 from qplug.registry import Registry
-from qplug_vllm.cpu import runs_on_cpu
+from qplug_vllm.cpu import refused_on_cpu
 
 #: What an algorithm is tried with, where one scheme has to do.
 FITTING = {"smoothquant": "W8A8", "osplus": "W8A8"}
-
-#: Folders of these are not for SGLang.
-NOT_FOR_SGLANG = frozenset({"vllm"})
 
 
 @dataclass(frozen=True)
@@ -44,18 +41,29 @@ class Case:
 
 def served_schemes() -> list[tuple[str, str]]:
     """Scheme and backend of every row of every table that an engine serves."""
-    exporters = Registry.installed().exporters
-    return [
+    exporters = Registry.installed(only_shipped=True).exporters
+    found = [
         (row.scheme, backend)
         for backend in exporters
         for row in exporters[backend].capabilities()
         if row.served and row.scheme in PRESETS
     ]
+    return list(dict.fromkeys(found))
+
+
+def engines_of(case: Case) -> set[str]:
+    """The engines, in lower case, that the table of the backend names for the scheme."""
+    table = Registry.installed(only_shipped=True).exporters[case.backend].capabilities()
+    return {
+        row.engine.partition(" ")[0].lower()
+        for row in table
+        if row.scheme == case.scheme and row.served
+    }
 
 
 def every_case() -> list[Case]:
     """Every algorithm with every scheme of every backend; what one refuses is found on trying."""
-    algorithms = list(Registry.installed().algorithms)
+    algorithms = list(Registry.installed(only_shipped=True).algorithms)
     return [
         Case(scheme, algo, backend, model=model)
         for model in ("demo", "ref-19m")
@@ -67,7 +75,9 @@ def every_case() -> list[Case]:
 def some_cases() -> list[Case]:
     """Every scheme of every backend once, and every algorithm once."""
     schemes = served_schemes()
-    algorithms = [name for name in Registry.installed().algorithms if name != "rtn"]
+    algorithms = [
+        name for name in Registry.installed(only_shipped=True).algorithms if name != "rtn"
+    ]
     return [
         *(Case(scheme, backend=backend) for scheme, backend in schemes),
         *(Case(FITTING.get(name, "W4A16"), name) for name in algorithms),
@@ -95,6 +105,6 @@ def left_out_on_cpu(case: Case, flags: frozenset[str], *, emulating: bool) -> st
     """
     if case.model == "qwen3-moe" and not case.ignore:
         return "vLLM 0.32 has no backend for quantized experts on a CPU"
-    if case.kv_cache and (reason := runs_on_cpu(f"{case.kv_cache} cache", flags)):
+    if case.kv_cache and (reason := refused_on_cpu(f"{case.kv_cache} cache", flags)):
         return reason
-    return runs_on_cpu(case.scheme, flags, emulating=emulating)
+    return refused_on_cpu(case.scheme, flags, emulating=emulating)

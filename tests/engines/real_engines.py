@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from engine_cases import NOT_FOR_SGLANG, Case, left_out_on_cpu
+from engine_cases import Case, engines_of, left_out_on_cpu
 
 from qplug_vllm.cpu import cpu_flags
 
@@ -60,11 +60,11 @@ class RealEngine:
 
     def left_out(self, case: Case) -> str | None:
         """Why this engine does not compute ``case`` on this machine; None if it does."""
-        if self.on_cpu:
-            return left_out_on_cpu(case, cpu_flags(), emulating=True)
-        if self.name == "sglang" and case.backend in NOT_FOR_SGLANG:
-            return "is written for vLLM"
-        return None
+        # What is written for SGLang is compressed-tensors, which vLLM loads too.
+        also = {"vllm"} if case.backend == "sglang" else set()
+        if self.name not in engines_of(case) | also:
+            return f"{case.scheme} of {case.backend}: not for {self.name}"
+        return left_out_on_cpu(case, cpu_flags(), emulating=True) if self.on_cpu else None
 
     def measure(
         self, loads: Mapping[str, Mapping[str, str]], prompts: list[list[int]], base: Path

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qplug import Capability, ModelView, Problem, QuantArgs, QuantizedWeight, Scheme, Server, TensorSpec
+from qplug import (
+    Capability,
+    ModelView,
+    Problem,
+    QuantArgs,
+    QuantizedWeight,
+    Scheme,
+    Server,
+    TensorSpec,
+)
 from qplug.limits import Target
 from qplug_compressed_tensors.configuration import format_of
 from qplug_compressed_tensors.exporter import CompressedTensors, half_precision

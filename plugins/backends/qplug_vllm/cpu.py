@@ -1,6 +1,7 @@
-"""Which schemes vLLM computes on a CPU, and what the CPU must have for it.
+"""What a CPU must have for vLLM to compute a scheme on it.
 
-vLLM for CPUs loads one library on CPUs with AVX-512 and another, with fewer kernels, on the rest.
+vLLM for CPUs loads one library on CPUs with AVX-512 and another, with fewer kernels, on the rest;
+``qplug_vllm.capabilities`` tells of the first.
 """
 
 from __future__ import annotations
@@ -8,46 +9,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-_AVX2 = "vLLM 0.32 on an AVX2 CPU, 2026-11"
-_AVX512 = "vLLM 0.32 on an AVX-512 CPU, 2026-11"
+from qplug_vllm.capabilities import CAPABILITIES
+
+_AVX2 = "vLLM 0.32 on an AVX2 CPU, 2026-11-25"
 
 
 @dataclass(frozen=True)
-class CPUKernel:
-    """What runs ``scheme`` (or the KV cache so called) on a CPU.
+class CPUNeed:
+    """The features, by the names in ``/proc/cpuinfo``, that ``scheme`` (or a KV cache) needs.
 
-    ``needs``: flags that Linux lists in ``/proc/cpuinfo``; None where no CPU runs it, and then
-    ``kernel`` says why. ``op``: the operator that is missing in vLLM's library where they are
-    lacking, though it loads the weights.
+    ``op``: the operator that vLLM's library lacks without them, though all else is there.
     """
 
     scheme: str
-    kernel: str
-    needs: frozenset[str] | None
+    flags: frozenset[str]
     evidence: str
     op: str | None = None
 
 
-_INT4 = ("cpu_gemm_wna16", frozenset({"avx512f"}))
-_ONLY_INT4 = "CPUWNA16LinearKernel takes 4 bits only"
+_AVX512 = frozenset({"avx512f"})
 
-CPU_KERNELS = (
-    *(
-        CPUKernel(scheme, _INT4[0], _INT4[1], f"{_AVX512}; op missing in {_AVX2}", _INT4[0])
-        for scheme in ("W4A16", "W4A16_ASYM")
-    ),
-    CPUKernel("W8A16", _ONLY_INT4, None, f"{_AVX2}, {_AVX512}"),
-    CPUKernel("W8A8", "onednn_scaled_mm", frozenset({"avx2"}), f"{_AVX2}, {_AVX512}"),
-    CPUKernel(
-        "W8A8_STATIC",
-        "onednn_scaled_mm with one scale of the inputs (minutes a page without)",
-        frozenset({"avx512f"}),
-        f"{_AVX512}; in {_AVX2} it computes the same in oneDNN's reference kernel: minutes",
-    ),
-    CPUKernel("FP8", "static_scaled_fp8_quant is not built", None, f"{_AVX2}, {_AVX512}"),
-    CPUKernel("FP8_DYNAMIC", "torch._scaled_mm", frozenset({"avx2"}), f"{_AVX2}, {_AVX512}"),
-    CPUKernel("FP8_BLOCK", "cpu fp8 block", frozenset({"amx_tile"}), f"refused in {_AVX512}"),
-    CPUKernel("fp8 cache", "cpu_attn", frozenset({"avx512f"}), f"{_AVX512}; refused in {_AVX2}"),
+CPU_NEEDS = (
+    CPUNeed("W4A16", _AVX512, f"{_AVX2}: no such op", "cpu_gemm_wna16"),
+    CPUNeed("W4A16_ASYM", _AVX512, f"{_AVX2}: no such op", "cpu_gemm_wna16"),
+    CPUNeed("W8A8", frozenset(), f"{_AVX2}: run"),
+    CPUNeed("W8A8_STATIC", _AVX512, f"{_AVX2}: oneDNN's reference kernel, minutes for a page"),
+    CPUNeed("FP8_DYNAMIC", frozenset(), f"{_AVX2}: run"),
+    CPUNeed("fp8 cache", _AVX512, f"{_AVX2}: refused, needs AVX-512 or AMX"),
 )
 
 
@@ -59,17 +47,18 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(told.partition(":")[2].split())
 
 
-def runs_on_cpu(scheme: str, flags: frozenset[str], *, emulating: bool = False) -> str | None:
+def refused_on_cpu(scheme: str, flags: frozenset[str], *, emulating: bool = False) -> str | None:
     """Why vLLM does not compute ``scheme`` on a CPU with ``flags``; None if it does.
 
     ``emulating``: whether someone stands in for operators that its library lacks.
     """
-    row = next((row for row in CPU_KERNELS if row.scheme == scheme), None)
-    if row is None:
-        return f"{scheme}: never tried on a CPU (no row in qplug_vllm.cpu)"
-    if row.needs is None:
-        return f"{scheme}: {row.kernel}"
-    lacking = sorted(row.needs - flags)
-    if lacking and not (emulating and row.op):
-        return f"{scheme}: {row.kernel} needs {' and '.join(lacking)}, which this CPU lacks"
+    for row in CAPABILITIES:
+        if row.scheme == scheme and "cpu" in row.devices and not row.served:
+            return f"{scheme}: {row.kernel}"
+    need = next((need for need in CPU_NEEDS if need.scheme == scheme), None)
+    if need is None:
+        return f"{scheme}: was never tried on a CPU"
+    lacking = sorted(need.flags - flags)
+    if lacking and not (emulating and need.op):
+        return f"{scheme}: needs {', '.join(lacking)}, which this CPU lacks ({need.evidence})"
     return None

