@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 
 import click
 
@@ -75,5 +76,5 @@ def command(
     click.echo(shlex.join(serving.command))
     click.echo(f"when it is ready: {serving.curl}")
     if not dry_run:
-        click.get_text_stream("stdout").flush()
+        sys.stdout.flush()
         os.execvp(serving.command[0], serving.command)  # noqa: S606 - signals reach the engine
