@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SHELL := /bin/bash
 
-.PHONY: quickstart test lint types test-engines test-gpu wheel clean
+.PHONY: quickstart test lint types test-engines test-engines-full test-gpu wheel clean
 
 quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it write
 	rm -rf quantized-demo
@@ -21,8 +21,14 @@ test-engines: $(VENV)/installed-test  ## the real vLLM, on this CPU, in an envir
 	$(PYTHON) tests/engines/install_vllm.py .venv-vllm
 	QPLUG_VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/python -m pytest -m engine tests/engines
 
-test-gpu: $(VENV)/installed-test  ## the kernels, on a host with a GPU
-	$(BIN)/python -m pytest -m gpu tests/algorithms
+test-engines-full: export QPLUG_ENGINE_TESTS := full
+test-engines-full: test-engines  ## every algorithm with every scheme that the tables allow
+
+# Engines are in environments of their own: QPLUG_VLLM_PYTHON and QPLUG_SGLANG_PYTHON name their
+# Pythons; QPLUG_VLLM_PYTHONPATH and QPLUG_SGLANG_PYTHONPATH packages beside them;
+# QPLUG_VLLM_PYTHON_OPTIONS ({"attention_backend": "TRITON_ATTN"}) more for vllm.LLM, and so on.
+test-gpu: $(VENV)/installed-test  ## the kernels and the engines, on a host with a GPU
+	$(BIN)/python -m pytest -m gpu tests/algorithms tests/engines
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

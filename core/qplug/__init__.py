@@ -28,6 +28,7 @@ from qplug.api import (
     QuantizedWeight,
     Reconstruction,
     Rewrite,
+    Server,
     Split,
     Stream,
     StreamNorm,
@@ -42,6 +43,7 @@ from qplug.scheme import PRESETS, QuantArgs, Scheme, preset
 
 if TYPE_CHECKING:
     from qplug.checkpoint import Checkpoint
+    from qplug.comparison import compare
     from qplug.configs.job import Export, Job, Measurement
     from qplug.configs.reading import read_job
     from qplug.evaluation import evaluate
@@ -85,12 +87,14 @@ __all__ = [
     "Result",
     "Rewrite",
     "Scheme",
+    "Server",
     "Split",
     "StoredTensor",
     "Stream",
     "StreamNorm",
     "TensorSpec",
     "Tokenizer",
+    "compare",
     "evaluate",
     "hookimpl",
     "load",
@@ -108,6 +112,7 @@ _LAZY = {
     "Export": "qplug.configs.job",
     "Job": "qplug.configs.job",
     "Measurement": "qplug.configs.job",
+    "compare": "qplug.comparison",
     "evaluate": "qplug.evaluation",
     "load": "qplug.reader",
     "load_tokenizer": "qplug.reader",

@@ -572,11 +572,27 @@ class Problem:
         return f"{self.check}: {self.where}: {self.message}"
 
 
+@dataclass(frozen=True)
+class Server:
+    """How an engine's server of OpenAI's API is started: ``python -m MODULE FOLDER_OPTION DIR``.
+
+    ``package``: what can be imported where the engine is installed. ``brief``: options for a server
+    that answers a few prompts and ends: it starts faster, and computes every token anew.
+    """
+
+    package: str
+    module: str
+    folder_option: str
+    brief: tuple[str, ...] = ()
+
+
 class Exporter(Component[P]):
     """A format that an engine loads. It packs codes; it never computes one."""
 
     #: The command that serves a folder, for the model card; ``{}`` stands for the folder.
     serve_command: ClassVar[str | None] = None
+    #: How ``qplug serve`` starts the engine; None where this is the format of no one engine.
+    server: ClassVar[Server | None] = None
     #: Whether ``unpack`` gives back the very codes.
     exact: ClassVar[bool] = True
     #: Whether what reads the folder can rotate the inputs of linears (``Preparation.online``).
@@ -701,6 +717,10 @@ class Exporter(Component[P]):
         Linears that stay float are left out. Raises QplugError for a config the engine refuses.
         """
         raise NotImplementedError
+
+    def serve_arguments(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The options that the engine needs to serve a folder with this ``config.json``."""
+        return ()
 
     def check(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
         """The rules of the engine's loader that ``folder`` breaks."""

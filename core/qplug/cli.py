@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": ("qplug.commands.eval:command", "Measure the perplexity of a checkpoint."),
     "config": ("qplug.commands.config:command", "Check and convert recipes and LLMC files."),
     "verify": ("qplug.commands.verify:command", "Check that an engine can load a folder."),
+    "serve": ("qplug.commands.serve:command", "Verify a folder, and start the engine on it."),
     "inspect": ("qplug.commands.inspect:command", "Say what a quantized folder holds."),
     "schemes": ("qplug.commands.schemes:command", "List schemes, and which engine runs them."),
     "plugins": ("qplug.commands.plugins:command", "List, check and describe plugins."),

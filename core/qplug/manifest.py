@@ -129,7 +129,7 @@ def result_files(
     return {
         "config.json": _json(config),
         MANIFEST: _json(manifest),
-        "README.md": _card(name, recipe, exporter, errors),
+        "README.md": _card(name, recipe, exporter, errors, exporter.serve_arguments(config)),
     }
 
 
@@ -185,8 +185,14 @@ def _told(errors: Mapping[str, float]) -> str:
     return f"{len(errors)} linear layers hold codes; mean relative error of a weight: {mean:.4f}."
 
 
-def _card(name: str, recipe: Recipe, exporter: Exporter[Any], errors: Mapping[str, float]) -> str:
-    serve = exporter.serve_command
+def _card(
+    name: str,
+    recipe: Recipe,
+    exporter: Exporter[Any],
+    errors: Mapping[str, float],
+    arguments: Sequence[str],
+) -> str:
+    serve = exporter.serve_command and " ".join([exporter.serve_command.format("."), *arguments])
     return _CARD.substitute(
         tag=recipe.scheme.name.lower(),
         title=f"{name.rstrip('/').rpartition('/')[2]}, {recipe.scheme.name}",
@@ -198,5 +204,5 @@ def _card(name: str, recipe: Recipe, exporter: Exporter[Any], errors: Mapping[st
         made="transformed" if exporter.stores_float else "quantized",
         told=_told(errors),
         manifest=MANIFEST,
-        serve=f"; serve it with `{serve.format('.')}`" if serve else "",
+        serve=f"; serve it with `{serve}`" if serve else "",
     )

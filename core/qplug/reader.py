@@ -68,6 +68,18 @@ class Folder:
             }
         return self.exporter.dequantize(tensors, self.schemes[name])
 
+    def holds(self, parameter: str) -> bool:
+        """Whether there is a tensor, or codes, for a parameter by its name in a model."""
+        name, _, local = parameter.rpartition(".")
+        return parameter in self.checkpoint.tensors or (local == "weight" and name in self.schemes)
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter by its name in a model, float32."""
+        linear, _, local = name.rpartition(".")
+        if local == "weight" and linear in self.schemes:
+            return self.dequantized(linear)
+        return self.checkpoint.read(name).float()
+
     def input_scale(self, name: str) -> Tensor | None:
         """The scale of a linear's static inputs, float32 ``[1]``; None if they have none.
 
@@ -224,13 +236,23 @@ def load_folder(
     if amiss:
         raise QplugError(f"{path}: {min(amiss)} is not there, or not in the shape it should have")
     model.eval()
+    compute_as_stored(model, folder, quantize_activations=quantize_activations)
+    return model
+
+
+def compute_as_stored(
+    model: PreTrainedModel, folder: Folder, *, quantize_activations: bool = True
+) -> None:
+    """Have ``model`` rotate and round what its linears read, and its KV cache, as ``folder`` says.
+
+    Raises QplugError if it has no scales, or no modules, to do so.
+    """
     if folder.manifest is not None:
         rotate_inputs(model, folder.manifest.online)  # before they are rounded
     if quantize_activations:
         _quantize_activations(model, folder)
         if folder.kv_cache is not None:
             round_cache(model, folder.kv_cache, folder.cache_scales())
-    return model
 
 
 def _quantize_activations(model: PreTrainedModel, folder: Folder) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from qplug.api import Problem
+from qplug.api import Problem, TensorSpec
 from qplug.architectures import expected_tensors
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
+from qplug.kv_cache import SCALES
 from qplug.reader import Folder, open_folder
 from qplug.registry import Registry
 from qplug.safetensors_file import tensor_bytes
@@ -70,6 +72,8 @@ def verify(
     if not problems:
         if source is not None:
             problems += _floats_differ(opened, source)
+            problems += _strays(opened, source)
+            problems += _grown(opened, source)
         for done, name in enumerate(opened.schemes, start=1):
             weight = opened.dequantized(name)
             if not torch.isfinite(weight).all():
@@ -146,6 +150,41 @@ def _floats_differ(opened: Folder, source: Checkpoint) -> list[Problem]:
         elif tensor_bytes(held[tensor].read()) != tensor_bytes(stored.read()):
             problems.append(Problem("changed", tensor, "differs from the float model"))
     return problems
+
+
+def _strays(opened: Folder, source: Checkpoint) -> list[Problem]:
+    """Tensors that belong to nothing: buffers of algorithms, at which engines stop."""
+    rewritten = opened.manifest.rewritten if opened.manifest else frozenset()
+    known = {*source.tensors, *rewritten}
+    return [
+        Problem("unexpected", tensor, "belongs to no layer, and is not in the float model")
+        for tensor in opened.checkpoint.tensors
+        if tensor not in known
+        and tensor.rpartition(".")[0] not in opened.schemes
+        and not (opened.kv_cache and tensor.endswith(SCALES))
+    ]
+
+
+def _grown(opened: Folder, source: Checkpoint) -> list[Problem]:
+    """A linear in codes is smaller than it was as floats."""
+    assert opened.exporter is not None
+    if not opened.exporter.exact or opened.checkpoint.config.get("quantization_config") is None:
+        return []  # floats are stored
+    stored: dict[str, int] = {}
+    for tensor, held in opened.checkpoint.tensors.items():
+        name = tensor.rpartition(".")[0]
+        stored[name] = stored.get(name, 0) + _bytes(held.spec)
+    problems = []
+    for name in opened.schemes:
+        before = source.tensors.get(f"{name}.weight")
+        if before is not None and stored[name] > _bytes(before.spec):
+            told = f"takes {stored[name]} bytes, more than the {_bytes(before.spec)} it took before"
+            problems.append(Problem("size", name, told))
+    return problems
+
+
+def _bytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * int(getattr(torch, spec.dtype).itemsize)
 
 
 def _error(restored: torch.Tensor, source: Checkpoint, name: str) -> float:

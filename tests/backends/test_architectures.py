@@ -299,3 +299,61 @@ def test_a_router_pattern_that_takes_gate_proj_along_is_named(
     hit = {f"model.layers.{block}.mlp.gate_proj" for block in range(2)}
     problems = qplug.verify(out, backend="sglang").problems
     assert {problem.where for problem in problems if problem.check == "ignore"} == hit
+
+
+def test_experts_in_ignore_that_hold_codes_are_named(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    sound = written("qwen3-moe")
+    out = without_source(sound, tmp_path, load_file(sound / "model.safetensors"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["ignore"].append(r"re:.*\.mlp\.experts\..*")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    problems = qplug.verify(out, backend="compressed-tensors").problems
+    named = {problem.where for problem in problems if problem.check == "ignore"}
+    assert named
+    assert all(".experts." in name for name in named)
+
+
+def test_scales_of_an_expert_that_saw_no_token_are_named(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    sound = written("qwen3-moe")
+    tensors = load_file(sound / "model.safetensors")
+    expert = "model.layers.1.mlp.experts.2.down_proj"
+    tensors[f"{expert}.weight_scale"].fill_(float("nan"))
+    out = without_source(sound, tmp_path, tensors)
+    (problem,) = qplug.verify(out, backend="compressed-tensors").problems
+    assert (problem.check, problem.where) == ("scale", expert)
+
+
+def test_codes_of_two_experts_that_are_swapped_are_named(
+    source: Callable[[str], Path], written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What a wrong order of fused experts comes to: shapes fit, and every rule is kept."""
+    sound = written("qwen3-moe")
+    shutil.copytree(sound, tmp_path / "out")
+    tensors = load_file(sound / "model.safetensors")
+    one, two = (f"model.layers.0.mlp.experts.{number}.up_proj" for number in (0, 1))
+    for part in ("weight_packed", "weight_scale"):
+        first, second = tensors[f"{one}.{part}"], tensors[f"{two}.{part}"]
+        tensors[f"{one}.{part}"], tensors[f"{two}.{part}"] = second, first
+    save_file(tensors, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
+    problems = qplug.verify(str(tmp_path / "out"), against=str(source("qwen3-moe"))).problems
+    assert {(problem.check, problem.where) for problem in problems} == {
+        ("error", one),
+        ("error", two),
+    }
+
+
+def test_experts_in_int8_are_not_for_sglang(
+    source: Callable[[str], Path], quantized: Quantized
+) -> None:
+    model = str(source("qwen3-moe"))
+    with pytest.raises(qplug.QplugError, match="SGLang runs no experts in W8A8"):
+        qplug.quantize(model, "never", scheme="W8A8", backend="sglang")
+    out = str(quantized("W8A8", model=model, backend="compressed-tensors"))
+    problems = qplug.verify(out, backend="sglang").problems
+    named = {problem.where for problem in problems if "runs no experts" in problem.message}
+    assert named
+    assert all(".experts." in name for name in named)

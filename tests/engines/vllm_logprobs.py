@@ -1,14 +1,16 @@
-"""Load folders in vLLM on a CPU, one after another, and say how likely it finds given tokens.
+"""Load folders in vLLM, one after another, and say how likely it finds given tokens.
 
     python vllm_logprobs.py JOB.json RESULT.json
 
 Runs in vLLM's own environment, which has no qplug, and so imports nothing of it. A job is::
 
-    {"prompts": [[TOKEN, ...], ...], "loads": {NAME: {"folder": PATH, "dtype": "auto"}, ...}}
+    {"prompts": [[TOKEN, ...], ...], "options": {...},
+     "loads": {NAME: {"folder": PATH, "dtype": "auto"}, ...}}
 
-The result has, by name, the ``logprobs`` of every token of every prompt but the first, and the
-``seconds`` it took to load and compute. A load that fails has its ``error`` instead, and the next
-one is tried.
+``options`` are passed to ``vllm.LLM``. The result has the ``versions`` of what computed, and
+``loads``: by name, the ``logprobs`` of every token of every prompt but the first, the ``seconds``
+it took to load and compute, and what was ``emulated``. A load that fails has its ``error`` instead,
+and the next one is tried.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ import os
 import sys
 import time
 import traceback
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
 
-def measure(folder: str, dtype: str, prompts: list[list[int]]) -> dict[str, Any]:
+def measure(
+    folder: str, dtype: str, prompts: list[list[int]], options: dict[str, Any]
+) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     began = time.monotonic()
@@ -36,6 +41,7 @@ def measure(folder: str, dtype: str, prompts: list[list[int]]) -> dict[str, Any]
         max_num_batched_tokens=longest,
         max_num_seqs=2,
         disable_log_stats=True,
+        **options,
     )
     answers = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
@@ -49,24 +55,89 @@ def measure(folder: str, dtype: str, prompts: list[list[int]]) -> dict[str, Any]
     return {"logprobs": logprobs, "seconds": round(time.monotonic() - began, 1)}
 
 
+# --- a kernel that vLLM's library for CPUs without AVX-512 lacks ----------------------------------
+
+INT4 = "cpu_gemm_wna16"
+emulated_calls: list[str] = []
+
+
+def emulate_int4() -> None:
+    """Stand in for vLLM's int4 product, so that all else of vLLM runs as it is.
+
+    That is its choice of scheme and kernel, its loader, and its own packing for the kernel: what is
+    multiplied here is what they made of the files.
+    """
+    import torch
+
+    library = torch.library.Library("_C", "FRAGMENT")
+    library.define(
+        f"{INT4}(Tensor x, Tensor q, Tensor(a!) out, Tensor scales, Tensor? zeros, Tensor? bias, "
+        "int pack_factor, str isa_hint) -> ()"
+    )
+    library.impl(INT4, multiply_int4, "CPU")
+    globals()["_library"] = library  # it takes its operators with it when it goes
+
+
+def multiply_int4(
+    x: Any, q: Any, out: Any, scales: Any, zeros: Any, bias: Any, pack_factor: int, isa_hint: str
+) -> None:
+    """``out = x @ W + bias``; ``W: [in, out]`` lies in ``q`` in blocks of 16 columns.
+
+    ``q``: int32 ``[out / 16, in * 2]``; ``scales: [groups, out]``; ``zeros``: int32 ``[groups, out
+    / 8]``, or None for 8.
+    """
+    emulated_calls.append(INT4)
+    columns, (groups, width) = x.shape[1], scales.shape
+    codes = nibbles(q.view(width // 16, columns, 2)).permute(1, 0, 2).reshape(columns, width)
+    offset = 8 if zeros is None else nibbles(zeros).view(groups, width).unsqueeze(1)
+    grouped = codes.view(groups, columns // groups, width) - offset
+    weight = (grouped * scales.float().unsqueeze(1)).view(columns, width)
+    product = x.float() @ weight
+    out.copy_(product if bias is None else product + bias.float())
+
+
+def nibbles(words: Any) -> Any:
+    """The eight 4-bit numbers of each int32 in the last axis, lowest first, as float32."""
+    import torch
+
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    return ((words.unsqueeze(-1) >> shifts) & 15).flatten(-2).float()
+
+
+# --------------------------------------------------------------------------------------------------
+
+
 def main() -> None:
     job_file, result_file = map(Path, sys.argv[1:])
     job = json.loads(job_file.read_text("utf-8"))
 
     # Several engines one after another in this process: starting one takes most of a minute.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import torch
+    from vllm import _custom_ops  # noqa: F401 - loads the library with vLLM's operators
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
-    result: dict[str, dict[str, Any]] = {}
+    if current_platform.is_cpu() and not hasattr(torch.ops._C, INT4):
+        emulate_int4()
+    packages = {"vllm": packages_distributions()["vllm"][0], "torch": "torch"}
+    packages["transformers"] = "transformers"
+    result: dict[str, Any] = {
+        "versions": {name: f"{package} {version(package)}" for name, package in packages.items()},
+        "device": "cpu" if current_platform.is_cpu() else current_platform.get_device_name(),
+        "loads": {},
+    }
     for name, load in job["loads"].items():
+        emulated_calls.clear()
         try:
-            result[name] = measure(load["folder"], load["dtype"], job["prompts"])
+            found = measure(load["folder"], load["dtype"], job["prompts"], job["options"])
+            result["loads"][name] = {**found, "emulated": sorted(set(emulated_calls))}
         except Exception as error:
             traceback.print_exc()
-            result[name] = {"error": f"{type(error).__name__}: {error}"}
+            result["loads"][name] = {"error": f"{type(error).__name__}: {error}"}
         gc.collect()
         cleanup_dist_env_and_memory()
-    result_file.write_text(json.dumps(result), "utf-8")
+        result_file.write_text(json.dumps(result), "utf-8")
     # Threads that vLLM leaves behind must not keep the process alive.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -32,6 +32,7 @@ from qplug_compressed_tensors.configuration import (
 from qplug_compressed_tensors.fusing import fused_groups, merged_matrices
 from qplug_compressed_tensors.packing import pack_words, unpack_words
 from qplug_compressed_tensors.rules import RULES, Case, Rule
+from qplug_compressed_tensors.silent import SILENT
 
 if TYPE_CHECKING:
     from qplug.checkpoint import Checkpoint
@@ -46,7 +47,7 @@ class CompressedTensors(Exporter[NoParams | Target]):
     #: Whether plain entries of ``ignore`` also match as parts of a name, as SGLang has it.
     ignores_substrings: ClassVar[bool] = False
     #: What the loader demands of a folder.
-    rules: ClassVar[tuple[Rule, ...]] = RULES
+    rules: ClassVar[tuple[Rule, ...]] = (*RULES, *SILENT)
 
     def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
         for scheme in schemes.values():
@@ -177,3 +178,9 @@ class CompressedTensors(Exporter[NoParams | Target]):
         case = Case(folder, model, parsed, self)
         for rule in self.rules:
             yield from rule(case)
+
+
+def half_precision(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The option that serves a float32 checkpoint in bfloat16: engines would take float16."""
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return ("--dtype", "bfloat16") if stated == "float32" else ()

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qplug import Capability, ModelView, Problem, QuantArgs, QuantizedWeight, Scheme, TensorSpec
+from qplug import (
+    Capability,
+    ModelView,
+    Problem,
+    QuantArgs,
+    QuantizedWeight,
+    Scheme,
+    Server,
+    TensorSpec,
+)
 from qplug.limits import Target
 from qplug_compressed_tensors.configuration import format_of
-from qplug_compressed_tensors.exporter import CompressedTensors
-from qplug_compressed_tensors.rules import RULES, no_cache_scales, one_format
+from qplug_compressed_tensors.exporter import CompressedTensors, half_precision
+from qplug_compressed_tensors.rules import no_cache_scales, one_format
+from qplug_compressed_tensors.silent import int8_experts_have_no_kernel
 from qplug_sglang import modelopt
 from qplug_sglang.capabilities import CAPABILITIES
 
@@ -26,8 +36,19 @@ class SGLang(CompressedTensors):
     Params = Target
     quant_method = None
     serve_command = "python -m sglang.launch_server --model-path {}"
+    server = Server(
+        "sglang",
+        "sglang.launch_server",
+        "--model-path",
+        ("--disable-cuda-graph", "--disable-radix-cache"),
+    )
     ignores_substrings = True
-    rules = (*RULES, one_format, no_cache_scales)
+    rules = (
+        *CompressedTensors.rules,
+        one_format,
+        no_cache_scales,
+        int8_experts_have_no_kernel,
+    )
 
     @classmethod
     def capabilities(cls) -> Sequence[Capability]:
@@ -40,6 +61,9 @@ class SGLang(CompressedTensors):
         formats = sorted({found for s in schemes.values() if (found := format_of(s))})
         if len(formats) > 1:
             return f"SGLang reads one format in a folder, not {' and '.join(formats)}"
+        for name, scheme in schemes.items():
+            if ".experts." in name and scheme.activations and scheme.activations.dtype == "int8":
+                return f"{name}: SGLang runs no experts in {scheme.name}; try FP8_DYNAMIC or W4A16"
         return super().refuses(model, schemes)
 
     def refuses_cache(self, cache: QuantArgs) -> str | None:
@@ -87,3 +111,9 @@ class SGLang(CompressedTensors):
             yield from modelopt.check(folder, model, self)
         else:
             yield from super().check(folder, model)
+
+    def serve_arguments(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Marlin for NVFP4, which runs where others do not; no float32, which few kernels take."""
+        quantization = config.get("quantization_config") or {}
+        nvfp4 = quantization.get("quant_algo") == "NVFP4"
+        return (*half_precision(config), *(("--fp4-gemm-backend", "marlin") if nvfp4 else ()))

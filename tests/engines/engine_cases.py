@@ -1,0 +1,110 @@
+"""What the engine tests quantize and serve, taken from the backends' tables of capabilities.
+
+A few combinations that stand for all, or, with QPLUG_ENGINE_TESTS=full, every one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qplug import PRESETS
+from qplug.registry import Registry
+from qplug_vllm.cpu import refused_on_cpu
+
+#: What an algorithm is tried with, where one scheme has to do.
+FITTING = {"smoothquant": "W8A8", "osplus": "W8A8"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder to be quantized and loaded. ``model``: one of ``engine_models``."""
+
+    scheme: str
+    algo: str = "rtn"
+    backend: str = "vllm"
+    group_size: int | None = None
+    kv_cache: str | None = None
+    model: str = "demo"
+    ignore: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        sizes = {None: "", -1: "-channel"}
+        size = sizes.get(self.group_size, f"-g{self.group_size}")
+        cache = f"-{self.kv_cache}-cache" if self.kv_cache else ""
+        part = "-in-part" if self.ignore else ""
+        return f"{self.model}-{self.algo}-{self.scheme}{size}{cache}{part}-{self.backend}"
+
+    @property
+    def rounds_activations(self) -> bool:
+        return PRESETS[self.scheme].activations is not None or self.kv_cache is not None
+
+
+def served_schemes() -> list[tuple[str, str]]:
+    """Scheme and backend of every row of every table that an engine serves."""
+    exporters = Registry.installed(only_shipped=True).exporters
+    found = [
+        (row.scheme, backend)
+        for backend in exporters
+        for row in exporters[backend].capabilities()
+        if row.served and row.scheme in PRESETS
+    ]
+    return list(dict.fromkeys(found))
+
+
+def engines_of(case: Case) -> set[str]:
+    """The engines, in lower case, that the table of the backend names for the scheme."""
+    table = Registry.installed(only_shipped=True).exporters[case.backend].capabilities()
+    return {
+        row.engine.partition(" ")[0].lower()
+        for row in table
+        if row.scheme == case.scheme and row.served
+    }
+
+
+def every_case() -> list[Case]:
+    """Every algorithm with every scheme of every backend; what one refuses is found on trying."""
+    algorithms = list(Registry.installed(only_shipped=True).algorithms)
+    return [
+        Case(scheme, algo, backend, model=model)
+        for model in ("demo", "ref-19m")
+        for scheme, backend in served_schemes()
+        for algo in algorithms
+    ] + variants()
+
+
+def some_cases() -> list[Case]:
+    """Every scheme of every backend once, and every algorithm once."""
+    schemes = served_schemes()
+    algorithms = [
+        name for name in Registry.installed(only_shipped=True).algorithms if name != "rtn"
+    ]
+    return [
+        *(Case(scheme, backend=backend) for scheme, backend in schemes),
+        *(Case(FITTING.get(name, "W4A16"), name) for name in algorithms),
+        *variants(),
+    ]
+
+
+def variants() -> list[Case]:
+    """What the tables do not tell apart, and models of other kinds."""
+    return [
+        Case("W4A16", group_size=32),
+        Case("W4A16", group_size=-1),
+        Case("W8A8", kv_cache="fp8"),
+        Case("W4A16", model="qwen2"),
+        Case("W8A8", model="qwen2"),
+        Case("W8A8", model="qwen3-moe"),
+        Case("W8A8", model="qwen3-moe", ignore=("*.experts.*",)),
+    ]
+
+
+def left_out_on_cpu(case: Case, flags: frozenset[str], *, emulating: bool) -> str | None:
+    """Why vLLM does not compute ``case`` on a CPU with ``flags``; None if it does.
+
+    ``emulating``: whether an operator that its library lacks is stood in for.
+    """
+    if case.model == "qwen3-moe" and not case.ignore:
+        return "vLLM 0.32 has no backend for quantized experts on a CPU"
+    if case.kv_cache and (reason := refused_on_cpu(f"{case.kv_cache} cache", flags)):
+        return reason
+    return refused_on_cpu(case.scheme, flags, emulating=emulating)

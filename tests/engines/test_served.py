@@ -1,0 +1,329 @@
+"""The real engines: they load what qplug writes, and read in it what qplug meant.
+
+What is compared is the log-probability of every token of some real text: the engine's, computed
+from the folder by its own loader and kernels, and that of qplug's reader in float32. vLLM runs on
+a CPU; where that has no AVX-512, vLLM's int4 product is stood in for, and all else is vLLM's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from engine_cases import Case
+from engine_models import write_models
+from real_engines import SGLANG_ON_GPU, VLLM_ON_CPU, VLLM_ON_GPU, RealEngine
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import qplug
+from qplug import PRESETS, QplugError
+from qplug.evaluation import evaluation_tokens
+from qplug.registry import Registry
+from qplug.source import DEMO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+#: The mean |difference| that is allowed. The float demo in vLLM's bfloat16 is at 0.016.
+WEIGHTS_ONLY, WITH_ACTIVATIONS = 0.03, 0.1
+#: How far the perplexity of the served model may be from that which ``qplug eval`` gives.
+PERPLEXITY = 0.01
+
+TOKENS, WINDOWS = 128, 8
+FLOATS = ("demo", "qwen2", "qwen3-moe")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(VLLM_ON_CPU, id="vllm-cpu", marks=pytest.mark.engine),
+        pytest.param(VLLM_ON_GPU, id="vllm-gpu", marks=pytest.mark.gpu),
+        pytest.param(SGLANG_ON_GPU, id="sglang-gpu", marks=pytest.mark.gpu),
+    ],
+)
+def engine(request: pytest.FixtureRequest) -> RealEngine:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Tensor:
+    """Token ids ``[8, 128]``: what ``qplug eval --seq-len 128 --windows 8`` reads."""
+    return evaluation_tokens(
+        DEMO,
+        dataset="demo",
+        dataset_options=None,
+        seq_len=TOKENS,
+        windows=WINDOWS,
+        trust_remote_code=False,
+        registry=Registry.installed(),
+    )
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an engine answered for each folder that it was given.
+
+    ``left_out``: by case, why it was given none.
+    """
+
+    models: Mapping[str, Path]
+    folders: Mapping[Case, Path]
+    left_out: Mapping[Case, str]
+    answers: Mapping[str, Mapping[str, Any]]
+
+    def folder(self, case: Case) -> Path:
+        """Where ``case`` was quantized to; skips the test that asks if it could not be."""
+        if case in self.left_out:
+            pytest.skip(self.left_out[case])
+        return self.folders[case]
+
+    def answer(self, case: Case | str, dtype: str = "auto") -> Mapping[str, Any]:
+        found = self.answers[f"{case} {dtype}"]
+        assert "error" not in found, found["error"]
+        return found
+
+    def logprobs(self, case: Case | str, dtype: str = "auto") -> Tensor:
+        return torch.tensor(self.answer(case, dtype)["logprobs"])
+
+
+@pytest.fixture(scope="module")
+def served(
+    engine: RealEngine,
+    prompts: Tensor,
+    results: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Served:
+    """One process of the engine that has loaded all that the selected tests ask for."""
+    base = tmp_path_factory.mktemp(engine.name)
+    models = write_models(base)
+    folders, left_out = {}, {}
+    for case in selected_cases(request.session):
+        reason = engine.left_out(case)
+        if case.model not in models:
+            reason = "QPLUG_REFERENCE_MODEL names no model"
+        if reason is None:
+            try:
+                folders[case] = write(case, models[case.model], base / str(case))
+            except QplugError as error:
+                reason = f"qplug refuses it: {error}"
+        if reason is not None:
+            left_out[case] = reason
+    results.left_out |= {str(case): reason for case, reason in left_out.items()}
+    loads = {f"{name} auto": {"folder": str(models[name]), "dtype": "auto"} for name in FLOATS}
+    for case, folder in folders.items():
+        loads[f"{case} auto"] = {"folder": str(folder), "dtype": "auto"}
+        if in_float32(case, engine):
+            loads[f"{case} float32"] = {"folder": str(folder), "dtype": "float32"}
+    answers = engine.measure(loads, prompts.tolist(), base)
+    results.header |= {"device": answers["device"], "versions": answers["versions"]}
+    return Served(models, folders, left_out, answers["loads"])
+
+
+def selected_cases(session: pytest.Session) -> list[Case]:
+    """The cases of the tests that are about to run, each once."""
+    calls = (getattr(item, "callspec", None) for item in session.items)
+    found = [call.params["case"] for call in calls if call and "case" in call.params]
+    return list(dict.fromkeys([*found, *(case for case, _ in FAULTS)]))
+
+
+def write(case: Case, model: Path, out: Path) -> Path:
+    return qplug.quantize(
+        str(model),
+        out,
+        algo=case.algo,
+        scheme=case.scheme,
+        group_size=case.group_size,
+        backend=case.backend,
+        kv_cache=case.kv_cache,
+        ignore=case.ignore,
+        samples=16,
+        seq_len=TOKENS,
+        device="cpu",
+    ).out
+
+
+def in_float32(case: Case, engine: RealEngine) -> bool:
+    """Whether ``case`` is served in float32 too, to see how activations are rounded."""
+    plain = case.algo == "rtn" and case.backend == "vllm" and case.model == "demo"
+    return engine.on_cpu and plain and case.rounds_activations
+
+
+@torch.inference_mode()
+def read(folder: Path, prompts: Tensor, *, quantize_activations: bool = True) -> Tensor:
+    """The log-probabilities ``[prompts, tokens - 1]`` that qplug's reader computes in float32."""
+    model = qplug.load(str(folder), quantize_activations=quantize_activations)
+    logprobs = model(prompts, use_cache=False).logits.log_softmax(-1)
+    return logprobs[:, :-1].gather(2, prompts[:, 1:, None]).squeeze(2)
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    return round((one - other).abs().mean().item(), 4)
+
+
+def perplexity(logprobs: Tensor) -> float:
+    return math.exp(-logprobs.double().mean().item())
+
+
+@pytest.mark.parametrize("model", FLOATS)
+def test_the_float_model(model: str, served: Served, prompts: Tensor, results: Any) -> None:
+    """What bfloat16 alone does: the measure that the other differences are to be taken by."""
+    found = difference(served.logprobs(model), read(served.models[model], prompts))
+    seconds = served.answer(model)["seconds"]
+    results.rows.append({"case": f"{model}-float", "difference": found, "seconds": seconds})
+    assert found < WEIGHTS_ONLY
+
+
+def test_what_is_served(case: Case, served: Served, prompts: Tensor, results: Any) -> None:
+    """Log-probabilities of the reader without rounded activations, perplexity with them.
+
+    A difference in the last bit makes an activation round to the other side now and then, and
+    everything after it in the text then differs by as much as rounding does at all. In bfloat16
+    that happens from the first token on (the reader in bfloat16 is as far from itself in float32 as
+    vLLM is), so there the reader does not round: the engine's errors scatter around what it says.
+    """
+    folder = served.folder(case)
+    logprobs, answer = served.logprobs(case), served.answer(case)
+    plain = read(folder, prompts, quantize_activations=False)
+    evaluated = qplug.evaluate(str(folder), seq_len=TOKENS, windows=WINDOWS, device="cpu")
+    row = {
+        "case": str(case),
+        "model": case.model,
+        "algorithm": case.algo,
+        "scheme": case.scheme,
+        "group size": case.group_size or PRESETS[case.scheme].weights.group_size,
+        "backend": case.backend,
+        "difference": difference(logprobs, plain),
+        "perplexity": round(perplexity(logprobs), 4),
+        "qplug eval": round(evaluated.perplexity, 4),
+        "emulated": ", ".join(answer["emulated"]),
+        "seconds": answer["seconds"],
+    }
+    results.rows.append(row)
+    limit = WITH_ACTIVATIONS if case.rounds_activations else WEIGHTS_ONLY
+    assert row["difference"] < limit
+    assert perplexity(logprobs) == pytest.approx(evaluated.perplexity, rel=PERPLEXITY)
+
+
+def test_activations_in_float32(
+    case: Case, engine: RealEngine, served: Served, prompts: Tensor
+) -> None:
+    """In float32, the engine rounds activations as the reader does."""
+    if not in_float32(case, engine):
+        pytest.skip("activations are not rounded, or it is like a case that is looked at")
+    folder = served.folder(case)
+    rounded, plain = (read(folder, prompts, quantize_activations=how) for how in (True, False))
+    exact = served.logprobs(case, "float32")
+    assert difference(exact, rounded) < WITH_ACTIVATIONS
+    assert difference(exact, rounded) < difference(exact, plain)
+    assert alike_at_first(exact, rounded)
+
+
+def alike_at_first(one: Tensor, other: Tensor) -> bool:
+    """Whether a tenth of all tokens, those before anything rounded otherwise, are as good as equal.
+
+    A scale that is off by a few percent in one layer leaves no token as it was.
+    """
+    return (one - other).abs().quantile(0.1).item() < 1e-3
+
+
+def test_enough_was_computed(served: Served) -> None:
+    """Whatever this machine lacks: integers and floats, weights alone and inputs too."""
+    schemes = {case.scheme for case in served.folders}
+    assert {"W4A16", "W4A16_ASYM", "W8A8", "FP8_DYNAMIC"} <= schemes
+    if os.environ.get("QPLUG_ENGINE_TESTS") != "full":
+        assert not [why for why in served.left_out.values() if "qplug refuses" in why]
+
+
+# --- the measure can fail: faults in one projection of one layer are seen -------------------------
+
+
+def swap_nibbles(tensors: dict[str, Tensor]) -> None:
+    codes = tensors["weight_packed"].view(torch.uint8)
+    tensors["weight_packed"] = ((codes >> 4) | (codes << 4)).view(torch.int32)
+
+
+def shift_zero_points(tensors: dict[str, Tensor]) -> None:
+    zeros = tensors["weight_zero_point"]
+    tensors["weight_zero_point"] = (zeros.view(torch.uint8) + 1).view(torch.int32)
+
+
+def scales_of_the_row_before(tensors: dict[str, Tensor]) -> None:
+    tensors["weight_scale"] = tensors["weight_scale"].roll(1, 0)
+
+
+def scales_of_the_group_before(tensors: dict[str, Tensor]) -> None:
+    tensors["weight_scale"] = tensors["weight_scale"].roll(1, 1)
+
+
+def scales_too_large(tensors: dict[str, Tensor]) -> None:
+    tensors["weight_scale"] = tensors["weight_scale"] * 1.05
+
+
+FAULTS = [
+    (Case("W4A16"), swap_nibbles),
+    (Case("W4A16"), scales_of_the_row_before),
+    (Case("W4A16"), scales_of_the_group_before),
+    (Case("W4A16_ASYM"), shift_zero_points),
+    (Case("W8A8"), scales_of_the_row_before),
+    (Case("FP8_DYNAMIC"), scales_of_the_row_before),
+]
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "fault"), FAULTS, ids=lambda value: getattr(value, "__name__", str(value))
+)
+def test_a_fault_is_seen(
+    spoilt: Case,
+    fault: Callable[[dict[str, Tensor]], None],
+    served: Served,
+    prompts: Tensor,
+    tmp_path: Path,
+) -> None:
+    """Reader and engine on two folders that differ: as if one of them read the tensors wrongly."""
+    faulty = read(plant(fault, served.folder(spoilt), tmp_path / "faulty"), prompts)
+    found = difference(served.logprobs(spoilt), faulty)
+    assert found > (WITH_ACTIVATIONS if spoilt.rounds_activations else WEIGHTS_ONLY)
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC"])
+def test_a_small_fault_is_seen_in_float32(
+    scheme: str, engine: RealEngine, served: Served, prompts: Tensor, tmp_path: Path
+) -> None:
+    spoilt = Case(scheme)
+    if not in_float32(spoilt, engine):
+        pytest.skip("this engine does not compute in float32")
+    faulty = read(plant(scales_too_large, served.folder(spoilt), tmp_path / "faulty"), prompts)
+    assert not alike_at_first(served.logprobs(spoilt, "float32"), faulty)
+
+
+def test_biases_matter(served: Served, prompts: Tensor, tmp_path: Path) -> None:
+    """An engine that left out the biases of q, k and v would be seen."""
+    whole = served.folder(Case("W8A8", model="qwen2"))
+    without = Path(shutil.copytree(whole, tmp_path / "without"))
+    tensors = load_file(whole / "model.safetensors")
+    for name in tensors:
+        if name.endswith("bias"):
+            tensors[name].zero_()
+    save_file(tensors, without / "model.safetensors", metadata={"format": "pt"})
+    found = difference(served.logprobs(Case("W8A8", model="qwen2")), read(without, prompts))
+    assert found > WITH_ACTIVATIONS
+
+
+def plant(fault: Callable[[dict[str, Tensor]], None], folder: Path, copy: Path) -> Path:
+    """A copy of ``folder`` with one of its linears spoilt."""
+    shutil.copytree(folder, copy)
+    prefix = "model.layers.1.mlp.down_proj."
+    tensors = load_file(copy / "model.safetensors")
+    linear = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    fault(linear)
+    tensors.update({prefix + name: tensor.contiguous() for name, tensor in linear.items()})
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy

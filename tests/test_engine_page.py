@@ -1,0 +1,46 @@
+"""docs/engines.md holds the results that lie beside it, and the script that writes them works."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+DOCS = Path(__file__).parents[1] / "docs"
+_spec = importlib.util.spec_from_file_location(
+    "write_table", DOCS / "engine_results/write_table.py"
+)
+assert _spec is not None
+assert _spec.loader is not None
+write_table = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(write_table)
+
+
+def test_the_page_is_up_to_date() -> None:
+    text = (DOCS / "engines.md").read_text("utf-8")
+    assert write_table.page(text) == text
+    assert "### cpu, 2" in text
+
+
+def test_every_row_was_within_its_limits() -> None:
+    for path in (DOCS / "engine_results").glob("*.json"):
+        for row in json.loads(path.read_text("utf-8"))["rows"]:
+            assert row["difference"] < 0.1, row
+            if "scheme" in row:
+                assert abs(row["perplexity"] / row["qplug eval"] - 1) < 0.01, row
+
+
+def test_a_table() -> None:
+    told = {
+        "date": "2026-01-02",
+        "qplug": "9",
+        "device": "cpu",
+        "versions": {"vllm": "vllm 1"},
+        "rows": [{"case": "a", "difference": 0.5}],
+        "left out": {"b": "cannot"},
+    }
+    lines = write_table.table(told).splitlines()
+    assert lines[0] == "### cpu, 2026-01-02"
+    assert lines[2] == "qplug 9, vllm 1."
+    assert "| a | 0.5 |  |  |  |" in lines
+    assert lines[-1] == "- `b`: cannot"
