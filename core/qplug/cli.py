@@ -27,6 +27,8 @@ COMMANDS = {
     "config": ("qplug.commands.config:command", "Check and convert recipes and LLMC files."),
     "verify": ("qplug.commands.verify:command", "Check that an engine can load a folder."),
     "inspect": ("qplug.commands.inspect:command", "Say what a quantized folder holds."),
+    "report": ("qplug.commands.report:command", "Write a page on a quantized folder."),
+    "compare": ("qplug.commands.compare:command", "Put several folders side by side."),
     "schemes": ("qplug.commands.schemes:command", "List schemes, and which engine runs them."),
     "plugins": ("qplug.commands.plugins:command", "List, check and describe plugins."),
 }
