@@ -49,13 +49,14 @@ def lines(
     y_label: str,
     format_: Format,
 ) -> Markup:
-    """A line each, over 0, 1, 2 ...; None leaves a gap. The axis of values begins at 0."""
+    """A line each, over 0, 1, 2 ...; None leaves a gap. Values are none below 0."""
     count = max(map(len, series.values()))
-    most = max(value for values in series.values() for value in values if value is not None)
+    every = [value for values in series.values() for value in values if value is not None]
     left, right, top, bottom = 64, WIDTH - 16, 12, 252
-    ticks = nice_ticks(0, most)
+    room = 0.1 * (max(every) - min(every)) or 0.1 * max(every)
+    ticks = nice_ticks(max(0.0, min(every) - room), max(every) + room)
     x = _scale(0, max(1, count - 1), left + 12, right - 12)
-    y = _scale(0, ticks[-1], bottom, top)
+    y = _scale(ticks[0], ticks[-1], bottom, top)
     drawn = [_grid(ticks, y, left, right, format_)]
     for place in _labelled(count):
         drawn.append(_text(x(place), bottom + 18, str(place), "middle"))

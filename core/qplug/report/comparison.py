@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: What is said of each folder, in order.
 COLUMNS = (
-    *("folder", "algorithms", "scheme", "backend", "size", "bits per weight"),
+    *("folder", "algorithms", "scheme", "backend", "size", "bits per parameter"),
     *("error of weights", "error of outputs", "perplexity"),
 )
 
@@ -78,7 +78,7 @@ def comparison_page(compared: Sequence[Compared]) -> str:
         section(
             "Table",
             table(COLUMNS, [one.cells() for one in compared]),
-            faint("Bits are those of all tensors, by the number of parameters; errors are means."),
+            faint("Bits are those of all tensors; errors are means over layers."),
         ),
     )
 

@@ -40,8 +40,10 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem;
 caption { text-align: left; color: var(--faint); padding: .2rem 0; }
 th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--rule);
   vertical-align: top; }
-th[scope=row], thead th:first-child { text-align: left; font-weight: 500; padding-left: 0; }
-table.words td { text-align: left; overflow-wrap: anywhere; }
+td { white-space: nowrap; }
+th[scope=row], thead th:first-child { text-align: left; padding-left: 0; }
+th[scope=row] { font-weight: 500; }
+table.words td { text-align: left; overflow-wrap: anywhere; white-space: normal; }
 details { margin: .6rem 0; }
 summary { cursor: pointer; color: var(--faint); }
 pre { overflow-x: auto; background: var(--page); border: 1px solid var(--rule);
@@ -49,6 +51,7 @@ pre { overflow-x: auto; background: var(--page); border: 1px solid var(--rule);
 ul.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: 0;
   margin: .4rem 0; font-size: .85rem; }
 ul.legend svg { vertical-align: -3px; margin-right: .3rem; }
+svg.chart { display: block; width: 100%; min-width: 36rem; height: auto; }
 svg text { fill: var(--faint); font: 12px system-ui, sans-serif; }
 svg .grid { stroke: var(--rule); stroke-width: 1; }
 svg .mark { stroke: var(--ink); stroke-width: 2; }

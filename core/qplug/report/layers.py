@@ -153,7 +153,7 @@ def merged(counts: Mapping[int, int]) -> dict[str, int]:
     columns = dict.fromkeys(range(first // step, last // step + 1), 0)
     for place, count in counts.items():
         columns[place // step] += count
-    return {number(2 ** (at * step / BINS_PER_OCTAVE)): n for at, n in columns.items()}
+    return {f"{2 ** (at * step / BINS_PER_OCTAVE):.2g}": n for at, n in columns.items()}
 
 
 def clips(findings: Findings) -> Markup:

@@ -10,6 +10,8 @@ def size(count: float) -> str:
     """Bytes, in decimal units."""
     if abs(count) >= 1e9:
         return f"{count / 1e9:,.2f} GB"
+    if not count:
+        return "0"
     return f"{count / 1e6:,.1f} MB" if abs(count) >= 1e6 else f"{count / 1e3:,.1f} kB"
 
 
