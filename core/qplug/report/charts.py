@@ -94,7 +94,8 @@ def rows(
         height = max(lane_height * len(lanes), _TEXT)
         drawn.append(_text(left, at + height / 2 + 4, _shortened(name, left), "end", full=name))
         for number, lane in enumerate(lanes):
-            drawn += [_bar(bar, x, at + lane_height * number, lane_height - 3) for bar in lane]
+            for bar in lane:
+                drawn += _bar(bar, x, at + lane_height * number, lane_height - 3)
         at += height + 9
     grid = []
     for tick in ticks:
