@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from qplug.checkpoint import Checkpoint
+from qplug.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,8 +19,10 @@ class BlockReader:
     ``parameters``: of each block in order, by its name, the names of its parameters within it.
     """
 
-    def __init__(self, source: Checkpoint, parameters: Mapping[str, Sequence[str]]) -> None:
-        self._source, self._parameters = source, parameters
+    def __init__(
+        self, source: Checkpoint, parameters: Mapping[str, Sequence[str]], clock: Stopwatch
+    ) -> None:
+        self._source, self._parameters, self._clock = source, parameters, clock
         self._following = dict(zip(parameters, [*parameters][1:], strict=False))
         self._thread = ThreadPoolExecutor(1, "qplug-reader")
         self._coming: dict[str, Future[dict[str, Tensor]]] = {}
@@ -32,7 +35,8 @@ class BlockReader:
     def read(self, block: str) -> dict[str, Tensor]:
         """The parameters of ``block``, on the CPU; the next block is begun."""
         self.start(block)
-        weights = self._coming.pop(block).result()
+        with self._clock("reading"):
+            weights = self._coming.pop(block).result()
         if block in self._following:
             self.start(self._following[block])
         return weights

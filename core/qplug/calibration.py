@@ -31,6 +31,7 @@ from qplug.reconstruction import Data, LiveReconstruction, call_block, first_ten
 from qplug.scheme import QuantArgs, Scheme
 from qplug.skeleton import build, load_config
 from qplug.statistics import Statistics
+from qplug.stopwatch import Stopwatch
 from qplug.structure import Group, find_groups
 
 #: Tokens in one forward pass through a block.
@@ -62,6 +63,7 @@ class Walk:
         cache: KVCache | None = None,
         trust_remote_code: bool = False,
         processes: Processes = ALONE,
+        clock: Stopwatch | None = None,
     ) -> None:
         """``tokens``: int64 ``[samples, length]``, -1 where a sample has ended.
 
@@ -94,7 +96,7 @@ class Walk:
             for name, block in self._blocks.items()
         }
         self._buffers = {n for block in self._blocks.values() for n, _ in block.named_buffers()}
-        self._reader = BlockReader(source, self._parameters)
+        self._reader = BlockReader(source, self._parameters, clock or Stopwatch())
         self._with_drift = with_drift and propagate == "quantized"
         self._with_targets = with_targets
         # Whether what the float model has at each block is computed beside, or alone.

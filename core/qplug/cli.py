@@ -28,6 +28,8 @@ COMMANDS = {
     "verify": ("qplug.commands.verify:command", "Check that an engine can load a folder."),
     "serve": ("qplug.commands.serve:command", "Verify a folder, and start the engine on it."),
     "inspect": ("qplug.commands.inspect:command", "Say what a quantized folder holds."),
+    "report": ("qplug.commands.report:command", "Write a page on a quantized folder."),
+    "compare": ("qplug.commands.compare:command", "Put several folders side by side."),
     "schemes": ("qplug.commands.schemes:command", "List schemes, and which engine runs them."),
     "plugins": ("qplug.commands.plugins:command", "List, check and describe plugins."),
 }

@@ -41,11 +41,27 @@ class BlockReport:
 
 
 @dataclass(frozen=True)
+class StageCost:
+    """A stage's seconds without those of stages within it, and bytes of memory at its peak.
+
+    ``memory`` is what the process had resident, ``gpu_memory`` what torch had allocated on the
+    GPU, stages within it included; None where that cannot be told. A peak is seen if nothing before
+    it was higher; else ``memory`` is the most that was held as the stage began or ended.
+    """
+
+    name: str
+    seconds: float
+    memory: int | None
+    gpu_memory: int | None
+
+
+@dataclass(frozen=True)
 class Result:
     """What a run did. ``errors`` are ``||W' - W|| / ||W||`` of each quantized linear.
 
     ``losses`` are the same of what the linears compute on the calibration data, if there is any;
     ``notes`` is what algorithms have to tell. ``resumed``: steps that an earlier run had finished.
+    ``stages``: what each stage cost; of several processes, the first one.
     """
 
     out: Path
@@ -57,3 +73,4 @@ class Result:
     seconds: float
     resumed: int
     dry_run: bool = False
+    stages: tuple[StageCost, ...] = ()

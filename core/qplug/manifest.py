@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qplug.api import Exporter, ModelView
 from qplug.checkpoint import Checkpoint, read_json
 from qplug.errors import QplugError
+from qplug.ranges import InputRange
 from qplug.recipe import Recipe
 from qplug.registry import Plugin, Registry
 from qplug.scheme import QuantArgs, Scheme
@@ -112,6 +113,7 @@ def result_files(
         config["quantization_config"] = quantization
     errors = {name: error for report in reports for name, error in report.errors.items()}
     losses = {name: loss for report in reports for name, loss in report.losses.items()}
+    ranges = _ranges(reports)
     kinds = list(dict.fromkeys(schemes.values()))
     manifest = {
         "model": name,
@@ -119,7 +121,12 @@ def result_files(
         "versions": versions(recipe, registry),
         "schemes": [scheme.to_dict() for scheme in kinds],
         "layers": {
-            name: {"scheme": kinds.index(s), "error": errors[name], "loss": losses.get(name)}
+            name: {
+                "scheme": kinds.index(s),
+                "error": errors[name],
+                "loss": losses.get(name),
+                **ranges.get(name, {}),
+            }
             for name, s in schemes.items()
         },
         "rewritten": sorted(name for report in reports for name in report.rewritten),
@@ -133,9 +140,24 @@ def result_files(
     }
 
 
+def _ranges(reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
+    """What reports tell of inputs and clips, by linear; nothing of those they do not mention."""
+    told: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        for name, (before, after) in report.inputs.items():
+            ranges = {"before": before.to_list(), "after": after.to_list()}
+            told.setdefault(name, {})["inputs"] = ranges
+        for name, counts in report.clips.items():
+            told.setdefault(name, {})["clips"] = list(counts)
+    return told
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """What ``qplug.json`` of a folder says."""
+    """What ``qplug.json`` of a folder says. ``recipe`` is as ``Recipe.to_dict`` gives it.
+
+    ``losses``, ``inputs`` and ``clips`` are there where calibration data told them.
+    """
 
     model: str
     backend: str
@@ -146,6 +168,11 @@ class Manifest:
     rewritten: frozenset[str]
     kv_cache: QuantArgs | None
     online: tuple[str, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    losses: Mapping[str, float] = field(default_factory=dict)
+    inputs: Mapping[str, tuple[InputRange, InputRange]] = field(default_factory=dict)
+    clips: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -159,6 +186,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         kinds = [Scheme.from_dict(plain) for plain in told["schemes"]]
         layers, cache = told["layers"], told["recipe"]["kv_cache"]
+        read = InputRange.from_list
         return Manifest(
             model=told["model"],
             backend=told["recipe"]["backend"],
@@ -169,6 +197,15 @@ def read_manifest(folder: Path) -> Manifest | None:
             rewritten=frozenset(told["rewritten"]),
             kv_cache=QuantArgs.from_dict(cache) if cache else None,
             online=tuple(told.get("online", ())),
+            recipe=told["recipe"],
+            losses={n: layer["loss"] for n, layer in layers.items() if layer["loss"] is not None},
+            inputs={
+                name: (read(layer["inputs"]["before"]), read(layer["inputs"]["after"]))
+                for name, layer in layers.items()
+                if "inputs" in layer
+            },
+            clips={n: tuple(layer["clips"]) for n, layer in layers.items() if "clips" in layer},
+            notes=tuple(told["notes"]),
         )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise QplugError(f"{folder / MANIFEST}: cannot be understood: {error!r}") from error

@@ -59,13 +59,7 @@ class Folder:
     def dequantized(self, name: str, tensors: dict[str, Tensor] | None = None) -> Tensor:
         """The float32 weight ``[out, in]`` of a quantized linear."""
         assert self.exporter is not None
-        if tensors is None:
-            prefix = f"{name}."
-            tensors = {
-                tensor.removeprefix(prefix): self.checkpoint.read(tensor)
-                for tensor in self.checkpoint.tensors
-                if tensor.startswith(prefix) and tensor != f"{name}.bias"
-            }
+        tensors = self.packed(name) if tensors is None else tensors
         return self.exporter.dequantize(tensors, self.schemes[name])
 
     def holds(self, parameter: str) -> bool:
@@ -79,6 +73,15 @@ class Folder:
         if local == "weight" and linear in self.schemes:
             return self.dequantized(linear)
         return self.checkpoint.read(name).float()
+
+    def packed(self, name: str) -> dict[str, Tensor]:
+        """What is stored of a quantized linear, its bias aside, by local name."""
+        prefix = f"{name}."
+        return {
+            tensor.removeprefix(prefix): self.checkpoint.read(tensor)
+            for tensor in self.checkpoint.tensors
+            if tensor.startswith(prefix) and tensor != f"{name}.bias"
+        }
 
     def input_scale(self, name: str) -> Tensor | None:
         """The scale of a linear's static inputs, float32 ``[1]``; None if they have none.

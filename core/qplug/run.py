@@ -29,6 +29,7 @@ from qplug.plan import Plan, Step, make_plan
 from qplug.preparation import prepare
 from qplug.processes import Processes, join
 from qplug.qtorch_rounding import require_qtorch
+from qplug.ranges import input_ranges
 from qplug.recipe import (
     Calibration,
     Recipe,
@@ -45,6 +46,7 @@ from qplug.scheme import Scheme
 from qplug.shared_output import SharedOutput
 from qplug.source import find_model
 from qplug.stages import Report, Stages
+from qplug.stopwatch import Stopwatch
 
 #: Told of each finished step: its number from 1, how many there are, its name, and the mean loss of
 #: its linears if it was calibrated.
@@ -143,7 +145,8 @@ class Run:
         trust_remote_code: bool,
         launch: Launch,
     ) -> None:
-        self.stages = Stages(recipe, registry)
+        self.clock = Stopwatch(device)
+        self.stages = Stages(recipe, registry, self.clock)
         if not self.stages.needs_data:
             recipe = replace(recipe, calibration=None)
         elif recipe.calibration and self.stages.exporter.stores_float:
@@ -249,10 +252,12 @@ class Run:
                     cache=cache,
                     trust_remote_code=self.trust_remote_code,
                     processes=processes,
+                    clock=self.clock,
                 )
                 work = self._calibrated(plan, float_model, view, walk, output, done, announcer)
             for number, contents, report in work:
-                output.write(number, contents, report.to_dict())
+                with self.clock("writing"):
+                    output.write(number, contents, report.to_dict())
                 reports[number] = report
                 if processes.is_first:
                     watch(len(reports), len(plan.steps), plan.steps[number].name, report.loss)
@@ -269,9 +274,12 @@ class Run:
                 online=prepared.online,
                 notes=prepared.notes,
             )
-            output.finish(
-                source.companions(), texts, lambda folder: self.stages.convert(folder, view, coded)
-            )
+            with self.clock("writing"):
+                output.finish(
+                    source.companions(),
+                    texts,
+                    lambda folder: self.stages.convert(folder, view, coded),
+                )
         result = Result(
             out=out,
             errors={name: error for report in told for name, error in report.errors.items()},
@@ -281,6 +289,7 @@ class Run:
             bytes=plan.nbytes,
             seconds=time.monotonic() - began,
             resumed=len(done),
+            stages=self.clock.costs(),
         )
         announcer.run_done(result)
         return result
@@ -347,7 +356,8 @@ class Run:
             coming = reader.submit(read, todo[0]) if todo else None
             for number, after in zip_longest(todo, todo[1:]):
                 assert coming is not None
-                weights = coming.result()
+                with self.clock("reading"):
+                    weights = coming.result()
                 coming = reader.submit(read, after) if after is not None else None
                 step = plan.steps[number]
                 if not weights:
@@ -412,12 +422,14 @@ class Run:
             if number in done:
                 walk.replay(step.name, self._served(step, output))
                 continue
-            block = walk.enter(step.name)
+            with self.clock("statistics"):
+                block = walk.enter(step.name)
+            inputs = input_ranges(block)
             codes = self.stages.quantize(block)
             if self.stages.exporter.stores_float:
                 block.clip()
             changed = {*block.rewritten(), *self._rewritten(step, source)}
-            report = self.stages.report(block, codes, tuple(sorted(changed)))
+            report = self.stages.report(block, codes, tuple(sorted(changed)), inputs)
             packed = self.stages.pack(codes, step, view.dtype)
             others = block.others(step.others)
             served = block.served(codes, others, walk.dtype)
@@ -425,8 +437,9 @@ class Run:
             del block, codes  # on a GPU, the larger part of what it holds
             if not self.stages.exporter.exact:  # what it stores is not quite what the codes say
                 served |= self._dequantized(step.linears, packed, step.name)
-            scales = walk.cache_scales(step.name, served)
-            walk.leave(step.name, served | scales)
+            with self.clock("passing on"):
+                scales = walk.cache_scales(step.name, served)
+                walk.leave(step.name, served | scales)
             del served
             # Old checkpoints have tensors in their blocks that are no parameters: masks, tables.
             kept = {n: source.tensors[n].chunks() for n in step.others if n not in others}

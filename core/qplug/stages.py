@@ -30,9 +30,11 @@ from qplug.observers import (
 )
 from qplug.params import fill
 from qplug.plan import Step
+from qplug.ranges import InputRange, clip_counts, input_ranges, short
 from qplug.recipe import DEFAULT_QUANTIZER, Calibration, Recipe
 from qplug.registry import Registry
 from qplug.scheme import Scheme
+from qplug.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,13 +46,16 @@ class Report:
 
     ``errors``: ``||W' - W|| / ||W||`` by linear; ``losses``: the same of its output on calibration
     data. ``rewritten``: the tensors that no longer hold what the float model has, codes aside.
-    ``notes``: what algorithms have to tell the user.
+    ``notes``: what algorithms have to tell the user. ``inputs``: what linears read before and after
+    all transforms; ``clips``: the ``clip_counts`` of linears that have clipped scales.
     """
 
     errors: Mapping[str, float] = field(default_factory=dict)
     losses: Mapping[str, float] = field(default_factory=dict)
     rewritten: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    inputs: Mapping[str, tuple[InputRange, InputRange]] = field(default_factory=dict)
+    clips: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def loss(self) -> float | None:
@@ -64,21 +69,30 @@ class Report:
             "losses": dict(self.losses),
             "rewritten": list(self.rewritten),
             "notes": list(self.notes),
+            "inputs": {n: [r.to_list() for r in both] for n, both in self.inputs.items()},
+            "clips": {name: list(counts) for name, counts in self.clips.items()},
         }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Report:
         """The inverse of ``to_dict``."""
-        rewritten, notes = tuple(plain["rewritten"]), tuple(plain["notes"])
-        return cls(plain["errors"], plain["losses"], rewritten, notes)
+        read = InputRange.from_list
+        return cls(
+            errors=plain["errors"],
+            losses=plain["losses"],
+            rewritten=tuple(plain["rewritten"]),
+            notes=tuple(plain["notes"]),
+            inputs={n: (read(old), read(new)) for n, (old, new) in plain["inputs"].items()},
+            clips={name: tuple(counts) for name, counts in plain["clips"].items()},
+        )
 
 
 class Stages:
     """The algorithms of a recipe, one of which quantizes, and its exporter."""
 
-    def __init__(self, recipe: Recipe, registry: Registry) -> None:
+    def __init__(self, recipe: Recipe, registry: Registry, clock: Stopwatch | None = None) -> None:
         """Raises QplugError if a name or an option is wrong, or two algorithms quantize."""
-        self._registry = registry
+        self._registry, self._clock = registry, clock or Stopwatch()
         backend = registry.exporters[recipe.backend]
         options: object = fill(backend.Params, recipe.backend_options, f"backend {backend.name}")
         self.exporter: Exporter[Any] = backend(options)
@@ -137,7 +151,7 @@ class Stages:
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         """Run all stages on ``block``: codes by linear. None where float weights are stored."""
         for algorithm in self.pipeline:
-            with self._blaming(algorithm, block.name):
+            with self._clock("transform"), self._blaming(algorithm, block.name):
                 algorithm.transform(block)
         if self.exporter.stores_float:
             return {}
@@ -151,7 +165,7 @@ class Stages:
         fix_input_scales(block, self._observer)
         share_tensor_scales(block)
         share_global_scales(block, self.exporter.merged([linear.name for linear in block.linears]))
-        with self._blaming(quantizer, block.name):
+        with self._clock("quantize"), self._blaming(quantizer, block.name):
             codes = quantizer.quantize(block)
             wanted = {linear.name for linear in block.linears}
             if set(codes) != wanted:
@@ -167,11 +181,28 @@ class Stages:
         }
 
     def report(
-        self, block: Block, codes: Mapping[str, QuantizedWeight], rewritten: tuple[str, ...] = ()
+        self,
+        block: Block,
+        codes: Mapping[str, QuantizedWeight],
+        rewritten: tuple[str, ...] = (),
+        inputs: Mapping[str, InputRange] | None = None,
     ) -> Report:
-        """What became of ``block``, numbers to four digits; errors against its float weights."""
+        """What became of ``block``, numbers to four digits; errors against its float weights.
+
+        ``inputs``: as they were before.
+        """
+        with self._clock("errors"):
+            return self._report(block, codes, rewritten, inputs or {})
+
+    def _report(
+        self,
+        block: Block,
+        codes: Mapping[str, QuantizedWeight],
+        rewritten: tuple[str, ...],
+        inputs: Mapping[str, InputRange],
+    ) -> Report:
         errors = {
-            linear.name: _short(relative_error(block.original(linear), codes[linear.name]))
+            linear.name: short(relative_error(block.original(linear), codes[linear.name]))
             for linear in block.linears
             if linear.name in codes
         }
@@ -186,11 +217,20 @@ class Stages:
         def loss(pair: tuple[InputGroup, Linear]) -> float:
             group, linear = pair
             made = codes[linear.name]
-            return _short(relative_output_error(block.original(linear), made, group.gram))
+            return short(relative_output_error(block.original(linear), made, group.gram))
 
         found = block.spread(read, loss, cost=lambda pair: _products(*pair))
         losses = {linear.name: loss for (_, linear), loss in zip(read, found, strict=True)}
-        return Report(errors, losses, rewritten, tuple(block.notes))
+        after = input_ranges(block)
+        clips = {linear.name: clip_counts(linear, codes[linear.name]) for _, linear in read}
+        return Report(
+            errors,
+            losses,
+            rewritten,
+            tuple(block.notes),
+            inputs={name: (before, after[name]) for name, before in inputs.items()},
+            clips={name: counts for name, counts in clips.items() if counts},
+        )
 
     def pack(
         self, codes: Mapping[str, QuantizedWeight], step: Step, dtype: str
@@ -198,7 +238,7 @@ class Stages:
         """The tensors of the linears of ``step``, by full name, checked against the plan."""
         packed: dict[str, Tensor] = {}
         for name, weight in codes.items():
-            with self._blaming(self.exporter, name):
+            with self._clock("pack"), self._blaming(self.exporter, name):
                 tensors = self._packed(weight, step.linears[name], dtype)
                 packed.update({f"{name}.{local}": tensor for local, tensor in tensors.items()})
                 self._check(name, packed, step)
@@ -263,7 +303,3 @@ def _unseen(block: Block) -> Iterator[str]:
 def _products(group: InputGroup, linear: Linear) -> float:
     """What a matrix product of the weight with the Gram matrix costs."""
     return linear.weight.numel() * len(group.gram)
-
-
-def _short(number: float) -> float:
-    return float(f"{number:.4g}")

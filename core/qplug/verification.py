@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,7 @@ def verify(
     )
     if opened.exporter is None:
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
-    source_name, source = _find_source(opened, against)
+    source_name, source = find_source(opened, against)
     problems = list(opened.exporter.check(opened.checkpoint, opened.view))
     problems += _beside_the_weights(opened)
     problems += _architecture_lacks(opened, registry, trust_remote_code)
@@ -79,7 +79,8 @@ def verify(
             if not torch.isfinite(weight).all():
                 problems.append(Problem("values", name, "has NaN or infinite weights"))
             if source is not None and f"{name}.weight" not in rewritten:
-                errors[name] = _error(weight, source, name)
+                original = float_weight(source, name, weight.shape)
+                errors[name] = relative_distance(weight, original)
             if watch is not None:
                 watch(done, len(opened.schemes))
         problems += _errors_differ(opened, errors)
@@ -94,7 +95,11 @@ def verify(
     )
 
 
-def _find_source(opened: Folder, against: str | None) -> tuple[str | None, Checkpoint | None]:
+def find_source(opened: Folder, against: str | None) -> tuple[str | None, Checkpoint | None]:
+    """The float model called ``against``, else the one that is recorded, if it can be found.
+
+    Raises QplugError if ``against`` is given and is none.
+    """
     if against is not None:
         return against, Checkpoint.open(find_model(against))
     recorded = opened.manifest.model if opened.manifest else None
@@ -187,13 +192,22 @@ def _bytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape) * int(getattr(torch, spec.dtype).itemsize)
 
 
-def _error(restored: torch.Tensor, source: Checkpoint, name: str) -> float:
+def float_weight(source: Checkpoint, name: str, shape: Sequence[int]) -> torch.Tensor:
+    """The weight ``[out, in]`` of a linear in the float model, float32.
+
+    Raises QplugError if there is none of this ``shape``.
+    """
     tensor = f"{name}.weight"
     if tensor not in source.tensors:
         raise QplugError(f"{source.folder}: has no {tensor}; it is not the model this came from")
     weight = source.read(tensor).float()
-    if restored.shape != weight.shape:
+    if tuple(weight.shape) != tuple(shape):
         raise QplugError(f"{source.folder}: {tensor} has another shape; it is another model")
+    return weight
+
+
+def relative_distance(restored: torch.Tensor, weight: torch.Tensor) -> float:
+    """``||W' - W|| / ||W||`` (Frobenius) of float32 matrices."""
     return _norm(restored - weight) / max(_norm(weight), torch.finfo().tiny)
 
 

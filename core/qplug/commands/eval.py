@@ -7,19 +7,13 @@ import json
 
 import click
 
-from qplug.params import parse_pairs
-from qplug.progress import progress_bar
+from qplug.commands.text_options import TextOptions, text_options
 from qplug.registry import Registry
 
 
 @click.command(name="eval")
 @click.argument("model")
-@click.option("--dataset", default="demo", show_default=True)
-@click.option("--dataset-opt", "dataset_options", metavar="K=V", multiple=True)
-@click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2))
-@click.option("--windows", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, or cuda[:N].")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
+@text_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_obj
 def command(
@@ -39,20 +33,8 @@ def command(
     evaluated, each on its own, in float32. Weights are dequantized, and activations rounded as the
     scheme says.
     """
-    from qplug.evaluation import evaluate
-
-    with progress_bar("evaluating") as bar:
-        result = evaluate(
-            model,
-            dataset=dataset,
-            dataset_options=parse_pairs(dataset_options, "--dataset-opt"),
-            seq_len=seq_len,
-            windows=windows,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            registry=registry,
-            watch=lambda done, total: bar(done, total, "", None),
-        )
+    text = TextOptions(dataset, dataset_options, seq_len, windows, device, trust_remote_code)
+    result = text.measure(model, registry)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result), indent=2))
     else:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qplug.commands.page_writing import refuse_pages, report_file, write_report
+from qplug.launch import Launch
 from qplug.params import parse_pairs
 from qplug.progress import progress_bar
 from qplug.recipe import SAMPLINGS
@@ -81,6 +83,13 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace a model that is at --out.")
 @click.option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option(
+    "--report",
+    metavar="[FILE]",
+    is_flag=False,
+    flag_value="",
+    help="Write a page on the result; by default OUT.report.html.",
+)
 @click.pass_obj
 def command(
     registry: Registry,
@@ -113,6 +122,7 @@ def command(
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
+    report: str | None,
 ) -> None:
     """Quantize MODEL into the new folder --out.
 
@@ -123,7 +133,7 @@ def command(
     A PATTERN is a glob over module names, or re: and a regular expression.
     """
     if config is not None:
-        _run_config(registry, config, dry_run=dry_run, as_json=as_json)
+        _run_config(registry, config, dry_run=dry_run, as_json=as_json, report=report)
         return
     for value, name in ((model, "MODEL"), (out, "--out")):
         if value is None:
@@ -131,6 +141,9 @@ def command(
     assert model is not None
     assert out is not None
     from qplug.run import quantize
+
+    if report is not None:
+        refuse_pages(report, [out])
 
     with progress_bar("quantizing") as bar:
         result = quantize(
@@ -164,13 +177,18 @@ def command(
             registry=registry,
             watch=bar,
         )
+    if report is not None and not dry_run and Launch.of().is_first:
+        file = report_file(report, out)
+        write_report(str(out), file, registry, result=result, trust_remote_code=trust_remote_code)
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(result), "out": str(result.out)}, indent=2))
         return
     _tell(result)
 
 
-def _run_config(registry: Registry, file: Path, *, dry_run: bool, as_json: bool) -> None:
+def _run_config(
+    registry: Registry, file: Path, *, dry_run: bool, as_json: bool, report: str | None
+) -> None:
     """The job in ``file``; of the command line, what was said and not what is usual."""
     from qplug.commands.quantize_config import run_config
     from qplug.configs.override import Given
@@ -201,6 +219,7 @@ def _run_config(registry: Registry, file: Path, *, dry_run: bool, as_json: bool)
         registry=registry,
         dry_run=dry_run,
         as_json=as_json,
+        report=report,
         tell_result=_tell,
     )
 

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 import click
 
 from qplug.commands.config import tell
+from qplug.commands.page_writing import refuse_pages, report_file, write_report
+from qplug.launch import Launch
 from qplug.progress import progress_bar
 from qplug.registry import Registry
 
 if TYPE_CHECKING:
     from qplug.configs.override import Given
+    from qplug.evaluation import Evaluation
     from qplug.events import Result
     from qplug.job_run import Done, How
 
@@ -30,9 +33,13 @@ def run_config(
     registry: Registry,
     dry_run: bool,
     as_json: bool,
+    report: str | None,
     tell_result: Teller,
 ) -> None:
-    """Read, change and perform the job in ``file``, and print what became of it."""
+    """Read, change and perform the job in ``file``, and print what became of it.
+
+    ``report`` asks for a page on each folder that was written: "" or a file, where there is one.
+    """
     from qplug.configs.override import overridden
     from qplug.configs.reading import read_job
     from qplug.job_run import perform
@@ -40,6 +47,8 @@ def run_config(
     read = read_job(file, registry)
     tell(read.warnings)
     job = overridden(read.job, given)
+    if report is not None:
+        refuse_pages(report, [export.out for export in job.exports])
     with progress_bar("") as bar:
         done = perform(
             job,
@@ -51,6 +60,8 @@ def run_config(
             registry=registry,
             watch=lambda what, n, total, name, loss: bar(n, total, f"{what} {name}", loss),
         )
+    if report is not None and not dry_run and Launch.of().is_first:
+        _write_reports(done, report, how, registry)
     if as_json:
         click.echo(json.dumps(_plain(done), indent=2))
         return
@@ -62,6 +73,23 @@ def run_config(
         found = measured.evaluation
         told = f"{found.windows} windows of {found.seq_len} tokens of {found.dataset}"
         click.echo(f"{measured.at}: perplexity {found.perplexity:.4f} ({told})")
+
+
+def _write_reports(done: Done, report: str, how: How, registry: Registry) -> None:
+    """A page on each folder, with what was measured of the model before and after."""
+    stages = {"pretrain": "float", "transformed": "transformed", "quantized": "quantized"}
+    measured: dict[str, list[Evaluation]] = {}
+    for found in done.measured:
+        measured.setdefault(stages[found.at], []).append(found.evaluation)
+    for result in done.results:
+        write_report(
+            str(result.out),
+            report_file(report, result.out),
+            registry,
+            trust_remote_code=how.trust_remote_code,
+            measured=measured,
+            result=result,
+        )
 
 
 def _plain(done: Done) -> dict[str, object]:
