@@ -55,7 +55,7 @@ def test_examples_of_hooks_are_implementations(root: Path) -> None:
     for part in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
         _, *examples = re.findall(r"```python\n(.*?)```", part, re.DOTALL)
         assert len(examples) == 1, part.partition("\n")[0]
-        module = types.ModuleType("example")
+        module = types.ModuleType(part.partition("(")[0])
         exec(compile(examples[0], "hooks.md", "exec"), vars(module))
         manager.register(module)
         manager.check_pending()
