@@ -6,6 +6,7 @@ says.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 import click
 from click.testing import CliRunner
 
+import qplug
 from qplug import hookspecs
 from qplug.cli import Deferred, main
 from qplug.configs.recipe_file import schema
@@ -97,7 +99,9 @@ def _prose_and_example(docstring: str) -> Iterator[str]:
     if not example:
         return
     code = inspect.cleandoc(example)
-    imports = ["import click", ""] * ("click." in code) + ["from qplug import hookimpl", "", ""]
+    used = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
+    imports = ["import click", ""] if "click" in used else []
+    imports += [f"from qplug import {', '.join(sorted(used & set(qplug.__all__)))}", "", ""]
     yield "Example:"
     yield _fenced("python", "\n".join([*imports, code]))
 

@@ -10,6 +10,7 @@ import doctest
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +49,9 @@ def words_for_qplug(words: list[str]) -> list[str] | None:
 
 def test_blocks_run(page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in _modules(page):
+        monkeypatch.delitem(sys.modules, name, raising=False)  # of another page
     page.write_files(tmp_path)
     names: dict[str, object] = {"__name__": "page"}
     for block in page.blocks:
@@ -57,13 +61,18 @@ def test_blocks_run(page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             for words, wanted in commands(block.code):
                 _run(words, wanted)
         elif block.language == "python":
-            exec(compile(block.code, str(page.path), "exec"), names)
+            code = compile(block.code, str(page.path), "exec", dont_inherit=True)
+            exec(code, {**names} if block.title else names)
         elif block.language == "yaml":
             assert yaml.safe_load(block.code)
         elif block.language == "json":
             assert json.loads(block.code)
         else:
             assert block.language in ("jsonl", "text", "toml"), block.language
+
+
+def _modules(page: Page) -> list[str]:
+    return [Path(block.title).stem for block in page.blocks if block.title]
 
 
 def _run(words: list[str], wanted: str) -> None:

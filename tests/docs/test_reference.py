@@ -56,7 +56,7 @@ def test_examples_of_hooks_are_implementations(root: Path) -> None:
         _, *examples = re.findall(r"```python\n(.*?)```", part, re.DOTALL)
         assert len(examples) == 1, part.partition("\n")[0]
         module = types.ModuleType(part.partition("(")[0])
-        exec(compile(examples[0], "hooks.md", "exec"), vars(module))
+        exec(compile(examples[0], "hooks.md", "exec", dont_inherit=True), vars(module))
         manager.register(module)
         manager.check_pending()
     assert all(getattr(manager.hook, name).get_hookimpls() for name in hooks)
