@@ -88,7 +88,8 @@ def _hook_page() -> Iterator[str]:
         signature = inspect.signature(hook)
         yield f"## {name}({', '.join(signature.parameters)})"
         plain = str(signature).replace("'", "")  # annotations are strings
-        yield _fenced("python", f"def {name}{plain}: ...")
+        signed = _fenced("python", f"def {name}{plain}: ...")
+        yield f"<!-- not run: a signature -->\n{signed}"
         yield from _prose_and_example(inspect.getdoc(hook) or "")
 
 
