@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SHELL := /bin/bash
 
-.PHONY: quickstart test lint types test-engines test-engines-full test-gpu wheel clean
+.PHONY: quickstart test coverage lint types docs reference test-engines test-engines-full test-gpu wheel clean
 
 quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it write
 	rm -rf quantized-demo
@@ -16,6 +16,9 @@ quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it 
 
 test: $(VENV)/installed-test  ## the tests that need neither a network nor a GPU
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+coverage: $(VENV)/installed-dev  ## the same, and at least 90 % of core and plugins must have run
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --cov --cov-report=term
 
 test-engines: $(VENV)/installed-test  ## the real vLLM, on this CPU, in an environment of its own
 	$(PYTHON) tests/engines/install_vllm.py .venv-vllm
@@ -35,14 +38,20 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-types: $(VENV)/installed-dev
-	$(BIN)/mypy
+types: $(VENV)/installed-dev  ## on every Python that is supported, whichever is installed
+	for version in 3.10 3.11 3.12 3.13; do $(BIN)/mypy --python-version $$version || exit 1; done
+
+docs: $(VENV)/installed-dev  ## the site, in ./site; nothing is asked of another host
+	$(BIN)/mkdocs build --strict
+
+reference: $(VENV)/installed-dev  ## docs/reference, from the code
+	$(BIN)/python docs/generate_reference.py
 
 wheel: $(VENV)/installed-dev  ## build the wheel and try it in an environment of its own
 	bash tests/wheel.sh $(BIN)/python
 
 clean:
-	rm -rf $(VENV) .venv-vllm quantized-demo dist
+	rm -rf $(VENV) .venv-vllm quantized-demo dist site
 
 # --- environments: made once, and again when what they are made of changes ---
 
@@ -55,9 +64,9 @@ $(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[test,docs]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-test
-	$(PIP) --editable '.[test,dev]'
+	$(PIP) --editable '.[test,docs,dev]'
 	touch $@

@@ -38,7 +38,8 @@ class Checkpoint:
 
         A checkpoint that was published in blocks of fp8 is opened as the float one that it means.
         Raises QplugError if the folder is not a checkpoint in safetensors files, a file that the
-        index names is missing, or a shard is truncated or unsound.
+        index names is missing, a file is a link out of the folder, or a shard is truncated or
+        unsound.
         """
         if not folder.is_dir():
             raise QplugError(f"{folder}: no such folder")
@@ -46,7 +47,10 @@ class Checkpoint:
         tensors = _read_tensors(folder)
         if is_block_fp8(config):
             config, tensors = as_float(config, tensors)
-        return cls(folder, config, tensors)
+        checkpoint = cls(folder, config, tensors)
+        for path in (folder / "config.json", *checkpoint.shards, *checkpoint.companions()):
+            _refuse_link_out(path, folder)
+        return checkpoint
 
     @property
     def shards(self) -> list[Path]:
@@ -66,6 +70,19 @@ class Checkpoint:
         ]
         templates = self.folder / "additional_chat_templates"
         return files + (sorted(templates.glob("*.jinja")) if templates.is_dir() else [])
+
+
+def _refuse_link_out(path: Path, folder: Path) -> None:
+    """Raise QplugError if ``path`` is a link to something outside of ``folder``.
+
+    What a stranger packed could otherwise have any file of this machine read, and copied to OUT.
+    The Hub's cache links from ``snapshots/REVISION`` to ``blobs`` beside ``snapshots``.
+    """
+    home = folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    found = path.resolve()
+    if not (found.is_relative_to(home) or found.is_relative_to(blobs)):
+        raise QplugError(f"{path}: is a link out of its folder; put the file itself there")
 
 
 def read_json(path: Path) -> dict[str, Any]:

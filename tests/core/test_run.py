@@ -256,14 +256,17 @@ def test_companions(llama: Path, tmp_path: Path) -> None:
         assert "of the source" not in (tmp_path / "out" / name).read_text()
 
 
-def test_links_are_followed(llama: Path, tmp_path: Path) -> None:
-    """The Hub's cache is made of links; a result made of them would break when it is cleared."""
-    cache = tmp_path / "cache"
-    cache.mkdir()
+def test_links_of_the_hubs_cache_are_followed(llama: Path, tmp_path: Path) -> None:
+    """A result made of links would break when the cache is cleared."""
+    repository = tmp_path / "hub" / "models--tiny--llama"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "8f2a"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
     (llama / "tokenizer.json").write_text("{}")
-    for path in llama.iterdir():
-        (cache / path.name).symlink_to(path)
-    quantize(str(cache), tmp_path / "out")
+    for number, path in enumerate(llama.iterdir()):
+        path.rename(blobs / f"{number:040x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:040x}")
+    quantize(str(snapshot), tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
 
