@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import qplug
-from qplug import NoParams
 from qplug_compressed_tensors.exporter import CompressedTensors
 from qplug_sglang.engine import SGLang
 from qplug_vllm.engine import VLLM
@@ -66,4 +65,4 @@ def narrow_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=[CompressedTensors, VLLM, SGLang], ids=lambda kind: kind.name)
 def exporter(request: pytest.FixtureRequest) -> CompressedTensors:
     kind: type[CompressedTensors] = request.param
-    return kind(NoParams())
+    return kind(kind.Params())

@@ -41,14 +41,16 @@ BACKENDS = ("compressed-tensors", "vllm", "sglang")
 CASES = [
     *((name, size) for name in ("W4A16", "W4A16_ASYM", "W8A16") for size in GROUP_SIZES),
     *((name, None) for name in ("W8A8", "W8A8_STATIC", "FP8", "FP8_DYNAMIC", "FP8_BLOCK")),
+    ("W4AFP8", None),
 ]
-#: SGLang does not serve the one; both others do.
-REFUSED = {("W8A8_STATIC", "sglang")}
+#: SGLang does not serve them; both others do.
+REFUSED = {("W8A8_STATIC", "sglang"), ("W4AFP8", "sglang")}
 every_case = pytest.mark.parametrize(("scheme", "group_size"), CASES)
 
 
 def test_every_preset_is_a_case() -> None:
-    assert {name for name, _ in CASES} == set(PRESETS)
+    fp4 = {"NVFP4A16", "NVFP4", "MXFP4A16"}  # in test_fp4
+    assert {name for name, _ in CASES} | fp4 == set(PRESETS)
 
 
 def bits(values: Tensor) -> Tensor:
@@ -163,7 +165,8 @@ def weights_of(scheme: str, group_size: int | None, dtype: torch.dtype) -> Quant
     found = preset(scheme)
     if group_size is not None:
         found = found.with_group_size(group_size)
-    stored = str(dtype).removeprefix("torch.") if found.activations is None else "float32"
+    packed = found.activations is None or found.name == "W4AFP8"
+    stored = str(dtype).removeprefix("torch.") if packed else "float32"
     return replace(found.weights, scale_dtype=stored)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 import qplug
 from qplug import PRESETS, ModelView, NoParams, QplugError, QuantArgs, Scheme, preset
+from qplug.limits import DEVICES, Target, shard_shape
 from qplug.scheme import CACHES
 from qplug_compressed_tensors.exporter import CompressedTensors
 from qplug_compressed_tensors.fusing import fused_groups
@@ -17,7 +19,7 @@ from qplug_vllm.engine import VLLM
 if TYPE_CHECKING:
     from pathlib import Path
 
-CT, VLLM_, SGLANG = CompressedTensors(NoParams()), VLLM(NoParams()), SGLang(NoParams())
+CT, VLLM_, SGLANG = CompressedTensors(NoParams()), VLLM(Target()), SGLang(Target())
 W4, W8 = preset("W4A16"), preset("W8A16")
 
 
@@ -70,21 +72,19 @@ def test_shapes_that_no_kernel_takes(
 
 @pytest.mark.parametrize("scheme", PRESETS)
 def test_the_multiples_are_enough(exporter: CompressedTensors, scheme: str) -> None:
-    rows = {row.scheme: row for row in exporter.capabilities()}
+    rows = [row for row in exporter.capabilities() if row.scheme == scheme]
     if not rows:
         assert exporter.name == "compressed-tensors"
         return
-    row = rows[scheme]
-    if not row.served:
-        assert (exporter.name, scheme) == ("sglang", "W8A8_STATIC")
+    served = [row for row in rows if row.served]
+    if not served:
         sentence = refusal(exporter, view(up=(128, 128)), preset(scheme))
-        assert sentence == f"layers.0.up: {row.kernel}"
-        return
-    model = view(up=(row.out_multiple, row.in_multiple))
-    sizes = row.group_sizes or (None,)
-    for size in sizes:
-        found = preset(scheme) if size is None else preset(scheme).with_group_size(size)
-        assert refusal(exporter, model, found) is None
+        assert sentence == f"layers.0.up: {rows[0].kernel}"
+    for row in served:
+        for size in row.group_sizes or (None,):
+            found = preset(scheme) if size is None else preset(scheme).with_group_size(size)
+            wide = max(row.in_multiple, size or 1)
+            assert refusal(exporter, view(up=(row.out_multiple, wide)), found) is None
 
 
 @pytest.mark.parametrize("exporter", [VLLM_, SGLANG], ids=lambda exporter: exporter.name)
@@ -95,6 +95,94 @@ def test_groups_that_no_kernel_takes(exporter: CompressedTensors, scheme: str, s
     assert sentence is not None
     assert f"takes groups of 32, 64, 128, -1, not {size}" in sentence
     assert refusal(CT, view(up=(256, 256)), preset(scheme).with_group_size(size)) is None
+
+
+@pytest.mark.parametrize("exporter", [VLLM_, SGLANG], ids=lambda exporter: exporter.name)
+def test_every_device_has_just_one_row(exporter: CompressedTensors) -> None:
+    cells = [
+        (row.scheme, device, row.engine)
+        for row in exporter.capabilities()
+        for device in row.devices
+    ]
+    assert len(set(cells)) == len(cells)
+    for row in exporter.capabilities():
+        assert row.devices
+        assert set(row.devices) <= set(DEVICES)
+        assert row.evidence.startswith(("run on ", "not run; "))
+    assert {scheme for scheme, *_ in cells} == set(PRESETS)
+
+
+def test_a_device_has_limits_of_its_own() -> None:
+    model = view(up=(128, 128))
+    for gpu, sentence in (
+        ("sm80", "layers.0.up: the int4 and fp8 kernel of Cutlass is for sm90 alone"),
+        ("sm90", None),
+        ("any", None),
+    ):
+        found = refusal(VLLM(Target(gpu=gpu)), model, preset("W4AFP8"))  # type: ignore[arg-type]
+        assert found == sentence
+    found = refusal(SGLang(Target(gpu="sm80")), model, preset("NVFP4"))
+    assert found == "layers.0.up: no kernel for NVFP4 is known on sm80"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "tp", "part"),
+    [
+        ("q_proj", (256, 512), 4, (64, 512)),
+        ("k_proj", (128, 512), 4, (64, 512)),  # two heads, and four processes
+        ("o_proj", (512, 256), 4, (512, 64)),
+        ("down_proj", (512, 1024), 2, (512, 512)),
+        ("experts.3.w2", (512, 1024), 2, (512, 512)),
+        ("gate", (8, 512), 2, (8, 512)),
+        ("kv_a_proj_with_mqa", (96, 512), 2, (96, 512)),
+        ("up_proj", (96, 512), 1, (96, 512)),
+        ("up_proj", (90, 512), 4, "out_features, 90, cannot be split in 4"),
+        ("down_proj", (512, 90), 4, "in_features, 90, cannot be split in 4"),
+    ],
+)
+def test_parts_of_weights(
+    name: str, shape: tuple[int, int], tp: int, part: tuple[int, int] | str
+) -> None:
+    config = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    assert shard_shape(f"layers.0.{name}", shape, config, tp) == part
+
+
+def test_groups_have_to_divide_the_part_of_a_row() -> None:
+    model = view(down_proj=(512, 1152))
+    assert refusal(VLLM_, model, W4) is None
+    sentence = refusal(VLLM(Target(tp=2)), model, W4)
+    assert sentence == (
+        "layers.0.down_proj: groups of 128 do not divide in_features, 576 in each of 2 processes"
+    )
+    assert refusal(VLLM(Target(tp=2)), model, W4.with_group_size(64)) is None
+
+
+def test_parts_are_refused_before_a_weight_is_read(tmp_path: Path) -> None:
+    with pytest.raises(QplugError, match="multiples of 128, not 64 in each of 2 processes"):
+        qplug.quantize(
+            "qplug:demo",
+            tmp_path / "out",
+            scheme="FP8_BLOCK",
+            backend="vllm",
+            backend_options={"tp": 2, "gpu": "sm90"},
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_vllm_takes_a_head() -> None:
+    linears = {"layers.0.up": (128, 128), "lm_head": (256, 128)}
+    model = ModelView({}, "bfloat16", linears, frozenset(["layers.0.up"]), ("layers.0",), "lm_head")
+    schemes = {"layers.0.up": W4, "lm_head": W8}
+    assert VLLM_.refuses(model, schemes) is None
+    assert SGLANG.refuses(model, schemes) == (
+        "lm_head: SGLang loads a quantized head or router, and serves garbage"
+    )
+    fp4 = {"layers.0.up": W4, "lm_head": preset("NVFP4A16")}
+    assert VLLM_.refuses(model, fp4) == (
+        "lm_head: vLLM takes a head in W4A16, W8A16 or W8A8, not NVFP4A16"
+    )
+    router = replace(model, head=None)
+    assert VLLM_.refuses(router, schemes) == "lm_head: vLLM keeps routers float"
 
 
 def test_two_formats_are_refused_by_sglang_alone() -> None:

@@ -355,6 +355,8 @@ def test_schemes_of_one_backend(cli: Cli) -> None:
     rows = [line for line in lines if line.startswith(" ")]
     assert rows
     assert all(row.startswith("  vllm ") for row in rows)
+    for row in rows:
+        assert " vLLM 0." in row
     result = cli("schemes", "--backend", "vlm")
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: no exporter 'vlm'. Did you mean 'vllm'?")
@@ -371,10 +373,36 @@ def test_schemes_json(cli: Cli) -> None:
             assert row["evidence"]
 
 
+def test_schemes_on_one_device(cli: Cli) -> None:
+    told = json.loads(cli("schemes", "--gpu", "sm90", "--json").stdout)["backends"]
+    assert {row["scheme"] for row in told["vllm"]} == {row["scheme"] for row in told["sglang"]}
+    assert all("sm90" in row["devices"] for rows in told.values() for row in rows)
+    lines = cli("schemes", "--gpu", "cpu", "--backend", "vllm").stdout.splitlines()
+    assert any("no: the CPU's kernel takes weights of 4 bits alone" in line for line in lines)
+
+
+def test_schemes_that_take_a_model_in_parts(cli: Cli) -> None:
+    words = ("schemes", "--gpu", "sm90", "--backend", "sglang", "--model", "qplug:demo", "--json")
+    whole, parts = (
+        {row["scheme"]: row.get("problem") for row in json.loads(told.stdout)["backends"]["sglang"]}
+        for told in (cli(*words), cli(*words, "--tp", 2))
+    )
+    assert whole["FP8_BLOCK"] is None
+    assert parts["W4A16"] is None
+    assert parts["FP8_BLOCK"] == (
+        "not this model: model.layers.0.self_attn.k_proj: Triton fp8 needs out_features in "
+        "multiples of 128, not 64 in each of 2 processes"
+    )
+    text = cli(*words[:-1], "--tp", 2).stdout
+    assert "takes the model" in text
+    assert parts["FP8_BLOCK"] in text
+    assert cli("schemes", "--tp", 2).stderr == "Error: --tp: parts of what? Say --model\n"
+
+
 def test_what_the_table_serves_is_not_refused(cli: Cli, tmp_path: Path) -> None:
     """And what it does not serve is: the table is what the exporter goes by."""
     told = json.loads(cli("schemes", "--json").stdout)["backends"]
-    for backend in ("sglang", "vllm"):
+    for backend in ("sglang", "vllm", "gptq", "awq"):
         served = {row["scheme"] for row in told[backend] if row["served"]}
         assert served
         for scheme in PRESETS:

@@ -94,7 +94,8 @@ class GPTQFormat(Exporter[Target]):
         (args,) = {scheme.weights for scheme in schemes.values()}
         floats = [n for n in model.linears if n not in schemes and n != model.head]
         merged = with_merged_names(floats)
-        entries = patterns(merged, [*schemes, *merged], model.blocks)
+        # Engines match the names of merged linears, of which each block has its own.
+        entries = patterns(merged, [*with_merged_names(schemes), *merged], model.blocks)
         return {
             "quant_method": "gptq",
             "bits": args.bits,
