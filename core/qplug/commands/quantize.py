@@ -161,8 +161,7 @@ def command(
             overwrite=overwrite,
             dry_run=dry_run,
             trust_remote_code=trust_remote_code,
-            registry=registry,
-            watch=bar,
+            registry=registry.with_(bar, "progress-bar"),
         )
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(result), "out": str(result.out)}, indent=2))
