@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SHELL := /bin/bash
 
-.PHONY: quickstart test lint types test-engines test-gpu wheel clean
+.PHONY: quickstart test test-examples lint types test-engines test-gpu wheel clean
 
 quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it write
 	rm -rf quantized-demo
@@ -16,6 +16,9 @@ quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it 
 
 test: $(VENV)/installed-test  ## the tests that need neither a network nor a GPU
 	$(BIN)/python -m pytest
+
+test-examples: $(VENV)/installed-test  ## two plugins of their own, as strangers install them
+	bash tests/examples.sh $(BIN)/python
 
 test-engines: $(VENV)/installed-test  ## the real vLLM, on this CPU, in an environment of its own
 	$(PYTHON) tests/engines/install_vllm.py .venv-vllm
