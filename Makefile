@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SHELL := /bin/bash
 
-.PHONY: quickstart test coverage lint types docs reference test-engines test-engines-full test-gpu wheel clean
+.PHONY: quickstart test coverage test-examples lint types docs reference
+.PHONY: test-engines test-engines-full test-gpu wheel clean
 
 quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it write
 	rm -rf quantized-demo
@@ -19,6 +20,9 @@ test: $(VENV)/installed-test  ## the tests that need neither a network nor a GPU
 
 coverage: $(VENV)/installed-dev  ## the same, and at least 90 % of core and plugins must have run
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --cov --cov-report=term
+
+test-examples: $(VENV)/installed-test  ## two plugins of their own, as strangers install them
+	bash tests/examples.sh $(BIN)/python
 
 test-engines: $(VENV)/installed-test  ## the real vLLM, on this CPU, in an environment of its own
 	$(PYTHON) tests/engines/install_vllm.py .venv-vllm

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import redirect_stderr, redirect_stdout
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +14,7 @@ from typing import Any, cast
 import click
 
 from qplug import __version__
-from qplug.errors import OtherProcessError, QplugError
+from qplug.errors import OtherProcessError, PluginWarning, QplugError
 from qplug.launch import Launch
 from qplug.registry import Registry
 
@@ -89,7 +91,8 @@ class Qplug(click.Group):
                     only_shipped=ctx.params["no_plugins"],
                     files=ctx.params["files"],
                 )
-            return super().invoke(ctx)
+            with _plugin_warnings():
+                return super().invoke(ctx)
         except QplugError as error:
             raise click.ClickException(" ".join(str(error).splitlines())) from error
         except OtherProcessError as error:
@@ -107,6 +110,23 @@ class Qplug(click.Group):
                 hint = f" To do without: qplug --no-plugins, or -p no:{plugin.name}"
                 click.echo(f"The error below is from plugin {plugin}.{hint * removable}", err=True)
             raise
+
+
+@contextmanager
+def _plugin_warnings() -> Iterator[None]:
+    """Within it, a warning that a plugin broke is shown as a sentence, without a place in qplug."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", PluginWarning)  # a run goes on, whatever -W says
+        show = warnings.showwarning
+
+        def say(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if issubclass(category, PluginWarning):
+                click.echo(f"Warning: {message}", err=True)
+            else:
+                show(message, category, *place)
+
+        warnings.showwarning = say
+        yield
 
 
 def _blocked(ctx: click.Context, param: click.Parameter, words: tuple[str, ...]) -> list[str]:

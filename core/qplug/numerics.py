@@ -286,7 +286,7 @@ def fake_quantize_activations(x: Tensor, args: QuantArgs, scale: Tensor | None =
         groups = x.float().unsqueeze(-2)
         peak = groups.abs().amax() if scale is None and x.numel() else groups.new_zeros(())
     elif args.dynamic:
-        groups = x.float().reshape(*x.shape[:-1], -1, args.group_size or x.shape[-1])
+        groups = x.float().unflatten(-1, (-1, args.group_size or x.shape[-1]))
         peak = groups.abs().amax(-1, keepdim=True)
     else:
         raise NotImplementedError(f"activations {args}")

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-#: Takes how many are done, how many there are, what was done last, and its loss.
-Bar = Callable[[int, int, str, "float | None"], None]
+from qplug.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from qplug.events import BlockReport
+
+
+class Bar:
+    """A bar on the terminal. As a plugin of a run it shows how far that has come."""
+
+    def __init__(self, what: str, progress: Progress) -> None:
+        self._what, self._progress = what, progress
+        self._task = progress.add_task(what, total=None)
+
+    def __call__(self, done: int, total: int, name: str, loss: float | None) -> None:
+        """``done`` of ``total`` are done, ``name`` last, with ``loss``."""
+        told = f"{self._what} {name}" + ("" if loss is None else f" (loss {loss:.4f})")
+        self._progress.update(self._task, completed=done, total=total, description=told.strip())
+
+    @hookimpl
+    def qplug_block_done(self, report: BlockReport) -> None:
+        self(report.number, report.count, report.name, report.loss)
 
 
 @contextmanager
@@ -20,10 +42,4 @@ def progress_bar(what: str) -> Iterator[Bar]:
     console = Console(stderr=True)
     off = not console.is_interactive  # rich would print an empty line
     with Progress(*columns, console=console, transient=True, disable=off) as progress:
-        task = progress.add_task(what, total=None)
-
-        def show(done: int, total: int, name: str, loss: float | None) -> None:
-            told = f"{what} {name}" + ("" if loss is None else f" (loss {loss:.4f})")
-            progress.update(task, completed=done, total=total, description=told.strip())
-
-        yield show
+        yield Bar(what, progress)

@@ -174,8 +174,7 @@ def command(
             overwrite=overwrite,
             dry_run=dry_run,
             trust_remote_code=trust_remote_code,
-            registry=registry,
-            watch=bar,
+            registry=registry.with_(bar, "progress-bar"),
         )
     if report is not None and not dry_run and Launch.of().is_first:
         file = report_file(report, out)

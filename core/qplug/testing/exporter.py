@@ -28,9 +28,9 @@ class ExporterContract(ComponentContract):
 
     ``shape`` is that of the weights that are packed, (out, in), and ``model_config`` the
     config.json of the model that they are said to be of. ``served``: a scheme and a group size, or
-    None, that it takes of ``tiny_model``, for a whole run; None makes no run, for engines whose
-    kernels take no model as small as that. ``digests``: SHA-256 of what ``pack`` gives for the
-    kit's weight, by scheme: what is on users' disks must not change unseen.
+    None, that it takes of ``model``, for a whole run; None makes no run. ``digests``: the first
+    digits of the SHA-256 of what ``pack`` gives for the kit's weight, by scheme: what is on users'
+    disks must not change unseen.
     """
 
     exporter: ClassVar[type[Exporter[Any]]]
@@ -41,6 +41,10 @@ class ExporterContract(ComponentContract):
 
     def component(self) -> type[Exporter[Any]]:
         return self.exporter
+
+    def model(self, folder: Path) -> str:
+        """The model of the whole run, which may be written into ``folder``: a tiny Llama."""
+        return str(write_tiny_model(folder))
 
     def test_refuses_by_a_sentence(self) -> None:
         made: Exporter[Any] = self.make()
@@ -160,10 +164,10 @@ class ExporterContract(ComponentContract):
         if self.served is None:
             return
         (name, size), registry = self.served, registry_with(self.exporter)
-        model = write_tiny_model(tmp_path / "model")
+        model = self.model(tmp_path / "model")
         with demanding(f"{self._who}: a run with --backend {self.exporter.name} fails"):
             out = quantize(
-                str(model),
+                model,
                 tmp_path / "out",
                 scheme=name,
                 group_size=size,

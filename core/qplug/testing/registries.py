@@ -28,7 +28,7 @@ def bare_registry(*plugged: object) -> Registry:
 
 
 def registry_with(*kinds: type[Component[Any]]) -> Registry:
-    """What ships with qplug, ``kinds`` (in the place of any of the same name), and KitText."""
+    """What ships with qplug, KitText, and ``kinds`` in the place of any of the same name."""
     shipped = Registry.installed(only_shipped=True)
     kept: list[Plugin] = []
     for plugin in shipped.load().plugins:

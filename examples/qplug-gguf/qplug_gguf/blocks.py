@@ -20,7 +20,7 @@ def block_bytes(bits: int) -> int:
 
 
 def to_bytes(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """uint8 ``[out, bytes]`` of ``codes: [out, in]`` (int8) and ``scale: [out, in / 32]``."""
+    """Blocks of int8 ``codes: [out, in]`` and ``scale: [out, in / 32]``, uint8 ``[out, bytes]``."""
     blocks = codes.unflatten(1, (-1, WIDTH))
     if bits == 8:
         packed = blocks.view(torch.uint8)

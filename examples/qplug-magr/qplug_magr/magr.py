@@ -24,9 +24,7 @@ from qplug import Algorithm, Block, InputGroup, Param
 
 @dataclass(frozen=True)
 class Params:
-    alpha: Annotated[float, Param("The price of a range. 0.001 suits rows, 0.0001 groups.", 0)] = (
-        1e-3
-    )
+    alpha: Annotated[float, Param("The price of a range; 0.001 for 2 or 3 bits.", 0)] = 1e-4
     steps: Annotated[int, Param("Proximal gradient steps.", 1)] = 150
 
 
