@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from qplug.evaluation import Evaluation
+from qplug.events import StageCost
 from qplug.registry import Registry
 from qplug.report.comparison import Compared, comparison_page
 from qplug.report.gather import examine
 from qplug.report.page import report_page
-from qplug.stopwatch import StageCost
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qplug.evaluation import Evaluation
+from qplug.events import StageCost
 from qplug.registry import Registry
 from qplug.report import charts
 from qplug.report.comparison import Compared, comparison_page
@@ -19,7 +20,6 @@ from qplug.report.gather import examine
 from qplug.report.markup import Markup, join, table, tag
 from qplug.report.page import report_page
 from qplug.report.words import size
-from qplug.stopwatch import StageCost
 
 if TYPE_CHECKING:
     from qplug.report.findings import Findings
