@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
 import click
 
@@ -119,11 +119,18 @@ def _plugin_warnings() -> Iterator[None]:
         warnings.simplefilter("always", PluginWarning)  # a run goes on, whatever -W says
         show = warnings.showwarning
 
-        def say(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        def say(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if issubclass(category, PluginWarning):
                 click.echo(f"Warning: {message}", err=True)
             else:
-                show(message, category, *place)
+                show(message, category, filename, lineno, file, line)
 
         warnings.showwarning = say
         yield

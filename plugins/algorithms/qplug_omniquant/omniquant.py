@@ -50,6 +50,10 @@ class Params:
         float, Param("The smallest range to begin at, of the full one.", 0.05, 1)
     ] = 0.6
 
+    def __post_init__(self) -> None:
+        if not (self.lwc or self.let):
+            raise QplugError("omniquant has nothing to learn: neither lwc nor let")
+
 
 class OmniQuant(Algorithm[Params]):
     """Learn clips of weights and scales of inputs, so that whole blocks compute what they did."""
@@ -58,11 +62,6 @@ class OmniQuant(Algorithm[Params]):
     Params = Params
     needs_data = True
     learns = True
-
-    def __init__(self, params: Params) -> None:
-        if not (params.lwc or params.let):
-            raise QplugError("omniquant has nothing to learn: neither lwc nor let")
-        super().__init__(params)
 
     def transform(self, block: Block) -> None:
         params = self.params
