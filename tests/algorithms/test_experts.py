@@ -15,7 +15,7 @@ from torch.nn.functional import linear as multiply
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qplug
-from qplug import QplugError, QuantArgs, Scheme, calibration
+from qplug import QplugError, QuantArgs, Scheme
 from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
 from qplug.experts import Experts, as_on_disk
@@ -53,10 +53,7 @@ BLOCK = "model.layers.1"
 RTOL = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes compute in float32, also on CPUs that multiply bfloat16."""
-    monkeypatch.setattr(calibration, "_multiplies_bfloat16", lambda: False)
+pytestmark = pytest.mark.usefixtures("passes_in_float32")
 
 
 def reference(folder: Path) -> PreTrainedModel:
