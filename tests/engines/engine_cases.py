@@ -92,9 +92,8 @@ def variants() -> list[Case]:
         Case("W4A16", group_size=-1),
         Case("W8A8", kv_cache="fp8"),
         Case("W4A16", model="qwen2"),
-        Case("W8A8", model="qwen2"),
-        Case("W8A8", model="qwen3-moe"),
-        Case("W8A8", model="qwen3-moe", ignore=("*.experts.*",)),
+        Case("W4A16", model="qwen3-moe"),
+        Case("W4A16", model="qwen3-moe", ignore=("*.experts.*",)),
     ]
 
 

@@ -19,12 +19,14 @@ class CPUNeed:
     """The features, by the names in ``/proc/cpuinfo``, that ``scheme`` (or a KV cache) needs.
 
     ``op``: the operator that vLLM's library lacks without them, though all else is there.
+    ``exact``: the features without which its products are not those of the codes to the last bit.
     """
 
     scheme: str
     flags: frozenset[str]
     evidence: str
     op: str | None = None
+    exact: frozenset[str] = frozenset()
 
 
 _AVX512 = frozenset({"avx512f"})
@@ -32,7 +34,12 @@ _AVX512 = frozenset({"avx512f"})
 CPU_NEEDS = (
     CPUNeed("W4A16", _AVX512, f"{_AVX2}: no such op", "cpu_gemm_wna16"),
     CPUNeed("W4A16_ASYM", _AVX512, f"{_AVX2}: no such op", "cpu_gemm_wna16"),
-    CPUNeed("W8A8", frozenset(), f"{_AVX2}: run"),
+    CPUNeed(
+        "W8A8",
+        frozenset(),
+        f"{_AVX2}: run; perplexity as it should be, log-probabilities in float32 are not",
+        exact=frozenset({"avx512_vnni"}),
+    ),
     CPUNeed("W8A8_STATIC", _AVX512, f"{_AVX2}: oneDNN's reference kernel, minutes for a page"),
     CPUNeed("FP8_DYNAMIC", frozenset(), f"{_AVX2}: run"),
     CPUNeed("fp8 cache", _AVX512, f"{_AVX2}: refused, needs AVX-512 or AMX"),
@@ -62,3 +69,9 @@ def refused_on_cpu(scheme: str, flags: frozenset[str], *, emulating: bool = Fals
     if lacking and not (emulating and need.op):
         return f"{scheme}: needs {', '.join(lacking)}, which this CPU lacks ({need.evidence})"
     return None
+
+
+def exact_on_cpu(scheme: str, flags: frozenset[str]) -> bool:
+    """Whether vLLM's products of ``scheme`` are exact on a CPU with ``flags``."""
+    needs = [need.exact for need in CPU_NEEDS if need.scheme == scheme]
+    return all(need <= flags for need in needs)
