@@ -53,6 +53,10 @@ class QuaRot(Algorithm[Params]):
     name = "quarot"
     Params = Params
 
+    @property
+    def settles(self) -> frozenset[str]:
+        return frozenset({"the rotation of the stream"})
+
     def prepare(self, model: FloatModel) -> Preparation:
         """All tensors that face the stream, each made anew on its own."""
         stream = model.stream
