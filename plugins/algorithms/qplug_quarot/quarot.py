@@ -34,7 +34,8 @@ from qplug_quarot.rotation import Hadamard, KeepingMean, Random, Rotation
 @dataclass(frozen=True)
 class Params:
     rotation: Annotated[
-        Literal["hadamard", "random"], Param("A Hadamard matrix, or any orthogonal one.")
+        Literal["hadamard", "random"],
+        Param("A Hadamard matrix, or any orthogonal one.", also=("rotate_mode",)),
     ] = "hadamard"
     heads: Annotated[bool, Param("Rotate the values of each head too.")] = True
     online: Annotated[
