@@ -473,6 +473,22 @@ class Algorithm(Component[P]):
         """Whether it reads ``InputGroup.drift``, for which the float model runs beside."""
         return False
 
+    @property
+    def settles(self) -> frozenset[str]:
+        """What it chooses once for all, in words: ``the scales of inputs``.
+
+        Two algorithms of a pipeline that settle the same are refused: the later would undo what the
+        earlier chose. One that starts from what others chose, and goes on from there, settles none.
+        """
+        return frozenset()
+
+    def refuses(self, schemes: Sequence[Scheme]) -> str | None:
+        """A sentence that says why it makes no sense for a recipe with ``schemes``, or None.
+
+        Asked before any work. ``schemes``: that of the model, then those of overrides.
+        """
+        return None
+
     def prepare(self, model: FloatModel) -> Preparation:
         """Rewrite the float model, tensor by tensor, without a change of what it computes.
 

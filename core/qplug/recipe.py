@@ -78,16 +78,19 @@ class Recipe:
     seed: int = 0
 
     @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """All that it has: that of the model, and those of overrides."""
+        return self.scheme, *(scheme for _, scheme in self.overrides)
+
+    @property
     def stores_ranges(self) -> bool:
         """Whether it writes scales of what the model computes, which only data can tell."""
-        schemes = [self.scheme, *(scheme for _, scheme in self.overrides)]
-        return self.kv_cache is not None or any(scheme.static_inputs for scheme in schemes)
+        return self.kv_cache is not None or any(each.static_inputs for each in self.schemes)
 
     @property
     def uses_qtorch(self) -> bool:
         """Whether the package qtorch rounds anything."""
-        schemes = [self.scheme, *(scheme for _, scheme in self.overrides)]
-        return any(scheme.uses_qtorch for scheme in schemes)
+        return any(scheme.uses_qtorch for scheme in self.schemes)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain form for JSON."""

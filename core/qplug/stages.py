@@ -29,6 +29,7 @@ from qplug.observers import (
     share_tensor_scales,
 )
 from qplug.params import fill
+from qplug.pipeline import make_algorithm, make_pipeline
 from qplug.plan import Step
 from qplug.ranges import InputRange, clip_counts, input_ranges, short
 from qplug.recipe import DEFAULT_QUANTIZER, Calibration, Recipe
@@ -91,37 +92,20 @@ class Stages:
     """The algorithms of a recipe, one of which quantizes, and its exporter."""
 
     def __init__(self, recipe: Recipe, registry: Registry, clock: Stopwatch | None = None) -> None:
-        """Raises QplugError if a name or an option is wrong, or two algorithms quantize."""
+        """Raises QplugError if a name or an option is wrong, or algorithms do not go together."""
         self._registry, self._clock = registry, clock or Stopwatch()
         backend = registry.exporters[recipe.backend]
         options: object = fill(backend.Params, recipe.backend_options, f"backend {backend.name}")
         self.exporter: Exporter[Any] = backend(options)
-        for name in recipe.algorithm_options:
-            if name not in recipe.algorithms:
-                raise QplugError(f"-o {name}...: {name} is not in --algo")
-        self.pipeline = [
-            self._algorithm(name, recipe.algorithm_options.get(name, {}))
-            for name in recipe.algorithms
-        ]
-        for earlier, later in zip(self.pipeline, self.pipeline[1:], strict=False):
-            if later.prepares() and not earlier.prepares():
-                raise QplugError(
-                    f"--algo {'+'.join(recipe.algorithms)}: {later.name} rewrites the float model, "
-                    f"so it comes before {earlier.name}"
-                )
+        self.pipeline = make_pipeline(
+            recipe.algorithms, recipe.algorithm_options, recipe.schemes, registry
+        )
         quantizers = [algorithm for algorithm in self.pipeline if algorithm.quantizes()]
-        if len(quantizers) > 1:
-            names = " and ".join(algorithm.name for algorithm in quantizers)
-            raise QplugError(f"{names} both choose codes; a pipeline can have one that does")
-        self._default = self._algorithm(DEFAULT_QUANTIZER, {})
+        self._default = make_algorithm(DEFAULT_QUANTIZER, {}, registry)
         self.quantizer = quantizers[0] if quantizers else self._default
         calibration = recipe.calibration or Calibration()
         self._observer = find_observer(calibration.observer, calibration.observer_options)
         self._stores_ranges = recipe.stores_ranges
-
-    def _algorithm(self, name: str, options: Mapping[str, Any]) -> Algorithm[Any]:
-        kind = self._registry.algorithms[name]
-        return kind(fill(kind.Params, options, f"algorithm {name}"))
 
     @property
     def needs_data(self) -> bool:

@@ -38,6 +38,8 @@ def filled(algorithm: str, values: dict[str, Any]) -> Any:
             {"percdamp": 0.5, "actorder": False, "blocksize": 1},
             {"damp": 0.5, "act_order": False, "block_size": 1},
         ),
+        ("quarot", {"rotate_mode": "random"}, {"rotation": "random"}),
+        ("hqq", {"iters": 5}, {"iterations": 5}),
         ("awq", {"trans": False}, {"scale": False}),
         ("awq", {"trans_version": "v1"}, {"version": "v1"}),
         ("awq", {"weight_clip": False}, {"clip": False}),
@@ -80,7 +82,7 @@ def test_what_is_not_allowed(algorithm: str, values: dict[str, Any], message: st
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("algorithm", ["awq", "gptq", "smoothquant", "osplus"])
+@pytest.mark.parametrize("algorithm", ["hqq", "quarot", "awq", "gptq", "smoothquant", "osplus"])
 def test_every_option_says_what_it_does(algorithm: str) -> None:
     kind = Registry.installed().algorithms[algorithm]
     for option in options(kind.Params):

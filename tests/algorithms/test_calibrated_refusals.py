@@ -41,7 +41,10 @@ def run(tmp_path: Path, make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("qplug.run.calibration_tokens", lambda *args, **kwargs: tokens)
 
     def quantized(model: Path, algo: str, **changes: Any) -> Result:
-        options = {"group_size": 16, "backend": "compressed-tensors", "device": "cpu"}
+        options: dict[str, Any] = {"backend": "compressed-tensors", "device": "cpu"}
+        # What smooths inputs is for schemes that round them.
+        smooths = algo in ("smoothquant", "osplus")
+        options |= {"scheme": "W8A8"} if smooths else {"group_size": 16}
         used = {"algorithm_options": {"awq": {"ratios": 2}}} if "awq" in algo else {}
         return qplug.quantize(str(model), tmp_path / "out", algo=algo, **options, **used, **changes)
 

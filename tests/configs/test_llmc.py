@@ -235,6 +235,17 @@ def test_options_of_omniquant(read_text: Read, llmc: Llmc) -> None:
     assert told(read) == ()
 
 
+def test_the_options_of_hqq_and_quarot(read_text: Read, llmc: Llmc) -> None:
+    special = "axis: 1\nlp_norm: 0.5\nbeta: 20\nkappa: 1.02\niters: 7"
+    read = read_text(llmc(method="HQQ", special=special))
+    wanted = {"lp_norm": 0.5, "beta": 20, "kappa": 1.02, "iterations": 7}
+    assert read.job.algorithm_options == {"hqq": wanted}
+    assert told(read) == ()
+    read = read_text(llmc(method="Quarot", special="rotate_mode: random\nfp32_had: True"))
+    assert read.job.algorithm_options == {"quarot": {"rotation": "random"}}
+    assert told(read) == ()
+
+
 def test_a_wrong_option(read_text: Read, llmc: Llmc) -> None:
     with pytest.raises(QplugError, match=r"f\.yml:7: quant.special.trans_version: v3: must be one"):
         read_text(llmc(method="Awq", special="trans_version: v3"))
@@ -251,6 +262,7 @@ def test_a_wrong_option(read_text: Read, llmc: Llmc) -> None:
         ("Awq", "save_clip: True", "save_clip: no effect"),
         ("Awq", "wieght_clip: True", "wieght_clip: no effect: awq has no such option"),
         ("RTN", "online_rotate: True", "online_rotate: no effect"),
+        ("HQQ", "axis: 0", "axis: no effect: groups are always of neighbouring columns"),
     ],
 )
 def test_what_special_says_in_vain(

@@ -36,7 +36,7 @@ FILES = [
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Texts, and a model that takes windows of 2048 tokens."""
     root = tmp_path_factory.mktemp("llmc")
-    lines = (f"The {n}th line of a text is about {n * n}, or {n % 7}." for n in range(4000))
+    lines = (f"The {n}th line of a text is about {n * n}, or {n % 7}." for n in range(900))
     (root / "text.txt").write_text("\n".join(lines))
     shutil.copytree(find_model("qplug:demo"), root / "model")
     config = json.loads((root / "model/config.json").read_text())

@@ -34,6 +34,7 @@ _SILENT = (
 #: Keys that no option answers to: the values that change nothing, and what is so for the others.
 _DIFFERENT: dict[str, tuple[tuple[Any, ...], str]] = {
     "static_groups": ((True,), "groups are always of neighbouring columns, which engines need"),
+    "axis": ((1,), "groups are always of neighbouring columns, which engines need"),
     "weight_clip": ((False,), "this algorithm searches no clips; put awq before it"),
     "online_rotate": ((False,), "inputs are rotated where the folder of step 1 says so"),
     "save_clip": ((False,), "clips are not kept in files: say awq+omniquant in one recipe"),

@@ -41,6 +41,10 @@ class AWQ(Algorithm[Params]):
     Params = Params
     needs_data = True
 
+    @property
+    def settles(self) -> frozenset[str]:
+        return frozenset({"the scales of inputs"} if self.params.scale else ())
+
     def transform(self, block: Block) -> None:
         params = self.params
         if params.scale:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from qplug import Algorithm, Block, InputGroup, Param
+from qplug import Algorithm, Block, InputGroup, Param, Scheme
 from qplug.numerics import dequantize, fake_quantize_activations, round_to_nearest
 
 #: Thresholds that are judged at one go: what they are compared with is computed once.
@@ -30,6 +31,18 @@ class OSPlus(Algorithm[Params]):
     name = "osplus"
     Params = Params
     needs_data = True
+
+    @property
+    def settles(self) -> frozenset[str]:
+        return frozenset({"the scales of inputs"})
+
+    def refuses(self, schemes: Sequence[Scheme]) -> str | None:
+        if any(scheme.activations is not None for scheme in schemes):
+            return None
+        return (
+            f"makes inputs easy to round, and {schemes[0].name} leaves them as they are; "
+            "awq is for such schemes"
+        )
 
     def transform(self, block: Block) -> None:
         groups = [

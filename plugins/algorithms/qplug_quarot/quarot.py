@@ -34,7 +34,8 @@ from qplug_quarot.rotation import Hadamard, KeepingMean, Random, Rotation
 @dataclass(frozen=True)
 class Params:
     rotation: Annotated[
-        Literal["hadamard", "random"], Param("A Hadamard matrix, or any orthogonal one.")
+        Literal["hadamard", "random"],
+        Param("A Hadamard matrix, or any orthogonal one.", also=("rotate_mode",)),
     ] = "hadamard"
     heads: Annotated[bool, Param("Rotate the values of each head too.")] = True
     online: Annotated[
@@ -52,6 +53,10 @@ class QuaRot(Algorithm[Params]):
 
     name = "quarot"
     Params = Params
+
+    @property
+    def settles(self) -> frozenset[str]:
+        return frozenset({"the rotation of the stream"})
 
     def prepare(self, model: FloatModel) -> Preparation:
         """All tensors that face the stream, each made anew on its own."""

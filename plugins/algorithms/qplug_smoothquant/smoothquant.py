@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 
-from qplug import Algorithm, Block, Param
+from qplug import Algorithm, Block, Param, Scheme
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,18 @@ class SmoothQuant(Algorithm[Params]):
     name = "smoothquant"
     Params = Params
     needs_data = True
+
+    @property
+    def settles(self) -> frozenset[str]:
+        return frozenset({"the scales of inputs"})
+
+    def refuses(self, schemes: Sequence[Scheme]) -> str | None:
+        if any(scheme.activations is not None for scheme in schemes):
+            return None
+        return (
+            f"makes inputs easy to round, and {schemes[0].name} leaves them as they are; "
+            "awq is for such schemes"
+        )
 
     def transform(self, block: Block) -> None:
         """Equation 4: ``s = max|x|^alpha / max|w|^(1 - alpha)``, channel by channel."""
