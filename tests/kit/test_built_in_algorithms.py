@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from qplug.registry import Registry
 from qplug.testing import AlgorithmContract
 from qplug_awq.awq import AWQ
 from qplug_gptq.gptq import GPTQ
+from qplug_omniquant.omniquant import OmniQuant
 from qplug_osplus.osplus import OSPlus
 from qplug_quarot.quarot import QuaRot
 from qplug_rtn.rtn import RTN
+from qplug_signround.signround import SignRound
 from qplug_smoothquant.smoothquant import SmoothQuant
 
 
@@ -35,3 +40,21 @@ class TestOSPlus(AlgorithmContract):
 
 class TestQuaRot(AlgorithmContract):
     algorithm = QuaRot
+
+
+class TestOmniQuant(AlgorithmContract):
+    algorithm = OmniQuant
+    schemes = ("W3A16",)
+    options: ClassVar = {"epochs": 1}
+
+
+class TestSignRound(AlgorithmContract):
+    algorithm = SignRound
+    schemes = ("W4A16",)
+    options: ClassVar = {"epochs": 1}
+
+
+def test_every_algorithm_has_one() -> None:
+    """Nothing ships that is not held to it."""
+    held = {kind.algorithm.name for kind in AlgorithmContract.__subclasses__()}
+    assert held >= set(Registry.installed(only_shipped=True).algorithms)

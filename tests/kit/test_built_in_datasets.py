@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qplug.registry import Registry
 from qplug.testing import DatasetContract
 from qplug_c4.crawl import C4
 from qplug_demo.python_text import Demo
@@ -56,3 +57,10 @@ class TestPileVal(HubContract):
 
 class TestWikiText2(HubContract):
     dataset = WikiText2
+
+
+def test_every_dataset_has_one() -> None:
+    """Nothing ships that is not held to it."""
+    kinds = [*DatasetContract.__subclasses__(), *HubContract.__subclasses__()]
+    held = {kind.dataset.name for kind in kinds if hasattr(kind, "dataset")}
+    assert held >= set(Registry.installed(only_shipped=True).datasets)

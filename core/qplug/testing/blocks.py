@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qplug.api import Block, Linear
+from qplug.hidden_states import HiddenStates
 from qplug.live_block import LiveBlock
+from qplug.processes import ALONE
+from qplug.reconstruction import Data, LiveReconstruction
 from qplug.scheme import Scheme
 from qplug.statistics import Statistics
 from qplug.structure import Before, Group
 
 _INNER = 48
+_CPU = torch.device("cpu")
 
 
 class _TinyMLP(nn.Module):
@@ -64,7 +68,7 @@ def tiny_block(
     second = Before("rows", "up", torch.arange(_INNER)) if movable else None
     structure = (Group(("gate", "up"), first, "gate"), Group(("down",), second, "down"))
     observe = partial(_observe, module, x)
-    return LiveBlock(
+    block = LiveBlock(
         "block",
         structure,
         observe(weights, weights, ()),
@@ -73,6 +77,14 @@ def tiny_block(
         dict.fromkeys(weights, "float32"),
         observe,
     )
+    if tokens:
+        hidden, targets = HiddenStates(_CPU), HiddenStates(_CPU)
+        hidden.append(x[None])
+        with torch.no_grad():
+            targets.append(functional_call(module, weights, x[None]))
+        data = Data(hidden, targets, [{}], [None], [tokens])
+        block.reconstruction = LiveReconstruction(block, module, data, _CPU, ALONE)
+    return block
 
 
 @torch.no_grad()
@@ -87,7 +99,8 @@ def _observe(
     seen = [_inputs(module, parameters, x) for parameters in (values, float_values)]
     found = {}
     for name, computed, ideal in zip(("gate", "down"), *seen, strict=True):
-        found[name] = Statistics(computed.shape[1], torch.device("cpu"), 128, by_window=True)
+        width = computed.shape[1]
+        found[name] = Statistics(width, _CPU, 128, by_window=True, with_drift=True)
         if len(computed):
             found[name].observe_windows(computed, 128, len(computed), ideal=ideal)
     return found
