@@ -2,9 +2,9 @@
 
     python benchmarks/calibrated_gpu.py TEXT [--folder DIR]
 
-TEXT is a file of calibration text with half a million tokens or more. Every run is a process of its
-own; its clock starts when torch is imported and the GPU is awake, and stops when the quantized
-folder is written. Each command runs twice: the first time also compiles kernels.
+TEXT is a file of calibration text with half a million tokens or more. Every command is a process of
+its own, in which it runs twice: the first time also imports model code, starts the GPU's libraries
+and compiles kernels. A clock starts with loading and stops when the quantized folder is written.
 """
 
 from __future__ import annotations
@@ -69,22 +69,25 @@ def one(case: str) -> None:
 
     given = json.loads(case)
     torch.zeros(1, device="cuda").item()
-    began = time.monotonic()
-    quantize(
-        given["model"],
-        given["out"],
-        algo=given["algo"],
-        backend="vllm",
-        dataset="text",
-        dataset_options={"path": given["text"], "order": "sequential"},
-        samples=given["samples"],
-        seq_len=given["seq_len"],
-        algorithm_options={given["algo"]: given["options"]},
-        device="cuda",
-        overwrite=True,
-    )
-    seconds = time.monotonic() - began
-    print(json.dumps([seconds, torch.cuda.max_memory_allocated() / 2**30]))
+    seconds, stages = [], {}
+    for _ in range(2):
+        began = time.monotonic()
+        result = quantize(
+            given["model"],
+            given["out"],
+            algo=given["algo"],
+            backend="vllm",
+            dataset="text",
+            dataset_options={"path": given["text"], "order": "sequential"},
+            samples=given["samples"],
+            seq_len=given["seq_len"],
+            algorithm_options={given["algo"]: given["options"]},
+            device="cuda",
+            overwrite=True,
+        )
+        seconds.append(time.monotonic() - began)
+        stages = {stage.name: round(stage.seconds, 2) for stage in result.stages}
+    print(json.dumps([*seconds, torch.cuda.max_memory_allocated() / 2**30, stages]))
 
 
 def main() -> None:
@@ -99,7 +102,8 @@ def main() -> None:
     folder = told.folder or Path(tempfile.mkdtemp(prefix="qplug-slice-"))
     if not (folder / "config.json").exists():
         write_slice(folder)
-    print("| command | first | second | GPU memory |\n|---|---|---|---|")
+    print("| command | first | second | GPU memory | seconds of the second by stage |")
+    print("|---|---|---|---|---|")
     for algo, samples, seq_len, options in CASES:
         case = json.dumps(
             {
@@ -113,16 +117,12 @@ def main() -> None:
             }
         )
         command = [sys.executable, __file__, str(told.text), "--one", case]
-        runs = [
-            json.loads(
-                subprocess.run(command, check=True, capture_output=True).stdout.split(b"\n")[-2]
-            )
-            for _ in range(2)
-        ]
+        printed = subprocess.run(command, check=True, capture_output=True).stdout
+        first, second, memory, stages = json.loads(printed.splitlines()[-1])
         words = " ".join(f"-o {algo}.{name}={value}" for name, value in options.items())
         print(
-            f"| {algo} {words} {samples} x {seq_len} | {runs[0][0]:.2f} s | {runs[1][0]:.2f} s "
-            f"| {runs[1][1]:.2f} GiB |",
+            f"| {algo} {words} {samples} x {seq_len} | {first:.2f} s | {second:.2f} s "
+            f"| {memory:.2f} GiB | {stages} |",
             flush=True,
         )
 
