@@ -151,7 +151,10 @@ def _is_matrix(module: nn.Module) -> bool:
 
 def _keep_input(kept: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
     def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
-        kept[name] = inputs[0]
+        weight = getattr(module, "weight", None)
+        # A matrix of [in, out], as GPT-2 has them, is left alone.
+        if weight is None or weight.shape[-1] == inputs[0].shape[-1]:
+            kept[name] = inputs[0]
 
     return hook
 

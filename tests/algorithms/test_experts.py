@@ -365,8 +365,9 @@ def test_an_expert_that_saw_no_token_is_rounded_to_nearest(
     name: str, algo: str, family: Family, make_tokens: MakeTokens, run: Any
 ) -> None:
     tokens = make_tokens(1, 1)  # goes to two experts of four
-    scheme = {"scheme": "W8A8_STATIC", "group_size": None} if algo == "rtn" else {}
-    result = run(family(name), algo, tokens, **scheme)
+    schemes = {"rtn": "W8A8_STATIC", "smoothquant": "W8A8", "osplus": "W8A8"}
+    options = {"scheme": schemes[algo], "group_size": None} if algo in schemes else {}
+    result = run(family(name), algo, tokens, **options)
     path, locals_, _ = NAMES[name]
     view = model_view(Checkpoint.open(family(name)))
     mixtures = {
@@ -380,8 +381,8 @@ def test_an_expert_that_saw_no_token_is_rounded_to_nearest(
     assert len(unseen) == 2
     weights, source = unpacked(result.out), load_file(family(name) / "model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
-    static, grouped = qplug.preset("W8A8_STATIC"), qplug.preset("W4A16").with_group_size(16)
-    args = (static if algo == "rtn" else grouped).weights
+    grouped = qplug.preset("W4A16").with_group_size(16)
+    args = (qplug.preset(schemes[algo]) if algo in schemes else grouped).weights
     for number in unseen:
         down = f"{BLOCK}.{path}.{number}.{locals_[2]}.weight"
         wanted = dequantize(round_to_nearest(source[down].float(), args))

@@ -1,4 +1,4 @@
-"""All that moves scale, one after the other, leaves the float model with what it computed."""
+"""All that moves scale leaves the float model with what it computed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ import qplug
 Family = Callable[..., Path]
 MakeTokens = Callable[..., Tensor]
 
+OPTIONS = {
+    "awq": {"ratios": 4, "clip": False},
+    "osplus": {"steps": 4, "norms_only": False},
+    "smoothquant": {"norms_only": False},
+}
+
 pytestmark = pytest.mark.usefixtures("passes_in_float32")
 
 
+@pytest.mark.parametrize("algo", ["osplus", "smoothquant", "awq"])
 @pytest.mark.parametrize(
     "name",
     [
@@ -27,6 +34,7 @@ pytestmark = pytest.mark.usefixtures("passes_in_float32")
 )
 def test_every_transform_of_every_family(
     name: str,
+    algo: str,
     family: Family,
     make_tokens: MakeTokens,
     tmp_path: Path,
@@ -38,15 +46,11 @@ def test_every_transform_of_every_family(
     result = qplug.quantize(
         str(family(name)),
         tmp_path / "out",
-        algo="osplus+smoothquant+awq",
+        algo=algo,
         scheme="W8A8",
         backend="hf",
         device="cpu",
-        algorithm_options={
-            "awq": {"ratios": 4, "clip": False},
-            "osplus": {"steps": 4, "norms_only": False},
-            "smoothquant": {"norms_only": False},
-        },
+        algorithm_options={algo: OPTIONS[algo]},
     )
     new = make_tokens(2, 20, seed=1)
     with torch.no_grad():

@@ -386,7 +386,7 @@ def start_walk_of(source: Path, tokens: Tensor, processes: Processes, **changes:
     return Walk(
         folder,
         view,
-        dict.fromkeys(view.quantizable, qplug.preset("W4A16")),
+        dict.fromkeys(view.quantizable, qplug.preset("W4A16").with_group_size(16)),
         tokens,
         device=torch.device("cpu"),
         propagate="float",

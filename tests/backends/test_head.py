@@ -38,7 +38,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> str:
 HEAD = {"lm_head": "W8A16"}
 
 
-@pytest.mark.parametrize("algo", ["rtn", "smoothquant"])
+@pytest.mark.parametrize("algo", ["rtn", "awq"])
 def test_a_head_is_a_target_of_its_own(quantized: Quantized, untied: str, algo: str) -> None:
     out = quantized("W4A16", model=untied, backend="vllm", overrides=HEAD, algo=algo)
     folder = open_folder(str(out), Registry.installed())

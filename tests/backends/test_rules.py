@@ -37,6 +37,8 @@ Q_PROJ = "model.layers.1.self_attn.q_proj"
 INPUT, ONE = f"{O_PROJ}.input_scale", torch.ones(1)
 K_SCALE = "model.layers.1.self_attn.k_scale"
 DOWN = "model.layers.0.mlp.down_proj"
+#: Presets that SGLang has no kernel for, or reads in another form.
+NOT_SERVED = [(scheme, "sglang") for scheme in ("W8A8_STATIC", "W4AFP8", "NVFP4A16", "MXFP4A16")]
 
 
 # --- sound folders -------------------------------------------------------------------------------
@@ -44,7 +46,7 @@ DOWN = "model.layers.0.mlp.down_proj"
 
 @pytest.mark.parametrize(
     ("scheme", "backend"),
-    [pair for pair in product(PRESETS, BACKENDS) if pair != ("W8A8_STATIC", "sglang")],
+    [pair for pair in product(PRESETS, BACKENDS) if pair not in NOT_SERVED],
 )
 def test_a_sound_folder_breaks_no_rule(quantized: Quantized, scheme: str, backend: str) -> None:
     found = qplug.verify(str(quantized(scheme, backend=backend)))

@@ -139,7 +139,7 @@ def test_a_quantized_model(
         if found.activations is not None:
             scale = None
             if found.static_inputs:
-                scale = opened.checkpoint.read(f"{name}.input_scale")
+                scale = opened.input_scale(name)
             model.set_submodule(name, Rounded(linear, found, scale))
     wanted = textbook_perplexity(model, text_tokens(5))
     assert evaluated(folder).perplexity == pytest.approx(wanted, rel=1e-6)

@@ -8,6 +8,7 @@ from qplug.registry import Registry
 from qplug.testing import AlgorithmContract
 from qplug_awq.awq import AWQ
 from qplug_gptq.gptq import GPTQ
+from qplug_hqq.hqq import HQQ
 from qplug_omniquant.omniquant import OmniQuant
 from qplug_osplus.osplus import OSPlus
 from qplug_quarot.quarot import QuaRot
@@ -28,14 +29,20 @@ class TestGPTQ(AlgorithmContract):
     algorithm = GPTQ
 
 
+class TestHQQ(AlgorithmContract):
+    algorithm = HQQ
+
+
 class TestSmoothQuant(AlgorithmContract):
     algorithm = SmoothQuant
     schemes = ("W8A8",)
+    whole_run = "W8A8"
 
 
 class TestOSPlus(AlgorithmContract):
     algorithm = OSPlus
     schemes = ("W8A8",)
+    whole_run = "W8A8"
 
 
 class TestQuaRot(AlgorithmContract):

@@ -29,7 +29,7 @@ def test_the_whole_round_of_all_three(tmp_path: Path, cli: Cli, environment: Any
     assert all(f"qplug-{name} 0.1.0" in found for name in KINDS.values())
     environment.run(
         *("-m", "qplug", "quantize", "qplug:demo", "--out", "out", *QUICK),
-        *("--algo", "smoothquant+my-rounding", "--dataset", "my-text"),
+        *("--algo", "awq+my-rounding", "--dataset", "my-text"),
         *("--scheme", "W8A16", "--backend", "my-format", "-o", "my-rounding.range=0.9"),
         folder=tmp_path,
     )

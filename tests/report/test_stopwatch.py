@@ -51,7 +51,7 @@ def test_memory() -> None:
         pass
     with watch("large"):
         held = torch.ones(60_000_000)
-        del held
+    del held
     small, large = watch.costs()
     assert small.memory is not None
     assert large.memory is not None

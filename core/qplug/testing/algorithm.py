@@ -32,12 +32,14 @@ class AlgorithmContract(ComponentContract):
 
     ``schemes``: names of those to test with; those of groups have 16 columns in one.
     ``worst_ratio``: how much larger the error of outputs on calibration data may be than that of
-    rounding to nearest, for an algorithm that reads such data.
+    rounding to nearest, for an algorithm that reads such data. ``whole_run``: the scheme of a run
+    from checkpoint to folder, of 8-bit weights.
     """
 
     algorithm: ClassVar[type[Algorithm[Any]]]
     schemes: ClassVar[tuple[str, ...]] = ("W4A16", "W4A16_ASYM", "W8A8")
     worst_ratio: ClassVar[float] = 1.0
+    whole_run: ClassVar[str] = "W8A16"
 
     def component(self) -> type[Algorithm[Any]]:
         return self.algorithm
@@ -168,8 +170,8 @@ class AlgorithmContract(ComponentContract):
                 str(model),
                 tmp_path / "out",
                 algo=kind.name,
-                scheme="W8A16",
-                group_size=32,
+                scheme=self.whole_run,
+                group_size=32 if preset(self.whole_run).weights.strategy == "group" else None,
                 backend="fake",
                 dataset=KitText.name,
                 samples=4,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qplug import Algorithm, Block, Linear, Param, QuantArgs, QuantizedWeight, Scheme
-from qplug.numerics import quantize, round_codes, scale_of
+from qplug.numerics import nearest, quantize, round_codes, scale_of
 from qplug.stored_scales import as_stored
 
 #: Weights that are solved for at a time.
@@ -55,7 +55,9 @@ class HQQ(Algorithm[Params]):
         return {linear.name: self._solve(linear) for linear in block.linears}
 
     def _solve(self, linear: Linear) -> QuantizedWeight:
-        """Starts from the scales that an algorithm before chose, else from those that cover."""
+        """Starts from the scales that cover; those that an algorithm before found on data stay."""
+        if linear.scale is not None:
+            return nearest(linear)
         args, (scale, zero) = linear.args, scale_of(linear)
         size = args.group_size or linear.weight.shape[1]
         rows = max(1, _CHUNK[linear.weight.device.type] // linear.weight.shape[1])
