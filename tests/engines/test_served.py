@@ -24,7 +24,7 @@ from torch import Tensor
 
 import qplug
 from qplug import PRESETS, QplugError
-from qplug.evaluation import evaluation_tokens
+from qplug.evaluation import evaluation_tokens, mean_loss
 from qplug.registry import Registry
 from qplug.source import DEMO
 from qplug_vllm.cpu import cpu_flags, exact_on_cpu
@@ -183,7 +183,9 @@ def test_the_float_model(model: str, served: Served, prompts: Tensor, results: A
     assert found < WEIGHTS_ONLY
 
 
-def test_what_is_served(case: Case, served: Served, prompts: Tensor, results: Any) -> None:
+def test_what_is_served(
+    case: Case, engine: RealEngine, served: Served, prompts: Tensor, results: Any
+) -> None:
     """Log-probabilities of the reader without rounded activations, perplexity with them.
 
     A difference in the last bit makes an activation round to the other side now and then, and
@@ -194,7 +196,8 @@ def test_what_is_served(case: Case, served: Served, prompts: Tensor, results: An
     folder = served.folder(case)
     logprobs, answer = served.logprobs(case), served.answer(case)
     plain = read(folder, prompts, quantize_activations=False)
-    evaluated = qplug.evaluate(str(folder), seq_len=TOKENS, windows=WINDOWS, device="cpu")
+    # What ``qplug eval`` does, on the same tokens: tokenizers of random models cut text otherwise.
+    evaluated = math.exp(mean_loss(qplug.load(str(folder)), prompts, lambda *_: None))
     row = {
         "case": str(case),
         "model": case.model,
@@ -204,14 +207,17 @@ def test_what_is_served(case: Case, served: Served, prompts: Tensor, results: An
         "backend": case.backend,
         "difference": difference(logprobs, plain),
         "perplexity": round(perplexity(logprobs), 4),
-        "qplug eval": round(evaluated.perplexity, 4),
+        "qplug eval": round(evaluated, 4),
         "emulated": ", ".join(answer["emulated"]),
         "seconds": answer["seconds"],
     }
     results.rows.append(row)
+    assert perplexity(logprobs) == pytest.approx(evaluated, rel=PERPLEXITY)
     limit = WITH_ACTIVATIONS if case.rounds_activations else WEIGHTS_ONLY
-    assert row["difference"] < limit
-    assert perplexity(logprobs) == pytest.approx(evaluated.perplexity, rel=PERPLEXITY)
+    if not (engine.on_cpu and not exact_on_cpu(case.scheme, cpu_flags())):
+        assert row["difference"] < limit
+    else:  # the engine's own products saturate here; a wrong scale or layout gives a multiple
+        assert row["difference"] < 2 * limit
 
 
 def test_activations_in_float32(

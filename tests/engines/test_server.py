@@ -22,7 +22,9 @@ pytestmark = pytest.mark.engine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 #: What comes after this, the demo model is sure about: bfloat16 makes no difference.
-TEXT = "    def __init__(self, name, value=None):\n        self.name ="
+TEXT = """The *format_spec* argument is a string that contains a
+   description of the formatting options desired. The interpretation
+   of the *format_spec"""
 TOKENS = 4
 SMALL = ("--max-model-len", "256", "--max-num-seqs", "2")
 
