@@ -25,7 +25,7 @@ def test_the_page_is_up_to_date() -> None:
 def test_every_row_was_within_its_limits() -> None:
     for path in (DOCS / "engine_results").glob("*.json"):
         for row in json.loads(path.read_text("utf-8"))["rows"]:
-            assert row["difference"] < 0.1, row
+            assert row["difference"] < (0.2 if row.get("note") else 0.1), row
             if "scheme" in row:
                 assert abs(row["perplexity"] / row["qplug eval"] - 1) < 0.01, row
 
@@ -42,5 +42,5 @@ def test_a_table() -> None:
     lines = write_table.table(told).splitlines()
     assert lines[0] == "### cpu, 2026-01-02"
     assert lines[2] == "qplug 9, vllm 1."
-    assert "| a | 0.5 |  |  |  |" in lines
+    assert "| a | 0.5 |  |  |  |  |" in lines
     assert lines[-1] == "- `b`: cannot"

@@ -198,6 +198,7 @@ def test_what_is_served(
     plain = read(folder, prompts, quantize_activations=False)
     # What ``qplug eval`` does, on the same tokens: tokenizers of random models cut text otherwise.
     evaluated = math.exp(mean_loss(qplug.load(str(folder)), prompts, lambda *_: None))
+    exact = not engine.on_cpu or exact_on_cpu(case.scheme, cpu_flags())
     row = {
         "case": str(case),
         "model": case.model,
@@ -209,15 +210,14 @@ def test_what_is_served(
         "perplexity": round(perplexity(logprobs), 4),
         "qplug eval": round(evaluated, 4),
         "emulated": ", ".join(answer["emulated"]),
+        "note": "" if exact else "int8 products saturate on this CPU",
         "seconds": answer["seconds"],
     }
     results.rows.append(row)
     assert perplexity(logprobs) == pytest.approx(evaluated, rel=PERPLEXITY)
     limit = WITH_ACTIVATIONS if case.rounds_activations else WEIGHTS_ONLY
-    if not (engine.on_cpu and not exact_on_cpu(case.scheme, cpu_flags())):
-        assert row["difference"] < limit
-    else:  # the engine's own products saturate here; a wrong scale or layout gives a multiple
-        assert row["difference"] < 2 * limit
+    # Where the engine's own products saturate, a wrong scale or layout still gives a multiple.
+    assert row["difference"] < (limit if exact else 2 * limit)
 
 
 def test_activations_in_float32(
