@@ -152,7 +152,7 @@ def _is_matrix(module: nn.Module) -> bool:
 def _keep_input(kept: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
     def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
         weight = getattr(module, "weight", None)
-        # A matrix of [in, out], as GPT-2 has them, is left alone.
+        # Not a matrix of [in, out], as GPT-2 has them; one that is square is seen by trial.
         if weight is None or weight.shape[-1] == inputs[0].shape[-1]:
             kept[name] = inputs[0]
 
