@@ -20,8 +20,15 @@ class BlockReader:
     """
 
     def __init__(
-        self, source: Checkpoint, parameters: Mapping[str, Sequence[str]], clock: Stopwatch
+        self,
+        source: Checkpoint,
+        parameters: Mapping[str, Sequence[str]],
+        clock: Stopwatch,
+        *,
+        pinned: bool = False,
     ) -> None:
+        """``pinned``: put them where a GPU can fetch them while the CPU goes on."""
+        self._pinned = pinned
         self._source, self._parameters, self._clock = source, parameters, clock
         self._following = dict(zip(parameters, [*parameters][1:], strict=False))
         self._thread = ThreadPoolExecutor(1, "qplug-reader")
@@ -42,4 +49,7 @@ class BlockReader:
         return weights
 
     def _read(self, block: str) -> dict[str, Tensor]:
-        return {local: self._source.read(f"{block}.{local}") for local in self._parameters[block]}
+        weights = {
+            local: self._source.read(f"{block}.{local}") for local in self._parameters[block]
+        }
+        return {n: w.pin_memory() for n, w in weights.items()} if self._pinned else weights

@@ -96,7 +96,9 @@ class Walk:
             for name, block in self._blocks.items()
         }
         self._buffers = {n for block in self._blocks.values() for n, _ in block.named_buffers()}
-        self._reader = BlockReader(source, self._parameters, clock or Stopwatch())
+        self._reader = BlockReader(
+            source, self._parameters, clock or Stopwatch(), pinned=device.type == "cuda"
+        )
         self._with_drift = with_drift and propagate == "quantized"
         self._with_targets = with_targets
         # Whether what the float model has at each block is computed beside, or alone.
@@ -156,7 +158,9 @@ class Walk:
     @torch.no_grad()
     def enter(self, name: str) -> LiveBlock:
         """Read block ``name`` and gather the statistics of what its linears read."""
-        weights = {n: w.to(self._device) for n, w in self._reader.read(name).items()}
+        read = self._reader.read(name)
+        weights = {n: w.to(self._device, non_blocking=True) for n, w in read.items()}
+        del read
         _refuse_infinite({f"{name}.{local}": weight for local, weight in weights.items()})
         structure = self._structure(name, weights)
         values = self._computable(weights)

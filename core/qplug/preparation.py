@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import torch
 
 from qplug.api import FloatModel, ModelView, Preparation, TensorSpec
 from qplug.checkpoint import Checkpoint
@@ -16,7 +19,6 @@ from qplug.stages import Stages
 from qplug.stream import Faces
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 #: How far the logits of a rewritten copy may be from what they were, in float32.
@@ -53,6 +55,25 @@ def prepare(
     prepared = Prepared(source, view)
     if not stages.preparing:
         return prepared
+    with _one_thread():
+        return _prepare(stages, prepared, device, trust_remote_code)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices of a small copy are done before other threads have woken up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _prepare(
+    stages: Stages, prepared: Prepared, device: torch.device, trust_remote_code: bool
+) -> Prepared:
+    source, view = prepared.checkpoint, prepared.view
     config = load_config(source.folder, trust_remote_code=trust_remote_code)
     copy = SmallCopy(config, source.folder, trust_remote_code)
     faces = Faces(copy)

@@ -182,14 +182,15 @@ class Run:
         source = Checkpoint.open(processes.from_first(lambda: find_model(model)))
         if source.folder.resolve().is_relative_to(out.resolve()):
             raise QplugError(f"{out}: is or holds the model itself; choose another folder")
-        view = find_view(source, self.registry, trust_remote_code=self.trust_remote_code)
-        prepared = prepare(
-            self.stages,
-            source,
-            view,
-            device=self.device,
-            trust_remote_code=self.trust_remote_code,
-        )
+        with self.clock("opening"):
+            view = find_view(source, self.registry, trust_remote_code=self.trust_remote_code)
+            prepared = prepare(
+                self.stages,
+                source,
+                view,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+            )
         float_model, view = prepared.checkpoint, prepared.view
         sentence = self.stages.exporter.refuses_files(source.folder)
         if sentence is not None:
@@ -210,7 +211,8 @@ class Run:
         source_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
         tokens = None
         if calibration is not None:
-            tokens = processes.from_first(lambda: self._tokens(calibration, model, view))
+            with self.clock("data"):
+                tokens = processes.from_first(lambda: self._tokens(calibration, model, view))
         if dry_run:
             return Result(out, {}, {}, (), source_bytes, plan.nbytes, 0.0, 0, dry_run=True)
 
@@ -238,23 +240,25 @@ class Run:
                 if processes.is_first:
                     work = self._streamed(plan, float_model, view, done, announcer)
             else:
-                walk = Walk(
-                    float_model,
-                    view,
-                    schemes,
-                    tokens,
-                    device=self.device,
-                    propagate=calibration.propagate,
-                    batch_size=calibration.batch_size,
-                    with_drift=self.stages.needs_drift,
-                    with_targets=self.stages.learns,
-                    online=prepared.online,
-                    cache=cache,
-                    trust_remote_code=self.trust_remote_code,
-                    processes=processes,
-                    clock=self.clock,
-                )
+                with self.clock("embedding"):
+                    walk = Walk(
+                        float_model,
+                        view,
+                        schemes,
+                        tokens,
+                        device=self.device,
+                        propagate=calibration.propagate,
+                        batch_size=calibration.batch_size,
+                        with_drift=self.stages.needs_drift,
+                        with_targets=self.stages.learns,
+                        online=prepared.online,
+                        cache=cache,
+                        trust_remote_code=self.trust_remote_code,
+                        processes=processes,
+                        clock=self.clock,
+                    )
                 work = self._calibrated(plan, float_model, view, walk, output, done, announcer)
+                del walk  # whoever keeps this frame, in a traceback, keeps no hidden states
             for number, contents, report in work:
                 with self.clock("writing"):
                     output.write(number, contents, report.to_dict())

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
     from qplug.api import Dataset, Split, Tokenizer
 
+#: A token of most text has fewer characters.
+_CHARACTERS = 8
+#: Tokens at the end of a part that may not be those of the whole text.
+_CUT_OFF = 128
+
 
 def random_windows(
     dataset: Dataset[Any], tokenizer: Tokenizer, *, length: int, count: int, seed: int
@@ -89,7 +94,7 @@ def first_windows(
     ``n`` is ``count``, or less where the text ends before; what is left over at its end is not
     used. Raises QplugError if the text is shorter than one window.
     """
-    ids = _text_tokens(dataset, tokenizer, length, split)
+    ids = _text_tokens(dataset, tokenizer, length, split, first=count * length)
     n = min(count, len(ids) // length)
     return torch.tensor(ids[: n * length], dtype=torch.int64).view(n, length)
 
@@ -130,10 +135,21 @@ def document_windows(
 
 
 def _text_tokens(
-    dataset: Dataset[Any], tokenizer: Tokenizer, length: int, split: Split
+    dataset: Dataset[Any],
+    tokenizer: Tokenizer,
+    length: int,
+    split: Split,
+    first: int | None = None,
 ) -> list[int]:
+    """The tokens of the joined text, or at least the ``first``."""
     text = dataset.separator.join(dataset.documents(split))
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    # Where a text is cut off, the tokens of its last words may be others, those before are not.
+    part = text if first is None else text[: (first + _CUT_OFF) * _CHARACTERS]
+    ids = tokenizer.encode(part, add_special_tokens=False)
+    if len(part) < len(text):
+        if first is not None and len(ids) >= first + _CUT_OFF:
+            return ids[:first]
+        ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < length:
         raise QplugError(
             f"dataset {dataset.name}: its {split} text has {len(ids)} tokens, fewer than one "

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qplug import Dataset, NoParams, QplugError, Split, Tokenizer
+from qplug.reader import load_tokenizer
+from qplug.source import DEMO
 from qplug.windows import document_windows, first_windows, random_windows
 
 if TYPE_CHECKING:
@@ -120,6 +122,36 @@ def test_first_windows_lie_side_by_side(
     assert windows.dtype == torch.int64
     assert windows.shape == (n, length)
     assert text_of(windows.flatten()) == joined[: n * length]
+
+
+@pytest.mark.parametrize(("length", "count", "encoded"), [(8, 4, 8 * 160), (500, 9, 5000)])
+def test_first_windows_tokenise_no_more_of_a_long_text_than_they_need(
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
+    count: int,
+    encoded: int,
+) -> None:
+    lengths = []
+
+    def encode(text: str, *, add_special_tokens: bool) -> list[int]:
+        lengths.append(len(text))
+        return [ord(character) for character in text]
+
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    windows = first_windows(Given(LONG), tokenizer, length=length, count=count, split="calibration")
+    assert lengths == [encoded]
+    assert text_of(windows.flatten()) == LONG[: length * count]
+
+
+def test_first_windows_of_a_part_are_those_of_the_whole_text() -> None:
+    """A real tokenizer, and words that are long where the part ends."""
+    tokenizer = load_tokenizer(DEMO, trust_remote_code=False)
+    text = "".join(f"{'un' * (n % 37)}believable {n}\n" for n in range(2000))
+    whole = tokenizer.encode(text, add_special_tokens=False)
+    for count in range(1, 40):
+        read = first_windows(Given(text), tokenizer, length=7, count=count, split="calibration")
+        assert read.flatten().tolist() == whole[: 7 * count]
 
 
 def test_first_windows_read_the_split_that_is_asked_for(tokenizer: Tokenizer) -> None:

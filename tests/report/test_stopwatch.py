@@ -74,11 +74,11 @@ def test_a_peak_of_before_is_not_one_of_this_stage() -> None:
 @pytest.mark.parametrize(
     ("algo", "wanted"),
     [
-        ("rtn", {"reading", "transform", "quantize", "errors", "pack", "writing"}),
+        ("rtn", {"opening", "reading", "transform", "quantize", "errors", "pack", "writing"}),
         (
             "awq",
-            {"reading", "statistics", "transform", "quantize", "errors", "pack", "passing on"}
-            | {"writing"},
+            {"opening", "data", "embedding", "reading", "statistics", "transform", "quantize"}
+            | {"errors", "pack", "passing on", "writing"},
         ),
     ],
 )
