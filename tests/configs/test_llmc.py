@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qplug import PRESETS, QplugError, QuantArgs, preset
+from qplug import PRESETS, QplugError, QuantArgs, Scheme, preset
 from qplug.configs.job import Export, Measurement
 from qplug.configs.reading import ReadJob
 
@@ -71,6 +70,27 @@ def test_groups_beside_rounded_inputs_have_a_name_of_their_own(read_text: Read, 
     scheme = read_text(llmc(weight=weight, act=TOKEN8)).job.scheme
     assert scheme.name == "W8A8_G64"
     assert scheme.weights == QuantArgs("int8", "group", 64)
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "name"),
+    [
+        (True, False, "W6A6_ASYM_INPUTS"),
+        (False, False, "W6A6_ASYM_BOTH"),
+        (False, True, "W6A6_ASYM"),
+    ],
+)
+def test_asymmetric_inputs(
+    read_text: Read, llmc: Llmc, weights: bool, inputs: bool, name: str
+) -> None:
+    weight = f"{{bit: 6, symmetric: {weights}, granularity: per_channel, group_size: -1}}"
+    act = f"{{bit: 6, symmetric: {inputs}, granularity: per_token}}"
+    scheme = read_text(llmc(weight=weight, act=act)).job.scheme
+    assert scheme == Scheme(
+        name,
+        QuantArgs("int6", "channel", symmetric=weights),
+        QuantArgs("int6", "token", symmetric=inputs, dynamic=True),
+    )
 
 
 @pytest.mark.parametrize("spelling", ["float-quant", "float_quant"])
@@ -172,6 +192,9 @@ def test_kv_caches(read_text: Read, llmc: Llmc) -> None:
     assert read_text(text).job.kv_cache == "fp8"
     with pytest.raises(QplugError, match="a cache of int8, per_token: no engine reads one; allow"):
         read_text(llmc(quant=cache % ("8", "per_token")))
+    kivi = text.replace("Naive", "Kivi")
+    with pytest.raises(QplugError, match=r"f\.yml:6: quant\.kvcache\.method: 'Kivi' is wrong; all"):
+        read_text(kivi)
 
 
 # --- methods --------------------------------------------------------------------------------------
@@ -196,8 +219,11 @@ def test_methods(read_text: Read, llmc: Llmc, method: str, name: str) -> None:
 
 
 def test_methods_that_are_not_there(read_text: Read, llmc: Llmc) -> None:
-    with pytest.raises(QplugError, match=r"f\.yml:4: quant\.method: 'SpQR' is not there; allowed"):
+    with pytest.raises(
+        QplugError, match=r"f\.yml:4: quant\.method: 'SpQR' is not there; allowed"
+    ) as e:
         read_text(llmc(method="SpQR"))
+    assert "SpinQuant" not in str(e.value)  # of LLMC's methods, those that there are
     with pytest.raises(QplugError, match="quant: has no 'method'"):
         read_text("quant:\n    weight: {bit: 4}\n")
 
@@ -243,6 +269,9 @@ def test_the_options_of_hqq_and_quarot(read_text: Read, llmc: Llmc) -> None:
     assert told(read) == ()
     read = read_text(llmc(method="Quarot", special="rotate_mode: random\nfp32_had: True"))
     assert read.job.algorithm_options == {"quarot": {"rotation": "random"}}
+    assert told(read) == ()
+    read = read_text(llmc(method="Quarot", special="online_rotate: True"))
+    assert read.job.algorithm_options == {"quarot": {"online": True}}
     assert told(read) == ()
 
 
@@ -466,13 +495,22 @@ def test_data_of_the_users_own(read_text: Read, llmc: Llmc, tmp_path: Path) -> N
     ]
 
 
+def test_data_from_the_hub_needs_no_path(read_text: Read, llmc: Llmc) -> None:
+    text = llmc(calib=calib(download=True, preproc="pileval_awq").replace("path: x\n", ""))
+    read = read_text(text)
+    assert (read.job.calibration.dataset, read.job.calibration.options) == ("pileval", {})
+    assert read.warnings == ()
+
+
 def test_a_path_that_is_not_there(read_text: Read, llmc: Llmc) -> None:
     (warning,) = read_text(llmc(calib=calib(path="calib data path"))).warnings
     assert warning.endswith("f.yml:6: calib.path: calib data path: no such file or folder")
 
 
 def test_a_dataset_that_is_not_there(read_text: Read, llmc: Llmc) -> None:
-    with pytest.raises(QplugError, match=r"f\.yml:3: calib: no dataset 'images'"):
+    with pytest.raises(QplugError, match=r"f\.yml:3: calib: no dataset 'ptb'"):
+        read_text(llmc(calib=calib("ptb", download=True)))
+    with pytest.raises(QplugError, match=r"f\.yml:4: calib\.name: 'images' is more than text"):
         read_text(llmc(calib=calib("images", download=True)))
 
 
@@ -637,16 +675,13 @@ def test_snippets_of_the_manual(read_text: Read, scheme: str) -> None:
     assert len(read.warnings) == 1  # no calib
 
 
-def test_formats_of_other_widths_are_asked_for_by_name(read_text: Read, llmc: Llmc) -> None:
-    weight = "{bit: e2m1, symmetric: False, granularity: per_group, group_size: 128}"
-    try:
-        known = preset("WE2M1A16")
-    except QplugError:
-        with pytest.raises(QplugError, match=r":5: quant.weight: no scheme 'WE2M1A16'"):
-            read_text(llmc(weight=weight))
-        return
-    scheme = read_text(llmc(weight=weight)).job.scheme
-    assert replace(scheme, name="") == replace(known, name="")
+def test_formats_of_other_widths_have_the_scales_that_are_said(read_text: Read, llmc: Llmc) -> None:
+    """Groups of e2m1 under plain scales are neither NVFP4 nor MXFP4, whatever their size."""
+    weight = "{bit: e2m1, symmetric: False, granularity: per_group, group_size: %s}"
+    assert read_text(llmc(weight=weight % 128)).job.scheme == preset("WE2M1A16")
+    for size in (16, 32):
+        scheme = read_text(llmc(weight=weight % size)).job.scheme
+        assert scheme == preset("WE2M1A16").with_group_size(size)
 
 
 # --- YAML itself ----------------------------------------------------------------------------------
