@@ -300,7 +300,7 @@ class Run:
             check_widths(name, view.linears[name][1], scheme)
         exporter = self.stages.exporter
         if any(scheme.uses_qtorch for scheme in schemes.values()):
-            if exporter.served:
+            if exporter.served and not exporter.stores_float:
                 raise QplugError(
                     f"{exporter.name}: use_qtorch: engines do not round as qtorch does; "
                     "measure it with --backend fake"
