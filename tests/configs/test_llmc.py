@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from qplug import PRESETS, QplugError, QuantArgs, Scheme, preset
 from qplug.configs.job import Export, Measurement
@@ -682,6 +683,102 @@ def test_formats_of_other_widths_have_the_scales_that_are_said(read_text: Read, 
     for size in (16, 32):
         scheme = read_text(llmc(weight=weight % size)).job.scheme
         assert scheme == preset("WE2M1A16").with_group_size(size)
+
+
+WHOLE = """
+base: {seed: &seed 42}
+model:
+    type: model_type
+    path: qplug:demo
+    tokenizer_mode: slow
+    torch_dtype: auto
+calib:
+    name: pileval
+    download: True
+    n_samples: 16
+    bs: -1
+    seq_len: 64
+    preproc: txt_general_preproc
+    seed: *seed
+eval:
+    - eval_pos: [pretrain, fake_quant]
+      name: [wikitext2, c4]
+      type: ppl
+      download: True
+      seq_len: 64
+      bs: 1
+quant:
+    method: GPTQ
+    quant_type: int-quant
+    weight:
+        bit: 8
+        symmetric: True
+        granularity: per_group
+        group_size: 32
+        calib_algo: mse
+        need_pack: True
+    act:
+        bit: 8
+        symmetric: True
+        granularity: per_token
+    special:
+        actorder: True
+        static_groups: True
+        percdamp: 0.01
+        blocksize: 128
+        owq: False
+        load_clip: False
+    mix_bits:
+        setting_0:
+            layer_name: [down_proj#0-1]
+            do_quant: True
+            weight: {bit: 8, symmetric: True, granularity: per_channel}
+            act: {bit: 8, symmetric: True, granularity: per_token}
+    quant_out: True
+    kvcache:
+        method: Naive
+        quant_type: float-quant
+        bit: e4m3
+        symmetric: True
+        granularity: per_tensor
+ignored_layers:
+    block_ids: [4, 7-9]
+    layer_names: [mlp.up_proj]
+    speical_names: [lm_head]
+save:
+    save_vllm: True
+    save_trans: False
+    save_path: ./save
+"""
+
+
+def values_of(tree: Any) -> list[tuple[Any, Any]]:
+    """Every mapping or list of ``tree`` with every key of it."""
+    if not isinstance(tree, (dict, list)):
+        return []
+    keys = list(tree) if isinstance(tree, dict) else range(len(tree))
+    return [(tree, key) for key in keys] + [v for key in keys for v in values_of(tree[key])]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["__import__('os').abort()", -3, 10**30, 0.5, True, None, [], [[1]], {}, {"a": {"b": 1}}],
+)
+def test_no_value_is_too_wrong_for_a_line(read_text: Read, wrong: Any) -> None:
+    """Whatever stands anywhere, it is read, or refused in one line that tells where it stands."""
+    tree = yaml.safe_load(WHOLE)
+    assert read_text(WHOLE).job.algorithms == ("gptq",)
+    refused = []
+    for holder, key in values_of(tree):
+        before, holder[key] = holder[key], wrong
+        try:
+            read_text(yaml.safe_dump(tree, sort_keys=False))
+        except QplugError as error:
+            refused.append(str(error))
+        holder[key] = before
+    assert len(refused) > 5
+    for sentence in refused:
+        assert re.match(r"[^\n]*f\.yml:\d+(: [\w.\[\]]+)?: [^\n]+$", sentence)
 
 
 # --- YAML itself ----------------------------------------------------------------------------------
