@@ -665,6 +665,26 @@ SEED_SNIPPETS = {
             special: {trans: True, trans_version: v2, weight_clip: True}
             quant_out: True
     """,
+    "FP8": """
+        quant:
+            method: Awq
+            quant_type: float-quant
+            weight: {bit: e4m3, symmetric: True, granularity: per_tensor, use_qtorch: True}
+            act:
+                bit: e4m3
+                symmetric: True
+                granularity: per_tensor
+                use_qtorch: True
+                static: True
+    """,
+    "W8A8": """
+        quant:
+            method: Awq
+            weight: {bit: 8, symmetric: True, granularity: per_channel, group_size: -1}
+            act: {bit: 8, symmetric: True, granularity: per_token}
+            special: {trans: True, trans_version: v2, weight_clip: True}
+            quant_out: True
+    """,
 }
 
 
