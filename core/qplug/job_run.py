@@ -77,7 +77,7 @@ class _Work:
             raise QplugError("no model is said: give MODEL")
         if not (job.exports or job.measurements):
             raise QplugError("nothing is to be written or measured: give --out")
-        job.check_names(registry)
+        job.check(registry)
         self._model, self._job, self._how, self._registry = job.model, job, how, registry
         self._watch = watch
         self._folders = _folders(job)

@@ -1,11 +1,15 @@
-"""Has a folder just the tensors that an exporter lays out? (Public: for ``Exporter.check``.)"""
+"""Has a folder just the tensors that an exporter lays out? (Public: for ``Exporter.check``.)
+
+And does a kernel take them, with scales that make sense: what loaders of any format ask.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qplug.api import Exporter, ModelView, Problem
+from qplug.limits import Target, shape_problem
 from qplug.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -45,6 +49,37 @@ def layout_problems(
                 yield Problem("dtype", name, f"{local} is {spec.dtype}, not {wanted.dtype}")
         for local in sorted(found.keys() - layout.keys()):
             yield Problem("unexpected", name, f"{local} does not belong to {schemes[name].name}")
+
+
+def loading_problems(
+    folder: Checkpoint,
+    model: ModelView,
+    schemes: Mapping[str, Scheme],
+    exporter: Exporter[Any],
+    *,
+    scales: Sequence[str],
+    fused: Iterable[Sequence[str]] = (),
+) -> Iterator[Problem]:
+    """``layout_problems``, and what else a loader holds against linears in ``schemes``.
+
+    No kernel of ``exporter.capabilities`` takes one; of a group in ``fused``, which engines merge,
+    not all are in ``schemes``; a tensor that ``scales`` names, such as ``weight_scale``, is not
+    positive and finite (asked where the layout is right).
+    """
+    found = list(layout_problems(folder, model, schemes, exporter))
+    yield from found
+    for group in fused:
+        if len({name in schemes for name in group}) > 1:
+            yield Problem("fused", ", ".join(group[:3]), "are merged, but not all are quantized")
+    broken = {problem.where for problem in found}
+    for name, scheme in schemes.items():
+        sentence = shape_problem(exporter.capabilities(), name, model, scheme, Target())
+        if sentence is not None:
+            yield Problem("kernel", name, sentence)
+        for local in scales if name not in broken else ():
+            values = folder.read(f"{name}.{local}").float()
+            if not (values.isfinite() & (values > 0)).all():
+                yield Problem("scale", name, f"{local}: one is zero, negative, or not finite")
 
 
 def _float_problems(name: str, found: Mapping[str, Any]) -> Iterator[Problem]:

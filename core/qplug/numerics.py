@@ -22,7 +22,15 @@ from torch import Tensor
 
 from qplug.api import Linear, QuantizedWeight
 from qplug.errors import QplugError
-from qplug.scheme import E8M0_SCALES, FLOAT_MAX, FLOAT_STEP, FLOATS, QuantArgs, all_finite_max
+from qplug.scheme import (
+    E8M0_SCALES,
+    FLOAT_MAX,
+    FLOAT_STEP,
+    FLOATS,
+    QuantArgs,
+    Scheme,
+    all_finite_max,
+)
 from qplug.stored_scales import (
     EXPONENT_BITS,
     SMALLEST,
@@ -277,19 +285,23 @@ def fake_quantize_activations(x: Tensor, args: QuantArgs, scale: Tensor | None =
 
     One scale a token, or a token and ``group_size`` columns; or, for all of ``x``, the static
     ``scale`` (one element), which without one given covers ``x``; in NVFP4 both, and the static one
-    is the global scale. Engines divide int8 activations
-    by ``max|x| / 127``, not 127.5 as for weights.
+    is the global scale. Engines divide int8 activations by ``max|x| / 127``, not 127.5 as for
+    weights. Asymmetric ones have the scale and zero point of ``range_scale``, each token its own.
+    Raises QplugError if groups do not divide the width.
     """
-    if not args.symmetric:
+    if args.strategy != "tensor" and not args.dynamic:
         raise NotImplementedError(f"activations {args}")
     if args.strategy == "tensor":
         groups = x.float().unsqueeze(-2)
-        peak = groups.abs().amax() if scale is None and x.numel() else groups.new_zeros(())
-    elif args.dynamic:
-        groups = x.float().unflatten(-1, (-1, args.group_size or x.shape[-1]))
-        peak = groups.abs().amax(-1, keepdim=True)
     else:
-        raise NotImplementedError(f"activations {args}")
+        check_width(x.shape[-1], args)
+        groups = x.float().unflatten(-1, (-1, args.group_size or x.shape[-1]))
+    if not args.symmetric:
+        return _round_from_zero_points(groups, args).flatten(-2).to(x.dtype)
+    if args.strategy == "tensor":
+        peak = groups.abs().amax() if scale is None and x.numel() else groups.new_zeros(())
+    else:
+        peak = groups.abs().amax(-1, keepdim=True)
     if args.two_level:
         unit = input_scale(peak.amax(), args) if scale is None and x.numel() else scale
         scale = as_stored(peak / largest_code(args), args, unit)
@@ -300,6 +312,17 @@ def fake_quantize_activations(x: Tensor, args: QuantArgs, scale: Tensor | None =
     else:
         codes = (groups / scale).round_().clamp_(*args.code_range)
     rounded: Tensor = (codes * scale).flatten(-2).to(x.dtype)
+    return rounded
+
+
+def _round_from_zero_points(groups: Tensor, args: QuantArgs) -> Tensor:
+    """Float32 ``groups: [..., n]`` rounded asymmetrically, under a scale for each of them."""
+    if args.strategy == "tensor":
+        raise NotImplementedError(f"activations {args}")
+    low = groups.amin(-1, keepdim=True).clamp_(max=0)
+    scale, zero = range_scale(low, groups.amax(-1, keepdim=True).clamp_(min=0), args)
+    assert zero is not None
+    _, rounded = round_codes(groups, scale, zero.float(), args)
     return rounded
 
 
@@ -322,6 +345,19 @@ def check_width(width: int, args: QuantArgs) -> None:
     """Raises QplugError if groups of ``args`` do not divide rows of ``width`` weights."""
     if args.group_size is not None and width % args.group_size:
         raise QplugError(f"groups of {args.group_size} do not divide its width, {width}")
+
+
+def check_widths(name: str, width: int, scheme: Scheme) -> None:
+    """Raises QplugError if groups of weights or of inputs do not divide the width of a linear."""
+    for args, advice in (
+        (scheme.weights, "choose another --group-size"),
+        (scheme.activations, "choose a --scheme without groups of inputs, or --ignore it"),
+    ):
+        try:
+            if args is not None:
+                check_width(width, args)
+        except QplugError as error:
+            raise QplugError(f"{name}: {error}; {advice}") from None
 
 
 def code_dtype(args: QuantArgs) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 from qplug.api import FloatModel, ModelView, Preparation, TensorSpec
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
+from qplug.manifest import read_manifest
 from qplug.rewriting import apply, rewritten
 from qplug.skeleton import load_config, natural_order
 from qplug.small_copy import SmallCopy, place_of
@@ -52,9 +53,16 @@ def prepare(
     on a small random copy first. Raises QplugError if that would compute anything else, or if what
     the algorithm asks for cannot be stored for the backend.
     """
-    prepared = Prepared(source, view)
+    manifest = read_manifest(source.folder)
+    prepared = Prepared(source, view, manifest.online if manifest else ())
+    _check_online(prepared.online, stages)
     if not stages.preparing:
         return prepared
+    if prepared.online:
+        raise QplugError(
+            f"{source.folder}: inputs of its linears are rotated as it runs, so "
+            f"{stages.preparing[0].name} cannot rewrite it"
+        )
     with _one_thread():
         return _prepare(stages, prepared, device, trust_remote_code)
 
@@ -83,11 +91,7 @@ def _prepare(
         specs = {name: held.spec for name, held in prepared.checkpoint.tensors.items()}
         stream = faces.stream(specs, view.blocks, copy.kinds, width, tied=tied)
         made = stages.prepare(algorithm, FloatModel(prepared.view, specs, stream))
-        if made.online and not stages.exporter.rotates_online:
-            raise QplugError(
-                f"{stages.exporter.name}: does not rotate the inputs of linears as the model runs, "
-                f"which {algorithm.name} is asked for; it can be measured with --backend fake"
-            )
+        _check_online(made.online, stages)
         small = copy.tensors()
         stream = faces.stream(_specs(small), copy.blocks, _each(copy), copy.width, tied=tied)
         view_of_small = _view_of(copy, prepared.view, _specs(small))
@@ -104,6 +108,14 @@ def _prepare(
             prepared.notes + made.notes,
         )
     return prepared
+
+
+def _check_online(online: Sequence[str], stages: Stages) -> None:
+    if online and not stages.exporter.rotates_online:
+        raise QplugError(
+            f"{stages.exporter.name}: does not rotate the inputs of linears as the model runs, "
+            f"as those of {online[0]} are to be; it can be measured with --backend fake"
+        )
 
 
 def _seen(checkpoint: Checkpoint, view: ModelView, made: Preparation) -> ModelView:

@@ -19,7 +19,7 @@ from qplug.errors import QplugError
 from qplug.experts import as_on_disk
 from qplug.kv_cache import SCALES, round_cache
 from qplug.manifest import Manifest, read_manifest
-from qplug.numerics import fake_quantize_activations
+from qplug.numerics import check_widths, fake_quantize_activations
 from qplug.online import rotate_inputs
 from qplug.params import fill
 from qplug.qtorch_rounding import require_qtorch
@@ -266,6 +266,7 @@ def _quantize_activations(model: PreTrainedModel, folder: Folder) -> None:
         as_on_disk(model, folder.view.blocks, floats.union(folder.checkpoint.tensors))
         modules = dict(model.named_modules())
     for name, args in rounded.items():
+        check_widths(name, folder.view.linears[name][1], folder.schemes[name])
         if not isinstance(modules.get(name), nn.Linear):
             raise QplugError(f"{name}: its activations cannot be quantized here: it is fused")
         hook = partial(_round_input, args, folder.input_scale(name))

@@ -23,7 +23,7 @@ from qplug.events import Result
 from qplug.kv_cache import KVCache, find_cache
 from qplug.launch import ALONE, Launch
 from qplug.manifest import fingerprint, result_files
-from qplug.numerics import check_width
+from qplug.numerics import check_widths
 from qplug.output import Content, Output, refuse_existing
 from qplug.plan import Plan, Step, make_plan
 from qplug.preparation import prepare
@@ -301,13 +301,10 @@ class Run:
     def _servable(self, schemes: dict[str, Scheme], view: ModelView) -> dict[str, Scheme]:
         """The schemes with the backend's dtype of scales. Raises QplugError if it refuses them."""
         for name, scheme in schemes.items():
-            try:
-                check_width(view.linears[name][1], scheme.weights)
-            except QplugError as error:
-                raise QplugError(f"{name}: {error}; choose another --group-size") from None
+            check_widths(name, view.linears[name][1], scheme)
         exporter = self.stages.exporter
         if any(scheme.uses_qtorch for scheme in schemes.values()):
-            if exporter.served:
+            if exporter.served and not exporter.stores_float:
                 raise QplugError(
                     f"{exporter.name}: use_qtorch: engines do not round as qtorch does; "
                     "measure it with --backend fake"

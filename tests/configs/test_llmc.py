@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from qplug import PRESETS, QplugError, QuantArgs, preset
+from qplug import PRESETS, QplugError, QuantArgs, Scheme, preset
 from qplug.configs.job import Export, Measurement
 from qplug.configs.reading import ReadJob
 
@@ -71,6 +71,27 @@ def test_groups_beside_rounded_inputs_have_a_name_of_their_own(read_text: Read, 
     scheme = read_text(llmc(weight=weight, act=TOKEN8)).job.scheme
     assert scheme.name == "W8A8_G64"
     assert scheme.weights == QuantArgs("int8", "group", 64)
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "name"),
+    [
+        (True, False, "W6A6_ASYM_INPUTS"),
+        (False, False, "W6A6_ASYM_BOTH"),
+        (False, True, "W6A6_ASYM"),
+    ],
+)
+def test_asymmetric_inputs(
+    read_text: Read, llmc: Llmc, weights: bool, inputs: bool, name: str
+) -> None:
+    weight = f"{{bit: 6, symmetric: {weights}, granularity: per_channel, group_size: -1}}"
+    act = f"{{bit: 6, symmetric: {inputs}, granularity: per_token}}"
+    scheme = read_text(llmc(weight=weight, act=act)).job.scheme
+    assert scheme == Scheme(
+        name,
+        QuantArgs("int6", "channel", symmetric=weights),
+        QuantArgs("int6", "token", symmetric=inputs, dynamic=True),
+    )
 
 
 @pytest.mark.parametrize("spelling", ["float-quant", "float_quant"])
@@ -172,6 +193,9 @@ def test_kv_caches(read_text: Read, llmc: Llmc) -> None:
     assert read_text(text).job.kv_cache == "fp8"
     with pytest.raises(QplugError, match="a cache of int8, per_token: no engine reads one; allow"):
         read_text(llmc(quant=cache % ("8", "per_token")))
+    kivi = text.replace("Naive", "Kivi")
+    with pytest.raises(QplugError, match=r"f\.yml:6: quant\.kvcache\.method: 'Kivi' is wrong; all"):
+        read_text(kivi)
 
 
 # --- methods --------------------------------------------------------------------------------------
@@ -196,8 +220,11 @@ def test_methods(read_text: Read, llmc: Llmc, method: str, name: str) -> None:
 
 
 def test_methods_that_are_not_there(read_text: Read, llmc: Llmc) -> None:
-    with pytest.raises(QplugError, match=r"f\.yml:4: quant\.method: 'SpQR' is not there; allowed"):
+    with pytest.raises(
+        QplugError, match=r"f\.yml:4: quant\.method: 'SpQR' is not there; allowed"
+    ) as e:
         read_text(llmc(method="SpQR"))
+    assert "SpinQuant" not in str(e.value)  # of LLMC's methods, those that there are
     with pytest.raises(QplugError, match="quant: has no 'method'"):
         read_text("quant:\n    weight: {bit: 4}\n")
 
@@ -243,6 +270,9 @@ def test_the_options_of_hqq_and_quarot(read_text: Read, llmc: Llmc) -> None:
     assert told(read) == ()
     read = read_text(llmc(method="Quarot", special="rotate_mode: random\nfp32_had: True"))
     assert read.job.algorithm_options == {"quarot": {"rotation": "random"}}
+    assert told(read) == ()
+    read = read_text(llmc(method="Quarot", special="online_rotate: True"))
+    assert read.job.algorithm_options == {"quarot": {"online": True}}
     assert told(read) == ()
 
 
@@ -466,13 +496,22 @@ def test_data_of_the_users_own(read_text: Read, llmc: Llmc, tmp_path: Path) -> N
     ]
 
 
+def test_data_from_the_hub_needs_no_path(read_text: Read, llmc: Llmc) -> None:
+    text = llmc(calib=calib(download=True, preproc="pileval_awq").replace("path: x\n", ""))
+    read = read_text(text)
+    assert (read.job.calibration.dataset, read.job.calibration.options) == ("pileval", {})
+    assert read.warnings == ()
+
+
 def test_a_path_that_is_not_there(read_text: Read, llmc: Llmc) -> None:
     (warning,) = read_text(llmc(calib=calib(path="calib data path"))).warnings
     assert warning.endswith("f.yml:6: calib.path: calib data path: no such file or folder")
 
 
 def test_a_dataset_that_is_not_there(read_text: Read, llmc: Llmc) -> None:
-    with pytest.raises(QplugError, match=r"f\.yml:3: calib: no dataset 'images'"):
+    with pytest.raises(QplugError, match=r"f\.yml:3: calib: no dataset 'ptb'"):
+        read_text(llmc(calib=calib("ptb", download=True)))
+    with pytest.raises(QplugError, match=r"f\.yml:4: calib\.name: 'images' is more than text"):
         read_text(llmc(calib=calib("images", download=True)))
 
 
@@ -626,6 +665,26 @@ SEED_SNIPPETS = {
             special: {trans: True, trans_version: v2, weight_clip: True}
             quant_out: True
     """,
+    "FP8": """
+        quant:
+            method: Awq
+            quant_type: float-quant
+            weight: {bit: e4m3, symmetric: True, granularity: per_tensor, use_qtorch: True}
+            act:
+                bit: e4m3
+                symmetric: True
+                granularity: per_tensor
+                use_qtorch: True
+                static: True
+    """,
+    "W8A8": """
+        quant:
+            method: Awq
+            weight: {bit: 8, symmetric: True, granularity: per_channel, group_size: -1}
+            act: {bit: 8, symmetric: True, granularity: per_token}
+            special: {trans: True, trans_version: v2, weight_clip: True}
+            quant_out: True
+    """,
 }
 
 
@@ -637,16 +696,109 @@ def test_snippets_of_the_manual(read_text: Read, scheme: str) -> None:
     assert len(read.warnings) == 1  # no calib
 
 
-def test_formats_of_other_widths_are_asked_for_by_name(read_text: Read, llmc: Llmc) -> None:
-    weight = "{bit: e2m1, symmetric: False, granularity: per_group, group_size: 128}"
-    try:
-        known = preset("WE2M1A16")
-    except QplugError:
-        with pytest.raises(QplugError, match=r":5: quant.weight: no scheme 'WE2M1A16'"):
-            read_text(llmc(weight=weight))
-        return
-    scheme = read_text(llmc(weight=weight)).job.scheme
-    assert replace(scheme, name="") == replace(known, name="")
+def test_formats_of_other_widths_have_the_scales_that_are_said(read_text: Read, llmc: Llmc) -> None:
+    """Groups of e2m1 under plain scales are neither NVFP4 nor MXFP4, whatever their size."""
+    weight = "{bit: e2m1, symmetric: False, granularity: per_group, group_size: %s}"
+    assert read_text(llmc(weight=weight % 128)).job.scheme == preset("WE2M1A16")
+    for size in (16, 32):
+        scheme = read_text(llmc(weight=weight % size)).job.scheme
+        assert scheme == preset("WE2M1A16").with_group_size(size)
+
+
+WHOLE = """
+base: {seed: &seed 42}
+model:
+    type: model_type
+    path: qplug:demo
+    tokenizer_mode: slow
+    torch_dtype: auto
+calib:
+    name: pileval
+    download: True
+    n_samples: 16
+    bs: -1
+    seq_len: 64
+    preproc: txt_general_preproc
+    seed: *seed
+eval:
+    - eval_pos: [pretrain, fake_quant]
+      name: [wikitext2, c4]
+      type: ppl
+      download: True
+      seq_len: 64
+      bs: 1
+quant:
+    method: GPTQ
+    quant_type: int-quant
+    weight:
+        bit: 8
+        symmetric: True
+        granularity: per_group
+        group_size: 32
+        calib_algo: mse
+        need_pack: True
+    act:
+        bit: 8
+        symmetric: True
+        granularity: per_token
+    special:
+        actorder: True
+        static_groups: True
+        percdamp: 0.01
+        blocksize: 128
+        owq: False
+        load_clip: False
+    mix_bits:
+        setting_0:
+            layer_name: [down_proj#0-1]
+            do_quant: True
+            weight: {bit: 8, symmetric: True, granularity: per_channel}
+            act: {bit: 8, symmetric: True, granularity: per_token}
+    quant_out: True
+    kvcache:
+        method: Naive
+        quant_type: float-quant
+        bit: e4m3
+        symmetric: True
+        granularity: per_tensor
+ignored_layers:
+    block_ids: [4, 7-9]
+    layer_names: [mlp.up_proj]
+    speical_names: [lm_head]
+save:
+    save_vllm: True
+    save_trans: False
+    save_path: ./save
+"""
+
+
+def values_of(tree: Any) -> list[tuple[Any, Any]]:
+    """Every mapping or list of ``tree`` with every key of it."""
+    if not isinstance(tree, (dict, list)):
+        return []
+    keys = list(tree) if isinstance(tree, dict) else range(len(tree))
+    return [(tree, key) for key in keys] + [v for key in keys for v in values_of(tree[key])]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["__import__('os').abort()", -3, 10**30, 0.5, True, None, [], [[1]], {}, {"a": {"b": 1}}],
+)
+def test_no_value_is_too_wrong_for_a_line(read_text: Read, wrong: Any) -> None:
+    """Whatever stands anywhere, it is read, or refused in one line that tells where it stands."""
+    tree = yaml.safe_load(WHOLE)
+    assert read_text(WHOLE).job.algorithms == ("gptq",)
+    refused = []
+    for holder, key in values_of(tree):
+        before, holder[key] = holder[key], wrong
+        try:
+            read_text(yaml.safe_dump(tree, sort_keys=False))
+        except QplugError as error:
+            refused.append(str(error))
+        holder[key] = before
+    assert len(refused) > 5
+    for sentence in refused:
+        assert re.match(r"[^\n]*f\.yml:\d+(: [\w.\[\]]+)?: [^\n]+$", sentence)
 
 
 # --- YAML itself ----------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 ``QPLUG_LLMC_CONFIGS=.../configs/quantization pytest -m llmc tests/configs/test_llmc_files.py`` runs
 every file of ``backend/sglang`` and ``backend/vllm`` on small models: its algorithm, its scheme and
-its stages, on less data. Steps that read what another step writes run after it.
+its stages, on less data. So it does with ``methods`` and ``combination``, of which docs/llmc.md
+says what each becomes. Steps that read what another step writes run after it.
 """
 
 from __future__ import annotations
@@ -12,37 +13,70 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
+from qplug.configs.llmc_data import STAGES
+from qplug.configs.reading import read_job
+from qplug.registry import Registry
 from qplug.source import find_model
 
 Cli = Callable[..., Result]
 pytestmark = pytest.mark.llmc
 
 ROOT = Path(os.environ.get("QPLUG_LLMC_CONFIGS", "no such folder"))
-FILES = [
-    path.relative_to(ROOT).as_posix()
-    for engine in ("sglang", "vllm")
-    for path in sorted((ROOT / "backend" / engine).rglob("*.yml"))
-]
+PAGE = Path(__file__).parents[2] / "docs/llmc.md"
+
+
+def files_in(*folders: str) -> list[str]:
+    found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.yml"))]
+    return [path.relative_to(ROOT).as_posix() for path in found]
+
+
+SERVED = files_in("backend/sglang", "backend/vllm")
+MEASURED = files_in("combination", "methods")
+#: What docs/llmc.md says that files become, by patterns of their names.
+ROWS = re.findall(
+    r"^\| `((?:methods|combination)/.*?)` \| (.*?) \|$", PAGE.read_text("utf-8"), re.M
+)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts, and a model that takes windows of 2048 tokens."""
+    """Texts, and models that take windows of 2048 tokens: ``model``, and ``deep`` of 6 blocks."""
     root = tmp_path_factory.mktemp("llmc")
-    lines = (f"The {n}th line of a text is about {n * n}, or {n % 7}." for n in range(900))
+    lines = (f"The {n}th line of a text is about {n * n}, or {n % 7}." for n in range(250))
     (root / "text.txt").write_text("\n".join(lines))
-    shutil.copytree(find_model("qplug:demo"), root / "model")
-    config = json.loads((root / "model/config.json").read_text())
-    config["max_position_embeddings"] = 4096
-    (root / "model/config.json").write_text(json.dumps(config))
+    for name in ("wikitext2", "c4"):
+        (root / "texts" / name).mkdir(parents=True)
+        shutil.copy(root / "text.txt", root / "texts" / name)
+    demo_of(2, root / "model")
+    demo_of(6, root / "deep")
     return root
+
+
+def demo_of(blocks: int, folder: Path) -> None:
+    """The demo model with so many blocks: some of them, or some of them twice."""
+    shutil.copytree(find_model("qplug:demo"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    count = config["num_hidden_layers"]
+    config |= {"max_position_embeddings": 4096, "num_hidden_layers": blocks}
+    (folder / "config.json").write_text(json.dumps(config))
+    made = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        inside = re.fullmatch(r"(model\.layers\.)(\d+)(\..*)", name)
+        if inside is None:
+            made[name] = tensor
+            continue
+        for block in range(int(inside[2]), blocks, count):
+            made[f"{inside[1]}{block}{inside[3]}"] = tensor.clone()
+    save_file(made, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture(scope="module")
@@ -89,42 +123,90 @@ def deepseek(place: Path) -> Path:
 
 def filled(text: str, place: Path, engine: str, model: Path) -> str:
     """The file with every placeholder replaced, and nothing else."""
+    several = re.search(r"name: \[.*,", text)
+    data = place / ("texts" if several else "text.txt")
     section = ""
     lines = []
     for line in text.splitlines():
         section = line.partition(":")[0] if re.match(r"\w", line) else section
-        key = line.strip().partition(":")[0]
+        indent, key = re.match(r"( *)(\w*)", line).groups()  # type: ignore[union-attr]
         if key == "path" and section in ("calib", "eval"):
-            line = f"    path: {place / 'text.txt'}"
-        elif key == "path" and "/path/to" not in line:
-            line = f"    path: {model}"
+            line = f"{indent}path: {data}"
+        elif key == "path" and "/path/to/save" not in line:
+            line = f"{indent}path: {model}"
         lines.append(line.replace("/path/to", str(place / engine)))
     return "\n".join(lines).replace("../cache", str(place / engine)) + "\n"
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_file_of_llmc(file: str, place: Path, request: pytest.FixtureRequest, cli: Cli) -> None:
-    model = request.getfixturevalue("deepseek") if "dsv3" in file else place / "model"
+def stages(told: str) -> list[str]:
+    """The stages at which a file asks for perplexities, in their order."""
+    sections = yaml.safe_load(told).get("eval") or []
+    found = []
+    for section in [sections] if isinstance(sections, dict) else sections:
+        if section.get("type", "ppl") == "ppl":
+            names = section["name"] if isinstance(section["name"], list) else [section["name"]]
+            asked = {STAGES[at] for at in section["eval_pos"] if at in STAGES}
+            found += [stage for stage in asked for _ in names]
+    return sorted(found, key=list(dict.fromkeys(STAGES.values())).index)
+
+
+@pytest.mark.parametrize("file", [*SERVED, *MEASURED])
+def test_a_file_of_llmc(
+    file: str,
+    place: Path,
+    request: pytest.FixtureRequest,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(place)  # some have a relative save_path
+    model = place / ("deep" if "MixPrecision" in file else "model")
+    model = request.getfixturevalue("deepseek") if "dsv3" in file else model
     told = filled((ROOT / file).read_text(), place, file.split("/")[1], model)
     path = place / "f.yml"
     path.write_text(told)
+    becomes = next((told for pattern, told in ROWS if fnmatchcase(file, pattern)), None)
+    checked = cli("config", "check", path)
+    if becomes is not None and becomes.startswith("refused: "):
+        assert checked.exit_code == 1
+        line = checked.output.splitlines()[-1]
+        assert re.match(rf"Error: {re.escape(str(path))}:\d+: ", line)
+        assert becomes.removeprefix("refused: ") in line
+        assert cli("quantize", "--config", path).output == checked.output
+        return
+    assert checked.exit_code == 0, checked.output
+    if file in MEASURED:
+        assert f": sound (LLMC): {becomes}, ".replace("`", "") in checked.stdout
+
+    registry = Registry.installed()
+    converted = cli("config", "convert", path)
+    (place / "native.yml").write_text(converted.stdout)
+    assert cli("config", "check", place / "native.yml").exit_code == 0
+    assert read_job(place / "native.yml", registry).job == read_job(path, registry).job
+
     out = re.search(r"save_path: *(\S+)", told)
     assert out is not None
-    # Two files have one save_path between them.
-    shutil.rmtree(out[1], ignore_errors=True)
-    less = ("--samples", 4, "--device", "cpu")
-    result = cli("quantize", "--config", path, "--json", *less)
+    saves = re.findall(r"save_(\w+): True", told)
+    folder = Path(out[1]) / ("transformed_model" if saves == ["trans"] else "")
+    words: tuple[object, ...] = ("--samples", 2, "--device", "cpu")
+    if not {"trans", "sgl", "vllm"} & set(saves):
+        folder, words = place / "out", (*words, "--out", place / "out", "--backend", "fake")
+    # Several files have one save_path between them; one step 2 reads what another's step 1 wrote.
+    shutil.rmtree(folder, ignore_errors=True)
+    result = cli("quantize", "--config", path, "--json", *words)
     assert result.exit_code == 0, result.output
     done = json.loads(result.stdout)
     (written,) = done["results"]
-    saves = re.findall(r"save_(\w+): True", told)
-    folder = Path(out[1]) / ("transformed_model" if saves == ["trans"] else "")
     assert Path(written["out"]) == folder
+    assert [measured["at"] for measured in done["measured"]] == stages(told)
     checked = cli("verify", folder)
     assert checked.exit_code == 0, checked.output
-    asked = re.search(r"eval_pos: \[fake.quant\]", told) is not None
-    assert [measured["at"] for measured in done["measured"]] == ["quantized"] * asked
 
 
 def test_the_folder_is_whole() -> None:
-    assert len(FILES) == 34, "set QPLUG_LLMC_CONFIGS to LLMC's configs/quantization"
+    assert len(SERVED) == 34, "set QPLUG_LLMC_CONFIGS to LLMC's configs/quantization"
+
+
+def test_the_page_names_every_file() -> None:
+    fits = {file: [p for p, _ in ROWS if fnmatchcase(file, p)] for file in MEASURED}
+    assert [file for file, patterns in fits.items() if not patterns] == []
+    assert {pattern for pattern, _ in ROWS} == {patterns[0] for patterns in fits.values()}

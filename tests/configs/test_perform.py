@@ -328,6 +328,89 @@ def test_config_check(cli: Cli, llmc: Llmc, tmp_path: Path, text: Path) -> None:
     assert cli("config", "check", tmp_path / "none.yml").exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        ("pipeline: [rtn, gptq]", "2: pipeline: rtn and gptq both choose codes"),
+        ("pipeline: [smoothquant, awq]\nscheme: W8A8", "2: pipeline: --algo smoothquant+awq: "),
+        ("pipeline: [awq, quarot]", "2: pipeline: --algo awq+quarot: quarot rewrites the float"),
+        ("pipeline: [smoothquant]", "2: pipeline: smoothquant: makes inputs easy to round, and"),
+    ],
+)
+def test_pipelines_that_make_no_sense(
+    run: Callable[..., Result], cli: Cli, told: str, sentence: str, tmp_path: Path
+) -> None:
+    """Checked or run, the same line."""
+    out = tmp_path / "out"
+    said = run(f"model: qplug:demo\n{told}\nexport: [{{out: {out}}}]\n")
+    assert said.exit_code == 1
+    assert said.stderr.startswith(f"Error: {tmp_path}/f.yml:{sentence}")
+    checked = cli("config", "check", tmp_path / "f.yml")
+    assert (checked.exit_code, checked.output) == (1, said.output)
+    assert left(tmp_path) == {"f.yml"}
+
+
+def test_pipelines_of_llmc_that_make_no_sense(
+    run: Callable[..., Result], cli: Cli, llmc: Llmc, tmp_path: Path
+) -> None:
+    told = llmc(method="OsPlus", calib="name: c4\ndownload: True")
+    (tmp_path / "f.yml").write_text(told)
+    checked = cli("config", "check", tmp_path / "f.yml")
+    assert checked.exit_code == 1
+    where = f"{tmp_path}/f.yml:7: quant.method"
+    assert checked.output.startswith(f"Error: {where}: osplus: makes inputs easy to round, and W4A")
+    # Beside another scheme it makes sense: the command line has its say first.
+    words = ("qplug:demo", "--out", tmp_path / "out", "--dataset", "demo", "--dry-run")
+    assert run(told, *words, "--scheme", "W8A8").exit_code == 0
+    assert run(told, *words).output == checked.output
+
+
+def test_steps_that_rotate_as_the_model_runs(
+    run: Callable[..., Result], llmc: Llmc, text: Path, tmp_path: Path
+) -> None:
+    """What step 1 leaves to be rotated is rotated in step 2, and wherever it is measured."""
+    int4 = "{bit: 4, symmetric: False, granularity: per_%s}"
+    parts = {"weight": int4 % "channel", "act": int4 % "token"}
+    rotate = "rotate_mode: hadamard\nfp32_had: True\nonline_rotate: True"
+    gptq = "actorder: True\nstatic_groups: True\npercdamp: 0.01\nblocksize: 128\n"
+    evaluate = EVAL.format("{}", text) + "inference_per_block: False"
+    step_1 = llmc(
+        method="Quarot",
+        special=rotate,
+        model=MODEL.format("qplug:demo"),
+        evaluate=evaluate.format("pretrain, transformed"),
+        save=f"save_trans: True\nsave_path: {tmp_path}/one",
+        **parts,
+    )
+    step_2 = llmc(
+        method="GPTQ",
+        special=gptq + "online_rotate: True",
+        quant="quant_out: True",
+        calib=PILE.format(text) + PREPROC,
+        model=MODEL.format(f"{tmp_path}/one/transformed_model"),
+        evaluate=evaluate.format("pretrain, fake_quant"),
+        save=f"save_fake: True\nsave_path: {tmp_path}/two",
+        **parts,
+    )
+    measured = {}
+    for step in (step_1, step_2):
+        result = run(step, "--json")
+        assert result.exit_code == 0, result.output
+        for told in json.loads(result.stdout)["measured"]:
+            measured.setdefault(told["at"], []).append(told["perplexity"])
+    first, second = measured["pretrain"]
+    assert abs(measured["transformed"][0] / first - 1) < 0.01  # the weights are bfloat16
+    assert second == measured["transformed"][0]
+    assert measured["quantized"][0] < 2 * first
+    manifest = json.loads((tmp_path / "two/fake_quant_model/qplug.json").read_text())
+    assert manifest["online"] == [f"model.layers.{n}.mlp.down_proj" for n in range(4)]
+    served = step_2.replace("save_fake", "save_vllm")
+    refused = run(served, "--out", tmp_path / "three", "--scheme", "W8A8")
+    assert "vllm: does not rotate the inputs of linears as the model runs" in refused.stderr
+    again = run(step_1, f"{tmp_path}/one/transformed_model", "--out", tmp_path / "three")
+    assert "inputs of its linears are rotated as it runs, so quarot cannot" in again.stderr
+
+
 def test_help(cli: Cli) -> None:
     assert "config" in cli("--help").output
     assert "--config" in cli("quantize", "--help").output

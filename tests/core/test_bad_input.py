@@ -279,6 +279,17 @@ def test_a_group_that_does_not_divide_the_width(llama: Path, refused: Refused) -
     assert message == f"model.layers.0.mlp.down_proj: {told}"
 
 
+def test_groups_of_inputs_that_do_not_divide_the_width(
+    tmp_path: Path, write_llama: Callable[..., Path], refused: Refused
+) -> None:
+    model = write_llama(tmp_path / "narrow", intermediate_size=320)
+    message = refused(model, "--scheme", "FP8_BLOCK", "--backend", "fake")
+    assert message == (
+        "model.layers.0.mlp.down_proj: groups of 128 do not divide its width, 320; "
+        "choose a --scheme without groups of inputs, or --ignore it"
+    )
+
+
 def test_a_group_that_sglang_has_no_kernel_for(llama: Path, refused: Refused) -> None:
     message = refused(llama, "--group-size", 16)
     assert message.startswith("sglang: model.layers.0.")

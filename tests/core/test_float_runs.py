@@ -214,6 +214,15 @@ def test_engines_refuse_qtorch(backend: str, tmp_path: Path, llama: Path) -> Non
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.usefixtures("stand_in")
+def test_a_float_folder_rounds_nothing(tmp_path: Path, llama: Path) -> None:
+    """What an algorithm transformed with qtorch in mind is stored, and measured, as it is."""
+    out = tmp_path / "out"
+    qplug.quantize(str(llama), out, scheme="FP8_DYNAMIC", backend="hf", use_qtorch=True)
+    assert calls() == []
+    assert json.loads((out / "qplug.json").read_text())["layers"] == {}
+
+
 def test_integers_are_nothing_for_qtorch(tmp_path: Path) -> None:
     with pytest.raises(QplugError, match="use_qtorch: W4A16 has no float format to round"):
         qplug.quantize("qplug:demo", tmp_path / "out", backend="fake", use_qtorch=True)

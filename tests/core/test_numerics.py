@@ -452,6 +452,29 @@ def test_activations_that_no_engine_rounds_so() -> None:
     with pytest.raises(NotImplementedError):
         fake_quantize_activations(torch.zeros(2, 4), QuantArgs("int8", "channel"))
     with pytest.raises(NotImplementedError):
-        fake_quantize_activations(
-            torch.zeros(2, 4), QuantArgs("int8", "token", symmetric=False, dynamic=True)
-        )
+        fake_quantize_activations(torch.zeros(2, 4), QuantArgs("int8", "tensor", symmetric=False))
+
+
+def test_groups_of_inputs_that_do_not_divide_the_width() -> None:
+    with pytest.raises(QplugError, match="groups of 4 do not divide its width, 6"):
+        fake_quantize_activations(torch.zeros(2, 6), ACTIVATIONS["fp8 groups"])
+
+
+def test_asymmetric_activations_by_hand() -> None:
+    args = QuantArgs("int4", "token", symmetric=False, dynamic=True)
+    x = torch.tensor([[-5, 0.4, 9.6, 10], [2, 7.3, 0.2, 15], [0, 0, 0, 0], [-30, -1, -3, -2]])
+    found = fake_quantize_activations(x, args)
+    assert found.tolist() == [[-5, 0, 10, 10], [2, 7, 0, 15], [0, 0, 0, 0], [-30, -0, -4, -2]]
+
+
+@pytest.mark.parametrize("size", [None, 4])
+@pytest.mark.parametrize("dtype", ["int3", "int8"])
+def test_asymmetric_activations_are_rounded_as_asymmetric_weights(
+    dtype: str, size: int | None
+) -> None:
+    strategies: tuple[Any, Any] = ("group", "group") if size else ("token", "channel")
+    inputs, rows = (QuantArgs(dtype, s, size, symmetric=False, dynamic=True) for s in strategies)
+    x = random_weight((6, 8), "float32", 3)
+    wanted = dequantize(round_to_nearest(x, rows))
+    found = fake_quantize_activations(x.view(2, 3, 8), inputs)
+    assert torch.equal(found.view(6, 8), wanted)

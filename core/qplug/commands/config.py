@@ -23,13 +23,15 @@ def command() -> None:
 def check(registry: Registry, file: Path) -> None:
     """Check FILE as far as it can be without the model.
 
-    Keys that change nothing are told on stderr, with their lines. Exit status 1 for wrong values.
+    Keys that change nothing are told on stderr, with their lines. Exit status 1 for wrong values,
+    and for algorithms that make no sense together or for the scheme.
     """
     from qplug.configs.reading import read_job
 
     read = read_job(file, registry)
     tell(read.warnings)
     job = read.job
+    job.check(registry)
     folders = [f"{export.out} ({export.backend})" for export in job.exports]
     stages = dict.fromkeys(stage for told in job.measurements for stage in told.at)
     click.echo(

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from qplug.errors import QplugError
 from qplug.params import fill
+from qplug.pipeline import make_pipeline
 from qplug.recipe import Calibration
 from qplug.registry import Registry
 from qplug.scheme import Scheme, preset
@@ -64,10 +65,21 @@ class Job:
     measurements: tuple[Measurement, ...] = ()
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
+    def check(self, registry: Registry) -> None:
+        """Raises QplugError for all that can be known to be wrong, and says where it stands.
+
+        That is what ``check_names`` finds, and a pipeline that makes no sense. What only the model
+        can tell (widths, names of layers) is not asked.
+        """
+        self.check_names(registry)
+        schemes = (self.scheme, *(scheme for _, scheme in self.overrides))
+        told = self.algorithms, self.algorithm_options, schemes, registry
+        self._placed("algorithms", make_pipeline, *told)
+
     def check_names(self, registry: Registry) -> None:
         """Raises QplugError for a name or an option that no plugin has, and says where it stands.
 
-        What only the model can tell (widths, names of layers) is not asked.
+        A pipeline is whole only once the command line has had its say, so it is not judged.
         """
         for name in self.algorithms:
             with_place = f"algorithms.{name}"

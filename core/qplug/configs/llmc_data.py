@@ -13,6 +13,8 @@ from qplug.recipe import Calibration
 #: LLMC's datasets of the user's own, and other names of those that are plugins.
 _OWN = ("custom", "custom_txt", "custom_ppl")
 _ALIASES = {"pile": "pileval"}
+#: Those of LLMC's datasets that hold more than text.
+_NOT_TEXT = ("custom_mm", "images", "t2v", "i2v", "vlm_datastes")
 
 #: LLMC's preprocs, by how windows are cut.
 PREPROCS = {
@@ -137,9 +139,11 @@ def _below(path: Node, name: str) -> Node:
 def _text(part: Section, name: Node, *, own_field: str, path: Node | None = None) -> Text:
     """The text called ``name``, at ``path`` if there is one and it is not to be downloaded."""
     told = name.word()
+    if told in _NOT_TEXT:
+        raise name.place.error(f"{told!r} is more than text, and qplug calibrates on text")
     dataset = _ALIASES.get(told, told)
-    path = path or part.get("path")
-    if path is None or part.switch("download"):
+    path, download = path or part.get("path"), part.switch("download")
+    if path is None or download:
         return Text(dataset, {})
     place = Path(path.word()).expanduser()
     if not place.exists():

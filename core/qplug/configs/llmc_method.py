@@ -59,8 +59,9 @@ class Pipeline:
 def read_method(quant: Section, registry: Registry) -> Pipeline:
     """The pipeline of a ``quant`` section. Raises QplugError if qplug has no such algorithm."""
     node = quant.need("method")
-    name = _method(node)
-    pipeline = Pipeline([name], places={f"algorithms.{name}": str(node.place)})
+    name = _method(node, registry)
+    places = dict.fromkeys(("algorithms", f"algorithms.{name}"), str(node.place))
+    pipeline = Pipeline([name], places=places)
     try:
         kind = registry.algorithms[name]
     except QplugError as error:
@@ -76,12 +77,14 @@ def read_method(quant: Section, registry: Registry) -> Pipeline:
     return pipeline
 
 
-def _method(node: Node) -> str:
+def _method(node: Node, registry: Registry) -> str:
     told = node.word()
     for method, name in METHODS.items():
         if method.lower() == told.lower():
             return name
-    raise node.place.error(f"{told!r} is not there", METHODS)
+    there = set(registry.algorithms)
+    allowed = [method for method, name in METHODS.items() if name in there]
+    raise node.place.error(f"{told!r} is not there", allowed)
 
 
 def _read_special(

@@ -60,7 +60,8 @@ def observer_of(act: Section | None) -> str:
 
 def cache_of(kvcache: Section) -> str:
     """The KV cache that a ``kvcache`` section means. Raises QplugError if qplug has none such."""
-    kvcache.leave("method", "static", "calib_algo", "residual_length", "special", "use_qtorch")
+    kvcache.word("method", ["Naive"])  # Kivi keeps the last tokens float, which no engine does
+    kvcache.leave("static", "calib_algo", "residual_length", "special", "use_qtorch")
     args = _args(kvcache, _kind(kvcache), ("per_tensor", "per_token", "per_group", "per_head"))
     if (args.dtype, args.strategy) != ("e4m3", "tensor"):
         raise kvcache.place.error(

@@ -213,7 +213,7 @@ def read_recipe(root: Node) -> Job:
 
 def _places(top: Mapping[str, Node]) -> dict[str, str]:
     """Where each part stands that plugins have a say in."""
-    places = {}
+    places = {"algorithms": str(top["pipeline"].place)} if "pipeline" in top else {}
     for step in top["pipeline"].items() if "pipeline" in top else ():
         name = step.value["algorithm"].value if isinstance(step.value, dict) else step.value
         places[f"algorithms.{name}"] = str(step.place)

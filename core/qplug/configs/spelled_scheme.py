@@ -21,7 +21,7 @@ def spelled(weights: QuantArgs, activations: QuantArgs | None) -> Scheme:
             return replace(known, weights=weights)
     name = f"W{_letters(weights)}A{_letters(activations) if activations else '16'}"
     if _grid_is_known(weights) and _grid_is_known(activations):
-        name += "" if weights.symmetric else "_ASYM"
+        name += _asymmetric(weights, activations)
         # Engines have no kernel for groups beside rounded inputs: their tables go by the name.
         name += f"_G{weights.group_size}" if activations and weights.group_size else ""
         return Scheme(name, weights, activations)
@@ -32,8 +32,6 @@ def spelled(weights: QuantArgs, activations: QuantArgs | None) -> Scheme:
 def _check_inputs(args: QuantArgs | None) -> None:
     if args is None:
         return
-    if not args.symmetric:
-        raise QplugError("asymmetric inputs are not computed by qplug; say symmetric")
     if args.dynamic and args.strategy not in ("token", "group"):
         raise QplugError(f"a dynamic scale a {args.strategy}; inputs have one a token or a group")
     if not args.dynamic:
@@ -45,8 +43,18 @@ def _check_inputs(args: QuantArgs | None) -> None:
 def _grouped_alike(known: QuantArgs, given: QuantArgs) -> bool:
     """Whether they differ in the size of groups alone, a whole row being one size."""
     rows = ("group", "channel")
-    alike = (known.dtype, known.symmetric) == (given.dtype, given.symmetric)
+    alike = (known.dtype, known.symmetric, known.scale_dtype) == (
+        given.dtype,
+        given.symmetric,
+        given.scale_dtype,
+    )
     return alike and known.strategy in rows and given.strategy in rows
+
+
+def _asymmetric(weights: QuantArgs, activations: QuantArgs | None) -> str:
+    if activations is None or activations.symmetric:
+        return "" if weights.symmetric else "_ASYM"
+    return "_ASYM_INPUTS" if weights.symmetric else "_ASYM_BOTH"
 
 
 def _letters(args: QuantArgs) -> str:

@@ -42,7 +42,8 @@ class Params:
         bool,
         Param(
             "Rotate what down projections read (R4) as the model runs, to measure it: no engine "
-            "does. Queries and keys (R3) are left alone: no scheme rounds them."
+            "does. Queries and keys (R3) are left alone: no scheme rounds them.",
+            also=("online_rotate",),
         ),
     ] = False
     seed: Annotated[int, Param("Of the rotations.", 0)] = 0
@@ -99,7 +100,7 @@ class QuaRot(Algorithm[Params]):
             rewrites,
             config={"tie_word_embeddings": False} if stream.copies else {},
             online=online,
-            notes=self._notes(stream),
+            notes=self._notes(stream, online),
         )
 
     def _rotation(self, size: int) -> Rotation:
@@ -127,8 +128,13 @@ class QuaRot(Algorithm[Params]):
                 found.append(linear)
         return tuple(found)
 
-    def _notes(self, stream: Stream) -> tuple[str, ...]:
+    def _notes(self, stream: Stream, online: tuple[str, ...]) -> tuple[str, ...]:
         notes = []
+        if online:
+            notes.append(
+                f"quarot: inputs of {len(online)} linears are rotated as the model runs, which "
+                "qplug does with this folder, and no one else"
+            )
         if stream.copies:
             notes.append("quarot: the head is no longer tied to the embedding, but a tensor more")
         if self.params.heads and not stream.heads:

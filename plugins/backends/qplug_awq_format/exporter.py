@@ -20,9 +20,9 @@ from qplug import (
     Scheme,
     TensorSpec,
 )
+from qplug.laid_out import loading_problems
 from qplug.limits import Target, beyond_limits
 from qplug_awq_format.capabilities import CAPABILITIES
-from qplug_awq_format.rules import problems
 from qplug_compressed_tensors.fusing import fused_groups, with_merged_names
 from qplug_compressed_tensors.packing import pack_words, unpack_words
 
@@ -136,7 +136,8 @@ class AWQFormat(Exporter[Target]):
         if config is None:
             yield Problem("format", "config.json", "has no quantization_config")
             return
-        yield from problems(folder, model, self.schemes(config, model), self)
+        schemes, fused = self.schemes(config, model), fused_groups(model.linears)
+        yield from loading_problems(folder, model, schemes, self, scales=["scales"], fused=fused)
 
 
 def _pack(codes: Tensor) -> Tensor:

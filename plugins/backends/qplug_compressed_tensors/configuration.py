@@ -43,7 +43,7 @@ def format_of(scheme: Scheme) -> str | None:
         if activations is not None:
             fits = weights.strategy == "group" and weights.symmetric
         return PACK_QUANTIZED if fits else None
-    if not weights.symmetric or weights.dtype != activations.dtype:
+    if not (weights.symmetric and activations.symmetric and weights.dtype == activations.dtype):
         return None
     if weights.dtype == "e4m3" and weights.strategy in ("tensor", "channel", "block"):
         return FLOAT_QUANTIZED

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qplug import Exporter, ModelView, Problem, Scheme
-from qplug.laid_out import layout_problems
-from qplug.limits import Target, shape_problem
+from qplug.laid_out import loading_problems
 from qplug_compressed_tensors.fusing import fused_groups
 from qplug_compressed_tensors.packing import unpack_words
 
@@ -20,17 +19,12 @@ if TYPE_CHECKING:
 def problems(
     folder: Checkpoint, model: ModelView, schemes: Mapping[str, Scheme], exporter: Exporter[Any]
 ) -> Iterator[Problem]:
-    """The rules that ``folder`` breaks; numbers are read where the layout is right."""
-    found = list(layout_problems(folder, model, schemes, exporter))
+    """The rules that ``folder`` breaks; numbers are read where nothing else is wrong."""
+    fused = fused_groups(model.linears)
+    found = list(loading_problems(folder, model, schemes, exporter, scales=["scales"], fused=fused))
     yield from found
-    for group in fused_groups(model.linears):
-        if len({name in schemes for name in group}) > 1:
-            yield Problem("fused", ", ".join(group[:3]), "are merged, but not all are quantized")
     broken = {problem.where for problem in found}
     for name, scheme in schemes.items():
-        sentence = shape_problem(exporter.capabilities(), name, model, scheme, Target())
-        if sentence is not None:
-            yield Problem("kernel", name, sentence)
         if name not in broken:
             yield from _numbers(folder, name, model.linears[name], scheme)
 
@@ -38,11 +32,8 @@ def problems(
 def _numbers(
     folder: Checkpoint, name: str, shape: tuple[int, int], scheme: Scheme
 ) -> Iterator[Problem]:
-    """Scales are sound, columns in order, and zero points where the kernels take them to be."""
+    """Columns are in order, and zero points where the kernels take them to be."""
     bits, size = scheme.weights.bits, scheme.weights.group_size or shape[1]
-    scales = folder.read(f"{name}.scales").float()
-    if not (torch.isfinite(scales) & (scales > 0)).all():
-        yield Problem("scale", name, "a scale is zero, negative, or not finite")
     if not torch.equal(folder.read(f"{name}.g_idx"), torch.arange(shape[1]).int() // size):
         yield Problem("g_idx", name, "its columns are reordered: engines refuse it (desc_act)")
     zeros = unpack_words(folder.read(f"{name}.qzeros"), bits, shape[0])

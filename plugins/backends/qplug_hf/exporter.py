@@ -15,11 +15,12 @@ class HuggingFace(Exporter[NoParams]):
     """The transformed model, float: nothing is quantized. Clips that were chosen are cut.
 
     Every tensor keeps its name and dtype, so that any loader takes the folder, and another run of
-    qplug too.
+    qplug too. Where inputs are to be rotated as the model runs, that is qplug alone.
     """
 
     name = "hf"
     stores_float = True
+    rotates_online = True
 
     def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
         raise QplugError("a float folder has no codes to lay out")

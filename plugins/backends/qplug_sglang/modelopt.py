@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from qplug import (
     PRESETS,
     Exporter,
@@ -22,12 +19,13 @@ from qplug import (
     Scheme,
     TensorSpec,
 )
-from qplug.laid_out import layout_problems
-from qplug.limits import Target, shape_problem
+from qplug.laid_out import loading_problems
 from qplug_compressed_tensors import fp4
 from qplug_compressed_tensors.fusing import merged_matrices, with_merged_names
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qplug.checkpoint import Checkpoint
 
 METHOD = "modelopt"
@@ -112,21 +110,10 @@ def stored(folder: Checkpoint) -> dict[str, tuple[int, int]]:
 def check(folder: Checkpoint, model: ModelView, exporter: Exporter[Any]) -> Iterator[Problem]:
     """The rules of SGLang's loader for ModelOpt's NVFP4 that ``folder`` breaks."""
     found = schemes(folder.config["quantization_config"], model)
-    laid_out = list(layout_problems(folder, model, found, exporter))
-    yield from laid_out
-    broken = {problem.where for problem in laid_out}
-    for name, scheme in found.items():
+    yield from loading_problems(folder, model, found, exporter, scales=_SCALES)
+    for name in found:
         if name not in model.quantizable:
             yield Problem("head", name, "is a head or a router, and must stay float")
-        sentence = shape_problem(exporter.capabilities(), name, model, scheme, Target())
-        if sentence is not None:
-            yield Problem("kernel", name, sentence)
-        if name in broken:
-            continue
-        for local in _SCALES:
-            values = folder.read(f"{name}.{local}").float()
-            if not (torch.isfinite(values) & (values > 0)).all():
-                yield Problem("scale", name, f"{local} is zero, negative, or not finite")
     yield from _units_differ(folder, found)
 
 
