@@ -35,7 +35,7 @@ from qplug.stopwatch import Stopwatch
 from qplug.structure import Group, find_groups
 
 #: Tokens in one forward pass through a block.
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}
 #: Tokens on which the structure of a block is found.
 _PROBE = 16
 
