@@ -1,8 +1,8 @@
 """qplug quantizes large language models for SGLang and vLLM; everything in it is a plugin.
 
 What is importable from here, from ``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``,
-``qplug.laid_out``, ``qplug.learning``, ``qplug.limits``, ``qplug.straight_through``,
-``qplug.windows`` and ``qplug.hub_text`` is public.
+``qplug.laid_out``, ``qplug.learning``, ``qplug.limits``, ``qplug.rotation``,
+``qplug.straight_through``, ``qplug.turning``, ``qplug.windows`` and ``qplug.hub_text`` is public.
 """
 
 from __future__ import annotations

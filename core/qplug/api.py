@@ -2,8 +2,8 @@
 
 Importing this module is cheap: torch is named in annotations only. What stands here, in
 ``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``, ``qplug.laid_out``, ``qplug.learning``,
-``qplug.limits``, ``qplug.stored_scales``, ``qplug.straight_through``, ``qplug.windows`` and
-``qplug.hub_text`` is public;
+``qplug.limits``, ``qplug.rotation``, ``qplug.stored_scales``, ``qplug.straight_through``,
+``qplug.turning``, ``qplug.windows`` and ``qplug.hub_text`` is public;
 everything else in ``qplug`` may change without notice.
 """
 
