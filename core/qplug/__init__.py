@@ -34,6 +34,7 @@ from qplug.api import (
     StreamNorm,
     TensorSpec,
     Tokenizer,
+    WholeModel,
 )
 from qplug.errors import PluginError, PluginWarning, QplugError
 from qplug.events import BlockReport, Result
@@ -94,6 +95,7 @@ __all__ = [
     "StreamNorm",
     "TensorSpec",
     "Tokenizer",
+    "WholeModel",
     "compare",
     "evaluate",
     "hookimpl",

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qplug.announcing import Announcer
-from qplug.api import Block, Linear, ModelView
+from qplug.api import Algorithm, Block, FloatModel, Linear, ModelView
 from qplug.architectures import find_view
 from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
@@ -47,6 +48,7 @@ from qplug.shared_output import SharedOutput
 from qplug.source import find_model
 from qplug.stages import Report, Stages
 from qplug.stopwatch import Stopwatch
+from qplug.whole_model import HeldModel
 
 #: Told of each finished step: its number from 1, how many there are, its name, and the mean loss of
 #: its linears if it was calibrated.
@@ -184,13 +186,15 @@ class Run:
             raise QplugError(f"{out}: is or holds the model itself; choose another folder")
         with self.clock("opening"):
             view = find_view(source, self.registry, trust_remote_code=self.trust_remote_code)
-            prepared = prepare(
+            rewrite = partial(
+                prepare,
                 self.stages,
                 source,
                 view,
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
             )
+            prepared = rewrite()
         float_model, view = prepared.checkpoint, prepared.view
         sentence = self.stages.exporter.refuses_files(source.folder)
         if sentence is not None:
@@ -230,6 +234,9 @@ class Run:
             processes, lambda: Output(out, plan, mark, overwrite=overwrite, spare=spare)
         ) as output:
             done = output.finished()
+            if tokens is not None and self.stages.learns_whole:
+                prepared = rewrite(learn=partial(self._learned, output, tokens, schemes))
+                float_model = prepared.checkpoint
             reports = {n: Report.from_dict(plain) for n, plain in done.items()}
             announcer = Announcer(
                 self.registry, len(plan.steps), len(done), silent=not processes.is_first
@@ -297,6 +304,32 @@ class Run:
         )
         announcer.run_done(result)
         return result
+
+    def _learned(
+        self,
+        output: SharedOutput,
+        tokens: Tensor,
+        schemes: Mapping[str, Scheme],
+        algorithm: Algorithm[Any],
+        model: FloatModel,
+        source: Checkpoint,
+    ) -> Mapping[str, Tensor]:
+        """What ``algorithm`` learned on the whole of ``source``, now or in an earlier run."""
+        calibration = self.recipe.calibration
+
+        def learn() -> Mapping[str, Tensor]:
+            whole = HeldModel(
+                source,
+                model.view,
+                schemes,
+                tokens,
+                device=self.device,
+                batch_size=calibration.batch_size if calibration else None,
+                trust_remote_code=self.trust_remote_code,
+            )
+            return self.stages.learn(algorithm, model, whole)
+
+        return output.kept(algorithm.name, learn)
 
     def _servable(self, schemes: dict[str, Scheme], view: ModelView) -> dict[str, Scheme]:
         """The schemes with the backend's dtype of scales. Raises QplugError if it refuses them."""
