@@ -27,7 +27,7 @@ from qplug.manifest import fingerprint, result_files
 from qplug.numerics import check_widths
 from qplug.output import Content, Output, refuse_existing
 from qplug.plan import Plan, Step, make_plan
-from qplug.preparation import prepare
+from qplug.preparation import Prepared, prepare
 from qplug.processes import Processes, join
 from qplug.qtorch_rounding import require_qtorch
 from qplug.ranges import input_ranges
@@ -195,7 +195,7 @@ class Run:
                 trust_remote_code=self.trust_remote_code,
             )
             prepared = rewrite()
-        float_model, view = prepared.checkpoint, prepared.view
+        view = prepared.view
         sentence = self.stages.exporter.refuses_files(source.folder)
         if sentence is not None:
             raise QplugError(f"{self.stages.exporter.name}: {sentence}")
@@ -204,7 +204,7 @@ class Run:
         cache = self._cache(source, view)
         coded = {} if exporter.stores_float else schemes
         plan = make_plan(
-            float_model,
+            prepared.checkpoint,
             view,
             coded,
             exporter,
@@ -236,7 +236,6 @@ class Run:
             done = output.finished()
             if tokens is not None and self.stages.learns_whole:
                 prepared = rewrite(learn=partial(self._learned, output, tokens, schemes))
-                float_model = prepared.checkpoint
             reports = {n: Report.from_dict(plain) for n, plain in done.items()}
             announcer = Announcer(
                 self.registry, len(plan.steps), len(done), silent=not processes.is_first
@@ -245,27 +244,18 @@ class Run:
             if tokens is None or calibration is None:
                 # No step needs another, and most of the time goes into files.
                 if processes.is_first:
-                    work = self._streamed(plan, float_model, view, done, announcer)
+                    work = self._streamed(plan, prepared.checkpoint, view, done, announcer)
             else:
-                with self.clock("embedding"):
-                    walk = Walk(
-                        float_model,
-                        view,
-                        schemes,
-                        tokens,
-                        device=self.device,
-                        propagate=calibration.propagate,
-                        batch_size=calibration.batch_size,
-                        with_drift=self.stages.needs_drift,
-                        with_targets=self.stages.learns,
-                        online=prepared.online,
-                        cache=cache,
-                        trust_remote_code=self.trust_remote_code,
-                        processes=processes,
-                        clock=self.clock,
-                    )
-                work = self._calibrated(plan, float_model, view, walk, output, done, announcer)
-                del walk  # whoever keeps this frame, in a traceback, keeps no hidden states
+                # Whoever keeps this frame, in a traceback, keeps no hidden states.
+                work = self._calibrated(
+                    plan,
+                    prepared.checkpoint,
+                    view,
+                    self._walk(prepared, schemes, tokens, calibration, cache, processes),
+                    output,
+                    done,
+                    announcer,
+                )
             for number, contents, report in work:
                 with self.clock("writing"):
                     output.write(number, contents, report.to_dict())
@@ -304,6 +294,33 @@ class Run:
         )
         announcer.run_done(result)
         return result
+
+    def _walk(
+        self,
+        prepared: Prepared,
+        schemes: Mapping[str, Scheme],
+        tokens: Tensor,
+        calibration: Calibration,
+        cache: KVCache | None,
+        processes: Processes,
+    ) -> Walk:
+        with self.clock("embedding"):
+            return Walk(
+                prepared.checkpoint,
+                prepared.view,
+                schemes,
+                tokens,
+                device=self.device,
+                propagate=calibration.propagate,
+                batch_size=calibration.batch_size,
+                with_drift=self.stages.needs_drift,
+                with_targets=self.stages.learns,
+                online=prepared.online,
+                cache=cache,
+                trust_remote_code=self.trust_remote_code,
+                processes=processes,
+                clock=self.clock,
+            )
 
     def _learned(
         self,
