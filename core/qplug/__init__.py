@@ -1,8 +1,8 @@
 """qplug quantizes large language models for SGLang and vLLM; everything in it is a plugin.
 
 What is importable from here, from ``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``,
-``qplug.laid_out``, ``qplug.learning``, ``qplug.limits``, ``qplug.straight_through``,
-``qplug.windows`` and ``qplug.hub_text`` is public.
+``qplug.laid_out``, ``qplug.learning``, ``qplug.limits``, ``qplug.rotation``,
+``qplug.straight_through``, ``qplug.turning``, ``qplug.windows`` and ``qplug.hub_text`` is public.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from qplug.api import (
     StreamNorm,
     TensorSpec,
     Tokenizer,
+    WholeModel,
 )
 from qplug.errors import PluginError, PluginWarning, QplugError
 from qplug.events import BlockReport, Result
@@ -94,6 +95,7 @@ __all__ = [
     "StreamNorm",
     "TensorSpec",
     "Tokenizer",
+    "WholeModel",
     "compare",
     "evaluate",
     "hookimpl",

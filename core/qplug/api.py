@@ -2,8 +2,8 @@
 
 Importing this module is cheap: torch is named in annotations only. What stands here, in
 ``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``, ``qplug.laid_out``, ``qplug.learning``,
-``qplug.limits``, ``qplug.stored_scales``, ``qplug.straight_through``, ``qplug.windows`` and
-``qplug.hub_text`` is public;
+``qplug.limits``, ``qplug.rotation``, ``qplug.stored_scales``, ``qplug.straight_through``,
+``qplug.turning``, ``qplug.windows`` and ``qplug.hub_text`` is public;
 everything else in ``qplug`` may change without notice.
 """
 
@@ -20,6 +20,7 @@ from qplug.scheme import QuantArgs, Scheme
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from torch import Tensor
 
     from qplug.checkpoint import Checkpoint
@@ -150,11 +151,15 @@ class Stream:
 
 @dataclass(frozen=True)
 class FloatModel:
-    """A checkpoint to be rewritten. ``tensors`` are those that it holds, by name."""
+    """A checkpoint to be rewritten. ``tensors`` are those that it holds, by name.
+
+    ``learned`` is what ``Algorithm.learn`` gave; None while nothing has been learned.
+    """
 
     view: ModelView
     tensors: Mapping[str, TensorSpec]
     stream: Stream
+    learned: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,30 @@ class Preparation:
     config: Mapping[str, Any] = field(default_factory=dict)
     online: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+class WholeModel(ABC):
+    """The float model, all of it in memory, as a preparation would have it compute.
+
+    For what is to be learned of the model as a whole. Activations are kept of one block at a time.
+    """
+
+    #: Batches of calibration samples that there are.
+    count: int
+    #: Where it is computed.
+    device: torch.device
+
+    @abstractmethod
+    def loss(self, made: Preparation, batch: int, *, weights: bool = False) -> Tensor:
+        """How far what the model predicts is from what the float one does: float32 ``[]``.
+
+        The mean divergence ``KL(float || rounded)`` of the next token, in nats, over the real
+        tokens of batch ``batch``. The model is rewritten by ``made``, and the inputs of its linears
+        are rounded as their scheme says; with ``weights`` these are too, to nearest. It computes in
+        float32, but for what ``torch.autocast`` around it takes to another dtype. Gradients reach
+        whatever the rewrites are made of, straight through the rounding and through the peaks that
+        scales are made of.
+        """
 
 
 # --- algorithms ----------------------------------------------------------------------------------
@@ -463,7 +492,7 @@ class Algorithm(Component[P]):
     ``block.smooth``, ``block.shift`` and ``block.replace``, and by choosing ``linear.scale`` and
     ``linear.zero``; it leaves tensors as they are. ``learns`` says whether it reads
     ``block.reconstruction``, for which what enters and what shall leave the block is kept; it
-    ``needs_data`` then too.
+    ``needs_data`` then too, and so does one that defines ``learn``.
     """
 
     needs_data: ClassVar[bool] = False
@@ -493,7 +522,16 @@ class Algorithm(Component[P]):
     def prepare(self, model: FloatModel) -> Preparation:
         """Rewrite the float model, tensor by tensor, without a change of what it computes.
 
-        Also called for a small random copy of the model, on which what it gives is tried.
+        Also called for a small random copy of the model, on which what it gives is tried. With
+        ``model.learned`` it rewrites the same tensors as without.
+        """
+        raise NotImplementedError
+
+    def learn(self, model: FloatModel, whole: WholeModel) -> Mapping[str, Tensor]:
+        """What ``prepare`` shall go by, learned on the calibration data: tensors, by any name.
+
+        Called once in a run, by its first process, when all else has been checked; what it gives
+        is kept with the unfinished output, and comes back as ``FloatModel.learned``.
         """
         raise NotImplementedError
 
@@ -513,6 +551,11 @@ class Algorithm(Component[P]):
     def prepares(cls) -> bool:
         """Whether this algorithm rewrites the float model."""
         return cls.prepare is not Algorithm.prepare
+
+    @classmethod
+    def learns_whole(cls) -> bool:
+        """Whether this algorithm learns on the whole float model how to rewrite it."""
+        return cls.learn is not Algorithm.learn
 
 
 # --- datasets ------------------------------------------------------------------------------------

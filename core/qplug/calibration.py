@@ -30,6 +30,7 @@ from qplug.processes import ALONE, Processes
 from qplug.reconstruction import Data, LiveReconstruction, call_block, first_tensor
 from qplug.scheme import QuantArgs, Scheme
 from qplug.skeleton import build, load_config
+from qplug.stand_in import StandIn, refuse_positional
 from qplug.statistics import Statistics
 from qplug.stopwatch import Stopwatch
 from qplug.structure import Group, find_groups
@@ -105,7 +106,7 @@ class Walk:
         self._with_float = with_drift or with_targets or propagate == "float"
         # What enters the next block; what would in the float model, once that is something else;
         # and what leaves the block that is being worked on, as a float one.
-        size = batch_size or max(1, _BATCH_TOKENS[device.type] // tokens.shape[1])
+        size = batch_size or samples_in_a_batch(tokens.shape[1], device)
         parts = [part.split(size) for part in tokens.tensor_split(processes.count)]
         self._shares = Shares([len(part) for part in parts], processes.rank)
         batches = parts[processes.rank]
@@ -369,6 +370,11 @@ class Walk:
         }
 
 
+def samples_in_a_batch(length: int, device: torch.device) -> int:
+    """How many samples of ``length`` tokens go through a block at once."""
+    return max(1, _BATCH_TOKENS[device.type] // length)
+
+
 def _refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
     """Raises QplugError for the first of ``tensors`` that is not finite."""
     extremes = torch.stack(
@@ -440,24 +446,16 @@ def _shorten(value: Any, length: int, dtype: torch.dtype) -> Any:
     return value
 
 
-class _Recorder(nn.Module):
+class _Recorder(StandIn):
     """Stands for a block: notes how it is called, and lets the hidden states through."""
 
     def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # not registered: its parameters are no part of this
+        super().__init__(block)
         self.calls: list[dict[str, Any]] = []
         self.hidden = torch.empty(0)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"], name)
-
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args:
-            raise QplugError("this architecture's blocks take arguments that qplug cannot follow")
+        refuse_positional(args)
         self.hidden = hidden_states
         self.calls.append(kwargs)
         return hidden_states

@@ -117,6 +117,12 @@ def as_on_disk(model: PreTrainedModel, blocks: Sequence[str], stored: Container[
                 raise _unknown(f"{block}.{local}")
 
 
+def name_on_disk(model: PreTrainedModel, parameter: str) -> str:
+    """What a parameter that stands outside of blocks is called in checkpoints."""
+    path, local, _ = _trace(model, parameter)
+    return f"{path}.{local}"
+
+
 # --- what stands where ----------------------------------------------------------------------------
 
 

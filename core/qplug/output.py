@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TypeAlias
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qplug.checkpoint import INDEX
@@ -110,6 +111,8 @@ class Output:
                     f"{differences(before, fingerprint)}; delete it, or pass --overwrite"
                 )
             entries = []
+            for kept in self._partial.glob("*.safetensors"):
+                kept.unlink()
             shutil.rmtree(self._model)
             self._model.mkdir()
             self._journal.restart(fingerprint)
@@ -169,6 +172,17 @@ class Output:
             for name, place in self._places.items()
             if name.startswith(prefix) and "." not in name.removeprefix(prefix)
         }
+
+    def kept(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``make`` gives, or gave to an earlier run of this command: the very numbers."""
+        path = self._partial / f"{name}.safetensors"
+        if not path.exists():
+            whole = path.with_suffix(".new")
+            save_file({key: value.contiguous() for key, value in make().items()}, whole)
+            with whole.open("rb") as written:
+                os.fsync(written.fileno())
+            whole.rename(path)
+        return load_file(path)
 
     # --- ending ----------------------------------------------------------------------------------
 

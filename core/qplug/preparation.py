@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qplug.api import FloatModel, ModelView, Preparation, TensorSpec
+from qplug.api import Algorithm, FloatModel, ModelView, Preparation, TensorSpec
 from qplug.checkpoint import Checkpoint
 from qplug.errors import QplugError
 from qplug.manifest import read_manifest
@@ -21,6 +21,9 @@ from qplug.stream import Faces
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: What an algorithm learns on the model that a checkpoint is.
+Learn = Callable[[Algorithm[Any], FloatModel, Checkpoint], "Mapping[str, Tensor]"]
 
 #: How far the logits of a rewritten copy may be from what they were, in float32.
 _RTOL = 1e-4
@@ -46,12 +49,14 @@ def prepare(
     *,
     device: torch.device,
     trust_remote_code: bool = False,
+    learn: Learn | None = None,
 ) -> Prepared:
     """What the algorithms of ``stages`` make of ``source``, one after the other.
 
-    No weight is read yet; tensors are made on ``device`` as they are read. Each algorithm is tried
-    on a small random copy first. Raises QplugError if that would compute anything else, or if what
-    the algorithm asks for cannot be stored for the backend.
+    Tensors are made on ``device`` as they are read. Without ``learn``, no weight is read yet, and
+    each algorithm is tried on a small random copy: raises QplugError if that would compute anything
+    else, or if what the algorithm asks for cannot be stored for the backend. With it all that has
+    been done; those that learn do so, and names and shapes stay.
     """
     manifest = read_manifest(source.folder)
     prepared = Prepared(source, view, manifest.online if manifest else ())
@@ -63,8 +68,8 @@ def prepare(
             f"{source.folder}: inputs of its linears are rotated as it runs, so "
             f"{stages.preparing[0].name} cannot rewrite it"
         )
-    with _one_thread():
-        return _prepare(stages, prepared, device, trust_remote_code)
+    with _one_thread() if learn is None else nullcontext():
+        return _prepare(stages, prepared, device, trust_remote_code, learn)
 
 
 @contextmanager
@@ -79,7 +84,11 @@ def _one_thread() -> Iterator[None]:
 
 
 def _prepare(
-    stages: Stages, prepared: Prepared, device: torch.device, trust_remote_code: bool
+    stages: Stages,
+    prepared: Prepared,
+    device: torch.device,
+    trust_remote_code: bool,
+    learn: Learn | None,
 ) -> Prepared:
     source, view = prepared.checkpoint, prepared.view
     config = load_config(source.folder, trust_remote_code=trust_remote_code)
@@ -90,15 +99,13 @@ def _prepare(
     for algorithm in stages.preparing:
         specs = {name: held.spec for name, held in prepared.checkpoint.tensors.items()}
         stream = faces.stream(specs, view.blocks, copy.kinds, width, tied=tied)
-        made = stages.prepare(algorithm, FloatModel(prepared.view, specs, stream))
-        _check_online(made.online, stages)
-        small = copy.tensors()
-        stream = faces.stream(_specs(small), copy.blocks, _each(copy), copy.width, tied=tied)
-        view_of_small = _view_of(copy, prepared.view, _specs(small))
-        tried = stages.prepare(algorithm, FloatModel(view_of_small, _specs(small), stream))
-        # What is tied in the model is two tensors in the copy.
-        small |= {head: small[words].clone() for head, words in stream.copies.items()}
-        _try(algorithm.name, tried, small, copy, faces, view.blocks)
+        model = FloatModel(prepared.view, specs, stream)
+        if learn is not None and algorithm.learns_whole():
+            model = replace(model, learned=learn(algorithm, model, prepared.checkpoint))
+        made = stages.prepare(algorithm, model)
+        if learn is None:
+            _check_online(made.online, stages)
+            _try_on(copy, faces, stages, algorithm, prepared.view, view.blocks, tied=tied)
         tied = bool(made.config.get("tie_word_embeddings", tied))
         checkpoint = rewritten(prepared.checkpoint, made, device)
         prepared = Prepared(
@@ -128,6 +135,26 @@ def _seen(checkpoint: Checkpoint, view: ModelView, made: Preparation) -> ModelVi
             linears[name] = (shape[0], shape[1])
     ordered = {name: linears[name] for name in natural_order(linears)}
     return replace(view, config=checkpoint.config, linears=ordered)
+
+
+def _try_on(
+    copy: SmallCopy,
+    faces: Faces,
+    stages: Stages,
+    algorithm: Algorithm[Any],
+    view: ModelView,
+    blocks: Sequence[str],
+    *,
+    tied: bool,
+) -> None:
+    """Try ``algorithm`` on ``copy`` of a model with ``view`` and ``blocks``."""
+    small = copy.tensors()
+    stream = faces.stream(_specs(small), copy.blocks, _each(copy), copy.width, tied=tied)
+    view_of_small = _view_of(copy, view, _specs(small))
+    tried = stages.prepare(algorithm, FloatModel(view_of_small, _specs(small), stream))
+    # What is tied in the model is two tensors in the copy.
+    small |= {head: small[words].clone() for head, words in stream.copies.items()}
+    _try(algorithm.name, tried, small, copy, faces, blocks)
 
 
 def _try(

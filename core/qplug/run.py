@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qplug.announcing import Announcer
-from qplug.api import Block, Linear, ModelView
+from qplug.api import Algorithm, Block, FloatModel, Linear, ModelView
 from qplug.architectures import find_view
 from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
@@ -26,7 +27,7 @@ from qplug.manifest import fingerprint, result_files
 from qplug.numerics import check_widths
 from qplug.output import Content, Output, refuse_existing
 from qplug.plan import Plan, Step, make_plan
-from qplug.preparation import prepare
+from qplug.preparation import Prepared, prepare
 from qplug.processes import Processes, join
 from qplug.qtorch_rounding import require_qtorch
 from qplug.ranges import input_ranges
@@ -47,6 +48,7 @@ from qplug.shared_output import SharedOutput
 from qplug.source import find_model
 from qplug.stages import Report, Stages
 from qplug.stopwatch import Stopwatch
+from qplug.whole_model import HeldModel
 
 #: Told of each finished step: its number from 1, how many there are, its name, and the mean loss of
 #: its linears if it was calibrated.
@@ -184,14 +186,16 @@ class Run:
             raise QplugError(f"{out}: is or holds the model itself; choose another folder")
         with self.clock("opening"):
             view = find_view(source, self.registry, trust_remote_code=self.trust_remote_code)
-            prepared = prepare(
+            rewrite = partial(
+                prepare,
                 self.stages,
                 source,
                 view,
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
             )
-        float_model, view = prepared.checkpoint, prepared.view
+            prepared = rewrite()
+        view = prepared.view
         sentence = self.stages.exporter.refuses_files(source.folder)
         if sentence is not None:
             raise QplugError(f"{self.stages.exporter.name}: {sentence}")
@@ -200,7 +204,7 @@ class Run:
         cache = self._cache(source, view)
         coded = {} if exporter.stores_float else schemes
         plan = make_plan(
-            float_model,
+            prepared.checkpoint,
             view,
             coded,
             exporter,
@@ -230,6 +234,8 @@ class Run:
             processes, lambda: Output(out, plan, mark, overwrite=overwrite, spare=spare)
         ) as output:
             done = output.finished()
+            if tokens is not None and self.stages.learns_whole:
+                prepared = rewrite(learn=partial(self._learned, output, tokens, schemes))
             reports = {n: Report.from_dict(plain) for n, plain in done.items()}
             announcer = Announcer(
                 self.registry, len(plan.steps), len(done), silent=not processes.is_first
@@ -238,27 +244,18 @@ class Run:
             if tokens is None or calibration is None:
                 # No step needs another, and most of the time goes into files.
                 if processes.is_first:
-                    work = self._streamed(plan, float_model, view, done, announcer)
+                    work = self._streamed(plan, prepared.checkpoint, view, done, announcer)
             else:
-                with self.clock("embedding"):
-                    walk = Walk(
-                        float_model,
-                        view,
-                        schemes,
-                        tokens,
-                        device=self.device,
-                        propagate=calibration.propagate,
-                        batch_size=calibration.batch_size,
-                        with_drift=self.stages.needs_drift,
-                        with_targets=self.stages.learns,
-                        online=prepared.online,
-                        cache=cache,
-                        trust_remote_code=self.trust_remote_code,
-                        processes=processes,
-                        clock=self.clock,
-                    )
-                work = self._calibrated(plan, float_model, view, walk, output, done, announcer)
-                del walk  # whoever keeps this frame, in a traceback, keeps no hidden states
+                # Whoever keeps this frame, in a traceback, keeps no hidden states.
+                work = self._calibrated(
+                    plan,
+                    prepared.checkpoint,
+                    view,
+                    self._walk(prepared, schemes, tokens, calibration, cache, processes),
+                    output,
+                    done,
+                    announcer,
+                )
             for number, contents, report in work:
                 with self.clock("writing"):
                     output.write(number, contents, report.to_dict())
@@ -297,6 +294,59 @@ class Run:
         )
         announcer.run_done(result)
         return result
+
+    def _walk(
+        self,
+        prepared: Prepared,
+        schemes: Mapping[str, Scheme],
+        tokens: Tensor,
+        calibration: Calibration,
+        cache: KVCache | None,
+        processes: Processes,
+    ) -> Walk:
+        with self.clock("embedding"):
+            return Walk(
+                prepared.checkpoint,
+                prepared.view,
+                schemes,
+                tokens,
+                device=self.device,
+                propagate=calibration.propagate,
+                batch_size=calibration.batch_size,
+                with_drift=self.stages.needs_drift,
+                with_targets=self.stages.learns,
+                online=prepared.online,
+                cache=cache,
+                trust_remote_code=self.trust_remote_code,
+                processes=processes,
+                clock=self.clock,
+            )
+
+    def _learned(
+        self,
+        output: SharedOutput,
+        tokens: Tensor,
+        schemes: Mapping[str, Scheme],
+        algorithm: Algorithm[Any],
+        model: FloatModel,
+        source: Checkpoint,
+    ) -> Mapping[str, Tensor]:
+        """What ``algorithm`` learned on the whole of ``source``, now or in an earlier run."""
+        calibration = self.recipe.calibration
+
+        def learn() -> Mapping[str, Tensor]:
+            whole = HeldModel(
+                source,
+                model.view,
+                schemes,
+                tokens,
+                device=self.device,
+                batch_size=calibration.batch_size if calibration else None,
+                trust_remote_code=self.trust_remote_code,
+            )
+            return self.stages.learn(algorithm, model, whole)
+
+        return output.kept(algorithm.name, learn)
 
     def _servable(self, schemes: dict[str, Scheme], view: ModelView) -> dict[str, Scheme]:
         """The schemes with the backend's dtype of scales. Raises QplugError if it refuses them."""

@@ -43,6 +43,10 @@ class SharedOutput:
             lambda: {prefix: self._mine().stored(prefix) for prefix in prefixes}
         )
 
+    def kept(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """``Output.kept``. All processes must ask."""
+        return self._processes.from_first(lambda: self._mine().kept(name, make))
+
     def write(self, number: int, contents: Mapping[str, Content], report: dict[str, Any]) -> None:
         """``Output.write`` on the first process; no other asks for the contents."""
         if self._output is not None:

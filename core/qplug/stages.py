@@ -18,6 +18,7 @@ from qplug.api import (
     ModelView,
     Preparation,
     QuantizedWeight,
+    WholeModel,
 )
 from qplug.checkpoint import INDEX, Checkpoint
 from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
@@ -131,6 +132,18 @@ class Stages:
         """What ``algorithm`` makes of ``model``."""
         with self._blaming(algorithm, algorithm.name):
             return algorithm.prepare(model)
+
+    @property
+    def learns_whole(self) -> bool:
+        """Whether any algorithm learns on the whole model how to rewrite it."""
+        return any(algorithm.learns_whole() for algorithm in self.pipeline)
+
+    def learn(
+        self, algorithm: Algorithm[Any], model: FloatModel, whole: WholeModel
+    ) -> Mapping[str, Tensor]:
+        """What ``algorithm`` learns on ``whole``."""
+        with self._clock("learning"), self._blaming(algorithm, algorithm.name):
+            return algorithm.learn(model, whole)
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         """Run all stages on ``block``: codes by linear. None where float weights are stored."""

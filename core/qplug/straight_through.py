@@ -86,9 +86,15 @@ def ranges(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def round_inputs(x: Tensor, args: QuantArgs, scale: Tensor | None = None) -> Tensor:
-    """``qplug.numerics.fake_quantize_activations`` with a gradient: none where ``x`` is clipped."""
-    made: Tensor = _RoundInputs.apply(x, scale, args)  # type: ignore[no-untyped-call]
+def round_inputs(
+    x: Tensor, args: QuantArgs, scale: Tensor | None = None, *, through_peaks: bool = False
+) -> Tensor:
+    """``qplug.numerics.fake_quantize_activations`` with a gradient: none where ``x`` is clipped.
+
+    ``through_peaks``: where the scale is that which covers ``x``, the largest magnitudes also have
+    the gradient of the scale that they make, ``dx'/ds = (x' - x) / s`` for a rounded ``x'``.
+    """
+    made: Tensor = _RoundInputs.apply(x, scale, args, through_peaks)  # type: ignore[no-untyped-call]
     return made
 
 
@@ -139,9 +145,14 @@ class _FakeQuantize(torch.autograd.Function):
 
 class _RoundInputs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor | None, args: QuantArgs) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor | None, args: QuantArgs, through_peaks: bool
+    ) -> Tensor:
         made = fake_quantize_activations(x, args, scale)
-        if scale is None:  # it covers x
+        ctx.args = args
+        if scale is None and through_peaks:
+            ctx.save_for_backward(None, x, made)
+        elif scale is None:  # it covers x
             ctx.save_for_backward(None)
         else:
             low, high = _ends(args)
@@ -150,8 +161,25 @@ class _RoundInputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (inside,) = ctx.saved_tensors
-        return grads[0] if inside is None else grads[0] * inside, None, None
+        inside, *peaked = ctx.saved_tensors
+        if peaked:
+            x, made = peaked
+            return grads[0] + _through_peaks(grads[0], x, made, ctx.args), None, None, None
+        return grads[0] if inside is None else grads[0] * inside, None, None, None
+
+
+def _through_peaks(grad: Tensor, x: Tensor, made: Tensor, args: QuantArgs) -> Tensor:
+    """What the peaks of ``x`` have of ``grad`` through the scales that they make.
+
+    ``s = |x_peak| / c`` gives ``dx'/dx_peak = (x' - x) / x_peak``.
+    """
+    size = x.numel() if args.strategy == "tensor" else args.group_size or x.shape[-1]
+    values = x.float().reshape(-1, size)
+    off = (made.float().reshape(-1, size) - values) * grad.float().reshape(-1, size)
+    places = values.abs().argmax(1, keepdim=True)
+    peaks = values.gather(1, places)
+    share = torch.where(peaks == 0, peaks, off.sum(1, keepdim=True) / peaks)
+    return torch.zeros_like(values).scatter_(1, places, share).view_as(x).to(grad.dtype)
 
 
 def _codes(

@@ -17,6 +17,7 @@ from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
 from qplug.learning import SignSGD, learn
 from qplug.numerics import (
+    activation_top,
     dequantize_with,
     fake_quantize_activations,
     minmax_scale,
@@ -568,3 +569,33 @@ def test_pipelines(
 def test_two_that_choose_codes_are_refused(family: Family, run: Callable[..., Checkpoint]) -> None:
     with pytest.raises(QplugError, match="gptq and signround both choose codes"):
         run(family("llama"), "gptq+signround")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        QuantArgs("int4", "token", dynamic=True),
+        QuantArgs("int8", "group", 8, dynamic=True),
+        QuantArgs("e4m3", "token", dynamic=True),
+    ],
+    ids=str,
+)
+def test_peaks_have_the_gradient_of_the_scale_they_make(args: QuantArgs) -> None:
+    """As autograd finds it of ``round(x / s) s`` with ``s = max|x| / c``, straight through."""
+    generator = torch.Generator().manual_seed(0)
+    x, pull = (torch.randn(3, 5, 16, generator=generator) for _ in range(2))
+    x[1, 2] = 0
+    one, other = (x.clone().requires_grad_() for _ in range(2))
+    made = round_inputs(one, args, through_peaks=True)
+    (made * pull).sum().backward()
+
+    groups = other.unflatten(-1, (-1, args.group_size or 16))
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-20) / activation_top(args)
+    codes = groups / scale
+    exact = fake_quantize_activations(x, args).unflatten(-1, (-1, args.group_size or 16))
+    wanted = (straight(codes, (exact / scale).detach()) * scale).flatten(-2)
+    (wanted * pull).sum().backward()
+    torch.testing.assert_close(made, wanted)
+    seen = x.abs().sum(-1) > 0
+    torch.testing.assert_close(one.grad[seen], other.grad[seen], rtol=1e-4, atol=1e-5)
+    assert torch.equal(one.grad[~seen], pull[~seen])

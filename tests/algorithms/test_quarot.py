@@ -28,12 +28,12 @@ from qplug.preparation import Prepared, prepare
 from qplug.recipe import Recipe, parse_scheme
 from qplug.registry import Registry
 from qplug.rewriting import RewrittenTensor
+from qplug.rotation import Hadamard, KeepingMean, Random, Rotation
 from qplug.safetensors_file import StoredTensor
 from qplug.skeleton import model_view
 from qplug.source import find_model
 from qplug.stages import Stages
 from qplug_quarot.quarot import Params, QuaRot
-from qplug_quarot.rotation import Hadamard, KeepingMean, Random, Rotation
 
 Family = Callable[..., Path]
 Contents = Callable[[Path], dict[str, bytes | None]]

@@ -25,6 +25,7 @@ def names(algo: str, scheme: str = "W8A8", **options: dict[str, object]) -> list
         ("quarot+gptq", "W8A8"),
         ("quarot+gptq", "W4A4"),
         ("quarot+awq+gptq", "W4A16"),
+        ("spinquant+gptq", "W4A4"),
         ("quarot+smoothquant", "W8A8"),
         ("smoothquant+gptq", "W8A8"),
         ("smoothquant+gptq", "FP8_DYNAMIC"),
@@ -49,6 +50,8 @@ def test_what_goes_together(algo: str, scheme: str) -> None:
         ("awq+quarot", "W8A8", "quarot rewrites the float model, so it comes before awq"),
         ("smoothquant", "W4A16", "smoothquant: makes inputs easy to round, and W4A16 leaves them"),
         ("osplus+gptq", "W8A16", "osplus: makes inputs easy to round, and W8A16 leaves them"),
+        ("quarot+spinquant", "W4A4", "both settle the rotation of the stream"),
+        ("spinquant+gptq", "W4A16", "spinquant: learns from what is lost by rounding inputs"),
         ("hqq", "FP8_BLOCK", "hqq: solves for grids of integers"),
     ],
 )

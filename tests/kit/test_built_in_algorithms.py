@@ -15,6 +15,7 @@ from qplug_quarot.quarot import QuaRot
 from qplug_rtn.rtn import RTN
 from qplug_signround.signround import SignRound
 from qplug_smoothquant.smoothquant import SmoothQuant
+from qplug_spinquant.spinquant import SpinQuant
 
 
 class TestRTN(AlgorithmContract):
@@ -47,6 +48,13 @@ class TestOSPlus(AlgorithmContract):
 
 class TestQuaRot(AlgorithmContract):
     algorithm = QuaRot
+
+
+class TestSpinQuant(AlgorithmContract):
+    algorithm = SpinQuant
+    schemes = ("W8A8",)
+    whole_run = "W8A8"
+    options: ClassVar = {"steps": 2}
 
 
 class TestOmniQuant(AlgorithmContract):

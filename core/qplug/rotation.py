@@ -1,4 +1,4 @@
-"""Orthogonal matrices to turn vectors by, without writing them out where there is a faster way."""
+"""Orthogonal matrices to turn vectors by, not written out where there is a faster way (public)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from qplug.hadamard import transform
 
 
 class Rotation(ABC):
-    """An orthogonal matrix ``Q`` of ``size``, the same for the same seed."""
+    """An orthogonal matrix ``Q`` of ``size``."""
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.generator = torch.Generator().manual_seed(seed)
+    size: int
 
     @abstractmethod
     def turn(self, x: Tensor) -> Tensor:
@@ -25,29 +23,41 @@ class Rotation(ABC):
         """``turn`` over another axis."""
         return self.turn(x.movedim(axis, -1)).movedim(-1, axis).contiguous()
 
+    def written(self) -> Tensor:
+        """``Q``, float64 ``[size, size]``."""
+        return self.turn(torch.eye(self.size, dtype=torch.float64))
+
 
 class Hadamard(Rotation):
     """A Hadamard matrix whose rows have random signs: ``diag(±1) H / sqrt(n)``."""
 
     def __init__(self, size: int, seed: int) -> None:
-        super().__init__(size, seed)
-        self._signs = torch.randint(0, 2, (size,), generator=self.generator) * 2 - 1
+        self.size = size
+        generator = torch.Generator().manual_seed(seed)
+        self._signs = torch.randint(0, 2, (size,), generator=generator) * 2 - 1
 
     def turn(self, x: Tensor) -> Tensor:
         return transform(x * self._signs.to(x.device))
 
 
-class Random(Rotation):
-    """Any rotation, each as likely as the other: the ``Q`` of a Gaussian matrix, in float64."""
+class Written(Rotation):
+    """A rotation that is at hand as ``matrix``: orthogonal, ``[size, size]``."""
 
-    def __init__(self, size: int, seed: int) -> None:
-        super().__init__(size, seed)
-        gaussian = torch.randn(size, size, dtype=torch.float64, generator=self.generator)
-        q, r = torch.linalg.qr(gaussian)
-        self._matrix: Tensor = q * r.diagonal().sign()  # without the signs, it favours some
+    def __init__(self, matrix: Tensor) -> None:
+        self.size, self._matrix = len(matrix), matrix
 
     def turn(self, x: Tensor) -> Tensor:
         return x @ self._matrix.to(x.device, x.dtype)
+
+
+class Random(Written):
+    """Any rotation, each as likely as the other: the ``Q`` of a Gaussian matrix, in float64."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        gaussian = torch.randn(size, size, dtype=torch.float64, generator=generator)
+        q, r = torch.linalg.qr(gaussian)
+        super().__init__(q * r.diagonal().sign())  # without the signs, it favours some
 
 
 class KeepingMean(Rotation):
