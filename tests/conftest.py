@@ -62,11 +62,15 @@ import transformers.models.opt.modeling_opt
 import torch.distributed
 import qplug.job_run, qplug.run
 from qplug.cli import main
+from qplug.checkpoint import Checkpoint
 from qplug.registry import Registry
+from qplug.skeleton import model_view
 from qplug.source import find_model
 
+demo = find_model("qplug:demo")
 Registry.installed().load()
-transformers.AutoTokenizer.from_pretrained(find_model("qplug:demo"))
+transformers.AutoTokenizer.from_pretrained(demo)
+model_view(Checkpoint.open(demo))  # transformers compiles a thousand patterns
 
 def work(words):
     if words[0] == "-c":
