@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SHELL := /bin/bash
 
-.PHONY: quickstart test coverage test-examples lint types docs reference
+.PHONY: quickstart test test-slow coverage test-examples lint types docs reference
 .PHONY: test-engines test-engines-full test-gpu wheel clean
 
 quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it write
@@ -17,6 +17,9 @@ quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it 
 
 test: $(VENV)/installed-test  ## the tests that need neither a network nor a GPU
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+test-slow: $(VENV)/installed-test  ## those of them that must take half a minute each
+	$(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 8 --dist worksteal
 
 coverage: $(VENV)/installed-dev  ## the same, and at least 90 % of core and plugins must have run
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --cov --cov-report=term

@@ -18,8 +18,8 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
-from importlib.metadata import EntryPoint, entry_points
+from functools import cache, partial
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
@@ -34,6 +34,7 @@ from qplug.params import options
 
 GROUP = "qplug"
 T = TypeVar("T")
+Named = Callable[[Distribution | None], tuple[str | None, str]]
 
 
 @dataclass
@@ -58,12 +59,8 @@ class Plugin:
     asked_for_commands: bool = False
 
     @classmethod
-    def of_entry(cls, entry: EntryPoint) -> Plugin:
-        owner, source = None, "a package without metadata"
-        # A half-removed package has no name, or raises when asked for it.
-        with suppress(Exception):
-            if entry.dist and (owner := entry.dist.name):
-                source = f"{owner} {entry.dist.version}"
+    def of_entry(cls, entry: EntryPoint, named: Named | None = None) -> Plugin:
+        owner, source = (named or _named)(entry.dist)
         module = entry.value.partition(":")[0]
         return cls(entry.name, source, module, entry.load, ships_with_qplug=owner == "qplug")
 
@@ -185,7 +182,8 @@ class Registry:
         The environment variable QPLUG_PLUGINS names the only ones to use. It and ``only_shipped``
         leave ``files`` in; ``blocked`` does not. Raises QplugError if there is nothing to block.
         """
-        plugins = [Plugin.of_entry(entry) for entry in entry_points(group=GROUP)]
+        named = cache(_named)  # parses metadata: once for each package, not for each plugin
+        plugins = [Plugin.of_entry(entry, named) for entry in entry_points(group=GROUP)]
         allowed = os.environ.get("QPLUG_PLUGINS")
         for plugin in plugins:
             if only_shipped and not plugin.ships_with_qplug:
@@ -269,6 +267,15 @@ class Registry:
 
     def _usable(self) -> list[Plugin]:
         return [plugin for plugin in self.plugins if plugin.status == "ok"]
+
+
+def _named(package: Distribution | None) -> tuple[str | None, str]:
+    """The name of a package, and its name and version as messages have it."""
+    # A half-removed package has no name, or raises when asked for it.
+    with suppress(Exception):
+        if package and (name := package.name):
+            return name, f"{name} {package.version}"
+    return None, "a package without metadata"
 
 
 _BASES: dict[str, type[Component[Any]]] = {

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -29,6 +27,9 @@ from qplug.processes import ALONE, Processes
 from qplug.skeleton import model_view
 from qplug_omniquant.omniquant import OmniQuant
 from qplug_omniquant.omniquant import Params as OmniQuantParams
+
+if TYPE_CHECKING:
+    from conftest import Ended, Starter
 
 Family = Callable[..., Path]
 Quantize = Callable[..., Path]
@@ -75,94 +76,6 @@ class Trouble(Algorithm[NoParams]):
 def qplug_algorithms():
     return [Trouble]
 '''
-
-# As torchrun does, but in processes that have torch imported: a start costs no seconds then. Takes
-# a command line from each line of stdin, and tells the processes' ids, then their ends.
-STARTER = """
-import json, os, signal, socket, sys, time, traceback
-import qplug.registry, qplug.run, transformers.models.llama.modeling_llama
-import transformers.models.opt.modeling_opt, transformers.models.mixtral.modeling_mixtral
-import torch.distributed
-from qplug.cli import main
-
-for line in sys.stdin:
-    words, environment, count, log = json.loads(line)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if child == 0:
-            os.environ.update(environment)
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
-            os.environ.update(LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1")
-            os.environ.update(MASTER_PORT=str(port))
-            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            end = 0
-            try:
-                main(words, prog_name="qplug")
-            except SystemExit as error:
-                end = error.code
-            except BaseException:
-                traceback.print_exc()
-                end = 1
-            sys.stdout.flush()
-            os._exit(end)  # without a second of tidying up
-        children.append(child)
-    print(json.dumps(children), flush=True)
-    ends = {}
-    while len(ends) < count:
-        child, status = os.wait()
-        ends[child] = os.waitstatus_to_exitcode(status)
-        if ends[child] != 0:
-            time.sleep(0.1)
-            for other in set(children) - set(ends):
-                os.kill(other, signal.SIGTERM)
-    print(json.dumps([ends[child] for child in children]), flush=True)
-"""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a run of several processes ended: their exit codes, by rank, and all they printed."""
-
-    codes: list[int]
-    output: str
-    seconds: float
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """Starts a command line in several processes; gives their ids, and what waits for the end."""
-    logs = tmp_path_factory.mktemp("logs")
-    with subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", STARTER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as starter:
-        assert starter.stdin is not None
-        assert starter.stdout is not None
-        tell, hear = starter.stdin, starter.stdout
-
-        def run(words: list[str], *, count: int = 2, **environment: str) -> Any:
-            log = logs / f"{len(list(logs.iterdir()))}.log"
-            tell.write(json.dumps([words, environment, count, str(log)]) + "\n")
-            tell.flush()
-            children = json.loads(hear.readline())
-            began = time.monotonic()
-
-            def wait() -> Ended:
-                codes = json.loads(hear.readline())
-                return Ended(codes, log.read_text(), time.monotonic() - began)
-
-            return children, wait
-
-        yield run
-        tell.close()
 
 
 @pytest.fixture(scope="module")
@@ -228,14 +141,11 @@ def alone(text: Path, tmp_path: Path) -> Quantize:
 
 
 @pytest.fixture
-def together(
-    words: Callable[..., list[str]], start: Callable[..., Any], tmp_path: Path
-) -> Quantize:
+def together(words: Callable[..., list[str]], start: Starter, tmp_path: Path) -> Quantize:
     """A run of two processes, which must succeed."""
 
     def quantized(source: Path, out: str, **changes: Any) -> Path:
-        _, wait = start(words(source, out, **changes))
-        ended = wait()
+        ended = start(*words(source, out, **changes), count=2).wait()
         assert ended.codes == [0, 0], ended.output
         assert ended.output.count("layers, ") == 1  # the first process alone prints
         return tmp_path / out
@@ -334,6 +244,7 @@ def test_without_data_there_is_no_difference(
     assert contents(two) == contents(alone(family("llama"), "one", algo="rtn"))
 
 
+@pytest.mark.slow
 def test_torchrun(family: Family, words: Callable[..., list[str]], tmp_path: Path) -> None:
     source, folder = family("llama"), tmp_path / "out"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -550,14 +461,13 @@ SOON = 40
 
 @pytest.fixture
 def fail(
-    words: Callable[..., list[str]], start: Callable[..., Any], family: Family, tmp_path: Path
+    words: Callable[..., list[str]], start: Starter, family: Family, tmp_path: Path
 ) -> Callable[..., Ended]:
     """A run of two processes in which TROUBLE happens at the second block."""
 
     def run(trouble: str, **changes: Any) -> Ended:
         line = words(family("llama"), "out", **{"algo": "trouble+gptq", **changes})
-        _, wait = start(line, TROUBLE=trouble)
-        ended: Ended = wait()
+        ended: Ended = start(*line, count=2, TROUBLE=trouble).wait()
         assert not (tmp_path / "out").exists()
         assert all(ended.codes), ended.output
         assert ended.seconds < SOON
@@ -632,20 +542,21 @@ def test_killed_and_taken_up_again(
     family: Family,
     together: Quantize,
     words: Callable[..., list[str]],
-    start: Callable[..., Any],
+    start: Starter,
     tmp_path: Path,
 ) -> None:
     source = family("llama")
     wanted = contents(together(source, "undisturbed", algo="trouble+awq+gptq"))
-    children, wait = start(words(source, "out", algo="trouble+awq+gptq"), TROUBLE="all sleep")
+    line = words(source, "out", algo="trouble+awq+gptq")
+    started = start(*line, count=2, TROUBLE="all sleep")
     journal = tmp_path / ".out.partial" / "journal.jsonl"
     give_up = time.monotonic() + 60
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 3):
         assert time.monotonic() < give_up
         time.sleep(0.01)
-    for child in children:
+    for child in started.ids:
         os.kill(child, signal.SIGKILL)
-    assert wait().codes == [-signal.SIGKILL] * 2
+    assert started.wait().codes == [-signal.SIGKILL] * 2
     assert not (tmp_path / "out").exists()
     out = together(source, "out", algo="trouble+awq+gptq")
     assert contents(out) == wanted
@@ -654,10 +565,10 @@ def test_killed_and_taken_up_again(
 def test_what_one_process_began_two_do_not_take_up(
     family: Family,
     words: Callable[..., list[str]],
-    start: Callable[..., Any],
+    start: Starter,
     fail: Callable[..., Ended],
 ) -> None:
-    _, wait = start(words(family("llama"), "out", algo="trouble+gptq"), count=1, TROUBLE="0 kill")
-    assert wait().codes == [-signal.SIGKILL]
+    line = words(family("llama"), "out", algo="trouble+gptq")
+    assert start(*line, RANK="0", TROUBLE="0 kill").wait().codes == [-signal.SIGKILL]
     ended = fail("")
     assert "holds an unfinished run with another number of processes; delete it" in ended.output

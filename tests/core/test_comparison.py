@@ -106,7 +106,8 @@ def test_a_fault_in_rewritten_weights_is_seen_and_its_block_named(
     folder: Callable[..., Path], run: Any, tmp_path: Path, algo: str
 ) -> None:
     """The weights themselves cannot be compared there: ``verify`` alone finds nothing."""
-    broken = spoil(folder(scheme="W4A16", algo=algo), tmp_path / "broken")
+    options = {"algorithm_options": {"awq": {"ratios": 4, "clip": False}}} if algo == "awq" else {}
+    broken = spoil(folder(scheme="W4A16", algo=algo, **options), tmp_path / "broken")
     assert qplug.verify(str(broken)).ok
     found = run(broken)
     assert not found.ok

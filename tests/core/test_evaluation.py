@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +22,7 @@ from qplug.run import quantize
 
 if TYPE_CHECKING:
     from click.testing import Result
+    from conftest import Starter
     from transformers import PreTrainedModel
 
 DEMO = Path(qplug.__file__).parent / "demo"
@@ -232,15 +231,10 @@ def test_usage(cli: Callable[..., Result], words: tuple[object, ...]) -> None:
     assert cli("eval", "qplug:demo", *words).exit_code == 2
 
 
-def test_stdout_has_the_result_alone() -> None:
+def test_stdout_has_the_result_alone(start: Starter) -> None:
     """In a process of its own: what libraries print would be seen too."""
-    words = ["eval", "qplug:demo", "--seq-len", str(LENGTH), "--windows", "5", "--json"]
-    result = subprocess.run(
-        [sys.executable, "-m", "qplug", *words],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    words = ["eval", "qplug:demo", "--seq-len", LENGTH, "--windows", 5, "--json"]
+    ended = start(*words).wait()
     wanted = evaluated("qplug:demo").perplexity
-    assert json.loads(result.stdout)["perplexity"] == pytest.approx(wanted, rel=1e-6)
-    assert result.stderr == ""
+    assert json.loads(ended.stdout)["perplexity"] == pytest.approx(wanted, rel=1e-6)
+    assert (ended.codes, ended.stderr) == ([0], "")

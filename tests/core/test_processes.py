@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,6 +14,9 @@ import qplug
 from qplug.launch import ALONE, Launch
 from qplug.processes import Processes, join, shares_of
 from qplug.run import find_device
+
+if TYPE_CHECKING:
+    from conftest import Starter
 
 # Each of three processes runs this: what one gives must arrive at all.
 EXCHANGES = """
@@ -160,41 +161,24 @@ assert kind is OtherProcessError and "has ended; the same command goes on" in te
 '''
 
 
-def run_three(code: str) -> list[tuple[int, str]]:
-    """Exit codes and what was printed, by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launched = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                **{"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                **{"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"},
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            },
-        )
-        for rank in range(3)
-    ]
-    try:
-        printed = [process.communicate(timeout=300)[0] for process in launched]
-    finally:
-        for process in launched:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(launched, printed, strict=True)]
+@pytest.fixture
+def run_three(start: Starter) -> Callable[..., str]:
+    """What three processes print that run some code and must end with these exit codes."""
+
+    def run(code: str, *codes: int) -> str:
+        ended = start("-c", code, count=3, end_together=False).wait()
+        assert ended.codes == list(codes), ended.output
+        return ended.output
+
+    return run
 
 
-def test_what_one_gives_arrives_at_all() -> None:
-    assert run_three(EXCHANGES) == [(0, "done\n")] * 3
+def test_what_one_gives_arrives_at_all(run_three: Callable[..., str]) -> None:
+    assert run_three(EXCHANGES, 0, 0, 0) == 3 * "done\n"
 
 
-def test_a_failure_of_one_is_raised_in_all() -> None:
-    assert run_three(FAILURES) == [(0, "done\n"), (0, "done\n"), (3, "done\n")]
+def test_a_failure_of_one_is_raised_in_all(run_three: Callable[..., str]) -> None:
+    assert run_three(FAILURES, 0, 0, 3) == 3 * "done\n"
 
 
 def test_one_process_needs_nobody() -> None:

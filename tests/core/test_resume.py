@@ -7,10 +7,8 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +21,9 @@ from qplug.run import quantize
 
 if TYPE_CHECKING:
     from click.testing import Result as CliResult
+    from conftest import Starter
 
     Contents = Callable[[Path], dict[str, bytes | None]]
-    Start = Callable[[list[str]], tuple[int, Callable[[], int]]]
 
 KILLS = 10
 
@@ -50,46 +48,7 @@ def qplug_algorithms():
     return [Slow]
 '''
 
-# Runs a command line of qplug, one a line of stdin, each in a process of its own that has torch
-# and transformers imported: a start costs no seconds then. Says each one's id, then its status.
-STARTER = """
-import json, os, sys
-import qplug.registry, qplug.run, transformers.models.llama.modeling_llama
-from qplug.cli import main
-
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        os.dup2(2, 1)
-        main(json.loads(line), prog_name="qplug")
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 # --- kill -9 -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def start() -> Iterator[Start]:
-    """Starts a command line; gives its process id, and a function that waits for its status."""
-    with subprocess.Popen(
-        [sys.executable, "-c", STARTER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as starter:
-        assert starter.stdin is not None
-        assert starter.stdout is not None
-        tell, hear = starter.stdin, starter.stdout
-
-        def run(words: list[str]) -> tuple[int, Callable[[], int]]:
-            tell.write(json.dumps(words) + "\n")
-            tell.flush()
-            return int(hear.readline()), lambda: int(hear.readline())
-
-        yield run
-        tell.close()
 
 
 def journal_lines(partial: Path) -> int:
@@ -106,11 +65,13 @@ def wait_for_journal(partial: Path, lines: int) -> None:
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_killed_ten_times(
     tmp_path: Path,
     write_llama: Callable[..., Path],
     contents: Contents,
-    start: Start,
+    start: Starter,
+    cli: Callable[..., CliResult],
 ) -> None:
     model = write_llama(  # 106 MB
         tmp_path / "llama",
@@ -132,23 +93,22 @@ def test_killed_ten_times(
     rng = random.Random(0)
     finished = []
     for _ in range(KILLS):
-        child, wait = start([*words, str(out)])
+        started = start(*words, out)
         begun = journal_lines(partial)
         enough = begun + rng.randint(1, 9)
         wait_for_journal(partial, enough)
         time.sleep(rng.uniform(0, 0.02))  # anywhere in what it does then
-        os.kill(child, signal.SIGKILL)
-        assert wait() == -signal.SIGKILL  # it was not done
+        os.kill(started.ids[0], signal.SIGKILL)
+        assert started.wait().codes == [-signal.SIGKILL]  # it was not done
         assert not out.exists()
         finished.append(journal_lines(partial))
     assert finished == sorted(finished)
     assert finished[-1] > finished[0]
 
-    command = [sys.executable, "-m", "qplug", *words]
-    last = subprocess.run([*command, str(out), "--json"], stdout=subprocess.PIPE, check=True)
+    last = cli(*words, out, "--json")
     # The first line is the fingerprint; the last may be torn.
     assert json.loads(last.stdout)["resumed"] >= finished[-1] - 2 > 0
-    subprocess.run([*command, str(undisturbed)], capture_output=True, check=True)
+    assert cli(*words, undisturbed).exit_code == 0
     assert contents(out) == contents(undisturbed)
     assert len([*out.glob("*.safetensors")]) > 3
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -508,14 +468,18 @@ def test_ctrl_c_keeps_what_was_done(
     assert json.loads(result.stdout)["resumed"] >= 4  # the first line is the fingerprint
 
 
-def test_ctrl_c_by_a_signal(tmp_path: Path, write_llama: Callable[..., Path], start: Start) -> None:
-    model = write_llama(tmp_path / "llama", num_hidden_layers=12)
-    (tmp_path / "slow.py").write_text(SLOW)
-    words = ["--plugin", str(tmp_path / "slow.py"), "quantize", str(model), "--algo", "slow"]
-    child, wait = start([*words, "--out", str(tmp_path / "out")])
+LAST_BLOCK_WAITS = '600 * any("layers.1." in each.name for each in block.linears)'
+
+
+def test_ctrl_c_by_a_signal(tmp_path: Path, llama: Path, start: Starter) -> None:
+    # However long this process has to wait for a core, the other one is not done by then.
+    (tmp_path / "slow.py").write_text(SLOW.replace("0.01 * len(block.linears)", LAST_BLOCK_WAITS))
+    words = ["--plugin", tmp_path / "slow.py", "quantize", llama, "--algo", "slow"]
+    started = start(*words, "--out", tmp_path / "out")
     wait_for_journal(tmp_path / ".out.partial", 3)
-    os.kill(child, signal.SIGINT)
-    assert wait() == 1
+    os.kill(started.ids[0], signal.SIGINT)
+    ended = started.wait()
+    assert (ended.codes, ended.stderr.strip()) == ([1], "Aborted!")
     assert journal_lines(tmp_path / ".out.partial") >= 3
     assert not (tmp_path / "out").exists()
 

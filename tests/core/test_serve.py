@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 import sys
+import threading
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import qplug
@@ -20,16 +22,19 @@ from qplug_sglang.engine import SGLang
 from qplug_vllm.engine import VLLM
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from click.testing import Result
+    from conftest import Starter
 
     Cli = Callable[..., Result]
 
-#: A server that answers as engines do: with the probabilities of qplug's reader, or others.
+#: A server that answers as engines do. Probabilities are those of the process of the test, which
+#: has torch imported.
 STAND_IN = """
 import argparse, json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from multiprocessing.connection import Client
 
 words = argparse.ArgumentParser()
 for option in ("--model", "--model-path"):
@@ -43,14 +48,6 @@ with open(os.environ["STAND_IN_SAW"], "w") as file:
 if "--break" in rest:
     sys.exit("ValueError: this engine cannot load it")
 
-import torch
-import qplug
-
-torch.set_num_threads(1)
-model = qplug.load(told.folder, quantize_activations=False)
-off = float(os.environ.get("STAND_IN_OFF", "0"))
-
-
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer({})
@@ -58,11 +55,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert asked["model"] == told.served_model_name and asked["echo"], asked
-        tokens = torch.tensor([asked["prompt"]])
-        with torch.inference_mode():
-            found = model(tokens).logits.log_softmax(-1)[0, :-1]
-        found = found.gather(1, tokens[0, 1:, None]).flatten() + off
-        logprobs = {"token_logprobs": [None, *found.tolist(), -1.0]}
+        with Client(("127.0.0.1", int(os.environ["STAND_IN_ASKS"]))) as reader:
+            reader.send((told.folder, asked["prompt"]))
+            logprobs = {"token_logprobs": [None, *reader.recv(), -1.0]}
         self.answer({"choices": [{"logprobs": logprobs}]})
 
     def answer(self, body):
@@ -107,6 +102,39 @@ def saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[st
     for engine in ("VLLM", "SGLANG"):
         monkeypatch.delenv(f"QPLUG_{engine}_PYTHON", raising=False)
     return lambda: json.loads(told.read_text())
+
+
+@pytest.fixture
+def off(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Answers the stand-in; what is in this list is added to all log-probabilities."""
+    added: list[float] = []
+    models: dict[str, Any] = {}
+
+    def logprobs(folder: str, prompt: list[int]) -> list[float]:
+        if folder not in models:
+            models[folder] = qplug.load(folder, quantize_activations=False)
+        tokens = torch.tensor([prompt])
+        with torch.inference_mode():
+            found = models[folder](tokens).logits.log_softmax(-1)[0, :-1]
+        told: list[float] = (found.gather(1, tokens[0, 1:, None]).flatten() + sum(added)).tolist()
+        return told
+
+    def answer(listener: Listener) -> None:
+        while True:
+            with listener.accept() as asked:
+                question = asked.recv()
+                if question is None:
+                    return
+                asked.send(logprobs(*question))
+
+    with Listener(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("STAND_IN_ASKS", str(listener.address[1]))
+        thread = threading.Thread(target=answer, args=(listener,))
+        thread.start()
+        yield added
+        with Client(listener.address) as end:
+            end.send(None)
+        thread.join()
 
 
 # --- the options that a folder needs --------------------------------------------------------------
@@ -191,18 +219,18 @@ def test_a_backend_that_is_no_engine_is_one_line(cli: Cli, folder: Callable[...,
     assert "compressed-tensors, which is no engine; say --backend sglang or vllm" in result.stderr
 
 
-def test_serve_becomes_the_engine(folder: Callable[..., Path], saw: Any, tmp_path: Path) -> None:
+def test_serve_becomes_the_engine(
+    folder: Callable[..., Path], saw: Any, start: Starter, tmp_path: Path
+) -> None:
     """It has the process, so that signals reach it."""
-    command = [sys.executable, "-m", "qplug", "serve", str(folder(scheme="W4A16"))]
-    ended = subprocess.run(
-        [*command, "--no-verify", "--", "--tp", "2", "--break"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 1
+    words = ["serve", folder(scheme="W4A16"), "--no-verify", "--", "--tp", "2", "--break"]
+    told = {name: os.environ[name] for name in ("PYTHONPATH", "STAND_IN_SAW")}
+    started = start(*words, **told)
+    ended = started.wait()
+    assert ended.codes == [1]
     assert ended.stderr == "ValueError: this engine cannot load it\n"
     assert saw()["arguments"][-3:] == ["--tp", "2", "--break"]
+    assert saw()["pid"] == started.ids[0]
     assert ended.stdout.splitlines()[1].startswith("when it is ready: curl http://127.0.0.1:8000/")
 
 
@@ -220,7 +248,7 @@ def few(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("backend", ["sglang", "vllm"])
 def test_an_engine_that_computes_alike(
-    folder: Callable[..., Path], saw: Any, few: dict[str, Any], backend: str
+    folder: Callable[..., Path], saw: Any, few: dict[str, Any], off: list[float], backend: str
 ) -> None:
     found = check_engine(str(folder(scheme="W4A16")), backend=backend, **few)
     assert (found.ok, found.tokens, found.engine) == (True, 64, backend)
@@ -235,9 +263,9 @@ def test_an_engine_that_computes_something_else(
     folder: Callable[..., Path],
     saw: Any,
     few: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
+    off: list[float],
 ) -> None:
-    monkeypatch.setenv("STAND_IN_OFF", "-0.05")
+    off.append(-0.05)
     data = ["--dataset", "text", "--dataset-opt", f"path={few['dataset_options']['path']}"]
     words = ["--windows", 2, "--seq-len", 32, *data, "--engine", "--", "--mem-fraction-static", "1"]
     result = cli("verify", folder(scheme="W4A16"), *words)

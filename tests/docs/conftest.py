@@ -53,10 +53,18 @@ def pages() -> list[Page]:
     return [Page(path) for path in [*written, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]]
 
 
+#: Pages with the commands of a first hour, on samples of the size that users calibrate with.
+SLOW = ("README.md", "docs/tutorial.md")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    named = {str(page.path.relative_to(ROOT)): page for page in pages()}
     if "page" in metafunc.fixturenames:
-        named = {str(page.path.relative_to(ROOT)): page for page in pages()}
         metafunc.parametrize("page", named.values(), ids=list(named))
+    if "typed_page" in metafunc.fixturenames:  # its commands are run
+        marks = {name: pytest.mark.slow if name in SLOW else () for name in named}
+        typed = [pytest.param(page, id=name, marks=marks[name]) for name, page in named.items()]
+        metafunc.parametrize("typed_page", typed)
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,8 @@ def words_for_qplug(words: list[str]) -> list[str] | None:
     return None
 
 
-def test_blocks_run(page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_run(typed_page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = typed_page
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for name in _modules(page):
