@@ -40,7 +40,10 @@ class BlockReader:
             self._coming[block] = self._thread.submit(self._read, block)
 
     def read(self, block: str) -> dict[str, Tensor]:
-        """The parameters of ``block``, on the CPU; the next block is begun."""
+        """The parameters of ``block``, on the CPU unless they were made elsewhere.
+
+        The next block is begun.
+        """
         self.start(block)
         with self._clock("reading"):
             weights = self._coming.pop(block).result()
@@ -52,4 +55,7 @@ class BlockReader:
         weights = {
             local: self._source.read(f"{block}.{local}") for local in self._parameters[block]
         }
-        return {n: w.pin_memory() for n, w in weights.items()} if self._pinned else weights
+        if not self._pinned:
+            return weights
+        # What is rewritten on the GPU is there already.
+        return {n: w if w.is_cuda else w.pin_memory() for n, w in weights.items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -116,8 +117,12 @@ class Observation:
                 x, self._share[path], length, real, wanted, rows, wanted_rows
             )
 
-        with suppress(_SeenEnoughError), self._seeing(observe, stop=stop):
-            yield
+        try:
+            with self._seeing(observe, stop=stop):
+                yield
+        except _SeenEnoughError as seen:
+            # Whoever caught it on its way and kept it would keep all tensors of the pass, too.
+            traceback.clear_frames(seen.__traceback__)
 
     def share(self, processes: Processes) -> None:
         """Give all ``processes`` what each has seen."""

@@ -15,7 +15,7 @@ from qplug.errors import QplugError
 from qplug.safetensors_file import StoredTensor, tensor_bytes
 
 #: Elements of a large tensor that are made at a time.
-_CHUNK = 1 << 21
+_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RewrittenTensor(StoredTensor):
     """A tensor that is made of others as it is read. ``path`` and ``start`` are of the first one.
 
     ``sources`` are in the order of ``rewrite.sources``; they may be rewritten themselves. It is
-    made on ``device``, and given on the CPU.
+    made on ``device``, and stays there.
     """
 
     name: str
@@ -39,7 +39,7 @@ class RewrittenTensor(StoredTensor):
         """
         if len(self.spec.shape) < 2:
             return self._checked(self._made(slice(None))).to(self._dtype)
-        made = torch.empty(self.spec.shape)
+        made = torch.empty(self.spec.shape, device=self.device)
         for rows in self._pieces():
             made[rows] = self._made(rows)
         return self._checked(made)
@@ -47,7 +47,8 @@ class RewrittenTensor(StoredTensor):
     def chunks(self) -> Iterator[bytes]:
         """The bytes to store."""
         for rows in self._pieces():
-            yield bytes(tensor_bytes(self._checked(self._made(rows)).to(self._dtype)))
+            made = self._checked(self._made(rows)).to(self._dtype)
+            yield bytes(tensor_bytes(made.cpu()))
 
     def read_rows(self, rows: slice) -> Tensor:
         """Some rows of the tensor, float32."""
@@ -64,7 +65,8 @@ class RewrittenTensor(StoredTensor):
         if not (self.rewrite.by_row and shape):
             yield slice(None)
             return
-        step = max(1, _CHUNK // max(1, math.prod(shape[1:])))
+        most = _CHUNK.get(self.device.type, 1 << 21)
+        step = max(1, most // max(1, math.prod(shape[1:])))
         for start in range(0, shape[0], step):
             yield slice(start, min(start + step, shape[0]))
 
@@ -72,7 +74,7 @@ class RewrittenTensor(StoredTensor):
         first = self.sources[0]
         main = first.read() if rows == slice(None) else first.read_rows(rows)
         values = [main, *(source.read() for source in self.sources[1:])]
-        made = self.rewrite.make(*(value.to(self.device).float() for value in values)).cpu()
+        made = self.rewrite.make(*(value.to(self.device).float() for value in values))
         if made.shape != main.shape or made.dtype != torch.float32:
             raise ValueError(f"{self.name}: was made {made.dtype} {list(made.shape)}")
         return made

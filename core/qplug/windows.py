@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
     from qplug.api import Dataset, Split, Tokenizer
 
-#: A token of most text has fewer characters.
-_CHARACTERS = 8
+#: Characters whose tokens tell how many characters a token has.
+_BEGINNING = 1 << 15
+#: Other parts of the text may have so many times fewer tokens.
+_SPARE = 1.1
 #: Tokens at the end of a part that may not be those of the whole text.
 _CUT_OFF = 128
 
@@ -141,15 +143,18 @@ def _text_tokens(
     split: Split,
     first: int | None = None,
 ) -> list[int]:
-    """The tokens of the joined text, or at least the ``first``."""
+    """The tokens of the joined text, or its ``first`` ones: of a long text more are not made."""
     text = dataset.separator.join(dataset.documents(split))
-    # Where a text is cut off, the tokens of its last words may be others, those before are not.
-    part = text if first is None else text[: (first + _CUT_OFF) * _CHARACTERS]
-    ids = tokenizer.encode(part, add_special_tokens=False)
-    if len(part) < len(text):
-        if first is not None and len(ids) >= first + _CUT_OFF:
-            return ids[:first]
-        ids = tokenizer.encode(text, add_special_tokens=False)
+    if first is not None and len(text) > _BEGINNING:
+        beginning = tokenizer.encode(text[:_BEGINNING], add_special_tokens=False)
+        each = _BEGINNING / max(1, len(beginning))
+        size = int(each * (first * _SPARE + _CUT_OFF))
+        if size < len(text):
+            # The tokens of the last words may be others where a text is cut off, no others are.
+            ids = tokenizer.encode(text[:size], add_special_tokens=False)
+            if len(ids) >= first + _CUT_OFF:
+                return ids[:first]
+    ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < length:
         raise QplugError(
             f"dataset {dataset.name}: its {split} text has {len(ids)} tokens, fewer than one "

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qplug.observation import Observation, Shares
+from qplug.recipe import parse_scheme
+from qplug.structure import Group
+
+
+class Catching(nn.Module):
+    """A block that catches what is raised in it and keeps it, as wrappers of modules do."""
+
+    def __init__(self, seen: list[Any]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, bias=False)
+        self.seen = seen
+
+    def forward(self, x: Tensor) -> Any:
+        large = x * 2
+        self.seen.append(weakref.ref(large))
+        try:
+            return self.linear(large)
+        except Exception as error:
+            kept = error
+            raise kept
+
+
+def test_a_pass_that_was_ended_leaves_no_tensor() -> None:
+    seen: list[Any] = []
+    block = Catching(seen)
+    observation = Observation(
+        block,
+        (Group(("linear",), None, "linear"),),
+        {"linear": parse_scheme("W4A16", -1)},
+        Shares([1], 0),
+        torch.device("cpu"),
+        with_drift=False,
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        with observation.watching(4, None, {}, stop=True):
+            block(torch.ones(1, 4, 8))
+        assert seen[0]() is None
+    finally:
+        gc.enable()
+    assert observation.statistics["linear"].tokens == 4
