@@ -25,7 +25,7 @@ from typing import Any
 
 FLOAT, SCHEMES = "bf16", ("W4A16", "W8A8", "FP8_DYNAMIC")
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "dtype": "bfloat16",
@@ -83,11 +83,14 @@ def _write(folder: Path, layer: int) -> dict[str, str]:
     import torch
     from safetensors.torch import save_file
 
-    hidden, inner, vocabulary = 4096, 14336, 128256
+    hidden, inner, vocabulary = (
+        CONFIG[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
+    )
+    keys = CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
     shapes: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (1024, hidden),
-        "self_attn.v_proj": (1024, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
         "self_attn.o_proj": (hidden, hidden),
         "mlp.gate_proj": (inner, hidden),
         "mlp.up_proj": (inner, hidden),

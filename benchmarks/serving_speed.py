@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 import traceback
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +68,13 @@ def main() -> None:
     folder, result, tries = sys.argv[1:]
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import torch
+    import vllm
 
     began = time.monotonic()
     engine, options = started(folder, json.loads(tries))
     told: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: version(name) for name in ("vllm", "torch")},
+        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
         "options": options,
         "seconds to start": round(time.monotonic() - began, 1),
     }
