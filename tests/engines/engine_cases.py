@@ -5,6 +5,7 @@ A few combinations that stand for all, or, with QPLUG_ENGINE_TESTS=full, every o
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 
@@ -14,9 +15,6 @@ from qplug_vllm.cpu import refused_on_cpu
 
 #: What an algorithm is tried with, where one scheme has to do.
 FITTING = {"smoothquant": "W8A8", "osplus": "W8A8"}
-
-#: The schemes that the larger model is tried with.
-MAIN = ("W4A16", "W4A16_ASYM", "W8A8", "FP8", "FP8_DYNAMIC", "NVFP4")
 
 
 @dataclass(frozen=True)
@@ -105,6 +103,7 @@ def some_cases() -> list[Case]:
         *(Case(scheme, backend=backend) for scheme, backend in schemes),
         *(Case(FITTING.get(name, "W4A16"), name) for name in algorithms),
         *variants(),
+        *(larger_cases(("W8A8", "FP8_DYNAMIC")) if "QPLUG_REFERENCE_MODEL" in os.environ else ()),
     ]
 
 
@@ -120,13 +119,20 @@ def variants() -> list[Case]:
     ]
 
 
+def larger_cases(schemes: tuple[str, ...]) -> list[Case]:
+    """The larger model, with ``schemes`` of each backend that has them."""
+    found = [(scheme, backend) for scheme, backend in served_schemes() if scheme in schemes]
+    return [
+        *(Case(scheme, backend=backend, model="ref-19m") for scheme, backend in found),
+        *(Case("W4A16", "awq+gptq", backend, model="ref-19m") for backend in ("vllm", "sglang")),
+    ]
+
+
 def cases_for_gpus() -> list[Case]:
     """What is run on GPUs alone: CPUs lack the kernels, or the time."""
-    schemes = served_schemes()
     algorithms = [
         name for name in Registry.installed(only_shipped=True).algorithms if name != "rtn"
     ]
-    large = Case("W4A16", model="ref-19m")
     return [
         *(Case(FITTING.get(name, "W4A16"), name, "sglang") for name in algorithms),
         *(replace(case, backend="sglang") for case in variants() if case.kv_cache is None),
@@ -137,13 +143,7 @@ def cases_for_gpus() -> list[Case]:
         Case("W4A16", override=("*.mlp.*", "W8A8")),
         Case("W4A16", model="qwen2", override=("lm_head", "W8A16")),
         Case("FP8", kv_cache="fp8"),
-        *(
-            Case(scheme, backend=name, model="ref-19m")
-            for scheme, name in schemes
-            if scheme in MAIN
-        ),
-        replace(large, algo="awq+gptq"),
-        replace(large, algo="awq+gptq", backend="sglang"),
+        *larger_cases(("W4A16", "W4A16_ASYM", "W8A8", "FP8", "FP8_DYNAMIC", "NVFP4")),
     ]
 
 
