@@ -114,7 +114,7 @@ def variants() -> list[Case]:
         Case("W4A16", group_size=-1),
         Case("W8A8", kv_cache="fp8"),
         Case("W4A16", model="qwen2"),
-        Case("W4A16", model="qwen3-moe"),
+        Case("W4A16", group_size=64, model="qwen3-moe"),
         Case("W4A16", model="qwen3-moe", ignore=("*.experts.*",)),
     ]
 
