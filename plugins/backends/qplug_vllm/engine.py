@@ -44,7 +44,8 @@ class VLLM(CompressedTensors):
                 return f"{name}: vLLM keeps routers float"
             if format_of(scheme) not in (PACK_QUANTIZED, INT_QUANTIZED):
                 return f"{name}: vLLM takes a head in W4A16, W8A16 or W8A8, not {scheme.name}"
-        narrow = narrow_expert(model.linears, schemes, self.params.tp)
+        processes = self.params.tp if isinstance(self.params, Target) else 1
+        narrow = narrow_expert(model.linears, schemes, processes)
         return ": ".join(narrow) if narrow else super().refuses(model, schemes)
 
     def serve_arguments(self, config: Mapping[str, Any]) -> tuple[str, ...]:
