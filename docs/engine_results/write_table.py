@@ -26,6 +26,8 @@ def table(told: dict[str, Any]) -> str:
     for row in told["rows"]:
         cells = (str(row.get(column, "")) for column in _COLUMNS)
         lines.append(f"| {' | '.join(cells)} |")
+    for case, why in told.get("failed", {}).items():
+        lines += ["", f"Failed: `{case}`: {why}"]
     if told["left out"]:
         lines += ["", "Left out:", ""]
         lines += [f"- `{case}`: {why}" for case, why in told["left out"].items()]

@@ -357,3 +357,18 @@ def test_experts_in_int8_are_not_for_sglang(
     named = {problem.where for problem in problems if "runs no experts" in problem.message}
     assert named
     assert all(".experts." in name for name in named)
+
+
+def test_experts_as_narrow_as_a_group_are_not_for_vllm(
+    written: Callable[[str], Path], source: Callable[[str], Path]
+) -> None:
+    """They are 32 wide and read 64: vLLM 0.26 puts the scales of two groups in the order of one."""
+    name = "model.layers.0.mlp.experts.0.gate_proj"
+    found = qplug.verify(str(written("qwen3-moe")), backend="vllm").problems
+    narrow = [problem.where for problem in found if "no wider than a group" in str(problem)]
+    assert narrow == [name]
+    model = str(source("qwen3-moe"))
+    with pytest.raises(qplug.QplugError, match="no wider than a group of 32: take a smaller"):
+        qplug.quantize(model, "never", group_size=32, backend="vllm", backend_options={"tp": 1})
+    found = qplug.verify(str(written("qwen3-moe")), backend="compressed-tensors").problems
+    assert not found

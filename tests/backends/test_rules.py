@@ -172,6 +172,15 @@ def take_formats_of_groups_away(draft: Draft) -> None:
         del group["format"]
 
 
+def name_the_parts_alone(draft: Draft) -> None:
+    """As other quantizers write it; SGLang then finds no scheme, or the wrong one."""
+    for named in (draft.quantization, *draft.groups):
+        for key in ("ignore", "targets"):
+            if key in named:
+                merged = ("qkv_proj", "gate_up_proj")
+                named[key] = [e for e in named[key] if not any(name in e for name in merged)]
+
+
 def forget_a_float_layer(draft: Draft) -> None:
     draft.quantization["ignore"] = [
         entry for entry in draft.quantization["ignore"] if "down_proj" not in entry
@@ -193,8 +202,9 @@ def make_q_wider_than_k(draft: Draft) -> None:
 SPLIT: dict[str, Any] = {"backend": "vllm", "overrides": {"*.mlp.*": "W8A8"}}
 SPLIT_TARGETS = (
     r"re:.*\.self_attn\.k_proj$, re:.*\.self_attn\.o_proj$, "
-    r"re:.*\.self_attn\.q_proj$, re:.*\.self_attn\.v_proj$",
-    r"re:.*\.mlp\.down_proj$, re:.*\.mlp\.gate_proj$, re:.*\.mlp\.up_proj$",
+    r"re:.*\.self_attn\.q_proj$, re:.*\.self_attn\.qkv_proj$, re:.*\.self_attn\.v_proj$",
+    r"re:.*\.mlp\.down_proj$, re:.*\.mlp\.gate_proj$, re:.*\.mlp\.gate_up_proj$, "
+    r"re:.*\.mlp\.up_proj$",
 )
 Q_K_V = [
     ", ".join(f"model.layers.{block}.self_attn.{part}_proj" for part in "kqv") for block in range(4)
@@ -218,6 +228,23 @@ FAULTS = [
         {("format", where) for where in SPLIT_TARGETS},
         made=SPLIT,
         backend="vllm",
+    ),
+    Fault(
+        "merged matrices in no group",
+        silent.merged_matrices_are_named,
+        name_the_parts_alone,
+        {
+            ("merged", f"model.layers.{block}.{name}")
+            for block, name in product(range(4), ("self_attn.qkv_proj", "mlp.gate_up_proj"))
+        },
+        made={"overrides": {"*.down_proj": "W8A16"}},
+    ),
+    Fault(
+        "merged matrices not ignored",
+        silent.merged_matrices_are_named,
+        name_the_parts_alone,
+        {("merged", f"model.layers.{block}.self_attn.qkv_proj") for block in range(4)},
+        made={"ignore": ["*.self_attn.?_proj"]},
     ),
     Fault(
         "mixed formats on SGLang",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from engine_cases import every_case, some_cases
+from engine_cases import cases_for_gpus, every_case, some_cases
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,11 +23,28 @@ if TYPE_CHECKING:
 
 @dataclass
 class Results:
-    """What was found, row by row, and what was not tried and why."""
+    """What was found, row by row, what failed, and what was not tried and why."""
 
     header: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+
+    def write(self) -> None:
+        """As JSON, into the file that QPLUG_ENGINE_RESULTS names: whatever there is by now."""
+        if "QPLUG_ENGINE_RESULTS" not in os.environ:
+            return
+        told = {
+            "date": date.today().isoformat(),
+            "qplug": version("qplug"),
+            "machine": platform.machine(),
+            **self.header,
+            "rows": sorted(self.rows, key=lambda row: row["case"]),
+            "failed": dict(sorted(self.failed.items())),
+            "left out": dict(sorted(self.left_out.items())),
+        }
+        text = json.dumps(told, indent=1, ensure_ascii=False)
+        Path(os.environ["QPLUG_ENGINE_RESULTS"]).write_text(text + "\n", "utf-8")
 
 
 _RESULTS = pytest.StashKey[Results]()
@@ -39,6 +56,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         wanted = metafunc.config.option.markexpr in ("engine", "gpu")
         full = os.environ.get("QPLUG_ENGINE_TESTS") == "full"
         cases = (every_case() if full else some_cases()) if wanted else []
+        if metafunc.config.option.markexpr == "gpu":
+            cases = list(dict.fromkeys([*cases, *cases_for_gpus()]))
         metafunc.parametrize("case", cases, ids=str, scope="module")
 
 
@@ -47,17 +66,7 @@ def results(pytestconfig: pytest.Config) -> Iterator[Results]:
     """Told at the end of the run; the file that QPLUG_ENGINE_RESULTS names gets them as JSON."""
     found = pytestconfig.stash.setdefault(_RESULTS, Results())
     yield found
-    if "QPLUG_ENGINE_RESULTS" in os.environ:
-        told = {
-            "date": date.today().isoformat(),
-            "qplug": version("qplug"),
-            "machine": platform.machine(),
-            **found.header,
-            "rows": sorted(found.rows, key=lambda row: row["case"]),
-            "left out": dict(sorted(found.left_out.items())),
-        }
-        text = json.dumps(told, indent=1, ensure_ascii=False)
-        Path(os.environ["QPLUG_ENGINE_RESULTS"]).write_text(text + "\n", "utf-8")
+    found.write()
 
 
 def pytest_terminal_summary(
@@ -69,6 +78,8 @@ def pytest_terminal_summary(
     for row in found.rows:
         cells = "  ".join(f"{key} {value}" for key, value in row.items() if key != "case")
         terminalreporter.line(f"{row['case']:36} {cells}")
+    for case, error in sorted(found.failed.items()):
+        terminalreporter.line(f"{case:36} failed: {error}")
     if found.left_out:
         terminalreporter.section(f"{len(found.left_out)} left out: this machine cannot run them")
     for case, reason in sorted(found.left_out.items()):

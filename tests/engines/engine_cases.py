@@ -5,7 +5,9 @@ A few combinations that stand for all, or, with QPLUG_ENGINE_TESTS=full, every o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import re
+from dataclasses import dataclass, replace
 
 from qplug import PRESETS
 from qplug.registry import Registry
@@ -26,17 +28,26 @@ class Case:
     kv_cache: str | None = None
     model: str = "demo"
     ignore: tuple[str, ...] = ()
+    override: tuple[str, str] | None = None
 
     def __str__(self) -> str:
         sizes = {None: "", -1: "-channel"}
         size = sizes.get(self.group_size, f"-g{self.group_size}")
         cache = f"-{self.kv_cache}-cache" if self.kv_cache else ""
         part = "-in-part" if self.ignore else ""
-        return f"{self.model}-{self.algo}-{self.scheme}{size}{cache}{part}-{self.backend}"
+        other = "-{}-{}".format(*map(_word, self.override)) if self.override else ""
+        return f"{self.model}-{self.algo}-{self.scheme}{size}{cache}{part}{other}-{self.backend}"
 
     @property
     def rounds_activations(self) -> bool:
-        return PRESETS[self.scheme].activations is not None or self.kv_cache is not None
+        schemes = [self.scheme, *(self.override or ())[1:]]
+        rounded = any(PRESETS[scheme].activations is not None for scheme in schemes)
+        return rounded or self.kv_cache is not None
+
+
+def _word(text: str) -> str:
+    """The letters and digits of a pattern of module names."""
+    return re.sub(r"\W", "", text)
 
 
 def served_schemes() -> list[tuple[str, str]]:
@@ -61,6 +72,16 @@ def engines_of(case: Case) -> set[str]:
     }
 
 
+def inputs_stay(case: Case) -> bool:
+    """Whether the kernels for it on an H100 compute with float inputs whatever the scheme says."""
+    table = Registry.installed(only_shipped=True).exporters[case.backend].capabilities()
+    return any(
+        "inputs stay as they are" in row.kernel
+        for row in table
+        if row.scheme == case.scheme and "sm90" in row.devices
+    )
+
+
 def every_case() -> list[Case]:
     """Every algorithm with every scheme of every backend; what one refuses is found on trying."""
     algorithms = list(Registry.installed(only_shipped=True).algorithms)
@@ -82,6 +103,7 @@ def some_cases() -> list[Case]:
         *(Case(scheme, backend=backend) for scheme, backend in schemes),
         *(Case(FITTING.get(name, "W4A16"), name) for name in algorithms),
         *variants(),
+        *(larger_cases(("W8A8", "FP8_DYNAMIC")) if "QPLUG_REFERENCE_MODEL" in os.environ else ()),
     ]
 
 
@@ -92,8 +114,36 @@ def variants() -> list[Case]:
         Case("W4A16", group_size=-1),
         Case("W8A8", kv_cache="fp8"),
         Case("W4A16", model="qwen2"),
-        Case("W4A16", model="qwen3-moe"),
+        Case("W4A16", group_size=64, model="qwen3-moe"),
         Case("W4A16", model="qwen3-moe", ignore=("*.experts.*",)),
+    ]
+
+
+def larger_cases(schemes: tuple[str, ...]) -> list[Case]:
+    """The larger model, with ``schemes`` of each backend that has them."""
+    found = [(scheme, backend) for scheme, backend in served_schemes() if scheme in schemes]
+    return [
+        *(Case(scheme, backend=backend, model="ref-19m") for scheme, backend in found),
+        *(Case("W4A16", "awq+gptq", backend, model="ref-19m") for backend in ("vllm", "sglang")),
+    ]
+
+
+def cases_for_gpus() -> list[Case]:
+    """What is run on GPUs alone: CPUs lack the kernels, or the time."""
+    algorithms = [
+        name for name in Registry.installed(only_shipped=True).algorithms if name != "rtn"
+    ]
+    return [
+        *(Case(FITTING.get(name, "W4A16"), name, "sglang") for name in algorithms),
+        *(replace(case, backend="sglang") for case in variants() if case.kv_cache is None),
+        *(Case("W8A16", group_size=-1, backend=backend) for backend in ("vllm", "sglang")),
+        *(Case("FP8_DYNAMIC", model="qwen3-moe", backend=name) for name in ("vllm", "sglang")),
+        Case("W8A8", model="qwen3-moe"),
+        *(Case("W4A16", override=("*.down_proj", "W8A16"), backend=b) for b in ("vllm", "sglang")),
+        Case("W4A16", override=("*.mlp.*", "W8A8")),
+        Case("W4A16", model="qwen2", override=("lm_head", "W8A16")),
+        Case("FP8", kv_cache="fp8"),
+        *larger_cases(("W4A16", "W4A16_ASYM", "W8A8", "FP8", "FP8_DYNAMIC", "NVFP4")),
     ]
 
 

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from engine_cases import Case, engines_of, left_out_on_cpu
+from engine_processes import EnginePool, Launch
 
+from qplug.checkpoint import read_json
+from qplug.params import fill
+from qplug.registry import Registry
 from qplug_vllm.cpu import cpu_flags
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-ENGINE_SECONDS = 7200 if os.environ.get("QPLUG_ENGINE_TESTS") == "full" else 1800
+FULL = os.environ.get("QPLUG_ENGINE_TESTS") == "full"
+#: For all loads of an engine, for each of them, and how many processes share them.
+SECONDS = float(os.environ.get("QPLUG_ENGINE_SECONDS", "7200" if FULL else "1800"))
+SECONDS_EACH = float(os.environ.get("QPLUG_ENGINE_SECONDS_EACH", "600"))
+PROCESSES = int(os.environ.get("QPLUG_ENGINE_PROCESSES", "1"))
+#: Which of a host's GPUs they are spread over, as CUDA_VISIBLE_DEVICES has them: "0,1".
+GPUS = re.findall(r"[^, ]+", os.environ.get("QPLUG_ENGINE_GPUS", ""))
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,8 @@ class RealEngine:
     settings: Mapping[str, str]
     options: Mapping[str, Any]
     on_cpu: bool
+    #: What a flag of its command line is called by its class, where not the same.
+    flags: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def python(self) -> Path:
@@ -61,33 +73,32 @@ class RealEngine:
     def left_out(self, case: Case) -> str | None:
         """Why this engine does not compute ``case`` on this machine; None if it does."""
         # What is written for SGLang is compressed-tensors, which vLLM loads too.
-        also = {"vllm"} if case.backend == "sglang" else set()
+        once = case.backend == "sglang" and case.algo == "rtn" and case.model == "demo"
+        also = {"vllm"} if once else set()
         if self.name not in engines_of(case) | also:
             return f"{case.scheme} of {case.backend}: not for {self.name}"
         return left_out_on_cpu(case, cpu_flags(), emulating=True) if self.on_cpu else None
 
-    def measure(
-        self, loads: Mapping[str, Mapping[str, str]], prompts: list[list[int]], base: Path
-    ) -> dict[str, Any]:
-        """What the program found for each of ``loads``, in one process."""
-        job, result, log = base / "job.json", base / "result.json", base / "log.txt"
+    def started(self, prompts: list[list[int]], base: Path) -> EnginePool:
+        """Its processes, which read ``prompts`` with what they are given to load."""
         told = json.loads(os.environ.get(f"{self.variable}_OPTIONS", "{}"))
-        options = {**self.options, **told}
-        job.write_text(json.dumps({"prompts": prompts, "loads": loads, "options": options}))
-        with log.open("wb") as stream:
-            run = subprocess.run(
-                [self.python, Path(__file__).with_name(self.program), job, result],
-                cwd=base,
-                env=self.environment,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                timeout=ENGINE_SECONDS,
-                check=False,
-            )
-        tail = log.read_text("utf-8", errors="replace").splitlines()[-40:]
-        assert run.returncode == 0, "\n".join(tail)
-        found: dict[str, Any] = json.loads(result.read_text("utf-8"))
-        return found
+        job = base / "job.json"
+        job.write_text(json.dumps({"prompts": prompts, "options": {**self.options, **told}}))
+        environments = [dict(self.environment) for _ in range(PROCESSES)]
+        for number, environment in enumerate(environments):
+            if GPUS:
+                environment["CUDA_VISIBLE_DEVICES"] = GPUS[number % len(GPUS)]
+        command = (self.python, Path(__file__).with_name(self.program), job)
+        return EnginePool(Launch(command, environments, SECONDS_EACH, SECONDS), base)
+
+    def options_for(self, folder: Path) -> dict[str, Any]:
+        """What ``qplug serve`` passes for ``folder`` on the command line, for the class."""
+        kind = Registry.installed(only_shipped=True).exporters[self.name]
+        exporter = kind(fill(kind.Params, {}, self.name))
+        arguments = exporter.serve_arguments(read_json(folder / "config.json"))
+        named = [self.flags.get(word, word.removeprefix("--")) for word in arguments[::2]]
+        names = (name.replace("-", "_") for name in named)
+        return dict(zip(names, arguments[1::2], strict=True))
 
 
 VLLM_ON_CPU = RealEngine(
@@ -109,7 +120,8 @@ VLLM_ON_GPU = RealEngine(
     variable="QPLUG_VLLM_PYTHON",
     program="vllm_logprobs.py",
     settings={"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_DEEP_GEMM": "0"},
-    options={"gpu_memory_utilization": 0.3},
+    # With a cache of a stated size it does not measure what others leave of the GPU's memory.
+    options={"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**28},
     on_cpu=False,
 )
 SGLANG_ON_GPU = RealEngine(
@@ -124,7 +136,9 @@ SGLANG_ON_GPU = RealEngine(
         "disable_cuda_graph": True,
         "disable_overlap_schedule": True,
         "disable_radix_cache": True,
-        "mem_fraction_static": 0.1,
+        # Others may take of the GPU's memory while one starts, and it counts that as its own.
+        "mem_fraction_static": 0.3,
     },
     on_cpu=False,
+    flags={"--fp4-gemm-backend": "fp4_gemm_runner_backend"},
 )

@@ -1,20 +1,16 @@
 """Load folders in SGLang on a GPU, one after another, and say how likely it finds given tokens.
 
-    python sglang_logprobs.py JOB.json RESULT.json
-
-Runs in SGLang's own environment, which has no qplug, and so imports nothing of it. Job and result
-are those of vllm_logprobs.py; ``options`` are passed to ``sglang.Engine``.
+Runs in SGLang's own environment, which has no qplug, and so imports nothing of it. What it is told
+and what it answers is as in vllm_logprobs.py; options are passed to ``sglang.Engine``.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-import traceback
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
+
+from engine_program import answer_loads
 
 
 def measure(
@@ -49,25 +45,11 @@ def measure(
 
 
 def main() -> None:
-    job_file, result_file = map(Path, sys.argv[1:])
-    job = json.loads(job_file.read_text("utf-8"))
     import torch
 
     packages = ("sglang", "torch", "transformers")
-    result: dict[str, Any] = {
-        "versions": {name: f"{name} {version(name)}" for name in packages},
-        "device": torch.cuda.get_device_name(),
-        "loads": {},
-    }
-    for name, load in job["loads"].items():
-        options = {**job["options"], **load.get("options", {})}
-        try:
-            found = measure(load["folder"], load["dtype"], job["prompts"], options)
-            result["loads"][name] = found
-        except Exception as error:
-            traceback.print_exc()
-            result["loads"][name] = {"error": f"{type(error).__name__}: {error}"}
-        result_file.write_text(json.dumps(result), "utf-8")
+    versions = {name: f"{name} {version(name)}" for name in packages}
+    answer_loads({"versions": versions, "device": torch.cuda.get_device_name()}, measure)
 
 
 if __name__ == "__main__":

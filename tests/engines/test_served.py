@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from engine_cases import Case
+from engine_cases import Case, inputs_stay
+from engine_folders import TOKENS, WINDOWS, Written, read, write_all
 from engine_models import write_models
 from real_engines import SGLANG_ON_GPU, VLLM_ON_CPU, VLLM_ON_GPU, RealEngine
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import qplug
 from qplug import PRESETS, QplugError
-from qplug.evaluation import evaluation_tokens, mean_loss
+from qplug.evaluation import evaluation_tokens
 from qplug.registry import Registry
 from qplug.source import DEMO
 from qplug_vllm.cpu import cpu_flags, exact_on_cpu
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 WEIGHTS_ONLY, WITH_ACTIVATIONS = 0.03, 0.1
 #: How far the perplexity of the served model may be from that which ``qplug eval`` gives.
 PERPLEXITY = 0.01
+#: What the results say of a row that failed.
+BEYOND = "beyond the limit"
 
-TOKENS, WINDOWS = 128, 8
 FLOATS = ("demo", "qwen2", "qwen3-moe")
 
 
@@ -75,15 +76,19 @@ class Served:
     """
 
     models: Mapping[str, Path]
-    folders: Mapping[Case, Path]
+    written: Mapping[Case, Written]
     left_out: Mapping[Case, str]
     answers: Mapping[str, Mapping[str, Any]]
 
-    def folder(self, case: Case) -> Path:
-        """Where ``case`` was quantized to; skips the test that asks if it could not be."""
+    def expected(self, case: Case) -> Written:
+        """What ``case`` was quantized to; skips the test that asks if it could not be."""
         if case in self.left_out:
             pytest.skip(self.left_out[case])
-        return self.folders[case]
+        self.answer(case)  # fails if there was no folder to load
+        return self.written[case]
+
+    def folder(self, case: Case) -> Path:
+        return self.expected(case).folder
 
     def answer(self, case: Case | str, dtype: str = "auto") -> Mapping[str, Any]:
         found = self.answers[f"{case} {dtype}"]
@@ -102,53 +107,50 @@ def served(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> Served:
-    """One process of the engine that has loaded all that the selected tests ask for."""
+    """An engine that has loaded all that the selected tests ask for."""
     base = tmp_path_factory.mktemp(engine.name)
     models = write_models(base)
-    folders, left_out = {}, {}
-    for case in selected_cases(request.session):
+    left_out, wanted, written, broken = {}, [], {}, {}
+    for case in selected(request.session, "case", "spoilt"):
         reason = engine.left_out(case)
         if case.model not in models:
             reason = "QPLUG_REFERENCE_MODEL names no model"
         if reason is None:
-            try:
-                folders[case] = write(case, models[case.model], base / str(case))
-            except QplugError as error:
-                reason = f"qplug refuses it: {error}"
-        if reason is not None:
+            wanted.append(case)
+        else:
             left_out[case] = reason
+    tokens = prompts.tolist()
+    with engine.started(tokens, base) as running:
+        for name in selected(request.session, "model"):
+            running.give(f"{name} auto", load(models[name]))
+        for case, made in write_all(wanted, models, tokens, base):
+            if isinstance(made, QplugError):
+                left_out[case] = f"qplug refuses it: {made}"
+                continue
+            if isinstance(made, Exception):
+                broken[f"{case} auto"] = {"error": f"qplug: {type(made).__name__}: {made}"}
+                continue
+            written[case] = made
+            options = engine.options_for(made.folder)
+            running.give(f"{case} auto", load(made.folder, options=options))
+            if in_float32(case, engine):
+                running.give(f"{case} float32", load(made.folder, "float32", options))
+        answers = broken | running.answers()
     results.left_out |= {str(case): reason for case, reason in left_out.items()}
-    loads = {f"{name} auto": {"folder": str(models[name]), "dtype": "auto"} for name in FLOATS}
-    for case, folder in folders.items():
-        loads[f"{case} auto"] = {"folder": str(folder), "dtype": "auto"}
-        if in_float32(case, engine):
-            loads[f"{case} float32"] = {"folder": str(folder), "dtype": "float32"}
-    answers = engine.measure(loads, prompts.tolist(), base)
-    results.header |= {"device": answers["device"], "versions": answers["versions"]}
-    return Served(models, folders, left_out, answers["loads"])
+    results.failed |= {name: found["error"] for name, found in answers.items() if "error" in found}
+    results.header |= running.told
+    return Served(models, written, left_out, answers)
 
 
-def selected_cases(session: pytest.Session) -> list[Case]:
-    """The cases of the tests that are about to run, each once."""
+def load(folder: Path, dtype: str = "auto", options: Mapping[str, Any] | None = None) -> Any:
+    return {"folder": str(folder), "dtype": dtype, "options": dict(options or {})}
+
+
+def selected(session: pytest.Session, *names: str) -> list[Any]:
+    """What the tests that are about to run have for the parameters of these ``names``."""
     calls = (getattr(item, "callspec", None) for item in session.items)
-    found = [call.params["case"] for call in calls if call and "case" in call.params]
-    return list(dict.fromkeys([*found, *(case for case, _ in FAULTS)]))
-
-
-def write(case: Case, model: Path, out: Path) -> Path:
-    return qplug.quantize(
-        str(model),
-        out,
-        algo=case.algo,
-        scheme=case.scheme,
-        group_size=case.group_size,
-        backend=case.backend,
-        kv_cache=case.kv_cache,
-        ignore=case.ignore,
-        samples=16,
-        seq_len=TOKENS,
-        device="cpu",
-    ).out
+    found = [call.params[name] for call in calls if call for name in names if name in call.params]
+    return list(dict.fromkeys(found))
 
 
 def in_float32(case: Case, engine: RealEngine) -> bool:
@@ -156,14 +158,6 @@ def in_float32(case: Case, engine: RealEngine) -> bool:
     plain = case.algo == "rtn" and case.backend == "vllm" and case.model == "demo"
     exact = engine.on_cpu and exact_on_cpu(case.scheme, cpu_flags())
     return exact and plain and case.rounds_activations
-
-
-@torch.inference_mode()
-def read(folder: Path, prompts: Tensor, *, quantize_activations: bool = True) -> Tensor:
-    """The log-probabilities ``[prompts, tokens - 1]`` that qplug's reader computes in float32."""
-    model = qplug.load(str(folder), quantize_activations=quantize_activations)
-    logprobs = model(prompts, use_cache=False).logits.log_softmax(-1)
-    return logprobs[:, :-1].gather(2, prompts[:, 1:, None]).squeeze(2)
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -193,16 +187,22 @@ def test_what_is_served(
     that happens from the first token on (the reader in bfloat16 is as far from itself in float32 as
     vLLM is), so there the reader does not round: the engine's errors scatter around what it says.
     """
-    folder = served.folder(case)
-    logprobs, answer = served.logprobs(case), served.answer(case)
-    plain = read(folder, prompts, quantize_activations=False)
-    if case.model == "demo":
-        evaluated = qplug.evaluate(
-            str(folder), seq_len=TOKENS, windows=WINDOWS, device="cpu"
-        ).perplexity
-    else:  # the tokens are of the demo's tokenizer: what ``qplug eval`` computes of them
-        evaluated = math.exp(mean_loss(qplug.load(str(folder)), prompts, lambda *_: None))
+    expected, answer = served.expected(case), served.answer(case)
+    logprobs, plain = torch.tensor(answer["logprobs"]), torch.tensor(expected.logprobs)
     exact = not engine.on_cpu or exact_on_cpu(case.scheme, cpu_flags())
+    unrounded = not engine.on_cpu and inputs_stay(case)
+    evaluated = perplexity(plain) if unrounded else expected.perplexity
+    notes = {
+        "int8 products saturate on this CPU": not exact,
+        "inputs stay as they are, also for the perplexity it is held to": unrounded,
+    }
+    found = {"difference": difference(logprobs, plain), "perplexity": perplexity(logprobs)}
+    limit = WITH_ACTIVATIONS if case.rounds_activations else WEIGHTS_ONLY
+    # Where the engine's own products saturate, a wrong scale or layout still gives a multiple.
+    limits = {"difference": limit if exact else 2 * limit, "perplexity": PERPLEXITY * evaluated}
+    away = {**found, "perplexity": abs(found["perplexity"] - evaluated)}
+    beyond = [name for name, most in limits.items() if away[name] >= most]
+    notes[f"{BEYOND}: {' and '.join(beyond)}"] = bool(beyond)
     row = {
         "case": str(case),
         "model": case.model,
@@ -210,18 +210,16 @@ def test_what_is_served(
         "scheme": case.scheme,
         "group size": case.group_size or PRESETS[case.scheme].weights.group_size,
         "backend": case.backend,
-        "difference": difference(logprobs, plain),
-        "perplexity": round(perplexity(logprobs), 4),
+        "difference": found["difference"],
+        "perplexity": round(found["perplexity"], 4),
         "qplug eval": round(evaluated, 4),
         "emulated": ", ".join(answer["emulated"]),
-        "note": "" if exact else "int8 products saturate on this CPU",
+        "note": ", ".join(note for note, true in notes.items() if true),
         "seconds": answer["seconds"],
     }
     results.rows.append(row)
-    assert perplexity(logprobs) == pytest.approx(evaluated, rel=PERPLEXITY)
-    limit = WITH_ACTIVATIONS if case.rounds_activations else WEIGHTS_ONLY
-    # Where the engine's own products saturate, a wrong scale or layout still gives a multiple.
-    assert row["difference"] < (limit if exact else 2 * limit)
+    results.write()
+    assert not beyond, row
 
 
 def test_activations_in_float32(
@@ -248,7 +246,7 @@ def alike_at_first(one: Tensor, other: Tensor) -> bool:
 
 def test_enough_was_computed(served: Served) -> None:
     """Whatever this machine lacks: integers and floats, weights alone and inputs too."""
-    schemes = {case.scheme for case in served.folders}
+    schemes = {case.scheme for case in served.written}
     assert {"W4A16", "W4A16_ASYM", "W8A8", "FP8_DYNAMIC"} <= schemes
     if os.environ.get("QPLUG_ENGINE_TESTS") != "full":
         assert not [why for why in served.left_out.values() if "qplug refuses" in why]

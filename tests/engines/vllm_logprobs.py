@@ -1,37 +1,44 @@
 """Load folders in vLLM, one after another, and say how likely it finds given tokens.
 
-    python vllm_logprobs.py JOB.json RESULT.json
-
-Runs in vLLM's own environment, which has no qplug, and so imports nothing of it. A job is::
-
-    {"prompts": [[TOKEN, ...], ...], "options": {...},
-     "loads": {NAME: {"folder": PATH, "dtype": "auto"}, ...}}
-
-``options`` are passed to ``vllm.LLM``. The result has the ``versions`` of what computed, and
-``loads``: by name, the ``logprobs`` of every token of every prompt but the first, the ``seconds``
-it took to load and compute, and what was ``emulated``. A load that fails has its ``error`` instead,
-and the next one is tried.
+Runs in vLLM's own environment, which has no qplug, and so imports nothing of it. It is told what to
+load as ``engine_program`` says; options are passed to ``vllm.LLM``. An answer has the ``logprobs``
+of every token of every prompt but the first, the ``seconds`` it took to load and compute, and what
+was ``emulated``.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 import time
-import traceback
 from importlib.metadata import packages_distributions, version
-from pathlib import Path
 from typing import Any
+
+from engine_program import answer_loads
 
 
 def measure(
     folder: str, dtype: str, prompts: list[list[int]], options: dict[str, Any]
 ) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     began = time.monotonic()
+    emulated_calls.clear()
+    try:
+        logprobs = logprobs_of(folder, dtype, prompts, options)
+    finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    seconds = round(time.monotonic() - began, 1)
+    return {"logprobs": logprobs, "seconds": seconds, "emulated": sorted(set(emulated_calls))}
+
+
+def logprobs_of(
+    folder: str, dtype: str, prompts: list[list[int]], options: dict[str, Any]
+) -> list[list[float]]:
+    from vllm import LLM, SamplingParams
+
     longest = max(map(len, prompts)) + 1
     llm = LLM(
         model=folder,
@@ -52,7 +59,7 @@ def measure(
     for prompt, answer in zip(prompts, answers, strict=True):
         found = answer.prompt_logprobs[1:]
         logprobs.append([at[token].logprob for token, at in zip(prompt[1:], found, strict=True)])
-    return {"logprobs": logprobs, "seconds": round(time.monotonic() - began, 1)}
+    return logprobs
 
 
 # --- a kernel that vLLM's library for CPUs without AVX-512 lacks ----------------------------------
@@ -108,36 +115,21 @@ def nibbles(words: Any) -> Any:
 
 
 def main() -> None:
-    job_file, result_file = map(Path, sys.argv[1:])
-    job = json.loads(job_file.read_text("utf-8"))
-
     # Several engines one after another in this process: starting one takes most of a minute.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import torch
     from vllm import _custom_ops  # noqa: F401 - loads the library with vLLM's operators
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu() and not hasattr(torch.ops._C, INT4):
         emulate_int4()
     packages = {"vllm": packages_distributions()["vllm"][0], "torch": "torch"}
     packages["transformers"] = "transformers"
-    result: dict[str, Any] = {
+    told = {
         "versions": {name: f"{package} {version(package)}" for name, package in packages.items()},
         "device": "cpu" if current_platform.is_cpu() else current_platform.get_device_name(),
-        "loads": {},
     }
-    for name, load in job["loads"].items():
-        emulated_calls.clear()
-        try:
-            found = measure(load["folder"], load["dtype"], job["prompts"], job["options"])
-            result["loads"][name] = {**found, "emulated": sorted(set(emulated_calls))}
-        except Exception as error:
-            traceback.print_exc()
-            result["loads"][name] = {"error": f"{type(error).__name__}: {error}"}
-        gc.collect()
-        cleanup_dist_env_and_memory()
-        result_file.write_text(json.dumps(result), "utf-8")
+    answer_loads(told, measure)
     # Threads that vLLM leaves behind must not keep the process alive.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -13,6 +13,7 @@ from typing import Any
 
 from qplug import PRESETS, ModelView, QplugError, QuantArgs, Scheme
 from qplug.scheme import E4M3_SCALES, E8M0_SCALES
+from qplug_compressed_tensors.fusing import with_merged_names
 
 PACK_QUANTIZED = "pack-quantized"
 INT_QUANTIZED = "int-quantized"
@@ -66,7 +67,7 @@ def write_config(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, A
     groups = {}
     for number, scheme in enumerate(kinds):
         members = {name for name, other in schemes.items() if other == scheme}
-        targets = ["Linear"] if len(kinds) == 1 else patterns(members, schemes, model.blocks)
+        targets = ["Linear"] if len(kinds) == 1 else _entries(members, schemes, model)
         if model.head in members and len(kinds) == 1:  # a head is no Linear to engines
             targets.append(rf"re:.*{re.escape(model.head)}$")
         groups[f"group_{number}"] = _group(scheme, targets)
@@ -75,7 +76,7 @@ def write_config(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, A
     floats = [name for name in model.linears if name not in schemes]
     if model.head is not None and model.head not in model.linears:
         floats.append(model.head)  # a tied head has no tensor, but is a module to loaders
-    ignore = patterns(floats, [*schemes, *floats], model.blocks)
+    ignore = _entries(floats, [*schemes, *floats], model)
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else MIXED,
@@ -84,6 +85,14 @@ def write_config(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, A
         "ignore": ignore,
         "config_groups": groups,
     }
+
+
+def _entries(names: Iterable[str], among: Iterable[str], model: ModelView) -> list[str]:
+    """Entries for ``names``, and for the matrices that engines merge them into.
+
+    SGLang asks for ``qkv_proj`` itself: of most models it does not know of what that is made.
+    """
+    return patterns(with_merged_names(names), with_merged_names(among), model.blocks)
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:

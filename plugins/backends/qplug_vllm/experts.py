@@ -1,0 +1,42 @@
+"""Experts in groups, which vLLM takes only if they are wider than a group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from qplug import Problem, Scheme
+from qplug_compressed_tensors.configuration import PACK_QUANTIZED, format_of
+from qplug_compressed_tensors.rules import Case
+
+#: The projections whose scales are put in order, as models name them.
+_INTO_EXPERTS = ("gate_proj", "up_proj", "w1", "w3")
+
+
+def narrow_expert(
+    linears: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme], processes: int = 1
+) -> tuple[str, str] | None:
+    """The first expert that vLLM would compute wrongly, and why; None if there is none.
+
+    vLLM 0.26 orders the scales of gate and up for a kernel by the width of the expert, where it is
+    the width of its input that counts: of an expert no wider than a group, as if it were one group.
+    """
+    for name, scheme in schemes.items():
+        expert, _, local = name.rpartition(".")
+        size = scheme.weights.group_size
+        if ".experts." not in expert or local not in _INTO_EXPERTS or size is None:
+            continue
+        out, width = linears[name]
+        if format_of(scheme) == PACK_QUANTIZED and out // processes <= size < width:
+            wide = f"{out // processes} wide" + (" in each process" if processes > 1 else "")
+            return name, (
+                f"vLLM mixes up the scales of experts that are {wide}, no wider than a group of "
+                f"{size}: take a smaller --group-size, or -1"
+            )
+    return None
+
+
+def experts_are_wider_than_groups(case: Case) -> Iterator[Problem]:
+    """No expert is as narrow as a group: vLLM loads those, and serves garbage."""
+    found = narrow_expert(case.model.linears, case.schemes)
+    if found is not None:
+        yield Problem("kernel", *found)

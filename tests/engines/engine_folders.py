@@ -1,0 +1,84 @@
+"""The folders that engines are given, and what qplug's reader finds in them, made side by side."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from engine_cases import Case
+from torch import Tensor
+
+import qplug
+from qplug.evaluation import mean_loss
+
+#: How many processes quantize and read.
+WRITERS = int(os.environ.get("QPLUG_ENGINE_WRITERS", "1"))
+TOKENS, WINDOWS = 128, 8
+
+
+@dataclass(frozen=True)
+class Written:
+    """A folder, and what is expected of it.
+
+    ``logprobs``: ``[prompts, tokens - 1]``, of the reader that rounds no activations.
+    ``perplexity``: as ``qplug eval`` has it, with activations rounded.
+    """
+
+    folder: Path
+    logprobs: list[list[float]]
+    perplexity: float
+
+
+def write_all(
+    cases: list[Case], models: Mapping[str, Path], prompts: list[list[int]], base: Path
+) -> Iterator[tuple[Case, Written | Exception]]:
+    """Each case when it is ready, or why it is not: a QplugError if qplug refuses it."""
+    with ProcessPoolExecutor(WRITERS, mp_context=get_context("spawn")) as writers:
+        started = {
+            writers.submit(write, case, models[case.model], prompts, base / str(case)): case
+            for case in cases
+        }
+        for ready in as_completed(started):
+            refusal = ready.exception()
+            found = refusal if isinstance(refusal, Exception) else ready.result()
+            yield started[ready], found
+
+
+def write(case: Case, model: Path, prompts: list[list[int]], out: Path) -> Written:
+    """Quantize ``model``, and read what was written."""
+    folder = qplug.quantize(
+        str(model),
+        out,
+        algo=case.algo,
+        scheme=case.scheme,
+        group_size=case.group_size,
+        backend=case.backend,
+        kv_cache=case.kv_cache,
+        ignore=case.ignore,
+        overrides=dict([case.override] if case.override else []),
+        samples=16,
+        seq_len=TOKENS,
+        device="cpu",
+    ).out
+    tokens = torch.tensor(prompts)
+    if case.model == "demo":
+        perplexity = qplug.evaluate(
+            str(folder), seq_len=TOKENS, windows=WINDOWS, device="cpu"
+        ).perplexity
+    else:  # the tokens are of the demo's tokenizer: what ``qplug eval`` computes of them
+        perplexity = math.exp(mean_loss(qplug.load(str(folder)), tokens, lambda *_: None))
+    return Written(folder, read(folder, tokens, quantize_activations=False).tolist(), perplexity)
+
+
+@torch.inference_mode()
+def read(folder: Path, prompts: Tensor, *, quantize_activations: bool = True) -> Tensor:
+    """The log-probabilities ``[prompts, tokens - 1]`` that qplug's reader computes in float32."""
+    model = qplug.load(str(folder), quantize_activations=quantize_activations)
+    logprobs = model(prompts, use_cache=False).logits.log_softmax(-1)
+    return logprobs[:, :-1].gather(2, prompts[:, 1:, None]).squeeze(2)
