@@ -302,7 +302,7 @@ def test_rows_at_a_time(family: Family, monkeypatch: pytest.MonkeyPatch) -> None
     """Large tensors are made in pieces: the same numbers, and no more of them than that at once."""
     whole = rotated(family("llama, tied")).checkpoint
     wanted = {n: b"".join(tensor.chunks()) for n, tensor in whole.tensors.items()}
-    monkeypatch.setattr("qplug.rewriting._CHUNK", 1000)
+    monkeypatch.setattr("qplug.rewriting._CHUNK", {"cpu": 1000})
     for name, tensor in rotated(family("llama, tied")).checkpoint.tensors.items():
         pieces = list(tensor.chunks())
         # A product of other sizes is summed in another order.
@@ -490,7 +490,7 @@ def test_each_linear_is_a_step_of_its_own(tmp_path: Path, monkeypatch: pytest.Mo
     """No model is built, and no more is held than a few linears in float32."""
     source = llama(tmp_path / "model", num_hidden_layers=6, hidden_size=128, intermediate_size=512)
     monkeypatch.setattr("qplug.run.Walk", None)
-    monkeypatch.setattr("qplug.rewriting._CHUNK", 1 << 14)
+    monkeypatch.setattr("qplug.rewriting._CHUNK", {"cpu": 1 << 14})
     held: dict[int, tuple[weakref.ref[Tensor], int]] = {}
     most = 0
 

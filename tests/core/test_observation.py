@@ -26,8 +26,8 @@ class Catching(nn.Module):
         try:
             return self.linear(large)
         except Exception as error:
-            kept = error
-            raise kept
+            kept = [error]
+            raise kept[0] from None
 
 
 def test_a_pass_that_was_ended_leaves_no_tensor() -> None:

@@ -127,7 +127,12 @@ def test_first_windows_lie_side_by_side(
 @pytest.mark.parametrize(
     ("length", "count", "encoded"),
     # A beginning that tells how much is needed, and that; all where the text is short or ends.
-    [(8, 4, [32768, 163]), (900, 100, [32768, 99128]), (900, 200, [32768, 100_000]), (8, 4, [3000])],
+    [
+        (8, 4, [32768, 163]),
+        (900, 100, [32768, 99128]),
+        (900, 200, [32768, 100_000]),
+        (8, 4, [3000]),
+    ],
 )
 def test_first_windows_tokenise_no_more_of_a_long_text_than_they_need(
     tokenizer: Tokenizer,
