@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import qplug
 from qplug.reader import open_folder
 from qplug.registry import Registry
+from qplug.skeleton import build
 from qplug.source import find_model
 
 if TYPE_CHECKING:
@@ -147,6 +148,19 @@ def logits(model: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model.eval()(tokens).logits
     return found
+
+
+@every_family
+def test_a_skeleton_has_no_weights_and_draws_none(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda tensor, *_, **__: drawn.append(tensor))
+    model = build(FAMILIES[family][0](), tmp_path, trust_remote_code=False)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    # torch itself draws those of an embedding.
+    assert len(drawn) <= sum(isinstance(module, torch.nn.Embedding) for module in model.modules())
 
 
 @every_family

@@ -407,6 +407,25 @@ def test_a_package_that_cannot_tell_its_name_stops_no_other() -> None:
     assert Plugin.of_entry(entry).source == "a package without metadata"
 
 
+def test_a_package_is_asked_for_its_name_once(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once for each of its plugins: metadata are long to parse."""
+    for name in ("one", "two", "three"):
+        install(name, offering(name), package="qplug-many 1.0")
+    read = PathDistribution.read_text
+    asked = []
+
+    def counted(package: PathDistribution, file: str) -> str | None:
+        asked.append(file)
+        return read(package, file)
+
+    monkeypatch.setattr(PathDistribution, "read_text", counted)
+    sources = {plugin.source for plugin in Registry.installed().plugins}
+    assert sources == {"qplug-many 1.0"}
+    assert asked.count("METADATA") == 2  # for its name, and for its version
+
+
 def test_an_entry_that_names_no_module_fails_alone(install: Install, tmp_path: Path) -> None:
     install("bad", offering("bad"))
     install("mine", offering("mine"))
