@@ -35,10 +35,16 @@ def _the_demo_text_is_tokenized_once() -> Iterator[None]:
     work = windows._text_tokens
     known: dict[tuple[str, str], list[int]] = {}
 
-    def once(dataset: Dataset[Any], tokenizer: Tokenizer, length: int, split: Any) -> list[int]:
+    def once(
+        dataset: Dataset[Any],
+        tokenizer: Tokenizer,
+        length: int,
+        split: Any,
+        first: int | None = None,
+    ) -> list[int]:
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        if dataset.name != "demo" or backend is None:
-            return work(dataset, tokenizer, length, split)
+        if dataset.name != "demo" or backend is None or first is not None:
+            return work(dataset, tokenizer, length, split, first)
         key = (split, backend.to_str())
         if len(known.get(key, ())) < length:
             known[key] = work(dataset, tokenizer, length, split)
