@@ -419,17 +419,23 @@ def contents(folder: Path) -> dict[str, bytes]:
     ("name", "dtype", "propagate", "options"),
     [
         ("llama", torch.bfloat16, "quantized", {"algo": "awq+gptq"}),
-        (
-            "opt",
-            torch.float16,
-            "quantized",
-            {"algo": "osplus", **STATIC, **CACHE, "backend": "fake", "observer": "histogram"},
-        ),
         ("llama", torch.bfloat16, "quantized", {"algo": "smoothquant+gptq", **FP8, **CACHE}),
         ("opt", torch.bfloat16, "quantized", {"algo": "signround"}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
+                (
+                    "opt",
+                    torch.float16,
+                    "quantized",
+                    {
+                        "algo": "osplus",
+                        **STATIC,
+                        **CACHE,
+                        "backend": "fake",
+                        "observer": "histogram",
+                    },
+                ),
                 ("llama", torch.bfloat16, "float", {"algo": "awq+gptq"}),
                 ("llama", torch.bfloat16, "quantized", {"algo": "awq", "backend": "fake"}),
                 ("gemma2", torch.bfloat16, "quantized", {"algo": "awq", "scheme": "W4A16_ASYM"}),

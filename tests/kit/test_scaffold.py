@@ -18,6 +18,7 @@ KINDS = {"algorithm": "my-rounding", "dataset": "my-text", "exporter": "my-forma
 QUICK = ("--samples", 2, "--seq-len", 32, "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_the_whole_round_of_all_three(tmp_path: Path, cli: Cli, environment: Any) -> None:
     folders = []
     for kind, name in KINDS.items():
