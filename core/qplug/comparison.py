@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
+from qplug.devices import find_device
 from qplug.errors import QplugError
 from qplug.kv_cache import RoundedCache
 from qplug.reader import Folder, open_folder
 from qplug.recipe import Calibration
 from qplug.registry import Registry
-from qplug.run import find_device
 from qplug.samples import calibration_tokens
 from qplug.streamed_model import stream_folder
 

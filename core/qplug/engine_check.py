@@ -21,11 +21,11 @@ from urllib.request import Request, urlopen
 import torch
 from torch import Tensor
 
+from qplug.devices import find_device
 from qplug.errors import QplugError
 from qplug.evaluation import evaluation_tokens
 from qplug.reader import open_folder
 from qplug.registry import Registry
-from qplug.run import find_device
 from qplug.serving import Serving, find_serving
 from qplug.streamed_model import stream_folder
 

@@ -14,11 +14,11 @@ from torch.nn.functional import cross_entropy
 
 from qplug.api import Dataset
 from qplug.checkpoint import read_json
+from qplug.devices import find_device
 from qplug.errors import QplugError
 from qplug.params import fill
 from qplug.reader import load_folder, load_tokenizer, open_folder
 from qplug.registry import Registry
-from qplug.run import find_device
 from qplug.source import find_model
 from qplug.windows import first_windows
 

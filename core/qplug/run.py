@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from qplug.announcing import Announcer
-from qplug.api import Algorithm, Block, FloatModel, Linear, ModelView
+from qplug.api import Algorithm, FloatModel, ModelView
 from qplug.architectures import find_view
 from qplug.calibration import Walk
 from qplug.checkpoint import Checkpoint
+from qplug.devices import find_device
 from qplug.errors import QplugError
 from qplug.events import Result
 from qplug.kv_cache import KVCache, find_cache
-from qplug.launch import ALONE, Launch
+from qplug.launch import Launch
 from qplug.manifest import fingerprint, result_files
 from qplug.numerics import check_widths
-from qplug.output import Content, Output, refuse_existing
-from qplug.plan import Plan, Step, make_plan
+from qplug.output import Output, refuse_existing
+from qplug.plan import make_plan
 from qplug.preparation import Prepared, prepare
 from qplug.processes import Processes, join
 from qplug.qtorch_rounding import require_qtorch
-from qplug.ranges import input_ranges
 from qplug.recipe import (
     Calibration,
     Recipe,
@@ -41,21 +36,22 @@ from qplug.recipe import (
     with_qtorch,
 )
 from qplug.registry import Registry
-from qplug.rewriting import rewritten_names
 from qplug.samples import calibration_tokens
 from qplug.scheme import Scheme
 from qplug.shared_output import SharedOutput
 from qplug.source import find_model
 from qplug.stages import Report, Stages
+from qplug.steps import Finished, Steps
 from qplug.stopwatch import Stopwatch
 from qplug.whole_model import HeldModel
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 #: Told of each finished step: its number from 1, how many there are, its name, and the mean loss of
 #: its linears if it was calibrated.
 Watcher = Callable[[int, int, str, "float | None"], None]
-
-#: A finished step: its number, the tensors to write, and the report to leave in the journal.
-Finished = tuple[int, Mapping[str, Content], Report]
 
 SHARD_BYTES = 5_000_000_000
 
@@ -181,9 +177,7 @@ class Run:
     ) -> Result:
         began = time.monotonic()
         refuse_existing(out, overwrite=overwrite)
-        source = Checkpoint.open(processes.from_first(lambda: find_model(model)))
-        if source.folder.resolve().is_relative_to(out.resolve()):
-            raise QplugError(f"{out}: is or holds the model itself; choose another folder")
+        source = self._opened(processes.from_first(lambda: find_model(model)), out)
         with self.clock("opening"):
             view = find_view(source, self.registry, trust_remote_code=self.trust_remote_code)
             rewrite = partial(
@@ -196,9 +190,6 @@ class Run:
             )
             prepared = rewrite()
         view = prepared.view
-        sentence = self.stages.exporter.refuses_files(source.folder)
-        if sentence is not None:
-            raise QplugError(f"{self.stages.exporter.name}: {sentence}")
         schemes = self._servable(assign(self.recipe, view), view)
         exporter, calibration = self.stages.exporter, self.recipe.calibration
         cache = self._cache(source, view)
@@ -240,21 +231,26 @@ class Run:
             announcer = Announcer(
                 self.registry, len(plan.steps), len(done), silent=not processes.is_first
             )
+            steps = Steps(
+                self.stages,
+                plan,
+                prepared.checkpoint,
+                view,
+                self.device,
+                announcer,
+                self.clock,
+            )
             work: Iterable[Finished] = ()
             if tokens is None or calibration is None:
                 # No step needs another, and most of the time goes into files.
                 if processes.is_first:
-                    work = self._streamed(plan, prepared.checkpoint, view, done, announcer)
+                    work = steps.streamed(done)
             else:
                 # Whoever keeps this frame, in a traceback, keeps no hidden states.
-                work = self._calibrated(
-                    plan,
-                    prepared.checkpoint,
-                    view,
+                work = steps.calibrated(
                     self._walk(prepared, schemes, tokens, calibration, cache, processes),
                     output,
                     done,
-                    announcer,
                 )
             for number, contents, report in work:
                 with self.clock("writing"):
@@ -294,6 +290,16 @@ class Run:
         )
         announcer.run_done(result)
         return result
+
+    def _opened(self, model: Path, out: Path) -> Checkpoint:
+        """The checkpoint in ``model``. Raises QplugError if ``out`` or the backend refuses it."""
+        source = Checkpoint.open(model)
+        if source.folder.resolve().is_relative_to(out.resolve()):
+            raise QplugError(f"{out}: is or holds the model itself; choose another folder")
+        sentence = self.stages.exporter.refuses_files(source.folder)
+        if sentence is not None:
+            raise QplugError(f"{self.stages.exporter.name}: {sentence}")
+        return source
 
     def _walk(
         self,
@@ -388,173 +394,3 @@ class Run:
             registry=self.registry,
             trust_remote_code=self.trust_remote_code,
         )
-
-    def _streamed(
-        self,
-        plan: Plan,
-        source: Checkpoint,
-        view: ModelView,
-        done: Collection[int],
-        announcer: Announcer,
-    ) -> Iterator[Finished]:
-        """Every step that is left, one tensor at a time; the next is read meanwhile."""
-
-        def read(number: int) -> list[Tensor]:
-            return [source.read(f"{name}.weight") for name in plan.steps[number].linears]
-
-        todo = [number for number in range(len(plan.steps)) if number not in done]
-        with ThreadPoolExecutor(1, "qplug-reader") as reader:
-            coming = reader.submit(read, todo[0]) if todo else None
-            for number, after in zip_longest(todo, todo[1:]):
-                assert coming is not None
-                with self.clock("reading"):
-                    weights = coming.result()
-                coming = reader.submit(read, after) if after is not None else None
-                step = plan.steps[number]
-                if not weights:
-                    yield self._copied(number, step, source, announcer)
-                    continue
-                linears = tuple(
-                    Linear(name, weight.to(self.device), scheme.weights, scheme.activations)
-                    for weight, (name, scheme) in zip(weights, step.linears.items(), strict=True)
-                )
-                block = Block(step.name, linears)
-                codes = self.stages.quantize(block)
-                report = self.stages.report(block, codes, self._rewritten(step, source))
-                announcer.block_done(step.name, report, block, codes)
-                yield number, self.stages.pack(codes, step, view.dtype), report
-
-    def _apart(
-        self, number: int, step: Step, source: Checkpoint, dtype: str, announcer: Announcer
-    ) -> Finished:
-        """A step of a calibrated run that is no decoder block: a tensor to copy, or a head."""
-        if not step.linears:
-            return self._copied(number, step, source, announcer)
-        linears = tuple(
-            Linear(name, source.read(f"{name}.weight").to(self.device), s.weights, s.activations)
-            for name, s in step.linears.items()
-        )
-        block = Block(step.name, linears)
-        codes = self.stages.quantize_apart(block)
-        report = self.stages.report(block, codes, self._rewritten(step, source))
-        announcer.block_done(step.name, report, block, codes)
-        return number, self.stages.pack(codes, step, dtype), report
-
-    def _copied(
-        self, number: int, step: Step, source: Checkpoint, announcer: Announcer
-    ) -> Finished:
-        """A step that has nothing to quantize."""
-        contents = {name: source.tensors[name].chunks() for name in step.others}
-        report = Report(rewritten=self._rewritten(step, source))
-        announcer.block_done(step.name, report)
-        return number, contents, report
-
-    def _rewritten(self, step: Step, source: Checkpoint) -> tuple[str, ...]:
-        """The tensors of a step that the float model does not hold as they are."""
-        names = [*(f"{name}.weight" for name in step.linears), *step.others]
-        return rewritten_names(source, names)
-
-    def _calibrated(
-        self,
-        plan: Plan,
-        source: Checkpoint,
-        view: ModelView,
-        walk: Walk,
-        output: SharedOutput,
-        done: Collection[int],
-        announcer: Announcer,
-    ) -> Iterator[Finished]:
-        """Every step that is left, one decoder block at a time."""
-        for number, step in enumerate(plan.steps):
-            if step.name not in view.blocks:
-                if number not in done:
-                    yield self._apart(number, step, source, view.dtype, announcer)
-                continue
-            if number in done:
-                walk.replay(step.name, self._served(step, output))
-                continue
-            with self.clock("statistics"):
-                block = walk.enter(step.name)
-            inputs = input_ranges(block)
-            codes = self.stages.quantize(block)
-            if self.stages.exporter.stores_float:
-                block.clip()
-            changed = {*block.rewritten(), *self._rewritten(step, source)}
-            report = self.stages.report(block, codes, tuple(sorted(changed)), inputs)
-            packed = self.stages.pack(codes, step, view.dtype)
-            others = block.others(step.others)
-            served = block.served(codes, others, walk.dtype)
-            announcer.block_done(step.name, report, block, codes)
-            del block, codes  # on a GPU, the larger part of what it holds
-            if not self.stages.exporter.exact:  # what it stores is not quite what the codes say
-                served |= self._dequantized(step.linears, packed, step.name)
-            with self.clock("passing on"):
-                scales = walk.cache_scales(step.name, served)
-                walk.leave(step.name, served | scales)
-            del served
-            # Old checkpoints have tensors in their blocks that are no parameters: masks, tables.
-            kept = {n: source.tensors[n].chunks() for n in step.others if n not in others}
-            cached = {f"{step.name}.{local}": scale for local, scale in scales.items()}
-            yield number, {**packed, **others, **kept, **cached}, report
-
-    def _dequantized(
-        self, linears: Mapping[str, Scheme], tensors: Mapping[str, Tensor], block: str
-    ) -> dict[str, Tensor]:
-        """The weights that packed ``tensors`` (by full name) stand for, by name in the block.
-
-        Beside them the scales of static inputs.
-        """
-        weights = {}
-        for name, scheme in linears.items():
-            packed = {
-                tensor.rpartition(".")[2]: value
-                for tensor, value in tensors.items()
-                if tensor.rpartition(".")[0] == name and tensor != f"{name}.bias"
-            }
-            local = name.removeprefix(f"{block}.")
-            weights[f"{local}.weight"] = self.stages.exporter.dequantize(packed, scheme)
-            scale = self.stages.exporter.input_scale(packed)
-            if scale is not None:
-                weights[f"{local}.input_scale"] = scale
-        return weights
-
-    def _served(self, step: Step, output: SharedOutput) -> dict[str, Tensor]:
-        """What an earlier run wrote of a block, as an engine will compute with it."""
-        kept = (*step.others, *step.cache_scales)
-        modules = dict.fromkeys([*step.linears, *(name.rpartition(".")[0] for name in kept)])
-        stored = output.stored([f"{name}." for name in modules])
-        tensors = {
-            f"{name}.{local}": tensor
-            for name in step.linears
-            for local, tensor in stored[f"{name}."].items()
-        }
-        served = self._dequantized(step.linears, tensors, step.name)
-        for name in kept:
-            path, _, local = name.rpartition(".")
-            served[name.removeprefix(f"{step.name}.")] = stored[f"{path}."][local]
-        return served
-
-
-def find_device(name: str, launch: Launch = ALONE) -> torch.device:
-    """The device called ``name``; ``auto`` is a GPU if there is one.
-
-    Of several processes each takes a GPU of its own. Raises QplugError if there is none for it.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if launch.count > 1 and name.startswith("cuda"):
-        if name != "cuda":
-            raise QplugError(f"--device {name}: several processes take a GPU each; say cuda")
-        if torch.cuda.device_count() < launch.local_count:
-            raise QplugError(
-                f"{launch.local_count} processes need a GPU each, and {torch.cuda.device_count()} "
-                "can be seen; start fewer, or say --device cpu"
-            )
-        name = f"cuda:{launch.local_rank}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # the meta device gives no values
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise QplugError(f"--device {name}: {reason}") from error
-    return device

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qplug.checkpoint import INDEX
+from qplug.devices import find_device
 from qplug.errors import QplugError
 from qplug.journal import Journal
-from qplug.run import find_device, quantize
+from qplug.run import quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

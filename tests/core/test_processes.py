@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qplug
+from qplug.devices import find_device
 from qplug.launch import ALONE, Launch
 from qplug.processes import Processes, join, shares_of
-from qplug.run import find_device
 
 if TYPE_CHECKING:
     from conftest import Starter

@@ -229,6 +229,14 @@ def test_how_the_source_is_cut_does_not_matter(
 # --- files beside the weights --------------------------------------------------------------------
 
 
+def test_a_source_that_says_nonsense_of_itself(llama: Path, tmp_path: Path) -> None:
+    """What is rotated as a folder runs stands in its qplug.json: it cannot be passed over."""
+    (llama / "qplug.json").write_text("the qplug.json of something else")
+    with pytest.raises(QplugError, match=r"qplug\.json: cannot be read"):
+        quantize(str(llama), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_companions(llama: Path, tmp_path: Path) -> None:
     kept = {
         *("tokenizer.json", "tokenizer.model", "vocab.txt", "merges.txt", "chat_template.jinja"),
@@ -239,7 +247,7 @@ def test_companions(llama: Path, tmp_path: Path) -> None:
         *("model.gguf", "tf_model.h5", "flax_model.msgpack", "model.onnx", "x.pt", "x.pth"),
         *(".gitattributes", "training.ckpt"),
     }
-    for name in kept | left | {"README.md", "qplug.json"}:
+    for name in kept | left | {"README.md"}:
         (llama / name).write_text(f"the {name} of the source")
     (llama / "additional_chat_templates").mkdir()
     (llama / "additional_chat_templates" / "tools.jinja").write_text("tools")
