@@ -132,7 +132,8 @@ class Walk:
             if not any(name.startswith(block + ".") for block in self._view.blocks)
         ]
         self._reader.start(self._view.blocks[0])
-        held = {n: self._source.read(n) for n in outer if n in self._source.tensors}
+        there = [name for name in outer if name in self._source.tensors]
+        held = {name: self._source.read(name).to(self._device) for name in there}
         _refuse_infinite(held)
         _fill(self._model, self._computable(held))
         for module in self._model.modules():

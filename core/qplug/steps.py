@@ -74,10 +74,8 @@ class Steps:
         if not step.linears:
             return self._copied(number, step)
         linears = tuple(
-            Linear(
-                name, self.source.read(f"{name}.weight").to(self.device), s.weights, s.activations
-            )
-            for name, s in step.linears.items()
+            self._linear(name, self.source.read(f"{name}.weight"), scheme)
+            for name, scheme in step.linears.items()
         )
         block = Block(step.name, linears)
         codes = self.stages.quantize_apart(block)
