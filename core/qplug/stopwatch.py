@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -94,7 +95,12 @@ class _Resident:
     def now(self) -> int:
         if not self._page:
             return self.peak()
-        return int(self._statm.read_text().split()[1]) * self._page
+        # A file object would be warned of, if Ctrl-C came before it is closed.
+        file = os.open(self._statm, os.O_RDONLY)
+        try:
+            return int(os.read(file, 256).split()[1]) * self._page
+        finally:
+            os.close(file)
 
     def peak(self) -> int:
         if sys.platform == "win32":

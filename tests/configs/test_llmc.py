@@ -224,7 +224,7 @@ def test_methods_that_are_not_there(read_text: Read, llmc: Llmc) -> None:
         QplugError, match=r"f\.yml:4: quant\.method: 'SpQR' is not there; allowed"
     ) as e:
         read_text(llmc(method="SpQR"))
-    assert "SpinQuant" not in str(e.value)  # of LLMC's methods, those that there are
+    assert "OWQ" not in str(e.value)  # of LLMC's methods, those that there are
     with pytest.raises(QplugError, match="quant: has no 'method'"):
         read_text("quant:\n    weight: {bit: 4}\n")
 
