@@ -31,6 +31,8 @@ from qplug_omniquant.omniquant import Params as OmniQuantParams
 if TYPE_CHECKING:
     from conftest import Ended, Starter
 
+pytestmark = pytest.mark.slow
+
 Family = Callable[..., Path]
 Quantize = Callable[..., Path]
 

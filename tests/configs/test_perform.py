@@ -17,6 +17,8 @@ import qplug
 from qplug import QplugError
 from qplug.configs.reading import ReadJob
 
+pytestmark = pytest.mark.slow
+
 Cli = Callable[..., Result]
 Llmc = Callable[..., str]
 Read = Callable[..., ReadJob]

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     Cli = Callable[..., Result]
     Contents = Callable[[Path], dict[str, bytes | None]]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("backend", ["vllm", "sglang", "compressed-tensors"])
 @pytest.mark.parametrize(
