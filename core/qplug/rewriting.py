@@ -65,7 +65,7 @@ class RewrittenTensor(StoredTensor):
         if not (self.rewrite.by_row and shape):
             yield slice(None)
             return
-        most = _CHUNK.get(self.device.type, 1 << 21)
+        most = _CHUNK.get(self.device.type, _CHUNK["cpu"])
         step = max(1, most // max(1, math.prod(shape[1:])))
         for start in range(0, shape[0], step):
             yield slice(start, min(start + step, shape[0]))

@@ -9,7 +9,7 @@ and 1c; R1 and R2 of SpinQuant, arXiv 2405.16406).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,22 @@ from torch import Tensor
 from qplug.api import Facing, Heads, Preparation, Rewrite, Stream, StreamNorm
 from qplug.errors import QplugError
 from qplug.hadamard import transform
-from qplug.rotation import Rotation
+from qplug.rotation import KeepingMean, Rotation
+
+
+def rotations(
+    stream: Stream, make: Callable[[int], Rotation], *, heads: bool
+) -> tuple[Rotation, dict[str, Rotation]]:
+    """What ``turned`` is given: of the stream, and of each head of values if ``heads``.
+
+    ``make`` gives a rotation of a size.
+    """
+    turn = make(stream.width)
+    if stream.centred:  # a norm that subtracts the mean finds it where it was
+        turn = KeepingMean(turn)
+    found = stream.heads if heads else ()
+    by_size = {size: make(size) for size in sorted({each.size for each in found})}
+    return turn, {each.values: by_size[each.size] for each in found}
 
 
 def turned(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from qplug.api import Dataset, Split, Tokenizer
 
-#: Characters whose tokens tell how many characters a token has.
+#: Characters that are tried first; their tokens tell how many more are needed.
 _BEGINNING = 1 << 15
 #: Other parts of the text may have so many times fewer tokens.
 _SPARE = 1.1
@@ -146,14 +146,13 @@ def _text_tokens(
     """The tokens of the joined text, or its ``first`` ones: of a long text more are not made."""
     text = dataset.separator.join(dataset.documents(split))
     if first is not None and len(text) > _BEGINNING:
-        beginning = tokenizer.encode(text[:_BEGINNING], add_special_tokens=False)
-        each = _BEGINNING / max(1, len(beginning))
-        size = int(each * (first * _SPARE + _CUT_OFF))
-        if size < len(text):
-            # The tokens of the last words may be others where a text is cut off, no others are.
+        # The tokens of the last words may be others where a text is cut off, no others are.
+        wanted, size = first + _CUT_OFF, _BEGINNING
+        while size < len(text):
             ids = tokenizer.encode(text[:size], add_special_tokens=False)
-            if len(ids) >= first + _CUT_OFF:
+            if len(ids) >= wanted:
                 return ids[:first]
+            size = int(size * max(2, _SPARE * wanted / max(1, len(ids))))
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < length:
         raise QplugError(

@@ -126,10 +126,10 @@ def test_first_windows_lie_side_by_side(
 
 @pytest.mark.parametrize(
     ("length", "count", "encoded"),
-    # A beginning that tells how much is needed, and that; all where the text is short or ends.
+    # A beginning, which may do; what it tells is needed; all where the text is short or ends.
     [
-        (8, 4, [32768, 163]),
-        (900, 100, [32768, 99128]),
+        (8, 4, [32768]),
+        (900, 85, [32768, 84290]),
         (900, 200, [32768, 100_000]),
         (8, 4, [3000]),
     ],
@@ -141,7 +141,7 @@ def test_first_windows_tokenise_no_more_of_a_long_text_than_they_need(
     count: int,
     encoded: list[int],
 ) -> None:
-    text = (LONG * 20)[:100_000] if len(encoded) > 1 else LONG[:3000]
+    text = (LONG * 20)[:100_000] if encoded[0] != 3000 else LONG[:3000]
     lengths = []
 
     def encode(text: str, *, add_special_tokens: bool) -> list[int]:

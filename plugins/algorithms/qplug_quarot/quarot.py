@@ -5,13 +5,14 @@ How a model is rewritten in another basis is told in ``qplug.turning``.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from qplug import Algorithm, FloatModel, Heads, Param, Preparation, QplugError, Stream
+from qplug import Algorithm, FloatModel, Param, Preparation, QplugError, Stream
 from qplug.hadamard import exists
-from qplug.rotation import Hadamard, KeepingMean, Random, Rotation
-from qplug.turning import turned
+from qplug.rotation import Hadamard, Random, Rotation
+from qplug.turning import rotations, turned
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,9 @@ class QuaRot(Algorithm[Params]):
     def prepare(self, model: FloatModel) -> Preparation:
         """All tensors that face the stream, each made anew on its own."""
         stream = model.stream
-        turn = self._rotation(stream.width)
-        if stream.centred:  # a norm that subtracts the mean finds it where it was
-            turn = KeepingMean(turn)
-        heads = stream.heads if self.params.heads else ()
-        by_size = {size: self._rotation(size) for size in sorted({each.size for each in heads})}
-        turns = {each.values: by_size[each.size] for each in heads}
+        turn, heads = rotations(stream, self._rotation, heads=self.params.heads)
         online = self._online(model, heads) if self.params.online else ()
-        made = turned(stream, turn, turns, online)
+        made = turned(stream, turn, heads, online)
         return replace(made, notes=self._notes(stream, online))
 
     def _rotation(self, size: int) -> Rotation:
@@ -64,9 +60,9 @@ class QuaRot(Algorithm[Params]):
             )
         return Hadamard(size, self.params.seed)
 
-    def _online(self, model: FloatModel, heads: tuple[Heads, ...]) -> tuple[str, ...]:
+    def _online(self, model: FloatModel, heads: Collection[str]) -> tuple[str, ...]:
         """The linears that write into the stream, but for those that heads are turned before."""
-        outputs = {each.output for each in heads}
+        outputs = {each.output for each in model.stream.heads if each.values in heads}
         found = []
         for name, facing in model.stream.tensors.items():
             linear = name.removesuffix(".weight")

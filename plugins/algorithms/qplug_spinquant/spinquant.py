@@ -2,9 +2,9 @@
 
 R1 turns the residual stream, an R2 for each layer turns the heads of its values: what QuaRot draws
 at random. Learned they are by descent on the orthogonal matrices (section 3.2), on what the whole
-model predicts with rounded inputs and float weights, which leaves weights to GPTQ (section 3.3).
-The loss is the divergence from what the float model predicts, whose gradients are less noisy than
-those of the paper's cross-entropy with the text.
+model predicts with inputs and weights rounded. The paper leaves weights float where GPTQ follows
+(section 3.3): ``weights=false``. The loss is the divergence from what the float model predicts,
+whose gradients are less noisy than those of the paper's cross-entropy with the text.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from qplug import (
     WholeModel,
 )
 from qplug.hadamard import exists
-from qplug.rotation import Hadamard, KeepingMean, Random, Rotation, Written
-from qplug.turning import turned
+from qplug.rotation import Hadamard, Random, Rotation, Written
+from qplug.turning import rotations, turned
 from qplug_spinquant.stiefel import CayleySGD, orthogonal
 
 #: Batches on which it is judged whether what has been learned is better.
@@ -141,12 +141,8 @@ class SpinQuant(Algorithm[Params]):
 
     def _start(self, stream: Stream) -> tuple[Rotation, dict[str, Rotation]]:
         """The rotation of the stream, and those of heads by the name of the tensor of values."""
-        turn = self._rotation(stream.width)
-        if stream.centred:  # a norm that subtracts the mean finds it where it was
-            turn = KeepingMean(turn)
-        heads = stream.heads if self.params.heads else ()
-        return turn, {each.values: self._rotation(each.size) for each in heads}
 
-    def _rotation(self, size: int) -> Rotation:
-        """A Hadamard matrix if there is one."""
-        return (Hadamard if exists(size) else Random)(size, self.params.seed)
+        def hadamard_or_random(size: int) -> Rotation:
+            return (Hadamard if exists(size) else Random)(size, self.params.seed)
+
+        return rotations(stream, hadamard_or_random, heads=self.params.heads)
