@@ -16,50 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from llama_shapes import LLAMA_2_7B, Llama
 from safetensors.torch import save_file
 
 PEAK_BYTES = 6 * 2**30
 LAYERS = 32  # of the whole model
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sides of Llama 2 7B."""
-
-    hidden: int = 4096
-    inner: int = 11008
-    heads: int = 32
-    vocab: int = 32000
-
-    def layer(self) -> dict[str, tuple[int, ...]]:
-        hidden, inner = self.hidden, self.inner
-        return {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (hidden, hidden),
-            "self_attn.v_proj": (hidden, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-        }
-
-    def config(self, layers: int) -> dict[str, object]:
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "dtype": "bfloat16",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.inner,
-            "num_hidden_layers": layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads,
-            "vocab_size": self.vocab,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": False,
-        }
 
 
 @dataclass(frozen=True)
@@ -83,7 +44,7 @@ def main() -> None:
     for layers in args.layers:
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
             model = Path(folder, "model")
-            write_slice(model, Shape(), layers)
+            write_slice(model, LLAMA_2_7B, layers)
             words = ["quantize", str(model), "--out", str(Path(folder, "out"))]
             words += ["--algo", args.algo, "--device", "cpu", "--samples", str(args.samples)]
             words += ["--seq-len", str(args.seq_len)]
@@ -99,23 +60,16 @@ def main() -> None:
     sys.exit(f"the peak is above {PEAK_BYTES / 2**30:.0f} GiB" if peak > PEAK_BYTES else None)
 
 
-def write_slice(folder: Path, shape: Shape, layers: int) -> None:
+def write_slice(folder: Path, llama: Llama, layers: int) -> None:
     """A random checkpoint with the tokenizer of the demo model, one shard for each layer."""
     from qplug.source import DEMO, find_model
 
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(shape.config(layers)))
+    (folder / "config.json").write_text(json.dumps(llama.config(layers)))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((find_model(DEMO) / name).read_bytes())
     generator = torch.Generator().manual_seed(0)
-    outer = {
-        "model.embed_tokens": (shape.vocab, shape.hidden),
-        "lm_head": (shape.vocab, shape.hidden),
-        "model.norm": (shape.hidden,),
-    }
-    shards: list[dict[str, tuple[int, ...]]] = [outer]
-    for number in range(layers):
-        shards.append({f"model.layers.{number}.{n}": sides for n, sides in shape.layer().items()})
+    shards = [llama.outer(), *(llama.layer(number) for number in range(layers))]
     places = {}
     for number, sides_by_name in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -124,7 +78,7 @@ def write_slice(folder: Path, shape: Shape, layers: int) -> None:
             noise = torch.ones(sides)
             if len(sides) == 2:
                 noise.normal_(std=0.02, generator=generator)
-            tensors[f"{name}.weight"] = noise.bfloat16()
+            tensors[name] = noise.bfloat16()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)
     index = {"metadata": {}, "weight_map": places}

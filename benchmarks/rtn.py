@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from llama_shapes import LLAMA_3_2_3B
 
 from qplug import PRESETS, Exporter, Scheme, TensorSpec
 from qplug.numerics import round_to_nearest
@@ -110,58 +110,13 @@ def whole_run(folder: Path, params: float, backend: str) -> int:
     return peak
 
 
-@dataclass(frozen=True)
-class Llama:
-    """The sides of Llama 3.2 3B, which has 28 layers."""
-
-    hidden: int = 3072
-    inner: int = 8192
-    keys: int = 1024
-    vocab: int = 128256
-
-    def layer(self, number: int) -> dict[str, tuple[int, ...]]:
-        hidden, inner, keys = self.hidden, self.inner, self.keys
-        shapes: dict[str, tuple[int, ...]] = {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-        }
-        return {f"model.layers.{number}.{name}.weight": shape for name, shape in shapes.items()}
-
-    def config(self, layers: int) -> dict[str, object]:
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "dtype": "bfloat16",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.inner,
-            "num_hidden_layers": layers,
-            "num_attention_heads": self.hidden // 128,
-            "num_key_value_heads": self.keys // 128,
-            "head_dim": 128,
-            "vocab_size": self.vocab,
-            "tie_word_embeddings": True,
-        }
-
-
 def write_llama(folder: Path, params: float) -> int:
     """Write a random checkpoint of about ``params`` weights, ten layers a shard; their number."""
-    llama = Llama()
-    embedding = llama.vocab * llama.hidden
+    llama = LLAMA_3_2_3B
+    embedding = llama.vocabulary * llama.hidden
     each = sum(torch.Size(shape).numel() for shape in llama.layer(0).values())
     layers = max(1, round((params - embedding) / each))
-    shards: list[dict[str, tuple[int, ...]]] = [
-        {
-            "model.embed_tokens.weight": (llama.vocab, llama.hidden),
-            "model.norm.weight": (llama.hidden,),
-        }
-    ]
+    shards = [llama.outer()]
     for number in range(layers):
         if number % 10 == 0:
             shards.append({})

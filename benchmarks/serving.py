@@ -23,26 +23,9 @@ from queue import Queue
 from tempfile import mkdtemp
 from typing import Any
 
-FLOAT, SCHEMES = "bf16", ("W4A16", "W8A8", "FP8_DYNAMIC")
+from llama_shapes import LLAMA_3_8B
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "dtype": "bfloat16",
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+FLOAT, SCHEMES = "bf16", ("W4A16", "W8A8", "FP8_DYNAMIC")
 
 #: For vllm.LLM, best first: its decoding in CUDA graphs, without minutes of compilation.
 OPTIONS = [
@@ -65,7 +48,7 @@ def write_model(folder: Path, layers: int) -> None:
     from qplug.source import find_model
 
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+    (folder / "config.json").write_text(json.dumps(LLAMA_3_8B.config(layers)))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(find_model("qplug:demo") / file, folder)
     with ThreadPoolExecutor(8) as writers:
@@ -83,29 +66,7 @@ def _write(folder: Path, layer: int) -> dict[str, str]:
     import torch
     from safetensors.torch import save_file
 
-    hidden, inner, vocabulary = (
-        CONFIG[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
-    )
-    keys = CONFIG["num_key_value_heads"] * CONFIG["head_dim"]
-    shapes: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-    }
-    prefix = f"model.layers.{layer}."
-    if layer < 0:
-        prefix = ""
-        shapes = {
-            "model.embed_tokens": (vocabulary, hidden),
-            "lm_head": (vocabulary, hidden),
-            "model.norm": (hidden,),
-        }
+    shapes = LLAMA_3_8B.outer() if layer < 0 else LLAMA_3_8B.layer(layer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(layer + 1)
     tensors = {}
@@ -113,7 +74,7 @@ def _write(folder: Path, layer: int) -> dict[str, str]:
         weight = torch.ones(shape, dtype=torch.bfloat16, device=device)
         if len(shape) == 2:
             weight.normal_(std=0.02, generator=generator)
-        tensors[f"{prefix}{name}.weight"] = weight.cpu()
+        tensors[name] = weight.cpu()
     file = f"model-{layer + 1:02}.safetensors"
     save_file(tensors, folder / file, metadata={"format": "pt"})
     return dict.fromkeys(tensors, file)
