@@ -1,10 +1,11 @@
 """Time and GPU memory of calibrated runs on four decoder layers of Llama-3-8B's shape.
 
-    python benchmarks/calibrated_gpu.py TEXT [--folder DIR]
+    python benchmarks/calibrated_gpu.py TEXT [--folder DIR] [--runs N] [--processes N] [--algo ALGO]
 
 TEXT is a file of calibration text with half a million tokens or more. Every command is a process of
-its own, in which it runs twice: the first time also imports model code, starts the GPU's libraries
-and compiles kernels. A clock starts with loading and stops when the quantized folder is written.
+its own, or as many as torchrun starts, in which it runs several times: the first time also imports
+model code, starts the GPU's libraries and compiles kernels. A clock starts with loading and stops
+when the quantized folder is written.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ CASES = (
     ("gptq", 128, 2048, {}),
     ("gptq", 128, 2048, {"correct": 0.35}),
     ("gptq", 128, 2048, {"correct": 0.35, "true_sequential": True}),
+    ("omniquant", 128, 2048, {"dtype": "bfloat16"}),
+    ("quarot+rtn", 1, 128, {}),
 )
 
 
@@ -61,6 +64,7 @@ def write_slice(folder: Path) -> None:
 
 def one(case: str) -> None:
     """A run in this process; what it took goes to stdout as JSON."""
+    import os
     import time
 
     import torch
@@ -68,9 +72,9 @@ def one(case: str) -> None:
     from qplug import quantize
 
     given = json.loads(case)
-    torch.zeros(1, device="cuda").item()
+    torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}").item()
     seconds, stages = [], {}
-    for _ in range(2):
+    for _ in range(given["runs"]):
         began = time.monotonic()
         result = quantize(
             given["model"],
@@ -81,19 +85,23 @@ def one(case: str) -> None:
             dataset_options={"path": given["text"], "order": "sequential"},
             samples=given["samples"],
             seq_len=given["seq_len"],
-            algorithm_options={given["algo"]: given["options"]},
+            algorithm_options={given["algo"]: given["options"]} if given["options"] else {},
             device="cuda",
             overwrite=True,
         )
         seconds.append(time.monotonic() - began)
         stages = {stage.name: round(stage.seconds, 2) for stage in result.stages}
-    print(json.dumps([*seconds, torch.cuda.max_memory_allocated() / 2**30, stages]))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps([seconds, torch.cuda.max_memory_allocated() / 2**30, stages]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", type=Path)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--runs", type=int, default=2, help="of each command in its process")
+    parser.add_argument("--processes", type=int, default=1, help="a GPU each")
+    parser.add_argument("--algo", help="its commands alone")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.one:
@@ -102,9 +110,13 @@ def main() -> None:
     folder = told.folder or Path(tempfile.mkdtemp(prefix="qplug-slice-"))
     if not (folder / "config.json").exists():
         write_slice(folder)
-    print("| command | first | second | GPU memory | seconds of the second by stage |")
-    print("|---|---|---|---|---|")
+    launch = ["-m", "torch.distributed.run", "--master-addr", "127.0.0.1"]
+    launch += ["--nproc-per-node", str(told.processes)]
+    print("| command | seconds of each run | GPU memory | seconds of the last by stage |")
+    print("|---|---|---|---|")
     for algo, samples, seq_len, options in CASES:
+        if told.algo not in (None, algo):
+            continue
         case = json.dumps(
             {
                 "model": str(folder),
@@ -114,14 +126,16 @@ def main() -> None:
                 "samples": samples,
                 "seq_len": seq_len,
                 "options": options,
+                "runs": told.runs,
             }
         )
-        command = [sys.executable, __file__, str(told.text), "--one", case]
+        words = [__file__, str(told.text), "--one", case]
+        command = [sys.executable, *(launch if told.processes > 1 else []), *words]
         printed = subprocess.run(command, check=True, capture_output=True).stdout
-        first, second, memory, stages = json.loads(printed.splitlines()[-1])
-        words = " ".join(f"-o {algo}.{name}={value}" for name, value in options.items())
+        seconds, memory, stages = json.loads(printed.splitlines()[-1])
+        given = " ".join(f"-o {algo}.{name}={value}" for name, value in options.items())
         print(
-            f"| {algo} {words} {samples} x {seq_len} | {first:.2f} s | {second:.2f} s "
+            f"| {algo} {given} {samples} x {seq_len} | {', '.join(f'{s:.2f}' for s in seconds)} "
             f"| {memory:.2f} GiB | {stages} |",
             flush=True,
         )
