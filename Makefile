@@ -18,7 +18,7 @@ quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it 
 test: $(VENV)/installed-test  ## the tests that need neither a network nor a GPU
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-test-slow: $(VENV)/installed-test  ## those of them that take long
+test-slow: $(VENV)/installed-slow  ## those of them that take long
 	$(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 8 --dist worksteal
 
 coverage: $(VENV)/installed-dev  ## the same, and at least 90 % of core and plugins must have run
@@ -73,6 +73,10 @@ $(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(PIP) --editable '.[test,docs]'
+	touch $@
+
+$(VENV)/installed-slow: $(VENV)/installed-test
+	$(PIP) --editable '.[test,docs,qtorch]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-test

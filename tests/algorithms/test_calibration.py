@@ -415,50 +415,46 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "propagate", "options"),
     [
         ("llama", torch.bfloat16, "quantized", {"algo": "awq+gptq"}),
         ("llama", torch.bfloat16, "quantized", {"algo": "smoothquant+gptq", **FP8, **CACHE}),
         ("opt", torch.bfloat16, "quantized", {"algo": "signround"}),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                (
-                    "opt",
-                    torch.float16,
-                    "quantized",
-                    {
-                        "algo": "osplus",
-                        **STATIC,
-                        **CACHE,
-                        "backend": "fake",
-                        "observer": "histogram",
-                    },
-                ),
-                ("llama", torch.bfloat16, "float", {"algo": "awq+gptq"}),
-                ("llama", torch.bfloat16, "quantized", {"algo": "awq", "backend": "fake"}),
-                ("gemma2", torch.bfloat16, "quantized", {"algo": "awq", "scheme": "W4A16_ASYM"}),
-                ("qwen2", torch.float16, "quantized", {"algo": "smoothquant", **W8A8}),
-                ("opt", torch.bfloat16, "quantized", {"algo": "osplus+gptq", **W8A8}),
-                ("opt", torch.bfloat16, "float", {"algo": "osplus", **W8A8}),
-                ("gpt-neox", torch.float32, "quantized", {"algo": "gptq"}),
-                ("llama", torch.bfloat16, "float", {"algo": "rtn", **FP8, **CACHE}),
-                (
-                    "qwen2",
-                    torch.bfloat16,
-                    "quantized",
-                    {"algo": "awq", **STATIC, "observer": "moving-average"},
-                ),
-                (
-                    "llama",
-                    torch.bfloat16,
-                    "quantized",
-                    {"algo": "omniquant", "scheme": "W4A16_ASYM"},
-                ),
-                ("gpt-neox", torch.bfloat16, "float", {"algo": "omniquant", **W8A8}),
-            ]
+        (
+            "opt",
+            torch.float16,
+            "quantized",
+            {
+                "algo": "osplus",
+                **STATIC,
+                **CACHE,
+                "backend": "fake",
+                "observer": "histogram",
+            },
         ),
+        ("llama", torch.bfloat16, "float", {"algo": "awq+gptq"}),
+        ("llama", torch.bfloat16, "quantized", {"algo": "awq", "backend": "fake"}),
+        ("gemma2", torch.bfloat16, "quantized", {"algo": "awq", "scheme": "W4A16_ASYM"}),
+        ("qwen2", torch.float16, "quantized", {"algo": "smoothquant", **W8A8}),
+        ("opt", torch.bfloat16, "quantized", {"algo": "osplus+gptq", **W8A8}),
+        ("opt", torch.bfloat16, "float", {"algo": "osplus", **W8A8}),
+        ("gpt-neox", torch.float32, "quantized", {"algo": "gptq"}),
+        ("llama", torch.bfloat16, "float", {"algo": "rtn", **FP8, **CACHE}),
+        (
+            "qwen2",
+            torch.bfloat16,
+            "quantized",
+            {"algo": "awq", **STATIC, "observer": "moving-average"},
+        ),
+        (
+            "llama",
+            torch.bfloat16,
+            "quantized",
+            {"algo": "omniquant", "scheme": "W4A16_ASYM"},
+        ),
+        ("gpt-neox", torch.bfloat16, "float", {"algo": "omniquant", **W8A8}),
     ],
 )
 def test_killed_after_any_block(

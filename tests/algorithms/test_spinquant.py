@@ -352,6 +352,7 @@ def test_the_float_model_once_learned(small: Path, tmp_path: Path) -> None:
     assert float((one - other).norm() / one.norm()) > 0.5
 
 
+@pytest.mark.slow
 def test_a_killed_run_does_not_learn_again(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,6 +369,7 @@ def test_a_killed_run_does_not_learn_again(
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_another_run_learns_anew(small: Path, tmp_path: Path) -> None:
     """What an unfinished run with other options has learned is not taken."""
 

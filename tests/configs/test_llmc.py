@@ -780,6 +780,7 @@ def values_of(tree: Any) -> list[tuple[Any, Any]]:
     return [(tree, key) for key in keys] + [v for key in keys for v in values_of(tree[key])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong",
     ["__import__('os').abort()", -3, 10**30, 0.5, True, None, [], [[1]], {}, {"a": {"b": 1}}],

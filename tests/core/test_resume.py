@@ -153,6 +153,7 @@ def interrupted(tmp_path: Path, run: Callable[..., Result]) -> Path:
     return tmp_path / ".out.partial"
 
 
+@pytest.mark.slow
 def test_stopped_after_every_step(
     tmp_path: Path, run: Callable[..., Result], contents: Contents
 ) -> None:
