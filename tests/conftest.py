@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -25,6 +26,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # How long an example takes is the machine's doing.
 settings.register_profile("qplug", deadline=None)
 settings.load_profile("qplug")
+
+
+def pytest_collection_finish() -> None:
+    """What libraries made when they were imported is not looked through for garbage again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -312,7 +312,9 @@ def tokens_given(make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Te
         ("deepseek-v3", "smoothquant", "W8A8", "compressed-tensors"),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_a_block_is_fed_by_what_an_engine_computes(
     name: str,
     algo: str,

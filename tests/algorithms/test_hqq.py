@@ -154,7 +154,10 @@ def test_a_layer_in_another_scheme_is_refused_too(family: Family, tmp_path: Path
         )
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A8"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["W4A16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("W4A16_ASYM", "W8A8"))],
+)
 def test_whole_models_without_data(
     scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -330,6 +330,7 @@ def test_a_group_size_cannot_be_chosen() -> None:
         QuantArgs("int4", "group", 16, scale_dtype="float8_e4m3fn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "algo"), [("NVFP4", "awq+gptq"), ("MXFP4A16", "gptq")])
 def test_algorithms_work_on_these_grids(quantized: Quantized, scheme: str, algo: str) -> None:
     """Their scales and codes are those that are stored: unpacked, errors are as told."""

@@ -60,16 +60,12 @@ def bits(values: Tensor) -> Tensor:
 # --- folders -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("scheme", "group_size", "backend"),
-    [(*case, name) for case in CASES for name in BACKENDS if (case[0], name) not in REFUSED],
-)
+@every_case
 def test_weights_are_those_that_compressed_tensors_restores(
-    quantized: Quantized, scheme: str, group_size: int | None, backend: str
+    quantized: Quantized, scheme: str, group_size: int | None
 ) -> None:
-    folder = open_folder(
-        str(quantized(scheme, group_size=group_size, backend=backend)), Registry.installed()
-    )
+    out = quantized(scheme, group_size=group_size, backend="compressed-tensors")
+    folder = open_folder(str(out), Registry.installed())
     config = QuantizationConfig.model_validate(folder.checkpoint.config["quantization_config"])
     (group,) = config.config_groups.values()
     compressor = BaseCompressor.get_value_from_registry(config.format)

@@ -173,10 +173,12 @@ def run_three(start: Starter) -> Callable[..., str]:
     return run
 
 
+@pytest.mark.slow
 def test_what_one_gives_arrives_at_all(run_three: Callable[..., str]) -> None:
     assert run_three(EXCHANGES, 0, 0, 0) == 3 * "done\n"
 
 
+@pytest.mark.slow
 def test_a_failure_of_one_is_raised_in_all(run_three: Callable[..., str]) -> None:
     assert run_three(FAILURES, 0, 0, 3) == 3 * "done\n"
 

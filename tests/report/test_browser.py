@@ -113,7 +113,9 @@ def comparison(awq: Path, rtn: Path) -> str:
     return comparison_page(compared)
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1100, False), (500, True)])
+@pytest.mark.parametrize(
+    ("width", "dark"), [pytest.param(1100, False, marks=pytest.mark.slow), (500, True)]
+)
 def test_layout(width: int, dark: bool, report: str, comparison: str, tmp_path: Path) -> None:
     for page, charts in ((report, 8), (comparison, 1)):
         said = browse(tmp_path, page, width=width, dark=dark)
@@ -135,7 +137,7 @@ def luminance(colour: str) -> float:
     return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("dark", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_screenshot(dark: bool, report: str, tmp_path: Path) -> None:
     """As it is, policy and all: the page is drawn, with its charts in their colours."""
     (tmp_path / "page.html").write_text(report)
