@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,15 @@ class Checkpoint:
         ]
         templates = self.folder / "additional_chat_templates"
         return files + (sorted(templates.glob("*.jinja")) if templates.is_dir() else [])
+
+
+def by_module(tensors: Iterable[str]) -> dict[str, list[str]]:
+    """The local names of ``tensors`` by the module that they are of."""
+    found: dict[str, list[str]] = {}
+    for tensor in tensors:
+        name, _, local = tensor.rpartition(".")
+        found.setdefault(name, []).append(local)
+    return found
 
 
 def _refuse_link_out(path: Path, folder: Path) -> None:

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, TypeAlias
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO, TypeAlias
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qplug.checkpoint import INDEX
+from qplug.checkpoint import INDEX, by_module
 from qplug.errors import QplugError
 from qplug.journal import Journal, differences
 from qplug.plan import Plan
@@ -165,13 +166,16 @@ class Output:
             self._files[path].write(self._headers[path])
         return self._files[path]
 
-    def stored(self, prefix: str) -> dict[str, Tensor]:
-        """Finished tensors whose names are ``prefix`` and one part more, by that part."""
+    def stored(self, module: str) -> dict[str, Tensor]:
+        """Finished tensors of ``module`` itself, by their local names."""
         return {
-            name.removeprefix(prefix): place.read()
-            for name, place in self._places.items()
-            if name.startswith(prefix) and "." not in name.removeprefix(prefix)
+            local: self._places[f"{module}.{local}"].read()
+            for local in self._by_module.get(module, ())
         }
+
+    @cached_property
+    def _by_module(self) -> dict[str, list[str]]:
+        return by_module(self._places)
 
     def kept(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What ``make`` gives, or gave to an earlier run of this command: the very numbers."""

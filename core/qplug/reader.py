@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qplug.api import Exporter, ModelView
 from qplug.architectures import find_packed_view
-from qplug.checkpoint import Checkpoint, read_json
+from qplug.checkpoint import Checkpoint, by_module, read_json
 from qplug.errors import QplugError
 from qplug.experts import as_on_disk
 from qplug.kv_cache import SCALES, round_cache
@@ -43,6 +43,10 @@ class Folder:
     exporter: Exporter[Any] | None
     schemes: dict[str, Scheme]
     kv_cache: QuantArgs | None = None
+
+    @cached_property
+    def _stored(self) -> dict[str, list[str]]:
+        return by_module(self.checkpoint.tensors)  # which may be a hundred thousand
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor as a float checkpoint would have it, by name; codes as float32."""
@@ -76,11 +80,10 @@ class Folder:
 
     def packed(self, name: str) -> dict[str, Tensor]:
         """What is stored of a quantized linear, its bias aside, by local name."""
-        prefix = f"{name}."
         return {
-            tensor.removeprefix(prefix): self.checkpoint.read(tensor)
-            for tensor in self.checkpoint.tensors
-            if tensor.startswith(prefix) and tensor != f"{name}.bias"
+            local: self.checkpoint.read(f"{name}.{local}")
+            for local in self._stored.get(name, ())
+            if local != "bias"
         }
 
     def input_scale(self, name: str) -> Tensor | None:
@@ -91,9 +94,9 @@ class Folder:
         if self.exporter is None or not self.schemes[name].static_inputs:
             return None
         stored = {
-            tensor.removeprefix(f"{name}."): self.checkpoint.read(tensor)
-            for tensor in self.checkpoint.tensors
-            if tensor.startswith(f"{name}.input_")
+            local: self.checkpoint.read(f"{name}.{local}")
+            for local in self._stored.get(name, ())
+            if local.startswith("input_")
         }
         scale = self.exporter.input_scale(stored)
         if scale is None:

@@ -37,10 +37,10 @@ class SharedOutput:
         """The steps that earlier runs wrote, with their reports. All processes must ask."""
         return self._processes.from_first(lambda: self._mine().finished)
 
-    def stored(self, prefixes: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-        """``Output.stored`` of each prefix, by prefix. All processes must ask."""
+    def stored(self, modules: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """``Output.stored`` of each module, by name. All processes must ask."""
         return self._processes.from_first(
-            lambda: {prefix: self._mine().stored(prefix) for prefix in prefixes}
+            lambda: {module: self._mine().stored(module) for module in modules}
         )
 
     def kept(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:

@@ -20,7 +20,7 @@ from qplug.api import (
     QuantizedWeight,
     WholeModel,
 )
-from qplug.checkpoint import INDEX, Checkpoint
+from qplug.checkpoint import INDEX, Checkpoint, by_module
 from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
 from qplug.numerics import relative_error, relative_output_error
 from qplug.observers import (
@@ -234,30 +234,18 @@ class Stages:
     ) -> dict[str, Tensor]:
         """The tensors of the linears of ``step``, by full name, checked against the plan."""
         packed: dict[str, Tensor] = {}
+        planned = by_module(step.outputs.keys() - {*step.others})
         for name, weight in codes.items():
             with self._clock("pack"), self._blaming(self.exporter, name):
                 tensors = self._packed(weight, step.linears[name], dtype)
                 packed.update({f"{name}.{local}": tensor for local, tensor in tensors.items()})
-                self._check(name, packed, step)
+                for local in planned.get(name, ()):
+                    _check(f"{name}.{local}", packed, step)
         return packed
 
     def _packed(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
         tensors = self.exporter.pack(weight, scheme, dtype)
         return {local: tensor.cpu() for local, tensor in tensors.items()}
-
-    def _check(self, name: str, packed: Mapping[str, Tensor], step: Step) -> None:
-        planned = {n: s for n, s in step.outputs.items() if n.rpartition(".")[0] == name}
-        for full, spec in planned.items():
-            if full in step.others:
-                continue
-            if full not in packed:
-                raise ValueError(f"pack gave no {full}, but layout said so")
-            found = packed[full]
-            if (str(found.dtype).removeprefix("torch."), tuple(found.shape)) != (
-                spec.dtype,
-                spec.shape,
-            ):
-                raise ValueError(f"pack gave {full} as {found.dtype} {list(found.shape)}: {spec}")
 
     def convert(self, folder: Path, model: ModelView, schemes: Mapping[str, Scheme]) -> None:
         """Put the exporter's own file, if it has one, in the place of what ``folder`` holds."""
@@ -285,6 +273,16 @@ class Stages:
             plugin = self._registry.blame(error)
             source = plugin.source if plugin else "no plugin"
             raise StageError(component.name, source, where, error) from error
+
+
+def _check(tensor: str, packed: Mapping[str, Tensor], step: Step) -> None:
+    """Raises ValueError if ``tensor`` is not as ``step`` has it."""
+    spec = step.outputs[tensor]
+    if tensor not in packed:
+        raise ValueError(f"pack gave no {tensor}, but layout said so")
+    found = packed[tensor]
+    if (str(found.dtype).removeprefix("torch."), tuple(found.shape)) != (spec.dtype, spec.shape):
+        raise ValueError(f"pack gave {tensor} as {found.dtype} {list(found.shape)}: {spec}")
 
 
 def _unseen(block: Block) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qplug.announcing import Announcer
 from qplug.api import Block, Linear, ModelView
 from qplug.calibration import Walk
-from qplug.checkpoint import Checkpoint
+from qplug.checkpoint import Checkpoint, by_module
 from qplug.output import Content
 from qplug.plan import Plan, Step
 from qplug.ranges import input_ranges
@@ -142,12 +142,9 @@ class Steps:
         Beside them the scales of static inputs.
         """
         weights = {}
+        stored = by_module(tensors)
         for name, scheme in linears.items():
-            packed = {
-                tensor.rpartition(".")[2]: value
-                for tensor, value in tensors.items()
-                if tensor.rpartition(".")[0] == name and tensor != f"{name}.bias"
-            }
+            packed = {n: tensors[f"{name}.{n}"] for n in stored.get(name, ()) if n != "bias"}
             local = name.removeprefix(f"{block}.")
             weights[f"{local}.weight"] = self.stages.exporter.dequantize(packed, scheme)
             scale = self.stages.exporter.input_scale(packed)
@@ -159,14 +156,14 @@ class Steps:
         """What an earlier run wrote of a block, as an engine will compute with it."""
         kept = (*step.others, *step.cache_scales)
         modules = dict.fromkeys([*step.linears, *(name.rpartition(".")[0] for name in kept)])
-        stored = output.stored([f"{name}." for name in modules])
+        stored = output.stored(modules)
         tensors = {
             f"{name}.{local}": tensor
             for name in step.linears
-            for local, tensor in stored[f"{name}."].items()
+            for local, tensor in stored[name].items()
         }
         served = self._dequantized(step.linears, tensors, step.name)
         for name in kept:
             path, _, local = name.rpartition(".")
-            served[name.removeprefix(f"{step.name}.")] = stored[f"{path}."][local]
+            served[name.removeprefix(f"{step.name}.")] = stored[path][local]
         return served

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,6 +153,27 @@ def test_overrides_reach_the_files(llama: Path, tmp_path: Path) -> None:
     assert verify(str(tmp_path / "out")).ok is False  # there is no tokenizer
     (tmp_path / "out" / "tokenizer.json").write_text("{}")
     assert verify(str(tmp_path / "out")).ok
+
+
+def test_tensors_of_a_linear_are_found_without_a_look_at_all(tmp_path: Path) -> None:
+    """Of a model with forty thousand experts it would take an hour."""
+    looks = 0
+
+    class Counted(dict[str, Any]):
+        def __iter__(self) -> Iterator[str]:
+            nonlocal looks
+            looks += 1
+            return super().__iter__()
+
+    out = tmp_path / "out"
+    quantize("qplug:demo", out, scheme="FP8", backend="vllm", samples=2, seq_len=16)
+    opened = open_folder(str(out), Registry.installed())
+    tensors = Counted(opened.checkpoint.tensors)
+    opened = replace(opened, checkpoint=replace(opened.checkpoint, tensors=tensors))
+    for name in opened.schemes:
+        assert opened.packed(name).keys() == {"weight", "weight_scale", "input_scale"}
+        assert opened.input_scale(name) is not None
+    assert looks <= 1
 
 
 def test_the_manifest(llama: Path, tmp_path: Path) -> None:
