@@ -156,7 +156,7 @@ def test_overrides_reach_the_files(llama: Path, tmp_path: Path) -> None:
 
 
 def test_tensors_of_a_linear_are_found_without_a_look_at_all(tmp_path: Path) -> None:
-    """Of a model with forty thousand experts it would take an hour."""
+    """A model may have a hundred thousand."""
     looks = 0
 
     class Counted(dict[str, Any]):
