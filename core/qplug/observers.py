@@ -15,7 +15,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from qplug.api import Block, Component, InputGroup, NoParams, P
+from qplug.api import Block, Component, InputGroup, NoParams
+from qplug.api.component import P
 from qplug.errors import QplugError
 from qplug.numerics import fake_quantize_activations, global_scale_of, input_scale, scale_of
 from qplug.params import Param, fill

@@ -1,0 +1,57 @@
+"""The contracts that plugins are written against.
+
+Importing this module is cheap: torch is named in annotations only. What stands here, in
+``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``, ``qplug.laid_out``, ``qplug.learning``,
+``qplug.limits``, ``qplug.rotation``, ``qplug.stored_scales``, ``qplug.straight_through``,
+``qplug.turning``, ``qplug.windows`` and ``qplug.hub_text`` is public;
+everything else in ``qplug`` may change without notice.
+"""
+
+from __future__ import annotations
+
+from qplug.api.algorithm import Algorithm
+from qplug.api.block import Aim, Batch, Block, InputGroup, Linear, QuantizedWeight, Reconstruction
+from qplug.api.component import Component, NoParams
+from qplug.api.dataset import Dataset, Split, Tokenizer
+from qplug.api.exporter import Capability, Exporter, Problem, Server
+from qplug.api.float_model import (
+    Facing,
+    FloatModel,
+    Heads,
+    Preparation,
+    Rewrite,
+    Stream,
+    StreamNorm,
+    WholeModel,
+)
+from qplug.api.model import ModelView, TensorSpec
+
+__all__ = [
+    "Aim",
+    "Algorithm",
+    "Batch",
+    "Block",
+    "Capability",
+    "Component",
+    "Dataset",
+    "Exporter",
+    "Facing",
+    "FloatModel",
+    "Heads",
+    "InputGroup",
+    "Linear",
+    "ModelView",
+    "NoParams",
+    "Preparation",
+    "Problem",
+    "QuantizedWeight",
+    "Reconstruction",
+    "Rewrite",
+    "Server",
+    "Split",
+    "Stream",
+    "StreamNorm",
+    "TensorSpec",
+    "Tokenizer",
+    "WholeModel",
+]
