@@ -14,7 +14,7 @@ from qplug.registry import Registry
 from qplug_vllm.cpu import refused_on_cpu
 
 #: What an algorithm is tried with, where one scheme has to do.
-FITTING = {"smoothquant": "W8A8", "osplus": "W8A8", "spinquant": "W8A8"}
+FITTING = {"smoothquant": "W8A8", "osplus": "W8A8", "spinquant": "FP8_DYNAMIC"}
 
 
 @dataclass(frozen=True)
