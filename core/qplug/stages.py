@@ -234,7 +234,8 @@ class Stages:
     ) -> dict[str, Tensor]:
         """The tensors of the linears of ``step``, by full name, checked against the plan."""
         packed: dict[str, Tensor] = {}
-        planned = by_module(step.outputs.keys() - {*step.others})
+        kept = {*step.others}
+        planned = by_module(name for name in step.outputs if name not in kept)
         for name, weight in codes.items():
             with self._clock("pack"), self._blaming(self.exporter, name):
                 tensors = self._packed(weight, step.linears[name], dtype)
