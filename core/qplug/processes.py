@@ -110,6 +110,9 @@ class _Joined(Processes):
         self._in_step, self._failure_told = True, False
 
     def __enter__(self) -> Processes:
+        # Its functions take the group that there is when it is imported as their default: later, it
+        # would keep the group, whose threads would then run on while the interpreter ends.
+        import torch.distributed.nn.functional
         from torch import distributed
         from torch.distributed.distributed_c10d import PrefixStore
 

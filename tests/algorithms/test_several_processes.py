@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -260,6 +261,41 @@ def test_torchrun(family: Family, words: Callable[..., list[str]], tmp_path: Pat
     assert again.stdout == ""
     assert again.stderr.count("Error: ") - again.stderr.count("ChildFailedError: ") == 1
     assert f"Error: {folder}: exists; choose another folder, or pass --overwrite" in again.stderr
+
+
+# Meets nobody, and imports meanwhile what takes the group there is as a default.
+LEAVES_NO_THREADS = """
+from pathlib import Path
+import torch
+from qplug.launch import Launch
+from qplug.processes import _Joined
+
+with _Joined(Launch(), torch.device("cpu")) as processes:
+    import torch._dynamo
+    assert processes.gather(torch.ones(1)) == [torch.ones(1)]
+names = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in names if "gloo" in name], names
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed on Linux only")
+def test_no_thread_of_the_group_outlives_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    meeting = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", LEAVES_NO_THREADS],
+        env={**os.environ, **meeting},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 # --- what each knows ------------------------------------------------------------------------------
