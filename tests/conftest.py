@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 # before torch is imported; processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# How long an example takes is the machine's doing.
-settings.register_profile("qplug", deadline=None)
+# How long an example takes is the machine's doing. A run gives what it gave before; others are
+# looked for with --hypothesis-profile=explore.
+settings.register_profile("qplug", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
 settings.load_profile("qplug")
 
 

@@ -277,7 +277,7 @@ class Unscaled(Block):
         assert (scale > 0).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(sorted(GRIDS)),
     st.integers(1, 20),

@@ -184,7 +184,7 @@ def test_codes_are_those_of_the_textbook(
         )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(sorted(GRIDS)),
     st.integers(1, 40),

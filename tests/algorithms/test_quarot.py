@@ -111,7 +111,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 # --- rotations -----------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.sampled_from([Hadamard, Random]),
     st.sampled_from([2, 4, 12, 24, 64, 96]),

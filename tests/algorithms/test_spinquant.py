@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -114,8 +114,10 @@ def divergence(wanted: Tensor, found: Tensor) -> Tensor:
 # --- descent on the orthogonal matrices ----------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(2, 40), st.floats(0.001, 1.0), st.booleans(), st.integers(0, 2**20))
+@example(3, 0.3, True, 1906)  # where next to nothing is left to turn
+@example(3, 1.0, True, 166)
 def test_steps_stay_orthogonal(size: int, lr: float, keeps: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     q = torch.eye(size)
@@ -126,7 +128,7 @@ def test_steps_stay_orthogonal(size: int, lr: float, keeps: bool, seed: int) -> 
         descent.step()
     torch.testing.assert_close(q @ q.T, torch.eye(size), rtol=0, atol=1e-5)
     if row is not None:
-        torch.testing.assert_close(row @ q, row, rtol=0, atol=1e-4)
+        torch.testing.assert_close(row @ q, row, rtol=0, atol=1e-5)
     exact = orthogonal(q)
     torch.testing.assert_close(exact @ exact.T, torch.eye(size).double(), rtol=0, atol=1e-12)
     torch.testing.assert_close(exact.float(), q, rtol=0, atol=1e-5)

@@ -62,7 +62,7 @@ def peak(name: str, group: InputGroup, args: QuantArgs = INT8, **options: Any) -
 # --- observers ------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(1, 6), st.integers(1, 9), st.integers(1, 12), st.floats(0, 1), st.integers(0, 999)
 )

@@ -30,7 +30,7 @@ def models(draw: st.DrawFn) -> ModelView:
     return ModelView({}, "bfloat16", linears, frozenset(linears), BLOCKS, head)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(models(), st.data())
 def test_patterns_match_what_is_wanted_and_nothing_else(
     model: ModelView, data: st.DataObject
@@ -48,7 +48,7 @@ def test_patterns_match_what_is_wanted_and_nothing_else(
 SCHEMES = (preset("W4A16"), preset("W8A16"), preset("W4A16").with_group_size(32), preset("W8A8"))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(models(), st.data(), st.booleans())
 def test_what_is_written_is_read_back(
     model: ModelView, data: st.DataObject, as_sglang: bool

@@ -82,7 +82,7 @@ def group_ends(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
 
 @every_fp4
 @given(weight=weights)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_scales_and_codes_are_those_of_compressed_tensors(scheme: str, weight: Tensor) -> None:
     args, theirs = preset(scheme).weights, their_scheme(scheme)
     made = round_to_nearest(weight, args)
@@ -111,7 +111,7 @@ def test_scales_and_codes_are_those_of_compressed_tensors(scheme: str, weight: T
 
 
 @given(weight=weights)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_global_scale_is_the_least_power_of_two_that_covers(weight: Tensor) -> None:
     args = preset("NVFP4").weights
     unit = global_scale_of(Linear("", weight, args))
@@ -162,7 +162,7 @@ def test_a_group_that_would_saturate_much_gets_the_next_power_of_two() -> None:
 
 
 @given(st.integers(0, 1000), st.integers(-12, 12))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_inputs_are_rounded_as_compressed_tensors_rounds_them(seed: int, exponent: int) -> None:
     args = preset("NVFP4").activations
     theirs = their_scheme("NVFP4").input_activations

@@ -68,7 +68,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(weights())
 def test_unpack_is_the_inverse_of_pack(drawn: tuple[QuantizedWeight, Scheme, str]) -> None:
     weight, scheme, dtype = drawn
@@ -80,7 +80,7 @@ def test_unpack_is_the_inverse_of_pack(drawn: tuple[QuantizedWeight, Scheme, str
     assert back.args == weight.args
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(weights())
 def test_layout_is_what_pack_gives(drawn: tuple[QuantizedWeight, Scheme, str]) -> None:
     weight, scheme, dtype = drawn
@@ -94,7 +94,7 @@ def test_layout_is_what_pack_gives(drawn: tuple[QuantizedWeight, Scheme, str]) -
     assert all(tensor.is_contiguous() for tensor in packed.values())
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(weights())
 def test_neither_pack_nor_unpack_changes_its_input(
     drawn: tuple[QuantizedWeight, Scheme, str],
@@ -115,7 +115,7 @@ def test_neither_pack_nor_unpack_changes_its_input(
     assert all(same(packed[name], stored[name]) for name in stored)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(weights())
 def test_words_are_those_of_compressed_tensors(drawn: tuple[QuantizedWeight, Scheme, str]) -> None:
     weight, scheme, dtype = drawn
@@ -133,7 +133,7 @@ def test_words_are_those_of_compressed_tensors(drawn: tuple[QuantizedWeight, Sch
         assert same(packed["weight_zero_point"], words)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.sampled_from([4, 8]), st.integers(1, 9), st.integers(1, 70), st.integers(0, 2**32))
 def test_words_are_read_as_compressed_tensors_reads_them(
     bits: int, rows: int, columns: int, seed: int

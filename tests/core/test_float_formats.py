@@ -172,7 +172,7 @@ def test_rounding_of_its_own_is_that_of_torch(dtype: str, monkeypatch: pytest.Mo
         assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))  # signs of zeros too
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.sampled_from([name for name in sorted(FLOATS) if sum(FLOATS[name]) < 9]),
     st.floats(width=32, allow_nan=False, allow_infinity=False),
@@ -226,7 +226,7 @@ def spread(scale: Tensor, args: QuantArgs, shape: torch.Size) -> Tensor:
     return scale[rows][:, columns]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(layers())
 def test_weights_of_any_shape_and_format(layer: tuple[Tensor, QuantArgs]) -> None:
     weight, args = layer
@@ -249,7 +249,7 @@ def test_weights_of_any_shape_and_format(layer: tuple[Tensor, QuantArgs]) -> Non
     assert relative_error(weight, found) == pytest.approx(off, rel=1e-5, abs=1e-7)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(formats, st.integers(1, 5), st.integers(1, 4), st.booleans(), st.integers(0, 2**32))
 def test_activations_of_any_format(
     dtype: str, tokens: int, groups: int, grouped: bool, seed: int

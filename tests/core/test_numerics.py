@@ -198,7 +198,7 @@ def cases(draw: st.DrawFn) -> tuple[tuple[int, int], QuantArgs]:
     return (rows, columns), args
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(cases(), st.sampled_from(FLOATS), st.integers(0, 2**32))
 def test_any_shape_and_format(
     case: tuple[tuple[int, int], QuantArgs], dtype: str, seed: int
@@ -410,7 +410,7 @@ def textbook_activations(x: np.ndarray, args: QuantArgs) -> tuple[np.ndarray, np
     return (grid[index] * scale).reshape(x.shape), spread.reshape(x.shape)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(sorted(ACTIVATIONS)),
     st.lists(st.integers(1, 5), max_size=3),

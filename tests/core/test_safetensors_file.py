@@ -49,7 +49,7 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
 # --- the format ----------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.dictionaries(names.filter(lambda name: name != "__metadata__"), specs, max_size=6),
     st.integers(0, 2**32),

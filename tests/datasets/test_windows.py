@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qplug import Dataset, NoParams, QplugError, Split, Tokenizer
@@ -48,7 +48,6 @@ texts = st.lists(st.text(st.characters(codec="utf-8"), max_size=30), min_size=1,
 seeds = st.integers(0, 2**64)
 
 
-@settings(deadline=None)
 @given(texts, st.integers(1, 40), st.integers(0, 5), seeds)
 def test_random_windows_come_from_the_joined_text(
     tokenizer: Tokenizer, texts: list[str], length: int, count: int, seed: int
@@ -66,7 +65,6 @@ def test_random_windows_come_from_the_joined_text(
         assert text_of(window) in joined
 
 
-@settings(deadline=None)
 @given(seeds, seeds)
 def test_the_seed_decides_random_windows(tokenizer: Tokenizer, one: int, other: int) -> None:
     def draw(seed: int) -> list[str]:
@@ -107,7 +105,6 @@ def test_samples_of_a_dataset_are_random_windows(tokenizer: Tokenizer) -> None:
     assert texts_of(dataset.samples(tokenizer, length=8, count=4, seed=5)) == expected
 
 
-@settings(deadline=None)
 @given(texts, st.integers(1, 40), st.integers(1, 5))
 def test_first_windows_lie_side_by_side(
     tokenizer: Tokenizer, texts: list[str], length: int, count: int
@@ -171,7 +168,6 @@ def test_first_windows_read_the_split_that_is_asked_for(tokenizer: Tokenizer) ->
     assert text_of(read[0]) == "train"
 
 
-@settings(deadline=None)
 @given(
     documents=st.lists(st.text(st.characters(codec="utf-8"), max_size=12), max_size=8),
     length=st.integers(1, 8),
@@ -225,7 +221,6 @@ def test_document_windows_tokenise_no_more_than_they_need(tokenizer: Tokenizer) 
     assert len(calls) == 3
 
 
-@settings(deadline=None)
 @given(seeds, seeds)
 def test_the_seed_decides_document_windows(tokenizer: Tokenizer, one: int, other: int) -> None:
     documents = [LONG[i * 50 : i * 50 + 50] for i in range(100)]

@@ -51,6 +51,8 @@ class CayleySGD(torch.optim.Optimizer):
         heading = state.get("heading", torch.zeros_like(skew)).mul_(momentum).add_(skew / length)
         state["heading"] = heading
         half = heading * (-lr / 2 * len(q) ** 0.5 / heading.norm())
+        if fixed is not None:  # what rounding left of a large part is large beside a small rest
+            half = _leaving(half, fixed @ q)
         one = torch.eye(len(q), device=q.device, dtype=q.dtype)
         q.copy_(_nearer(q @ torch.linalg.solve(one - half, one + half)))
 
@@ -72,4 +74,4 @@ def _leaving(skew: Tensor, row: Tensor) -> Tensor:
     """``skew`` without what turns ``row``: ``P A P``, ``P`` projecting beside it."""
     u = row / row.norm()
     along = torch.outer(skew @ u, u)
-    return skew - along + along.T
+    return skew - (along - along.T)  # skew to the last bit
