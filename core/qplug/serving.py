@@ -27,6 +27,7 @@ class Serving:
     """A server that can be started: what to run, and where it will answer.
 
     ``rules``: the backend whose rules the folder is checked by, None for the one that wrote it.
+    ``warnings``: what the engine gets wrong in silence on this machine.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class Serving:
     arguments: tuple[str, ...]
     host: str
     port: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -104,11 +106,14 @@ def find_serving(
     if trust_remote_code:
         needed = (*needed, "--trust-remote-code")
     rules: str | None = name
+    warnings: tuple[str, ...] = ()
     try:
-        open_folder(folder, registry, backend=name, trust_remote_code=trust_remote_code)
+        opened = open_folder(folder, registry, backend=name, trust_remote_code=trust_remote_code)
+        warnings = tuple(exporter.serve_warnings(opened.schemes))
     except QplugError:
         rules = None  # a format of its own, such as GPTQ's, which engines read beside theirs
-    return Serving(path, name, rules, kind.server, found, (*needed, *arguments), host, port)
+    words = (*needed, *arguments)
+    return Serving(path, name, rules, kind.server, found, words, host, port, warnings)
 
 
 def _variable(server: Server) -> str:

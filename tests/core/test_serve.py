@@ -19,6 +19,7 @@ import qplug
 from qplug import NoParams
 from qplug.engine_check import check_engine
 from qplug_sglang.engine import SGLang
+from qplug_vllm import engine as vllm_engine
 from qplug_vllm.engine import VLLM
 
 if TYPE_CHECKING:
@@ -165,7 +166,15 @@ def test_the_card_has_the_options(folder: Callable[..., Path]) -> None:
 # --- qplug serve ----------------------------------------------------------------------------------
 
 
-def test_dry_run(cli: Cli, folder: Callable[..., Path]) -> None:
+@pytest.fixture
+def this_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Says what this CPU has; there is no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return lambda *flags: monkeypatch.setattr(vllm_engine, "cpu_flags", lambda: frozenset(flags))
+
+
+def test_dry_run(cli: Cli, folder: Callable[..., Path], this_cpu: Callable[..., None]) -> None:
+    this_cpu("avx512f", "avx512_vnni")
     path = folder(scheme="W8A8", backend="vllm", kv_cache="fp8", samples=2, seq_len=32)
     result = cli("serve", path, "--dry-run", "--port", 8123, "--", "--max-model-len", 64)
     assert (result.exit_code, result.stderr) == (0, "")
@@ -178,6 +187,34 @@ def test_dry_run(cli: Cli, folder: Callable[..., Path]) -> None:
     words = shlex.split(curl.removeprefix("when it is ready: "))
     assert words[:2] == ["curl", "http://127.0.0.1:8123/v1/completions"]
     assert json.loads(words[-1])["model"] == "demo-small"
+
+
+def test_what_a_cpu_computes_worse_is_told(
+    cli: Cli, folder: Callable[..., Path], this_cpu: Callable[..., None]
+) -> None:
+    path = folder(scheme="W8A8", backend="vllm", kv_cache="fp8", samples=2, seq_len=32)
+    this_cpu("avx2")
+    result = cli("serve", path, "--dry-run", "--no-verify")
+    assert result.exit_code == 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Warning: on this CPU answers will be worse than on a GPU: W8A8: ")
+    assert "without avx512_vnni" in line
+    assert cli("serve", path, "--dry-run", "--no-verify", "--backend", "sglang").stderr == ""
+    assert cli("serve", folder(scheme="W4A16"), "--dry-run", "--backend", "vllm").stderr == ""
+
+
+def test_nothing_is_told_of_a_cpu_beside_a_gpu_or_unknown(
+    cli: Cli,
+    folder: Callable[..., Path],
+    this_cpu: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = folder(scheme="W8A8", backend="vllm", kv_cache="fp8", samples=2, seq_len=32)
+    this_cpu()
+    assert cli("serve", path, "--dry-run", "--no-verify").stderr == ""
+    this_cpu("avx2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cli("serve", path, "--dry-run", "--no-verify").stderr == ""
 
 
 def test_dry_run_for_another_engine(cli: Cli, folder: Callable[..., Path]) -> None:

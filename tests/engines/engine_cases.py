@@ -139,6 +139,7 @@ def cases_for_gpus() -> list[Case]:
         *(Case("W8A16", group_size=-1, backend=backend) for backend in ("vllm", "sglang")),
         *(Case("FP8_DYNAMIC", model="qwen3-moe", backend=name) for name in ("vllm", "sglang")),
         Case("W8A8", model="qwen3-moe"),
+        *(Case("W8A8", "quarot+gptq", backend) for backend in ("vllm", "sglang")),
         *(Case("W4A16", override=("*.down_proj", "W8A16"), backend=b) for b in ("vllm", "sglang")),
         Case("W4A16", override=("*.mlp.*", "W8A8")),
         Case("W4A16", model="qwen2", override=("lm_head", "W8A16")),

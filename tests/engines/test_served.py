@@ -27,7 +27,7 @@ from qplug import PRESETS, QplugError
 from qplug.evaluation import evaluation_tokens
 from qplug.registry import Registry
 from qplug.source import DEMO
-from qplug_vllm.cpu import cpu_flags, exact_on_cpu
+from qplug_vllm.cpu import cpu_flags, inexact_on_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -156,7 +156,7 @@ def selected(session: pytest.Session, *names: str) -> list[Any]:
 def in_float32(case: Case, engine: RealEngine) -> bool:
     """Whether ``case`` is served in float32 too, to see how activations are rounded."""
     plain = case.algo == "rtn" and case.backend == "vllm" and case.model == "demo"
-    exact = engine.on_cpu and exact_on_cpu(case.scheme, cpu_flags())
+    exact = engine.on_cpu and not inexact_on_cpu(case.scheme, cpu_flags())
     return exact and plain and case.rounds_activations
 
 
@@ -189,7 +189,7 @@ def test_what_is_served(
     """
     expected, answer = served.expected(case), served.answer(case)
     logprobs, plain = torch.tensor(answer["logprobs"]), torch.tensor(expected.logprobs)
-    exact = not engine.on_cpu or exact_on_cpu(case.scheme, cpu_flags())
+    exact = not engine.on_cpu or not inexact_on_cpu(case.scheme, cpu_flags())
     unrounded = not engine.on_cpu and inputs_stay(case)
     evaluated = perplexity(plain) if unrounded else expected.perplexity
     notes = {

@@ -206,6 +206,13 @@ class Exporter(Component[P]):
         """The options that the engine needs to serve a folder with this ``config.json``."""
         return ()
 
+    def serve_warnings(self, schemes: Mapping[str, Scheme]) -> Sequence[str]:
+        """What the engine gets wrong in silence on this machine, a sentence each.
+
+        ``schemes``: of the linears of a folder. ``qplug serve`` tells the user.
+        """
+        return ()
+
     def check(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
         """The rules of the engine's loader that ``folder`` breaks."""
         return iter(())

@@ -73,6 +73,8 @@ def command(
             raise click.ClickException(
                 f"{folder}: not served: {len(result.problems)} problems for {serving.backend}"
             )
+    for warning in serving.warnings:
+        click.echo(f"Warning: {warning}", err=True)
     click.echo(shlex.join(serving.command))
     click.echo(f"when it is ready: {serving.curl}")
     if not dry_run:

@@ -71,7 +71,9 @@ def refused_on_cpu(scheme: str, flags: frozenset[str], *, emulating: bool = Fals
     return None
 
 
-def exact_on_cpu(scheme: str, flags: frozenset[str]) -> bool:
-    """Whether vLLM's products of ``scheme`` are exact on a CPU with ``flags``."""
-    needs = [need.exact for need in CPU_NEEDS if need.scheme == scheme]
-    return all(need <= flags for need in needs)
+def inexact_on_cpu(scheme: str, flags: frozenset[str]) -> str | None:
+    """Why vLLM's products of ``scheme`` are not exact on a CPU with ``flags``; None if they are."""
+    for need in CPU_NEEDS:
+        if need.scheme == scheme and (lacking := sorted(need.exact - flags)):
+            return f"{scheme}: not exact without {', '.join(lacking)} ({need.evidence})"
+    return None

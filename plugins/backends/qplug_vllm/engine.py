@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from qplug import Capability, ModelView, Scheme, Server
 from qplug.limits import Target
 from qplug_compressed_tensors.configuration import INT_QUANTIZED, PACK_QUANTIZED, format_of
 from qplug_compressed_tensors.exporter import CompressedTensors, half_precision
 from qplug_compressed_tensors.rules import head_and_embedding_are_float
 from qplug_vllm.capabilities import CAPABILITIES
+from qplug_vllm.cpu import cpu_flags, inexact_on_cpu
 from qplug_vllm.experts import experts_are_wider_than_groups, narrow_expert
 from qplug_vllm.head import head_is_a_target
 
@@ -53,3 +56,11 @@ class VLLM(CompressedTensors):
         quantization = config.get("quantization_config") or {}
         cache = ("--kv-cache-dtype", "fp8") if quantization.get("kv_cache_scheme") else ()
         return (*half_precision(config), *cache)
+
+    def serve_warnings(self, schemes: Mapping[str, Scheme]) -> Sequence[str]:
+        """Of what this CPU, if there is no GPU beside it, cannot compute exactly."""
+        if torch.cuda.is_available() or not (flags := cpu_flags()):
+            return ()
+        names = sorted({scheme.name for scheme in schemes.values()})
+        reasons = [reason for name in names if (reason := inexact_on_cpu(name, flags))]
+        return [f"on this CPU answers will be worse than on a GPU: {reason}" for reason in reasons]
