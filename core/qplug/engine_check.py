@@ -32,6 +32,8 @@ from qplug.streamed_model import stream_folder
 #: The mean |difference| of log-probabilities that is allowed. Engines compute in bfloat16, which
 #: alone makes 0.01 to 0.02; where activations are rounded, each may fall to the other side.
 WEIGHTS_ONLY, WITH_ACTIVATIONS = 0.03, 0.1
+#: How much further than the reader's rounding of activations an engine's may move them.
+OWN_ROUNDING = 1.1
 
 #: Seconds until a server that was started must answer, and until one that was asked has ended.
 _READY, _GRACE = 900, 20
@@ -43,13 +45,15 @@ class EngineCheck:
 
     ``difference``: the mean of ``|log p - log q|`` over all tokens, ``p`` being the engine's
     probability and ``q`` that of qplug's reader, which rounds no activations: where the engine's
-    fall to is chance. The perplexities are of the same tokens.
+    fall to is chance. ``rounding``: how far the reader moves once it does round them; an engine
+    cannot be nearer to who does not. The perplexities are of the same tokens.
     """
 
     folder: str
     engine: str
     tokens: int
     difference: float
+    rounding: float
     limit: float
     perplexity: float
     perplexity_read: float
@@ -105,19 +109,27 @@ def check_engine(
         served = torch.tensor(
             [prompt_logprobs(url, serving.name, window) for window in tokens.tolist()]
         )
-    with torch.inference_mode():
+
+    @torch.inference_mode()
+    def logprobs(*, rounding: bool) -> Tensor:
         model = stream_folder(
-            opened, where, quantize_activations=False, trust_remote_code=trust_remote_code
+            opened, where, quantize_activations=rounding, trust_remote_code=trust_remote_code
         )
-        logits = model(input_ids=tokens.to(where), use_cache=False).logits.float().cpu()
-    read = logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
-    inputs = any(scheme.activations for scheme in opened.schemes.values())
+        logits: Tensor = model(input_ids=tokens.to(where), use_cache=False).logits.float().cpu()
+        return logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
+
+    read = logprobs(rounding=False)
+    limit, rounding = WEIGHTS_ONLY, 0.0
+    if opened.kv_cache or any(scheme.activations for scheme in opened.schemes.values()):
+        rounding = (logprobs(rounding=True) - read).abs().mean().item()
+        limit = max(WITH_ACTIVATIONS, OWN_ROUNDING * rounding)
     return EngineCheck(
         folder=folder,
         engine=serving.backend,
         tokens=tokens.numel(),
         difference=(served - read).abs().mean().item(),
-        limit=WITH_ACTIVATIONS if inputs or opened.kv_cache else WEIGHTS_ONLY,
+        rounding=rounding,
+        limit=limit,
         perplexity=_perplexity(served),
         perplexity_read=_perplexity(read),
     )

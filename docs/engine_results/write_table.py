@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "engines.md"
 BEGIN, END = "<!-- begin: engine results -->", "<!-- end: engine results -->"
 
-_COLUMNS = ("case", "difference", "perplexity", "qplug eval", "emulated", "note")
+_COLUMNS = ("case", "difference", "rounding", "perplexity", "qplug eval", "emulated", "note")
 
 
 def table(told: dict[str, Any]) -> str:

@@ -174,7 +174,7 @@ def this_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_dry_run(cli: Cli, folder: Callable[..., Path], this_cpu: Callable[..., None]) -> None:
-    this_cpu("avx512f", "avx512_vnni")
+    this_cpu()  # nothing is known of it
     path = folder(scheme="W8A8", backend="vllm", kv_cache="fp8", samples=2, seq_len=32)
     result = cli("serve", path, "--dry-run", "--port", 8123, "--", "--max-model-len", 64)
     assert (result.exit_code, result.stderr) == (0, "")
@@ -196,9 +196,12 @@ def test_what_a_cpu_computes_worse_is_told(
     this_cpu("avx2")
     result = cli("serve", path, "--dry-run", "--no-verify")
     assert result.exit_code == 0
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("Warning: on this CPU answers will be worse than on a GPU: W8A8: ")
-    assert "without avx512_vnni" in line
+    products, cache = result.stderr.splitlines()
+    worse = "Warning: on this CPU answers will be worse than on a GPU: "
+    assert products.startswith(f"{worse}W8A8: int8 products saturate on this CPU (vLLM 0.32 on ")
+    assert cache.startswith(f"{worse}fp8 cache: keys and values are cut to fp8, not rounded (vLLM")
+    this_cpu("avx512f", "avx512_vnni")
+    assert cli("serve", path, "--dry-run", "--no-verify").stderr == f"{cache}\n"
     assert cli("serve", path, "--dry-run", "--no-verify", "--backend", "sglang").stderr == ""
     assert cli("serve", folder(scheme="W4A16"), "--dry-run", "--backend", "vllm").stderr == ""
 
@@ -293,6 +296,20 @@ def test_an_engine_that_computes_alike(
     assert found.perplexity == pytest.approx(found.perplexity_read, rel=1e-4)
     with pytest.raises(ProcessLookupError):
         os.kill(saw()["pid"], 0)  # it is gone
+
+
+def test_an_engine_may_be_as_far_off_as_rounding_moves_the_reader(
+    folder: Callable[..., Path], saw: Any, few: dict[str, Any], off: list[float]
+) -> None:
+    path = folder(scheme="W8A8_STATIC", backend="vllm", samples=1, seq_len=32)
+    rounding = check_engine(str(path), **few).rounding
+    assert rounding > 0.1  # so coarse is one scale for all inputs
+    off.append(-rounding)
+    assert check_engine(str(path), **few).ok
+    off.append(-0.2 * rounding)
+    found = check_engine(str(path), **few)
+    assert not found.ok
+    assert found.limit == pytest.approx(1.1 * rounding)
 
 
 def test_an_engine_that_computes_something_else(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from qplug import PRESETS
 from qplug.registry import Registry
-from qplug_vllm.cpu import refused_on_cpu
+from qplug_vllm.cpu import FP8_CACHE, Flaw, flaw_on_cpu, refused_on_cpu
 
 #: What an algorithm is tried with, where one scheme has to do.
 FITTING = {"smoothquant": "W8A8", "osplus": "W8A8", "spinquant": "FP8_DYNAMIC"}
@@ -113,6 +113,7 @@ def variants() -> list[Case]:
         Case("W4A16", group_size=32),
         Case("W4A16", group_size=-1),
         Case("W8A8", kv_cache="fp8"),
+        Case("W8A8", "quarot+gptq"),
         Case("W4A16", model="qwen2"),
         Case("W4A16", group_size=64, model="qwen3-moe"),
         Case("W4A16", model="qwen3-moe", ignore=("*.experts.*",)),
@@ -139,7 +140,6 @@ def cases_for_gpus() -> list[Case]:
         *(Case("W8A16", group_size=-1, backend=backend) for backend in ("vllm", "sglang")),
         *(Case("FP8_DYNAMIC", model="qwen3-moe", backend=name) for name in ("vllm", "sglang")),
         Case("W8A8", model="qwen3-moe"),
-        *(Case("W8A8", "quarot+gptq", backend) for backend in ("vllm", "sglang")),
         *(Case("W4A16", override=("*.down_proj", "W8A16"), backend=b) for b in ("vllm", "sglang")),
         Case("W4A16", override=("*.mlp.*", "W8A8")),
         Case("W4A16", model="qwen2", override=("lm_head", "W8A16")),
@@ -155,6 +155,14 @@ def left_out_on_cpu(case: Case, flags: frozenset[str], *, emulating: bool) -> st
     """
     if case.model == "qwen3-moe" and not case.ignore:
         return "vLLM 0.32 has no backend for quantized experts on a CPU"
-    if case.kv_cache and (reason := refused_on_cpu(f"{case.kv_cache} cache", flags)):
+    if case.kv_cache and (reason := refused_on_cpu(FP8_CACHE, flags)):
         return reason
+    if {"quarot", "spinquant"} & set(case.algo.split("+")) and (flaws := flaws_on_cpu(case, flags)):
+        return f"rotated models lose most where {flaws[0].what}"
     return refused_on_cpu(case.scheme, flags, emulating=emulating)
+
+
+def flaws_on_cpu(case: Case, flags: frozenset[str]) -> list[Flaw]:
+    """What vLLM gets wrong of ``case`` on a CPU with ``flags``."""
+    parts = (case.scheme, *((FP8_CACHE,) if case.kv_cache else ()))
+    return [flaw for part in parts if (flaw := flaw_on_cpu(part, flags))]

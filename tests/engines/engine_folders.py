@@ -26,12 +26,14 @@ TOKENS, WINDOWS = 128, 8
 class Written:
     """A folder, and what is expected of it.
 
-    ``logprobs``: ``[prompts, tokens - 1]``, of the reader that rounds no activations.
-    ``perplexity``: as ``qplug eval`` has it, with activations rounded.
+    ``logprobs``: ``[prompts, tokens - 1]``, of the reader that rounds no activations; ``rounding``:
+    how far they are, on average, from those of the reader that does. ``perplexity``: as
+    ``qplug eval`` has it, with activations rounded.
     """
 
     folder: Path
     logprobs: list[list[float]]
+    rounding: float
     perplexity: float
 
 
@@ -67,13 +69,17 @@ def write(case: Case, model: Path, prompts: list[list[int]], out: Path) -> Writt
         device="cpu",
     ).out
     tokens = torch.tensor(prompts)
+    plain = read(folder, tokens, quantize_activations=False)
+    rounding = 0.0
+    if case.rounds_activations:
+        rounding = (read(folder, tokens) - plain).abs().mean().item()
     if case.model == "demo":
         perplexity = qplug.evaluate(
             str(folder), seq_len=TOKENS, windows=WINDOWS, device="cpu"
         ).perplexity
     else:  # the tokens are of the demo's tokenizer: what ``qplug eval`` computes of them
         perplexity = math.exp(mean_loss(qplug.load(str(folder)), tokens, lambda *_: None))
-    return Written(folder, read(folder, tokens, quantize_activations=False).tolist(), perplexity)
+    return Written(folder, plain.tolist(), rounding, perplexity)
 
 
 @torch.inference_mode()

@@ -206,10 +206,13 @@ class Exporter(Component[P]):
         """The options that the engine needs to serve a folder with this ``config.json``."""
         return ()
 
-    def serve_warnings(self, schemes: Mapping[str, Scheme]) -> Sequence[str]:
+    def serve_warnings(
+        self, schemes: Mapping[str, Scheme], cache: QuantArgs | None
+    ) -> Sequence[str]:
         """What the engine gets wrong in silence on this machine, a sentence each.
 
-        ``schemes``: of the linears of a folder. ``qplug serve`` tells the user.
+        ``schemes``: of the linears of a folder; ``cache``: how it has keys and values stored, None
+        if they stay float. ``qplug serve`` tells the user.
         """
         return ()
 

@@ -182,6 +182,6 @@ def _tell_engine(found: EngineCheck) -> None:
     verdict = "serves alike" if found.ok else "does not serve alike"
     click.echo(
         f"{found.engine} {verdict}: on {found.tokens} tokens, log-probabilities differ by "
-        f"{found.difference:.4f} (up to {found.limit:g}); perplexity {found.perplexity:.4f}, "
+        f"{found.difference:.4f} (up to {found.limit:.3g}); perplexity {found.perplexity:.4f}, "
         f"qplug's reader {found.perplexity_read:.4f}"
     )

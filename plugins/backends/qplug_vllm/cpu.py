@@ -12,6 +12,16 @@ from pathlib import Path
 from qplug_vllm.capabilities import CAPABILITIES
 
 _AVX2 = "vLLM 0.32 on an AVX2 CPU, 2026-11-25"
+_ZEN5 = "vLLM 0.32 on a CPU with AVX-512, 2026-11-26"
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """What vLLM gets wrong, in silence, on CPUs that lack one of ``unless`` (none: on all)."""
+
+    what: str
+    evidence: str
+    unless: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -19,17 +29,19 @@ class CPUNeed:
     """The features, by the names in ``/proc/cpuinfo``, that ``scheme`` (or a KV cache) needs.
 
     ``op``: the operator that vLLM's library lacks without them, though all else is there.
-    ``exact``: the features without which its products are not those of the codes to the last bit.
     """
 
     scheme: str
     flags: frozenset[str]
     evidence: str
     op: str | None = None
-    exact: frozenset[str] = frozenset()
+    flaw: Flaw | None = None
 
 
 _AVX512 = frozenset({"avx512f"})
+
+#: How the cache of keys and values is called here, beside schemes.
+FP8_CACHE = "fp8 cache"
 
 CPU_NEEDS = (
     CPUNeed("W4A16", _AVX512, f"{_AVX2}: no such op", "cpu_gemm_wna16"),
@@ -37,12 +49,24 @@ CPU_NEEDS = (
     CPUNeed(
         "W8A8",
         frozenset(),
-        f"{_AVX2}: run; pairs of products saturate in 16 bits: 256 times 127 * 127 gives 32640",
-        exact=frozenset({"avx512_vnni"}),
+        f"{_AVX2}: run",
+        flaw=Flaw(
+            "int8 products saturate on this CPU",
+            f"{_AVX2}: pairs are summed in 16 bits, 256 times 127 * 127 gives 32640",
+            unless=frozenset({"avx512_vnni"}),
+        ),
     ),
     CPUNeed("W8A8_STATIC", _AVX512, f"{_AVX2}: oneDNN's reference kernel, minutes for a page"),
     CPUNeed("FP8_DYNAMIC", frozenset(), f"{_AVX2}: run"),
-    CPUNeed("fp8 cache", _AVX512, f"{_AVX2}: refused, needs AVX-512 or AMX"),
+    CPUNeed(
+        FP8_CACHE,
+        _AVX512,
+        f"{_AVX2}: refused, needs AVX-512 or AMX",
+        flaw=Flaw(
+            "keys and values are cut to fp8, not rounded",
+            f"{_ZEN5}: every byte stored is that of the next value towards zero",
+        ),
+    ),
 )
 
 
@@ -71,9 +95,7 @@ def refused_on_cpu(scheme: str, flags: frozenset[str], *, emulating: bool = Fals
     return None
 
 
-def inexact_on_cpu(scheme: str, flags: frozenset[str]) -> str | None:
-    """Why vLLM's products of ``scheme`` are not exact on a CPU with ``flags``; None if they are."""
-    for need in CPU_NEEDS:
-        if need.scheme == scheme and (lacking := sorted(need.exact - flags)):
-            return f"{scheme}: not exact without {', '.join(lacking)} ({need.evidence})"
-    return None
+def flaw_on_cpu(scheme: str, flags: frozenset[str]) -> Flaw | None:
+    """What vLLM gets wrong of ``scheme``, or of a KV cache, on a CPU with ``flags``."""
+    flaws = [need.flaw for need in CPU_NEEDS if need.scheme == scheme and need.flaw]
+    return next((flaw for flaw in flaws if not flaw.unless or flaw.unless - flags), None)

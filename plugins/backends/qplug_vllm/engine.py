@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from qplug import Capability, ModelView, Scheme, Server
+from qplug import Capability, ModelView, QuantArgs, Scheme, Server
 from qplug.limits import Target
 from qplug_compressed_tensors.configuration import INT_QUANTIZED, PACK_QUANTIZED, format_of
 from qplug_compressed_tensors.exporter import CompressedTensors, half_precision
 from qplug_compressed_tensors.rules import head_and_embedding_are_float
 from qplug_vllm.capabilities import CAPABILITIES
-from qplug_vllm.cpu import cpu_flags, inexact_on_cpu
+from qplug_vllm.cpu import FP8_CACHE, cpu_flags, flaw_on_cpu
 from qplug_vllm.experts import experts_are_wider_than_groups, narrow_expert
 from qplug_vllm.head import head_is_a_target
 
@@ -57,10 +57,14 @@ class VLLM(CompressedTensors):
         cache = ("--kv-cache-dtype", "fp8") if quantization.get("kv_cache_scheme") else ()
         return (*half_precision(config), *cache)
 
-    def serve_warnings(self, schemes: Mapping[str, Scheme]) -> Sequence[str]:
-        """Of what this CPU, if there is no GPU beside it, cannot compute exactly."""
+    def serve_warnings(
+        self, schemes: Mapping[str, Scheme], cache: QuantArgs | None
+    ) -> Sequence[str]:
+        """Of what vLLM computes worse on this CPU, if there is no GPU beside it."""
         if torch.cuda.is_available() or not (flags := cpu_flags()):
             return ()
         names = sorted({scheme.name for scheme in schemes.values()})
-        reasons = [reason for name in names if (reason := inexact_on_cpu(name, flags))]
-        return [f"on this CPU answers will be worse than on a GPU: {reason}" for reason in reasons]
+        names += [FP8_CACHE] if cache else []
+        flaws = {name: flaw for name in names if (flaw := flaw_on_cpu(name, flags))}
+        worse = "on this CPU answers will be worse than on a GPU"
+        return [f"{worse}: {name}: {flaw.what} ({flaw.evidence})" for name, flaw in flaws.items()]
