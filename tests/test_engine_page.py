@@ -19,7 +19,8 @@ _spec.loader.exec_module(write_table)
 def test_the_page_is_up_to_date() -> None:
     text = (DOCS / "engines.md").read_text("utf-8")
     assert write_table.page(text) == text
-    assert "### cpu, 2" in text
+    assert "### CPU (x86_64, avx2), 2" in text
+    assert "### CPU (x86_64, avx2, avx512_bf16, avx512_vnni, avx512f), 2" in text
     assert "### NVIDIA H100 80GB HBM3, 2" in text
 
 
@@ -39,6 +40,7 @@ def test_a_table() -> None:
     told = {
         "date": "2026-01-02",
         "qplug": "9",
+        "machine": "x86_64",
         "device": "cpu",
         "versions": {"vllm": "vllm 1"},
         "rows": [{"case": "a", "difference": 0.5}],
@@ -46,7 +48,7 @@ def test_a_table() -> None:
         "left out": {"b": "cannot"},
     }
     lines = write_table.table(told).splitlines()
-    assert lines[0] == "### cpu, 2026-01-02"
+    assert lines[0] == "### CPU (x86_64), 2026-01-02"
     assert lines[2] == "qplug 9, vllm 1."
     assert "| a | 0.5 |  |  |  |  |  |" in lines
     assert "Failed: `c`: crashed" in lines

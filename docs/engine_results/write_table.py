@@ -21,7 +21,8 @@ _COLUMNS = ("case", "difference", "rounding", "perplexity", "qplug eval", "emula
 def table(told: dict[str, Any]) -> str:
     """One run's results in Markdown: what computed, the rows, and what was left out and why."""
     versions = ", ".join(told["versions"].values())
-    lines = [f"### {told['device']}, {told['date']}", "", f"qplug {told['qplug']}, {versions}.", ""]
+    device = f"CPU ({told['machine']})" if told["device"] == "cpu" else told["device"]
+    lines = [f"### {device}, {told['date']}", "", f"qplug {told['qplug']}, {versions}.", ""]
     lines += [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
     for row in told["rows"]:
         cells = (str(row.get(column, "")) for column in _COLUMNS)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from engine_cases import cases_for_gpus, every_case, some_cases
 
+from qplug_vllm.cpu import cpu_flags
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -37,7 +39,7 @@ class Results:
         told = {
             "date": date.today().isoformat(),
             "qplug": version("qplug"),
-            "machine": platform.machine(),
+            "machine": ", ".join([platform.machine(), *sorted(TOLD & cpu_flags())]),
             **self.header,
             "rows": sorted(self.rows, key=lambda row: row["case"]),
             "failed": dict(sorted(self.failed.items())),
@@ -46,6 +48,9 @@ class Results:
         text = json.dumps(told, indent=1, ensure_ascii=False)
         Path(os.environ["QPLUG_ENGINE_RESULTS"]).write_text(text + "\n", "utf-8")
 
+
+#: Features of a CPU that decide which of vLLM's libraries and kernels are used.
+TOLD = {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"}
 
 _RESULTS = pytest.StashKey[Results]()
 
