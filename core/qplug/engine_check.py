@@ -46,7 +46,8 @@ class EngineCheck:
     ``difference``: the mean of ``|log p - log q|`` over all tokens, ``p`` being the engine's
     probability and ``q`` that of qplug's reader, which rounds no activations: where the engine's
     fall to is chance. ``rounding``: how far the reader moves once it does round them; an engine
-    cannot be nearer to who does not. The perplexities are of the same tokens.
+    cannot be nearer to who does not. The perplexities are of the same tokens. ``warnings``: what
+    the engine is known to compute worse on this machine.
     """
 
     folder: str
@@ -57,6 +58,7 @@ class EngineCheck:
     limit: float
     perplexity: float
     perplexity_read: float
+    warnings: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
@@ -132,6 +134,7 @@ def check_engine(
         limit=limit,
         perplexity=_perplexity(served),
         perplexity_read=_perplexity(read),
+        warnings=serving.warnings,
     )
 
 

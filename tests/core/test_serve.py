@@ -302,7 +302,9 @@ def test_an_engine_may_be_as_far_off_as_rounding_moves_the_reader(
     folder: Callable[..., Path], saw: Any, few: dict[str, Any], off: list[float]
 ) -> None:
     path = folder(scheme="W8A8_STATIC", backend="vllm", samples=1, seq_len=32)
-    rounding = check_engine(str(path), **few).rounding
+    first = check_engine(str(path), **few)
+    rounding = first.rounding
+    assert first.warnings == ()
     assert rounding > 0.1  # so coarse is one scale for all inputs
     off.append(-rounding)
     assert check_engine(str(path), **few).ok
@@ -327,6 +329,23 @@ def test_an_engine_that_computes_something_else(
     told = result.stdout.splitlines()[-1]
     assert told.startswith("sglang does not serve alike: on 64 tokens, log-probabilities differ by")
     assert saw()["arguments"][-2:] == ["--mem-fraction-static", "1"]
+
+
+def test_an_engine_that_is_known_to_compute_worse_here(
+    cli: Cli,
+    folder: Callable[..., Path],
+    saw: Any,
+    few: dict[str, Any],
+    off: list[float],
+    this_cpu: Callable[..., None],
+) -> None:
+    this_cpu("avx512f", "avx512_vnni")
+    path = folder(scheme="W8A8", backend="vllm", kv_cache="fp8", samples=2, seq_len=32)
+    data = ["--dataset", "text", "--dataset-opt", f"path={few['dataset_options']['path']}"]
+    result = cli("verify", path, "--windows", 2, "--seq-len", 32, *data, "--engine")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1].startswith("vllm serves alike: on 64 tokens")
+    assert "fp8 cache: keys and values are cut to fp8, not rounded" in result.stderr
 
 
 def test_an_engine_that_ends_while_it_starts_is_one_line(

@@ -179,6 +179,8 @@ def _tell_comparison(found: Comparison) -> None:
 
 
 def _tell_engine(found: EngineCheck) -> None:
+    for warning in found.warnings:
+        click.echo(f"Warning: {warning}", err=True)
     verdict = "serves alike" if found.ok else "does not serve alike"
     click.echo(
         f"{found.engine} {verdict}: on {found.tokens} tokens, log-probabilities differ by "
