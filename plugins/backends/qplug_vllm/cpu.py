@@ -12,7 +12,7 @@ from pathlib import Path
 from qplug_vllm.capabilities import CAPABILITIES
 
 _AVX2 = "vLLM 0.32 on an AVX2 CPU, 2026-11-25"
-_ZEN5 = "vLLM 0.32 on a CPU with AVX-512, 2026-11-26"
+_WITH_AVX512 = "vLLM 0.32 on a CPU with AVX-512, 2026-11-26"
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class CPUNeed:
 
 
 _AVX512 = frozenset({"avx512f"})
+_SATURATES = Flaw(
+    "int8 products saturate on this CPU",
+    f"{_AVX2}: pairs are summed in 16 bits, 256 times 127 * 127 gives 32640",
+    unless=frozenset({"avx512_vnni"}),
+)
 
 #: How the cache of keys and values is called here, beside schemes.
 FP8_CACHE = "fp8 cache"
@@ -46,17 +51,13 @@ FP8_CACHE = "fp8 cache"
 CPU_NEEDS = (
     CPUNeed("W4A16", _AVX512, f"{_AVX2}: no such op", "cpu_gemm_wna16"),
     CPUNeed("W4A16_ASYM", _AVX512, f"{_AVX2}: no such op", "cpu_gemm_wna16"),
+    CPUNeed("W8A8", frozenset(), f"{_AVX2}: run", flaw=_SATURATES),
     CPUNeed(
-        "W8A8",
-        frozenset(),
-        f"{_AVX2}: run",
-        flaw=Flaw(
-            "int8 products saturate on this CPU",
-            f"{_AVX2}: pairs are summed in 16 bits, 256 times 127 * 127 gives 32640",
-            unless=frozenset({"avx512_vnni"}),
-        ),
+        "W8A8_STATIC",
+        _AVX512,
+        f"{_AVX2}: oneDNN's reference kernel, minutes for a page",
+        flaw=_SATURATES,
     ),
-    CPUNeed("W8A8_STATIC", _AVX512, f"{_AVX2}: oneDNN's reference kernel, minutes for a page"),
     CPUNeed("FP8_DYNAMIC", frozenset(), f"{_AVX2}: run"),
     CPUNeed(
         FP8_CACHE,
@@ -64,7 +65,7 @@ CPU_NEEDS = (
         f"{_AVX2}: refused, needs AVX-512 or AMX",
         flaw=Flaw(
             "keys and values are cut to fp8, not rounded",
-            f"{_ZEN5}: every byte stored is that of the next value towards zero",
+            f"{_WITH_AVX512}: every byte stored is that of the next value towards zero",
         ),
     ),
 )
