@@ -109,9 +109,10 @@ def find_serving(
     warnings: tuple[str, ...] = ()
     try:
         opened = open_folder(folder, registry, backend=name, trust_remote_code=trust_remote_code)
-        warnings = tuple(exporter.serve_warnings(opened.schemes, opened.kv_cache))
     except QplugError:
         rules = None  # a format of its own, such as GPTQ's, which engines read beside theirs
+    else:
+        warnings = tuple(exporter.serve_warnings(opened.schemes, opened.kv_cache))
     words = (*needed, *arguments)
     return Serving(path, name, rules, kind.server, found, words, host, port, warnings)
 

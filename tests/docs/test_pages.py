@@ -111,11 +111,20 @@ def parse(command: click.Command, name: str, words: list[str]) -> None:
         parse(found, inner, rest)
 
 
+#: Options of other programs, which pages name.
+OF_OTHERS = {
+    "--kv-cache-dtype",
+    "--tp",
+    "--strict",
+    "--help",
+    "--nproc-per-node",
+    "--hypothesis-profile",
+}
+
+
 def test_options_in_the_text_exist(page: Page) -> None:
     """``--option`` in prose is one of qplug's, or of the program that the sentence is about."""
-    of_others = {"--kv-cache-dtype", "--tp", "--strict", "--help", "--nproc-per-node"}
-    of_others |= {"--hypothesis-profile"}
-    known = of_others | {option for command in _all(main) for option in _options(command)}
+    known = OF_OTHERS | {option for command in _all(main) for option in _options(command)}
     prose = re.sub(r"^```.*?^```$", "", page.text, flags=re.MULTILINE | re.DOTALL)
     named = {name for code in re.findall(r"`[^`\n]+`", prose) for name in _FLAG.findall(code)}
     assert named <= known, named - known

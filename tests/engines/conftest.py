@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+#: Features of a CPU that decide which of vLLM's libraries and kernels are used.
+TOLD = {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"}
+
+
 @dataclass
 class Results:
     """What was found, row by row, what failed, and what was not tried and why."""
@@ -48,9 +52,6 @@ class Results:
         text = json.dumps(told, indent=1, ensure_ascii=False)
         Path(os.environ["QPLUG_ENGINE_RESULTS"]).write_text(text + "\n", "utf-8")
 
-
-#: Features of a CPU that decide which of vLLM's libraries and kernels are used.
-TOLD = {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"}
 
 _RESULTS = pytest.StashKey[Results]()
 

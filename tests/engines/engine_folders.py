@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import pytest
 import torch
 from engine_cases import Case
 from torch import Tensor
 
 import qplug
-from qplug.evaluation import mean_loss
+from qplug import QuantArgs, kv_cache
 
 #: How many processes quantize and read.
 WRITERS = int(os.environ.get("QPLUG_ENGINE_WRITERS", "1"))
@@ -70,21 +71,37 @@ def write(case: Case, model: Path, prompts: list[list[int]], out: Path) -> Writt
     ).out
     tokens = torch.tensor(prompts)
     plain = read(folder, tokens, quantize_activations=False)
-    rounding = 0.0
-    if case.rounds_activations:
-        rounding = (read(folder, tokens) - plain).abs().mean().item()
+    rounded = read(folder, tokens) if case.rounds_activations else plain
+    rounding = (rounded - plain).abs().mean().item()
     if case.model == "demo":
         perplexity = qplug.evaluate(
             str(folder), seq_len=TOKENS, windows=WINDOWS, device="cpu"
         ).perplexity
     else:  # the tokens are of the demo's tokenizer: what ``qplug eval`` computes of them
-        perplexity = math.exp(mean_loss(qplug.load(str(folder)), tokens, lambda *_: None))
+        perplexity = math.exp(-rounded.double().mean().item())
     return Written(folder, plain.tolist(), rounding, perplexity)
 
 
 @torch.inference_mode()
-def read(folder: Path, prompts: Tensor, *, quantize_activations: bool = True) -> Tensor:
-    """The log-probabilities ``[prompts, tokens - 1]`` that qplug's reader computes in float32."""
+def read(
+    folder: Path, prompts: Tensor, *, quantize_activations: bool = True, cut_cache: bool = False
+) -> Tensor:
+    """The log-probabilities ``[prompts, tokens - 1]`` that qplug's reader computes in float32.
+
+    ``cut_cache``: keys and values are cut to fp8, as vLLM does on CPUs, and not rounded.
+    """
     model = qplug.load(str(folder), quantize_activations=quantize_activations)
-    logprobs = model(prompts, use_cache=False).logits.log_softmax(-1)
+    with pytest.MonkeyPatch.context() as patch:
+        if cut_cache:
+            patch.setattr(kv_cache, "fake_quantize_activations", cut)
+        logprobs = model(prompts, use_cache=False).logits.log_softmax(-1)
     return logprobs[:, :-1].gather(2, prompts[:, 1:, None]).squeeze(2)
+
+
+def cut(x: Tensor, args: QuantArgs, scale: Tensor) -> Tensor:
+    """``x`` as the next values of e4m3 towards zero, under ``scale: [1]``."""
+    assert args.dtype == "e4m3"
+    grid = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    quotient = x.float() / scale
+    below = torch.searchsorted(grid, quotient.abs().contiguous(), right=True) - 1
+    return (grid[below] * quotient.sign() * scale).to(x.dtype)

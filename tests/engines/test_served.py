@@ -27,7 +27,7 @@ from qplug import PRESETS, QplugError
 from qplug.evaluation import evaluation_tokens
 from qplug.registry import Registry
 from qplug.source import DEMO
-from qplug_vllm.cpu import cpu_flags
+from qplug_vllm.cpu import cpu_flags, flaw_on_cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -158,8 +158,13 @@ def selected(session: pytest.Session, *names: str) -> list[Any]:
 def in_float32(case: Case, engine: RealEngine) -> bool:
     """Whether ``case`` is served in float32 too, to see how activations are rounded."""
     plain = case.algo == "rtn" and case.backend == "vllm" and case.model == "demo"
-    exact = engine.on_cpu and not flaws_on_cpu(case, cpu_flags())
+    exact = engine.on_cpu and not flaw_on_cpu(case.scheme, cpu_flags())
     return exact and plain and case.rounds_activations
+
+
+def cuts_cache(case: Case, engine: RealEngine) -> bool:
+    """Whether keys and values are cut to fp8, not rounded: the reader then does the same."""
+    return engine.on_cpu and case.kv_cache is not None
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -200,10 +205,13 @@ def test_what_is_served(
     }
     found = {"difference": difference(logprobs, plain), "perplexity": perplexity(logprobs)}
     limit = WITH_ACTIVATIONS if case.rounds_activations else WEIGHTS_ONLY
-    if flaws:  # a wrong scale or layout still gives a multiple
-        limit *= 2
+    if engine.on_cpu and flaw_on_cpu(case.scheme, cpu_flags()):
+        limit *= 2  # a wrong scale or layout still gives a multiple
+    rounding = expected.rounding
+    if cuts_cache(case, engine):
+        rounding = difference(read(served.folder(case), prompts, cut_cache=True), plain)
     if not unrounded:  # it is no nearer to who does not round than the reader is once it does
-        limit = max(limit, OWN_ROUNDING * expected.rounding)
+        limit = max(limit, OWN_ROUNDING * rounding)
     limits = {"difference": limit, "perplexity": PERPLEXITY * evaluated}
     away = {**found, "perplexity": abs(found["perplexity"] - evaluated)}
     beyond = [name for name, most in limits.items() if away[name] >= most]
@@ -216,7 +224,7 @@ def test_what_is_served(
         "group size": case.group_size or PRESETS[case.scheme].weights.group_size,
         "backend": case.backend,
         "difference": found["difference"],
-        "rounding": round(expected.rounding, 4),
+        "rounding": round(rounding, 4),
         "perplexity": round(found["perplexity"], 4),
         "qplug eval": round(evaluated, 4),
         "emulated": ", ".join(answer["emulated"]),
@@ -235,7 +243,8 @@ def test_activations_in_float32(
     if not in_float32(case, engine):
         pytest.skip("rounds no activations, not exactly on this CPU, or is like another case")
     folder = served.folder(case)
-    rounded, plain = (read(folder, prompts, quantize_activations=how) for how in (True, False))
+    rounded = read(folder, prompts, cut_cache=cuts_cache(case, engine))
+    plain = read(folder, prompts, quantize_activations=False)
     exact = served.logprobs(case, "float32")
     assert difference(exact, rounded) < WITH_ACTIVATIONS
     assert difference(exact, rounded) < difference(exact, plain)

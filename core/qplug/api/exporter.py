@@ -212,7 +212,7 @@ class Exporter(Component[P]):
         """What the engine gets wrong in silence on this machine, a sentence each.
 
         ``schemes``: of the linears of a folder; ``cache``: how it has keys and values stored, None
-        if they stay float. ``qplug serve`` tells the user.
+        if they stay float. ``qplug serve`` and ``qplug verify --engine`` tell the user.
         """
         return ()
 
