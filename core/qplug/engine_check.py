@@ -45,16 +45,16 @@ class EngineCheck:
 
     ``difference``: the mean of ``|log p - log q|`` over all tokens, ``p`` being the engine's
     probability and ``q`` that of qplug's reader, which rounds no activations: where the engine's
-    fall to is chance. ``rounding``: how far the reader moves once it does round them; an engine
-    cannot be nearer to who does not. The perplexities are of the same tokens. ``warnings``: what
-    the engine is known to compute worse on this machine.
+    fall to is chance. ``limit`` is what it must be below: where rounding moves the reader itself
+    further than ``WITH_ACTIVATIONS``, ``OWN_ROUNDING`` times that, for the engine does round. The
+    perplexities are of the same tokens. ``warnings``: what the engine is known to compute worse on
+    this machine.
     """
 
     folder: str
     engine: str
     tokens: int
     difference: float
-    rounding: float
     limit: float
     perplexity: float
     perplexity_read: float
@@ -121,21 +121,25 @@ def check_engine(
         return logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
 
     read = logprobs(rounding=False)
-    limit, rounding = WEIGHTS_ONLY, 0.0
-    if opened.kv_cache or any(scheme.activations for scheme in opened.schemes.values()):
-        rounding = (logprobs(rounding=True) - read).abs().mean().item()
-        limit = max(WITH_ACTIVATIONS, OWN_ROUNDING * rounding)
+    difference = _distance(served, read)
+    inputs = any(scheme.activations for scheme in opened.schemes.values())
+    limit = WITH_ACTIVATIONS if inputs or opened.kv_cache else WEIGHTS_ONLY
+    if limit == WITH_ACTIVATIONS and difference >= limit:
+        limit = max(limit, OWN_ROUNDING * _distance(logprobs(rounding=True), read))
     return EngineCheck(
         folder=folder,
         engine=serving.backend,
         tokens=tokens.numel(),
-        difference=(served - read).abs().mean().item(),
-        rounding=rounding,
+        difference=difference,
         limit=limit,
         perplexity=_perplexity(served),
         perplexity_read=_perplexity(read),
         warnings=serving.warnings,
     )
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return (one - other).abs().mean().item()
 
 
 def _perplexity(logprobs: Tensor) -> float:

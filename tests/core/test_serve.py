@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 import qplug
 from qplug import NoParams
 from qplug.engine_check import check_engine
+from qplug.evaluation import evaluation_tokens
+from qplug.registry import Registry
 from qplug_sglang.engine import SGLang
 from qplug_vllm import engine as vllm_engine
 from qplug_vllm.engine import VLLM
@@ -303,15 +305,30 @@ def test_an_engine_may_be_as_far_off_as_rounding_moves_the_reader(
 ) -> None:
     path = folder(scheme="W8A8_STATIC", backend="vllm", samples=1, seq_len=32)
     first = check_engine(str(path), **few)
-    rounding = first.rounding
-    assert first.warnings == ()
-    assert rounding > 0.1  # so coarse is one scale for all inputs
-    off.append(-rounding)
-    assert check_engine(str(path), **few).ok
-    off.append(-0.2 * rounding)
-    found = check_engine(str(path), **few)
-    assert not found.ok
-    assert found.limit == pytest.approx(1.1 * rounding)
+    assert (first.ok, first.limit, first.warnings) == (True, 0.1, ())
+    off.append(-0.12)  # one scale for all inputs is coarser
+    near = check_engine(str(path), **few)
+    assert near.ok
+    off.append(-near.limit)
+    far = check_engine(str(path), **few)
+    assert not far.ok
+    assert far.limit == near.limit == pytest.approx(1.1 * rounding(path, few))
+
+
+def rounding(path: Path, few: dict[str, Any]) -> float:
+    """How far rounding of inputs moves log-probabilities of what ``check_engine`` reads."""
+    tokens = evaluation_tokens(
+        str(path), **few, trust_remote_code=False, registry=Registry.installed()
+    )
+
+    @torch.inference_mode()
+    def logprobs(*, quantize_activations: bool) -> torch.Tensor:
+        model = qplug.load(str(path), quantize_activations=quantize_activations)
+        found = model(tokens).logits.log_softmax(-1)[:, :-1]
+        return found.gather(2, tokens[:, 1:, None])
+
+    one, other = (logprobs(quantize_activations=how) for how in (True, False))
+    return (one - other).abs().mean().item()
 
 
 def test_an_engine_that_computes_something_else(
