@@ -89,7 +89,7 @@ with join(launch, torch.device("cpu")) as processes:
 
 with join(launch, torch.device("cpu")) as processes:  # a second run of the same processes
     assert processes.gather(rank) == [0, 1, 2]
-print("done")
+print("done\\n", end="")  # in one piece: three print at once
 """
 
 # And this: process 1 breaks where the others wait for it, and all end with the same error.
@@ -149,7 +149,7 @@ assert other == (ValueError, "a bug") if rank == 1 else other == (
 other = run(not_to_be_pickled)
 assert other[0] is (TypeError if rank == 1 else OtherProcessError), other
 assert run(lambda processes: None) is None
-print("done")
+print("done\\n", end="")  # in one piece: three print at once
 
 if rank == 2:
     sys.stdout.flush()
