@@ -20,10 +20,7 @@ from pathlib import Path
 
 CASES = (
     ("awq", 128, 512, {}),
-    ("awq", 128, 512, {"clip_in_search": 0}),
     ("gptq", 128, 2048, {}),
-    ("gptq", 128, 2048, {"correct": 0.35}),
-    ("gptq", 128, 2048, {"correct": 0.35, "true_sequential": True}),
     ("omniquant", 128, 2048, {"dtype": "bfloat16"}),
     ("quarot+rtn", 1, 128, {}),
 )

@@ -145,14 +145,14 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     registry = Registry.installed().with_(Plugin(), "tesseraq")
     pipelines = ("signround", "tesseraq", "awq+signround", "awq+tesseraq")
     print("seed", *pipelines, sep="\t", flush=True)
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         found = [perplexity(algo, seed, args, registry) for algo in pipelines]
         print(seed, *(f"{value:.4f}" for value in found), sep="\t", flush=True)
 
