@@ -121,8 +121,10 @@ class Observation:
             with self._seeing(observe, stop=stop):
                 yield
         except _SeenEnoughError as seen:
-            # Whoever caught it on its way and kept it would keep all tensors of the pass, too.
+            # Whoever caught it on its way and kept it would keep all tensors of the pass, too. And
+            # from Python 3.12 on its traceback holds this frame, which holds the one that has it.
             traceback.clear_frames(seen.__traceback__)
+            seen.__traceback__ = None
 
     def share(self, processes: Processes) -> None:
         """Give all ``processes`` what each has seen."""

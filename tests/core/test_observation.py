@@ -41,12 +41,18 @@ def test_a_pass_that_was_ended_leaves_no_tensor() -> None:
         torch.device("cpu"),
         with_drift=False,
     )
+
+    def observe() -> None:
+        given = torch.ones(1, 4, 8)
+        seen.append(weakref.ref(given))
+        with observation.watching(4, None, {}, stop=True):
+            block(given)
+
     gc.collect()
     gc.disable()
     try:
-        with observation.watching(4, None, {}, stop=True):
-            block(torch.ones(1, 4, 8))
-        assert seen[0]() is None
+        observe()
+        assert [tensor() for tensor in seen] == [None, None]
     finally:
         gc.enable()
     assert observation.statistics["linear"].tokens == 4
