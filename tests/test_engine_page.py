@@ -50,7 +50,7 @@ def test_a_table() -> None:
     }
     lines = write_table.table(told).splitlines()
     assert lines[0] == "### CPU (x86_64), 2026-01-02"
-    assert lines[2] == "qplug 9, vllm 1."
+    assert lines[2] == "qplug 9, vllm 1; 8 windows of 128 tokens."
     assert "| a | 0.5 |  |  |  |  |  |" in lines
     assert "Failed: `c`: crashed" in lines
     assert lines[-1] == "- `b`: cannot"

@@ -150,6 +150,7 @@ class Output:
 
     def _write(self, number: int, contents: Mapping[str, Content], report: dict[str, Any]) -> None:
         crc = 0
+        files: dict[BinaryIO, None] = {}
         for name in self._plan.steps[number].outputs:
             content, place = contents[name], self._places[name]
             file = self._file(place.path)
@@ -157,7 +158,10 @@ class Output:
             for piece in [tensor_bytes(content)] if isinstance(content, Tensor) else content:
                 file.write(piece)
                 crc = zlib.crc32(piece, crc)
+            files[file] = None
+        for file in files:
             file.flush()  # the journal must not run ahead of what survives a kill
+            os.fsync(file.fileno())  # now, beside the next step: the end would have to wait for it
         self._journal.append({"step": number, "crc": crc, "report": report})
 
     def _file(self, path: Path) -> BinaryIO:

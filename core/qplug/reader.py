@@ -49,7 +49,10 @@ class Folder:
         return by_module(self.checkpoint.tensors)  # which may be a hundred thousand
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor as a float checkpoint would have it, by name; codes as float32."""
+        """Every tensor as a float checkpoint would have it, by name.
+
+        Of codes it is what an engine multiplies with, float32.
+        """
         packed: dict[str, dict[str, Tensor]] = {}
         for tensor in self.checkpoint.tensors:
             name, _, local = tensor.rpartition(".")
@@ -58,13 +61,16 @@ class Folder:
             elif self.kv_cache is None or local not in SCALES:
                 yield tensor, self.checkpoint.read(tensor)
         for name, tensors in packed.items():
-            yield f"{name}.weight", self.dequantized(name, tensors)
+            yield f"{name}.weight", self._computed(name, tensors)
 
-    def dequantized(self, name: str, tensors: dict[str, Tensor] | None = None) -> Tensor:
-        """The float32 weight ``[out, in]`` of a quantized linear."""
+    def dequantized(self, name: str) -> Tensor:
+        """The float32 weight ``[out, in]`` that is stored of a quantized linear."""
         assert self.exporter is not None
-        tensors = self.packed(name) if tensors is None else tensors
-        return self.exporter.dequantize(tensors, self.schemes[name])
+        return self.exporter.dequantize(self.packed(name), self.schemes[name])
+
+    def _computed(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
+        assert self.exporter is not None
+        return self.exporter.computed(tensors, self.schemes[name])
 
     def holds(self, parameter: str) -> bool:
         """Whether there is a tensor, or codes, for a parameter by its name in a model."""
@@ -75,7 +81,7 @@ class Folder:
         """A parameter by its name in a model, float32."""
         linear, _, local = name.rpartition(".")
         if local == "weight" and linear in self.schemes:
-            return self.dequantized(linear)
+            return self._computed(linear, self.packed(linear))
         return self.checkpoint.read(name).float()
 
     def packed(self, name: str) -> dict[str, Tensor]:

@@ -22,7 +22,9 @@ def table(told: dict[str, Any]) -> str:
     """One run's results in Markdown: what computed, the rows, and what was left out and why."""
     versions = ", ".join(told["versions"].values())
     device = f"CPU ({told['machine']})" if told["device"] == "cpu" else told["device"]
-    lines = [f"### {device}, {told['date']}", "", f"qplug {told['qplug']}, {versions}.", ""]
+    text = f"{told.get('windows', 8)} windows of 128 tokens"
+    lines = [f"### {device}, {told['date']}", ""]
+    lines += [f"qplug {told['qplug']}, {versions}; {text}.", ""]
     lines += [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
     for row in told["rows"]:
         cells = (str(row.get(column, "")) for column in _COLUMNS)

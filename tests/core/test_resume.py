@@ -211,7 +211,7 @@ def test_stopped_between_any_two_files_at_the_end(
 def count_file_operations(patch: pytest.MonkeyPatch, stop: int) -> list[str]:
     """Lets ``stop`` files be written or moved, and interrupts the next one."""
     done: list[str] = []
-    for owner, name in [(Path, "write_text"), (Path, "rename"), (os, "fsync")]:
+    for owner, name in [(Path, "write_text"), (Path, "rename"), (shutil, "copyfile")]:
         patch.setattr(owner, name, counted(getattr(owner, name), done, stop))
     return done
 

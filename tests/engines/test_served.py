@@ -58,7 +58,7 @@ def engine(request: pytest.FixtureRequest) -> RealEngine:
 
 @pytest.fixture(scope="session")
 def prompts() -> Tensor:
-    """Token ids ``[8, 128]``: what ``qplug eval --seq-len 128 --windows 8`` reads."""
+    """Token ids ``[windows, 128]``: what ``qplug eval --seq-len 128`` reads."""
     return evaluation_tokens(
         DEMO,
         dataset="demo",
@@ -140,7 +140,7 @@ def served(
         answers = broken | running.answers()
     results.left_out |= {str(case): reason for case, reason in left_out.items()}
     results.failed |= {name: found["error"] for name, found in answers.items() if "error" in found}
-    results.header |= running.told
+    results.header |= running.told | {"windows": len(tokens)}
     return Served(models, written, left_out, answers)
 
 

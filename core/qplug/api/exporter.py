@@ -167,6 +167,13 @@ class Exporter(Component[P]):
 
         return dequantize(self.unpack(tensors, scheme))
 
+    def computed(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
+        """The float32 weight ``[out, in]`` that the engine multiplies with: what readers take.
+
+        It is what stored tensors stand for, unless a kernel rounds that once more.
+        """
+        return self.dequantize(tensors, scheme)
+
     def input_scale(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """The scale of static inputs, float32 ``[1]``, among stored tensors; None if it is not."""
         stored = tensors.get("input_scale")

@@ -91,6 +91,13 @@ class ExporterContract(ComponentContract):
                 f"{self._who}.dequantize must give the float32 weight back that was packed; for "
                 f"{label} it is off by {float(off):.2g}",
             )
+            with demanding(f"{self._who}.computed fails for {label}"):
+                read = made.computed(made.pack(weight, scheme, dtype), scheme)
+            demand(
+                read.dtype == torch.float32 and read.shape == meant.shape,
+                f"{self._who}.computed must give a float32 weight of the shape that was packed; "
+                f"for {label} it gives {read.dtype} {list(read.shape)}",
+            )
 
     def test_layout_is_what_pack_gives(self) -> None:
         for label, scheme, dtype, weight in self._weights():

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qplug import Capability, ModelView, QuantArgs, Scheme, Server
 from qplug.limits import Target
@@ -16,6 +17,7 @@ from qplug_vllm.capabilities import CAPABILITIES
 from qplug_vllm.cpu import FP8_CACHE, cpu_flags, flaw_on_cpu
 from qplug_vllm.experts import experts_are_wider_than_groups, narrow_expert
 from qplug_vllm.head import head_is_a_target
+from qplug_vllm.int4_fp8 import multiplied
 
 
 class VLLM(CompressedTensors):
@@ -50,6 +52,11 @@ class VLLM(CompressedTensors):
         processes = self.params.tp if isinstance(self.params, Target) else 1
         narrow = narrow_expert(model.linears, schemes, processes)
         return ": ".join(narrow) if narrow else super().refuses(model, schemes)
+
+    def computed(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
+        if format_of(scheme) == PACK_QUANTIZED and scheme.activations is not None:
+            return multiplied(self.unpack(tensors, scheme))
+        return super().computed(tensors, scheme)
 
     def serve_arguments(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """A cache of fp8 where scales for it are stored; no float32, which few kernels take."""
