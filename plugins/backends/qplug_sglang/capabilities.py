@@ -10,10 +10,10 @@ _ALL = ("sm80", "sm89", "sm90", "sm100")
 _GROUPS = (32, 64, 128, -1)
 
 _H200 = "run on H200, 2026-11-22"
-_H100 = "run on H100, 2026-11-25"
+_H100 = "run on H100, 2026-11-26"
 _H100_128 = f"{_H100}, groups of 128"
 _H100_ROW = f"{_H100}, groups of 128 and rows"
-_H100_ALL = f"{_H100}, groups of 32, 128 and rows"
+_H100_ALL = f"{_H100}, groups of 32, 64, 128 and rows"
 _READ = "not run; by what the kernel is built for"
 _ON_CPU = "run on a CPU, 2026-11-22"
 
@@ -46,13 +46,13 @@ CAPABILITIES = (
     Capability("W8A8_STATIC", _NO_STATIC_INT8, False, (), 1, 1, _H200, _SGLANG, _SM90),
     Capability("W8A8_STATIC", _NO_STATIC_INT8, False, (), 1, 1, _READ, _SGLANG, _OTHERS),
     Capability("W8A8_STATIC", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("FP8", "fp8_scaled_mm", True, (), 16, 16, _H200, _SGLANG, _SM90),
+    Capability("FP8", "fp8_scaled_mm", True, (), 16, 16, _H100, _SGLANG, _SM90),
     Capability("FP8", "fp8_scaled_mm", True, (), 16, 16, _READ, _SGLANG, ("sm89", "sm100")),
     Capability("FP8", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
     Capability("FP8_DYNAMIC", "fp8_scaled_mm", True, (), 16, 16, _H100, _SGLANG, _SM90),
     Capability("FP8_DYNAMIC", "fp8_scaled_mm", True, (), 16, 16, _READ, _SGLANG, ("sm89", "sm100")),
     Capability("FP8_DYNAMIC", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("FP8_BLOCK", "Triton fp8", True, (), 128, 128, _H200, _SGLANG, _SM90),
+    Capability("FP8_BLOCK", "Triton fp8", True, (), 128, 128, _H100, _SGLANG, _SM90),
     Capability("FP8_BLOCK", "Triton fp8", True, (), 128, 128, _READ, _SGLANG, ("sm89", "sm100")),
     Capability("FP8_BLOCK", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
     Capability("W4AFP8", _EXPERTS_ALONE, False, (), 1, 1, _H200, _SGLANG, _SM90),

@@ -9,11 +9,10 @@ _SM90, _OTHERS = ("sm90",), ("sm80", "sm89", "sm100")
 _NO_CPU = ("cpu",)
 _GROUPS = (32, 64, 128, -1)
 
-_H200 = "run on H200, 2026-11-22"
-_H100 = "run on H100, 2026-11-25"
+_H100 = "run on H100, 2026-11-26"
 _H100_128 = f"{_H100}, groups of 128"
 _H100_ROW = f"{_H100}, groups of 128 and rows"
-_H100_ALL = f"{_H100}, groups of 32, 128 and rows"
+_H100_ALL = f"{_H100}, groups of 32, 64, 128 and rows"
 _ON_CPU = "run on a CPU with AVX512, 2026-11-22"
 _READ = "not run; read in the source of 0.32"
 
@@ -40,11 +39,11 @@ CAPABILITIES = (
     Capability("W8A8", "Cutlass int8", True, (), 16, 16, _READ, _GPU, ("sm80", "sm89")),
     Capability("W8A8", _INT8_SM100, False, (), 1, 1, _READ, _GPU, ("sm100",)),
     Capability("W8A8", "oneDNN int8", True, (), 16, 16, _ON_CPU, _CPU, _NO_CPU),
-    Capability("W8A8_STATIC", "Cutlass int8", True, (), 16, 16, _H200, _GPU, _SM90),
+    Capability("W8A8_STATIC", "Cutlass int8", True, (), 16, 16, _H100, _GPU, _SM90),
     Capability("W8A8_STATIC", "Cutlass int8", True, (), 16, 16, _READ, _GPU, ("sm80", "sm89")),
     Capability("W8A8_STATIC", _INT8_SM100, False, (), 1, 1, _READ, _GPU, ("sm100",)),
     Capability("W8A8_STATIC", "oneDNN int8", True, (), 16, 16, _ON_CPU, _CPU, _NO_CPU),
-    Capability("FP8", "Cutlass fp8", True, (), 16, 16, _H200, _GPU, _SM90),
+    Capability("FP8", "Cutlass fp8", True, (), 16, 16, _H100, _GPU, _SM90),
     Capability("FP8", "Cutlass fp8", True, (), 16, 16, _READ, _GPU, ("sm89", "sm100")),
     Capability("FP8", _MARLIN_FP8, True, (), 16, 16, _READ, _GPU, ("sm80",)),
     Capability("FP8", _NO_FP8_OP, False, (), 1, 1, _ON_CPU, _CPU, _NO_CPU),
@@ -58,7 +57,7 @@ CAPABILITIES = (
     ),
     Capability("FP8_BLOCK", _MARLIN_FP8, True, (), 128, 128, _READ, _GPU, ("sm80",)),
     Capability("FP8_BLOCK", "its CPU kernel needs AMX", False, (), 1, 1, _ON_CPU, _CPU, _NO_CPU),
-    Capability("W4AFP8", "Cutlass int4 x fp8", True, (128,), 128, 128, _H200, _GPU, _SM90),
+    Capability("W4AFP8", "Cutlass int4 x fp8", True, (128,), 128, 128, _H100, _GPU, _SM90),
     Capability("W4AFP8", _SM90_ALONE, False, (), 1, 1, _READ, _GPU, _OTHERS),
     Capability("W4AFP8", _SM90_ALONE, False, (), 1, 1, _ON_CPU, _CPU, _NO_CPU),
     Capability("NVFP4A16", "Marlin", True, (), 64, 128, _H100, _GPU, _SM90),

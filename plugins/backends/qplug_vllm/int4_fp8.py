@@ -15,9 +15,9 @@ _LEAST_UNIT = 1 / (FLOAT_MAX["e4m3"] * 512)
 def multiplied(weight: QuantizedWeight) -> Tensor:
     """The float32 weight ``[out, in]`` that Cutlass's kernel makes of ``weight``.
 
-    Of each row it takes a unit, a 448th of the largest scale, and rounds scales to e4m3 multiples of
-    it. Tensor cores want fp8 on both sides, so an eighth of a scale times a code is rounded to e4m3
-    too: 5 times 1.125 becomes 5.5. Read from vLLM 0.26 (``convert_bf16_scales_to_fp8``,
+    Of each row it takes a unit, a 448th of the largest scale, and rounds scales to e4m3 multiples
+    of it. Tensor cores want fp8 on both sides, so an eighth of a scale times a code is rounded to
+    e4m3 too: 5 times 1.125 becomes 5.5. Read from vLLM 0.26 (``convert_bf16_scales_to_fp8``,
     ``cutlass_pack_scale_fp8``), and seen: the engine is where a reader is that rounds both.
     """
     unit = (weight.scale.amax(1, keepdim=True) / FLOAT_MAX["e4m3"]).clamp_(min=_LEAST_UNIT)
