@@ -47,13 +47,15 @@ def test_weights_are_rescaled_and_nothing_is_quantized(transformed: Path) -> Non
         n: t.spec for n, t in now.tensors.items()
     }
     assert "quantization_config" not in now.config
-    name = "model.layers.0.self_attn.q_proj.weight"
-    ratio = now.read(name).float() / was.read(name).float()
-    assert ratio.std(0).median() < 0.01  # a factor for each column
-    assert ratio.mean(0).std() > 3 * ratio.std(0).median()
+    names = [f"model.layers.{number}.self_attn.q_proj.weight" for number in range(4)]
+    ratios = [now.read(name).float() / was.read(name).float() for name in names]
+    within = [ratio.std(0).median() for ratio in ratios]
+    assert max(within) < 0.01  # a factor for each column
+    # One may be best as it is; which, depends on the text, and this on the version of Python.
+    assert any(ratio.mean(0).std() > 3 * off for ratio, off in zip(ratios, within, strict=True))
     manifest = json.loads((transformed / "qplug.json").read_text())
     assert manifest["layers"] == {}
-    assert name in manifest["rewritten"]
+    assert {*names} <= {*manifest["rewritten"]}
     assert manifest["recipe"]["calibration"]["propagate"] == "float"
     card = (transformed / "README.md").read_text()
     assert "transformed by qplug" in card

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,7 +185,7 @@ def test_the_manifest(llama: Path, tmp_path: Path) -> None:
     assert manifest["recipe"]["scheme"]["weights"]["group_size"] == 64
     assert manifest["recipe"]["seed"] == 3
     assert manifest["versions"]["qplug"] == qplug.__version__
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == version("torch")
     assert {name: layer["error"] for name, layer in manifest["layers"].items()} == result.errors
 
 
