@@ -31,7 +31,7 @@ def write_slice(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from qplug.source import find_model
+    from qplug.checkpoint.locate import find_model
 
     config = LlamaConfig(
         vocab_size=32000,

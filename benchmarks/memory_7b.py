@@ -62,7 +62,7 @@ def main() -> None:
 
 def write_slice(folder: Path, llama: Llama, layers: int) -> None:
     """A random checkpoint with the tokenizer of the demo model, one shard for each layer."""
-    from qplug.source import DEMO, find_model
+    from qplug.checkpoint.locate import DEMO, find_model
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(llama.config(layers)))

@@ -21,9 +21,9 @@ import torch
 from llama_shapes import LLAMA_3_2_3B
 
 from qplug import PRESETS, Exporter, Scheme, TensorSpec
-from qplug.numerics import round_to_nearest
-from qplug.registry import Registry
-from qplug.safetensors_file import lay_out, spec_bytes, tensor_bytes
+from qplug.checkpoint.tensor_file import lay_out, spec_bytes, tensor_bytes
+from qplug.numerics.rounding import round_to_nearest
+from qplug.registry.registry import Registry
 
 MS_PER_MILLION = 6.0  # W4A16, on every shape
 PEAK_BYTES = 2 * 2**30

@@ -45,7 +45,7 @@ OPTIONS = [
 
 def write_model(folder: Path, layers: int) -> None:
     """Random weights, one file a layer; the tokenizer is the demo's."""
-    from qplug.source import find_model
+    from qplug.checkpoint.locate import find_model
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(LLAMA_3_8B.config(layers)))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qplug import PRESETS, Capability
-from qplug.limits import DEVICES
-from qplug.registry import Registry
+from qplug.api.limits import DEVICES
+from qplug.registry.registry import Registry
 
 PAGE = Path(__file__).parent / "engines.md"
 BEGIN, END = "<!-- capabilities: written by docs/capabilities.py -->", "<!-- /capabilities -->"

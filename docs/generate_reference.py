@@ -17,11 +17,11 @@ import click
 from click.testing import CliRunner
 
 import qplug
-from qplug import hookspecs
-from qplug.cli import Deferred, main
-from qplug.configs.recipe_file import schema
-from qplug.params import Option, options
-from qplug.registry import Registry
+from qplug.api import hookspecs
+from qplug.api.params import Option, options
+from qplug.cli.main import Deferred, main
+from qplug.recipe.recipe_file import schema
+from qplug.registry.registry import Registry
 
 FOLDER = Path(__file__).parent / "reference"
 

@@ -39,7 +39,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _the_demo_text_is_tokenized_once() -> Iterator[None]:
     """To tokenize it takes longer than most runs that are calibrated on a few windows of it."""
-    from qplug import windows
+    from qplug.text import windows
 
     work = windows._text_tokens
     known: dict[tuple[str, str], list[int]] = {}
@@ -75,12 +75,12 @@ import transformers
 import transformers.models.llama.modeling_llama, transformers.models.mixtral.modeling_mixtral
 import transformers.models.opt.modeling_opt
 import torch.distributed
-import qplug.job_run, qplug.run
-from qplug.cli import main
-from qplug.checkpoint import Checkpoint
-from qplug.registry import Registry
-from qplug.skeleton import model_view
-from qplug.source import find_model
+import qplug.run.perform, qplug.run.quantize
+from qplug.cli.main import main
+from qplug.checkpoint.open import Checkpoint
+from qplug.registry.registry import Registry
+from qplug.model.view import model_view
+from qplug.checkpoint.locate import find_model
 
 demo = find_model("qplug:demo")
 Registry.installed().load()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 from click.testing import CliRunner
 
-from qplug.cli import main
+from qplug.cli.main import main
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from qplug import QplugError
-from qplug.checkpoint import INDEX, Checkpoint
-from qplug.cli import Deferred, main
+from qplug.checkpoint.open import INDEX, Checkpoint
+from qplug.cli.main import Deferred, main
 
 ROOT = Path(__file__).parents[1]
 MODULES = [*(ROOT / "core").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]
 #: Values that the processes of one run tell each other.
-PICKLES = {"core/qplug/processes.py"}
+PICKLES = {"core/qplug/machine/processes.py"}
 
 _MODULES_THAT_RUN_DATA = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve"}
 _CALLS_THAT_RUN_DATA = {

@@ -1,8 +1,8 @@
 """qplug quantizes large language models for SGLang and vLLM; everything in it is a plugin.
 
-What is importable from here, from ``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``,
-``qplug.laid_out``, ``qplug.learning``, ``qplug.limits``, ``qplug.rotation``,
-``qplug.straight_through``, ``qplug.turning``, ``qplug.windows`` and ``qplug.hub_text`` is public.
+What is importable from here, from ``qplug.numerics``, ``qplug.numerics``, ``qplug.numerics``,
+``qplug.api.layout``, ``qplug.numerics``, ``qplug.api.limits``, ``qplug.numerics``,
+``qplug.numerics``, ``qplug.numerics``, ``qplug.text`` and ``qplug.text`` is public.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from qplug.api import (
     Tokenizer,
     WholeModel,
 )
+from qplug.api.events import BlockReport, Result
+from qplug.api.hookspecs import hookimpl
+from qplug.api.params import Param
+from qplug.api.scheme import PRESETS, QuantArgs, Scheme, preset
 from qplug.errors import PluginError, PluginWarning, QplugError
-from qplug.events import BlockReport, Result
-from qplug.hookspecs import hookimpl
-from qplug.params import Param
-from qplug.scheme import PRESETS, QuantArgs, Scheme, preset
 
 if TYPE_CHECKING:
-    from qplug.checkpoint import Checkpoint
-    from qplug.comparison import compare
-    from qplug.configs.job import Export, Job, Measurement
-    from qplug.configs.reading import read_job
-    from qplug.evaluation import evaluate
-    from qplug.job_run import perform
-    from qplug.reader import load, load_tokenizer
-    from qplug.run import quantize
-    from qplug.safetensors_file import StoredTensor
-    from qplug.verification import verify
+    from qplug.checkpoint.open import Checkpoint
+    from qplug.checkpoint.tensor_file import StoredTensor
+    from qplug.reading.compare import compare
+    from qplug.reading.folder import load, load_tokenizer
+    from qplug.reading.perplexity import evaluate
+    from qplug.reading.verify import verify
+    from qplug.recipe.files import read_job
+    from qplug.recipe.job import Export, Job, Measurement
+    from qplug.run.perform import perform
+    from qplug.run.quantize import quantize
 
 __version__ = "0.1.0"
 
@@ -110,19 +110,19 @@ __all__ = [
 
 #: What plugins do not need, and the module that each lives in: imported when first asked for.
 _LAZY = {
-    "Checkpoint": "qplug.checkpoint",
-    "Export": "qplug.configs.job",
-    "Job": "qplug.configs.job",
-    "Measurement": "qplug.configs.job",
-    "compare": "qplug.comparison",
-    "evaluate": "qplug.evaluation",
-    "load": "qplug.reader",
-    "load_tokenizer": "qplug.reader",
-    "perform": "qplug.job_run",
-    "quantize": "qplug.run",
-    "StoredTensor": "qplug.safetensors_file",
-    "read_job": "qplug.configs.reading",
-    "verify": "qplug.verification",
+    "Checkpoint": "qplug.checkpoint.open",
+    "Export": "qplug.recipe.job",
+    "Job": "qplug.recipe.job",
+    "Measurement": "qplug.recipe.job",
+    "compare": "qplug.reading.compare",
+    "evaluate": "qplug.reading.perplexity",
+    "load": "qplug.reading.folder",
+    "load_tokenizer": "qplug.reading.folder",
+    "perform": "qplug.run.perform",
+    "quantize": "qplug.run.quantize",
+    "StoredTensor": "qplug.checkpoint.tensor_file",
+    "read_job": "qplug.recipe.files",
+    "verify": "qplug.reading.verify",
 }
 
 

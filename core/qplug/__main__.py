@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from qplug.cli import main
+from qplug.cli.main import main
 
 main()

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qplug import InputGroup, Linear, QuantArgs, Scheme, calibration
-from qplug.calibration import Walk
-from qplug.checkpoint import Checkpoint
-from qplug.skeleton import model_view
-from qplug.source import find_model
+from qplug.calibration.walk import Walk
+from qplug.checkpoint.locate import find_model
+from qplug.checkpoint.open import Checkpoint
+from qplug.model.view import model_view
 
 #: Heads of 24 are in no list of usual sizes; queries are 96 wide, keys and values 48, the rest 64.
 SIZES: dict[str, Any] = {

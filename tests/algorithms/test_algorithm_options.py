@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from qplug import QplugError
-from qplug.params import fill, options
-from qplug.recipe import Recipe
-from qplug.registry import Registry
-from qplug.scheme import preset
-from qplug.stages import Stages
+from qplug.api.params import fill, options
+from qplug.api.scheme import preset
+from qplug.recipe.recipe import Recipe
+from qplug.registry.registry import Registry
+from qplug.run.stages import Stages
 
 
 def filled(algorithm: str, values: dict[str, Any]) -> Any:

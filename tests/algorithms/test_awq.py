@@ -13,12 +13,12 @@ from torch import Tensor
 
 import qplug
 from qplug import Block, InputGroup, Linear, QuantArgs, QuantizedWeight, Scheme
-from qplug.calibration import Walk
-from qplug.clipping import search_clip
-from qplug.live_block import LiveBlock
-from qplug.numerics import dequantize, nearest, output_error
-from qplug.reader import open_folder
-from qplug.registry import Registry
+from qplug.calibration.live_block import LiveBlock
+from qplug.calibration.walk import Walk
+from qplug.numerics.clipping import search_clip
+from qplug.numerics.rounding import dequantize, nearest, output_error
+from qplug.reading.folder import open_folder
+from qplug.registry.registry import Registry
 from qplug_awq.awq import AWQ, Params
 
 Family = Callable[..., Path]
@@ -476,7 +476,7 @@ def test_clips_are_searched_for_a_part_of_the_rows_at_a_time(
         whole, parts = make_linear(23, 64, GRIDS[grid]), make_linear(23, 64, GRIDS[grid])
         search_clip(whole, x.T @ x, steps=8, smallest=0.5)
         with monkeypatch.context() as patch:
-            patch.setattr("qplug.clipping._CHUNK", 5 * 64)
+            patch.setattr("qplug.numerics.clipping._CHUNK", 5 * 64)
             search_clip(parts, x.T @ x, steps=8, smallest=0.5)
         assert whole.scale is not None
         assert parts.scale is not None
@@ -529,7 +529,7 @@ def test_clips_reach_the_final_codes(
 ) -> None:
     """With the same scales of inputs, only ranges of weights differ; gptq keeps them."""
     tokens = make_tokens(6, 20)
-    monkeypatch.setattr("qplug.run.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
     options: dict[str, Any] = {"ratios": 4, "clip_steps": 5, "clip_in_search": 0}
 
     def run(algo: str, clip: bool) -> dict[str, QuantizedWeight]:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import qplug
 from qplug import Block, InputGroup, Linear, QplugError, QuantArgs
-from qplug.events import Result
-from qplug.numerics import dequantize
+from qplug.api.events import Result
+from qplug.numerics.rounding import dequantize
 from qplug_awq.awq import AWQ
 from qplug_awq.awq import Params as AWQParams
 from qplug_gptq.gptq import GPTQ
@@ -38,7 +38,7 @@ ALGORITHMS = ("awq", "gptq", "awq+gptq", "smoothquant", "osplus")
 def run(tmp_path: Path, make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Quantizes to ``tmp_path / "out"``, calibrated on random tokens."""
     tokens = make_tokens(4, 12)
-    monkeypatch.setattr("qplug.run.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
 
     def quantized(model: Path, algo: str, **changes: Any) -> Result:
         options: dict[str, Any] = {"backend": "compressed-tensors", "device": "cpu"}
@@ -242,7 +242,7 @@ def test_few_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokens = make_tokens(samples, length)
-    monkeypatch.setattr("qplug.run.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
     result = run(family("llama"), algo)
     assert all(0 < error < 0.5 for error in result.errors.values())
     assert all(p.isfinite().all() for p in qplug.load(str(result.out)).parameters())
@@ -252,7 +252,7 @@ def test_tokens_that_are_all_the_same(
     family: Family, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = torch.full((4, 12), 7)
-    monkeypatch.setattr("qplug.run.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
     result = run(family("llama"), "awq+gptq")
     assert all(p.isfinite().all() for p in qplug.load(str(result.out)).parameters())
 

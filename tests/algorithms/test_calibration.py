@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qplug
-from qplug import calibration, observation
-from qplug.calibration import Walk
-from qplug.checkpoint import Checkpoint
-from qplug.events import Result
-from qplug.skeleton import model_view
+from qplug.api.events import Result
+from qplug.calibration import observation
+from qplug.calibration import walk as calibration
+from qplug.calibration.walk import Walk
+from qplug.checkpoint.open import Checkpoint
+from qplug.model.view import model_view
 
 Family = Callable[..., Path]
 StartWalk = Callable[..., Walk]
@@ -285,7 +286,7 @@ def record(
 def tokens_given(make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Runs calibrate on these tokens, not on those of a dataset."""
     tokens = make_tokens(5, 20)
-    monkeypatch.setattr("qplug.run.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
     return tokens
 
 

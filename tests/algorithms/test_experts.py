@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qplug
 from qplug import QplugError, QuantArgs, Scheme
-from qplug.calibration import Walk
-from qplug.checkpoint import Checkpoint
-from qplug.experts import Experts, as_on_disk
-from qplug.live_block import LiveBlock
-from qplug.numerics import dequantize, round_to_nearest
-from qplug.skeleton import model_view
+from qplug.calibration.live_block import LiveBlock
+from qplug.calibration.walk import Walk
+from qplug.checkpoint.open import Checkpoint
+from qplug.model.experts import Experts, as_on_disk
+from qplug.model.view import model_view
+from qplug.numerics.rounding import dequantize, round_to_nearest
 
 Family = Callable[..., Path]
 StartWalk = Callable[..., Walk]
@@ -294,7 +294,7 @@ def run(tmp_path: Path, make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch
     """``run(model, algo, tokens=..., **options)``: quantizes, calibrated on random tokens."""
 
     def quantized(model: Path, algo: str, tokens: Tensor, **changes: Any) -> qplug.Result:
-        monkeypatch.setattr("qplug.run.calibration_tokens", lambda *args, **kwargs: tokens)
+        monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
         options: dict[str, Any] = {
             "group_size": 16,
             "backend": "compressed-tensors",
@@ -312,7 +312,11 @@ def run(tmp_path: Path, make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch
 
 
 def unpacked(out: Path) -> Mapping[str, Tensor]:
-    return dict(qplug.reader.open_folder(str(out), qplug.registry.Registry.installed()).weights())
+    return dict(
+        qplug.reading.folder.open_folder(
+            str(out), qplug.registry.registry.Registry.installed()
+        ).weights()
+    )
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_every_transform_of_every_family(
 ) -> None:
     """As a folder that anybody loads: to 1e-5, in float32."""
     tokens = make_tokens(4, 16)
-    monkeypatch.setattr("qplug.run.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
     result = qplug.quantize(
         str(family(name)),
         tmp_path / "out",

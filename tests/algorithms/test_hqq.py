@@ -11,7 +11,7 @@ import torch
 
 import qplug
 from qplug import Block, Linear, QplugError, QuantArgs
-from qplug.numerics import dequantize, minmax_scale, round_to_nearest
+from qplug.numerics.rounding import dequantize, minmax_scale, round_to_nearest
 from qplug_hqq import hqq
 from qplug_hqq.hqq import HQQ, Params
 
@@ -162,7 +162,7 @@ def test_whole_models_without_data(
     scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensor by tensor: nothing walks through the model."""
-    monkeypatch.setattr("qplug.run.Walk", None)
+    monkeypatch.setattr("qplug.run.quantize.Walk", None)
     backend = "vllm" if scheme == "W4A16_ASYM" else "sglang"
     result = qplug.quantize(
         "qplug:demo", tmp_path / "out", algo="hqq", scheme=scheme, backend=backend, device="cpu"

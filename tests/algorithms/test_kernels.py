@@ -11,10 +11,10 @@ from torch import Tensor
 
 import qplug
 from qplug import PRESETS, Linear, QuantArgs
-from qplug.clipping import clip_errors, diagonal_blocks, scaled_difference
-from qplug.hidden_states import HiddenStates
-from qplug.numerics import minmax_scale, output_error, range_scale, weight_range
-from qplug.statistics import Statistics
+from qplug.calibration.hidden_states import HiddenStates
+from qplug.calibration.statistics import Statistics
+from qplug.numerics.clipping import clip_errors, diagonal_blocks, scaled_difference
+from qplug.numerics.rounding import minmax_scale, output_error, range_scale, weight_range
 from qplug_gptq import solver
 
 pytestmark = pytest.mark.gpu

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import qplug
 from qplug import Exporter, QplugError
-from qplug.checkpoint import Checkpoint
-from qplug.kv_cache import ObservedCache, find_cache
-from qplug.reader import open_folder
-from qplug.registry import Registry
-from qplug.scheme import CACHES
-from qplug.skeleton import model_view
+from qplug.api.scheme import CACHES
+from qplug.checkpoint.open import Checkpoint
+from qplug.model.kv_cache import ObservedCache, find_cache
+from qplug.model.view import model_view
+from qplug.reading.folder import open_folder
+from qplug.registry.registry import Registry
 
 Family = Callable[..., Path]
 MakeTokens = Callable[..., Tensor]
@@ -110,7 +110,7 @@ def test_keys_that_are_not_finite_are_refused() -> None:
 def tokens_given(make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Runs calibrate on these tokens, not on those of a dataset."""
     tokens = make_tokens(4, 20)
-    monkeypatch.setattr("qplug.run.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
     return tokens
 
 

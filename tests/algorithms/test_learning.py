@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import qplug
 from qplug import Block, Linear, QplugError, QuantArgs, Reconstruction, Scheme
-from qplug.calibration import Walk
-from qplug.checkpoint import Checkpoint
-from qplug.learning import SignSGD, learn
-from qplug.numerics import (
+from qplug.calibration.walk import Walk
+from qplug.checkpoint.open import Checkpoint
+from qplug.numerics.learning import SignSGD, learn
+from qplug.numerics.rounding import (
     activation_top,
     dequantize_with,
     fake_quantize_activations,
@@ -24,8 +24,8 @@ from qplug.numerics import (
     quantize,
     weight_range,
 )
-from qplug.numerics import range_scale as plain_range_scale
-from qplug.straight_through import fake_quantize, range_scale, ranges, round_inputs
+from qplug.numerics.rounding import range_scale as plain_range_scale
+from qplug.numerics.straight_through import fake_quantize, range_scale, ranges, round_inputs
 from qplug_omniquant.omniquant import OmniQuant
 from qplug_omniquant.omniquant import Params as OmniQuantParams
 from qplug_signround.signround import Params as SignRoundParams
@@ -502,7 +502,7 @@ def run(
 ) -> Callable[..., Checkpoint]:
     """``run(model, algo)``: a folder that has been verified."""
     tokens = make_tokens(6, 12)
-    monkeypatch.setattr("qplug.run.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
 
     def quantized(model: Path, algo: str, **changes: Any) -> Checkpoint:
         short: dict[str, dict[str, Any]] = {

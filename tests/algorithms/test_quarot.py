@@ -21,18 +21,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import qplug
 from qplug import Algorithm, FloatModel, NoParams, Preparation, QplugError, Rewrite
-from qplug.checkpoint import Checkpoint
-from qplug.hadamard import matrix
-from qplug.online import rotate_inputs
-from qplug.preparation import Prepared, prepare
-from qplug.recipe import Recipe, parse_scheme
-from qplug.registry import Registry
-from qplug.rewriting import RewrittenTensor
-from qplug.rotation import Hadamard, KeepingMean, Random, Rotation
-from qplug.safetensors_file import StoredTensor
-from qplug.skeleton import model_view
-from qplug.source import find_model
-from qplug.stages import Stages
+from qplug.checkpoint.locate import find_model
+from qplug.checkpoint.open import Checkpoint
+from qplug.checkpoint.rewritten import RewrittenTensor
+from qplug.checkpoint.tensor_file import StoredTensor
+from qplug.model.online_rotation import rotate_inputs
+from qplug.model.view import model_view
+from qplug.numerics.hadamard import matrix
+from qplug.numerics.rotation import Hadamard, KeepingMean, Random, Rotation
+from qplug.recipe.recipe import Recipe, parse_scheme
+from qplug.registry.registry import Registry
+from qplug.run.prepare import Prepared, prepare
+from qplug.run.stages import Stages
 from qplug_quarot.quarot import Params, QuaRot
 
 Family = Callable[..., Path]
@@ -306,7 +306,7 @@ def test_rows_at_a_time(family: Family, monkeypatch: pytest.MonkeyPatch) -> None
     """Large tensors are made in pieces: the same numbers, and no more of them than that at once."""
     whole = rotated(family("llama, tied")).checkpoint
     wanted = {n: b"".join(tensor.chunks()) for n, tensor in whole.tensors.items()}
-    monkeypatch.setattr("qplug.rewriting._CHUNK", {"cpu": 1000})
+    monkeypatch.setattr("qplug.checkpoint.rewritten._CHUNK", {"cpu": 1000})
     for name, tensor in rotated(family("llama, tied")).checkpoint.tensors.items():
         pieces = list(tensor.chunks())
         # A product of other sizes is summed in another order.
@@ -418,7 +418,9 @@ def test_a_rewrite_that_changes_what_is_computed_is_refused(family: Family) -> N
 # --- whole runs ----------------------------------------------------------------------------------
 
 
-def quantize(source: Path, out: Path, algo: str = "quarot+rtn", **options: Any) -> qplug.run.Result:
+def quantize(
+    source: Path, out: Path, algo: str = "quarot+rtn", **options: Any
+) -> qplug.run.quantize.Result:
     defaults: dict[str, Any] = {"scheme": "W8A8", "device": "cpu"}
     return qplug.quantize(str(source), out, algo=algo, **{**defaults, **options})
 
@@ -427,7 +429,7 @@ def quantize(source: Path, out: Path, algo: str = "quarot+rtn", **options: Any) 
 def random_tokens(make_tokens: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """To calibrate on, in the place of text."""
     tokens = make_tokens(4, 32)
-    monkeypatch.setattr("qplug.run.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
 
 
 @pytest.mark.parametrize(
@@ -493,8 +495,8 @@ def test_weights_are_not_rounded_on_their_way(tmp_path: Path) -> None:
 def test_each_linear_is_a_step_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is built, and no more is held than a few linears in float32."""
     source = llama(tmp_path / "model", num_hidden_layers=6, hidden_size=128, intermediate_size=512)
-    monkeypatch.setattr("qplug.run.Walk", None)
-    monkeypatch.setattr("qplug.rewriting._CHUNK", {"cpu": 1 << 14})
+    monkeypatch.setattr("qplug.run.quantize.Walk", None)
+    monkeypatch.setattr("qplug.checkpoint.rewritten._CHUNK", {"cpu": 1 << 14})
     held: dict[int, tuple[weakref.ref[Tensor], int]] = {}
     most = 0
 

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 import qplug
-from qplug import calibration, observation
-from qplug.calibration import Walk
-from qplug.checkpoint import Checkpoint
-from qplug.live_block import LiveBlock
-from qplug.processes import ALONE, Processes
-from qplug.skeleton import model_view
+from qplug.calibration import observation
+from qplug.calibration import walk as calibration
+from qplug.calibration.live_block import LiveBlock
+from qplug.calibration.walk import Walk
+from qplug.checkpoint.open import Checkpoint
+from qplug.machine.processes import ALONE, Processes
+from qplug.model.view import model_view
 from qplug_omniquant.omniquant import OmniQuant
 from qplug_omniquant.omniquant import Params as OmniQuantParams
 
@@ -44,7 +45,7 @@ SCALES = 1e-5
 # Does what TROUBLE says to the process and at the block that it names, else nothing.
 TROUBLE = '''
 import errno, os, signal, time
-import qplug.output
+import qplug.output.writer
 from qplug import Algorithm, NoParams, QplugError, hookimpl
 
 def full(*_):
@@ -69,7 +70,7 @@ class Trouble(Algorithm[NoParams]):
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "full disk":
-            qplug.output.Output._write = full
+            qplug.output.writer.Output._write = full
             return
         if kind == "astray":
             block.spread([1, 2], lambda item: item)
@@ -267,8 +268,8 @@ def test_torchrun(family: Family, words: Callable[..., list[str]], tmp_path: Pat
 LEAVES_NO_THREADS = """
 from pathlib import Path
 import torch
-from qplug.launch import Launch
-from qplug.processes import _Joined
+from qplug.machine.launch import Launch
+from qplug.machine.processes import _Joined
 
 with _Joined(Launch(), torch.device("cpu")) as processes:
     import torch._dynamo

@@ -22,17 +22,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import qplug
 from qplug import Algorithm, FloatModel, Preparation, QplugError, QuantArgs, Scheme, preset
-from qplug import whole_model as whole_model_module
-from qplug.checkpoint import Checkpoint
-from qplug.numerics import fake_quantize_activations
-from qplug.preparation import Prepared, prepare
-from qplug.rewriting import apply
-from qplug.rotation import Random, Written
-from qplug.skeleton import model_view
-from qplug.source import find_model
-from qplug.straight_through import round_inputs
-from qplug.turning import turned
-from qplug.whole_model import As, HeldModel
+from qplug.calibration import whole_model as whole_model_module
+from qplug.calibration.whole_model import As, HeldModel
+from qplug.checkpoint.locate import find_model
+from qplug.checkpoint.open import Checkpoint
+from qplug.checkpoint.rewritten import apply
+from qplug.model.view import model_view
+from qplug.numerics.rotation import Random, Written
+from qplug.numerics.rounding import fake_quantize_activations
+from qplug.numerics.straight_through import round_inputs
+from qplug.numerics.turned_model import turned
+from qplug.run.prepare import Prepared, prepare
 from qplug_spinquant.spinquant import Params, SpinQuant
 from qplug_spinquant.stiefel import CayleySGD, orthogonal
 

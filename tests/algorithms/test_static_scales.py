@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM
 
 import qplug
 from qplug import Block, InputGroup, Linear, QplugError, QuantArgs, calibration, preset
-from qplug.calibration import Walk
-from qplug.checkpoint import Checkpoint
-from qplug.numerics import dequantize, fake_quantize_activations, round_to_nearest
-from qplug.observers import find_observer, fix_input_scales, share_tensor_scales
-from qplug.reader import open_folder
-from qplug.registry import Registry
-from qplug.skeleton import model_view
-from qplug.statistics import Statistics
+from qplug.calibration.observers import find_observer, fix_input_scales, share_tensor_scales
+from qplug.calibration.statistics import Statistics
+from qplug.calibration.walk import Walk
+from qplug.checkpoint.open import Checkpoint
+from qplug.model.view import model_view
+from qplug.numerics.rounding import dequantize, fake_quantize_activations, round_to_nearest
+from qplug.reading.folder import open_folder
+from qplug.registry.registry import Registry
 
 Family = Callable[..., Path]
 StartWalk = Callable[..., Walk]
@@ -294,7 +294,7 @@ def inputs_of(model: Any, tokens: Tensor, names: dict[str, float]) -> dict[str, 
 def tokens_given(make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Runs calibrate on these tokens, not on those of a dataset."""
     tokens = make_tokens(4, 20)
-    monkeypatch.setattr("qplug.run.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
     return tokens
 
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import qplug
 from qplug import InputGroup, Linear, QuantArgs
-from qplug.calibration import Walk
-from qplug.live_block import LiveBlock
-from qplug.numerics import dequantize, round_to_nearest
+from qplug.calibration.live_block import LiveBlock
+from qplug.calibration.walk import Walk
+from qplug.numerics.rounding import dequantize, round_to_nearest
 from qplug_gptq import solver
 from qplug_gptq.gptq import GPTQ, Params
 

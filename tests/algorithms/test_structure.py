@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qplug import InputGroup
-from qplug.calibration import Walk
-from qplug.checkpoint import Checkpoint
-from qplug.live_block import LiveBlock
-from qplug.skeleton import model_view
-from qplug.structure import Group, find_groups
+from qplug.calibration.live_block import LiveBlock
+from qplug.calibration.walk import Walk
+from qplug.checkpoint.open import Checkpoint
+from qplug.model.input_groups import Group, find_groups
+from qplug.model.view import model_view
 
 Family = Callable[..., Path]
 StartWalk = Callable[..., Walk]
@@ -202,7 +202,7 @@ def test_groups_are_found(
         found.append(find_groups(block, call))
         return found[-1]
 
-    monkeypatch.setattr("qplug.calibration.find_groups", find)
+    monkeypatch.setattr("qplug.calibration.walk.find_groups", find)
     source = family(name)
     view = model_view(Checkpoint.open(source))
     walk = start_walk(source, make_tokens(3, 20))

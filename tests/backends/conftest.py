@@ -43,7 +43,7 @@ def narrow_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a head of its own, too narrow for the kernels of any engine."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from qplug.source import find_model
+    from qplug.checkpoint.locate import find_model
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qplug
-from qplug.reader import open_folder
-from qplug.registry import Registry
-from qplug.skeleton import build
-from qplug.source import find_model
+from qplug.checkpoint.locate import find_model
+from qplug.model.view import build
+from qplug.reading.folder import open_folder
+from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 import qplug
 from qplug import Linear, ModelView, QplugError, QuantArgs, preset
-from qplug.limits import Target
-from qplug.numerics import (
+from qplug.api.limits import Target
+from qplug.numerics.rounding import (
     dequantize,
     fake_quantize_activations,
     global_scale,
@@ -33,8 +33,8 @@ from qplug.numerics import (
     nearest,
     round_to_nearest,
 )
-from qplug.reader import open_folder
-from qplug.registry import Registry
+from qplug.reading.folder import open_folder
+from qplug.registry.registry import Registry
 from qplug_compressed_tensors.configuration import write_config
 from qplug_compressed_tensors.fp4 import pack_e2m1, unpack_e2m1
 from qplug_sglang.engine import SGLang

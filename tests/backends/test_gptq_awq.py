@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import qplug
 from qplug import ModelView, QplugError, QuantizedWeight, preset
-from qplug.limits import Target
-from qplug.numerics import dequantize, round_to_nearest
-from qplug.reader import open_folder
-from qplug.registry import Registry
+from qplug.api.limits import Target
+from qplug.numerics.rounding import dequantize, round_to_nearest
+from qplug.reading.folder import open_folder
+from qplug.registry.registry import Registry
 from qplug_awq_format.exporter import AWQFormat
 from qplug_gptq_format.exporter import GPTQFormat
 

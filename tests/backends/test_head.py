@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import qplug
 from qplug import QplugError
-from qplug.reader import open_folder
-from qplug.registry import Registry
-from qplug.source import find_model
+from qplug.checkpoint.locate import find_model
+from qplug.reading.folder import open_folder
+from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable

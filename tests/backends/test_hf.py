@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 import qplug
 from qplug import QuantArgs
-from qplug.cli import main
-from qplug.numerics import clip_to_scale, minmax_scale
-from qplug.reader import load
+from qplug.cli.main import main
+from qplug.numerics.rounding import clip_to_scale, minmax_scale
+from qplug.reading.folder import load
 
 DATA = {"samples": 4, "seq_len": 64, "device": "cpu"}
 
@@ -39,8 +39,8 @@ def test_what_it_computes_is_what_the_model_computed(transformed: Path) -> None:
 
 
 def test_weights_are_rescaled_and_nothing_is_quantized(transformed: Path) -> None:
-    from qplug.checkpoint import Checkpoint
-    from qplug.source import find_model
+    from qplug.checkpoint.locate import find_model
+    from qplug.checkpoint.open import Checkpoint
 
     was, now = Checkpoint.open(find_model("qplug:demo")), Checkpoint.open(transformed)
     assert {n: t.spec for n, t in was.tensors.items()} == {
@@ -79,7 +79,7 @@ def test_another_run_takes_the_folder(transformed: Path, tmp_path: Path) -> None
 
 
 def test_without_data_it_is_a_copy(tmp_path: Path) -> None:
-    from qplug.source import find_model
+    from qplug.checkpoint.locate import find_model
 
     result = CliRunner().invoke(
         main, ["quantize", "qplug:demo", "--backend", "hf", "--out", str(tmp_path / "out")]
@@ -102,7 +102,7 @@ def test_a_run_that_was_killed_goes_on(transformed: Path, tmp_path: Path) -> Non
         if name.endswith("layers.1"):
             raise Killed
 
-    def run(**options: object) -> qplug.run.Result:  # type: ignore[name-defined]
+    def run(**options: object) -> qplug.run.quantize.Result:  # type: ignore[name-defined]
         return qplug.quantize(
             "qplug:demo",
             tmp_path / "out",
@@ -145,13 +145,13 @@ def test_what_a_clip_cuts_off_is_cut_off(args: QuantArgs) -> None:
 
 
 def test_clips_of_awq_reach_the_folder(tmp_path: Path) -> None:
-    from qplug.checkpoint import Checkpoint
+    from qplug.checkpoint.open import Checkpoint
 
     options = {"awq": {"scale": False, "clip_smallest": 0.5}}
     out = qplug.quantize(
         "qplug:demo", tmp_path / "out", algo="awq", backend="hf", algorithm_options=options, **DATA
     ).out
-    from qplug.source import find_model
+    from qplug.checkpoint.locate import find_model
 
     was, now = Checkpoint.open(find_model("qplug:demo")), Checkpoint.open(out)
     name = "model.layers.0.mlp.up_proj.weight"

@@ -8,9 +8,9 @@ import torch
 
 import qplug
 from qplug import QuantizedWeight, preset
-from qplug.numerics import dequantize, round_to_nearest
-from qplug.reader import open_folder
-from qplug.registry import Registry
+from qplug.numerics.rounding import dequantize, round_to_nearest
+from qplug.reading.folder import open_folder
+from qplug.registry.registry import Registry
 from qplug_vllm.engine import VLLM
 from qplug_vllm.int4_fp8 import multiplied
 

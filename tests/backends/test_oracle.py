@@ -23,9 +23,9 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from compressed_tensors.utils import match_named_modules
 
 from qplug import PRESETS, ModelView, QuantArgs, Scheme, preset
-from qplug.numerics import dequantize, minmax_scale, round_to_nearest
-from qplug.reader import open_folder
-from qplug.registry import Registry
+from qplug.numerics.rounding import dequantize, minmax_scale, round_to_nearest
+from qplug.reading.folder import open_folder
+from qplug.registry.registry import Registry
 from qplug_compressed_tensors.configuration import write_config
 
 if TYPE_CHECKING:

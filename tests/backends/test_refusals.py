@@ -9,8 +9,8 @@ import pytest
 
 import qplug
 from qplug import PRESETS, ModelView, NoParams, QplugError, QuantArgs, Scheme, preset
-from qplug.limits import DEVICES, Target, shard_shape
-from qplug.scheme import CACHES
+from qplug.api.limits import DEVICES, Target, shard_shape
+from qplug.api.scheme import CACHES
 from qplug_compressed_tensors.exporter import CompressedTensors
 from qplug_compressed_tensors.fusing import fused_groups
 from qplug_sglang.engine import SGLang

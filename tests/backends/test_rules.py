@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qplug
-from qplug.reader import open_folder
-from qplug.registry import Registry
+from qplug.reading.folder import open_folder
+from qplug.registry.registry import Registry
 from qplug_compressed_tensors import rules, silent
 from qplug_compressed_tensors.configuration import Configuration
 from qplug_compressed_tensors.rules import Case

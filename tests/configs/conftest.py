@@ -9,9 +9,9 @@ from textwrap import dedent, indent
 import pytest
 from click.testing import CliRunner, Result
 
-from qplug.cli import main
-from qplug.configs.reading import ReadJob, read_job
-from qplug.registry import Registry
+from qplug.cli.main import main
+from qplug.recipe.files import ReadJob, read_job
+from qplug.registry.registry import Registry
 
 Cli = Callable[..., Result]
 ReadText = Callable[..., ReadJob]

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from qplug import PRESETS, QplugError, QuantArgs, Scheme, preset
-from qplug.configs.job import Export, Measurement
-from qplug.configs.reading import ReadJob
+from qplug.recipe.files import ReadJob
+from qplug.recipe.job import Export, Measurement
 
 Read = Callable[..., ReadJob]
 Llmc = Callable[..., str]
@@ -375,7 +375,7 @@ def test_mixed_bits(read_text: Read, llmc: Llmc) -> None:
 
 
 def test_ignored_layers(read_text: Read, llmc: Llmc) -> None:
-    from qplug.recipe import matches
+    from qplug.recipe.recipe import matches
 
     more = """
         ignored_layers:

@@ -22,10 +22,10 @@ import yaml
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from qplug.configs.llmc_data import STAGES
-from qplug.configs.reading import read_job
-from qplug.registry import Registry
-from qplug.source import find_model
+from qplug.checkpoint.locate import find_model
+from qplug.recipe.files import read_job
+from qplug.recipe.llmc.data import STAGES
+from qplug.registry.registry import Registry
 
 Cli = Callable[..., Result]
 pytestmark = pytest.mark.llmc

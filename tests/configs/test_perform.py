@@ -15,7 +15,7 @@ from click.testing import Result
 
 import qplug
 from qplug import QplugError
-from qplug.configs.reading import ReadJob
+from qplug.recipe.files import ReadJob
 
 pytestmark = pytest.mark.slow
 

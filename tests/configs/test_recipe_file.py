@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qplug import PRESETS, QplugError, QuantArgs, preset
-from qplug.configs.job import STAGES, Export, Job, Measurement
-from qplug.configs.override import Given, overridden
-from qplug.configs.reading import ReadJob
-from qplug.configs.recipe_file import read_recipe, schema, write_recipe
-from qplug.configs.spelled_scheme import spelled
-from qplug.configs.yaml_tree import read_yaml
-from qplug.recipe import SAMPLINGS, Calibration
+from qplug.recipe.files import ReadJob
+from qplug.recipe.job import STAGES, Export, Job, Measurement
+from qplug.recipe.override import Given, overridden
+from qplug.recipe.recipe import SAMPLINGS, Calibration
+from qplug.recipe.recipe_file import read_recipe, schema, write_recipe
+from qplug.recipe.spelled_scheme import spelled
+from qplug.recipe.yaml_tree import read_yaml
 
 Read = Callable[..., ReadJob]
 Cli = Callable[..., Result]
@@ -77,7 +77,7 @@ def test_a_whole_recipe(read_text: Read) -> None:
 def test_what_is_not_said_is_what_the_command_line_has(read_text: Read) -> None:
     import inspect
 
-    from qplug.run import quantize
+    from qplug.run.quantize import quantize
 
     job = read_text("model: qplug:demo").job
     usual = {n: p.default for n, p in inspect.signature(quantize).parameters.items()}

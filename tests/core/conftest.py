@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
-from qplug.cli import main
+from qplug.cli.main import main
 
 if TYPE_CHECKING:
     from collections.abc import Callable

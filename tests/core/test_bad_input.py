@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qplug.checkpoint import INDEX
-from qplug.devices import find_device
+from qplug.checkpoint.open import INDEX
 from qplug.errors import QplugError
-from qplug.journal import Journal
-from qplug.run import quantize
+from qplug.machine.devices import find_device
+from qplug.output.journal import Journal
+from qplug.run.quantize import quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -17,9 +17,9 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 import qplug
 from qplug import QplugError
-from qplug.checkpoint import Checkpoint
-from qplug.reader import load
-from qplug.source import find_model
+from qplug.checkpoint.locate import find_model
+from qplug.checkpoint.open import Checkpoint
+from qplug.reading.folder import load
 
 Cli = Callable[..., Result]
 BLOCK = 128

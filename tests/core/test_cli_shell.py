@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 
 import qplug as qplug_package
 from qplug import __version__
-from qplug.cli import COMMANDS, Deferred, main
-from qplug.registry import Plugin, Registry
+from qplug.cli.main import COMMANDS, Deferred, main
+from qplug.registry.registry import Plugin, Registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +65,7 @@ def qplug_commands(group):
 @pytest.fixture(autouse=True)
 def no_installed_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = set(sys.modules)
-    monkeypatch.setattr("qplug.registry.entry_points", lambda group: [])
+    monkeypatch.setattr("qplug.registry.registry.entry_points", lambda group: [])
     monkeypatch.delenv("QPLUG_PLUGINS", raising=False)
     monkeypatch.delenv("QPLUG_TRACE", raising=False)
     yield
@@ -134,11 +134,11 @@ def test_every_command_is_where_the_table_says(name: str) -> None:
 
 
 def test_a_command_is_imported_when_it_runs() -> None:
-    sys.modules.pop("qplug.commands.plugins", None)
+    sys.modules.pop("qplug.cli.plugins", None)
     qplug("--help")
-    assert "qplug.commands.plugins" not in sys.modules
+    assert "qplug.cli.plugins" not in sys.modules
     assert "Describe what is called NAME" in qplug("plugins", "--help").output
-    assert "qplug.commands.plugins" in sys.modules
+    assert "qplug.cli.plugins" in sys.modules
 
 
 # --- errors --------------------------------------------------------------------------------------

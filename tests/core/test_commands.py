@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import qplug
 from qplug import PRESETS
-from qplug.checkpoint import SINGLE
-from qplug.registry import Registry
+from qplug.checkpoint.open import SINGLE
+from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,7 @@ def test_dry_run(cli: Cli, llama: Path, tmp_path: Path, contents: Contents) -> N
 def test_a_resumed_run_says_so(
     cli: Cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qplug.output import Output
+    from qplug.output.writer import Output
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

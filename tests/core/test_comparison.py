@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qplug
-from qplug.comparison import Comparison, compare
-from qplug.reader import load_folder, open_folder
-from qplug.registry import Registry
-from qplug.streamed_model import stream_folder
+from qplug.reading.compare import Comparison, compare
+from qplug.reading.folder import load_folder, open_folder
+from qplug.reading.streamed import stream_folder
+from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable

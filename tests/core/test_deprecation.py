@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from qplug import hookimpl
-from qplug.deprecation import QplugRemovedIn2Warning, removed_in_2
-from qplug.hookspecs import hookspec
+from qplug.api.hookspecs import hookspec
+from qplug.registry.deprecation import QplugRemovedIn2Warning, removed_in_2
 from qplug.testing import bare_registry
 
 
@@ -44,7 +44,7 @@ def implementing(plugin: object, hook: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def _later(monkeypatch: pytest.MonkeyPatch) -> None:
     specs = SimpleNamespace(qplug_sing=Specs.qplug_sing, qplug_dance=Specs.qplug_dance)
-    monkeypatch.setattr("qplug.registry.hookspecs", specs)
+    monkeypatch.setattr("qplug.registry.registry.hookspecs", specs)
 
 
 def test_a_deprecated_argument_warns_and_works() -> None:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import qplug
-from qplug import PRESETS, QplugError, evaluation
-from qplug.evaluation import Evaluation, evaluate, mean_loss
-from qplug.numerics import fake_quantize_activations
-from qplug.reader import load, open_folder
-from qplug.registry import Registry
-from qplug.run import quantize
+from qplug import PRESETS, QplugError
+from qplug.reading import perplexity as evaluation
+from qplug.numerics.rounding import fake_quantize_activations
+from qplug.reading.folder import load, open_folder
+from qplug.reading.perplexity import Evaluation, evaluate, mean_loss
+from qplug.registry.registry import Registry
+from qplug.run.quantize import quantize
 
 if TYPE_CHECKING:
     from click.testing import Result

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qplug import PRESETS, QplugError, QuantArgs, Scheme, preset
-from qplug.numerics import (
+from qplug.api.scheme import FLOAT_MAX, FLOAT_STEP, FLOATS
+from qplug.numerics.rounding import (
     code_dtype,
     dequantize,
     fake_quantize_activations,
@@ -27,7 +28,6 @@ from qplug.numerics import (
     round_floats,
     round_to_nearest,
 )
-from qplug.scheme import FLOAT_MAX, FLOAT_STEP, FLOATS
 
 every_format = pytest.mark.parametrize("dtype", FLOATS)
 formats = st.sampled_from(sorted(FLOATS))
@@ -164,7 +164,9 @@ def test_at_the_middle_of_neighbours_and_beside_it(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", NATIVE)
 def test_rounding_of_its_own_is_that_of_torch(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qplug.numerics._FLOAT_DTYPES", {})  # what else would round to the first
+    monkeypatch.setattr(
+        "qplug.numerics.rounding._FLOAT_DTYPES", {}
+    )  # what else would round to the first
     top = FLOAT_MAX[dtype]
     for values in (every_bfloat16(), strided_float32(4093)):
         wanted = values.clamp(-top, top).to(NATIVE[dtype]).float()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qplug import QplugError
-from qplug.hadamard import exists, factors, matrix, transform
+from qplug.numerics.hadamard import exists, factors, matrix, transform
 
 #: Orders that no power of two times a smaller one gives.
 RULES = (

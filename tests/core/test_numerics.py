@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qplug import QplugError, QuantArgs, QuantizedWeight
-from qplug.numerics import (
+from qplug.numerics.rounding import (
     check_width,
     dequantize,
     fake_quantize_activations,

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qplug.observation import Observation, Shares
-from qplug.recipe import parse_scheme
-from qplug.structure import Group
+from qplug.calibration.observation import Observation, Shares
+from qplug.model.input_groups import Group
+from qplug.recipe.recipe import parse_scheme
 
 
 class Catching(nn.Module):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qplug import NoParams, Param, QplugError
-from qplug.params import fill, options, parse_pairs
+from qplug.api.params import fill, options, parse_pairs
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import pytest
 
 import qplug
 from qplug import Algorithm, NoParams, QplugError, Scheme, preset
-from qplug.pipeline import check_pipeline, make_pipeline
-from qplug.registry import Registry
+from qplug.recipe.pipeline import check_pipeline, make_pipeline
+from qplug.registry.registry import Registry
 
 
 def names(algo: str, scheme: str = "W8A8", **options: dict[str, object]) -> list[str]:

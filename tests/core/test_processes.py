@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qplug
-from qplug.devices import find_device
-from qplug.launch import ALONE, Launch
-from qplug.processes import Processes, join, shares_of
+from qplug.machine.devices import find_device
+from qplug.machine.launch import ALONE, Launch
+from qplug.machine.processes import Processes, join, shares_of
 
 if TYPE_CHECKING:
     from conftest import Starter
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 EXCHANGES = """
 import torch
 from qplug import PRESETS, QuantizedWeight
-from qplug.launch import Launch
-from qplug.processes import join
+from qplug.machine.launch import Launch
+from qplug.machine.processes import join
 
 launch = Launch.of()
 rank, count = launch.rank, launch.count
@@ -98,8 +98,8 @@ import sys
 import torch
 from qplug import QplugError
 from qplug.errors import OtherProcessError, RelayedError
-from qplug.launch import Launch
-from qplug.processes import join
+from qplug.machine.launch import Launch
+from qplug.machine.processes import join
 
 launch = Launch.of()
 rank = launch.rank

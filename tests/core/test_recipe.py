@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from qplug import PRESETS, ModelView, QplugError, QuantArgs, preset
-from qplug.recipe import (
+from qplug.api.scheme import Scheme
+from qplug.recipe.recipe import (
     Calibration,
     Recipe,
     assign,
@@ -18,7 +19,6 @@ from qplug.recipe import (
     parse_cache,
     parse_scheme,
 )
-from qplug.scheme import Scheme
 
 Q, GATE, UP = (f"model.layers.{{}}.{local}" for local in ("attn.q", "mlp.gate", "mlp.up"))
 LINEARS = [name.format(layer) for layer in (0, 1, 10) for name in (Q, GATE, UP)]

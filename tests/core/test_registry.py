@@ -12,7 +12,7 @@ import click
 import pytest
 
 from qplug import Algorithm, PluginError, QplugError, hookimpl
-from qplug.registry import Plugin, Registry
+from qplug.registry.registry import Plugin, Registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +28,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     hidden = list(entry_points(group="qplug"))
     before = set(sys.modules)
     monkeypatch.setattr(
-        "qplug.registry.entry_points",
+        "qplug.registry.registry.entry_points",
         lambda group: [entry for entry in entry_points(group=group) if entry not in hidden],
     )
     monkeypatch.delenv("QPLUG_PLUGINS", raising=False)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qplug.api.events import Result
 from qplug.errors import QplugError, StageError
-from qplug.events import Result
-from qplug.journal import Journal
-from qplug.run import quantize
+from qplug.output.journal import Journal
+from qplug.run.quantize import quantize
 
 if TYPE_CHECKING:
     from click.testing import Result as CliResult
@@ -33,7 +33,7 @@ SLOW = '''
 import time
 from collections.abc import Mapping
 from qplug import Algorithm, NoParams, hookimpl
-from qplug.numerics import round_to_nearest
+from qplug.numerics.rounding import round_to_nearest
 
 class Slow(Algorithm[NoParams]):
     """Round to nearest, slowly."""
@@ -493,7 +493,7 @@ def test_ctrl_c_by_a_signal(tmp_path: Path, llama: Path, start: Starter) -> None
 
 BROKEN = '''
 from qplug import Algorithm, NoParams, QplugError, hookimpl
-from qplug.numerics import round_to_nearest
+from qplug.numerics.rounding import round_to_nearest
 
 class Broken(Algorithm[NoParams]):
     """Round to nearest, but not all."""

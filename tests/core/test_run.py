@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file
 
 import qplug
-from qplug.checkpoint import INDEX, SINGLE
+from qplug.api.scheme import PRESETS
+from qplug.checkpoint.open import INDEX, SINGLE
 from qplug.errors import QplugError, StageError
-from qplug.numerics import round_to_nearest
-from qplug.reader import open_folder
-from qplug.registry import Registry
-from qplug.run import quantize
-from qplug.scheme import PRESETS
-from qplug.verification import verify
+from qplug.numerics.rounding import round_to_nearest
+from qplug.reading.folder import open_folder
+from qplug.reading.verify import verify
+from qplug.registry.registry import Registry
+from qplug.run.quantize import quantize
 
 if TYPE_CHECKING:
     Contents = Callable[[Path], dict[str, bytes | None]]
@@ -376,7 +376,7 @@ def test_every_step_is_told(llama: Path, tmp_path: Path) -> None:
 
 PLUGIN = '''
 from qplug import Algorithm, Exporter, NoParams, QuantizedWeight, TensorSpec, hookimpl
-from qplug.numerics import round_to_nearest
+from qplug.numerics.rounding import round_to_nearest
 import dataclasses, torch
 
 class Halve(Algorithm[NoParams]):

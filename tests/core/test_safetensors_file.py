@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qplug.api import TensorSpec
+from qplug.checkpoint.tensor_file import CODES, lay_out, read_header, spec_bytes, tensor_bytes
 from qplug.errors import QplugError
-from qplug.safetensors_file import CODES, lay_out, read_header, spec_bytes, tensor_bytes
 
 # Names that a header can hold: JSON has no lone surrogates.
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

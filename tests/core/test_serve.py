@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import qplug
 from qplug import NoParams
-from qplug.engine_check import check_engine
-from qplug.evaluation import evaluation_tokens
-from qplug.registry import Registry
+from qplug.reading.engine import check_engine
+from qplug.reading.perplexity import evaluation_tokens
+from qplug.registry.registry import Registry
 from qplug_sglang.engine import SGLang
 from qplug_vllm import engine as vllm_engine
 from qplug_vllm.engine import VLLM

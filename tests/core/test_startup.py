@@ -33,7 +33,7 @@ def imported_by(code: str, *roots: Path) -> set[str]:
 
 def run(*words: str) -> str:
     return (
-        "import qplug.cli\n"
+        "import qplug.cli.main\n"
         f"assert qplug.cli.main({list(words)}, standalone_mode=False) in (None, 0)\n"
     )
 
@@ -45,8 +45,8 @@ def test_heavy_modules_would_be_seen() -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "import qplug, qplug.api, qplug.hookspecs, qplug.scheme, qplug.params",
-        "import qplug.cli",
+        "import qplug, qplug.api, qplug.api.hookspecs, qplug.api.scheme, qplug.api.params",
+        "import qplug.cli.main",
         run("--help"),
         run("--version"),
         run("plugins", "--help"),

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import qplug
 from qplug import ModelView, PluginError, QplugError, hookimpl
-from qplug.registry import Registry
+from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qplug import BlockReport, PluginWarning, QplugError, Result, hookimpl, quantize
-from qplug.registry import Registry
+from qplug.registry.registry import Registry
 from qplug.testing import tiny_model, tiny_tokenizer
 
 if TYPE_CHECKING:

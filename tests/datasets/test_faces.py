@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qplug import Dataset
-from qplug.params import options
+from qplug.api.params import options
 
 PLUGINS = {
     "qplug_demo": "demo",

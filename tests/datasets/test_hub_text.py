@@ -17,7 +17,7 @@ import datasets
 import pytest
 
 from qplug import Dataset, QplugError
-from qplug.hub_text import HubParams
+from qplug.text.hub import HubParams
 from qplug_c4.crawl import C4
 from qplug_pileval.pile import PileVal
 from qplug_wikitext.wikitext2 import WikiText2
@@ -115,7 +115,7 @@ def test_pileval_without_zstandard_says_what_to_install(
         raise ValueError("Compression type zstd not supported")
 
     monkeypatch.setattr(datasets.Dataset, "from_json", unsupported)
-    monkeypatch.setattr("qplug.hub_text.find_spec", lambda name: None)
+    monkeypatch.setattr("qplug.text.hub.find_spec", lambda name: None)
     with pytest.raises(QplugError, match=r"zstandard is needed: pip install 'qplug\[datasets\]'"):
         read(PileVal, pile(tmp_path), "calibration")
 
@@ -251,7 +251,7 @@ def hub(tmp_path: Path) -> Iterator[str]:
 
 
 DOWNLOAD = """
-from qplug.hub_text import HubParams
+from qplug.text.hub import HubParams
 from qplug_c4.crawl import C4
 from qplug_wikitext.wikitext2 import WikiText2
 
@@ -263,7 +263,7 @@ for dataset in (WikiText2, C4):
 FAIL = """
 import time
 from qplug import QplugError
-from qplug.hub_text import HubText
+from qplug.text.hub import HubText
 
 start = time.monotonic()
 try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qplug import QplugError
-from qplug.params import fill
+from qplug.api.params import fill
 from qplug_text.text_files import Params, TextFiles
 
 if TYPE_CHECKING:

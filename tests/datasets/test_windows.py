@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qplug import Dataset, NoParams, QplugError, Split, Tokenizer
-from qplug.reader import load_tokenizer
-from qplug.source import DEMO
-from qplug.windows import document_windows, first_windows, random_windows
+from qplug.checkpoint.locate import DEMO
+from qplug.reading.folder import load_tokenizer
+from qplug.text.windows import document_windows, first_windows, random_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

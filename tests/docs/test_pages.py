@@ -20,7 +20,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from qplug.cli import main
+from qplug.cli.main import main
 
 if TYPE_CHECKING:
     from conftest import Page

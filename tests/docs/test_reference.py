@@ -10,7 +10,7 @@ from pathlib import Path
 import pluggy
 import pytest
 
-from qplug import hookspecs
+from qplug.api import hookspecs
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 
 from qplug import PRESETS
-from qplug.registry import Registry
+from qplug.registry.registry import Registry
 from qplug_vllm.cpu import FP8_CACHE, Flaw, flaw_on_cpu, refused_on_cpu
 
 #: What an algorithm is tried with, where one scheme has to do.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qplug.source import DEMO, find_model
+from qplug.checkpoint.locate import DEMO, find_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

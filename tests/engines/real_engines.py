@@ -13,9 +13,9 @@ import pytest
 from engine_cases import Case, engines_of, left_out_on_cpu
 from engine_processes import EnginePool, Launch
 
-from qplug.checkpoint import read_json
-from qplug.params import fill
-from qplug.registry import Registry
+from qplug.api.params import fill
+from qplug.checkpoint.open import read_json
+from qplug.registry.registry import Registry
 from qplug_vllm.cpu import cpu_flags
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qplug import PRESETS, QplugError
-from qplug.evaluation import evaluation_tokens
-from qplug.registry import Registry
-from qplug.source import DEMO
+from qplug.checkpoint.locate import DEMO
+from qplug.reading.perplexity import evaluation_tokens
+from qplug.registry.registry import Registry
 from qplug_vllm.cpu import cpu_flags, flaw_on_cpu
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import torch
 from real_engines import VLLM_ON_CPU
 
 import qplug
-from qplug.engine_check import check_engine, free_port, post_json, serve
-from qplug.serving import find_serving
+from qplug.reading.engine import check_engine, free_port, post_json, serve
+from qplug.reading.server import find_serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +63,7 @@ def test_the_server_finds_the_same_probabilities(folder: Path, vllm: str, result
 def server(folder: Path, vllm: str) -> Iterator[str]:
     from dataclasses import replace
 
-    from qplug.registry import Registry
+    from qplug.registry.registry import Registry
 
     serving = find_serving(
         str(folder), registry=Registry.installed(), python=vllm, port=free_port()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from qplug.cli import main
+from qplug.cli.main import main
 
 Cli = Callable[..., Result]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from qplug.registry import Registry
+from qplug.registry.registry import Registry
 from qplug.testing import AlgorithmContract
 from qplug_awq.awq import AWQ
 from qplug_gptq.gptq import GPTQ

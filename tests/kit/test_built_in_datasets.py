@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qplug.registry import Registry
+from qplug.registry.registry import Registry
 from qplug.testing import DatasetContract
 from qplug_c4.crawl import C4
 from qplug_demo.python_text import Demo

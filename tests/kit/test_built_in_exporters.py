@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qplug.registry import Registry
+from qplug.registry.registry import Registry
 from qplug.testing import ExporterContract
 from qplug_awq_format.exporter import AWQFormat
 from qplug_compressed_tensors.exporter import CompressedTensors

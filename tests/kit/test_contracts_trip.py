@@ -25,7 +25,7 @@ from qplug import (
     Split,
     Tokenizer,
 )
-from qplug.numerics import minmax_scale, nearest, quantize
+from qplug.numerics.rounding import minmax_scale, nearest, quantize
 from qplug.testing import AlgorithmContract, DatasetContract, ExporterContract
 from qplug_compressed_tensors.exporter import CompressedTensors
 from qplug_rtn.rtn import RTN
@@ -163,7 +163,7 @@ def test_codes_that_are_not_well_made(fields: dict[str, Any], sentence: str) -> 
 
 
 def test_scales_that_cannot_be_stored() -> None:
-    from qplug.scheme import preset
+    from qplug.api.scheme import preset
     from qplug.testing.blocks import tiny_linear
 
     contract = algorithm(changed(scale=lambda w: w.scale * 1.0001))

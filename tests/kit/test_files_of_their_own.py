@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 import qplug
 from qplug import Checkpoint, ModelView, QplugError, Scheme, StoredTensor
+from qplug.checkpoint.tensor_file import read_header
 from qplug.errors import StageError
-from qplug.safetensors_file import read_header
 from qplug.testing import registry_with, write_tiny_model
 from qplug_compressed_tensors.exporter import CompressedTensors
 
@@ -93,6 +93,6 @@ def test_there_must_be_room_for_both_forms(
 ) -> None:
     need = run(model, tmp_path / "first").bytes
     usage = shutil.disk_usage(tmp_path)._replace(free=need + need // 2)
-    monkeypatch.setattr("qplug.output.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("qplug.output.writer.shutil.disk_usage", lambda path: usage)
     with pytest.raises(QplugError, match="the disk is full"):
         run(model, tmp_path / "second")

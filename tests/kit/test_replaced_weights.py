@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import qplug
 from qplug import Algorithm, Block, NoParams, preset
-from qplug.numerics import nearest
+from qplug.numerics.rounding import nearest
 from qplug.testing import registry_with, tiny_block, tiny_linear, write_tiny_model
 
 W8A16 = preset("W8A16").with_group_size(16)

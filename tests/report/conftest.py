@@ -14,8 +14,8 @@ import transformers
 from click.testing import CliRunner, Result
 
 import qplug
-from qplug.cli import main
-from qplug.source import find_model
+from qplug.checkpoint.locate import find_model
+from qplug.cli.main import main
 
 HOW: dict[str, Any] = {
     "group_size": 32,

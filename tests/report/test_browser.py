@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from qplug.evaluation import Evaluation
-from qplug.events import StageCost
-from qplug.registry import Registry
+from qplug.api.events import StageCost
+from qplug.reading.perplexity import Evaluation
+from qplug.registry.registry import Registry
 from qplug.report.comparison import Compared, comparison_page
-from qplug.report.gather import examine
+from qplug.report.examine import examine
 from qplug.report.page import report_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)

@@ -15,15 +15,15 @@ from transformers import AutoModelForCausalLM
 
 import qplug
 from qplug import QplugError
-from qplug.checkpoint import Checkpoint
-from qplug.ranges import CLIP_BINS
-from qplug.recipe import Calibration
-from qplug.registry import Registry
+from qplug.calibration.ranges import CLIP_BINS
+from qplug.calibration.tokens import calibration_tokens
+from qplug.checkpoint.open import Checkpoint
+from qplug.model.view import model_view
+from qplug.recipe.recipe import Calibration
+from qplug.registry.registry import Registry
+from qplug.report.examine import examine
 from qplug.report.findings import BINS_PER_OCTAVE, Findings
-from qplug.report.gather import examine
 from qplug.report.layers import merged
-from qplug.samples import calibration_tokens
-from qplug.skeleton import model_view
 
 
 @pytest.fixture(scope="module")

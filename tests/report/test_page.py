@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qplug.evaluation import Evaluation
-from qplug.events import StageCost
-from qplug.registry import Registry
+from qplug.api.events import StageCost
+from qplug.reading.perplexity import Evaluation
+from qplug.registry.registry import Registry
 from qplug.report import charts
 from qplug.report.comparison import Compared, comparison_page
+from qplug.report.examine import examine
 from qplug.report.frame import document
-from qplug.report.gather import examine
 from qplug.report.markup import Markup, join, table, tag
 from qplug.report.page import report_page
 from qplug.report.words import size

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import qplug
-from qplug import stopwatch
-from qplug.stopwatch import Stopwatch
+from qplug.machine import stopwatch
+from qplug.machine.stopwatch import Stopwatch
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """The contracts that plugins are written against.
 
 Importing this module is cheap: torch is named in annotations only. What stands here, in
-``qplug.numerics``, ``qplug.clipping``, ``qplug.hadamard``, ``qplug.laid_out``, ``qplug.learning``,
-``qplug.limits``, ``qplug.rotation``, ``qplug.stored_scales``, ``qplug.straight_through``,
-``qplug.turning``, ``qplug.windows`` and ``qplug.hub_text`` is public;
+``qplug.numerics``, ``qplug.numerics``, ``qplug.numerics``, ``qplug.api.layout``, ``qplug.numerics``,
+``qplug.api.limits``, ``qplug.numerics``, ``qplug.numerics``, ``qplug.numerics``,
+``qplug.numerics``, ``qplug.text`` and ``qplug.text`` is public;
 everything else in ``qplug`` may change without notice.
 """
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from qplug.api.block import Block, QuantizedWeight
 from qplug.api.component import Component, P
 from qplug.api.float_model import FloatModel, Preparation, WholeModel
-from qplug.scheme import Scheme
+from qplug.api.scheme import Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor

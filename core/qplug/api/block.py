@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from qplug.scheme import QuantArgs
+from qplug.api.scheme import QuantArgs
 
 if TYPE_CHECKING:
     from torch import Tensor

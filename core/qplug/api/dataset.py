@@ -42,6 +42,6 @@ class Dataset(Component[P]):
         The same seed gives the same samples. The default joins all documents, tokenises once
         without special tokens, and draws windows at random.
         """
-        from qplug.windows import random_windows
+        from qplug.text.windows import random_windows
 
         return random_windows(self, tokenizer, length=length, count=count, seed=seed)

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from qplug.api.block import QuantizedWeight
 from qplug.api.component import Component, P
 from qplug.api.model import ModelView, TensorSpec
-from qplug.scheme import QuantArgs, Scheme
+from qplug.api.scheme import QuantArgs, Scheme
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
 
-    from qplug.checkpoint import Checkpoint
-    from qplug.safetensors_file import StoredTensor
+    from qplug.checkpoint.open import Checkpoint
+    from qplug.checkpoint.tensor_file import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Capability:
     has none to choose. ``out_multiple``, ``in_multiple``: what the sides of a weight, or of each
     process's part of it, must divide by. ``evidence``: ``run`` and where and when, or ``not
     run`` and what it was read from. ``engine``: with its version (``vLLM 0.26``). ``devices``: of
-    ``qplug.limits.DEVICES``, those that the row tells of.
+    ``qplug.api.limits.DEVICES``, those that the row tells of.
     """
 
     scheme: str
@@ -163,7 +163,7 @@ class Exporter(Component[P]):
 
     def dequantize(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
         """The float32 weight ``[out, in]`` that stored tensors stand for."""
-        from qplug.numerics import dequantize
+        from qplug.numerics.rounding import dequantize
 
         return dequantize(self.unpack(tensors, scheme))
 

@@ -105,7 +105,7 @@ class Preparation:
 
     ``rewrites`` are by name; names that the checkpoint lacks are added. ``config`` are fields of
     config.json with other values. ``online`` are linears whose inputs are multiplied by the
-    Hadamard matrix of their width (``qplug.hadamard.transform``) as the model runs: no engine does.
+    Hadamard matrix of their width (``qplug.numerics.transform``) as the model runs: no engine does.
     """
 
     rewrites: Mapping[str, Rewrite]

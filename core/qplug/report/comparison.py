@@ -15,7 +15,7 @@ from qplug.report.markup import Markup, table, tag
 from qplug.report.words import bits, number, size
 
 if TYPE_CHECKING:
-    from qplug.evaluation import Evaluation
+    from qplug.reading.perplexity import Evaluation
 
 #: What is said of each folder, in order.
 COLUMNS = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qplug.ranges import InputRange
+from qplug.calibration.ranges import InputRange
 
 #: Bins of ``Findings.scales`` in one doubling.
 BINS_PER_OCTAVE = 4

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from statistics import fmean
 
-from qplug.ranges import CLIP_BINS
+from qplug.calibration.ranges import CLIP_BINS
 from qplug.report import charts
 from qplug.report.findings import BINS_PER_OCTAVE, Findings, Layer, Span
 from qplug.report.markup import Child, Markup, table, tag

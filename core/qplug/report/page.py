@@ -15,8 +15,8 @@ from qplug.report.markup import Markup, table, tag
 from qplug.report.words import bits, number, recipe_rows, size
 
 if TYPE_CHECKING:
-    from qplug.evaluation import Evaluation
-    from qplug.events import StageCost
+    from qplug.api.events import StageCost
+    from qplug.reading.perplexity import Evaluation
 
 _PARTS = ("quantized layers", "other linear layers", "embeddings, norms, the rest")
 

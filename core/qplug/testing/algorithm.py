@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from qplug.api import Algorithm, Block, InputGroup, QuantizedWeight
-from qplug.numerics import (
+from qplug.api.scheme import Scheme, preset
+from qplug.numerics.rounding import (
     code_dtype,
     dequantize,
     fake_quantize_activations,
     minmax_scale,
     nearest,
 )
-from qplug.scheme import Scheme, preset
 from qplug.testing.blocks import tiny_block, tiny_linear
 from qplug.testing.checking import ComponentContract, demand, demanding, refusal, same
 from qplug.testing.models import write_tiny_model
@@ -104,7 +104,7 @@ class AlgorithmContract(ComponentContract):
                 demand(
                     same(made.scale, linear.scale) and same(made.zero, linear.zero),
                     f"{self._who}.quantize drops the scale that an algorithm before chose: take "
-                    "qplug.numerics.scale_of(linear), so that awq+... composes",
+                    "qplug.numerics.rounding.scale_of(linear), so that awq+... composes",
                 )
 
     # --- what real models have -------------------------------------------------------------------
@@ -160,7 +160,7 @@ class AlgorithmContract(ComponentContract):
             )
 
     def test_a_whole_run(self, tmp_path: Path) -> None:
-        from qplug.run import quantize
+        from qplug.run.quantize import quantize
 
         kind = self.algorithm
         registry = registry_with(kind)
@@ -252,7 +252,7 @@ class AlgorithmContract(ComponentContract):
             demand(
                 same(stored, made.scale),
                 f"{who}: scales of {name} cannot be stored as {args.scale_dtype}: round them by "
-                "qplug.numerics.as_stored before codes are computed",
+                "qplug.numerics.rounding.as_stored before codes are computed",
             )
             zero = made.zero
             demand(

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qplug.api import Block, Linear
-from qplug.hidden_states import HiddenStates
-from qplug.live_block import LiveBlock
-from qplug.processes import ALONE
-from qplug.reconstruction import Data, LiveReconstruction
-from qplug.scheme import Scheme
-from qplug.statistics import Statistics
-from qplug.structure import Before, Group
+from qplug.api.scheme import Scheme
+from qplug.calibration.hidden_states import HiddenStates
+from qplug.calibration.live_block import LiveBlock
+from qplug.calibration.reconstruction import Data, LiveReconstruction
+from qplug.calibration.statistics import Statistics
+from qplug.machine.processes import ALONE
+from qplug.model.input_groups import Before, Group
 
 _INNER = 48
 _CPU = torch.device("cpu")

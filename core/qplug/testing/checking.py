@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from qplug.api import Component
+from qplug.api.params import fill, options
 from qplug.errors import QplugError
-from qplug.params import fill, options
 
 #: What the face of a plugin must not import: everyone who lists plugins would wait for it.
 HEAVY = ("torch", "transformers", "datasets")

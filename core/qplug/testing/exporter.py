@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from qplug.api import Exporter, ModelView, QuantizedWeight
+from qplug.api.scheme import PRESETS, Scheme
+from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
-from qplug.numerics import dequantize, round_to_nearest
-from qplug.safetensors_file import tensor_bytes
-from qplug.scheme import PRESETS, Scheme
+from qplug.numerics.rounding import dequantize, round_to_nearest
 from qplug.testing.checking import ComponentContract, demand, demanding, refusal, same
 from qplug.testing.models import write_tiny_model
 from qplug.testing.registries import registry_with
@@ -167,8 +167,8 @@ class ExporterContract(ComponentContract):
             )
 
     def test_a_whole_run(self, tmp_path: Path) -> None:
-        from qplug.run import quantize
-        from qplug.verification import verify
+        from qplug.reading.verify import verify
+        from qplug.run.quantize import quantize
 
         if self.served is None:
             return

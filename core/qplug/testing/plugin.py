@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qplug.registry import Registry
+from qplug.registry.registry import Registry
 from qplug.testing.models import tiny_tokenizer as make_tokenizer
 from qplug.testing.models import write_tiny_model
 from qplug.testing.registries import bare_registry

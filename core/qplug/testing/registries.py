@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from qplug.api import Algorithm, Component, Dataset, NoParams, Split
-from qplug.hookspecs import hookimpl
-from qplug.registry import Plugin, Registry
+from qplug.api.hookspecs import hookimpl
+from qplug.registry.registry import Plugin, Registry
 
 
 class KitText(Dataset[NoParams]):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qplug import Algorithm, Block, InputGroup, Linear, Param
-from qplug.clipping import scaling_error, search_clip
+from qplug.numerics import scaling_error, search_clip
 
 
 @dataclass(frozen=True)

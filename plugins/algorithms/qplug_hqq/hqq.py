@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qplug import Algorithm, Block, Linear, Param, QuantArgs, QuantizedWeight, Scheme
 from qplug.numerics import nearest, quantize, round_codes, scale_of
-from qplug.stored_scales import as_stored
+from qplug.numerics import as_stored
 
 #: Weights that are solved for at a time.
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}

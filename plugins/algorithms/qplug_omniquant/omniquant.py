@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from qplug import Algorithm, Block, InputGroup, Linear, Param, QplugError, Reconstruction
-from qplug.clipping import scaling_error, unclipped_ratio
-from qplug.learning import learn, learns_ranges, start_clips
+from qplug.numerics import scaling_error, unclipped_ratio
+from qplug.numerics import learn, learns_ranges, start_clips
 from qplug.numerics import minmax_scale, scale_of
-from qplug.straight_through import fake_quantize, range_scale, ranges
+from qplug.numerics import fake_quantize, range_scale, ranges
 
 #: How much wider than one that clips nothing a range can become.
 _WIDEST = 1.25

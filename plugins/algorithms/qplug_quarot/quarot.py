@@ -1,6 +1,6 @@
 """QuaRot (Ashkboos et al., arXiv 2404.00456), as far as it can be put into the weights.
 
-How a model is rewritten in another basis is told in ``qplug.turning``.
+How a model is rewritten in another basis is told in ``qplug.numerics``.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from qplug import Algorithm, FloatModel, Param, Preparation, QplugError, Stream
-from qplug.hadamard import exists
-from qplug.rotation import Hadamard, Random, Rotation
-from qplug.turning import rotations, turned
+from qplug.numerics import exists
+from qplug.numerics import Hadamard, Random, Rotation
+from qplug.numerics import rotations, turned
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from qplug import Algorithm, Block, Linear, Param, QplugError, QuantizedWeight
-from qplug.learning import SignSGD, learn, learns_ranges, start_clips
+from qplug.numerics import SignSGD, learn, learns_ranges, start_clips
 from qplug.numerics import quantize, scale_of
-from qplug.straight_through import fake_quantize, stretched
+from qplug.numerics import fake_quantize, stretched
 
 
 @dataclass(frozen=True)

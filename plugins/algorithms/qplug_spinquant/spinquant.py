@@ -26,9 +26,9 @@ from qplug import (
     Stream,
     WholeModel,
 )
-from qplug.hadamard import exists
-from qplug.rotation import Hadamard, Random, Rotation, Written
-from qplug.turning import rotations, turned
+from qplug.numerics import exists
+from qplug.numerics import Hadamard, Random, Rotation, Written
+from qplug.numerics import rotations, turned
 from qplug_spinquant.stiefel import CayleySGD, orthogonal
 
 #: Batches on which it is judged whether what has been learned is better.

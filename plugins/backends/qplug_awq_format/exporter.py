@@ -20,14 +20,14 @@ from qplug import (
     Scheme,
     TensorSpec,
 )
-from qplug.laid_out import loading_problems
-from qplug.limits import Target, beyond_limits
+from qplug import loading_problems
+from qplug import Target, beyond_limits
 from qplug_awq_format.capabilities import CAPABILITIES
 from qplug_compressed_tensors.fusing import fused_groups, with_merged_names
 from qplug_compressed_tensors.packing import pack_words, unpack_words
 
 if TYPE_CHECKING:
-    from qplug.checkpoint import Checkpoint
+    from qplug import Checkpoint
 
 #: Which of eight neighbouring outputs each nibble of a word holds, lowest bits first.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

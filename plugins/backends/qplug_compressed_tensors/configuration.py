@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qplug import PRESETS, ModelView, QplugError, QuantArgs, Scheme
-from qplug.scheme import E4M3_SCALES, E8M0_SCALES
+from qplug import E4M3_SCALES, E8M0_SCALES
 from qplug_compressed_tensors.fusing import with_merged_names
 
 PACK_QUANTIZED = "pack-quantized"

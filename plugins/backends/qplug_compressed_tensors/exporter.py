@@ -19,7 +19,7 @@ from qplug import (
     Scheme,
     TensorSpec,
 )
-from qplug.limits import Target, beyond_limits
+from qplug import Target, beyond_limits
 from qplug_compressed_tensors import fp4
 from qplug_compressed_tensors.configuration import (
     PACK_QUANTIZED,
@@ -35,7 +35,7 @@ from qplug_compressed_tensors.rules import RULES, Case, Rule
 from qplug_compressed_tensors.silent import SILENT
 
 if TYPE_CHECKING:
-    from qplug.checkpoint import Checkpoint
+    from qplug import Checkpoint
 
 
 class CompressedTensors(Exporter[NoParams | Target]):

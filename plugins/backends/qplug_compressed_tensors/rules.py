@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qplug import Exporter, ModelView, Problem, QuantArgs, Scheme
-from qplug.limits import Target, shape_problem
+from qplug import Target, shape_problem
 from qplug_compressed_tensors.configuration import (
     FLOAT_QUANTIZED,
     INT_QUANTIZED,
@@ -27,7 +27,7 @@ from qplug_compressed_tensors.configuration import (
 from qplug_compressed_tensors.fusing import fused_groups
 
 if TYPE_CHECKING:
-    from qplug.checkpoint import Checkpoint
+    from qplug import Checkpoint
 
 _FORMATS = (PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED, NVFP4_PACKED, MXFP4_PACKED)
 _FLOATS = ("bfloat16", "float16", "float32")

@@ -21,7 +21,7 @@ from qplug import (
     Scheme,
     TensorSpec,
 )
-from qplug.limits import Target, beyond_limits
+from qplug import Target, beyond_limits
 from qplug_compressed_tensors.configuration import patterns
 from qplug_compressed_tensors.fusing import fused_groups, with_merged_names
 from qplug_compressed_tensors.packing import pack_words, unpack_words
@@ -29,7 +29,7 @@ from qplug_gptq_format.capabilities import CAPABILITIES
 from qplug_gptq_format.rules import problems
 
 if TYPE_CHECKING:
-    from qplug.checkpoint import Checkpoint
+    from qplug import Checkpoint
 
 _BITS = {4: "W4A16", 8: "W8A16"}
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qplug import Exporter, ModelView, Problem, Scheme
-from qplug.laid_out import loading_problems
+from qplug import loading_problems
 from qplug_compressed_tensors.fusing import fused_groups
 from qplug_compressed_tensors.packing import unpack_words
 
 if TYPE_CHECKING:
-    from qplug.checkpoint import Checkpoint
+    from qplug import Checkpoint
 
 
 def problems(

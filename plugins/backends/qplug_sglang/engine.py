@@ -15,7 +15,7 @@ from qplug import (
     Server,
     TensorSpec,
 )
-from qplug.limits import Target
+from qplug import Target
 from qplug_compressed_tensors.configuration import format_of
 from qplug_compressed_tensors.exporter import CompressedTensors, half_precision
 from qplug_compressed_tensors.rules import no_cache_scales, one_format
@@ -29,7 +29,7 @@ from qplug_sglang.capabilities import CAPABILITIES
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qplug.checkpoint import Checkpoint
+    from qplug import Checkpoint
 
 
 class SGLang(CompressedTensors):

@@ -19,14 +19,14 @@ from qplug import (
     Scheme,
     TensorSpec,
 )
-from qplug.laid_out import loading_problems
+from qplug import loading_problems
 from qplug_compressed_tensors import fp4
 from qplug_compressed_tensors.fusing import merged_matrices, with_merged_names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qplug.checkpoint import Checkpoint
+    from qplug import Checkpoint
 
 METHOD = "modelopt"
 NVFP4 = PRESETS["NVFP4"]

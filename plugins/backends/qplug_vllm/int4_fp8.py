@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qplug import QuantizedWeight
-from qplug.scheme import FLOAT_MAX
+from qplug import FLOAT_MAX
 
 #: No row has a smaller unit: vLLM finds it as it finds the scale of a token.
 _LEAST_UNIT = 1 / (FLOAT_MAX["e4m3"] * 512)

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from qplug import Dataset
-from qplug.hub_text import HubParams, HubText
+from qplug.text import HubParams, HubText
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,7 @@ class C4(Dataset[HubParams]):
         self, tokenizer: Tokenizer, *, length: int, count: int, seed: int
     ) -> Iterator[Tensor]:
         # Imports torch, which listing datasets does not need.
-        from qplug.windows import document_windows
+        from qplug.text import document_windows
 
         pages = _TRAIN.rows(self.params.path)
         return document_windows(pages, tokenizer, length=length, count=count, seed=seed)

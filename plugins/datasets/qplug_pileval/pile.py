@@ -6,7 +6,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from qplug import Dataset
-from qplug.hub_text import HubParams, HubText
+from qplug.text import HubParams, HubText
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +39,7 @@ class PileVal(Dataset[HubParams]):
         self, tokenizer: Tokenizer, *, length: int, count: int, seed: int
     ) -> Iterator[Tensor]:
         # Imports torch, which listing datasets does not need.
-        from qplug.windows import document_windows
+        from qplug.text import document_windows
 
         rows = _VALIDATION.rows(self.params.path)
         return document_windows(

@@ -62,7 +62,7 @@ class TextFiles(Dataset[Params]):
         if self.params.order == "random":
             return super().samples(tokenizer, length=length, count=count, seed=seed)
         # Imports torch, which listing datasets does not need.
-        from qplug.windows import first_windows
+        from qplug.text import first_windows
 
         windows = first_windows(self, tokenizer, length=length, count=count, split="calibration")
         if len(windows) < count:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qplug import Dataset
-from qplug.hub_text import HubParams, HubText
+from qplug.text import HubParams, HubText
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

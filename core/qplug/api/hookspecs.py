@@ -1,0 +1,145 @@
+"""Every hook of qplug. ``hookimpl`` marks an implementation; a plugin imports it from ``qplug``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    import click
+
+    from qplug.api import Algorithm, Dataset, Exporter, ModelView
+    from qplug.api.events import BlockReport, Result
+
+hookspec = pluggy.HookspecMarker("qplug")
+hookimpl = pluggy.HookimplMarker("qplug")
+
+
+@hookspec
+def qplug_algorithms() -> Iterable[type[Algorithm[Any]]]:
+    """Offer quantization algorithms.
+
+    Called once, when the first component of any kind is asked for. Return classes, not instances.
+
+    Since 0.1. Example::
+
+        @hookimpl
+        def qplug_algorithms():
+            from qplug_mine.mine import Mine
+
+            return [Mine]
+    """
+    return ()
+
+
+@hookspec
+def qplug_datasets() -> Iterable[type[Dataset[Any]]]:
+    """Offer text to calibrate and evaluate on.
+
+    Called once, when the first component of any kind is asked for. Return classes, not instances.
+
+    Since 0.1. Example::
+
+        @hookimpl
+        def qplug_datasets():
+            from qplug_mine.letters import Letters
+
+            return [Letters]
+    """
+    return ()
+
+
+@hookspec
+def qplug_exporters() -> Iterable[type[Exporter[Any]]]:
+    """Offer formats that engines load.
+
+    Called once, when the first component of any kind is asked for. Return classes, not instances.
+
+    Since 0.1. Example::
+
+        @hookimpl
+        def qplug_exporters():
+            from qplug_mine.engine import MyEngine
+
+            return [MyEngine]
+    """
+    return ()
+
+
+@hookspec
+def qplug_commands(group: click.Group) -> None:
+    """Add commands to the command line.
+
+    Called once, when a command is asked for that is not qplug's own, or plugins are checked.
+
+    Since 0.1. Example::
+
+        @hookimpl
+        def qplug_commands(group):
+            @group.command()
+            def hello():
+                click.echo("hello")
+    """
+
+
+@hookspec(firstresult=True)
+def qplug_model_view(config: Mapping[str, Any]) -> ModelView | None:
+    """Tell where the decoder blocks and the linears of an architecture are.
+
+    Called for each model that is opened, before what qplug finds by itself, with what config.json
+    says. Return None for models that are not yours: the first plugin, by name, that returns a
+    ``ModelView`` is believed. Its names are those of tensors on disk, without ``.weight``; its
+    ``config`` may be left ``{}``. What it says is checked against the checkpoint. An architecture
+    that transformers does not know can then be quantized by what needs no data, and verified.
+
+    Since 0.1. Example::
+
+        @hookimpl
+        def qplug_model_view(config):
+            if config["model_type"] != "mine":
+                return None
+            names = [f"layers.{n}" for n in range(config["depth"])]
+            shape = (config["width"], config["width"])
+            return ModelView(
+                config={},
+                dtype="bfloat16",
+                linears={f"{name}.mix": shape for name in names},
+                quantizable=frozenset(f"{name}.mix" for name in names),
+                blocks=tuple(names),
+                head=None,
+            )
+    """
+    return None
+
+
+@hookspec
+def qplug_block_done(report: BlockReport) -> None:
+    """Watch a run: a decoder block, or a tensor of a data-free run, is quantized.
+
+    Called after each step, in the order of the model, in the first process alone; not for steps
+    that an earlier run had finished. Return nothing. An error in it is a warning that names the
+    plugin, which is then told nothing more; the run goes on.
+
+    Since 0.1. Example::
+
+        @hookimpl
+        def qplug_block_done(report):
+            print(f"{report.number} of {report.count}: {report.name}, {report.seconds:.1f} s")
+    """
+
+
+@hookspec
+def qplug_run_done(result: Result) -> None:
+    """Watch a run: the folder ``result.out`` is written.
+
+    Called once a run, when the folder is whole and in its place; not after a dry run, nor when a
+    run fails. Return nothing. An error in it is a warning that names the plugin.
+
+    Since 0.1. Example::
+
+        @hookimpl
+        def qplug_run_done(result):
+            (result.out / "worst.txt").write_text(max(result.errors, key=result.errors.get))
+    """

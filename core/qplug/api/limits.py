@@ -1,0 +1,119 @@
+"""What kernels cannot take, read from a backend's table of capabilities (public).
+
+Under tensor parallelism every process loads a part of each weight, and its kernel sees that part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from qplug.api import Capability, ModelView
+from qplug.api.params import Param
+from qplug.api.scheme import Scheme
+
+#: Where an engine may run: CUDA's compute capabilities (A100, L40, H100, B200), and CPUs.
+DEVICES = ("sm80", "sm89", "sm90", "sm100", "cpu")
+
+# Engines split most weights by rows, which make outputs. These are split by columns; those of the
+# second table are whole in every process.
+_BY_COLUMNS = ("o_proj", "down_proj", "w2", "out_proj", "fc2", "dense_4h_to_h", "c_proj")
+_WHOLE = ("q_a_proj", "kv_a_proj_with_mqa", "gate", "router", "shared_expert_gate")
+_OF_KEYS_AND_VALUES = ("k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a folder is to be served: options of backends that have an engine."""
+
+    gpu: Annotated[
+        Literal["any", "sm80", "sm89", "sm90", "sm100", "cpu"],
+        Param("Check for this device; any: for whichever takes it."),
+    ] = "any"
+    tp: Annotated[int, Param("Processes that share each layer (tensor parallelism).", 1)] = 1
+
+
+def rows_for(table: Sequence[Capability], scheme: str, gpu: str = "any") -> list[Capability]:
+    """The rows of ``table`` that tell of ``scheme`` on ``gpu``."""
+    return [row for row in table if row.scheme == scheme and gpu in ("any", *row.devices)]
+
+
+def beyond_limits(
+    table: Sequence[Capability],
+    model: ModelView,
+    schemes: Mapping[str, Scheme],
+    target: Target | None = None,
+) -> str | None:
+    """A sentence that names the first linear that no row of ``table`` takes; None if all fit."""
+    if not table:
+        return None
+    target = target or Target()
+    for name, scheme in schemes.items():
+        sentence = shape_problem(table, name, model, scheme, target)
+        if sentence is not None:
+            return f"{name}: {sentence}"
+    return None
+
+
+def shape_problem(
+    table: Sequence[Capability], name: str, model: ModelView, scheme: Scheme, target: Target
+) -> str | None:
+    """Why no kernel in ``table`` runs the linear ``name`` of ``model`` under ``scheme``.
+
+    If there are several reasons, it is that of the first kernel that runs the scheme at all.
+    """
+    rows = rows_for(table, scheme.name, target.gpu)
+    if not rows:
+        where = "" if target.gpu == "any" else f" on {target.gpu}"
+        return f"no kernel for {scheme.name} is known{where}"
+    served = [row for row in rows if row.served]
+    found = [row_problem(row, name, model, scheme, target.tp) for row in served or rows]
+    return None if None in found else found[0]
+
+
+def row_problem(
+    row: Capability, name: str, model: ModelView, scheme: Scheme, tp: int = 1
+) -> str | None:
+    """Why the kernel of ``row`` does not take a linear's part in each of ``tp`` processes."""
+    if not row.served:
+        return row.kernel
+    size = scheme.weights.group_size
+    if row.group_sizes and (size or -1) not in row.group_sizes:
+        sizes = ", ".join(str(size) for size in row.group_sizes)
+        return f"{row.kernel} takes groups of {sizes}, not {size or -1}"
+    shape = shard_shape(name, model.linears[name], model.config, tp)
+    if isinstance(shape, str):
+        return shape
+    share = f" in each of {tp} processes" if tp > 1 else ""
+    for side, width, multiple in zip(
+        ("out", "in"), shape, (row.out_multiple, row.in_multiple), strict=True
+    ):
+        if width % multiple:
+            return (
+                f"{row.kernel} needs {side}_features in multiples of {multiple}, not {width}{share}"
+            )
+    if size is not None and shape[1] % size:
+        return f"groups of {size} do not divide in_features, {shape[1]}{share}"
+    return None
+
+
+def shard_shape(
+    name: str, shape: tuple[int, int], config: Mapping[str, Any], tp: int
+) -> tuple[int, int] | str:
+    """The shape (out, in) of the part of a weight that each of ``tp`` processes has.
+
+    ``config``: that of the model. A sentence if it cannot be split so.
+    """
+    local, (out, width) = name.rpartition(".")[2], shape
+    if tp == 1 or local in _WHOLE:
+        return shape
+    if local in _OF_KEYS_AND_VALUES:
+        # Of fewer heads than processes each has a copy.
+        heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or tp
+        tp = min(tp, int(heads))
+    by_columns = local in _BY_COLUMNS
+    side = width if by_columns else out
+    if side % tp:
+        return f"{'in' if by_columns else 'out'}_features, {side}, cannot be split in {tp}"
+    return (out, width // tp) if by_columns else (out // tp, width)

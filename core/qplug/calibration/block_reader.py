@@ -1,0 +1,61 @@
+"""The weights of blocks, read from the shards one block ahead of the work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from qplug.checkpoint.open import Checkpoint
+from qplug.machine.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class BlockReader:
+    """Reads the parameters of a block while the block before it is worked on.
+
+    ``parameters``: of each block in order, by its name, the names of its parameters within it.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        parameters: Mapping[str, Sequence[str]],
+        clock: Stopwatch,
+        *,
+        pinned: bool = False,
+    ) -> None:
+        """``pinned``: put them where a GPU can fetch them while the CPU goes on."""
+        self._pinned = pinned
+        self._source, self._parameters, self._clock = source, parameters, clock
+        self._following = dict(zip(parameters, [*parameters][1:], strict=False))
+        self._thread = ThreadPoolExecutor(1, "qplug-reader")
+        self._coming: dict[str, Future[dict[str, Tensor]]] = {}
+
+    def start(self, block: str) -> None:
+        """Begin to read ``block``."""
+        if block not in self._coming:
+            self._coming[block] = self._thread.submit(self._read, block)
+
+    def read(self, block: str) -> dict[str, Tensor]:
+        """The parameters of ``block``, on the CPU unless they were made elsewhere.
+
+        The next block is begun.
+        """
+        self.start(block)
+        with self._clock("reading"):
+            weights = self._coming.pop(block).result()
+        if block in self._following:
+            self.start(self._following[block])
+        return weights
+
+    def _read(self, block: str) -> dict[str, Tensor]:
+        weights = {
+            local: self._source.read(f"{block}.{local}") for local in self._parameters[block]
+        }
+        if not self._pinned:
+            return weights
+        # What is rewritten on the GPU is there already.
+        return {n: w if w.is_cuda else w.pin_memory() for n, w in weights.items()}

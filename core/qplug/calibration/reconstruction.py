@@ -1,0 +1,183 @@
+"""A live block computed with other parameters, in float32 and with gradients, to be learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qplug.api import Aim, Batch, InputGroup, Linear, Reconstruction
+from qplug.calibration.hidden_states import HiddenStates
+from qplug.machine.processes import Processes
+from qplug.model.input_groups import divided
+from qplug.numerics.straight_through import round_inputs
+
+if TYPE_CHECKING:
+    from qplug.calibration.live_block import LiveBlock
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What a process has of the calibration data at a block, batch by batch.
+
+    ``hidden`` enters the block and ``targets`` leaves the float model's; ``calls`` are the block's
+    other arguments, ``real`` as in ``Batch``; ``tokens`` are those of all processes, also of
+    batches that this one has no part of.
+    """
+
+    hidden: HiddenStates
+    targets: HiddenStates
+    calls: Sequence[Mapping[str, Any]]
+    real: Sequence[Tensor | None]
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True, eq=False)
+class _LiveBatch(Batch):
+    """A batch with the arguments that the block is called with beside its inputs."""
+
+    call: Mapping[str, Any]
+
+
+class LiveReconstruction(Reconstruction):
+    """The reconstruction of ``block``, whose ``module`` has no parameters of its own."""
+
+    def __init__(
+        self,
+        block: LiveBlock,
+        module: nn.Module,
+        data: Data,
+        device: torch.device,
+        processes: Processes,
+    ) -> None:
+        self._block, self._module, self._data = block, module, data
+        self._device, self._processes = device, processes
+        self.steps = len(data.tokens)
+        self._targets: dict[Aim, HiddenStates] = {"model": data.targets}
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return {self._full(local): master for local, master in self._block.masters.items()}
+
+    def batches(self, aim: Aim = "model", among: Sequence[int] | None = None) -> Iterator[Batch]:
+        if aim not in self._targets:
+            self._targets[aim] = self._float_outputs(mixed=aim == "both")
+        wanted = range(self.steps) if among is None else among
+        mine = [number for number in wanted if number < len(self._data.hidden)]
+        inputs, targets = self._data.hidden.at(mine), self._targets[aim].at(mine)
+        for number in wanted:
+            tokens = self._data.tokens[number]
+            if number < len(self._data.hidden):
+                real = self._data.real[number]
+                real = None if real is None else real.to(self._device)
+                call = self._data.calls[number]
+                yield _LiveBatch(next(inputs).float(), next(targets), real, tokens, call)
+            else:
+                first = next(iter(self._data.hidden)).float()
+                nothing = torch.zeros(first.shape[:2], dtype=torch.bool, device=self._device)
+                yield _LiveBatch(first, first, nothing, tokens, self._data.calls[0])
+
+    @torch.no_grad()
+    def _float_outputs(self, *, mixed: bool) -> HiddenStates:
+        """What the float block makes of the inputs, or the middle of that and the model's."""
+        made = HiddenStates(self._device)
+        mine = range(len(self._data.hidden))
+        originals = {f"{name}.weight": w for name, w in self._block.originals.items()}
+        for batch in self.batches("model", mine):
+            output = self.compute(originals, batch, rounding=False)
+            if mixed:
+                output = (output + batch.target.float()) / 2
+            made.append(output.to(batch.target.dtype))
+        return made
+
+    def compute(
+        self, values: Mapping[str, Tensor], batch: Batch, *, rounding: bool = True
+    ) -> Tensor:
+        assert isinstance(batch, _LiveBatch)
+        prefix = f"{self._block.name}."
+        used = dict(self._block.masters)
+        used.update({name.removeprefix(prefix): value for name, value in values.items()})
+        call = {name: _in_float32(value) for name, value in batch.call.items()}
+        with self._rounding_inputs(rounding):
+            return call_block(self._module, used, batch.inputs, call)
+
+    @contextmanager
+    def _rounding_inputs(self, rounding: bool) -> Iterator[None]:
+        """Within it, linears read inputs as their scheme rounds them, if ``rounding``."""
+        linears = [lin for lin in self._block.linears if rounding and lin.activations is not None]
+        handles = [
+            self._module.get_submodule(
+                linear.name.removeprefix(f"{self._block.name}.")
+            ).register_forward_pre_hook(partial(_round_input, linear))
+            for linear in linears
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def smoothed(
+        self, values: Mapping[str, Tensor], group: InputGroup, scale: Tensor
+    ) -> dict[str, Tensor]:
+        before, readers = self._block.moved(group)
+        weight = self._full(f"{before.module}.weight")
+        bias = self._full(f"{before.module}.bias")
+        made = dict(values)
+        made[weight], new_bias = divided(values[weight], values.get(bias), before, scale)
+        if new_bias is not None:
+            made[bias] = new_bias
+        for path in readers:
+            made[self._full(f"{path}.weight")] = made[self._full(f"{path}.weight")] * scale
+        return made
+
+    def shifted(
+        self, values: Mapping[str, Tensor], group: InputGroup, offset: Tensor
+    ) -> dict[str, Tensor]:
+        before, readers = self._block.moved(group)
+        made = dict(values)
+        bias = self._full(f"{before.module}.bias")
+        made[bias] = values[bias] - offset
+        for path in readers:
+            weight, bias = (self._full(f"{path}.{local}") for local in ("weight", "bias"))
+            made[bias] = values[bias] + values[weight] @ offset
+        return made
+
+    def total(self, tensors: Sequence[Tensor]) -> None:
+        if self._processes.count > 1:
+            self._processes.reduce(sums=tensors)
+
+    def _full(self, local: str) -> str:
+        return f"{self._block.name}.{local}"
+
+
+def call_block(
+    module: nn.Module, values: Mapping[str, Tensor], batch: Tensor, call: Mapping[str, Any]
+) -> Tensor:
+    """What ``module`` makes of ``batch`` with the parameters ``values``."""
+    return first_tensor(functional_call(module, dict(values), (batch,), dict(call)))
+
+
+def first_tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The hidden states, of what a block gives back."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _round_input(linear: Linear, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    assert linear.activations is not None
+    return (round_inputs(inputs[0], linear.activations, linear.input_scale),)
+
+
+def _in_float32(value: Any) -> Any:
+    """A block's argument for a pass in float32: rotary tables, masks that are added."""
+    if isinstance(value, tuple):
+        return tuple(_in_float32(part) for part in value)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.float()
+    return value

@@ -1,0 +1,462 @@
+"""Walk a model block by block on calibration tokens: one block in memory, inputs caught once.
+
+What the model computes before its first block (embeddings, masks, rotary tables) is run once, with
+every block replaced by a recorder of what it is called with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qplug.api import ModelView
+from qplug.api.scheme import QuantArgs, Scheme
+from qplug.calibration.block_reader import BlockReader
+from qplug.calibration.hidden_states import HiddenStates
+from qplug.calibration.live_block import LiveBlock
+from qplug.calibration.observation import Observation, Shares
+from qplug.calibration.reconstruction import Data, LiveReconstruction, call_block, first_tensor
+from qplug.calibration.statistics import Statistics
+from qplug.checkpoint.open import Checkpoint
+from qplug.errors import QplugError
+from qplug.machine.processes import ALONE, Processes
+from qplug.machine.stopwatch import Stopwatch
+from qplug.model.experts import as_on_disk
+from qplug.model.input_groups import Group, find_groups
+from qplug.model.kv_cache import SCALES, KVCache, ObservedCache, RoundedCache
+from qplug.model.online_rotation import rotate_inputs
+from qplug.model.stand_in import StandIn, refuse_positional
+from qplug.model.view import build, load_config
+from qplug.numerics.rounding import fake_quantize_activations
+
+#: Tokens in one forward pass through a block.
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}
+#: Tokens on which the structure of a block is found.
+_PROBE = 16
+
+
+class Walk:
+    """Calibration tokens on their way through the blocks of a model.
+
+    ``enter`` reads a block and gathers its statistics, ``leave`` sends the tokens through what was
+    made of it; ``replay`` does the latter alone, for a block that an earlier run has finished.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        view: ModelView,
+        schemes: Mapping[str, Scheme],
+        tokens: Tensor,
+        *,
+        device: torch.device,
+        propagate: str = "quantized",
+        batch_size: int | None = None,
+        with_drift: bool = False,
+        with_targets: bool = False,
+        online: Sequence[str] = (),
+        cache: KVCache | None = None,
+        trust_remote_code: bool = False,
+        processes: Processes = ALONE,
+        clock: Stopwatch | None = None,
+    ) -> None:
+        """``tokens``: int64 ``[samples, length]``, -1 where a sample has ended.
+
+        Each of ``processes`` takes a part of them. ``with_drift`` gathers ``InputGroup.drift``,
+        ``with_targets`` gives blocks their ``reconstruction``.
+        Inputs of linears in ``online`` are rotated. ``cache``: how keys and values are stored.
+        Raises QplugError if there are not enough samples for each process to have one.
+        """
+        if len(tokens) < processes.count:
+            raise QplugError(
+                f"{processes.count} processes cannot share {len(tokens)} calibration samples; "
+                "raise --samples, or start fewer"
+            )
+        self._processes = processes
+        self._source, self._view, self._schemes = source, view, schemes
+        self._device, self._propagate, self._cache = device, propagate, cache
+        self.dtype = _passing_dtype(device, getattr(torch, view.dtype))
+        config = load_config(source.folder, trust_remote_code=trust_remote_code)
+        self._model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
+        rotate_inputs(self._model, online)
+        as_on_disk(self._model, view.blocks, source.tensors)
+        self._blocks = {name: self._model.get_submodule(name) for name in view.blocks}
+        self._structures: dict[tuple[Any, ...], tuple[Group, ...]] = {}
+        self._parameters = {
+            name: [
+                local
+                for local, value in block.state_dict(keep_vars=True).items()
+                if isinstance(value, nn.Parameter) or f"{name}.{local}" in source.tensors
+            ]
+            for name, block in self._blocks.items()
+        }
+        self._buffers = {n for block in self._blocks.values() for n, _ in block.named_buffers()}
+        self._reader = BlockReader(
+            source, self._parameters, clock or Stopwatch(), pinned=device.type == "cuda"
+        )
+        self._with_drift = with_drift and propagate == "quantized"
+        self._with_targets = with_targets
+        # Whether what the float model has at each block is computed beside, or alone.
+        self._with_float = with_drift or with_targets or propagate == "float"
+        # What enters the next block; what would in the float model, once that is something else;
+        # and what leaves the block that is being worked on, as a float one.
+        size = batch_size or samples_in_a_batch(tokens.shape[1], device)
+        parts = [part.split(size) for part in tokens.tensor_split(processes.count)]
+        self._shares = Shares([len(part) for part in parts], processes.rank)
+        batches = parts[processes.rank]
+        self._tokens_by_batch = _real_tokens(parts)
+        # Behind its end a sample is filled with tokens that no other sees: blocks are causal.
+        self._real = [None if (batch >= 0).all() else (batch >= 0) for batch in batches]
+        self._hidden, self._calls = self._catch([batch.clamp(min=0) for batch in batches])
+        self._ideal: HiddenStates | None = None
+        self._ahead: HiddenStates | None = None
+
+    # --- before the first block ------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _catch(
+        self, batches: Sequence[Tensor]
+    ) -> tuple[HiddenStates, dict[str, list[dict[str, Any]]]]:
+        """The hidden states that enter block 0, batch by batch, and how each block is called."""
+        outer = [
+            name
+            for name, _ in self._model.base_model.named_parameters(
+                prefix=self._model.base_model_prefix
+            )
+            if not any(name.startswith(block + ".") for block in self._view.blocks)
+        ]
+        self._reader.start(self._view.blocks[0])
+        there = [name for name in outer if name in self._source.tensors]
+        held = {name: self._source.read(name).to(self._device) for name in there}
+        _refuse_infinite(held)
+        _fill(self._model, self._computable(held))
+        for module in self._model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self._device)
+        recorders = {name: _Recorder(block) for name, block in self._blocks.items()}
+        parent = self._model.get_submodule(self._view.blocks[0].rpartition(".")[0])
+        assert isinstance(parent, nn.ModuleList)
+        hidden = HiddenStates(self._device)
+        for index, recorder in enumerate(recorders.values()):
+            parent[index] = recorder
+        try:
+            for batch in batches:
+                self._model.base_model(input_ids=batch.to(self._device), use_cache=False)
+                hidden.append(recorders[self._view.blocks[0]].hidden)
+        finally:
+            for index, block in enumerate(self._blocks.values()):
+                parent[index] = block
+            _empty(self._model, outer)
+        return hidden, {name: recorder.calls for name, recorder in recorders.items()}
+
+    # --- a block ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def enter(self, name: str) -> LiveBlock:
+        """Read block ``name`` and gather the statistics of what its linears read."""
+        read = self._reader.read(name)
+        weights = {n: w.to(self._device, non_blocking=True) for n, w in read.items()}
+        del read
+        _refuse_infinite({f"{name}.{local}": weight for local, weight in weights.items()})
+        structure = self._structure(name, weights)
+        values = self._computable(weights)
+        if self._with_float:
+            self._ahead = HiddenStates(self._device)
+        statistics = self._observe(name, structure, values, values, self._ahead)
+        del values
+        block = LiveBlock(
+            name,
+            structure,
+            statistics,
+            weights,
+            self._schemes,
+            {local: self._source.tensors[f"{name}.{local}"].spec.dtype for local in weights},
+            partial(self._observe_again, name, structure),
+            self._processes,
+        )
+        if self._with_targets:
+            assert self._ahead is not None
+            data = Data(
+                self._hidden, self._ahead, self._calls[name], self._real, self._tokens_by_batch
+            )
+            block.reconstruction = LiveReconstruction(
+                block, self._blocks[name], data, self._device, self._processes
+            )
+        return block
+
+    def _structure(self, name: str, weights: Mapping[str, Tensor]) -> tuple[Group, ...]:
+        """Found once for all blocks that are alike, in float32, on random weights and tokens.
+
+        Not on the block's own: where those are zero, or small beside the residual, a wrong answer
+        would look right, and a run that goes on at a later block could find another.
+        """
+        module = self._blocks[name]
+        kinds = tuple(sorted({str(type(part)) for part in module.modules()}))
+        key = (*kinds, *((local, tuple(weight.shape)) for local, weight in weights.items()))
+        if key not in self._structures:
+            generator = torch.Generator(self._device).manual_seed(0)
+            draw = partial(torch.rand, generator=generator, device=self._device)
+            for local, weight in weights.items():
+                values = draw(weight.shape)  # norms stay away from zero, matrices keep variance
+                if weight.ndim < 2:
+                    values += 0.5
+                else:
+                    values = (values - 0.5) * (12 / weight.shape[-1]) ** 0.5
+                _set(module, local, values)
+            length, width = next(iter(self._hidden)).shape[1:]
+            probe = draw(1, min(_PROBE, length), width) - 0.5
+            call = _shortened(self._calls[name][0], _PROBE, torch.float32)
+            self._structures[key] = find_groups(module, lambda: first_tensor(module(probe, **call)))
+            _empty(module, weights)
+        return self._structures[key]
+
+    def _observe(
+        self,
+        name: str,
+        structure: tuple[Group, ...],
+        values: Mapping[str, Tensor],
+        float_values: Mapping[str, Tensor],
+        ahead: HiddenStates | None = None,
+    ) -> dict[str, Statistics]:
+        """What is seen of ``structure`` with the parameters ``values``, by ``Observation``'s paths.
+
+        With ``float_values`` the block computes as the float one; what then leaves it goes to
+        ``ahead``.
+        """
+        module = self._blocks[name]
+        inside = f"{name}."
+        observation = Observation(
+            module,
+            structure,
+            {n.removeprefix(inside): s for n, s in self._schemes.items() if n.startswith(inside)},
+            self._shares,
+            self._device,
+            with_drift=self._with_drift and self._ideal is not None,
+        )
+        beside = self._ideal if self._with_drift or ahead is not None else None
+        ideals: Iterable[Tensor | None] = beside or [None] * len(self._hidden)
+        for batch, ideal, call, real in zip(
+            self._hidden, ideals, self._calls[name], self._real, strict=True
+        ):
+            wanted: dict[str, tuple[Tensor, Tensor | None]] = {}
+            after = None
+            if ideal is not None:
+                with observation.noting(wanted) if self._with_drift else nullcontext():
+                    after = call_block(module, float_values, ideal, call)
+            feeds = ahead is not None and after is None
+            with observation.watching(batch.shape[1], real, wanted, stop=not feeds):
+                left = call_block(module, values, batch, call)
+                after = left if feeds else after
+            if ahead is not None and after is not None:
+                ahead.append(after)
+        observation.share(self._processes)
+        return observation.statistics
+
+    @torch.no_grad()
+    def _observe_again(
+        self,
+        name: str,
+        structure: tuple[Group, ...],
+        values: Mapping[str, Tensor],
+        float_values: Mapping[str, Tensor],
+        rounded: Sequence[str],
+    ) -> dict[str, Statistics]:
+        """``_observe`` in the midst of a block, the inputs of linears in ``rounded`` rounded."""
+        parameters = {local: values[local] for local in self._parameters[name]}
+        with self._rounding_inputs(name, rounded, values):
+            return self._observe(
+                name, structure, self._computable(parameters), self._computable(float_values)
+            )
+
+    @torch.no_grad()
+    def leave(self, name: str, served: Mapping[str, Tensor]) -> None:
+        """Send the tokens through the block with the parameters ``served``, and free it.
+
+        ``served``: every parameter by its name within the block, with the value an engine will use,
+        and the scales of static inputs and of the KV cache.
+        """
+        if self._propagate == "quantized" and name != self._view.blocks[-1]:
+            values = self._computable({local: served[local] for local in self._parameters[name]})
+            rounded = self._rounded_cache(name, served)
+            with self._rounding_inputs(name, self._parameters[name], served):
+                calls = zip(self._hidden, self._calls[name], strict=True)
+                for index, (batch, call) in enumerate(calls):
+                    after = call_block(self._blocks[name], values, batch, {**call, **rounded})
+                    self._hidden.put(index, after)
+            self._ideal = self._ahead
+        elif self._ahead is not None:
+            self._hidden = self._ahead
+        self._ahead = None
+        self._calls.pop(name)
+
+    @torch.no_grad()
+    def cache_scales(self, name: str, served: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The scales of keys and values, float32 ``[1]``, by name in the block; none without cache.
+
+        ``served`` as for ``leave``: what they must cover is what the quantized block computes,
+        after all that algorithms moved. Raises QplugError if that is not finite.
+        """
+        if self._cache is None:
+            return {}
+        observer = ObservedCache()
+        values = self._computable({local: served[local] for local in self._parameters[name]})
+        with self._rounding_inputs(name, self._parameters[name], served):
+            for batch, call, real in zip(self._hidden, self._calls[name], self._real, strict=True):
+                observer.real = real
+                call_block(
+                    self._blocks[name], values, batch, {**call, self._cache.argument: observer}
+                )
+        attention = self._cache.modules[name]
+        if observer.times != len(self._hidden):
+            raise QplugError(f"{name}: fills a KV cache not once, so one scale does not fit it")
+        self._processes.reduce(most=observer.peaks)
+        scales = observer.scales(self._cache.args, f"{name}.{attention}")
+        return {f"{attention}.{local}": scale for local, scale in zip(SCALES, scales, strict=True)}
+
+    @torch.no_grad()
+    def replay(self, name: str, served: Mapping[str, Tensor]) -> None:
+        """``leave`` for a block that was finished by an earlier run."""
+        if self._with_float:
+            values = self._computable(self._reader.read(name))
+            self._ahead = HiddenStates(self._device)
+            for batch, call in zip(self._ideal or self._hidden, self._calls[name], strict=True):
+                self._ahead.append(call_block(self._blocks[name], values, batch, call))
+        self.leave(name, served)
+
+    def _rounded_cache(self, name: str, served: Mapping[str, Tensor]) -> dict[str, RoundedCache]:
+        """The argument that makes a block round keys and values; none without cache."""
+        if self._cache is None:
+            return {}
+        scales = (served[f"{self._cache.modules[name]}.{local}"] for local in SCALES)
+        return {self._cache.argument: RoundedCache(self._cache.args, tuple(scales))}
+
+    @contextmanager
+    def _rounding_inputs(
+        self, name: str, among: Sequence[str], served: Mapping[str, Tensor]
+    ) -> Iterator[None]:
+        """Within it, linears whose weights are ``among`` the given read what the scheme rounds.
+
+        ``served`` has the scales of static inputs.
+        """
+        handles = []
+        for local in among:
+            path = local.removesuffix(".weight")
+            scheme = self._schemes.get(f"{name}.{path}")
+            if scheme is not None and scheme.activations is not None:
+                part = self._blocks[name].get_submodule(path)
+                scale = served.get(f"{path}.input_scale")
+                scale = None if scale is None else scale.to(self._device)
+                hook = partial(_round_input, scheme.activations, scale)
+                handles.append(part.register_forward_pre_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _computable(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``values`` where blocks are computed, and in the dtype in which they are.
+
+        Buffers, as the correction of a router, stay in their own.
+        """
+        return {
+            name: value.to(self._device, None if name in self._buffers else self.dtype)
+            for name, value in values.items()
+        }
+
+
+def samples_in_a_batch(length: int, device: torch.device) -> int:
+    """How many samples of ``length`` tokens go through a block at once."""
+    return max(1, _BATCH_TOKENS[device.type] // length)
+
+
+def _refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises QplugError for the first of ``tensors`` that is not finite."""
+    extremes = torch.stack(
+        [torch.stack(torch.aminmax(value)).float() for value in tensors.values()]
+    )
+    for name, finite in zip(tensors, torch.isfinite(extremes).all(1).tolist(), strict=True):
+        if not finite:
+            raise QplugError(f"{name}: has NaN or infinite values")
+
+
+def _fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        _set(module, name, value)
+
+
+def _empty(module: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        _set(module, name, torch.empty(0, device="meta"))
+
+
+def _passing_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The dtype of forward passes: the checkpoint's where the device multiplies it fast.
+
+    GPUs do; CPUs that have instructions for bfloat16 do, twice as fast as float32. Others would
+    emulate it, which is slower than float32.
+    """
+    if device.type != "cpu" or (stored == torch.bfloat16 and _multiplies_bfloat16()):
+        return stored
+    return torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _real_tokens(parts: Sequence[Sequence[Tensor]]) -> list[int]:
+    """The real tokens of each batch, those of all processes, whose ``parts`` are given."""
+    counts = [[int((batch >= 0).sum()) for batch in part] for part in parts]
+    return [sum(of_batch) for of_batch in zip_longest(*counts, fillvalue=0)]
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    path, _, local = name.rpartition(".")
+    part = module.get_submodule(path)
+    if local in part._buffers:
+        part._buffers[local] = value
+    else:
+        part._parameters[local] = nn.Parameter(value, requires_grad=False)
+
+
+def _round_input(
+    args: QuantArgs, scale: Tensor | None, module: nn.Module, inputs: tuple[Tensor]
+) -> tuple[Tensor]:
+    return (fake_quantize_activations(inputs[0], args, scale),)
+
+
+def _shortened(call: Mapping[str, Any], length: int, dtype: torch.dtype) -> dict[str, Any]:
+    """A block's arguments for the first ``length`` tokens of the first sample."""
+    return {name: _shorten(value, length, dtype) for name, value in call.items()}
+
+
+def _shorten(value: Any, length: int, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):  # cos and sin: [samples, tokens, head size]
+        return tuple(part[:1, :length].to(dtype) for part in value)
+    if isinstance(value, Tensor) and value.ndim == 4:  # a mask: [samples, heads, tokens, tokens]
+        return value[:1, :, :length, :length]
+    if isinstance(value, Tensor) and value.ndim == 2:  # positions: [samples, tokens]
+        return value[:1, :length]
+    return value
+
+
+class _Recorder(StandIn):
+    """Stands for a block: notes how it is called, and lets the hidden states through."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
+        self.calls: list[dict[str, Any]] = []
+        self.hidden = torch.empty(0)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        refuse_positional(args)
+        self.hidden = hidden_states
+        self.calls.append(kwargs)
+        return hidden_states

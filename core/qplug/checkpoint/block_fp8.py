@@ -1,0 +1,85 @@
+"""Checkpoints that are published in blocks of fp8 (DeepSeek-V3), read as the float ones they mean.
+
+``X.weight`` is float8, and ``X.weight_scale_inv`` has a float32 for each block of it: the weight is
+their product. It is multiplied out as it is read; nothing is written anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qplug.api import TensorSpec
+from qplug.checkpoint.tensor_file import StoredTensor, tensor_bytes
+from qplug.errors import QplugError
+
+_SCALE = "_scale_inv"
+_FLOATS = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class BlockTensor(StoredTensor):
+    """A weight ``[out, in]`` that reads as ``spec`` says, and lies in the file as codes.
+
+    ``scales``: ``[ceil(out / tall), ceil(in / wide)]`` for blocks of ``tall`` x ``wide``.
+    """
+
+    codes: StoredTensor
+    scales: StoredTensor
+    block: tuple[int, int]
+
+    def read(self) -> Tensor:
+        codes, scales = self.codes.read(), self.scales.read().float()
+        (tall, wide), width = self.block, codes.shape[1]
+        weight = torch.empty(codes.shape, dtype=getattr(torch, self.spec.dtype))
+        for number, row in enumerate(scales):
+            rows = slice(number * tall, (number + 1) * tall)
+            weight[rows] = codes[rows].float() * row.repeat_interleave(wide)[:width]
+        return weight
+
+    def chunks(self) -> Iterator[bytes]:
+        yield bytes(tensor_bytes(self.read()))
+
+
+def is_block_fp8(config: Mapping[str, Any]) -> bool:
+    """Whether ``config.json`` says that weights are in blocks of fp8."""
+    told = config.get("quantization_config")
+    if not isinstance(told, dict) or told.get("quant_method") != "fp8":
+        return False
+    block = told.get("weight_block_size")
+    return isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) for n in block)
+
+
+def as_float(
+    config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """The configuration and the tensors of the float checkpoint that is meant.
+
+    Raises QplugError if a weight has no scales, or scales of another shape.
+    """
+    tall, wide = config["quantization_config"]["weight_block_size"]
+    stated = config.get("dtype") or config.get("torch_dtype")
+    dtype = str(stated) if stated in _FLOATS else "bfloat16"
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(_SCALE) and name.removesuffix(_SCALE) in tensors:
+            continue
+        if not tensor.spec.dtype.startswith("float8"):
+            found[name] = tensor
+            continue
+        scales, shape = tensors.get(name + _SCALE), tensor.spec.shape
+        if scales is None or len(shape) != 2:
+            raise QplugError(f"{tensor.path}: {name} is fp8, and has no {name + _SCALE}")
+        if scales.spec.shape != (math.ceil(shape[0] / tall), math.ceil(shape[1] / wide)):
+            raise QplugError(
+                f"{scales.path}: {name + _SCALE} is {list(scales.spec.shape)}, which does not fit "
+                f"blocks of {tall} x {wide} of {list(shape)}"
+            )
+        spec = TensorSpec(dtype, shape)
+        found[name] = BlockTensor(tensor.path, spec, tensor.start, tensor, scales, (tall, wide))
+    return {key: value for key, value in config.items() if key != "quantization_config"}, found

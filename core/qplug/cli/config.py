@@ -1,0 +1,67 @@
+"""``qplug config``: what files say, without running them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from qplug.registry.registry import Registry
+
+_FILE = click.argument("file", type=click.Path(path_type=Path))
+
+
+@click.group(name="config")
+def command() -> None:
+    """Check and convert recipes, qplug's own and LLMC's YAML files."""
+
+
+@command.command()
+@_FILE
+@click.pass_obj
+def check(registry: Registry, file: Path) -> None:
+    """Check FILE as far as it can be without the model.
+
+    Keys that change nothing are told on stderr, with their lines. Exit status 1 for wrong values,
+    and for algorithms that make no sense together or for the scheme.
+    """
+    from qplug.recipe.files import read_job
+
+    read = read_job(file, registry)
+    tell(read.warnings)
+    job = read.job
+    job.check(registry)
+    folders = [f"{export.out} ({export.backend})" for export in job.exports]
+    stages = dict.fromkeys(stage for told in job.measurements for stage in told.at)
+    click.echo(
+        f"{file}: sound ({read.kind}): {'+'.join(job.algorithms)}, {job.scheme.name}; "
+        f"writes {', '.join(folders) or 'nothing'}; measures {', '.join(stages) or 'nothing'}"
+    )
+
+
+@command.command()
+@_FILE
+@click.pass_obj
+def convert(registry: Registry, file: Path) -> None:
+    """Print the native recipe that does what FILE asks for."""
+    from qplug.recipe.files import read_job
+    from qplug.recipe.recipe_file import write_recipe
+
+    read = read_job(file, registry)
+    tell(read.warnings)
+    click.echo(write_recipe(read.job), nl=False)
+
+
+@command.command()
+def schema() -> None:
+    """Print the JSON Schema of native recipes."""
+    from qplug.recipe.recipe_file import schema as recipe_schema
+
+    click.echo(json.dumps(recipe_schema(), indent=2))
+
+
+def tell(warnings: tuple[str, ...]) -> None:
+    """Warnings go to stderr, each on a line."""
+    for warning in warnings:
+        click.echo(f"Warning: {warning}", err=True)

@@ -1,0 +1,42 @@
+"""``qplug eval``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import click
+
+from qplug.cli.text_options import TextOptions, text_options
+from qplug.registry.registry import Registry
+
+
+@click.command(name="eval")
+@click.argument("model")
+@text_options
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.pass_obj
+def command(
+    registry: Registry,
+    model: str,
+    dataset: str,
+    dataset_options: tuple[str, ...],
+    seq_len: int,
+    windows: int,
+    device: str,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Measure the perplexity of MODEL, float or quantized.
+
+    The text is tokenised once, without special tokens; the first windows that do not overlap are
+    evaluated, each on its own, in float32. Weights are dequantized, and activations rounded as the
+    scheme says.
+    """
+    text = TextOptions(dataset, dataset_options, seq_len, windows, device, trust_remote_code)
+    result = text.measure(model, registry)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(result), indent=2))
+    else:
+        told = f"{result.windows} windows of {result.seq_len} tokens of {result.dataset}"
+        click.echo(f"{model}: perplexity {result.perplexity:.4f} ({told})")

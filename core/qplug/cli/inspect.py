@@ -1,0 +1,58 @@
+"""``qplug inspect``."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import click
+
+from qplug.registry.registry import Registry
+
+
+@click.command(name="inspect")
+@click.argument("folder")
+@click.option("--json", "as_json", is_flag=True, help="Print what is held as JSON.")
+@click.pass_obj
+def command(registry: Registry, folder: str, as_json: bool) -> None:
+    """Say what FOLDER holds: schemes, sizes, recipe. No weight is read."""
+    from qplug.reading.folder import open_folder
+
+    opened = open_folder(folder, registry)
+    view, manifest = opened.view, opened.manifest
+    size = sum(tensor.nbytes for tensor in opened.checkpoint.tensors.values())
+    weights = sum(out * width for out, width in view.linears.values())
+    told = {
+        "folder": folder,
+        "architecture": (view.config.get("architectures") or ["unknown"])[0],
+        "backend": opened.exporter.name if opened.exporter else None,
+        "recipe": "+".join(manifest.algorithms) if manifest else None,
+        "source": manifest.model if manifest else None,
+        "versions": dict(manifest.versions) if manifest else {},
+        "bytes": size,
+        "linear weights": weights,
+        "bits per linear weight": round(8 * _linear_bytes(opened) / weights, 3),
+        "schemes": dict(Counter(scheme.name for scheme in opened.schemes.values())),
+        "kv cache": opened.kv_cache.dtype if opened.kv_cache else None,
+        "float linears": [name for name in view.linears if name not in opened.schemes],
+    }
+    if as_json:
+        click.echo(json.dumps(told, indent=2))
+        return
+    for key, value in told.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = f"{len(value)}: {', '.join(value[:4])}" if value else "none"
+        click.echo(f"{key}: {value or 'none'}")
+
+
+def _linear_bytes(opened: object) -> int:
+    from qplug.reading.folder import Folder
+
+    assert isinstance(opened, Folder)
+    return sum(
+        stored.nbytes
+        for tensor, stored in opened.checkpoint.tensors.items()
+        if tensor.rpartition(".")[0] in opened.view.linears and not tensor.endswith(".bias")
+    )

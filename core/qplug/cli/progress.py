@@ -1,0 +1,45 @@
+"""Progress on stderr, so that stdout holds results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from qplug.api.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from qplug.api.events import BlockReport
+
+
+class Bar:
+    """A bar on the terminal. As a plugin of a run it shows how far that has come."""
+
+    def __init__(self, what: str, progress: Progress) -> None:
+        self._what, self._progress = what, progress
+        self._task = progress.add_task(what, total=None)
+
+    def __call__(self, done: int, total: int, name: str, loss: float | None) -> None:
+        """``done`` of ``total`` are done, ``name`` last, with ``loss``."""
+        told = f"{self._what} {name}" + ("" if loss is None else f" (loss {loss:.4f})")
+        self._progress.update(self._task, completed=done, total=total, description=told.strip())
+
+    @hookimpl
+    def qplug_block_done(self, report: BlockReport) -> None:
+        self(report.number, report.count, report.name, report.loss)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Bar]:
+    """A bar with the time left, gone when it is done; nothing where stderr is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
+    console = Console(stderr=True)
+    off = not console.is_interactive  # rich would print an empty line
+    with Progress(*columns, console=console, transient=True, disable=off) as progress:
+        yield Bar(what, progress)

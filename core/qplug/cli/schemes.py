@@ -1,0 +1,125 @@
+"""``qplug schemes``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import click
+
+from qplug.api import Capability, ModelView
+from qplug.api.limits import DEVICES, Target, row_problem
+from qplug.api.scheme import E4M3_SCALES, E8M0_SCALES, PRESETS, QuantArgs, Scheme
+from qplug.errors import QplugError
+from qplug.registry.registry import Registry
+
+_SCALES = {E4M3_SCALES: " in e4m3 and a global one", E8M0_SCALES: " in e8m0"}
+
+
+@click.command(name="schemes")
+@click.option("--backend", help="Only this backend.")
+@click.option("--gpu", type=click.Choice(DEVICES), help="Only what is known of this device.")
+@click.option("--model", help="Say which kernels take the shapes of this model.")
+@click.option("--tp", type=click.IntRange(1), help="Of its parts in so many processes.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
+@click.option("--json", "as_json", is_flag=True, help="Print the tables as JSON.")
+@click.pass_obj
+def command(
+    registry: Registry,
+    backend: str | None,
+    gpu: str | None,
+    model: str | None,
+    tp: int | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """List the schemes, and which engine runs each with which kernel on which device.
+
+    Others can be measured: quantize --backend fake, then eval. They are W<weights>A<inputs>, each 2
+    to 8 (bits of an integer) or E<e>M<m> (a float, 1 to 8 bits of exponent and 0 to 7 of mantissa),
+    or A16 where inputs stay as they are: W3A16, W4A4, WE2M1A16, WE5M2AE5M2.
+    """
+    if tp is not None and model is None:
+        raise QplugError("--tp: parts of what? Say --model")
+    target = Target("any" if gpu is None else gpu, tp or 1)  # type: ignore[arg-type]
+    names = [backend] if backend else list(registry.exporters)
+    tables = {
+        name: [
+            row
+            for row in registry.exporters[name].capabilities()
+            if target.gpu in ("any", *row.devices)
+        ]
+        for name in names
+    }
+    view = None if model is None else _view(model, trust_remote_code)
+    if as_json:
+        rows = {
+            name: [{**dataclasses.asdict(row), **_fits(row, view, target)} for row in table]
+            for name, table in tables.items()
+        }
+        click.echo(json.dumps({"schemes": _plain(), "backends": rows}, indent=2))
+        return
+    for scheme in PRESETS.values():
+        click.echo(f"{scheme.name:<12} {describe(scheme)}")
+        for name, table in tables.items():
+            for row in table:
+                if row.scheme == scheme.name:
+                    click.echo(f"  {name:<8} {_line(row)}")
+                    for problem in _fits(row, view, target).values():
+                        click.echo(f"  {'':<8}   {problem or 'takes the model'}")
+
+
+def _view(model: str, trust_remote_code: bool) -> ModelView:
+    from qplug.checkpoint.locate import find_model
+    from qplug.checkpoint.open import Checkpoint
+    from qplug.model.view import model_view
+
+    return model_view(Checkpoint.open(find_model(model)), trust_remote_code=trust_remote_code)
+
+
+def _fits(row: Capability, view: ModelView | None, target: Target) -> dict[str, str | None]:
+    """``{"problem": ...}``: the first linear that a kernel does not take; empty without a model."""
+    if view is None or not row.served:
+        return {}
+    scheme = PRESETS[row.scheme]
+    for name in view.linears:
+        if name in view.quantizable:
+            problem = row_problem(row, name, view, scheme, target.tp)
+            if problem is not None:
+                return {"problem": f"not this model: {name}: {problem}"}
+    return {"problem": None}
+
+
+def _line(row: Capability) -> str:
+    where = " ".join(filter(None, (row.engine, " ".join(row.devices))))
+    head = f"{where}: " if where else ""
+    if not row.served:
+        return f"{head}no: {row.kernel} ({row.evidence})"
+    return f"{head}{row.kernel}{limits(row)} ({row.evidence})"
+
+
+def limits(row: Capability) -> str:
+    """``, groups 32, 64, -1, out % 64, in % 128``."""
+    sizes = ", ".join(map(str, row.group_sizes))
+    groups = f", groups {sizes}" if sizes else ""
+    return f"{groups}, out % {row.out_multiple}, in % {row.in_multiple}"
+
+
+def _plain() -> dict[str, object]:
+    return {name: scheme.to_dict() for name, scheme in PRESETS.items()}
+
+
+def describe(scheme: Scheme) -> str:
+    """``int4 weights a group of 128; int8 inputs a token``."""
+    inputs = scheme.activations
+    told = f"{_args(scheme.weights, of_weights=True)} weights"
+    return told + (f"; {_args(inputs, of_weights=False)} inputs" if inputs else "")
+
+
+def _args(args: QuantArgs, *, of_weights: bool) -> str:
+    size = args.group_size or (args.block and "x".join(map(str, args.block)))
+    kind = "" if args.symmetric else " asymmetric"
+    if not of_weights and not args.dynamic:
+        return f"{args.dtype}{kind}, one stored scale,"
+    shared = f"{args.strategy}{f' of {size}' if size else ''}{_SCALES.get(args.scale_dtype, '')}"
+    return f"{args.dtype}{kind}, a scale each {shared},"

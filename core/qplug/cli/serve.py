@@ -1,0 +1,82 @@
+"""``qplug serve``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+
+import click
+
+from qplug.cli.progress import progress_bar
+from qplug.registry.registry import Registry
+
+_SHOWN = 20
+
+
+@click.command(name="serve")
+@click.argument("folder")
+@click.argument("arguments", metavar="[-- ENGINE ARGS]", nargs=-1, type=click.UNPROCESSED)
+@click.option("--backend", help="The engine: vllm or sglang; by default as written for.")
+@click.option("--python", metavar="PATH", help="The Python that has the engine.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--no-verify", is_flag=True, help="Start at once: it was verified before.")
+@click.option("--dry-run", is_flag=True, help="Verify, say what would be started, and end.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
+@click.pass_obj
+def command(
+    registry: Registry,
+    folder: str,
+    arguments: tuple[str, ...],
+    backend: str | None,
+    python: str | None,
+    host: str,
+    port: int,
+    no_verify: bool,
+    dry_run: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Verify FOLDER, then serve it with SGLang or vLLM and the options that it needs.
+
+    What comes after -- is passed to the engine. The engine is looked for in this Python, in that
+    which QPLUG_VLLM_PYTHON or QPLUG_SGLANG_PYTHON names, or in --python. Exit status 1 if the
+    folder is not sound, or the engine is not installed.
+    """
+    from qplug.reading.server import find_serving
+    from qplug.reading.verify import verify
+
+    serving = find_serving(
+        folder,
+        registry=registry,
+        backend=backend,
+        python=python,
+        host=host,
+        port=port,
+        arguments=arguments,
+        trust_remote_code=trust_remote_code,
+    )
+    if not dry_run:
+        serving.require_engine()
+    if not no_verify:
+        with progress_bar("verifying") as bar:
+            result = verify(
+                folder,
+                backend=serving.rules,
+                trust_remote_code=trust_remote_code,
+                registry=registry,
+                watch=lambda done, total: bar(done, total, "", None),
+            )
+        for problem in result.problems[:_SHOWN]:
+            click.echo(str(problem), err=True)
+        if not result.ok:
+            raise click.ClickException(
+                f"{folder}: not served: {len(result.problems)} problems for {serving.backend}"
+            )
+    for warning in serving.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    click.echo(shlex.join(serving.command))
+    click.echo(f"when it is ready: {serving.curl}")
+    if not dry_run:
+        sys.stdout.flush()
+        os.execvp(serving.command[0], serving.command)  # noqa: S606 - signals reach the engine

@@ -1,0 +1,65 @@
+"""The text on which perplexity is measured, as commands take it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from qplug.api.params import parse_pairs
+from qplug.cli.progress import progress_bar
+from qplug.registry.registry import Registry
+
+if TYPE_CHECKING:
+    from qplug.reading.perplexity import Evaluation
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_OPTIONS = (
+    click.option("--dataset", default="demo", show_default=True),
+    click.option("--dataset-opt", "dataset_options", metavar="K=V", multiple=True),
+    click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2)),
+    click.option("--windows", default=64, show_default=True, type=click.IntRange(1)),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, or cuda[:N]."),
+    click.option(
+        "--trust-remote-code", is_flag=True, help="Run Python code that the model brings."
+    ),
+)
+
+
+def text_options(command: F) -> F:
+    """Adds the options of ``TextOptions`` to a command."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What the options say."""
+
+    dataset: str
+    dataset_options: tuple[str, ...]
+    seq_len: int
+    windows: int
+    device: str
+    trust_remote_code: bool
+
+    def measure(self, model: str, registry: Registry) -> Evaluation:
+        """The perplexity of ``model``. Raises QplugError as ``qplug.evaluate``."""
+        from qplug.reading.perplexity import evaluate
+
+        with progress_bar(f"evaluating {model}") as bar:
+            return evaluate(
+                model,
+                dataset=self.dataset,
+                dataset_options=parse_pairs(self.dataset_options, "--dataset-opt"),
+                seq_len=self.seq_len,
+                windows=self.windows,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+                registry=registry,
+                watch=lambda done, total: bar(done, total, "", None),
+            )

@@ -1,1 +1,0 @@
-"""Runs written down in files: qplug's own recipes, and LLMC's YAML as it is."""

@@ -1,0 +1,1 @@
+"""What a run computes with: devices, processes and clocks."""

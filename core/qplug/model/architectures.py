@@ -1,0 +1,100 @@
+"""What a checkpoint's matrices are: told by a plugin, or found in the module tree.
+
+A plugin teaches an architecture through the hook ``qplug_model_view``. What it says is held against
+the checkpoint, so that a mistake is a sentence that names the plugin, and not a folder that no
+engine loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from qplug.api import ModelView
+from qplug.checkpoint.open import Checkpoint
+from qplug.errors import PluginError, QplugError
+from qplug.model.view import float_tensors, model_view, packed_view, refuse_quantized
+from qplug.registry.registry import Plugin, Registry
+
+
+def find_view(
+    checkpoint: Checkpoint, registry: Registry, *, trust_remote_code: bool = False
+) -> ModelView:
+    """The skeleton of a float checkpoint. Raises QplugError as ``skeleton.model_view``.
+
+    Also if what a plugin says of the architecture does not fit the checkpoint.
+    """
+    told = _told(checkpoint, registry)
+    if told is None:
+        return model_view(checkpoint, trust_remote_code=trust_remote_code)
+    plugin, view = told
+    refuse_quantized(checkpoint)
+    for name, shape in view.linears.items():
+        stored = checkpoint.tensors.get(f"{name}.weight")
+        if stored is None or stored.spec.shape != tuple(shape):
+            found = "is not there" if stored is None else f"is {list(stored.spec.shape)}"
+            raise _mismatch(plugin, f"{name}.weight should be {list(shape)}, but {found}")
+    return view
+
+
+def find_packed_view(
+    checkpoint: Checkpoint,
+    packed: Mapping[str, tuple[int, int]],
+    registry: Registry,
+    *,
+    trust_remote_code: bool = False,
+) -> ModelView:
+    """The skeleton of a folder that holds the linears in ``packed``, of shapes (out, in), as codes.
+
+    Raises QplugError as ``find_view``.
+    """
+    told = _told(checkpoint, registry)
+    if told is None:
+        return packed_view(checkpoint, packed, trust_remote_code=trust_remote_code)
+    return told[1]
+
+
+def expected_tensors(
+    checkpoint: Checkpoint, registry: Registry, *, trust_remote_code: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that a float checkpoint of this architecture has, with their shapes.
+
+    Of one that a plugin teaches these are its linears alone.
+    """
+    told = _told(checkpoint, registry)
+    if told is None:
+        return float_tensors(checkpoint, trust_remote_code=trust_remote_code)
+    return {f"{name}.weight": shape for name, shape in told[1].linears.items()}
+
+
+def _told(checkpoint: Checkpoint, registry: Registry) -> tuple[Plugin, ModelView] | None:
+    """The first plugin that knows the architecture, and what it says."""
+    for plugin, call in registry.implementing("qplug_model_view"):
+        try:
+            view = call(config=checkpoint.config)
+        except Exception as error:
+            raise PluginError(plugin.name, plugin.source, error) from error
+        if view is None:
+            continue
+        for sentence in _faults(view):
+            raise _mismatch(plugin, sentence)
+        return plugin, replace(view, config=checkpoint.config)
+    return None
+
+
+def _faults(view: object) -> Iterator[str]:
+    """What is wrong with a view, whatever the checkpoint."""
+    if not isinstance(view, ModelView):
+        yield f"it must return a ModelView or None, not {view!r}"
+        return
+    if not view.blocks:
+        yield "it names no blocks"
+    for name in sorted(view.quantizable - set(view.linears)):
+        yield f"{name} is in quantizable, but not in linears"
+    for name in sorted(view.quantizable):
+        if not name.startswith(tuple(f"{block}." for block in view.blocks)):
+            yield f"{name} is in quantizable, but in none of its blocks"
+
+
+def _mismatch(plugin: Plugin, sentence: str) -> QplugError:
+    return QplugError(f"plugin {plugin}: qplug_model_view: {sentence}")

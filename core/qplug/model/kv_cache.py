@@ -1,0 +1,251 @@
+"""Keys and values on their way into the cache: who puts them there, their ranges, their rounding.
+
+Attention hands them, after rotary embedding and as an engine would store them, to ``update(keys,
+values, layer, ...)`` of an object that it is called with: the interface of transformers' caches. So
+it is enough to be that object; no architecture is named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from qplug.api import ModelView
+from qplug.api.scheme import QuantArgs
+from qplug.checkpoint.open import Checkpoint
+from qplug.errors import QplugError
+from qplug.model.view import build, load_config
+from qplug.numerics.rounding import fake_quantize_activations, input_scale
+
+#: The names of the scales of keys and values, float32 ``[1]``, in a module of attention.
+SCALES = ("k_scale", "v_scale")
+
+#: Tokens on which the modules that fill the cache are found.
+_PROBE = 4
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """How keys and values are stored, and where they come from.
+
+    ``modules``: the module that fills the cache, by block, by its name within the block.
+    ``argument``: what blocks call the cache that they are given.
+    """
+
+    args: QuantArgs
+    modules: Mapping[str, str]
+    argument: str
+
+    def scale_names(self, block: str) -> tuple[str, ...]:
+        """The full names of the scales of ``block``."""
+        return tuple(f"{block}.{self.modules[block]}.{local}" for local in SCALES)
+
+
+class PassingCache:
+    """Takes keys and values, keeps none, and gives back what attention shall compute with."""
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """``keys`` and ``values``: ``[samples, heads, tokens, size]``."""
+        return keys, values
+
+
+class ObservedCache(PassingCache):
+    """Notes the largest magnitudes of keys and of values. ``times``: how often it was given any.
+
+    ``real``, bool ``[samples, tokens]``, is false where a sample has ended; None if none has.
+    """
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.real: Tensor | None = None
+        self.peaks: list[Tensor] = []
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        peaks = [self._peak(part) for part in (keys, values)]
+        if self.peaks:
+            peaks = [torch.maximum(*pair) for pair in zip(peaks, self.peaks, strict=True)]
+        self.peaks, self.times = peaks, self.times + 1
+        return keys, values
+
+    def _peak(self, part: Tensor) -> Tensor:
+        sizes = part.abs()
+        if self.real is not None:
+            sizes = sizes * self.real[:, None, :, None].to(part.device)
+        return sizes.amax().float()
+
+    def scales(self, args: QuantArgs, where: str) -> tuple[Tensor, ...]:
+        """Those of keys and of values that clip nothing, float32 ``[1]``.
+
+        Raises QplugError if what was seen is not finite.
+        """
+        if not self.peaks or not all(bool(torch.isfinite(peak)) for peak in self.peaks):
+            raise QplugError(f"{where}: its keys or values are not finite on the calibration data")
+        return tuple(input_scale(peak, args).reshape(1).cpu() for peak in self.peaks)
+
+
+class RoundedCache(PassingCache):
+    """Rounds keys and values under the two scales, one element each, of a layer."""
+
+    def __init__(self, args: QuantArgs, scales: tuple[Tensor, ...]) -> None:
+        self._args, self._scales = args, scales
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        key, value = self._scales
+        return (
+            fake_quantize_activations(keys, self._args, key.to(keys.device)),
+            fake_quantize_activations(values, self._args, value.to(values.device)),
+        )
+
+
+# --- who fills the cache --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def find_cache(
+    source: Checkpoint, view: ModelView, args: QuantArgs, *, trust_remote_code: bool = False
+) -> KVCache:
+    """Watch a hollow model at work: its blocks compute on the meta device, and read no weight.
+
+    Raises QplugError if a block gives nothing to the cache.
+    """
+    from transformers import DynamicCache
+
+    config = load_config(source.folder, trust_remote_code=trust_remote_code)
+    model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
+    blocks = {name: model.get_submodule(name) for name in view.blocks}
+    watches = {name: _Watch(block) for name, block in blocks.items()}
+    inside = {id(part) for block in blocks.values() for part in block.parameters()}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in inside:  # zeros that take no memory
+                hollow = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
+                module._parameters[name] = nn.Parameter(hollow, requires_grad=False)
+    tokens = torch.zeros(1, _PROBE, dtype=torch.int64)
+    cache: Any = DynamicCache()  # stays empty; it shows by what name blocks are given one
+    for name, block in blocks.items():
+        block.float().to("meta")
+        block.forward = watches[name]
+    model.base_model(input_ids=tokens, past_key_values=cache, use_cache=False)
+    for name, watch in watches.items():
+        if watch.found is None:
+            raise QplugError(f"{name}: nothing in it fills a KV cache, so none can be quantized")
+    argument = watches[view.blocks[0]].argument
+    return KVCache(args, {n: watch.found or "" for n, watch in watches.items()}, argument)
+
+
+class _FoundError(Exception):
+    """Ends a forward pass that has shown what was looked for."""
+
+
+class _Watch:
+    """Stands for the ``forward`` of a block: runs it on the meta device, and notes who calls.
+
+    What comes out is what went in, so that all outside the blocks computes with real numbers.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block, self._forward = block, block.forward
+        self.argument = ""
+        self.found: str | None = None
+
+    def __call__(self, hidden_states: Tensor, **call: Any) -> Tensor:
+        from transformers import Cache
+
+        given = [name for name, value in call.items() if isinstance(value, Cache)]
+        if given:
+            self.argument = given[0]
+            call = {name: _to_meta(value) for name, value in call.items()}
+            with self._watching() as cache, suppress(_FoundError):
+                self._forward(_to_meta(hidden_states), **{**call, self.argument: cache})
+        return hidden_states
+
+    @contextmanager
+    def _watching(self) -> Iterator[PassingCache]:
+        at_work: list[str] = []
+        handles = []
+        watch = self
+
+        def enter(name: str, module: nn.Module, inputs: object) -> None:
+            at_work.append(name)
+
+        def leave(module: nn.Module, inputs: object, output: object) -> None:
+            at_work.pop()
+
+        for name, module in self._block.named_modules():
+            if name:
+                handles.append(module.register_forward_pre_hook(partial(enter, name)))
+                handles.append(module.register_forward_hook(leave))
+
+        class Noting(PassingCache):
+            def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+                watch.found = at_work[-1]
+                raise _FoundError  # what comes after may not run on the meta device, as experts
+
+        try:
+            yield Noting()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, tuple):  # cos and sin
+        return tuple(_to_meta(part) for part in value)
+    return value
+
+
+# --- in a whole model -----------------------------------------------------------------------------
+
+
+def round_cache(
+    model: nn.Module, args: QuantArgs, scales: Mapping[int, tuple[Tensor, ...]]
+) -> None:
+    """Have ``model``, one of transformers, compute with rounded keys and values from now on.
+
+    ``scales``: those of each layer, by its number. A cache that the model is called with, or that
+    ``generate`` makes, holds rounded ones.
+    """
+    rounding = {layer: RoundedCache(args, pair) for layer, pair in scales.items()}
+
+    def give(module: Any, inputs: tuple[Any, ...], call: dict[str, Any]) -> Any:
+        from transformers import DynamicCache
+
+        cache: Any = call.get("past_key_values")
+        if cache is None:
+            cache = cast("Any", DynamicCache(config=module.config))
+        if not getattr(cache, "rounds", False):
+            cache.update = partial(_round_then, rounding, cache.update)
+            cache.rounds = True
+        return inputs, {**call, "past_key_values": cache}
+
+    # Some heads call the decoder inside their base model, others the base model itself.
+    base: nn.Module = model.base_model  # type: ignore[assignment]
+    for part in dict.fromkeys((model, base)):
+        part.register_forward_pre_hook(give, with_kwargs=True)
+
+
+def _round_then(
+    rounding: Mapping[int, RoundedCache],
+    update: Any,
+    keys: Tensor,
+    values: Tensor,
+    layer: int,
+    *args: Any,
+) -> tuple[Tensor, Tensor]:
+    rounded = rounding[layer].update(keys, values)
+    stored: tuple[Tensor, Tensor] = update(*rounded, layer, *args)
+    return stored

@@ -1,0 +1,258 @@
+"""A small random copy of a model, to try on it what shall not change what the model computes.
+
+It is built from the same configuration with smaller sizes, and has one decoder block of each kind.
+Its tensors have the names that they have on disk, whatever transformers makes of them in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qplug.errors import QplugError
+from qplug.model.online_rotation import rotate_inputs
+from qplug.model.quiet import quiet_transformers
+from qplug.model.view import build, decoder_blocks
+from qplug.numerics.hadamard import exists
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+#: Where a tensor stands, block by kind: the kind (None outside of blocks), and its name there with
+#: a star for the number of an expert.
+Place = tuple["int | None", str]
+
+_HEADS = (4, 8, 16)
+_VOCABULARY = 256
+_EXPERTS = 8
+_TOKENS = 16
+
+# Sizes by the names that configurations have for them. Nothing else is known of an architecture:
+# where a model of these sizes does not run, the copy has the sizes of the model.
+_INNER = ("intermediate_size", "ffn_dim", "n_inner", "shared_expert_intermediate_size")
+_EXPERT_INNER = "moe_intermediate_size"
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One pass: logits ``[tokens, vocabulary]``, and what left each block, ``[tokens, width]``."""
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+
+
+class SmallCopy:
+    """A random model with one block of each kind, in float32 on the CPU, its head untied.
+
+    ``kinds[i]`` is the kind of block ``i`` of the real model, ``first[k]`` the first block of kind
+    ``k``, and ``blocks[k]`` the name of the block here. ``model`` may be changed through ``fill``.
+    """
+
+    def __init__(self, config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> None:
+        """Raises QplugError if no copy of this architecture can be run."""
+        self.width: int = config.get_text_config().hidden_size
+        try:
+            self._make(_shrunk(config), folder, trust_remote_code)
+            self.run()
+        except Exception:  # sizes that do not go together raise anything
+            self._make(_untied(config), folder, trust_remote_code)
+            try:
+                self.run()
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200]
+                raise QplugError(f"{folder}: a copy of the model does not run: {reason}") from error
+        self.width = self.model.config.get_text_config().hidden_size
+
+    def _make(self, config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> None:
+        self.model = build(config, folder, trust_remote_code=trust_remote_code).eval()
+        names = decoder_blocks(self.model, folder)
+        parent = names[0].rpartition(".")[0]
+        kinds: dict[tuple[Any, ...], int] = {}
+        modules = [self.model.get_submodule(name) for name in names]
+        self.kinds = tuple(kinds.setdefault(_kind(module), len(kinds)) for module in modules)
+        self.first = tuple(self.kinds.index(kind) for kind in range(len(kinds)))
+        self.blocks = tuple(f"{parent}.{kind}" for kind in range(len(kinds)))
+        path, _, local = parent.rpartition(".")
+        kept = nn.ModuleList([modules[index] for index in self.first])
+        setattr(self.model.get_submodule(path), local, kept)
+        text = self.model.config.get_text_config()
+        text.num_hidden_layers = len(kept)
+        if isinstance(types := getattr(text, "layer_types", None), list):
+            text.layer_types = [types[index] for index in self.first]
+        self._draw()
+        self._trace()
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """Norms stay away from zero, matrices keep the variance of what goes through them."""
+        generator = torch.Generator().manual_seed(0)
+        for name, old in list(self.model.named_parameters()):
+            path, _, local = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            if old.ndim == 1:
+                value = torch.rand(old.shape, generator=generator) + 0.5
+            else:
+                value = torch.randn(old.shape, generator=generator)
+                if not isinstance(module, nn.Embedding):
+                    value /= old.shape[-1] ** 0.5
+            module._parameters[local] = nn.Parameter(value, requires_grad=False)
+
+    @torch.no_grad()
+    def _trace(self) -> None:
+        """Where each number on disk stands in memory: experts are fused there, and renamed."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        self._parameters = dict(self.model.named_parameters())
+        count = sum(parameter.numel() for parameter in self._parameters.values())
+        narrow = torch.int32 if count < 2**31 else torch.int64
+        numbers, start = {}, 0
+        for name, parameter in self._parameters.items():
+            end = start + parameter.numel()
+            numbers[name] = torch.arange(start, end, dtype=narrow).view(parameter.shape)
+            start = end
+        with quiet_transformers():
+            self._numbers: dict[str, Tensor] = revert_weight_conversion(self.model, numbers)
+        found = torch.zeros(count, dtype=torch.int8)
+        for number in self._numbers.values():
+            found[number.flatten()] += 1
+        if not (found == 1).all():
+            raise QplugError("the tensors on disk are not those in memory, put together otherwise")
+
+    # --- tensors, as on disk ---------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A copy of every tensor, by its name on disk, float32."""
+        flat = torch.cat([parameter.flatten() for parameter in self._parameters.values()])
+        return {name: flat[numbers] for name, numbers in self._numbers.items()}
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compute with ``tensors``, by their names on disk: all of them, or some."""
+        flat = torch.cat([parameter.flatten() for parameter in self._parameters.values()])
+        for name, value in tensors.items():
+            flat[self._numbers[name]] = value
+        start = 0
+        for parameter in self._parameters.values():
+            end = start + parameter.numel()
+            parameter.data.copy_(flat[start:end].view(parameter.shape))
+            start = end
+
+    def on_disk(self, parameter: str, axis: int | None = None) -> Iterator[tuple[str, int]]:
+        """The tensors on disk that hold a parameter, and the axis that ``axis`` of it is there."""
+        numbers, start = list(self._parameters), 0
+        for name in numbers[: numbers.index(parameter)]:
+            start += self._parameters[name].numel()
+        held = self._parameters[parameter]
+        for name, places in self._numbers.items():
+            first = int(places.flatten()[0])
+            if not start <= first < start + held.numel():
+                continue
+            if axis is None:
+                yield name, 0
+                continue
+            stride = held.stride(axis)
+            along = (places - start) // stride % held.shape[axis]
+            for there in range(places.ndim):
+                if int((along.amax(there) - along.amin(there)).amin()) == held.shape[axis] - 1:
+                    yield name, there
+
+    def place(self, name: str) -> Place:
+        """Where the tensor ``name`` of this copy stands."""
+        return place_of(name, self.blocks, range(len(self.blocks)))
+
+    # --- running ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(self, online: Sequence[str] = ()) -> Seen:
+        """One pass over a few tokens; inputs of linears in ``online`` are rotated."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        tokens = torch.arange(2, 2 + _TOKENS) * 7 % (vocabulary - 1) + 1
+        hidden: list[Tensor] = []
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(partial(_note, hidden))
+            for name in self.blocks
+        ]
+        handles += rotate_inputs(self.model, online)
+        try:
+            logits = self.model(input_ids=tokens[None], use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Seen(logits[0].float(), tuple(hidden))
+
+
+def place_of(name: str, blocks: tuple[str, ...], kinds: tuple[int, ...] | range) -> Place:
+    """Where the tensor ``name`` stands in a model with ``blocks`` of ``kinds``."""
+    path = name.split(".")
+    for end in range(len(path), 0, -1):
+        block = ".".join(path[:end])
+        if block in blocks:
+            return kinds[blocks.index(block)], _starred(".".join(path[end:]))
+    return None, _starred(name)
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _note(hidden: list[Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
+    state = output if isinstance(output, Tensor) else output[0]
+    hidden.append(state[0] if state.ndim == 3 else state)
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    types = sorted({str(type(part)) for part in block.modules()})
+    shapes = [(name, tuple(value.shape)) for name, value in block.named_parameters()]
+    return (*types, *shapes)
+
+
+def _untied(config: PreTrainedConfig) -> PreTrainedConfig:
+    config = deepcopy(config)
+    config.tie_word_embeddings = False
+    config.dtype = torch.float32
+    return config
+
+
+def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Few heads, of the size that they have; widths to go with them, few words and experts.
+
+    The width is one that has a Hadamard matrix.
+    """
+    config = _untied(config)
+    text = config.get_text_config()
+    text.tie_word_embeddings = False
+    heads: int = text.num_attention_heads
+    groups: int = getattr(text, "num_key_value_heads", None) or heads
+    size: int = getattr(text, "head_dim", None) or text.hidden_size // heads
+    old = text.hidden_size
+    fewer = next((count for count in _HEADS if exists(count * size)), heads)
+    if heads > fewer:
+        text.num_attention_heads = fewer
+        if hasattr(text, "num_key_value_heads"):
+            text.num_key_value_heads = fewer if groups == heads else min(groups, 2)
+    width = text.num_attention_heads * size
+    if width < old:
+        text.hidden_size = width
+        if getattr(text, "word_embed_proj_dim", None) == old:
+            text.word_embed_proj_dim = width
+    chosen = getattr(text, "num_experts_per_tok", None) or 1
+    experts = max(_EXPERTS, chosen, 4 * (getattr(text, "n_group", None) or 1))
+    most = {
+        **dict.fromkeys(_INNER, 2 * text.hidden_size),
+        _EXPERT_INNER: text.hidden_size // 2,
+        **dict.fromkeys(_EXPERT_COUNTS, experts),
+    }
+    for name, limit in most.items():
+        if isinstance(found := getattr(text, name, None), int):
+            setattr(text, name, min(found, limit))
+    text.vocab_size = min(text.vocab_size, _VOCABULARY)
+    text.pad_token_id = 0 if isinstance(text.pad_token_id, int) else None
+    return config

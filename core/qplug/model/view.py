@@ -1,0 +1,224 @@
+"""What a checkpoint's matrices are: found from its module tree on the meta device, without weights.
+
+No table of architectures: decoder blocks are the largest list of modules, a linear is what the tree
+says it is. Names are those on disk, which engines use too; transformers holds experts fused in
+memory, but on disk each stands alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from qplug.api import ModelView
+from qplug.checkpoint.open import Checkpoint
+from qplug.errors import QplugError
+from qplug.model.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
+
+# Linears that choose an expert. Small, and wrong choices cost much: engines keep them in float.
+_ROUTER = re.compile(r"\.(gate|router|shared_expert_gate|router\.(layer|classifier|proj))$")
+
+_FLOATS = ("bfloat16", "float16", "float32")
+
+
+def model_view(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> ModelView:
+    """The skeleton of a float checkpoint.
+
+    Raises QplugError if the architecture is unknown, the checkpoint lacks a weight that the
+    architecture has, or it is quantized already.
+    """
+    refuse_quantized(checkpoint)
+    tree = _tree(checkpoint, trust_remote_code)
+    _check_whole(checkpoint, tree)
+    return _view(checkpoint, tree, {})
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raises QplugError if ``checkpoint`` holds codes."""
+    if "quantization_config" in checkpoint.config or "compression_config" in checkpoint.config:
+        raise QplugError(
+            f"{checkpoint.folder}: is quantized already; quantize the float model it came from"
+        )
+
+
+def packed_view(
+    checkpoint: Checkpoint,
+    packed: Mapping[str, tuple[int, int]],
+    *,
+    trust_remote_code: bool = False,
+) -> ModelView:
+    """The skeleton of a folder that holds the linears in ``packed``, of shapes (out, in), as codes.
+
+    A linear of the architecture is in the view whether or not the folder has it.
+    """
+    return _view(checkpoint, _tree(checkpoint, trust_remote_code), packed)
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """An untrained model: its modules by name, its decoder blocks, the name of its head."""
+
+    modules: Mapping[str, nn.Module]
+    blocks: tuple[str, ...]
+    head: str | None
+
+    def in_block(self, name: str) -> bool:
+        return any(name.startswith(block + ".") for block in self.blocks)
+
+
+def _tree(checkpoint: Checkpoint, trust_remote_code: bool) -> _Tree:
+    folder = checkpoint.folder
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    model = build(config, folder, trust_remote_code=trust_remote_code)
+    modules = dict(model.named_modules())
+    output = model.get_output_embeddings()
+    head = next((name for name, module in modules.items() if module is output), None)
+    return _Tree(modules, decoder_blocks(model, folder), head)
+
+
+def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, int]]) -> ModelView:
+    shapes = dict(packed)
+    for tensor, stored in checkpoint.tensors.items():
+        name, _, local = tensor.rpartition(".")
+        is_matrix = local == "weight" and len(stored.spec.shape) == 2
+        if is_matrix and not isinstance(tree.modules.get(name), nn.Embedding):
+            shapes.setdefault(name, (stored.spec.shape[0], stored.spec.shape[1]))
+    for name, module in tree.modules.items():
+        if isinstance(module, nn.Linear) and tree.in_block(name):
+            shapes[name] = (module.out_features, module.in_features)
+    quantizable = {
+        name
+        for name in shapes
+        if tree.in_block(name)
+        and (isinstance(tree.modules.get(name), nn.Linear) or _EXPERT.search(name))
+        and not _ROUTER.search(name)
+    }
+    return ModelView(
+        config=checkpoint.config,
+        dtype=_float_dtype(checkpoint),
+        linears={name: shapes[name] for name in natural_order(shapes)},
+        quantizable=frozenset(quantizable),
+        blocks=tree.blocks,
+        head=tree.head,
+    )
+
+
+def load_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """The typed configuration of a checkpoint. Raises QplugError if its architecture is unknown."""
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # transformers checks little: a wrong field raises anything
+        reason = " ".join(str(error).split())[:200]
+        raise QplugError(f"{folder / 'config.json'}: unknown architecture: {reason}") from error
+    return config
+
+
+def build(config: PreTrainedConfig, folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
+    """A hollow model of ``config``: parameters on the meta device, buffers with their values."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _hollow(), quiet_transformers():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # as in load_config
+        reason = " ".join(str(error).split())[:200]
+        raise QplugError(f"{folder / 'config.json'}: no such causal model: {reason}") from error
+    return model
+
+
+@contextmanager
+def _hollow() -> Iterator[None]:
+    """Within it, modules put their parameters on the meta device as they are made."""
+    register = nn.Module.register_parameter
+
+    def register_hollow(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # a tied head stays the embedding
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+            param._is_hf_initialized = True  # type: ignore[attr-defined]  # draw no numbers for it
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_hollow  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def decoder_blocks(tree: nn.Module, folder: Path) -> tuple[str, ...]:
+    """The names of a model's decoder blocks. Raises QplugError if it has no list of modules."""
+    lists = [
+        (name, module)
+        for name, module in tree.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 0
+    ]
+    if not lists:
+        raise QplugError(f"{folder}: no list of decoder blocks in this architecture")
+    # The outermost list with the most parameters: lists of experts lie inside it.
+    name, module = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return tuple(f"{name}.{index}" for index in range(len(module)))
+
+
+def float_tensors(
+    checkpoint: Checkpoint, *, trust_remote_code: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that a float checkpoint of this architecture has, with their shapes.
+
+    Names are those on disk: experts one by one; no head where it is tied.
+    """
+    return _on_disk(_tree(checkpoint, trust_remote_code))
+
+
+def _on_disk(tree: _Tree) -> dict[str, tuple[int, ...]]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model: PreTrainedModel = tree.modules[""]  # type: ignore[assignment]
+    tensors = revert_weight_conversion(model, dict(model.named_parameters()))
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _check_whole(checkpoint: Checkpoint, tree: _Tree) -> None:
+    for tensor, shape in _on_disk(tree).items():
+        stored = checkpoint.tensors.get(tensor)
+        if stored is None:
+            raise QplugError(f"{checkpoint.folder}: the checkpoint lacks {tensor}")
+        if stored.spec.shape != shape:
+            raise QplugError(
+                f"{checkpoint.folder}: {tensor} is {list(stored.spec.shape)}, "
+                f"but config.json makes it {list(shape)}"
+            )
+
+
+def _float_dtype(checkpoint: Checkpoint) -> str:
+    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if stated in _FLOATS:
+        return str(stated)
+    stored = [t.spec.dtype for t in checkpoint.tensors.values() if t.spec.dtype in _FLOATS]
+    return max(set(stored), key=stored.count, default="float32")
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """``names`` sorted so that layer 2 comes before layer 10."""
+    return sorted(
+        names,
+        key=lambda name: [
+            (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")
+        ],
+    )

@@ -1,0 +1,1 @@
+"""Arithmetic that algorithms share: scales, rounding, clips, rotations and learning."""

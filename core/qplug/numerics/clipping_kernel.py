@@ -1,0 +1,189 @@
+"""``clip_errors`` in one pass over the weights: each is read once, whatever the candidates."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qplug.api.scheme import QuantArgs
+
+_ROWS = 64
+
+
+# Triton reads annotations itself and takes no others than its own.
+@triton.jit
+def _clip_errors(  # type: ignore[no-untyped-def]
+    weight,
+    blocks,
+    scales,
+    zeros,
+    errors,
+    rows,
+    width,
+    groups,
+    candidates,
+    low,
+    high,
+    HAS_ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A program has ``ROWS`` rows of one group, and the group's block of the Gram matrix."""
+    group = tl.program_id(1)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = row < rows
+    column = tl.arange(0, GROUP)
+    place = row[:, None] * width + group * GROUP + column[None, :]
+    values = tl.load(weight + place, mask=inside[:, None], other=0.0)
+    gram = tl.load(blocks + (group * GROUP + column[:, None]) * GROUP + column[None, :])
+    for candidate in range(candidates):
+        here = (candidate * rows + row) * groups + group
+        scale = tl.load(scales + here, mask=inside, other=1.0)[:, None]
+        # Ties to even, as torch rounds: see the kernel of GPTQ.
+        ratio = tl.math.div_rn(values, tl.broadcast_to(scale, (ROWS, GROUP)))
+        ratio = tl.minimum(tl.maximum(ratio, -4194304.0), 4194304.0)
+        code = (ratio + 12582912.0) - 12582912.0
+        if HAS_ZERO:
+            zero = tl.load(zeros + here, mask=inside, other=0).to(tl.float32)[:, None]
+            code = tl.minimum(tl.maximum(code + zero, low), high) - zero
+        else:
+            code = tl.minimum(tl.maximum(code, low), high)
+        difference = code * scale - values
+        product = tl.dot(difference, gram, input_precision="tf32")
+        tl.store(errors + here, tl.sum(product * difference, axis=1), mask=inside)
+
+
+def clip_errors_on_gpu(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, blocks: Tensor, args: QuantArgs
+) -> Tensor:
+    """``clipping.clip_errors`` as one kernel, its products in TF32."""
+    rows, width = weight.shape
+    errors = torch.empty(scales.shape, device=weight.device)
+    low, high = args.code_range
+    _clip_errors[(triton.cdiv(rows, _ROWS), len(blocks))](
+        weight.contiguous(),
+        blocks,
+        scales,
+        scales if zeros is None else zeros,
+        errors,
+        rows,
+        width,
+        len(blocks),
+        len(scales),
+        float(low),
+        float(high),
+        HAS_ZERO=zeros is not None,
+        GROUP=blocks.shape[1],
+        ROWS=_ROWS,
+        num_warps=4,
+    )
+    return errors
+
+
+@triton.jit
+def _scaled_differences(  # type: ignore[no-untyped-def]
+    weight,
+    per_column,
+    blocks,
+    differences,
+    rows,
+    width,
+    steps,
+    largest,
+    smallest,
+    top,
+    low,
+    high,
+    least,
+    SYMMETRIC: tl.constexpr,
+    STORED: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A program has ``ROWS`` rows of one group. It keeps the range of least error for each row."""
+    group = tl.program_id(1)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = row < rows
+    column = tl.arange(0, GROUP)
+    place = row[:, None] * width + group * GROUP + column[None, :]
+    factor = tl.load(per_column + group * GROUP + column)[None, :]
+    values = tl.load(weight + place, mask=inside[:, None], other=0.0) * factor
+    gram = tl.load(blocks + (group * GROUP + column[:, None]) * GROUP + column[None, :])
+    bottom = tl.minimum(tl.min(values, axis=1), 0.0)
+    peak = tl.maximum(tl.max(values, axis=1), 0.0)
+    best_error = tl.full((ROWS,), float("inf"), tl.float32)
+    best_scale = tl.full((ROWS,), 1.0, tl.float32)
+    best_zero = tl.full((ROWS,), 0.0, tl.float32)
+    for step in range(steps + 1):
+        ratio = largest - step * (largest - smallest) / tl.maximum(steps, 1)
+        reach = tl.maximum(-bottom, peak) if SYMMETRIC else peak - bottom
+        scale = tl.maximum((reach * ratio / top).to(STORED).to(tl.float32), least)
+        inverse = 1.0 / scale
+        zero = tl.full((ROWS,), 0.0, tl.float32)
+        if not SYMMETRIC:
+            zero = (-bottom * ratio * inverse + 12582912.0) - 12582912.0
+            zero = tl.minimum(tl.maximum(zero, 0.0), high)
+        difference = _difference(values, scale, inverse, zero, factor, low, high)
+        product = tl.dot(difference, gram, input_precision="tf32")
+        error = tl.sum(product * difference, axis=1)
+        better = error < best_error
+        best_error = tl.where(better, error, best_error)
+        best_scale = tl.where(better, scale, best_scale)
+        best_zero = tl.where(better, zero, best_zero)
+    found = _difference(values, best_scale, 1.0 / best_scale, best_zero, factor, low, high)
+    tl.store(differences + place, found.to(tl.bfloat16), mask=inside[:, None])
+
+
+@triton.jit
+def _difference(values, scale, inverse, zero, factor, low, high):  # type: ignore[no-untyped-def]
+    """Rounded minus true weights, before the columns were scaled by ``factor``.
+
+    It multiplies by the inverse of a scale: a weight in the middle between two codes may fall on
+    the other one, which is as good for a loss.
+    """
+    ratio = values * inverse[:, None]
+    ratio = tl.minimum(tl.maximum(ratio, -4194304.0), 4194304.0)
+    code = (ratio + 12582912.0) - 12582912.0 + zero[:, None]
+    code = tl.minimum(tl.maximum(code, low), high) - zero[:, None]
+    return (code * scale[:, None] - values) / factor
+
+
+def scaled_difference_on_gpu(
+    weight: Tensor,
+    scale: Tensor,
+    blocks: Tensor,
+    args: QuantArgs,
+    *,
+    steps: int,
+    largest: float,
+    smallest: float,
+    least: float,
+) -> Tensor:
+    """``clipping.scaled_difference`` as one kernel, in bfloat16."""
+    rows, width = weight.shape
+    differences = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
+    low, high = args.code_range
+    stored = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
+    _scaled_differences[(triton.cdiv(rows, _ROWS), len(blocks))](
+        weight.contiguous(),
+        scale.contiguous(),
+        blocks,
+        differences,
+        rows,
+        width,
+        steps,
+        largest,
+        smallest,
+        (high - low) / 2 if args.symmetric else float(high),
+        float(low),
+        float(high),
+        least,
+        SYMMETRIC=args.symmetric,
+        STORED=stored[args.scale_dtype],
+        GROUP=blocks.shape[1],
+        ROWS=_ROWS,
+        num_warps=8,
+    )
+    return differences

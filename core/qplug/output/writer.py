@@ -1,0 +1,261 @@
+"""The folder that a run writes: built beside OUT, resumable, moved there when whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, TypeAlias
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qplug.checkpoint.open import INDEX, by_module
+from qplug.checkpoint.tensor_file import StoredTensor, lay_out, tensor_bytes
+from qplug.errors import QplugError
+from qplug.output.journal import Journal, differences
+from qplug.output.plan import Plan
+
+_PENDING = 2  # steps that may wait for the disk; more would only cost memory
+
+#: What a tensor is written from: the tensor, or its bytes in pieces.
+Content: TypeAlias = Tensor | Iterable[bytes]
+
+
+def refuse_existing(out: Path, *, overwrite: bool) -> None:
+    """Raises QplugError if ``out`` may not be written: it is there, or has nowhere to be."""
+    if os.path.lexists(out):  # unlike exists(), lets a name that is too long pass
+        if not overwrite:
+            raise QplugError(f"{out}: exists; choose another folder, or pass --overwrite")
+        if Path.cwd().is_relative_to(out.resolve()):
+            raise QplugError(f"{out}: is or holds the current folder, so it is not overwritten")
+        is_model = (out / "config.json").is_file() or (out.is_dir() and not any(out.iterdir()))
+        if out.is_symlink() or not is_model:
+            raise QplugError(f"{out}: is not a model's folder, so it is not overwritten")
+    if not out.absolute().parent.is_dir():
+        raise QplugError(f"{out.absolute().parent}: no such folder to write into")
+
+
+class Output:
+    """The shards of ``plan`` being written. Use it as a context manager.
+
+    Left by QplugError or a full disk, it removes what it wrote; left by a kill, Ctrl-C or a bug,
+    that stays for the same command to go on. ``finished`` has the steps that earlier runs of this
+    command wrote, with the report each one left.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        plan: Plan,
+        fingerprint: Mapping[str, Any],
+        *,
+        overwrite: bool,
+        spare: int = 0,
+    ) -> None:
+        """``spare``: bytes that must be free beside those of the plan."""
+        refuse_existing(out, overwrite=overwrite)
+        self._spare = spare
+        self._out, self._plan = out.resolve(), plan
+        self._partial = self._out.with_name(f".{self._out.name}.partial")
+        self._model = self._partial / "model"
+        try:
+            self._model.mkdir(parents=True, exist_ok=True)
+            self._journal = Journal(self._partial / "journal.jsonl")
+        except OSError as error:
+            for folder in (self._model, self._partial):
+                with suppress(OSError):  # they may be another run's, or not there
+                    folder.rmdir()
+            raise QplugError(f"{out}: cannot be written: {error.strerror}") from error
+        self._lay_out_shards()
+        try:
+            self.finished = self._resume(fingerprint, overwrite=overwrite)
+            self._refuse_full_disk()
+        except (QplugError, OSError) as error:
+            with suppress(OSError):
+                self._journal.close()
+            if not any(self._model.iterdir()):
+                shutil.rmtree(self._partial)
+            if isinstance(error, OSError):
+                raise QplugError(f"{out}: cannot be written: {error.strerror}") from error
+            raise
+        self._files: dict[Path, BinaryIO] = {}
+        self._writer = ThreadPoolExecutor(1, "qplug-writer")
+        self._pending: list[Future[None]] = []
+
+    # --- beginning -------------------------------------------------------------------------------
+
+    def _lay_out_shards(self) -> None:
+        self._places: dict[str, StoredTensor] = {}
+        self._headers: dict[Path, bytes] = {}
+        for file, specs in self._plan.shards().items():
+            path = self._model / file
+            self._headers[path], tensors = lay_out(path, specs)
+            self._places.update(tensors)
+
+    def _resume(
+        self, fingerprint: Mapping[str, Any], *, overwrite: bool
+    ) -> dict[int, dict[str, Any]]:
+        before, entries = self._journal.read()
+        if before != fingerprint:
+            if before is not None and entries and not overwrite:
+                raise QplugError(
+                    f"{self._partial}: holds an unfinished run with another "
+                    f"{differences(before, fingerprint)}; delete it, or pass --overwrite"
+                )
+            entries = []
+            for kept in self._partial.glob("*.safetensors"):
+                kept.unlink()
+            shutil.rmtree(self._model)
+            self._model.mkdir()
+            self._journal.restart(fingerprint)
+        # A machine that lost power may have lost bytes that the journal tells of.
+        return {e["step"]: e["report"] for e in entries if self._checksum(e["step"]) == e["crc"]}
+
+    def _checksum(self, number: int) -> int:
+        crc = 0
+        for name in self._plan.steps[number].outputs:
+            try:
+                for piece in self._places[name].chunks():
+                    crc = zlib.crc32(piece, crc)
+            except (QplugError, FileNotFoundError):
+                return -1
+        return crc
+
+    def _refuse_full_disk(self) -> None:
+        left = (s.nbytes for n, s in enumerate(self._plan.steps) if n not in self.finished)
+        need = sum(left) + self._spare
+        free = shutil.disk_usage(self._partial).free
+        if need > free:
+            raise QplugError(
+                f"{self._out.parent}: the disk is full: {need / 2**30:.2f} GiB are "
+                f"to be written, {free / 2**30:.2f} GiB are free"
+            )
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def write(self, number: int, contents: Mapping[str, Content], report: dict[str, Any]) -> None:
+        """Write the tensors of step ``number`` in the background, and note it as finished."""
+        while len(self._pending) >= _PENDING:
+            self._pending.pop(0).result()
+        self._pending.append(self._writer.submit(self._write, number, contents, report))
+
+    def _write(self, number: int, contents: Mapping[str, Content], report: dict[str, Any]) -> None:
+        crc = 0
+        files: dict[BinaryIO, None] = {}
+        for name in self._plan.steps[number].outputs:
+            content, place = contents[name], self._places[name]
+            file = self._file(place.path)
+            file.seek(place.start)
+            for piece in [tensor_bytes(content)] if isinstance(content, Tensor) else content:
+                file.write(piece)
+                crc = zlib.crc32(piece, crc)
+            files[file] = None
+        for file in files:
+            file.flush()  # the journal must not run ahead of what survives a kill
+            os.fsync(file.fileno())  # now, beside the next step: the end would have to wait for it
+        self._journal.append({"step": number, "crc": crc, "report": report})
+
+    def _file(self, path: Path) -> BinaryIO:
+        if path not in self._files:
+            self._files[path] = path.open("r+b" if path.exists() else "w+b")
+            self._files[path].write(self._headers[path])
+        return self._files[path]
+
+    def stored(self, module: str) -> dict[str, Tensor]:
+        """Finished tensors of ``module`` itself, by their local names."""
+        return {
+            local: self._places[f"{module}.{local}"].read()
+            for local in self._by_module.get(module, ())
+        }
+
+    @cached_property
+    def _by_module(self) -> dict[str, list[str]]:
+        return by_module(self._places)
+
+    def kept(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``make`` gives, or gave to an earlier run of this command: the very numbers."""
+        path = self._partial / f"{name}.safetensors"
+        if not path.exists():
+            whole = path.with_suffix(".new")
+            save_file({key: value.contiguous() for key, value in make().items()}, whole)
+            with whole.open("rb") as written:
+                os.fsync(written.fileno())
+            whole.rename(path)
+        return load_file(path)
+
+    # --- ending ----------------------------------------------------------------------------------
+
+    def finish(
+        self,
+        companions: Iterable[Path],
+        texts: Mapping[str, str],
+        convert: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Write the files beside the shards, and move the folder to OUT.
+
+        ``companions`` are copied; ``texts`` are written, by file name; ``convert`` is called with
+        the folder that has all of it, and may put other files in the place of shards.
+        """
+        while self._pending:
+            self._pending.pop(0).result()
+        for path in companions:
+            inner = path.parent.name == "additional_chat_templates"
+            target = self._model / (f"{path.parent.name}/{path.name}" if inner else path.name)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+        index = self._plan.index()
+        if index is not None:
+            texts = {**texts, INDEX: json.dumps(index, indent=2) + "\n"}
+        for name, text in texts.items():
+            (self._model / name).write_text(text, encoding="utf-8")
+        for path in self._headers:  # also of shards that are done: a power cut may lose one
+            self._file(path).flush()
+        if convert is not None:
+            convert(self._model)
+        for path in self._model.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as written:
+                    os.fsync(written.fileno())
+        old = self._partial.with_name(f".{self._out.name}.old")
+        if self._out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self._out.rename(old)
+        self._model.rename(self._out)
+        shutil.rmtree(self._partial)
+        shutil.rmtree(old, ignore_errors=True)
+        self._close()  # last: it unlocks the journal
+
+    def _close(self) -> None:
+        self._writer.shutdown(cancel_futures=True)
+        open_files: list[BinaryIO | Journal] = [*self._files.values(), self._journal]
+        for file in open_files:
+            with suppress(OSError):  # on a full disk, what could not be written fails once more
+                file.close()
+        self._files.clear()
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            return
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        self._close()
+        if full or isinstance(error, QplugError):
+            shutil.rmtree(self._partial)
+        if full:
+            raise QplugError(f"{self._out.parent}: the disk is full; nothing was kept") from error

@@ -1,0 +1,1 @@
+"""Folders read back: opened, loaded, verified, compared, measured and served."""

@@ -1,0 +1,308 @@
+"""Read a folder back with qplug's own code, and make a model that computes with its codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qplug.api import Exporter, ModelView
+from qplug.api.params import fill
+from qplug.api.scheme import QuantArgs, Scheme
+from qplug.checkpoint.locate import find_model
+from qplug.checkpoint.open import Checkpoint, by_module, read_json
+from qplug.errors import QplugError
+from qplug.model.architectures import find_packed_view
+from qplug.model.experts import as_on_disk
+from qplug.model.kv_cache import SCALES, round_cache
+from qplug.model.online_rotation import rotate_inputs
+from qplug.model.quiet import quiet_transformers
+from qplug.model.view import build, load_config
+from qplug.numerics.qtorch import require_qtorch
+from qplug.numerics.rounding import check_widths, fake_quantize_activations
+from qplug.output.manifest import Manifest, read_manifest
+from qplug.registry.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model's folder, opened: float or quantized."""
+
+    checkpoint: Checkpoint
+    view: ModelView
+    manifest: Manifest | None
+    exporter: Exporter[Any] | None
+    schemes: dict[str, Scheme]
+    kv_cache: QuantArgs | None = None
+
+    @cached_property
+    def _stored(self) -> dict[str, list[str]]:
+        return by_module(self.checkpoint.tensors)  # which may be a hundred thousand
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor as a float checkpoint would have it, by name.
+
+        Of codes it is what an engine multiplies with, float32.
+        """
+        packed: dict[str, dict[str, Tensor]] = {}
+        for tensor in self.checkpoint.tensors:
+            name, _, local = tensor.rpartition(".")
+            if name in self.schemes and local != "bias":
+                packed.setdefault(name, {})[local] = self.checkpoint.read(tensor)
+            elif self.kv_cache is None or local not in SCALES:
+                yield tensor, self.checkpoint.read(tensor)
+        for name, tensors in packed.items():
+            yield f"{name}.weight", self._computed(name, tensors)
+
+    def dequantized(self, name: str) -> Tensor:
+        """The float32 weight ``[out, in]`` that is stored of a quantized linear."""
+        assert self.exporter is not None
+        return self.exporter.dequantize(self.packed(name), self.schemes[name])
+
+    def _computed(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
+        assert self.exporter is not None
+        return self.exporter.computed(tensors, self.schemes[name])
+
+    def holds(self, parameter: str) -> bool:
+        """Whether there is a tensor, or codes, for a parameter by its name in a model."""
+        name, _, local = parameter.rpartition(".")
+        return parameter in self.checkpoint.tensors or (local == "weight" and name in self.schemes)
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter by its name in a model, float32."""
+        linear, _, local = name.rpartition(".")
+        if local == "weight" and linear in self.schemes:
+            return self._computed(linear, self.packed(linear))
+        return self.checkpoint.read(name).float()
+
+    def packed(self, name: str) -> dict[str, Tensor]:
+        """What is stored of a quantized linear, its bias aside, by local name."""
+        return {
+            local: self.checkpoint.read(f"{name}.{local}")
+            for local in self._stored.get(name, ())
+            if local != "bias"
+        }
+
+    def input_scale(self, name: str) -> Tensor | None:
+        """The scale of a linear's static inputs, float32 ``[1]``; None if they have none.
+
+        Raises QplugError if the scheme wants one that is not there.
+        """
+        if self.exporter is None or not self.schemes[name].static_inputs:
+            return None
+        stored = {
+            local: self.checkpoint.read(f"{name}.{local}")
+            for local in self._stored.get(name, ())
+            if local.startswith("input_")
+        }
+        scale = self.exporter.input_scale(stored)
+        if scale is None:
+            raise QplugError(f"{name}: its inputs are static, but no scale of them is there")
+        return scale
+
+    def cache_scales(self) -> dict[int, tuple[Tensor, ...]]:
+        """The scales of keys and of values, float32 ``[1]``, by the number of the block.
+
+        Raises QplugError if those of a block are not there.
+        """
+        scales = {}
+        for number, block in enumerate(self.view.blocks):
+            found = [
+                [n for n in self.checkpoint.tensors if n.startswith(block + ".") and n.endswith(e)]
+                for e in (f".{local}" for local in SCALES)
+            ]
+            if any(len(names) != 1 for names in found):
+                raise QplugError(f"{block}: has not just one {' and one '.join(SCALES)}")
+            scales[number] = tuple(self.checkpoint.read(n).float().reshape(1) for (n,) in found)
+        return scales
+
+
+def open_folder(
+    model: str,
+    registry: Registry,
+    *,
+    backend: str | None = None,
+    trust_remote_code: bool = False,
+) -> Folder:
+    """Open a float or quantized model, without reading weights.
+
+    ``backend`` reads the folder as another exporter would. Raises QplugError if the folder is not
+    sound, or no exporter reads its format.
+    """
+    folder = find_model(model)
+    manifest = read_manifest(folder)
+    checkpoint = _open(folder, manifest, backend, registry)
+    config = checkpoint.config.get("quantization_config")
+    if config is None and manifest is None:
+        view = find_packed_view(checkpoint, {}, registry, trust_remote_code=trust_remote_code)
+        return Folder(checkpoint, view, None, None, {})
+    exporter = _find_exporter(checkpoint, manifest, backend, registry)
+    packed = exporter.stored(checkpoint)
+    view = find_packed_view(checkpoint, packed, registry, trust_remote_code=trust_remote_code)
+    if config is not None:
+        schemes, cache = exporter.schemes(config, view), exporter.cache(config)
+    else:
+        schemes = dict(manifest.schemes) if manifest else {}
+        cache = manifest.kv_cache if manifest else None
+    return Folder(checkpoint, view, manifest, exporter, schemes, cache)
+
+
+def _open(
+    folder: Path, manifest: Manifest | None, backend: str | None, registry: Registry
+) -> Checkpoint:
+    """The checkpoint in ``folder``, also where its exporter has a file of its own."""
+    if manifest is not None and not any(folder.glob("*.safetensors")):
+        name = backend or manifest.backend
+        kind = registry.exporters[name]
+        if kind.file is not None and (folder / kind.file).is_file():
+            config = read_json(folder / "config.json")
+            exporter = kind(fill(kind.Params, {}, f"backend {name}"))
+            return Checkpoint(folder, config, exporter.read(folder / kind.file, config))
+    return Checkpoint.open(folder)
+
+
+def _find_exporter(
+    checkpoint: Checkpoint, manifest: Manifest | None, backend: str | None, registry: Registry
+) -> Exporter[Any]:
+    name = backend or (manifest.backend if manifest else None)
+    if name is None:
+        method = checkpoint.config["quantization_config"].get("quant_method")
+        fitting = [n for n in registry.exporters if registry.exporters[n].quant_method == method]
+        if not fitting:
+            raise QplugError(f"{checkpoint.folder}: no exporter reads quant_method {method!r}")
+        name = fitting[0]
+    exporter = registry.exporters[name]
+    return exporter(fill(exporter.Params, {}, f"backend {name}"))
+
+
+def load(
+    model: str,
+    *,
+    registry: Registry | None = None,
+    dtype: str = "float32",
+    quantize_activations: bool = True,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A float or quantized folder as a transformers model that computes in ``dtype``.
+
+    Weights are dequantized; inputs of linears are rounded as the scheme says, and keys and values
+    as the KV cache has them, unless ``quantize_activations`` is false. Raises QplugError as
+    ``open_folder``.
+    """
+    folder = open_folder(
+        model, registry or Registry.installed(), trust_remote_code=trust_remote_code
+    )
+    return load_folder(
+        folder,
+        dtype=dtype,
+        quantize_activations=quantize_activations,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def load_folder(
+    folder: Folder,
+    *,
+    dtype: str = "float32",
+    quantize_activations: bool = True,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """``load``, of a folder that is open already."""
+    inputs = [scheme.activations for scheme in folder.schemes.values() if scheme.activations]
+    if quantize_activations and any(args.use_qtorch for args in inputs):
+        require_qtorch()
+    target = getattr(torch, dtype)
+    path = folder.checkpoint.folder
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    kind = type(build(config, path, trust_remote_code=trust_remote_code))
+    state = {name: tensor.to(target) for name, tensor in folder.weights()}
+    # What is amiss comes back in `loading`; transformers would draw random numbers for it.
+    try:
+        with quiet_transformers():
+            loaded: Any = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=target,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        raise QplugError(f"{path}: its experts are not all there, or differ in shape") from error
+    model: PreTrainedModel = loaded[0]
+    loading: dict[str, Any] = loaded[1]
+    amiss = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    if amiss:
+        raise QplugError(f"{path}: {min(amiss)} is not there, or not in the shape it should have")
+    model.eval()
+    compute_as_stored(model, folder, quantize_activations=quantize_activations)
+    return model
+
+
+def compute_as_stored(
+    model: PreTrainedModel, folder: Folder, *, quantize_activations: bool = True
+) -> None:
+    """Have ``model`` rotate and round what its linears read, and its KV cache, as ``folder`` says.
+
+    Raises QplugError if it has no scales, or no modules, to do so.
+    """
+    if folder.manifest is not None:
+        rotate_inputs(model, folder.manifest.online)  # before they are rounded
+    if quantize_activations:
+        _quantize_activations(model, folder)
+        if folder.kv_cache is not None:
+            round_cache(model, folder.kv_cache, folder.cache_scales())
+
+
+def _quantize_activations(model: PreTrainedModel, folder: Folder) -> None:
+    rounded = {n: s.activations for n, s in folder.schemes.items() if s.activations is not None}
+    modules = dict(model.named_modules())
+    if any(name not in modules for name in rounded):  # experts, which transformers fuses
+        floats = {f"{name}.weight" for name in folder.schemes}
+        as_on_disk(model, folder.view.blocks, floats.union(folder.checkpoint.tensors))
+        modules = dict(model.named_modules())
+    for name, args in rounded.items():
+        check_widths(name, folder.view.linears[name][1], folder.schemes[name])
+        if not isinstance(modules.get(name), nn.Linear):
+            raise QplugError(f"{name}: its activations cannot be quantized here: it is fused")
+        hook = partial(_round_input, args, folder.input_scale(name))
+        modules[name].register_forward_pre_hook(hook)
+
+
+def _round_input(
+    args: QuantArgs, scale: Tensor | None, module: nn.Module, inputs: tuple[Tensor, ...]
+) -> tuple[Tensor]:
+    x = inputs[0]
+    return (fake_quantize_activations(x, args, None if scale is None else scale.to(x.device)),)
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, for texts of any length.
+
+    Raises QplugError if the model has none that loads.
+    """
+    from transformers import AutoTokenizer
+
+    folder = find_model(model)
+    try:
+        with quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, model_max_length=sys.maxsize
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise QplugError(f"{folder}: its tokenizer does not load: {reason}") from error
+    return tokenizer

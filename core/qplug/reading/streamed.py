@@ -1,0 +1,73 @@
+"""A folder as a model whose blocks have weights only while they compute: one at a time."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qplug.model.view import build, load_config
+from qplug.reading.folder import Folder, compute_as_stored, load_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def stream_folder(
+    folder: Folder,
+    device: torch.device,
+    *,
+    quantize_activations: bool = True,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """``folder`` as a float32 model that computes with its codes, as ``load_folder`` gives it.
+
+    In memory are the embedding, the head, and one block. Each forward pass reads every block anew.
+    Models that transformers fuses experts of are loaded whole: 4 bytes a parameter.
+    """
+    path = folder.checkpoint.folder
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = build(config, path, trust_remote_code=trust_remote_code)
+    model.eval()
+    names = [name for name, _ in model.named_parameters()]
+    if not all(folder.holds(name) for name in names):
+        whole = load_folder(
+            folder, quantize_activations=quantize_activations, trust_remote_code=trust_remote_code
+        )
+        whole.to(device)  # type: ignore[arg-type]
+        return whole
+    for block in folder.view.blocks:
+        module = model.get_submodule(block)
+        inside = [name for name, _ in module.named_parameters()]
+        module.register_forward_pre_hook(partial(_fill, folder, block, inside, device))
+        module.register_forward_hook(partial(_empty, inside))
+        names = [name for name in names if not name.startswith(f"{block}.")]
+    for name in names:
+        _set(model, name, folder.parameter(name).to(device))
+    for part in model.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = buffer.to(device)
+    model.tie_weights()
+    compute_as_stored(model, folder, quantize_activations=quantize_activations)
+    return model
+
+
+def _fill(
+    folder: Folder, block: str, names: list[str], device: torch.device, module: nn.Module, *_: Any
+) -> None:
+    for name in names:
+        _set(module, name, folder.parameter(f"{block}.{name}").to(device))
+
+
+def _empty(names: list[str], module: nn.Module, *_: Any) -> None:
+    for name in names:
+        _set(module, name, torch.empty(0, device="meta"))
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    path, _, local = name.rpartition(".")
+    module.get_submodule(path)._parameters[local] = nn.Parameter(value, requires_grad=False)

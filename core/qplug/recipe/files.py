@@ -1,0 +1,34 @@
+"""Read a job from a file, whichever kind it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qplug.recipe.job import Job
+from qplug.recipe.llmc.file import is_llmc, read_llmc
+from qplug.recipe.recipe_file import read_recipe
+from qplug.recipe.yaml_tree import read_yaml
+from qplug.registry.registry import Registry
+
+
+@dataclass(frozen=True)
+class ReadJob:
+    """A job, the kind of its file, and what the file says in vain."""
+
+    job: Job
+    kind: str
+    warnings: tuple[str, ...]
+
+
+def read_job(path: Path, registry: Registry) -> ReadJob:
+    """The job in a native recipe or an LLMC file.
+
+    Raises QplugError, with file and line, for wrong values and for names that no plugin has.
+    """
+    root = read_yaml(path)
+    warnings: list[str] = []
+    llmc = is_llmc(root)
+    job = read_llmc(root, registry, warnings) if llmc else read_recipe(root)
+    job.check_names(registry)
+    return ReadJob(job, "LLMC" if llmc else "native", tuple(warnings))

@@ -1,0 +1,1 @@
+"""LLMC's YAML files, read as jobs."""

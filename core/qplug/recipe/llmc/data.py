@@ -1,0 +1,169 @@
+"""LLMC's ``calib`` and ``eval`` sections: texts by name and path, and how windows are cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qplug.recipe.job import Measurement, Stage
+from qplug.recipe.recipe import Calibration
+from qplug.recipe.yaml_tree import Node, Section
+
+#: LLMC's datasets of the user's own, and other names of those that are plugins.
+_OWN = ("custom", "custom_txt", "custom_ppl")
+_ALIASES = {"pile": "pileval"}
+#: Those of LLMC's datasets that hold more than text.
+_NOT_TEXT = ("custom_mm", "images", "t2v", "i2v", "vlm_datastes")
+
+#: LLMC's preprocs, by how windows are cut.
+PREPROCS = {
+    "wikitext2_gptq": "windows",
+    "ptb_gptq": "windows",
+    "pileval_omni": "windows",
+    "random_truncate_txt": "windows",
+    "c4_gptq": "documents",
+    "pile_gptq": "documents",
+    "txt_general_preproc": "leading",
+    "general": "leading",
+    "pileval_smooth": "leading",
+    "pileval_awq": "packed",
+}
+
+#: How datasets cut windows if nothing else is said; others have ``windows``.
+_USUAL = {"pileval": "leading", "c4": "documents"}
+
+STAGES: dict[str, Stage] = {
+    "pretrain": "pretrain",
+    "transformed": "transformed",
+    "fake_quant": "quantized",
+    "fake-quant": "quantized",
+}
+
+_MEMORY = ("bs", "download", "inference_per_block", "num_workers")
+_TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
+#: What a copy of a repository, or ``save_to_disk``, leaves in a folder.
+_TABLES = ("dataset_dict.json", "dataset_info.json", "state.json", "**/*.parquet", "**/*.arrow")
+_PACKED_TABLES = ("**/*.zst", "**/*.gz")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A dataset plugin with its options; ``whole``: it is one file, with no documents in it."""
+
+    dataset: str
+    options: dict[str, Any]
+    whole: bool = False
+
+
+def read_calibration(calib: Section, *, propagate: str) -> Calibration:
+    """The data that a ``calib`` section asks for."""
+    calib.leave("bs", "seed", "type", "load_from_txt")  # base.seed draws the windows
+    usual = Calibration()
+    samples, length = calib.whole("n_samples", least=1), calib.whole("seq_len", least=1)
+    text = _text(calib, calib.need("name"), own_field="question")
+    sampling = "dataset"
+    preproc = calib.get("preproc")
+    if preproc is not None and preproc.value is not False:
+        sampling = PREPROCS[preproc.word(PREPROCS)]
+        if text.whole and sampling != "windows":
+            calib.warn("preproc", "the file is one document: windows are drawn from all of it")
+            sampling = "windows"
+        if sampling == _USUAL.get(text.dataset, "windows"):
+            sampling = "dataset"
+    for key in ("padding", "apply_chat_template", "add_answer"):
+        if calib.switch(key):
+            calib.warn(key, "no effect: text is taken as it is, in windows that it fills")
+    calib.warn_of_rest()
+    return Calibration(
+        dataset=text.dataset,
+        options=text.options,
+        samples=samples or usual.samples,
+        seq_len=length or usual.seq_len,
+        propagate=propagate,
+        sampling=sampling,
+    )
+
+
+def read_measurements(node: Node, warnings: list[str]) -> list[tuple[Measurement, str]]:
+    """What an ``eval`` section asks to measure, or a list of them, and where each is said."""
+    return [told for item in _each(node) for told in _measurements(Section(item, warnings))]
+
+
+def _each(node: Node) -> tuple[Node, ...]:
+    return (node,) if isinstance(node.value, dict) else node.items()
+
+
+def _measurements(part: Section) -> list[tuple[Measurement, str]]:
+    part.leave(*_MEMORY, "load_from_txt")
+    kind, stages = part.get("type"), _stages(part)
+    names = part.need("name").items()
+    length, path = part.whole("seq_len", least=2), part.get("path")
+    if kind is not None and kind.word() != "ppl":
+        told = f"left out: qplug measures perplexity (ppl), not {kind.word()}"
+        part.warn("type", told)
+        part.leave("num_samples", "num_eval_tokens", "max_new_tokens", "apply_chat_template")
+        part.leave("res_path", "format_tabs", "instruction", "add_chat_temp")
+        stages = ()
+    for key in ("tasks", "eval_token_consist"):
+        if key in part:
+            part.warn(key, "no effect: qplug measures perplexity")
+    found = []
+    for name in names if stages else ():
+        under = path if len(names) == 1 or path is None else _below(path, name.word())
+        text = _text(part, name, own_field="question", path=under)
+        windows = 256 if text.dataset == "c4" else None  # as published perplexities of C4
+        measurement = Measurement(stages, text.dataset, text.options, length or 2048, windows)
+        found.append((measurement, str(part.place)))
+    part.warn_of_rest()
+    return found
+
+
+def _stages(part: Section) -> tuple[Stage, ...]:
+    stages: list[Stage] = []
+    node = part.need("eval_pos")
+    for item in node.items():
+        stage = STAGES.get(item.word())
+        if stage is None:
+            told = f"{item.word()!r} is left out; there are {', '.join(STAGES)}"
+            part.warnings.append(f"{item.place}: {told}")
+        elif stage not in stages:
+            stages.append(stage)
+    return tuple(stages)
+
+
+def _below(path: Node, name: str) -> Node:
+    return Node(path.place, str(Path(path.word()) / name))
+
+
+def _text(part: Section, name: Node, *, own_field: str, path: Node | None = None) -> Text:
+    """The text called ``name``, at ``path`` if there is one and it is not to be downloaded."""
+    told = name.word()
+    if told in _NOT_TEXT:
+        raise name.place.error(f"{told!r} is more than text, and qplug calibrates on text")
+    dataset = _ALIASES.get(told, told)
+    path, download = path or part.get("path"), part.switch("download")
+    if path is None or download:
+        return Text(dataset, {})
+    place = Path(path.word()).expanduser()
+    if not place.exists():
+        part.warnings.append(f"{path.place}: {place}: no such file or folder")
+    if told in _OWN:
+        listed = place / "samples.json" if place.is_dir() else place
+        if listed.suffix == ".json":
+            return Text("text", {"path": str(listed), "field": own_field})
+        return Text("text", {"path": str(place)}, place.is_file() and listed.suffix != ".jsonl")
+    if place.is_file():
+        whole = place.suffix not in (".jsonl", ".json")
+        return Text("text", {"path": str(place)}, whole)
+    if place.is_dir() and not _holds_table(place) and _holds_text(place):
+        return Text("text", {"path": str(place)})
+    return Text(dataset, {"path": str(place)})
+
+
+def _holds_table(folder: Path) -> bool:
+    return any(next(folder.glob(p), None) for p in (*_TABLES, *_PACKED_TABLES))
+
+
+def _holds_text(folder: Path) -> bool:
+    return any(file.suffix in _TEXT_SUFFIXES for file in folder.rglob("*"))

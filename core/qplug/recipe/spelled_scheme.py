@@ -1,0 +1,65 @@
+"""From how numbers are stored to a scheme: the preset that says the same, or one spelled out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qplug.api.scheme import PRESETS, QuantArgs, Scheme, preset
+from qplug.errors import QplugError
+
+
+def spelled(weights: QuantArgs, activations: QuantArgs | None) -> Scheme:
+    """The scheme that stores so, by the name it goes by.
+
+    Raises QplugError for inputs that are rounded in no way that qplug computes.
+    """
+    _check_inputs(activations)
+    for known in PRESETS.values():
+        if (known.weights, known.activations) == (weights, activations):
+            return known
+        if activations is known.activations is None and _grouped_alike(known.weights, weights):
+            return replace(known, weights=weights)
+    name = f"W{_letters(weights)}A{_letters(activations) if activations else '16'}"
+    if _grid_is_known(weights) and _grid_is_known(activations):
+        name += _asymmetric(weights, activations)
+        # Engines have no kernel for groups beside rounded inputs: their tables go by the name.
+        name += f"_G{weights.group_size}" if activations and weights.group_size else ""
+        return Scheme(name, weights, activations)
+    # A grid of its own: qplug has it if it has a scheme of that name.
+    return Scheme(preset(name).name, weights, activations)
+
+
+def _check_inputs(args: QuantArgs | None) -> None:
+    if args is None:
+        return
+    if args.dynamic and args.strategy not in ("token", "group"):
+        raise QplugError(f"a dynamic scale a {args.strategy}; inputs have one a token or a group")
+    if not args.dynamic:
+        name = "FP8" if args.is_float else "W8A8_STATIC"
+        if preset(name).activations != args:
+            raise QplugError(f"a static scale: as that of {name}, one for the whole tensor")
+
+
+def _grouped_alike(known: QuantArgs, given: QuantArgs) -> bool:
+    """Whether they differ in the size of groups alone, a whole row being one size."""
+    rows = ("group", "channel")
+    alike = (known.dtype, known.symmetric, known.scale_dtype) == (
+        given.dtype,
+        given.symmetric,
+        given.scale_dtype,
+    )
+    return alike and known.strategy in rows and given.strategy in rows
+
+
+def _asymmetric(weights: QuantArgs, activations: QuantArgs | None) -> str:
+    if activations is None or activations.symmetric:
+        return "" if weights.symmetric else "_ASYM"
+    return "_ASYM_INPUTS" if weights.symmetric else "_ASYM_BOTH"
+
+
+def _letters(args: QuantArgs) -> str:
+    return args.dtype.upper() if args.is_float else str(args.bits)
+
+
+def _grid_is_known(args: QuantArgs | None) -> bool:
+    return args is None or not args.is_float or args.dtype in ("e4m3", "e5m2")

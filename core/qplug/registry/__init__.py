@@ -1,0 +1,1 @@
+"""Plugins: found, asked for components, and named in errors; new ones are written."""

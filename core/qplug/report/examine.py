@@ -1,0 +1,154 @@
+"""Read a folder, and its float model if that can be found, tensor by tensor."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Mapping
+from math import prod
+
+import torch
+from torch import Tensor
+
+from qplug.checkpoint.open import Checkpoint
+from qplug.errors import QplugError
+from qplug.numerics.rounding import dequantize
+from qplug.reading.folder import Folder, open_folder
+from qplug.reading.verify import find_source, float_weight, relative_distance
+from qplug.registry.registry import Registry
+from qplug.report.findings import BINS_PER_OCTAVE, Bytes, Findings, Layer, Overview, Span
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def overview(folder: Folder, name: str) -> Overview:
+    """What the headers of ``folder``, called ``name``, and its ``qplug.json`` tell."""
+    view, manifest, schemes = folder.view, folder.manifest, folder.schemes
+    matrices = {n: prod(shape) for n, shape in view.linears.items()}
+    tensors = folder.checkpoint.tensors
+    rest = sum(
+        prod(t.spec.shape) for n, t in tensors.items() if n.rpartition(".")[0] not in matrices
+    )
+    serve = folder.exporter.serve_command if folder.exporter else None
+    return Overview(
+        folder=name,
+        model=manifest.model if manifest else None,
+        architecture=str((view.config.get("architectures") or ["unknown"])[0]),
+        backend=folder.exporter.name if folder.exporter else None,
+        schemes=Counter(scheme.name for scheme in schemes.values()),
+        recipe=manifest.recipe if manifest else {},
+        versions=manifest.versions if manifest else {},
+        notes=manifest.notes if manifest else (),
+        bytes=_bytes(folder.checkpoint, matrices, schemes),
+        weights=sum(matrices[n] for n in schemes),
+        linear_weights=sum(matrices.values()),
+        parameters=sum(matrices.values()) + rest,
+        errors=manifest.errors if manifest else {},
+        losses=manifest.losses if manifest else {},
+        serve=serve.format(shlex.quote(name)) if serve else None,
+    )
+
+
+def examine(
+    name: str,
+    registry: Registry,
+    *,
+    against: str | None = None,
+    trust_remote_code: bool = False,
+    watch: Callable[[int, int], None] | None = None,
+) -> Findings:
+    """Read every quantized weight of the folder ``name``, one at a time.
+
+    ``against`` is the float model; by default the one in ``qplug.json``, if it can be found. Raises
+    QplugError if the folder cannot be opened, or is a float model that qplug did not write.
+    """
+    folder = open_folder(name, registry, trust_remote_code=trust_remote_code)
+    if folder.exporter is None:
+        raise QplugError(f"{name}: is not quantized; there is nothing to report")
+    told = overview(folder, name)
+    source_name, source = find_source(folder, against)
+    layers: list[Layer] = []
+    scales: Counter[int] = Counter()
+    for done, linear in enumerate(folder.schemes, start=1):
+        layer, counts = _examined(folder, linear, source)
+        layers.append(layer)
+        scales.update(counts)
+        if watch is not None:
+            watch(done, len(folder.schemes))
+    return Findings(
+        overview=told,
+        layers=tuple(layers),
+        scales=dict(sorted(scales.items())),
+        against=source_name,
+        float_bytes=_bytes(source, folder.view.linears, folder.schemes) if source else None,
+        calibrated=bool(told.losses),
+    )
+
+
+def _bytes(
+    checkpoint: Checkpoint, linears: Mapping[str, object], schemes: Mapping[str, object]
+) -> Bytes:
+    """Biases are among the others."""
+    sums = [0, 0, 0]
+    for tensor, stored in checkpoint.tensors.items():
+        part = 0 if _is_of(tensor, schemes) else 1 if _is_of(tensor, linears) else 2
+        sums[part] += stored.nbytes
+    return Bytes(*sums)
+
+
+def _is_of(tensor: str, linears: Mapping[str, object]) -> bool:
+    """Whether a tensor belongs to the weight of one of ``linears``."""
+    name, _, local = tensor.rpartition(".")
+    return name in linears and local != "bias"
+
+
+def _examined(
+    folder: Folder, name: str, source: Checkpoint | None
+) -> tuple[Layer, Mapping[int, int]]:
+    """One linear, and its scales counted."""
+    exporter, scheme, manifest = folder.exporter, folder.schemes[name], folder.manifest
+    assert exporter is not None
+    packed = folder.packed(name)
+    made = exporter.unpack(packed, scheme) if exporter.exact else None
+    weight = exporter.dequantize(packed, scheme) if made is None else dequantize(made)
+    rewritten = manifest is not None and f"{name}.weight" in manifest.rewritten
+    has_float = source is not None and (not rewritten or f"{name}.weight" in source.tensors)
+    original = float_weight(source, name, weight.shape) if source and has_float else None
+    block, kind = _place(name, folder.view.blocks)
+    layer = Layer(
+        name=name,
+        block=block,
+        kind=kind,
+        shape=folder.view.linears[name],
+        scheme=scheme.name,
+        rewritten=rewritten,
+        error=manifest.errors.get(name) if manifest else None,
+        recomputed=(None if original is None or rewritten else relative_distance(weight, original)),
+        loss=manifest.losses.get(name) if manifest else None,
+        weights=(None if original is None else _span(original), _span(weight)),
+        inputs=manifest.inputs.get(name) if manifest else None,
+        clips=manifest.clips.get(name, ()) if manifest else (),
+        scales=None if made is None else _span(made.scale),
+        scale_count=0 if made is None else made.scale.numel(),
+    )
+    return layer, {} if made is None else _counted(made.scale)
+
+
+def _place(name: str, blocks: tuple[str, ...]) -> tuple[int | None, str]:
+    """The number of the block that a linear is in, and its kind."""
+    for number, block in enumerate(blocks):
+        if name.startswith(f"{block}."):
+            return number, _NUMBER.sub("*", name.removeprefix(f"{block}."))
+    return None, name
+
+
+def _span(values: Tensor) -> Span:
+    low, high = torch.aminmax(values)
+    return Span(low.item(), high.item())
+
+
+def _counted(scale: Tensor) -> dict[int, int]:
+    bins = (scale.double().log2() * BINS_PER_OCTAVE).floor().long()
+    numbers, counts = bins.unique(return_counts=True)
+    return dict(zip(numbers.tolist(), counts.tolist(), strict=True))

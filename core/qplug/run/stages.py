@@ -1,0 +1,301 @@
+"""The pipeline of one run at work on a block: transform, quantize, pack, and say who broke."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qplug.api import (
+    Algorithm,
+    Block,
+    Exporter,
+    FloatModel,
+    InputGroup,
+    Linear,
+    ModelView,
+    Preparation,
+    QuantizedWeight,
+    WholeModel,
+)
+from qplug.api.params import fill
+from qplug.api.scheme import Scheme
+from qplug.calibration.observers import (
+    find_observer,
+    fix_input_scales,
+    share_global_scales,
+    share_tensor_scales,
+)
+from qplug.calibration.ranges import InputRange, clip_counts, input_ranges, short
+from qplug.checkpoint.open import INDEX, Checkpoint, by_module
+from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
+from qplug.machine.stopwatch import Stopwatch
+from qplug.numerics.rounding import relative_error, relative_output_error
+from qplug.output.plan import Step
+from qplug.recipe.pipeline import make_algorithm, make_pipeline
+from qplug.recipe.recipe import DEFAULT_QUANTIZER, Calibration, Recipe
+from qplug.registry.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a step.
+
+    ``errors``: ``||W' - W|| / ||W||`` by linear; ``losses``: the same of its output on calibration
+    data. ``rewritten``: the tensors that no longer hold what the float model has, codes aside.
+    ``notes``: what algorithms have to tell the user. ``inputs``: what linears read before and after
+    all transforms; ``clips``: the ``clip_counts`` of linears that have clipped scales.
+    """
+
+    errors: Mapping[str, float] = field(default_factory=dict)
+    losses: Mapping[str, float] = field(default_factory=dict)
+    rewritten: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    inputs: Mapping[str, tuple[InputRange, InputRange]] = field(default_factory=dict)
+    clips: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float | None:
+        """The mean of ``losses``."""
+        return sum(self.losses.values()) / len(self.losses) if self.losses else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain form for JSON."""
+        return {
+            "errors": dict(self.errors),
+            "losses": dict(self.losses),
+            "rewritten": list(self.rewritten),
+            "notes": list(self.notes),
+            "inputs": {n: [r.to_list() for r in both] for n, both in self.inputs.items()},
+            "clips": {name: list(counts) for name, counts in self.clips.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Report:
+        """The inverse of ``to_dict``."""
+        read = InputRange.from_list
+        return cls(
+            errors=plain["errors"],
+            losses=plain["losses"],
+            rewritten=tuple(plain["rewritten"]),
+            notes=tuple(plain["notes"]),
+            inputs={n: (read(old), read(new)) for n, (old, new) in plain["inputs"].items()},
+            clips={name: tuple(counts) for name, counts in plain["clips"].items()},
+        )
+
+
+class Stages:
+    """The algorithms of a recipe, one of which quantizes, and its exporter."""
+
+    def __init__(self, recipe: Recipe, registry: Registry, clock: Stopwatch | None = None) -> None:
+        """Raises QplugError if a name or an option is wrong, or algorithms do not go together."""
+        self._registry, self._clock = registry, clock or Stopwatch()
+        backend = registry.exporters[recipe.backend]
+        options: object = fill(backend.Params, recipe.backend_options, f"backend {backend.name}")
+        self.exporter: Exporter[Any] = backend(options)
+        self.pipeline = make_pipeline(
+            recipe.algorithms, recipe.algorithm_options, recipe.schemes, registry
+        )
+        quantizers = [algorithm for algorithm in self.pipeline if algorithm.quantizes()]
+        self._default = make_algorithm(DEFAULT_QUANTIZER, {}, registry)
+        self.quantizer = quantizers[0] if quantizers else self._default
+        calibration = recipe.calibration or Calibration()
+        self._observer = find_observer(calibration.observer, calibration.observer_options)
+        self._stores_ranges = recipe.stores_ranges
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any algorithm reads statistics, or scales of them are to be stored."""
+        return self._stores_ranges or any(algorithm.needs_data for algorithm in self.pipeline)
+
+    @property
+    def needs_drift(self) -> bool:
+        """Whether any algorithm reads how far inputs are from those of the float model."""
+        return any(algorithm.needs_drift for algorithm in self.pipeline)
+
+    @property
+    def learns(self) -> bool:
+        """Whether any algorithm computes whole blocks, to learn what the float ones do."""
+        return any(algorithm.learns for algorithm in self.pipeline)
+
+    @property
+    def preparing(self) -> list[Algorithm[Any]]:
+        """The algorithms that rewrite the float model."""
+        return [algorithm for algorithm in self.pipeline if algorithm.prepares()]
+
+    def prepare(self, algorithm: Algorithm[Any], model: FloatModel) -> Preparation:
+        """What ``algorithm`` makes of ``model``."""
+        with self._blaming(algorithm, algorithm.name):
+            return algorithm.prepare(model)
+
+    @property
+    def learns_whole(self) -> bool:
+        """Whether any algorithm learns on the whole model how to rewrite it."""
+        return any(algorithm.learns_whole() for algorithm in self.pipeline)
+
+    def learn(
+        self, algorithm: Algorithm[Any], model: FloatModel, whole: WholeModel
+    ) -> Mapping[str, Tensor]:
+        """What ``algorithm`` learns on ``whole``."""
+        with self._clock("learning"), self._blaming(algorithm, algorithm.name):
+            return algorithm.learn(model, whole)
+
+    def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
+        """Run all stages on ``block``: codes by linear. None where float weights are stored."""
+        for algorithm in self.pipeline:
+            with self._clock("transform"), self._blaming(algorithm, block.name):
+                algorithm.transform(block)
+        if self.exporter.stores_float:
+            return {}
+        return self._codes(block, self.quantizer)
+
+    def quantize_apart(self, block: Block) -> Mapping[str, QuantizedWeight]:
+        """Codes of what no decoder block holds, a head: nobody has statistics of it."""
+        return self._codes(block, self._default)
+
+    def _codes(self, block: Block, quantizer: Algorithm[Any]) -> Mapping[str, QuantizedWeight]:
+        fix_input_scales(block, self._observer)
+        share_tensor_scales(block)
+        share_global_scales(block, self.exporter.merged([linear.name for linear in block.linears]))
+        with self._clock("quantize"), self._blaming(quantizer, block.name):
+            codes = quantizer.quantize(block)
+            wanted = {linear.name for linear in block.linears}
+            if set(codes) != wanted:
+                raise ValueError(f"it gave codes for {sorted(codes)}, not {sorted(wanted)}")
+        block.notes.extend(_unseen(block))
+        return {
+            linear.name: replace(
+                codes[linear.name],
+                input_scale=linear.input_scale,
+                global_scale=linear.global_scale,
+            )
+            for linear in block.linears
+        }
+
+    def report(
+        self,
+        block: Block,
+        codes: Mapping[str, QuantizedWeight],
+        rewritten: tuple[str, ...] = (),
+        inputs: Mapping[str, InputRange] | None = None,
+    ) -> Report:
+        """What became of ``block``, numbers to four digits; errors against its float weights.
+
+        ``inputs``: as they were before.
+        """
+        with self._clock("errors"):
+            return self._report(block, codes, rewritten, inputs or {})
+
+    def _report(
+        self,
+        block: Block,
+        codes: Mapping[str, QuantizedWeight],
+        rewritten: tuple[str, ...],
+        inputs: Mapping[str, InputRange],
+    ) -> Report:
+        errors = {
+            linear.name: short(relative_error(block.original(linear), codes[linear.name]))
+            for linear in block.linears
+            if linear.name in codes
+        }
+        read = [
+            (group, linear)
+            for whole in block.groups
+            for group in whole.parts
+            for linear in group.linears
+            if linear.name in codes and group.tokens
+        ]
+
+        def loss(pair: tuple[InputGroup, Linear]) -> float:
+            group, linear = pair
+            made = codes[linear.name]
+            return short(relative_output_error(block.original(linear), made, group.gram))
+
+        found = block.spread(read, loss, cost=lambda pair: _products(*pair))
+        losses = {linear.name: loss for (_, linear), loss in zip(read, found, strict=True)}
+        after = input_ranges(block)
+        clips = {linear.name: clip_counts(linear, codes[linear.name]) for _, linear in read}
+        return Report(
+            errors,
+            losses,
+            rewritten,
+            tuple(block.notes),
+            inputs={name: (before, after[name]) for name, before in inputs.items()},
+            clips={name: counts for name, counts in clips.items() if counts},
+        )
+
+    def pack(
+        self, codes: Mapping[str, QuantizedWeight], step: Step, dtype: str
+    ) -> dict[str, Tensor]:
+        """The tensors of the linears of ``step``, by full name, checked against the plan."""
+        packed: dict[str, Tensor] = {}
+        kept = {*step.others}
+        planned = by_module(name for name in step.outputs if name not in kept)
+        for name, weight in codes.items():
+            with self._clock("pack"), self._blaming(self.exporter, name):
+                tensors = self._packed(weight, step.linears[name], dtype)
+                packed.update({f"{name}.{local}": tensor for local, tensor in tensors.items()})
+                for local in planned.get(name, ()):
+                    _check(f"{name}.{local}", packed, step)
+        return packed
+
+    def _packed(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
+        tensors = self.exporter.pack(weight, scheme, dtype)
+        return {local: tensor.cpu() for local, tensor in tensors.items()}
+
+    def convert(self, folder: Path, model: ModelView, schemes: Mapping[str, Scheme]) -> None:
+        """Put the exporter's own file, if it has one, in the place of what ``folder`` holds."""
+        if self.exporter.file is None:
+            return
+        finished = Checkpoint.open(folder)
+        path = folder / self.exporter.file
+        with self._blaming(self.exporter, self.exporter.file):
+            self.exporter.write(finished, model, schemes, path)
+            if not path.is_file():
+                raise ValueError(f"write left no {path.name}")
+        for replaced in (*finished.shards, folder / INDEX):
+            replaced.unlink(missing_ok=True)
+
+    @contextmanager
+    def _blaming(self, component: Algorithm[Any] | Exporter[Any], where: str) -> Iterator[None]:
+        """Names the layer in an error, and the plugin too if the error is a bug."""
+        try:
+            yield
+        except (OtherProcessError, RelayedError):
+            raise  # it has been said where
+        except QplugError as error:
+            raise QplugError(f"{where}: {error}") from error
+        except Exception as error:
+            plugin = self._registry.blame(error)
+            source = plugin.source if plugin else "no plugin"
+            raise StageError(component.name, source, where, error) from error
+
+
+def _check(tensor: str, packed: Mapping[str, Tensor], step: Step) -> None:
+    """Raises ValueError if ``tensor`` is not as ``step`` has it."""
+    spec = step.outputs[tensor]
+    if tensor not in packed:
+        raise ValueError(f"pack gave no {tensor}, but layout said so")
+    found = packed[tensor]
+    if (str(found.dtype).removeprefix("torch."), tuple(found.shape)) != (spec.dtype, spec.shape):
+        raise ValueError(f"pack gave {tensor} as {found.dtype} {list(found.shape)}: {spec}")
+
+
+def _unseen(block: Block) -> Iterator[str]:
+    """A note for each layer of which some experts were given no calibration token."""
+    unseen: dict[str, list[str]] = {}
+    for group in (part for whole in block.groups for part in whole.routed if not part.tokens):
+        layer, _, number = group.linears[0].name.rpartition(".")[0].rpartition(".")
+        unseen.setdefault(layer, []).append(number)
+    for layer, numbers in unseen.items():
+        yield f"{layer}: no token reached {', '.join(numbers)}; rounded to nearest"
+
+
+def _products(group: InputGroup, linear: Linear) -> float:
+    """What a matrix product of the weight with the Gram matrix costs."""
+    return linear.weight.numel() * len(group.gram)

@@ -1,0 +1,1 @@
+"""What datasets share: windows of tokens, and text from the Hub."""
