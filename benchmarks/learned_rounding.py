@@ -20,8 +20,10 @@ from torch import Tensor
 
 import qplug
 from qplug import Algorithm, Block, Linear, Param, QplugError, QuantizedWeight, hookimpl
+from qplug.api.groups import in_groups, out_of_groups, per_row_scale
 from qplug.numerics.learning import learn, learns_ranges, start_clips
-from qplug.numerics.rounding import in_groups, out_of_groups, per_row_scale, quantize, scale_of
+from qplug.numerics.rounding import quantize
+from qplug.numerics.scales import scale_of
 from qplug.numerics.straight_through import stretched
 from qplug.registry.registry import Registry
 

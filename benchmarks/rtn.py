@@ -21,7 +21,7 @@ import torch
 from llama_shapes import LLAMA_3_2_3B
 
 from qplug import PRESETS, Exporter, Scheme, TensorSpec
-from qplug.checkpoint.tensor_file import lay_out, spec_bytes, tensor_bytes
+from qplug.checkpoint.tensor_file import lay_out, tensor_bytes
 from qplug.numerics.rounding import round_to_nearest
 from qplug.registry.registry import Registry
 
@@ -133,7 +133,7 @@ def write_llama(folder: Path, params: float) -> int:
         with (folder / file).open("wb") as out:
             out.write(header)
             for place, tensor in enumerate(tensors.values()):
-                write_noise(out, noise, spec_bytes(tensor.spec), 2 * 104729 * (place + number))
+                write_noise(out, noise, tensor.spec.nbytes, 2 * 104729 * (place + number))
         places |= dict.fromkeys(shapes, file)
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

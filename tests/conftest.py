@@ -77,7 +77,8 @@ import transformers.models.opt.modeling_opt
 import torch.distributed
 import qplug.run.perform, qplug.run.quantize
 from qplug.cli.main import main
-from qplug.checkpoint.open import Checkpoint
+from qplug import Checkpoint
+from qplug.checkpoint.open import open_checkpoint
 from qplug.registry.registry import Registry
 from qplug.model.view import model_view
 from qplug.checkpoint.locate import find_model
@@ -85,7 +86,7 @@ from qplug.checkpoint.locate import find_model
 demo = find_model("qplug:demo")
 Registry.installed().load()
 transformers.AutoTokenizer.from_pretrained(demo)
-model_view(Checkpoint.open(demo))  # transformers compiles a thousand patterns
+model_view(open_checkpoint(demo))  # transformers compiles a thousand patterns
 
 def work(words):
     if words[0] == "-c":

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from qplug import QplugError
-from qplug.checkpoint.open import INDEX, Checkpoint
+from qplug.checkpoint.open import INDEX, open_checkpoint
 from qplug.cli.main import Deferred, main
 
 ROOT = Path(__file__).parents[1]
@@ -142,10 +142,10 @@ def _index(folder: Path, file: str) -> None:
     ],
 )
 def test_an_index_names_files_of_its_folder(model: Path, file: str) -> None:
-    assert list(Checkpoint.open(model).tensors) == ["w"]
+    assert list(open_checkpoint(model).tensors) == ["w"]
     _index(model, file.format(tmp=model.parent))
     with pytest.raises(QplugError, match=r"is not a file of this folder|is not there"):
-        Checkpoint.open(model)
+        open_checkpoint(model)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,14 @@ def test_links_out_of_the_folder_are_refused(model: Path, name: str) -> None:
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to(target)
     with pytest.raises(QplugError, match=f"{name}: is a link out of its folder"):
-        Checkpoint.open(model)
+        open_checkpoint(model)
 
 
 def test_links_within_the_folder_and_to_it_are_followed(model: Path) -> None:
     (model / "shard.safetensors").rename(model / "first.safetensors")
     (model / "shard.safetensors").symlink_to("first.safetensors")
     (model.parent / "link").symlink_to(model)
-    assert list(Checkpoint.open(model.parent / "link").tensors) == ["w"]
+    assert list(open_checkpoint(model.parent / "link").tensors) == ["w"]
 
 
 def test_the_hubs_cache_may_link_to_its_blobs_alone(model: Path, tmp_path: Path) -> None:
@@ -175,9 +175,9 @@ def test_the_hubs_cache_may_link_to_its_blobs_alone(model: Path, tmp_path: Path)
     shutil.copytree(model, snapshot)
     (snapshot / "shard.safetensors").rename(blobs / "0123")
     (snapshot / "shard.safetensors").symlink_to("../../blobs/0123")
-    assert list(Checkpoint.open(snapshot).tensors) == ["w"]
+    assert list(open_checkpoint(snapshot).tensors) == ["w"]
     (tmp_path / "secret").write_text("secret")
     (blobs / "4567").symlink_to(tmp_path / "secret")
     (snapshot / "tokenizer.json").symlink_to("../../blobs/4567")
     with pytest.raises(QplugError, match=r"tokenizer\.json: is a link out"):
-        Checkpoint.open(snapshot)
+        open_checkpoint(snapshot)

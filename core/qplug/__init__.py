@@ -1,8 +1,7 @@
 """qplug quantizes large language models for SGLang and vLLM; everything in it is a plugin.
 
-What is importable from here, from ``qplug.numerics``, ``qplug.numerics``, ``qplug.numerics``,
-``qplug.api.layout``, ``qplug.numerics``, ``qplug.api.limits``, ``qplug.numerics``,
-``qplug.numerics``, ``qplug.numerics``, ``qplug.text`` and ``qplug.text`` is public.
+What is importable from here, from ``qplug.numerics``, ``qplug.text``, ``qplug.testing`` and
+``qplug.hookspecs`` is public; each lists its names in ``__all__``. All else may change.
 """
 
 from __future__ import annotations
@@ -10,10 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qplug.api import (
+    Aim,
     Algorithm,
     Batch,
     Block,
     Capability,
+    Checkpoint,
+    Component,
     Dataset,
     Exporter,
     Facing,
@@ -30,23 +32,37 @@ from qplug.api import (
     Rewrite,
     Server,
     Split,
+    StoredTensor,
     Stream,
     StreamNorm,
     TensorSpec,
     Tokenizer,
     WholeModel,
 )
-from qplug.api.events import BlockReport, Result
+from qplug.api.events import BlockReport, Result, StageCost
 from qplug.api.hookspecs import hookimpl
+from qplug.api.layout import layout_problems, loading_problems
+from qplug.api.limits import DEVICES, Target, beyond_limits, shape_problem
+from qplug.api.old_paths import forward_old_paths
 from qplug.api.params import Param
-from qplug.api.scheme import PRESETS, QuantArgs, Scheme, preset
+from qplug.api.scheme import (
+    E4M3_SCALES,
+    E8M0_SCALES,
+    FLOAT_MAX,
+    FLOATS,
+    PRESETS,
+    QuantArgs,
+    Scheme,
+    preset,
+)
 from qplug.errors import PluginError, PluginWarning, QplugError
 
 if TYPE_CHECKING:
-    from qplug.checkpoint.open import Checkpoint
-    from qplug.checkpoint.tensor_file import StoredTensor
+    from qplug.checkpoint.open import open_checkpoint
+    from qplug.checkpoint.tensor_file import FileTensor
+    from qplug.model.tokenizer import load_tokenizer
     from qplug.reading.compare import compare
-    from qplug.reading.folder import load, load_tokenizer
+    from qplug.reading.load import load
     from qplug.reading.perplexity import evaluate
     from qplug.reading.verify import verify
     from qplug.recipe.files import read_job
@@ -57,17 +73,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEVICES",
+    "E4M3_SCALES",
+    "E8M0_SCALES",
+    "FLOATS",
+    "FLOAT_MAX",
     "PRESETS",
+    "Aim",
     "Algorithm",
     "Batch",
     "Block",
     "BlockReport",
     "Capability",
     "Checkpoint",
+    "Component",
     "Dataset",
     "Export",
     "Exporter",
     "Facing",
+    "FileTensor",
     "FloatModel",
     "Heads",
     "InputGroup",
@@ -90,37 +114,44 @@ __all__ = [
     "Scheme",
     "Server",
     "Split",
+    "StageCost",
     "StoredTensor",
     "Stream",
     "StreamNorm",
+    "Target",
     "TensorSpec",
     "Tokenizer",
     "WholeModel",
+    "beyond_limits",
     "compare",
     "evaluate",
     "hookimpl",
+    "layout_problems",
     "load",
     "load_tokenizer",
+    "loading_problems",
+    "open_checkpoint",
     "perform",
     "preset",
     "quantize",
     "read_job",
+    "shape_problem",
     "verify",
 ]
 
-#: What plugins do not need, and the module that each lives in: imported when first asked for.
+#: Names that plugins do not need, and the module of each: imported when first asked for.
 _LAZY = {
-    "Checkpoint": "qplug.checkpoint.open",
     "Export": "qplug.recipe.job",
+    "FileTensor": "qplug.checkpoint.tensor_file",
     "Job": "qplug.recipe.job",
     "Measurement": "qplug.recipe.job",
     "compare": "qplug.reading.compare",
     "evaluate": "qplug.reading.perplexity",
-    "load": "qplug.reading.folder",
-    "load_tokenizer": "qplug.reading.folder",
+    "load": "qplug.reading.load",
+    "load_tokenizer": "qplug.model.tokenizer",
+    "open_checkpoint": "qplug.checkpoint.open",
     "perform": "qplug.run.perform",
     "quantize": "qplug.run.quantize",
-    "StoredTensor": "qplug.checkpoint.tensor_file",
     "read_job": "qplug.recipe.files",
     "verify": "qplug.reading.verify",
 }
@@ -132,3 +163,10 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'qplug' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+forward_old_paths()

@@ -13,10 +13,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qplug import InputGroup, Linear, QuantArgs, Scheme, calibration
+from qplug import InputGroup, Linear, QuantArgs, Scheme
+from qplug.calibration import batches
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.locate import find_model
-from qplug.checkpoint.open import Checkpoint
+from qplug.checkpoint.open import open_checkpoint
 from qplug.model.view import model_view
 
 #: Heads of 24 are in no list of usual sizes; queries are 96 wide, keys and values 48, the rest 64.
@@ -121,7 +122,7 @@ StartWalk = Callable[..., Walk]
 @pytest.fixture
 def passes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks compute in float32, also on CPUs that multiply bfloat16."""
-    monkeypatch.setattr(calibration, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(batches, "_multiplies_bfloat16", lambda: False)
 
 
 @torch.no_grad()
@@ -183,7 +184,7 @@ def start_walk() -> StartWalk:
         with_drift: bool = False,
         with_targets: bool = False,
     ) -> Walk:
-        source = Checkpoint.open(folder)
+        source = open_checkpoint(folder)
         view = model_view(source)
         names = [name for name in view.linears if name in view.quantizable]
         schemes = {name: scheme for name in names if not name.endswith(tuple(ignore))}

@@ -13,10 +13,12 @@ from torch import Tensor
 
 import qplug
 from qplug import Block, InputGroup, Linear, QuantArgs, QuantizedWeight, Scheme
+from qplug.api.groups import dequantize
 from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.walk import Walk
 from qplug.numerics.clipping import search_clip
-from qplug.numerics.rounding import dequantize, nearest, output_error
+from qplug.numerics.losses import output_error
+from qplug.numerics.rounding import nearest
 from qplug.reading.folder import open_folder
 from qplug.registry.registry import Registry
 from qplug_awq.awq import AWQ, Params

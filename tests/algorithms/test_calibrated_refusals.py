@@ -18,7 +18,7 @@ from torch import Tensor
 import qplug
 from qplug import Block, InputGroup, Linear, QplugError, QuantArgs
 from qplug.api.events import Result
-from qplug.numerics.rounding import dequantize
+from qplug.api.groups import dequantize
 from qplug_awq.awq import AWQ
 from qplug_awq.awq import Params as AWQParams
 from qplug_gptq.gptq import GPTQ

@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qplug
 from qplug.api.events import Result
-from qplug.calibration import observation
-from qplug.calibration import walk as calibration
+from qplug.calibration import batches, observation
 from qplug.calibration.walk import Walk
-from qplug.checkpoint.open import Checkpoint
+from qplug.checkpoint.open import open_checkpoint
 from qplug.model.view import model_view
 
 Family = Callable[..., Path]
@@ -119,11 +118,11 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def at_a_time(samples: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(calibration._BATCH_TOKENS, "cpu", samples * length)
+    monkeypatch.setitem(batches._BATCH_TOKENS, "cpu", samples * length)
 
 
 def blocks_of(folder: Path) -> tuple[str, ...]:
-    return model_view(Checkpoint.open(folder)).blocks
+    return model_view(open_checkpoint(folder)).blocks
 
 
 # --- statistics and hidden states -----------------------------------------------------------------
@@ -196,7 +195,7 @@ def test_a_sample_longer_than_a_batch(
     make_tokens: MakeTokens,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(calibration._BATCH_TOKENS, "cpu", 5)
+    monkeypatch.setitem(batches._BATCH_TOKENS, "cpu", 5)
     walk = start_walk(family("llama"), make_tokens(2, 12))
     assert [hidden.shape[:2] for hidden in walk._hidden] == [(1, 12), (1, 12)]
 
@@ -497,10 +496,10 @@ def test_killed_after_any_block(
 
 def finished_steps(source: Path) -> list[str | None]:
     """The steps of a calibrated run in order: a block's name, or None for another tensor."""
-    view = model_view(Checkpoint.open(source))
+    view = model_view(open_checkpoint(source))
     others = [
         tensor
-        for tensor in Checkpoint.open(source).tensors
+        for tensor in open_checkpoint(source).tensors
         if not tensor.startswith(tuple(f"{block}." for block in view.blocks))
     ]
     parent = view.blocks[0].rpartition(".")[0]

@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import qplug
 from qplug import QplugError, QuantArgs, Scheme
+from qplug.api.groups import dequantize
 from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.walk import Walk
-from qplug.checkpoint.open import Checkpoint
+from qplug.checkpoint.open import open_checkpoint
 from qplug.model.experts import Experts, as_on_disk
 from qplug.model.view import model_view
-from qplug.numerics.rounding import dequantize, round_to_nearest
+from qplug.numerics.rounding import round_to_nearest
 
 Family = Callable[..., Path]
 StartWalk = Callable[..., Walk]
@@ -59,7 +60,7 @@ pytestmark = pytest.mark.usefixtures("passes_in_float32")
 def reference(folder: Path) -> PreTrainedModel:
     """The model of transformers, in float32, with the names that tensors have on disk."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    source = Checkpoint.open(folder)
+    source = open_checkpoint(folder)
     as_on_disk(model, model_view(source).blocks, source.tensors)
     return model.eval()
 
@@ -336,7 +337,7 @@ def test_every_algorithm_takes_experts(
 ) -> None:
     size = 16 if scheme.startswith("W4") else None
     result = run(family(name), algo, make_tokens(6, 24), scheme=scheme, group_size=size)
-    view = model_view(Checkpoint.open(family(name)))
+    view = model_view(open_checkpoint(family(name)))
     assert set(result.errors) == view.quantizable
     assert all(0 < error < 0.3 for error in result.errors.values())
     assert result.notes == ()
@@ -373,7 +374,7 @@ def test_an_expert_that_saw_no_token_is_rounded_to_nearest(
     options = {"scheme": schemes[algo], "group_size": None} if algo in schemes else {}
     result = run(family(name), algo, tokens, **options)
     path, locals_, _ = NAMES[name]
-    view = model_view(Checkpoint.open(family(name)))
+    view = model_view(open_checkpoint(family(name)))
     mixtures = {
         n for n in view.blocks if any(q.startswith(f"{n}.{path}.") for q in view.quantizable)
     }
@@ -477,7 +478,7 @@ def test_drift_is_that_of_tokens_an_expert_has_in_both_models(
 
     x, chosen = routed(folder, tokens)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    source = Checkpoint.open(folder)
+    source = open_checkpoint(folder)
     as_on_disk(model, model_view(source).blocks, source.tensors)
     for name, weight in codes.items():
         model.get_submodule(name).weight.data.copy_(dequantize(weight))

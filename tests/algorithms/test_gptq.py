@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qplug import Block, InputGroup, Linear, QplugError, QuantArgs, QuantizedWeight
-from qplug.numerics.rounding import dequantize, nearest
+from qplug.api.groups import dequantize
+from qplug.numerics.rounding import nearest
 from qplug_gptq import solver
 from qplug_gptq.gptq import GPTQ, Params
 

@@ -11,7 +11,9 @@ import torch
 
 import qplug
 from qplug import Block, Linear, QplugError, QuantArgs
-from qplug.numerics.rounding import dequantize, minmax_scale, round_to_nearest
+from qplug.api.groups import dequantize
+from qplug.numerics.rounding import round_to_nearest
+from qplug.numerics.scales import minmax_scale
 from qplug_hqq import hqq
 from qplug_hqq.hqq import HQQ, Params
 

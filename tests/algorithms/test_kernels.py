@@ -14,7 +14,8 @@ from qplug import PRESETS, Linear, QuantArgs
 from qplug.calibration.hidden_states import HiddenStates
 from qplug.calibration.statistics import Statistics
 from qplug.numerics.clipping import clip_errors, diagonal_blocks, scaled_difference
-from qplug.numerics.rounding import minmax_scale, output_error, range_scale, weight_range
+from qplug.numerics.losses import output_error
+from qplug.numerics.scales import minmax_scale, range_scale, weight_range
 from qplug_gptq import solver
 
 pytestmark = pytest.mark.gpu

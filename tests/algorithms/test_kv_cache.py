@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import qplug
 from qplug import Exporter, QplugError
 from qplug.api.scheme import CACHES
-from qplug.checkpoint.open import Checkpoint
+from qplug.checkpoint.open import open_checkpoint
 from qplug.model.kv_cache import ObservedCache, find_cache
 from qplug.model.view import model_view
 from qplug.reading.folder import open_folder
@@ -43,7 +43,7 @@ SITES = {
 
 @pytest.mark.parametrize("name", SITES)
 def test_who_fills_the_cache_is_found(name: str, family: Family) -> None:
-    source = Checkpoint.open(family(name))
+    source = open_checkpoint(family(name))
     view = model_view(source)
     found = find_cache(source, view, FP8)
     module, argument = SITES[name]
@@ -75,7 +75,7 @@ def test_rotary_tables_may_depend_on_positions(tmp_path: Path) -> None:
         },
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    source = Checkpoint.open(tmp_path)
+    source = open_checkpoint(tmp_path)
     assert len(find_cache(source, model_view(source), FP8).modules) == 2
 
 

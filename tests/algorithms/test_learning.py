@@ -12,20 +12,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import qplug
-from qplug import Block, Linear, QplugError, QuantArgs, Reconstruction, Scheme
+from qplug import Block, Checkpoint, Linear, QplugError, QuantArgs, Reconstruction, Scheme
+from qplug.api.groups import dequantize_with
 from qplug.calibration.walk import Walk
-from qplug.checkpoint.open import Checkpoint
+from qplug.checkpoint.open import open_checkpoint
+from qplug.numerics.activations import activation_top, fake_quantize_activations
 from qplug.numerics.learning import SignSGD, learn
-from qplug.numerics.rounding import (
-    activation_top,
-    dequantize_with,
-    fake_quantize_activations,
-    minmax_scale,
-    quantize,
-    weight_range,
+from qplug.numerics.rounding import quantize
+from qplug.numerics.scales import minmax_scale, range_scale, weight_range
+from qplug.numerics.straight_through import (
+    fake_quantize,
+    range_scale_with_gradients,
+    ranges_with_gradients,
+    round_inputs,
 )
-from qplug.numerics.rounding import range_scale as plain_range_scale
-from qplug.numerics.straight_through import fake_quantize, range_scale, ranges, round_inputs
 from qplug_omniquant.omniquant import OmniQuant
 from qplug_omniquant.omniquant import Params as OmniQuantParams
 from qplug_signround.signround import Params as SignRoundParams
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_the_plain_formula(
     args = GRIDS[grid]
     weight = make_linear(34, 64, args).weight
     low, high = weight_range(weight, args)
-    scale, zero = plain_range_scale(clipped * low, clipped * high, args)
+    scale, zero = range_scale(clipped * low, clipped * high, args)
     generator = torch.Generator().manual_seed(0)
     offset = torch.rand(weight.shape, generator=generator) - 0.5
     pull = torch.randn(weight.shape, generator=generator)
@@ -130,10 +130,10 @@ def test_values_are_those_that_are_stored(grid: str, make_linear: MakeLinear) ->
     made = fake_quantize(weight, scale, None if zero is None else zero.float(), args)
     codes = quantize(weight, scale, zero, args)
     assert torch.equal(made, dequantize_with(codes, scale, zero, args))
-    low, high = ranges(weight, args)
+    low, high = ranges_with_gradients(weight, args)
     assert torch.equal(torch.stack([low, high]), torch.stack(weight_range(weight, args)))
-    wanted = plain_range_scale(0.7 * low, 0.9 * high, args)
-    found = range_scale(0.7 * low, 0.9 * high, args)
+    wanted = range_scale(0.7 * low, 0.9 * high, args)
+    found = range_scale_with_gradients(0.7 * low, 0.9 * high, args)
     assert torch.equal(found[0], wanted[0])
     if wanted[1] is not None:
         assert torch.equal(found[1], wanted[1].float())
@@ -161,9 +161,11 @@ def test_clips_have_the_gradient_of_the_paper(symmetric: bool, make_linear: Make
     plain = ((codes - zero[..., None]) * step[..., None]).flatten(1)
     learned = [gamma] if symmetric else [gamma, beta]
     wanted = torch.autograd.grad((plain * pull).sum(), learned)
-    low, high = ranges(weight, args)
+    low, high = ranges_with_gradients(weight, args)
     ends = torch.sigmoid(gamma if symmetric else beta), torch.sigmoid(gamma)
-    made = fake_quantize(weight, *range_scale(low * ends[0], high * ends[1], args), args)
+    made = fake_quantize(
+        weight, *range_scale_with_gradients(low * ends[0], high * ends[1], args), args
+    )
     found = torch.autograd.grad((made * pull).sum(), learned)
     torch.testing.assert_close(made, plain, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -516,7 +518,7 @@ def run(
             str(model), tmp_path / algo, algo=algo, algorithm_options=used, device="cpu", **options
         ).out
         assert qplug.verify(str(out)).ok
-        return Checkpoint.open(out)
+        return open_checkpoint(out)
 
     return quantized
 

@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import qplug
 from qplug import Algorithm, FloatModel, NoParams, Preparation, QplugError, Rewrite
 from qplug.checkpoint.locate import find_model
-from qplug.checkpoint.open import Checkpoint
+from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.rewritten import RewrittenTensor
 from qplug.checkpoint.tensor_file import StoredTensor
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.view import model_view
-from qplug.numerics.hadamard import matrix
-from qplug.numerics.rotation import Hadamard, KeepingMean, Random, Rotation
+from qplug.numerics.hadamard import hadamard_matrix
+from qplug.numerics.rotation import HadamardRotation, KeepingMean, RandomRotation, Rotation
 from qplug.recipe.recipe import Recipe, parse_scheme
 from qplug.registry.registry import Registry
 from qplug.run.prepare import Prepared, prepare
@@ -79,7 +79,7 @@ def stages(algo: str = "quarot", backend: str = "fake", **options: Any) -> Stage
 
 
 def rotated(folder: Path, **options: Any) -> Prepared:
-    source = Checkpoint.open(folder)
+    source = open_checkpoint(folder)
     return prepare(stages(**options), source, model_view(source), device=torch.device("cpu"))
 
 
@@ -113,7 +113,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 @settings(max_examples=40)
 @given(
-    st.sampled_from([Hadamard, Random]),
+    st.sampled_from([HadamardRotation, RandomRotation]),
     st.sampled_from([2, 4, 12, 24, 64, 96]),
     st.booleans(),
     st.integers(0, 2**20),
@@ -135,10 +135,10 @@ def test_rotations_are_orthogonal(
 
 def test_seeds_differ_and_are_kept() -> None:
     x = torch.eye(24)
-    for kind in (Hadamard, Random):
+    for kind in (HadamardRotation, RandomRotation):
         assert torch.equal(kind(24, 1).turn(x), kind(24, 1).turn(x))
         assert not torch.equal(kind(24, 1).turn(x), kind(24, 2).turn(x))
-    signs = Hadamard(24, 1).turn(x) * math.sqrt(24) / torch.from_numpy(matrix(24))
+    signs = HadamardRotation(24, 1).turn(x) * math.sqrt(24) / torch.from_numpy(hadamard_matrix(24))
     torch.testing.assert_close(signs.abs(), torch.ones(24, 24))
     torch.testing.assert_close(signs, signs[:, :1].expand(-1, 24))
 
@@ -169,7 +169,7 @@ def test_the_float_model_computes_what_it_did(
     if tied:
         assert prepared.checkpoint.config["tie_word_embeddings"] is False
     else:
-        assert prepared.checkpoint.config == Checkpoint.open(source).config
+        assert prepared.checkpoint.config == open_checkpoint(source).config
     assert any("no longer tied" in note for note in prepared.notes) == tied
     assert any("no heads" in note for note in prepared.notes) == (name in HEADLESS)
 
@@ -229,7 +229,7 @@ ROLES: dict[str, tuple[set[str], dict[str, set[str]]]] = {
 @pytest.mark.parametrize("name", ROLES)
 def test_what_faces_the_stream(name: str, family: Family) -> None:
     """By the names on disk: of every tensor, and of the norm that it reads."""
-    source = Checkpoint.open(family(name))
+    source = open_checkpoint(family(name))
     view = model_view(source)
     seen: list[FloatModel] = []
     looks: Any = SimpleNamespace(
@@ -289,7 +289,7 @@ def test_outliers_are_spread(tmp_path: Path, family: Family) -> None:
 
 def test_twice_is_a_rotation_too(family: Family, tmp_path: Path) -> None:
     """What an algorithm rewrote is rewritten by the next."""
-    source = Checkpoint.open(family("llama, tied"))
+    source = open_checkpoint(family("llama, tied"))
     one, other = QuaRot(Params()), QuaRot(Params(rotation="random", seed=3))
     both: Any = SimpleNamespace(
         preparing=[one, other],
@@ -398,14 +398,14 @@ class Wrong(Algorithm[NoParams]):
     name = "wrong"
 
     def prepare(self, model: FloatModel) -> Preparation:
-        turn = Hadamard(model.stream.width, 0).turn
+        turn = HadamardRotation(model.stream.width, 0).turn
         return Preparation(
             {"model.embed_tokens.weight": Rewrite(("model.embed_tokens.weight",), turn)}
         )
 
 
 def test_a_rewrite_that_changes_what_is_computed_is_refused(family: Family) -> None:
-    source = Checkpoint.open(family("llama"))
+    source = open_checkpoint(family("llama"))
     wrong: Any = SimpleNamespace(
         preparing=[Wrong(NoParams())],
         exporter=stages().exporter,
@@ -446,7 +446,7 @@ def test_runs(algo: str, tied: bool, tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     assert "lm_head" in config["quantization_config"]["ignore"]
-    assert result.bytes == sum(t.nbytes for t in Checkpoint.open(out).tensors.values())
+    assert result.bytes == sum(t.nbytes for t in open_checkpoint(out).tensors.values())
     verified = qplug.verify(str(out))
     assert verified.problems == ()
     assert verified.rewritten == verified.linears == 14
@@ -479,7 +479,7 @@ def test_weights_are_not_rounded_on_their_way(tmp_path: Path) -> None:
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     stored = load_file(quantize(source, tmp_path / "out").out / "model.safetensors")
     norm = tensors["model.layers.0.input_layernorm.weight"].double()
-    q = Hadamard(64, 0).turn(torch.eye(64, dtype=torch.float64))
+    q = HadamardRotation(64, 0).turn(torch.eye(64, dtype=torch.float64))
     weight = tensors["model.layers.0.self_attn.q_proj.weight"].double() * norm @ q
 
     def codes(weight: Tensor) -> Tensor:

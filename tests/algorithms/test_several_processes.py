@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 import qplug
-from qplug.calibration import observation
-from qplug.calibration import walk as calibration
+from qplug.calibration import batches, observation
 from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.walk import Walk
-from qplug.checkpoint.open import Checkpoint
+from qplug.checkpoint.open import open_checkpoint
 from qplug.machine.processes import ALONE, Processes
 from qplug.model.view import model_view
 from qplug_omniquant.omniquant import OmniQuant
@@ -170,7 +169,7 @@ def codes_of(packed: Tensor) -> Tensor:
 
 def assert_alike(one: Path, two: Path) -> float:
     """The same layout, scales but for rounding, codes but for a few; gives the part that differ."""
-    first, second = Checkpoint.open(one), Checkpoint.open(two)
+    first, second = open_checkpoint(one), open_checkpoint(two)
     assert first.config == second.config
     assert list(first.tensors) == list(second.tensors)
     count, differ = 0, 0
@@ -221,7 +220,7 @@ def test_experts_that_one_process_alone_has_tokens_for(
 ) -> None:
     few = {"algo": "awq+gptq", "samples": 2}
     two = together(family("mixtral"), "two", **few, **{"seq-len": 2})
-    monkeypatch.setitem(calibration._BATCH_TOKENS, "cpu", 2)  # as each of the two takes
+    monkeypatch.setitem(batches._BATCH_TOKENS, "cpu", 2)  # as each of the two takes
     assert assert_alike(alone(family("mixtral"), "one", **few, seq_len=2), two) == 0
 
 
@@ -229,7 +228,7 @@ def test_the_order_of_sums_is_all_that_differs(
     family: Family, alone: Quantize, together: Quantize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = together(family("llama"), "two", algo="awq+gptq")
-    monkeypatch.setitem(calibration._BATCH_TOKENS, "cpu", 3 * 20)  # as each of the two takes
+    monkeypatch.setitem(batches._BATCH_TOKENS, "cpu", 3 * 20)  # as each of the two takes
     one = alone(family("llama"), "one", algo="awq+gptq")
     assert assert_alike(one, two) == 0
 
@@ -331,7 +330,7 @@ class Threads(Processes):
 
 
 def start_walk_of(source: Path, tokens: Tensor, processes: Processes, **changes: Any) -> Walk:
-    folder = Checkpoint.open(source)
+    folder = open_checkpoint(source)
     view = model_view(folder)
     return Walk(
         folder,
@@ -381,7 +380,7 @@ def test_all_know_of_all_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(observation, "SAMPLE", kept)
-    monkeypatch.setitem(calibration._BATCH_TOKENS, "cpu", at_a_time * 20)
+    monkeypatch.setitem(batches._BATCH_TOKENS, "cpu", at_a_time * 20)
     source, tokens = family("llama"), make_tokens(samples, 20)
     one = first_blocks(start_walk_of(source, tokens, ALONE))
     first, second = seen_by_two(source, tokens)
@@ -406,7 +405,7 @@ def test_all_know_of_the_tokens_of_experts(
     source, tokens = family("mixtral"), make_tokens(2, 1)
 
     def walk_of(processes: Processes) -> Walk:
-        folder = Checkpoint.open(source)
+        folder = open_checkpoint(source)
         view = model_view(folder)
         return Walk(
             folder,

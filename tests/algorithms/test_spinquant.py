@@ -21,17 +21,25 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import qplug
-from qplug import Algorithm, FloatModel, Preparation, QplugError, QuantArgs, Scheme, preset
+from qplug import (
+    Algorithm,
+    FloatModel,
+    Preparation,
+    QplugError,
+    QuantArgs,
+    Scheme,
+    preset,
+)
 from qplug.calibration import whole_model as whole_model_module
 from qplug.calibration.whole_model import As, HeldModel
 from qplug.checkpoint.locate import find_model
-from qplug.checkpoint.open import Checkpoint
+from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.rewritten import apply
 from qplug.model.view import model_view
-from qplug.numerics.rotation import Random, Written
-from qplug.numerics.rounding import fake_quantize_activations
+from qplug.numerics.activations import fake_quantize_activations
+from qplug.numerics.rotation import ExplicitRotation, RandomRotation
 from qplug.numerics.straight_through import round_inputs
-from qplug.numerics.turned_model import turned
+from qplug.numerics.turned_model import rotated_model
 from qplug.run.prepare import Prepared, prepare
 from qplug_spinquant.spinquant import Params, SpinQuant
 from qplug_spinquant.stiefel import CayleySGD, orthogonal
@@ -56,7 +64,7 @@ FIRST = {"llama, tied", "deepseek-v3", "opt, words of another width"}
 
 
 def prepared_by(algorithm: Algorithm[Any], folder: Path, learn: Any) -> Prepared:
-    source = Checkpoint.open(folder)
+    source = open_checkpoint(folder)
     stages: Any = SimpleNamespace(
         preparing=[algorithm], prepare=lambda algorithm, model: algorithm.prepare(model)
     )
@@ -79,22 +87,23 @@ def known(folder: Path) -> FloatModel:
 def anything(model: FloatModel) -> dict[str, Tensor]:
     """Rotations as they might be learned: another in each layer; the mean stays, if it must."""
     stream = model.stream
-    start = Random(stream.width, 1).written()
+    start = RandomRotation(stream.width, 1).written()
     if stream.centred:
         descent = CayleySGD([matrix := torch.eye(stream.width, dtype=torch.float64)], 0.5)
         descent.param_groups[0]["fixed"] = torch.ones(stream.width, dtype=torch.float64)
         for seed in range(4):
-            matrix.grad = Random(stream.width, seed).written()
+            matrix.grad = RandomRotation(stream.width, seed).written()
             descent.step()
         start = matrix
     heads = {
-        each.values: Random(each.size, seed).written() for seed, each in enumerate(stream.heads)
+        each.values: RandomRotation(each.size, seed).written()
+        for seed, each in enumerate(stream.heads)
     }
     return {"R1": start, **heads, "losses": torch.tensor([2.0, 1.5])}
 
 
 def held(folder: Path, tokens: Tensor, scheme: Scheme | None = W4A4, **options: Any) -> HeldModel:
-    source = Checkpoint.open(folder)
+    source = open_checkpoint(folder)
     view = model_view(source)
     schemes = dict.fromkeys(view.quantizable, scheme) if scheme else {}
     return HeldModel(source, view, schemes, tokens, device=CPU, **options)
@@ -137,7 +146,7 @@ def test_steps_stay_orthogonal(size: int, lr: float, keeps: bool, seed: int) -> 
 def test_a_step_is_the_textbooks() -> None:
     """``Q' = (I + t/2 W)⁻¹ (I - t/2 W) Q`` with ``W = G Qᵀ - Q Gᵀ`` (2002.01113, equation 2)."""
     size, lr = 6, 0.3
-    start = Random(size, 0).written()
+    start = RandomRotation(size, 0).written()
     gradient = torch.randn(size, size, generator=torch.Generator().manual_seed(1)).double()
     q = start.clone()
     q.grad = gradient
@@ -152,7 +161,7 @@ def test_descent_finds_the_nearest_rotation() -> None:
     """Of ``||A Q - B||`` it is known: that of the polar decomposition of ``Aᵀ B`` (Procrustes)."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(50, 8, generator=generator).double()
-    wanted = Random(8, 5).written()
+    wanted = RandomRotation(8, 5).written()
     wanted[0] *= torch.linalg.det(wanted).sign()  # Cayley's map turns, it does not mirror
     q = torch.eye(8).double().requires_grad_()
     descent = CayleySGD([q], 0.3, momentum=0.5)
@@ -209,15 +218,15 @@ def test_gradients_are_those_of_the_plain_model(
     whole = held(folder, tokens, Scheme("w8a8", QuantArgs("int8", "channel"), args))
 
     def made(of: Mapping[str, Tensor]) -> Preparation:
-        heads = {each.values: Written(of[each.values]) for each in stream.heads}
-        return turned(stream, Written(of["R1"]), heads)
+        heads = {each.values: ExplicitRotation(of[each.values]) for each in stream.heads}
+        return rotated_model(stream, ExplicitRotation(of["R1"]), heads)
 
     one = {n: q.clone().requires_grad_() for n, q in start.items()}
     found = whole.loss(made(one), 0)
     found.backward()
 
     other = {n: q.clone().requires_grad_() for n, q in start.items()}
-    source = Checkpoint.open(folder)
+    source = open_checkpoint(folder)
     stored = {n: source.read(n) for n in source.tensors}
     plain = whole._model  # as on disk: experts one by one
     for block in model.view.blocks:
@@ -251,7 +260,7 @@ def test_batches_and_what_is_not_rounded(family: Family, make_tokens: MakeTokens
     with torch.no_grad():
         floats = model(tokens[2:4]).logits
         for module in (
-            model.get_submodule(name) for name in model_view(Checkpoint.open(folder)).quantizable
+            model.get_submodule(name) for name in model_view(open_checkpoint(folder)).quantizable
         ):
             module.register_forward_pre_hook(
                 lambda module, inputs: (fake_quantize_activations(inputs[0], W4A4.activations),)
@@ -355,7 +364,7 @@ def test_the_float_model_once_learned(small: Path, tmp_path: Path) -> None:
         wanted, found = (reference(each)(tokens).logits for each in (small, tmp_path / "out"))
     assert float((found - wanted).norm() / wanted.norm()) <= RTOL
     words = "model.embed_tokens.weight"
-    one, other = (Checkpoint.open(each).read(words) for each in (small, tmp_path / "out"))
+    one, other = (open_checkpoint(each).read(words) for each in (small, tmp_path / "out"))
     assert float((one - other).norm() / one.norm()) > 0.5
 
 

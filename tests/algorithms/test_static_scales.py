@@ -15,13 +15,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import qplug
-from qplug import Block, InputGroup, Linear, QplugError, QuantArgs, calibration, preset
-from qplug.calibration.observers import find_observer, fix_input_scales, share_tensor_scales
+from qplug import Block, InputGroup, Linear, QplugError, QuantArgs, preset
+from qplug.api.groups import dequantize
+from qplug.calibration import batches
+from qplug.calibration.observers import find_observer
+from qplug.calibration.shared_scales import fix_input_scales, share_tensor_scales
 from qplug.calibration.statistics import Statistics
 from qplug.calibration.walk import Walk
-from qplug.checkpoint.open import Checkpoint
+from qplug.checkpoint.open import open_checkpoint
 from qplug.model.view import model_view
-from qplug.numerics.rounding import dequantize, fake_quantize_activations, round_to_nearest
+from qplug.numerics.activations import fake_quantize_activations
+from qplug.numerics.rounding import round_to_nearest
 from qplug.reading.folder import open_folder
 from qplug.registry.registry import Registry
 
@@ -210,7 +214,7 @@ def test_windows_are_kept_apart_whatever_the_batch(
     make_tokens: MakeTokens,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(calibration._BATCH_TOKENS, "cpu", batch * 12)
+    monkeypatch.setitem(batches._BATCH_TOKENS, "cpu", batch * 12)
     walk = start_walk(family("llama"), make_tokens(5, 12), scheme=preset("W8A8_STATIC"))
     for group in walk.enter("model.layers.0").groups:
         windows = group.sample.view(5, 12, -1)  # few tokens: all are kept
@@ -248,7 +252,7 @@ def test_ranges_follow_what_moves(
     algorithm = Registry.installed().algorithms[algo]
     found: dict[str, float] = {}
     moved = 0
-    for path in model_view(Checkpoint.open(folder)).blocks:
+    for path in model_view(open_checkpoint(folder)).blocks:
         block = walk.enter(path)
         before = {linear.name: linear.weight.clone() for linear in block.linears}
         algorithm(algorithm.Params(**OPTIONS.get(algo, {}))).transform(block)
@@ -334,7 +338,7 @@ def test_rounded_to_nearest_under_the_shared_scale(
     out = qplug.quantize(
         str(source), tmp_path / "out", scheme="FP8", backend="vllm", device="cpu"
     ).out
-    opened, floats = open_folder(str(out), Registry.installed()), Checkpoint.open(source)
+    opened, floats = open_folder(str(out), Registry.installed()), open_checkpoint(source)
     names = [f"model.layers.1.self_attn.{part}_proj" for part in "qkv"]
     weights = {name: floats.read(f"{name}.weight").float() for name in names}
     scale = max(weight.abs().max() for weight in weights.values()) / 448

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import qplug
 from qplug import InputGroup, Linear, QuantArgs
+from qplug.api.groups import dequantize
 from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.walk import Walk
-from qplug.numerics.rounding import dequantize, round_to_nearest
+from qplug.numerics.rounding import round_to_nearest
 from qplug_gptq import solver
 from qplug_gptq.gptq import GPTQ, Params
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qplug import InputGroup
 from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.walk import Walk
-from qplug.checkpoint.open import Checkpoint
+from qplug.checkpoint.open import open_checkpoint
 from qplug.model.input_groups import Group, find_groups
 from qplug.model.view import model_view
 
@@ -204,7 +204,7 @@ def test_groups_are_found(
 
     monkeypatch.setattr("qplug.calibration.walk.find_groups", find)
     source = family(name)
-    view = model_view(Checkpoint.open(source))
+    view = model_view(open_checkpoint(source))
     walk = start_walk(source, make_tokens(3, 20))
     for block_name in view.blocks:
         block = walk.enter(block_name)

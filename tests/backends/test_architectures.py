@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import qplug
 from qplug.checkpoint.locate import find_model
-from qplug.model.view import build
+from qplug.model.hollow import build
 from qplug.reading.folder import open_folder
 from qplug.registry.registry import Registry
 

@@ -23,16 +23,12 @@ from hypothesis import strategies as st
 
 import qplug
 from qplug import Linear, ModelView, QplugError, QuantArgs, preset
+from qplug.api.groups import dequantize
 from qplug.api.limits import Target
-from qplug.numerics.rounding import (
-    dequantize,
-    fake_quantize_activations,
-    global_scale,
-    global_scale_of,
-    minmax_scale,
-    nearest,
-    round_to_nearest,
-)
+from qplug.numerics.activations import fake_quantize_activations
+from qplug.numerics.rounding import nearest, round_to_nearest
+from qplug.numerics.scale_formats import covering_global_scale
+from qplug.numerics.scales import global_scale_of, minmax_scale
 from qplug.reading.folder import open_folder
 from qplug.registry.registry import Registry
 from qplug_compressed_tensors.configuration import write_config
@@ -125,7 +121,7 @@ def test_the_global_scale_is_the_least_power_of_two_that_covers(weight: Tensor) 
 
 @pytest.mark.parametrize("peak", [2688.0, 1344.0, 2688.0 * 2**-40])
 def test_a_peak_that_fits_exactly_needs_no_more(peak: float) -> None:
-    assert global_scale(torch.tensor(peak), preset("NVFP4").weights).item() == peak / 2688
+    assert covering_global_scale(torch.tensor(peak), preset("NVFP4").weights).item() == peak / 2688
 
 
 def test_zeros_and_tiny_weights_have_scales_that_can_be_stored() -> None:
@@ -168,7 +164,7 @@ def test_inputs_are_rounded_as_compressed_tensors_rounds_them(seed: int, exponen
     theirs = their_scheme("NVFP4").input_activations
     assert args is not None
     x = random_weight(seed) * 2.0**exponent
-    unit = global_scale(x.abs().amax(), args)
+    unit = covering_global_scale(x.abs().amax(), args)
     local, _ = calculate_qparams(*group_ends(x, args), theirs, global_scale=1 / unit)
     scale = (local.float() * unit).repeat_interleave(16, 1)
     grid = torch.tensor(VALUES)

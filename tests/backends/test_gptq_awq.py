@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import qplug
 from qplug import ModelView, QplugError, QuantizedWeight, preset
+from qplug.api.groups import dequantize
 from qplug.api.limits import Target
-from qplug.numerics.rounding import dequantize, round_to_nearest
+from qplug.numerics.rounding import round_to_nearest
 from qplug.reading.folder import open_folder
 from qplug.registry.registry import Registry
 from qplug_awq_format.exporter import AWQFormat

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 import qplug
 from qplug import QuantArgs
 from qplug.cli.main import main
-from qplug.numerics.rounding import clip_to_scale, minmax_scale
-from qplug.reading.folder import load
+from qplug.numerics.scales import clip_to_scale, minmax_scale
+from qplug.reading.load import load
 
 DATA = {"samples": 4, "seq_len": 64, "device": "cpu"}
 
@@ -40,9 +40,9 @@ def test_what_it_computes_is_what_the_model_computed(transformed: Path) -> None:
 
 def test_weights_are_rescaled_and_nothing_is_quantized(transformed: Path) -> None:
     from qplug.checkpoint.locate import find_model
-    from qplug.checkpoint.open import Checkpoint
+    from qplug.checkpoint.open import open_checkpoint
 
-    was, now = Checkpoint.open(find_model("qplug:demo")), Checkpoint.open(transformed)
+    was, now = open_checkpoint(find_model("qplug:demo")), open_checkpoint(transformed)
     assert {n: t.spec for n, t in was.tensors.items()} == {
         n: t.spec for n, t in now.tensors.items()
     }
@@ -145,15 +145,15 @@ def test_what_a_clip_cuts_off_is_cut_off(args: QuantArgs) -> None:
 
 
 def test_clips_of_awq_reach_the_folder(tmp_path: Path) -> None:
-    from qplug.checkpoint.open import Checkpoint
 
     options = {"awq": {"scale": False, "clip_smallest": 0.5}}
     out = qplug.quantize(
         "qplug:demo", tmp_path / "out", algo="awq", backend="hf", algorithm_options=options, **DATA
     ).out
     from qplug.checkpoint.locate import find_model
+    from qplug.checkpoint.open import open_checkpoint
 
-    was, now = Checkpoint.open(find_model("qplug:demo")), Checkpoint.open(out)
+    was, now = open_checkpoint(find_model("qplug:demo")), open_checkpoint(out)
     name = "model.layers.0.mlp.up_proj.weight"
     cut = was.read(name) != now.read(name)
     assert 0 < cut.float().mean() < 0.1

@@ -8,7 +8,8 @@ import torch
 
 import qplug
 from qplug import QuantizedWeight, preset
-from qplug.numerics.rounding import dequantize, round_to_nearest
+from qplug.api.groups import dequantize
+from qplug.numerics.rounding import round_to_nearest
 from qplug.reading.folder import open_folder
 from qplug.registry.registry import Registry
 from qplug_vllm.engine import VLLM

@@ -23,7 +23,9 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from compressed_tensors.utils import match_named_modules
 
 from qplug import PRESETS, ModelView, QuantArgs, Scheme, preset
-from qplug.numerics.rounding import dequantize, minmax_scale, round_to_nearest
+from qplug.api.groups import dequantize
+from qplug.numerics.rounding import round_to_nearest
+from qplug.numerics.scales import minmax_scale
 from qplug.reading.folder import open_folder
 from qplug.registry.registry import Registry
 from qplug_compressed_tensors.configuration import write_config

@@ -100,7 +100,7 @@ def test_int8_activations_differ_by_their_divisor_alone(
         scale = x.abs().amax(-1, keepdim=True) / 127.5
         return (x / scale).round().clamp(-128, 127) * scale
 
-    monkeypatch.setattr("qplug.reading.folder.fake_quantize_activations", with_their_divisor)
+    monkeypatch.setattr("qplug.reading.load.fake_quantize_activations", with_their_divisor)
     assert torch.equal(reference, ours(out, "float32"))
 
 

@@ -375,7 +375,7 @@ def test_mixed_bits(read_text: Read, llmc: Llmc) -> None:
 
 
 def test_ignored_layers(read_text: Read, llmc: Llmc) -> None:
-    from qplug.recipe.recipe import matches
+    from qplug.recipe.assign import matches
 
     more = """
         ignored_layers:

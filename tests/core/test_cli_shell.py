@@ -17,7 +17,8 @@ from click.testing import CliRunner, Result
 import qplug as qplug_package
 from qplug import __version__
 from qplug.cli.main import COMMANDS, Deferred, main
-from qplug.registry.registry import Plugin, Registry
+from qplug.registry.plugin import Plugin
+from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import qplug
 from qplug.reading.compare import Comparison, compare
-from qplug.reading.folder import load_folder, open_folder
+from qplug.reading.folder import open_folder
+from qplug.reading.load import load_folder
 from qplug.reading.streamed import stream_folder
 from qplug.registry.registry import Registry
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import qplug
 from qplug import PRESETS, QplugError
+from qplug.numerics.activations import fake_quantize_activations
 from qplug.reading import perplexity as evaluation
-from qplug.numerics.rounding import fake_quantize_activations
-from qplug.reading.folder import load, open_folder
+from qplug.reading.folder import open_folder
+from qplug.reading.load import load
 from qplug.reading.perplexity import Evaluation, evaluate, mean_loss
 from qplug.registry.registry import Registry
 from qplug.run.quantize import quantize

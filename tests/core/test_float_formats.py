@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qplug import PRESETS, QplugError, QuantArgs, Scheme, preset
+from qplug.api.groups import dequantize
 from qplug.api.scheme import FLOAT_MAX, FLOAT_STEP, FLOATS
+from qplug.numerics.activations import fake_quantize_activations
+from qplug.numerics.losses import relative_error
 from qplug.numerics.rounding import (
     code_dtype,
-    dequantize,
-    fake_quantize_activations,
-    minmax_scale,
     quantize,
-    relative_error,
     round_codes,
     round_floats,
     round_to_nearest,
 )
+from qplug.numerics.scales import minmax_scale
 
 every_format = pytest.mark.parametrize("dtype", FLOATS)
 formats = st.sampled_from(sorted(FLOATS))

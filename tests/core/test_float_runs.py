@@ -19,8 +19,9 @@ from torch import Tensor
 import qplug
 from qplug import QplugError, QuantArgs, Scheme
 from qplug.api.scheme import FLOAT_MAX, FLOATS, all_finite_max
+from qplug.numerics.activations import fake_quantize_activations
 from qplug.numerics.qtorch import require_qtorch
-from qplug.numerics.rounding import code_dtype, fake_quantize_activations, round_codes, round_floats
+from qplug.numerics.rounding import code_dtype, round_codes, round_floats
 
 if TYPE_CHECKING:
     from click.testing import Result

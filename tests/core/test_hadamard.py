@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qplug import QplugError
-from qplug.numerics.hadamard import exists, factors, matrix, transform
+from qplug.numerics.hadamard import factors, hadamard_exists, hadamard_matrix, hadamard_transform
 
 #: Orders that no power of two times a smaller one gives.
 RULES = (
@@ -29,7 +29,7 @@ WIDTHS = (
 
 @pytest.mark.parametrize("order", [1, 2, 4, 8, 16, 32, 64, 40, 56, 72, *RULES])
 def test_matrices_are_exact(order: int) -> None:
-    made = matrix(order)
+    made = hadamard_matrix(order)
     assert made.shape == (order, order)
     assert (np.abs(made) == 1).all()
     assert (made @ made.T == order * np.eye(order, dtype=np.int64)).all()
@@ -40,7 +40,7 @@ def row(order: int, index: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     made = np.ones(1, np.int64)
     for factor in reversed(factors(order)):
         index, digit = divmod(index, factor)
-        made = np.kron(matrix(factor)[digit], made)
+        made = np.kron(hadamard_matrix(factor)[digit], made)
     return made
 
 
@@ -53,22 +53,22 @@ def test_every_power_of_two_times_a_rule(base: int) -> None:
         assert (one @ one, one @ other) == (order, 0)
         x = torch.zeros(1, order, dtype=torch.float64)
         x[0, order // 3] = math.sqrt(order)
-        assert torch.equal(transform(x).round().long()[0], torch.from_numpy(one))
+        assert torch.equal(hadamard_transform(x).round().long()[0], torch.from_numpy(one))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths_of_models(width: int) -> None:
-    assert exists(width)
+    assert hadamard_exists(width)
     assert math.prod(factors(width)) == width
 
 
 @pytest.mark.parametrize("order", [3, 5, 6, 10, 14, 18, 22, 188, 376, 4 * 167, 2 * 1001])
 def test_no_rule(order: int) -> None:
-    assert not exists(order)
+    assert not hadamard_exists(order)
     with pytest.raises(QplugError, match=f"no rule gives a Hadamard matrix of order {order}"):
-        matrix(order)
+        hadamard_matrix(order)
     with pytest.raises(QplugError, match="no rule"):
-        transform(torch.zeros(2, order))
+        hadamard_transform(torch.zeros(2, order))
 
 
 @settings(max_examples=60)
@@ -83,7 +83,7 @@ def test_the_transform_multiplies(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, order, generator=generator, dtype=dtype)
-    found = transform(x)
+    found = hadamard_transform(x)
     assert (found.shape, found.dtype) == (x.shape, dtype)
-    wanted = x.double() @ torch.from_numpy(matrix(order)).double() / math.sqrt(order)
+    wanted = x.double() @ torch.from_numpy(hadamard_matrix(order)).double() / math.sqrt(order)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)

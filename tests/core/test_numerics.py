@@ -20,15 +20,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qplug import QplugError, QuantArgs, QuantizedWeight
-from qplug.numerics.rounding import (
-    check_width,
-    dequantize,
-    fake_quantize_activations,
-    minmax_scale,
-    quantize,
-    relative_error,
-    round_to_nearest,
-)
+from qplug.api.groups import dequantize
+from qplug.numerics.activations import fake_quantize_activations
+from qplug.numerics.losses import relative_error
+from qplug.numerics.rounding import quantize, round_to_nearest
+from qplug.numerics.scales import check_width, minmax_scale
 
 HALVES = ("bfloat16", "float16")
 FLOATS = (*HALVES, "float32")

@@ -10,15 +10,8 @@ import pytest
 
 from qplug import PRESETS, ModelView, QplugError, QuantArgs, preset
 from qplug.api.scheme import Scheme
-from qplug.recipe.recipe import (
-    Calibration,
-    Recipe,
-    assign,
-    matches,
-    parse_algorithms,
-    parse_cache,
-    parse_scheme,
-)
+from qplug.recipe.assign import assign, matches
+from qplug.recipe.recipe import Calibration, Recipe, parse_algorithms, parse_cache, parse_scheme
 
 Q, GATE, UP = (f"model.layers.{{}}.{local}" for local in ("attn.q", "mlp.gate", "mlp.up"))
 LINEARS = [name.format(layer) for layer in (0, 1, 10) for name in (Q, GATE, UP)]

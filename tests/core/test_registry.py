@@ -12,7 +12,8 @@ import click
 import pytest
 
 from qplug import Algorithm, PluginError, QplugError, hookimpl
-from qplug.registry.registry import Plugin, Registry
+from qplug.registry.plugin import Plugin
+from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

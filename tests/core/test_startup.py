@@ -34,7 +34,7 @@ def imported_by(code: str, *roots: Path) -> set[str]:
 def run(*words: str) -> str:
     return (
         "import qplug.cli.main\n"
-        f"assert qplug.cli.main({list(words)}, standalone_mode=False) in (None, 0)\n"
+        f"assert qplug.cli.main.main({list(words)}, standalone_mode=False) in (None, 0)\n"
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from qplug import NoParams, QplugError
+from qplug.text import random_windows
 from qplug_demo.python_text import Demo
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def test_no_paragraph_of_prose_is_in_both_splits(demo: Demo) -> None:
 
 
 def test_samples(demo: Demo, tokenizer: Tokenizer) -> None:
-    samples = list(demo.samples(tokenizer, length=2048, count=8, seed=0))
+    samples = list(random_windows(demo, tokenizer, length=2048, count=8, seed=0))
     assert [sample.shape for sample in samples] == [(2048,)] * 8
 
 

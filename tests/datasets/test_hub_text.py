@@ -17,7 +17,7 @@ import datasets
 import pytest
 
 from qplug import Dataset, QplugError
-from qplug.text.hub import HubParams
+from qplug.text import HubParams, random_windows
 from qplug_c4.crawl import C4
 from qplug_pileval.pile import PileVal
 from qplug_wikitext.wikitext2 import WikiText2
@@ -143,7 +143,7 @@ def test_evaluation_reads_the_first_1100_documents(
 
 def test_wikitext2_rows_are_joined_by_a_blank_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = saved(tmp_path / "copy", train=["ab", "", "cd"])
-    samples = WikiText2(HubParams(folder)).samples(tokenizer, length=8, count=2, seed=0)
+    samples = random_windows(WikiText2(HubParams(folder)), tokenizer, length=8, count=2, seed=0)
     assert [text_of(sample) for sample in samples] == ["ab\n\n\n\ncd"] * 2
 
 
@@ -251,7 +251,7 @@ def hub(tmp_path: Path) -> Iterator[str]:
 
 
 DOWNLOAD = """
-from qplug.text.hub import HubParams
+from qplug.text import HubParams, random_windows
 from qplug_c4.crawl import C4
 from qplug_wikitext.wikitext2 import WikiText2
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from qplug import Dataset, NoParams, QplugError, Split, Tokenizer
 from qplug.checkpoint.locate import DEMO
-from qplug.reading.folder import load_tokenizer
-from qplug.text.windows import document_windows, first_windows, random_windows
+from qplug.model.tokenizer import load_tokenizer
+from qplug.text.windows import document_windows, first_windows, random_windows, sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,7 +102,7 @@ def test_windows_share_no_memory(tokenizer: Tokenizer) -> None:
 def test_samples_of_a_dataset_are_random_windows(tokenizer: Tokenizer) -> None:
     dataset = Given(LONG)
     expected = texts_of(random_windows(dataset, tokenizer, length=8, count=4, seed=5))
-    assert texts_of(dataset.samples(tokenizer, length=8, count=4, seed=5)) == expected
+    assert texts_of(sample(dataset, tokenizer, "dataset", length=8, count=4, seed=5)) == expected
 
 
 @given(texts, st.integers(1, 40), st.integers(1, 5))

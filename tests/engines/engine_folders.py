@@ -16,7 +16,8 @@ from engine_cases import Case
 from torch import Tensor
 
 import qplug
-from qplug import QuantArgs, kv_cache
+from qplug import QuantArgs
+from qplug.model import kv_cache
 
 #: How many processes quantize and read.
 WRITERS = int(os.environ.get("QPLUG_ENGINE_WRITERS", "1"))

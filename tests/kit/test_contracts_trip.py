@@ -25,7 +25,8 @@ from qplug import (
     Split,
     Tokenizer,
 )
-from qplug.numerics.rounding import minmax_scale, nearest, quantize
+from qplug.numerics.rounding import nearest, quantize
+from qplug.numerics.scales import minmax_scale
 from qplug.testing import AlgorithmContract, DatasetContract, ExporterContract
 from qplug_compressed_tensors.exporter import CompressedTensors
 from qplug_rtn.rtn import RTN

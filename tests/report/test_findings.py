@@ -17,7 +17,7 @@ import qplug
 from qplug import QplugError
 from qplug.calibration.ranges import CLIP_BINS
 from qplug.calibration.tokens import calibration_tokens
-from qplug.checkpoint.open import Checkpoint
+from qplug.checkpoint.open import open_checkpoint
 from qplug.model.view import model_view
 from qplug.recipe.recipe import Calibration
 from qplug.registry.registry import Registry
@@ -120,7 +120,7 @@ def test_ranges_of_inputs(found: dict[str, Findings], float_model: Path) -> None
     tokens = calibration_tokens(
         Calibration(samples=4, seq_len=32),
         str(float_model),
-        model_view(Checkpoint.open(float_model)),
+        model_view(open_checkpoint(float_model)),
         seed=0,
         registry=Registry.installed(),
         trust_remote_code=False,

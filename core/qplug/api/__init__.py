@@ -1,10 +1,7 @@
-"""The contracts that plugins are written against.
+"""The contracts that plugins are written against, and the data that crosses them.
 
-Importing this module is cheap: torch is named in annotations only. What stands here, in
-``qplug.numerics``, ``qplug.numerics``, ``qplug.numerics``, ``qplug.api.layout``, ``qplug.numerics``,
-``qplug.api.limits``, ``qplug.numerics``, ``qplug.numerics``, ``qplug.numerics``,
-``qplug.numerics``, ``qplug.text`` and ``qplug.text`` is public;
-everything else in ``qplug`` may change without notice.
+Importing this module is cheap: torch is named in annotations only. Plugins import these names from
+``qplug``; ``qplug.api`` itself is private.
 """
 
 from __future__ import annotations
@@ -24,7 +21,8 @@ from qplug.api.float_model import (
     StreamNorm,
     WholeModel,
 )
-from qplug.api.model import ModelView, TensorSpec
+from qplug.api.model import ModelView
+from qplug.api.tensors import Checkpoint, StoredTensor, TensorSpec
 
 __all__ = [
     "Aim",
@@ -32,6 +30,7 @@ __all__ = [
     "Batch",
     "Block",
     "Capability",
+    "Checkpoint",
     "Component",
     "Dataset",
     "Exporter",
@@ -49,6 +48,7 @@ __all__ = [
     "Rewrite",
     "Server",
     "Split",
+    "StoredTensor",
     "Stream",
     "StreamNorm",
     "TensorSpec",

@@ -38,10 +38,14 @@ class Dataset(Component[P]):
     ) -> Iterator[Tensor]:
         """``count`` windows of ``length`` tokens for calibration, int64 ``[length]``.
 
-        A window may be shorter, as a text may; what it is then filled up with enters no statistics.
-        The same seed gives the same samples. The default joins all documents, tokenises once
-        without special tokens, and draws windows at random.
+        A window may be shorter than ``length``; it is padded then, and the padding is ignored. The
+        same seed gives the same samples. A dataset that does not define this method is cut by
+        ``qplug.text.random_windows``: it joins all documents, tokenises them once without special
+        tokens, and draws windows at random.
         """
-        from qplug.text.windows import random_windows
+        raise NotImplementedError
 
-        return random_windows(self, tokenizer, length=length, count=count, seed=seed)
+    @classmethod
+    def cuts_windows(cls) -> bool:
+        """Whether this dataset cuts calibration windows itself."""
+        return cls.samples is not Dataset.samples

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qplug.api.block import QuantizedWeight
 from qplug.api.component import Component, P
-from qplug.api.model import ModelView, TensorSpec
+from qplug.api.groups import dequantize
+from qplug.api.model import ModelView
 from qplug.api.scheme import QuantArgs, Scheme
+from qplug.api.tensors import Checkpoint, StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-
-    from qplug.checkpoint.open import Checkpoint
-    from qplug.checkpoint.tensor_file import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,6 @@ class Exporter(Component[P]):
 
     def dequantize(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
         """The float32 weight ``[out, in]`` that stored tensors stand for."""
-        from qplug.numerics.rounding import dequantize
-
         return dequantize(self.unpack(tensors, scheme))
 
     def computed(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:

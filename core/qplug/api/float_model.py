@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qplug.api.model import ModelView, TensorSpec
+from qplug.api.model import ModelView
+from qplug.api.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import torch

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 from qplug.api import Exporter, ModelView, Problem
 from qplug.api.limits import Target, shape_problem
 from qplug.api.scheme import Scheme
+from qplug.api.tensors import FLOAT_DTYPES
 
 if TYPE_CHECKING:
-    from qplug.checkpoint.open import Checkpoint
-
-_FLOATS = ("bfloat16", "float16", "float32")
+    from qplug.api.tensors import Checkpoint
 
 
 def layout_problems(
@@ -45,7 +44,7 @@ def layout_problems(
                 yield Problem(
                     "shape", name, f"{local} is {list(spec.shape)}, not {list(wanted.shape)}"
                 )
-            if spec.dtype != wanted.dtype and not {spec.dtype, wanted.dtype} <= {*_FLOATS}:
+            if spec.dtype != wanted.dtype and not {spec.dtype, wanted.dtype} <= {*FLOAT_DTYPES}:
                 yield Problem("dtype", name, f"{local} is {spec.dtype}, not {wanted.dtype}")
         for local in sorted(found.keys() - layout.keys()):
             yield Problem("unexpected", name, f"{local} does not belong to {schemes[name].name}")
@@ -84,7 +83,7 @@ def loading_problems(
 
 def _float_problems(name: str, found: Mapping[str, Any]) -> Iterator[Problem]:
     for local, spec in sorted(found.items()):
-        if local != "weight" or spec.dtype not in _FLOATS:
+        if local != "weight" or spec.dtype not in FLOAT_DTYPES:
             yield Problem(
                 "ignore", name, f"config.json says it is float, but {local} is {spec.dtype}"
             )

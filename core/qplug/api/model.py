@@ -8,14 +8,6 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """Dtype (torch's name for it, such as ``bfloat16``) and shape of a tensor in a file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class ModelView:
     """The skeleton of a checkpoint: its configuration and its matrices, without their values.
 

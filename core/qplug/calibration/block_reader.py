@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from qplug.checkpoint.open import Checkpoint
+from qplug.api.tensors import Checkpoint
 from qplug.machine.stopwatch import Stopwatch
 
 if TYPE_CHECKING:

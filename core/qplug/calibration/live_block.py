@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from qplug.api import Block, InputGroup, Linear, QuantizedWeight
+from qplug.api.groups import dequantize
 from qplug.api.scheme import Scheme
 from qplug.calibration.statistics import Statistics
 from qplug.machine.processes import ALONE, Processes
 from qplug.model.input_groups import Before, Group, divide
-from qplug.numerics.rounding import clip_to_scale, dequantize
+from qplug.numerics.scales import clip_to_scale
 
 #: Statistics anew, by the paths at which they are taken: with the parameters given first, beside
 #: the float block with those given next, and rounding what the linears of the weights named last

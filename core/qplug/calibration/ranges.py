@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 import torch
 
 from qplug.api import Block, Linear, QuantizedWeight
-from qplug.numerics.rounding import minmax_scale
+from qplug.numerics.scales import minmax_scale
 
 #: The least ratio of each count of ``clip_counts``: 0 to 0.55, 0.55 to 0.6 ... and not clipped at
 #: all, but for the rounding of scales to bfloat16.

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from qplug.api import Aim, Batch, InputGroup, Linear, Reconstruction
 from qplug.calibration.hidden_states import HiddenStates
@@ -20,6 +19,8 @@ from qplug.numerics.straight_through import round_inputs
 
 if TYPE_CHECKING:
     from qplug.calibration.live_block import LiveBlock
+
+from qplug.model.parameters import call_block
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,18 +156,6 @@ class LiveReconstruction(Reconstruction):
 
     def _full(self, local: str) -> str:
         return f"{self._block.name}.{local}"
-
-
-def call_block(
-    module: nn.Module, values: Mapping[str, Tensor], batch: Tensor, call: Mapping[str, Any]
-) -> Tensor:
-    """What ``module`` makes of ``batch`` with the parameters ``values``."""
-    return first_tensor(functional_call(module, dict(values), (batch,), dict(call)))
-
-
-def first_tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The hidden states, of what a block gives back."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def _round_input(linear: Linear, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qplug.api import Dataset, ModelView
 from qplug.api.params import fill
 from qplug.errors import QplugError
-from qplug.reading.folder import load_tokenizer
+from qplug.model.tokenizer import load_tokenizer
 from qplug.recipe.recipe import Calibration
 from qplug.registry.registry import Registry
 from qplug.text.windows import sample

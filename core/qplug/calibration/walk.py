@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,26 +16,33 @@ from torch import Tensor, nn
 
 from qplug.api import ModelView
 from qplug.api.scheme import QuantArgs, Scheme
+from qplug.api.tensors import Checkpoint
+from qplug.calibration.batches import passing_dtype, real_tokens, samples_in_a_batch
 from qplug.calibration.block_reader import BlockReader
 from qplug.calibration.hidden_states import HiddenStates
 from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.observation import Observation, Shares
-from qplug.calibration.reconstruction import Data, LiveReconstruction, call_block, first_tensor
+from qplug.calibration.reconstruction import Data, LiveReconstruction
+from qplug.calibration.recorder import Recorder, shortened
 from qplug.calibration.statistics import Statistics
-from qplug.checkpoint.open import Checkpoint
 from qplug.errors import QplugError
 from qplug.machine.processes import ALONE, Processes
 from qplug.machine.stopwatch import Stopwatch
 from qplug.model.experts import as_on_disk
+from qplug.model.hollow import build, load_config
 from qplug.model.input_groups import Group, find_groups
 from qplug.model.kv_cache import SCALES, KVCache, ObservedCache, RoundedCache
 from qplug.model.online_rotation import rotate_inputs
-from qplug.model.stand_in import StandIn, refuse_positional
-from qplug.model.view import build, load_config
-from qplug.numerics.rounding import fake_quantize_activations
+from qplug.model.parameters import (
+    call_block,
+    empty_parameters,
+    fill_parameters,
+    first_tensor,
+    refuse_infinite,
+    set_parameter,
+)
+from qplug.numerics.activations import fake_quantize_activations
 
-#: Tokens in one forward pass through a block.
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}
 #: Tokens on which the structure of a block is found.
 _PROBE = 16
 
@@ -81,7 +87,7 @@ class Walk:
         self._processes = processes
         self._source, self._view, self._schemes = source, view, schemes
         self._device, self._propagate, self._cache = device, propagate, cache
-        self.dtype = _passing_dtype(device, getattr(torch, view.dtype))
+        self.dtype = passing_dtype(device, getattr(torch, view.dtype))
         config = load_config(source.folder, trust_remote_code=trust_remote_code)
         self._model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
         rotate_inputs(self._model, online)
@@ -110,7 +116,7 @@ class Walk:
         parts = [part.split(size) for part in tokens.tensor_split(processes.count)]
         self._shares = Shares([len(part) for part in parts], processes.rank)
         batches = parts[processes.rank]
-        self._tokens_by_batch = _real_tokens(parts)
+        self._tokens_by_batch = real_tokens(parts)
         # Behind its end a sample is filled with tokens that no other sees: blocks are causal.
         self._real = [None if (batch >= 0).all() else (batch >= 0) for batch in batches]
         self._hidden, self._calls = self._catch([batch.clamp(min=0) for batch in batches])
@@ -134,12 +140,12 @@ class Walk:
         self._reader.start(self._view.blocks[0])
         there = [name for name in outer if name in self._source.tensors]
         held = {name: self._source.read(name).to(self._device) for name in there}
-        _refuse_infinite(held)
-        _fill(self._model, self._computable(held))
+        refuse_infinite(held)
+        fill_parameters(self._model, self._computable(held))
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self._device)
-        recorders = {name: _Recorder(block) for name, block in self._blocks.items()}
+        recorders = {name: Recorder(block) for name, block in self._blocks.items()}
         parent = self._model.get_submodule(self._view.blocks[0].rpartition(".")[0])
         assert isinstance(parent, nn.ModuleList)
         hidden = HiddenStates(self._device)
@@ -152,7 +158,7 @@ class Walk:
         finally:
             for index, block in enumerate(self._blocks.values()):
                 parent[index] = block
-            _empty(self._model, outer)
+            empty_parameters(self._model, outer)
         return hidden, {name: recorder.calls for name, recorder in recorders.items()}
 
     # --- a block ---------------------------------------------------------------------------------
@@ -163,7 +169,7 @@ class Walk:
         read = self._reader.read(name)
         weights = {n: w.to(self._device, non_blocking=True) for n, w in read.items()}
         del read
-        _refuse_infinite({f"{name}.{local}": weight for local, weight in weights.items()})
+        refuse_infinite({f"{name}.{local}": weight for local, weight in weights.items()})
         structure = self._structure(name, weights)
         values = self._computable(weights)
         if self._with_float:
@@ -208,12 +214,12 @@ class Walk:
                     values += 0.5
                 else:
                     values = (values - 0.5) * (12 / weight.shape[-1]) ** 0.5
-                _set(module, local, values)
+                set_parameter(module, local, values)
             length, width = next(iter(self._hidden)).shape[1:]
             probe = draw(1, min(_PROBE, length), width) - 0.5
-            call = _shortened(self._calls[name][0], _PROBE, torch.float32)
+            call = shortened(self._calls[name][0], _PROBE, torch.float32)
             self._structures[key] = find_groups(module, lambda: first_tensor(module(probe, **call)))
-            _empty(module, weights)
+            empty_parameters(module, weights)
         return self._structures[key]
 
     def _observe(
@@ -371,92 +377,7 @@ class Walk:
         }
 
 
-def samples_in_a_batch(length: int, device: torch.device) -> int:
-    """How many samples of ``length`` tokens go through a block at once."""
-    return max(1, _BATCH_TOKENS[device.type] // length)
-
-
-def _refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
-    """Raises QplugError for the first of ``tensors`` that is not finite."""
-    extremes = torch.stack(
-        [torch.stack(torch.aminmax(value)).float() for value in tensors.values()]
-    )
-    for name, finite in zip(tensors, torch.isfinite(extremes).all(1).tolist(), strict=True):
-        if not finite:
-            raise QplugError(f"{name}: has NaN or infinite values")
-
-
-def _fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        _set(module, name, value)
-
-
-def _empty(module: nn.Module, names: Iterable[str]) -> None:
-    for name in names:
-        _set(module, name, torch.empty(0, device="meta"))
-
-
-def _passing_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The dtype of forward passes: the checkpoint's where the device multiplies it fast.
-
-    GPUs do; CPUs that have instructions for bfloat16 do, twice as fast as float32. Others would
-    emulate it, which is slower than float32.
-    """
-    if device.type != "cpu" or (stored == torch.bfloat16 and _multiplies_bfloat16()):
-        return stored
-    return torch.float32
-
-
-def _multiplies_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _real_tokens(parts: Sequence[Sequence[Tensor]]) -> list[int]:
-    """The real tokens of each batch, those of all processes, whose ``parts`` are given."""
-    counts = [[int((batch >= 0).sum()) for batch in part] for part in parts]
-    return [sum(of_batch) for of_batch in zip_longest(*counts, fillvalue=0)]
-
-
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    path, _, local = name.rpartition(".")
-    part = module.get_submodule(path)
-    if local in part._buffers:
-        part._buffers[local] = value
-    else:
-        part._parameters[local] = nn.Parameter(value, requires_grad=False)
-
-
 def _round_input(
     args: QuantArgs, scale: Tensor | None, module: nn.Module, inputs: tuple[Tensor]
 ) -> tuple[Tensor]:
     return (fake_quantize_activations(inputs[0], args, scale),)
-
-
-def _shortened(call: Mapping[str, Any], length: int, dtype: torch.dtype) -> dict[str, Any]:
-    """A block's arguments for the first ``length`` tokens of the first sample."""
-    return {name: _shorten(value, length, dtype) for name, value in call.items()}
-
-
-def _shorten(value: Any, length: int, dtype: torch.dtype) -> Any:
-    if isinstance(value, tuple):  # cos and sin: [samples, tokens, head size]
-        return tuple(part[:1, :length].to(dtype) for part in value)
-    if isinstance(value, Tensor) and value.ndim == 4:  # a mask: [samples, heads, tokens, tokens]
-        return value[:1, :, :length, :length]
-    if isinstance(value, Tensor) and value.ndim == 2:  # positions: [samples, tokens]
-        return value[:1, :length]
-    return value
-
-
-class _Recorder(StandIn):
-    """Stands for a block: notes how it is called, and lets the hidden states through."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__(block)
-        self.calls: list[dict[str, Any]] = []
-        self.hidden = torch.empty(0)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        refuse_positional(args)
-        self.hidden = hidden_states
-        self.calls.append(kwargs)
-        return hidden_states

@@ -23,15 +23,20 @@ from torch.utils.checkpoint import checkpoint
 
 from qplug.api import ModelView, Preparation, WholeModel
 from qplug.api.scheme import QuantArgs, Scheme
-from qplug.calibration.reconstruction import first_tensor
-from qplug.calibration.walk import samples_in_a_batch
-from qplug.checkpoint.open import Checkpoint
+from qplug.api.tensors import Checkpoint
+from qplug.calibration.batches import samples_in_a_batch
 from qplug.errors import QplugError
 from qplug.model.experts import as_on_disk, name_on_disk
+from qplug.model.hollow import build, load_config
 from qplug.model.online_rotation import rotate_inputs
+from qplug.model.parameters import first_tensor
 from qplug.model.stand_in import StandIn, refuse_positional
-from qplug.model.view import build, load_config
-from qplug.numerics.straight_through import fake_quantize, range_scale, ranges, round_inputs
+from qplug.numerics.straight_through import (
+    fake_quantize,
+    range_scale_with_gradients,
+    ranges_with_gradients,
+    round_inputs,
+)
 
 #: Float32 copies of a block that there are at once: rewritten, gradients, and what is between.
 _COPIES = 4
@@ -126,7 +131,9 @@ class HeldModel(WholeModel):
         linear = name.removesuffix(".weight")
         if how.weights and linear != name and linear in self._schemes:
             args = self._schemes[linear].weights
-            return fake_quantize(value, *range_scale(*ranges(value, args), args), args)
+            return fake_quantize(
+                value, *range_scale_with_gradients(*ranges_with_gradients(value, args), args), args
+            )
         return value
 
     @contextmanager

@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qplug.api import TensorSpec
-from qplug.checkpoint.tensor_file import StoredTensor, tensor_bytes
+from qplug.api import StoredTensor, TensorSpec
+from qplug.api.tensors import FLOAT_DTYPES
+from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
 
 _SCALE = "_scale_inv"
-_FLOATS = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,18 @@ class BlockTensor(StoredTensor):
     ``scales``: ``[ceil(out / tall), ceil(in / wide)]`` for blocks of ``tall`` x ``wide``.
     """
 
+    spec: TensorSpec
     codes: StoredTensor
     scales: StoredTensor
     block: tuple[int, int]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys((*self.codes.paths, *self.scales.paths)))
+
+    @property
+    def location(self) -> str:
+        return f"{self.codes.location} {self.scales.location}"
 
     def read(self) -> Tensor:
         codes, scales = self.codes.read(), self.scales.read().float()
@@ -64,7 +74,7 @@ def as_float(
     """
     tall, wide = config["quantization_config"]["weight_block_size"]
     stated = config.get("dtype") or config.get("torch_dtype")
-    dtype = str(stated) if stated in _FLOATS else "bfloat16"
+    dtype = str(stated) if stated in FLOAT_DTYPES else "bfloat16"
     found: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         if name.endswith(_SCALE) and name.removesuffix(_SCALE) in tensors:
@@ -74,12 +84,12 @@ def as_float(
             continue
         scales, shape = tensors.get(name + _SCALE), tensor.spec.shape
         if scales is None or len(shape) != 2:
-            raise QplugError(f"{tensor.path}: {name} is fp8, and has no {name + _SCALE}")
+            raise QplugError(f"{tensor.paths[0]}: {name} is fp8, and has no {name + _SCALE}")
         if scales.spec.shape != (math.ceil(shape[0] / tall), math.ceil(shape[1] / wide)):
             raise QplugError(
-                f"{scales.path}: {name + _SCALE} is {list(scales.spec.shape)}, which does not fit "
-                f"blocks of {tall} x {wide} of {list(shape)}"
+                f"{scales.paths[0]}: {name + _SCALE} is {list(scales.spec.shape)}, which does not "
+                f"fit blocks of {tall} x {wide} of {list(shape)}"
             )
         spec = TensorSpec(dtype, shape)
-        found[name] = BlockTensor(tensor.path, spec, tensor.start, tensor, scales, (tall, wide))
+        found[name] = BlockTensor(spec, tensor, scales, (tall, wide))
     return {key: value for key, value in config.items() if key != "quantization_config"}, found

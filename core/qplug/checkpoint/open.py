@@ -3,83 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qplug.api import Checkpoint, StoredTensor
 from qplug.checkpoint.block_fp8 import as_float, is_block_fp8
-from qplug.checkpoint.tensor_file import StoredTensor, read_header
+from qplug.checkpoint.tensor_file import read_header
 from qplug.errors import QplugError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-# Weights in other formats, what is written anew, and what describes the source alone.
-_LEFT_BEHIND = (
-    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack"),
-    *("*.onnx", "*.index.json", "config.json", "qplug.json", "README.md", ".*"),
-)
 
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in ``folder``: ``config.json`` and every shard's header are read.
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint, opened: headers are read and checked, no weight is."""
-
-    folder: Path
-    config: dict[str, Any]
-    tensors: dict[str, StoredTensor]
-
-    @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Read ``config.json`` and every shard's header.
-
-        A checkpoint that was published in blocks of fp8 is opened as the float one that it means.
-        Raises QplugError if the folder is not a checkpoint in safetensors files, a file that the
-        index names is missing, a file is a link out of the folder, or a shard is truncated or
-        unsound.
-        """
-        if not folder.is_dir():
-            raise QplugError(f"{folder}: no such folder")
-        config = read_json(folder / "config.json")
-        tensors = _read_tensors(folder)
-        if is_block_fp8(config):
-            config, tensors = as_float(config, tensors)
-        checkpoint = cls(folder, config, tensors)
-        for path in (folder / "config.json", *checkpoint.shards, *checkpoint.companions()):
-            _refuse_link_out(path, folder)
-        return checkpoint
-
-    @property
-    def shards(self) -> list[Path]:
-        """The files that hold tensors, in order."""
-        return sorted({tensor.path for tensor in self.tensors.values()})
-
-    def read(self, name: str) -> Tensor:
-        """The tensor called ``name``, in memory of its own."""
-        return self.tensors[name].read()
-
-    def companions(self) -> list[Path]:
-        """The files a server reads beside weights and configuration: tokenizer, templates, code."""
-        files = [
-            path
-            for path in sorted(self.folder.iterdir())
-            if path.is_file() and not any(path.match(pattern) for pattern in _LEFT_BEHIND)
-        ]
-        templates = self.folder / "additional_chat_templates"
-        return files + (sorted(templates.glob("*.jinja")) if templates.is_dir() else [])
-
-
-def by_module(tensors: Iterable[str]) -> dict[str, list[str]]:
-    """The local names of ``tensors`` by the module that they are of."""
-    found: dict[str, list[str]] = {}
-    for tensor in tensors:
-        name, _, local = tensor.rpartition(".")
-        found.setdefault(name, []).append(local)
-    return found
+    A checkpoint that was published in blocks of fp8 is opened as the float one that it means.
+    Raises QplugError if the folder is not a checkpoint in safetensors files, a file that the
+    index names is missing, a file is a link out of the folder, or a shard is truncated or
+    unsound.
+    """
+    if not folder.is_dir():
+        raise QplugError(f"{folder}: no such folder")
+    config = read_json(folder / "config.json")
+    tensors = _read_tensors(folder)
+    if is_block_fp8(config):
+        config, tensors = as_float(config, tensors)
+    checkpoint = Checkpoint(folder, config, tensors)
+    for path in (folder / "config.json", *checkpoint.shards, *checkpoint.companions()):
+        _refuse_link_out(path, folder)
+    return checkpoint
 
 
 def _refuse_link_out(path: Path, folder: Path) -> None:
@@ -112,7 +65,7 @@ def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).exists():
             raise QplugError(f"{folder}: has neither {SINGLE} nor {INDEX}")
-        return read_header(folder / SINGLE)
+        return dict(read_header(folder / SINGLE))
     places = read_json(folder / INDEX).get("weight_map")
     if not (isinstance(places, dict) and places):
         raise QplugError(f"{folder / INDEX}: has no weight_map")

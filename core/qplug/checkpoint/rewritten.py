@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qplug.api import Preparation, Rewrite
-from qplug.checkpoint.open import Checkpoint
-from qplug.checkpoint.tensor_file import StoredTensor, tensor_bytes
+from qplug.api import Checkpoint, Preparation, Rewrite, StoredTensor, TensorSpec
+from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
 
 #: Elements of a large tensor that are made at a time.
@@ -20,16 +20,21 @@ _CHUNK = {"cpu": 1 << 21, "cuda": 1 << 25}
 
 @dataclass(frozen=True)
 class RewrittenTensor(StoredTensor):
-    """A tensor that is made of others as it is read. ``path`` and ``start`` are of the first one.
+    """A tensor that is made of others as it is read. ``spec`` is that of the first one.
 
     ``sources`` are in the order of ``rewrite.sources``; they may be rewritten themselves. It is
     made on ``device``, and stays there.
     """
 
+    spec: TensorSpec
     name: str
     rewrite: Rewrite
     sources: tuple[StoredTensor, ...]
     device: torch.device
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(path for source in self.sources for path in source.paths))
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own.
@@ -90,10 +95,7 @@ def rewritten(checkpoint: Checkpoint, preparation: Preparation, device: torch.de
     held = dict(checkpoint.tensors)
     for name, rewrite in preparation.rewrites.items():
         sources = tuple(checkpoint.tensors[source] for source in rewrite.sources)
-        first = sources[0]
-        held[name] = RewrittenTensor(
-            first.path, first.spec, first.start, name, rewrite, sources, device
-        )
+        held[name] = RewrittenTensor(sources[0].spec, name, rewrite, sources, device)
     config = {**checkpoint.config, **preparation.config}
     return replace(checkpoint, config=config, tensors=held)
 

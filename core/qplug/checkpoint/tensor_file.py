@@ -8,7 +8,6 @@ the one that the ``safetensors`` library writes, byte for byte.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from qplug.api import TensorSpec
+from qplug.api import StoredTensor, TensorSpec
 from qplug.errors import QplugError
 
 #: The format's name of each torch dtype.
@@ -51,7 +50,7 @@ _COPY = 1 << 24
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class FileTensor(StoredTensor):
     """A tensor in a file: what it is, and its bytes ``start .. start + nbytes``."""
 
     path: Path
@@ -59,8 +58,12 @@ class StoredTensor:
     start: int
 
     @property
-    def nbytes(self) -> int:
-        return spec_bytes(self.spec)
+    def paths(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+    @property
+    def location(self) -> str:
+        return f"{self.path.name} {self.start}"
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""
@@ -75,7 +78,7 @@ class StoredTensor:
         """Some rows of the tensor: ``rows`` has a start and a stop, within the first axis."""
         count, *rest = self.spec.shape
         spec = TensorSpec(self.spec.dtype, (rows.stop - rows.start, *rest))
-        return StoredTensor(self.path, spec, self.start + self.nbytes // count * rows.start).read()
+        return FileTensor(self.path, spec, self.start + self.nbytes // count * rows.start).read()
 
     def chunks(self) -> Iterator[bytes]:
         """The tensor's bytes, a few MiB at a time."""
@@ -90,18 +93,12 @@ class StoredTensor:
                 yield chunk
 
 
-def spec_bytes(spec: TensorSpec) -> int:
-    """Bytes of a tensor in a file."""
-    dtype: torch.dtype = getattr(torch, spec.dtype)
-    return math.prod(spec.shape) * dtype.itemsize
-
-
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, without a copy if it is contiguous."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path) -> dict[str, FileTensor]:
     """The tensors of a file, by name. Raises QplugError if the file is not whole and sound."""
     try:
         with path.open("rb") as file:
@@ -111,7 +108,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             for name, entry in entries.items():
                 if name != "__metadata__":
                     start, ends[name] = _offsets(entry)
-                    tensors[name] = StoredTensor(path, _spec(entry), begin + start)
+                    tensors[name] = FileTensor(path, _spec(entry), begin + start)
     except OSError as error:
         raise QplugError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -159,7 +156,7 @@ def _spec(entry: Mapping[str, object]) -> TensorSpec:
     return TensorSpec(_DTYPES[code], tuple(shape))
 
 
-def lay_out(path: Path, specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, StoredTensor]]:
+def lay_out(path: Path, specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, FileTensor]]:
     """Header and places of tensors in a new file at ``path``.
 
     Tensors stand by falling size of dtype, then by name, so that each is aligned.
@@ -168,7 +165,7 @@ def lay_out(path: Path, specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[st
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
-        end = offset + spec_bytes(specs[name])
+        end = offset + specs[name].nbytes
         entries[name] = {
             "dtype": CODES[specs[name].dtype],
             "shape": list(specs[name].shape),
@@ -181,6 +178,6 @@ def lay_out(path: Path, specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[st
     tensors = {}
     offset = len(header)
     for name in order:
-        tensors[name] = StoredTensor(path, specs[name], offset)
+        tensors[name] = FileTensor(path, specs[name], offset)
         offset += tensors[name].nbytes
     return header, tensors

@@ -15,7 +15,8 @@ from qplug.errors import PluginError, QplugError, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from qplug.registry.registry import Plugin, Registry
+    from qplug.registry.plugin import Plugin
+    from qplug.registry.registry import Registry
     from qplug.registry.scaffold import Kind
 
 

@@ -71,10 +71,10 @@ def command(
 
 def _view(model: str, trust_remote_code: bool) -> ModelView:
     from qplug.checkpoint.locate import find_model
-    from qplug.checkpoint.open import Checkpoint
+    from qplug.checkpoint.open import open_checkpoint
     from qplug.model.view import model_view
 
-    return model_view(Checkpoint.open(find_model(model)), trust_remote_code=trust_remote_code)
+    return model_view(open_checkpoint(find_model(model)), trust_remote_code=trust_remote_code)
 
 
 def _fits(row: Capability, view: ModelView | None, target: Target) -> dict[str, str | None]:

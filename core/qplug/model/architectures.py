@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from qplug.api import ModelView
-from qplug.checkpoint.open import Checkpoint
+from qplug.api.tensors import Checkpoint
 from qplug.errors import PluginError, QplugError
 from qplug.model.view import float_tensors, model_view, packed_view, refuse_quantized
-from qplug.registry.registry import Plugin, Registry
+from qplug.registry.plugin import Plugin
+from qplug.registry.registry import Registry
 
 
 def find_view(

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from qplug.api import ModelView
 from qplug.api.scheme import QuantArgs
-from qplug.checkpoint.open import Checkpoint
+from qplug.api.tensors import Checkpoint
 from qplug.errors import QplugError
-from qplug.model.view import build, load_config
-from qplug.numerics.rounding import fake_quantize_activations, input_scale
+from qplug.model.hollow import build, load_config
+from qplug.numerics.activations import fake_quantize_activations, input_scale
 
 #: The names of the scales of keys and values, float32 ``[1]``, in a module of attention.
 SCALES = ("k_scale", "v_scale")

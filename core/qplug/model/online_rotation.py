@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from qplug.errors import QplugError
-from qplug.numerics.hadamard import transform
+from qplug.numerics.hadamard import hadamard_transform
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -28,4 +28,4 @@ def rotate_inputs(model: nn.Module, linears: Iterable[str]) -> list[RemovableHan
 
 
 def _rotate_input(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (transform(inputs[0]),)
+    return (hadamard_transform(inputs[0]),)

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from qplug.errors import QplugError
+from qplug.model.hollow import build
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.quiet import quiet_transformers
-from qplug.model.view import build, decoder_blocks
-from qplug.numerics.hadamard import exists
+from qplug.model.view import decoder_blocks
+from qplug.numerics.hadamard import hadamard_exists
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -233,7 +234,7 @@ def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     groups: int = getattr(text, "num_key_value_heads", None) or heads
     size: int = getattr(text, "head_dim", None) or text.hidden_size // heads
     old = text.hidden_size
-    fewer = next((count for count in _HEADS if exists(count * size)), heads)
+    fewer = next((count for count in _HEADS if hadamard_exists(count * size)), heads)
     if heads > fewer:
         text.num_attention_heads = fewer
         if hasattr(text, "num_key_value_heads"):

@@ -8,8 +8,7 @@ memory, but on disk each stands alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,19 +16,19 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qplug.api import ModelView
-from qplug.checkpoint.open import Checkpoint
+from qplug.api.tensors import FLOAT_DTYPES, Checkpoint
 from qplug.errors import QplugError
-from qplug.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
+
+from qplug.checkpoint.names import natural_order
+from qplug.model.hollow import build, load_config
 
 _EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
 
 # Linears that choose an expert. Small, and wrong choices cost much: engines keep them in float.
 _ROUTER = re.compile(r"\.(gate|router|shared_expert_gate|router\.(layer|classifier|proj))$")
-
-_FLOATS = ("bfloat16", "float16", "float32")
 
 
 def model_view(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> ModelView:
@@ -114,54 +113,6 @@ def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, i
     )
 
 
-def load_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
-    """The typed configuration of a checkpoint. Raises QplugError if its architecture is unknown."""
-    from transformers import AutoConfig
-
-    try:
-        with quiet_transformers():
-            config: PreTrainedConfig = AutoConfig.from_pretrained(
-                folder, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # transformers checks little: a wrong field raises anything
-        reason = " ".join(str(error).split())[:200]
-        raise QplugError(f"{folder / 'config.json'}: unknown architecture: {reason}") from error
-    return config
-
-
-def build(config: PreTrainedConfig, folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
-    """A hollow model of ``config``: parameters on the meta device, buffers with their values."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with _hollow(), quiet_transformers():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # as in load_config
-        reason = " ".join(str(error).split())[:200]
-        raise QplugError(f"{folder / 'config.json'}: no such causal model: {reason}") from error
-    return model
-
-
-@contextmanager
-def _hollow() -> Iterator[None]:
-    """Within it, modules put their parameters on the meta device as they are made."""
-    register = nn.Module.register_parameter
-
-    def register_hollow(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:  # a tied head stays the embedding
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
-            param._is_hf_initialized = True  # type: ignore[attr-defined]  # draw no numbers for it
-        register(module, name, param)
-
-    nn.Module.register_parameter = register_hollow  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
 def decoder_blocks(tree: nn.Module, folder: Path) -> tuple[str, ...]:
     """The names of a model's decoder blocks. Raises QplugError if it has no list of modules."""
     lists = [
@@ -208,17 +159,7 @@ def _check_whole(checkpoint: Checkpoint, tree: _Tree) -> None:
 
 def _float_dtype(checkpoint: Checkpoint) -> str:
     stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if stated in _FLOATS:
+    if stated in FLOAT_DTYPES:
         return str(stated)
-    stored = [t.spec.dtype for t in checkpoint.tensors.values() if t.spec.dtype in _FLOATS]
+    stored = [t.spec.dtype for t in checkpoint.tensors.values() if t.spec.dtype in FLOAT_DTYPES]
     return max(set(stored), key=stored.count, default="float32")
-
-
-def natural_order(names: Iterable[str]) -> list[str]:
-    """``names`` sorted so that layer 2 comes before layer 10."""
-    return sorted(
-        names,
-        key=lambda name: [
-            (part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")
-        ],
-    )

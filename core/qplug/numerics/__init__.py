@@ -1,1 +1,96 @@
-"""Arithmetic that algorithms share: scales, rounding, clips, rotations and learning."""
+"""Arithmetic that algorithms share: scales, rounding, clips, errors, rotations and learning."""
+
+from __future__ import annotations
+
+from qplug.api.groups import dequantize, in_groups, out_of_groups, per_row_scale
+from qplug.numerics.activations import activation_top, fake_quantize_activations, input_scale
+from qplug.numerics.clipping import scaling_error, search_clip, unclipped_ratio
+from qplug.numerics.hadamard import hadamard_exists, hadamard_matrix, hadamard_transform
+from qplug.numerics.learning import Learned, SignSGD, learn, learns_ranges, start_clips
+from qplug.numerics.losses import output_error, relative_error, relative_output_error
+from qplug.numerics.rotation import ExplicitRotation, HadamardRotation, RandomRotation, Rotation
+from qplug.numerics.rounding import (
+    code_dtype,
+    nearest,
+    quantize,
+    round_codes,
+    round_floats,
+    round_to_nearest,
+)
+from qplug.numerics.scale_formats import (
+    as_stored,
+    covering_global_scale,
+    largest_code,
+    power_of_two,
+)
+from qplug.numerics.scales import (
+    check_width,
+    clip_to_scale,
+    column_scales,
+    global_scale_of,
+    minmax_scale,
+    range_scale,
+    scale_of,
+    weight_range,
+)
+from qplug.numerics.straight_through import (
+    fake_quantize,
+    range_scale_with_gradients,
+    ranges_with_gradients,
+    round_inputs,
+    stretched,
+)
+from qplug.numerics.turned_model import rotated_model, rotations
+
+__all__ = [
+    "ExplicitRotation",
+    "HadamardRotation",
+    "Learned",
+    "RandomRotation",
+    "Rotation",
+    "SignSGD",
+    "activation_top",
+    "as_stored",
+    "check_width",
+    "clip_to_scale",
+    "code_dtype",
+    "column_scales",
+    "covering_global_scale",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_activations",
+    "global_scale_of",
+    "hadamard_exists",
+    "hadamard_matrix",
+    "hadamard_transform",
+    "in_groups",
+    "input_scale",
+    "largest_code",
+    "learn",
+    "learns_ranges",
+    "minmax_scale",
+    "nearest",
+    "out_of_groups",
+    "output_error",
+    "per_row_scale",
+    "power_of_two",
+    "quantize",
+    "range_scale",
+    "range_scale_with_gradients",
+    "ranges_with_gradients",
+    "relative_error",
+    "relative_output_error",
+    "rotated_model",
+    "rotations",
+    "round_codes",
+    "round_floats",
+    "round_inputs",
+    "round_to_nearest",
+    "scale_of",
+    "scaling_error",
+    "search_clip",
+    "start_clips",
+    "stretched",
+    "unclipped_ratio",
+    "weight_range",
+]

@@ -11,19 +11,13 @@ import torch
 from torch import Tensor
 
 from qplug.api import InputGroup, Linear
+from qplug.api.groups import dequantize, dequantize_with
 from qplug.api.scheme import QuantArgs
-from qplug.numerics.rounding import (
-    dequantize,
-    dequantize_with,
-    fake_quantize_activations,
-    global_scale_of,
-    nearest,
-    output_error,
-    quantize,
-    range_scale,
-    weight_range,
-)
+from qplug.numerics.activations import fake_quantize_activations
+from qplug.numerics.losses import output_error
+from qplug.numerics.rounding import nearest, quantize
 from qplug.numerics.scale_formats import SMALLEST
+from qplug.numerics.scales import global_scale_of, range_scale, weight_range
 
 #: Weights whose errors are computed at a time.
 _CHUNK = 1 << 26

@@ -85,7 +85,7 @@ def clip_errors_on_gpu(
 @triton.jit
 def _scaled_differences(  # type: ignore[no-untyped-def]
     weight,
-    per_column,
+    column_scales,
     blocks,
     differences,
     rows,
@@ -108,7 +108,7 @@ def _scaled_differences(  # type: ignore[no-untyped-def]
     inside = row < rows
     column = tl.arange(0, GROUP)
     place = row[:, None] * width + group * GROUP + column[None, :]
-    factor = tl.load(per_column + group * GROUP + column)[None, :]
+    factor = tl.load(column_scales + group * GROUP + column)[None, :]
     values = tl.load(weight + place, mask=inside[:, None], other=0.0) * factor
     gram = tl.load(blocks + (group * GROUP + column[:, None]) * GROUP + column[None, :])
     bottom = tl.minimum(tl.min(values, axis=1), 0.0)

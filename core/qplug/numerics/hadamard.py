@@ -30,7 +30,7 @@ _POWER = 64
 _FREE_SIGNS = 14
 
 
-def matrix(order: int) -> Integers:
+def hadamard_matrix(order: int) -> Integers:
     """The Hadamard matrix of ``order``, int64 ``[order, order]``: the product of its ``factors``.
 
     Raises QplugError if there is no rule for it.
@@ -41,7 +41,7 @@ def matrix(order: int) -> Integers:
     return made
 
 
-def transform(x: Tensor) -> Tensor:
+def hadamard_transform(x: Tensor) -> Tensor:
     """``x H / sqrt(n)`` over the last axis of ``x: [..., n]``: orthogonal, in the dtype of ``x``.
 
     Raises QplugError if there is no rule for ``n``.
@@ -68,7 +68,7 @@ def factors(order: int) -> tuple[int, ...]:
     return found
 
 
-def exists(order: int) -> bool:
+def hadamard_exists(order: int) -> bool:
     """Whether ``matrix(order)`` can be built."""
     return _factors(order) is not None
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from qplug.numerics.hadamard import transform
+from qplug.numerics.hadamard import hadamard_transform
 
 
 class Rotation(ABC):
@@ -28,7 +28,7 @@ class Rotation(ABC):
         return self.turn(torch.eye(self.size, dtype=torch.float64))
 
 
-class Hadamard(Rotation):
+class HadamardRotation(Rotation):
     """A Hadamard matrix whose rows have random signs: ``diag(±1) H / sqrt(n)``."""
 
     def __init__(self, size: int, seed: int) -> None:
@@ -37,10 +37,10 @@ class Hadamard(Rotation):
         self._signs = torch.randint(0, 2, (size,), generator=generator) * 2 - 1
 
     def turn(self, x: Tensor) -> Tensor:
-        return transform(x * self._signs.to(x.device))
+        return hadamard_transform(x * self._signs.to(x.device))
 
 
-class Written(Rotation):
+class ExplicitRotation(Rotation):
     """A rotation that is at hand as ``matrix``: orthogonal, ``[size, size]``."""
 
     def __init__(self, matrix: Tensor) -> None:
@@ -50,7 +50,7 @@ class Written(Rotation):
         return x @ self._matrix.to(x.device, x.dtype)
 
 
-class Random(Written):
+class RandomRotation(ExplicitRotation):
     """Any rotation, each as likely as the other: the ``Q`` of a Gaussian matrix, in float64."""
 
     def __init__(self, size: int, seed: int) -> None:

@@ -46,14 +46,14 @@ def as_stored(scale: Tensor, args: QuantArgs, unit: Tensor | None = None) -> Ten
         return power_of_two(scale * largest_code(args), args)
     if args.two_level:
         if unit is None:
-            unit = global_scale(scale.amax() * largest_code(args), args)
+            unit = covering_global_scale(scale.amax() * largest_code(args), args)
         local = (scale / unit).clamp_(max=FLOAT_MAX["e4m3"]).to(torch.float8_e4m3fn).float()
         return local.clamp_(min=SMALLEST[args.scale_dtype]) * unit
     stored = scale.to(getattr(torch, args.scale_dtype)).float()
     return stored.clamp_(min=SMALLEST[args.scale_dtype])
 
 
-def global_scale(peak: Tensor, args: QuantArgs) -> Tensor:
+def covering_global_scale(peak: Tensor, args: QuantArgs) -> Tensor:
     """The least power of two under which scales in e4m3 reach magnitudes up to ``peak``: ``[1]``.
 
     A power of two is exact as a factor and as a divisor (formats store one or the other), in half

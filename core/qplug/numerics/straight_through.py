@@ -14,16 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qplug.api.groups import in_groups, out_of_groups, per_row_scale
 from qplug.api.scheme import FLOAT_MAX, QuantArgs
-from qplug.numerics import rounding as numerics
-from qplug.numerics.rounding import (
-    fake_quantize_activations,
-    float_steps,
-    in_groups,
-    out_of_groups,
-    per_row_scale,
-    round_floats,
-)
+from qplug.numerics import scales
+from qplug.numerics.activations import fake_quantize_activations
+from qplug.numerics.rounding import float_steps, round_floats
 from qplug.numerics.scale_formats import largest_code
 
 
@@ -45,11 +40,11 @@ def fake_quantize(
     return made
 
 
-def range_scale(
+def range_scale_with_gradients(
     low: Tensor, high: Tensor, args: QuantArgs, unit: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """``qplug.numerics.range_scale`` with gradients; zero points are float32."""
-    stored, _ = numerics.range_scale(low.detach(), high.detach(), args, unit)
+    stored, _ = scales.range_scale(low.detach(), high.detach(), args, unit)
     if args.symmetric:
         return _straight(torch.maximum(-low, high) / largest_code(args), stored), None
     top = args.code_range[1]
@@ -72,12 +67,12 @@ def stretched(
     """
     if zero is None:
         end = scale * largest_code(args) * factors[0]
-        return range_scale(-end, end, args, unit)
+        return range_scale_with_gradients(-end, end, args, unit)
     low, high = -zero * scale, (args.code_range[1] - zero) * scale
-    return range_scale(low * factors[0], high * factors[-1], args, unit)
+    return range_scale_with_gradients(low * factors[0], high * factors[-1], args, unit)
 
 
-def ranges(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
+def ranges_with_gradients(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
     """``qplug.numerics.weight_range`` of ``weight: [out, in]``, float32, with gradients."""
     groups = in_groups(weight, args)
     low, high = groups.amin((1, 3)).clamp(max=0), groups.amax((1, 3)).clamp(min=0)
@@ -115,7 +110,7 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, scale, zero, offset)
         ctx.args = args
-        spread, zeros = _spread(scale, weight, args), _spread(zero, weight, args)
+        spread, zeros = spread_scales(scale, weight, args), spread_scales(zero, weight, args)
         quotient = in_groups(weight, args) / spread
         codes, _ = _codes(quotient, zeros, offset, args)
         return out_of_groups(codes * spread, weight.shape[1], weight.shape[0])
@@ -125,7 +120,7 @@ class _FakeQuantize(torch.autograd.Function):
         weight, scale, zero, offset = ctx.saved_tensors
         args: QuantArgs = ctx.args
         wanted = ctx.needs_input_grad
-        spread, zeros = _spread(scale, weight, args), _spread(zero, weight, args)
+        spread, zeros = spread_scales(scale, weight, args), spread_scales(zero, weight, args)
         grad = in_groups(grads[0].contiguous(), args)
         quotient = in_groups(weight, args) / spread
         codes, inside = _codes(quotient, zeros, offset, args)
@@ -212,7 +207,7 @@ def _ends(args: QuantArgs) -> tuple[float, float]:
     return args.code_range
 
 
-def _spread(values: Tensor | None, weight: Tensor, args: QuantArgs) -> Any:
+def spread_scales(values: Tensor | None, weight: Tensor, args: QuantArgs) -> Any:
     """Scales or zero points as ``[row step, 1, group, 1]``, to go with groups."""
     return None if values is None else per_row_scale(values.float(), weight, args)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qplug.api import Facing, Heads, Preparation, Rewrite, Stream, StreamNorm
 from qplug.errors import QplugError
-from qplug.numerics.hadamard import transform
+from qplug.numerics.hadamard import hadamard_transform
 from qplug.numerics.rotation import KeepingMean, Rotation
 
 
@@ -36,7 +36,7 @@ def rotations(
     return turn, {each.values: by_size[each.size] for each in found}
 
 
-def turned(
+def rotated_model(
     stream: Stream,
     turn: Rotation,
     heads: Mapping[str, Rotation],
@@ -58,7 +58,7 @@ def turned(
         rewrites |= _norm_rewrites(norm, _folds_bias(norm, stream), turn)
     for name, facing in stream.tensors.items():
         made = values.get(name)
-        make = Turned(
+        make = RotatedTensor(
             facing.axis,
             turn,
             offset=stream.norms[facing.norm].offset if facing.norm else None,
@@ -81,7 +81,7 @@ def turned(
 
 
 @dataclass(frozen=True)
-class Turned:
+class RotatedTensor:
     """A tensor with ``axis`` in the turned stream.
 
     ``offset`` is that of the norm whose weight is folded in, if one is. ``heads`` turns heads: the
@@ -108,7 +108,7 @@ class Turned:
             tensor = _turn_rows(tensor, self.rows, self.heads)
         elif self.heads is not None:
             tensor = self.heads.turn(tensor.unflatten(1, (-1, self.heads.size))).flatten(1)
-        return transform(tensor) if self.online else tensor
+        return hadamard_transform(tensor) if self.online else tensor
 
 
 def _turn_rows(tensor: Tensor, rows: Tensor, heads: Rotation) -> Tensor:
@@ -160,14 +160,14 @@ def _bias_rewrites(
         if not folds and heads is None:
             continue
         rows, turn = (heads.rows, turns[name]) if heads else (None, None)
-        make = Shifted(facing, rows, turn)
+        make = RotatedBias(facing, rows, turn)
         more = (name, norm.bias) if folds and norm.bias is not None else ()
         rewrites[facing.bias] = Rewrite((facing.bias, *more), make)
     return rewrites
 
 
 @dataclass(frozen=True)
-class Shifted:
+class RotatedBias:
     """The bias of a linear that also gives what its norm's bias gave: ``b + W c``."""
 
     facing: Facing

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from qplug.api import Exporter, ModelView, TensorSpec
 from qplug.api.scheme import Scheme
-from qplug.checkpoint.open import INDEX, SINGLE, Checkpoint
-from qplug.checkpoint.tensor_file import spec_bytes
-from qplug.model.view import natural_order
+from qplug.api.tensors import Checkpoint
+from qplug.checkpoint.names import natural_order
+from qplug.checkpoint.open import INDEX, SINGLE
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Step:
 
     @property
     def nbytes(self) -> int:
-        return sum(spec_bytes(spec) for spec in self.outputs.values())
+        return sum(spec.nbytes for spec in self.outputs.values())
 
 
 @dataclass(frozen=True)

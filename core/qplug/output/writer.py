@@ -18,8 +18,9 @@ from typing import Any, BinaryIO, TypeAlias
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qplug.checkpoint.open import INDEX, by_module
-from qplug.checkpoint.tensor_file import StoredTensor, lay_out, tensor_bytes
+from qplug.checkpoint.names import by_module
+from qplug.checkpoint.open import INDEX
+from qplug.checkpoint.tensor_file import FileTensor, lay_out, tensor_bytes
 from qplug.errors import QplugError
 from qplug.output.journal import Journal, differences
 from qplug.output.plan import Plan
@@ -94,7 +95,7 @@ class Output:
     # --- beginning -------------------------------------------------------------------------------
 
     def _lay_out_shards(self) -> None:
-        self._places: dict[str, StoredTensor] = {}
+        self._places: dict[str, FileTensor] = {}
         self._headers: dict[Path, bytes] = {}
         for file, specs in self._plan.shards().items():
             path = self._model / file

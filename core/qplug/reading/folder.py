@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor, nn
 
 from qplug.api import Exporter, ModelView
 from qplug.api.params import fill
 from qplug.api.scheme import QuantArgs, Scheme
+from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.locate import find_model
-from qplug.checkpoint.open import Checkpoint, by_module, read_json
+from qplug.checkpoint.names import by_module
+from qplug.checkpoint.open import open_checkpoint, read_json
 from qplug.errors import QplugError
 from qplug.model.architectures import find_packed_view
-from qplug.model.experts import as_on_disk
-from qplug.model.kv_cache import SCALES, round_cache
-from qplug.model.online_rotation import rotate_inputs
-from qplug.model.quiet import quiet_transformers
-from qplug.model.view import build, load_config
-from qplug.numerics.qtorch import require_qtorch
-from qplug.numerics.rounding import check_widths, fake_quantize_activations
+from qplug.model.kv_cache import SCALES
 from qplug.output.manifest import Manifest, read_manifest
 from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -167,7 +159,7 @@ def _open(
             config = read_json(folder / "config.json")
             exporter = kind(fill(kind.Params, {}, f"backend {name}"))
             return Checkpoint(folder, config, exporter.read(folder / kind.file, config))
-    return Checkpoint.open(folder)
+    return open_checkpoint(folder)
 
 
 def _find_exporter(
@@ -182,127 +174,3 @@ def _find_exporter(
         name = fitting[0]
     exporter = registry.exporters[name]
     return exporter(fill(exporter.Params, {}, f"backend {name}"))
-
-
-def load(
-    model: str,
-    *,
-    registry: Registry | None = None,
-    dtype: str = "float32",
-    quantize_activations: bool = True,
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """A float or quantized folder as a transformers model that computes in ``dtype``.
-
-    Weights are dequantized; inputs of linears are rounded as the scheme says, and keys and values
-    as the KV cache has them, unless ``quantize_activations`` is false. Raises QplugError as
-    ``open_folder``.
-    """
-    folder = open_folder(
-        model, registry or Registry.installed(), trust_remote_code=trust_remote_code
-    )
-    return load_folder(
-        folder,
-        dtype=dtype,
-        quantize_activations=quantize_activations,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def load_folder(
-    folder: Folder,
-    *,
-    dtype: str = "float32",
-    quantize_activations: bool = True,
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """``load``, of a folder that is open already."""
-    inputs = [scheme.activations for scheme in folder.schemes.values() if scheme.activations]
-    if quantize_activations and any(args.use_qtorch for args in inputs):
-        require_qtorch()
-    target = getattr(torch, dtype)
-    path = folder.checkpoint.folder
-    config = load_config(path, trust_remote_code=trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    kind = type(build(config, path, trust_remote_code=trust_remote_code))
-    state = {name: tensor.to(target) for name, tensor in folder.weights()}
-    # What is amiss comes back in `loading`; transformers would draw random numbers for it.
-    try:
-        with quiet_transformers():
-            loaded: Any = kind.from_pretrained(
-                None,
-                config=config,
-                state_dict=state,
-                dtype=target,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    except RuntimeError as error:
-        if "conversion of the weights" not in str(error):
-            raise
-        raise QplugError(f"{path}: its experts are not all there, or differ in shape") from error
-    model: PreTrainedModel = loaded[0]
-    loading: dict[str, Any] = loaded[1]
-    amiss = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
-    if amiss:
-        raise QplugError(f"{path}: {min(amiss)} is not there, or not in the shape it should have")
-    model.eval()
-    compute_as_stored(model, folder, quantize_activations=quantize_activations)
-    return model
-
-
-def compute_as_stored(
-    model: PreTrainedModel, folder: Folder, *, quantize_activations: bool = True
-) -> None:
-    """Have ``model`` rotate and round what its linears read, and its KV cache, as ``folder`` says.
-
-    Raises QplugError if it has no scales, or no modules, to do so.
-    """
-    if folder.manifest is not None:
-        rotate_inputs(model, folder.manifest.online)  # before they are rounded
-    if quantize_activations:
-        _quantize_activations(model, folder)
-        if folder.kv_cache is not None:
-            round_cache(model, folder.kv_cache, folder.cache_scales())
-
-
-def _quantize_activations(model: PreTrainedModel, folder: Folder) -> None:
-    rounded = {n: s.activations for n, s in folder.schemes.items() if s.activations is not None}
-    modules = dict(model.named_modules())
-    if any(name not in modules for name in rounded):  # experts, which transformers fuses
-        floats = {f"{name}.weight" for name in folder.schemes}
-        as_on_disk(model, folder.view.blocks, floats.union(folder.checkpoint.tensors))
-        modules = dict(model.named_modules())
-    for name, args in rounded.items():
-        check_widths(name, folder.view.linears[name][1], folder.schemes[name])
-        if not isinstance(modules.get(name), nn.Linear):
-            raise QplugError(f"{name}: its activations cannot be quantized here: it is fused")
-        hook = partial(_round_input, args, folder.input_scale(name))
-        modules[name].register_forward_pre_hook(hook)
-
-
-def _round_input(
-    args: QuantArgs, scale: Tensor | None, module: nn.Module, inputs: tuple[Tensor, ...]
-) -> tuple[Tensor]:
-    x = inputs[0]
-    return (fake_quantize_activations(x, args, None if scale is None else scale.to(x.device)),)
-
-
-def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, for texts of any length.
-
-    Raises QplugError if the model has none that loads.
-    """
-    from transformers import AutoTokenizer
-
-    folder = find_model(model)
-    try:
-        with quiet_transformers():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, model_max_length=sys.maxsize
-            )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise QplugError(f"{folder}: its tokenizer does not load: {reason}") from error
-    return tokenizer

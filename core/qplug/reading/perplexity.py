@@ -18,7 +18,9 @@ from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import read_json
 from qplug.errors import QplugError
 from qplug.machine.devices import find_device
-from qplug.reading.folder import load_folder, load_tokenizer, open_folder
+from qplug.model.tokenizer import load_tokenizer
+from qplug.reading.folder import open_folder
+from qplug.reading.load import load_folder
 from qplug.registry.registry import Registry
 from qplug.text.windows import first_windows
 

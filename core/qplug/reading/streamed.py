@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qplug.model.view import build, load_config
-from qplug.reading.folder import Folder, compute_as_stored, load_folder
+from qplug.model.hollow import build, load_config
+from qplug.reading.folder import Folder
+from qplug.reading.load import compute_as_stored, load_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

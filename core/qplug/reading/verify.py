@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from qplug.api import Problem, TensorSpec
+from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.locate import find_model
-from qplug.checkpoint.open import Checkpoint
+from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
 from qplug.model.architectures import expected_tensors
@@ -101,12 +102,12 @@ def find_source(opened: Folder, against: str | None) -> tuple[str | None, Checkp
     Raises QplugError if ``against`` is given and is none.
     """
     if against is not None:
-        return against, Checkpoint.open(find_model(against))
+        return against, open_checkpoint(find_model(against))
     recorded = opened.manifest.model if opened.manifest else None
     if recorded is None:
         return None, None
     try:
-        return recorded, Checkpoint.open(find_model(recorded))
+        return recorded, open_checkpoint(find_model(recorded))
     except QplugError:
         return None, None  # the folder may have come from another machine
 

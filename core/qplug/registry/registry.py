@@ -9,143 +9,28 @@ are asked for apart from components, and need no torch.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
 import re
-import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
-from importlib.metadata import Distribution, EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import click
 import pluggy
 
 from qplug.api import Algorithm, Component, Dataset, Exporter, hookspecs
 from qplug.api.params import options
-from qplug.errors import PluginError, QplugError, did_you_mean
+from qplug.errors import QplugError, did_you_mean
+from qplug.registry.offers import Offers
+from qplug.registry.plugin import Plugin, among, canonical, in_quotes
 
 GROUP = "qplug"
-T = TypeVar("T")
-Named = Callable[[Distribution | None], tuple[str | None, str]]
-
-
-@dataclass
-class Plugin:
-    """An object with hooks that can be imported, and what became of it.
-
-    ``blocked`` and ``error`` say why it is not used. ``offers`` are its components and commands by
-    kind and name, once it has been ``asked``; a plugin with an ``error`` has none that count.
-    """
-
-    name: str
-    source: str
-    module: str
-    open: Callable[[], object]
-    ships_with_qplug: bool = False
-    is_file: bool = False
-    blocked: str = ""
-    error: BaseException | None = None
-    offers: dict[tuple[str, str], Any] = field(default_factory=dict)
-    manager: pluggy.PluginManager | None = None
-    asked: bool = False
-    asked_for_commands: bool = False
-
-    @classmethod
-    def of_entry(cls, entry: EntryPoint, named: Named | None = None) -> Plugin:
-        owner, source = (named or _named)(entry.dist)
-        module = entry.value.partition(":")[0]
-        return cls(entry.name, source, module, entry.load, ships_with_qplug=owner == "qplug")
-
-    @classmethod
-    def of_file(cls, path: Path) -> Plugin:
-        # The prefix keeps a file called torch.py from hiding torch.
-        module = f"qplug_file_{path.stem}"
-        return cls(path.stem, str(path), module, partial(_import, path, module), is_file=True)
-
-    @classmethod
-    def of_object(cls, plugged: object, name: str) -> Plugin:
-        """A plugin that is at hand: a module, or an object whose methods are hooks."""
-        kind = plugged if isinstance(plugged, ModuleType) else type(plugged)
-        module = getattr(kind, "__module__", kind.__name__)
-        return cls(name, "an object", module, lambda: plugged)
-
-    @property
-    def takes_part(self) -> list[str]:
-        """The hooks it implements beside those that offer something, once it is imported."""
-        if self.manager is None:
-            return []
-        hooks = ("qplug_model_view", "qplug_block_done", "qplug_run_done")
-        return [hook for hook in hooks if getattr(self.manager.hook, hook).get_hookimpls()]
-
-    @property
-    def status(self) -> str:
-        return "blocked" if self.blocked else "failed" if self.error else "ok"
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.source})"
-
-
-class Offers(Generic[T]):
-    """What the plugins offer of one kind, by name."""
-
-    def __init__(self, kind: str, plugins: list[Plugin], load: Callable[[], object]) -> None:
-        self.kind, self._plugins, self._load = kind, plugins, load
-
-    def owners(self, name: str) -> list[Plugin]:
-        """The plugins that offer ``name``: more than one is a clash."""
-        self._load()
-        return [p for p in self._plugins if not p.error and (self.kind, name) in p.offers]
-
-    def clash(self, name: str) -> str | None:
-        """A sentence, if more than one plugin offers ``name``."""
-        owners = self.owners(name)
-        if len(owners) <= 1:
-            return None
-        sources = " and ".join(str(plugin) for plugin in owners)
-        return f"{self.kind} {name!r} comes from {sources}; drop one: -p no:PLUGIN"
-
-    def __iter__(self) -> Iterator[str]:
-        self._load()
-        names = {n for p in self._plugins if not p.error for k, n in p.offers if k == self.kind}
-        return iter(sorted(names))
-
-    def get(self, name: str) -> T | None:
-        """What is called ``name``, or None if no plugin has to do with it.
-
-        Raises QplugError if more than one offers it, and if a plugin that is called so, or a file
-        that the user gave, does not work or is switched off.
-        """
-        if sentence := self.clash(name):
-            raise QplugError(sentence)
-        if owners := self.owners(name):
-            offer: T = owners[0].offers[self.kind, name]
-            return offer
-        for plugin in self._plugins:
-            named = _same(plugin.name, name)
-            if plugin.error and (named or plugin.is_file):
-                raise PluginError(plugin.name, plugin.source, plugin.error) from plugin.error
-            if plugin.blocked and named:
-                raise QplugError(f"{self.kind} {name!r} is switched off by {plugin.blocked}")
-        return None
-
-    def __getitem__(self, name: str) -> T:
-        offer = self.get(name)
-        if offer is not None:
-            return offer
-        names = list(self)
-        broken = ", ".join(plugin.name for plugin in self._plugins if plugin.error)
-        raise QplugError(
-            f"no {self.kind} {name!r}.{did_you_mean(name, names)}"
-            f" There are: {', '.join(names) or 'none'}."
-            + (f" Broken plugins: {broken}; see qplug plugins check" if broken else "")
-        )
 
 
 class Registry:
@@ -155,13 +40,14 @@ class Registry:
         # One order everywhere. Of plugins that have one name, a file that the user gave is taken,
         # then qplug's own; nothing depends on the order in which packages were installed.
         self.plugins = sorted(
-            plugins, key=lambda p: (_key(p.name), not p.is_file, not p.ships_with_qplug, p.source)
+            plugins,
+            key=lambda p: (canonical(p.name), not p.is_file, not p.ships_with_qplug, p.source),
         )
         taken: dict[str, Plugin] = {}
         for plugin in self.plugins:
             if plugin.blocked:
                 continue
-            first = taken.setdefault(_key(plugin.name), plugin)
+            first = taken.setdefault(canonical(plugin.name), plugin)
             if first is not plugin:
                 plugin.error = QplugError(f"the name of this plugin is taken by {first}")
         self.algorithms = Offers[type[Algorithm[Any]]]("algorithm", self.plugins, self.load)
@@ -181,21 +67,21 @@ class Registry:
         The environment variable QPLUG_PLUGINS names the only ones to use. It and ``only_shipped``
         leave ``files`` in; ``blocked`` does not. Raises QplugError if there is nothing to block.
         """
-        named = cache(_named)  # parses metadata: once for each package, not for each plugin
+        named = cache(in_quotes)  # parses metadata: once for each package, not for each plugin
         plugins = [Plugin.of_entry(entry, named) for entry in entry_points(group=GROUP)]
         allowed = os.environ.get("QPLUG_PLUGINS")
         for plugin in plugins:
             if only_shipped and not plugin.ships_with_qplug:
                 plugin.blocked = "--no-plugins"
-            if allowed is not None and not _among(plugin.name, allowed.split(",")):
+            if allowed is not None and not among(plugin.name, allowed.split(",")):
                 plugin.blocked = "QPLUG_PLUGINS"
         plugins += [Plugin.of_file(Path(file)) for file in files]
         names = [plugin.name for plugin in plugins]
         for name in blocked:
-            if not _among(name, names):
+            if not among(name, names):
                 raise QplugError(f"-p no:{name}: no such plugin.{did_you_mean(name, names)}")
         for plugin in plugins:
-            if _among(plugin.name, blocked):
+            if among(plugin.name, blocked):
                 plugin.blocked = f"-p no:{plugin.name}"
         return cls(plugins)
 
@@ -268,15 +154,6 @@ class Registry:
         return [plugin for plugin in self.plugins if plugin.status == "ok"]
 
 
-def _named(package: Distribution | None) -> tuple[str | None, str]:
-    """The name of a package, and its name and version as messages have it."""
-    # A half-removed package has no name, or raises when asked for it.
-    with suppress(Exception):
-        if package and (name := package.name):
-            return name, f"{name} {package.version}"
-    return None, "a package without metadata"
-
-
 _BASES: dict[str, type[Component[Any]]] = {
     "algorithm": Algorithm,
     "dataset": Dataset,
@@ -346,30 +223,3 @@ def _checked(offer: object, base: type[Component[Any]]) -> type[Component[Any]]:
         raise ValueError(f"{where} needs a docstring: users read its first line")
     options(offer.Params)
     return offer
-
-
-def _import(path: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up to read their annotations.
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _key(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _same(name: str, other: str) -> bool:
-    return _key(name) == _key(other)
-
-
-def _among(name: str, names: Iterable[str]) -> bool:
-    return any(_same(name, other.strip()) for other in names)

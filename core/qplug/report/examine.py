@@ -11,9 +11,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from qplug.checkpoint.open import Checkpoint
+from qplug.api.groups import dequantize
+from qplug.api.tensors import Checkpoint
 from qplug.errors import QplugError
-from qplug.numerics.rounding import dequantize
 from qplug.reading.folder import Folder, open_folder
 from qplug.reading.verify import find_source, float_weight, relative_distance
 from qplug.registry.registry import Registry

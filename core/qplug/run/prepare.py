@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qplug.api import Algorithm, FloatModel, ModelView, Preparation, TensorSpec
-from qplug.checkpoint.open import Checkpoint
+from qplug.api.tensors import Checkpoint
+from qplug.checkpoint.names import natural_order
 from qplug.checkpoint.rewritten import apply, rewritten
 from qplug.errors import QplugError
+from qplug.model.hollow import load_config
 from qplug.model.residual_stream import Faces
 from qplug.model.small_copy import SmallCopy, place_of
-from qplug.model.view import load_config, natural_order
 from qplug.output.manifest import read_manifest
 from qplug.run.stages import Stages
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from qplug.api import Algorithm, FloatModel, ModelView
 from qplug.api.events import Result
 from qplug.api.scheme import Scheme
+from qplug.api.tensors import Checkpoint
 from qplug.calibration.tokens import calibration_tokens
 from qplug.calibration.walk import Walk
 from qplug.calibration.whole_model import HeldModel
 from qplug.checkpoint.locate import find_model
-from qplug.checkpoint.open import Checkpoint
+from qplug.checkpoint.open import open_checkpoint
 from qplug.errors import QplugError
 from qplug.machine.devices import find_device
 from qplug.machine.launch import Launch
@@ -25,15 +26,17 @@ from qplug.machine.stopwatch import Stopwatch
 from qplug.model.architectures import find_view
 from qplug.model.kv_cache import KVCache, find_cache
 from qplug.numerics.qtorch import require_qtorch
-from qplug.numerics.rounding import check_widths
-from qplug.output.manifest import fingerprint, result_files
+from qplug.numerics.scales import check_widths
+from qplug.output.fingerprint import fingerprint
 from qplug.output.plan import make_plan
+from qplug.output.result_files import result_files
 from qplug.output.shared_writer import SharedOutput
+from qplug.output.step_report import Report
 from qplug.output.writer import Output, refuse_existing
+from qplug.recipe.assign import assign
 from qplug.recipe.recipe import (
     Calibration,
     Recipe,
-    assign,
     parse_algorithms,
     parse_cache,
     parse_scheme,
@@ -41,7 +44,7 @@ from qplug.recipe.recipe import (
 )
 from qplug.registry.registry import Registry
 from qplug.run.prepare import Prepared, prepare
-from qplug.run.stages import Report, Stages
+from qplug.run.stages import Stages
 from qplug.run.steps import Finished, Steps
 from qplug.run.watchers import Announcer
 
@@ -293,7 +296,7 @@ class Run:
 
     def _opened(self, model: Path, out: Path) -> Checkpoint:
         """The checkpoint in ``model``. Raises QplugError if ``out`` or the backend refuses it."""
-        source = Checkpoint.open(model)
+        source = open_checkpoint(model)
         if source.folder.resolve().is_relative_to(out.resolve()):
             raise QplugError(f"{out}: is or holds the model itself; choose another folder")
         sentence = self.stages.exporter.refuses_files(source.folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +22,18 @@ from qplug.api import (
 )
 from qplug.api.params import fill
 from qplug.api.scheme import Scheme
-from qplug.calibration.observers import (
-    find_observer,
+from qplug.calibration.observers import find_observer
+from qplug.calibration.ranges import InputRange, clip_counts, input_ranges, short
+from qplug.calibration.shared_scales import (
     fix_input_scales,
     share_global_scales,
     share_tensor_scales,
 )
-from qplug.calibration.ranges import InputRange, clip_counts, input_ranges, short
-from qplug.checkpoint.open import INDEX, Checkpoint, by_module
+from qplug.checkpoint.names import by_module
+from qplug.checkpoint.open import INDEX, open_checkpoint
 from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
 from qplug.machine.stopwatch import Stopwatch
-from qplug.numerics.rounding import relative_error, relative_output_error
+from qplug.numerics.losses import relative_error, relative_output_error
 from qplug.output.plan import Step
 from qplug.recipe.pipeline import make_algorithm, make_pipeline
 from qplug.recipe.recipe import DEFAULT_QUANTIZER, Calibration, Recipe
@@ -41,52 +42,7 @@ from qplug.registry.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Report:
-    """What became of a step.
-
-    ``errors``: ``||W' - W|| / ||W||`` by linear; ``losses``: the same of its output on calibration
-    data. ``rewritten``: the tensors that no longer hold what the float model has, codes aside.
-    ``notes``: what algorithms have to tell the user. ``inputs``: what linears read before and after
-    all transforms; ``clips``: the ``clip_counts`` of linears that have clipped scales.
-    """
-
-    errors: Mapping[str, float] = field(default_factory=dict)
-    losses: Mapping[str, float] = field(default_factory=dict)
-    rewritten: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    inputs: Mapping[str, tuple[InputRange, InputRange]] = field(default_factory=dict)
-    clips: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    @property
-    def loss(self) -> float | None:
-        """The mean of ``losses``."""
-        return sum(self.losses.values()) / len(self.losses) if self.losses else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain form for JSON."""
-        return {
-            "errors": dict(self.errors),
-            "losses": dict(self.losses),
-            "rewritten": list(self.rewritten),
-            "notes": list(self.notes),
-            "inputs": {n: [r.to_list() for r in both] for n, both in self.inputs.items()},
-            "clips": {name: list(counts) for name, counts in self.clips.items()},
-        }
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Report:
-        """The inverse of ``to_dict``."""
-        read = InputRange.from_list
-        return cls(
-            errors=plain["errors"],
-            losses=plain["losses"],
-            rewritten=tuple(plain["rewritten"]),
-            notes=tuple(plain["notes"]),
-            inputs={n: (read(old), read(new)) for n, (old, new) in plain["inputs"].items()},
-            clips={name: tuple(counts) for name, counts in plain["clips"].items()},
-        )
+from qplug.output.step_report import Report
 
 
 class Stages:
@@ -252,7 +208,7 @@ class Stages:
         """Put the exporter's own file, if it has one, in the place of what ``folder`` holds."""
         if self.exporter.file is None:
             return
-        finished = Checkpoint.open(folder)
+        finished = open_checkpoint(folder)
         path = folder / self.exporter.file
         with self._blaming(self.exporter, self.exporter.file):
             self.exporter.write(finished, model, schemes, path)

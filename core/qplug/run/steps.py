@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING
 
 from qplug.api import Block, Linear, ModelView
 from qplug.api.scheme import Scheme
+from qplug.api.tensors import Checkpoint
 from qplug.calibration.ranges import input_ranges
 from qplug.calibration.walk import Walk
-from qplug.checkpoint.open import Checkpoint, by_module
+from qplug.checkpoint.names import by_module
 from qplug.checkpoint.rewritten import rewritten_names
 from qplug.machine.stopwatch import Stopwatch
 from qplug.output.plan import Plan, Step
 from qplug.output.shared_writer import SharedOutput
+from qplug.output.step_report import Report
 from qplug.output.writer import Content
-from qplug.run.stages import Report, Stages
+from qplug.run.stages import Stages
 from qplug.run.watchers import Announcer
 
 if TYPE_CHECKING:

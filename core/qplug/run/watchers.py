@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from qplug.api import Block, QuantizedWeight
 from qplug.api.events import BlockReport, Result
 from qplug.errors import PluginWarning
+from qplug.output.step_report import Report
 from qplug.registry.registry import Registry
-from qplug.run.stages import Report
 
 
 class Announcer:

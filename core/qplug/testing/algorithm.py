@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from qplug.api import Algorithm, Block, InputGroup, QuantizedWeight
+from qplug.api.groups import dequantize
 from qplug.api.scheme import Scheme, preset
-from qplug.numerics.rounding import (
-    code_dtype,
-    dequantize,
-    fake_quantize_activations,
-    minmax_scale,
-    nearest,
-)
+from qplug.numerics.activations import fake_quantize_activations
+from qplug.numerics.rounding import code_dtype, nearest
+from qplug.numerics.scales import minmax_scale
 from qplug.testing.blocks import tiny_block, tiny_linear
 from qplug.testing.checking import ComponentContract, demand, demanding, refusal, same
 from qplug.testing.models import write_tiny_model
@@ -104,7 +101,7 @@ class AlgorithmContract(ComponentContract):
                 demand(
                     same(made.scale, linear.scale) and same(made.zero, linear.zero),
                     f"{self._who}.quantize drops the scale that an algorithm before chose: take "
-                    "qplug.numerics.rounding.scale_of(linear), so that awq+... composes",
+                    "qplug.numerics.scales.scale_of(linear), so that awq+... composes",
                 )
 
     # --- what real models have -------------------------------------------------------------------

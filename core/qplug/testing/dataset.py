@@ -14,6 +14,7 @@ from qplug.api import Dataset, Split
 from qplug.errors import QplugError
 from qplug.testing.checking import ComponentContract, demand, demanding
 from qplug.testing.models import ByteTokenizer
+from qplug.text import windows
 
 _SPLITS: tuple[Split, ...] = ("calibration", "evaluation")
 _LENGTH, _COUNT, _SOME = 16, 8, 50
@@ -111,7 +112,11 @@ class DatasetContract(ComponentContract):
     def _samples(self, seed: int) -> list[Tensor]:
         made: Dataset[Any] = self.make()
         with demanding(f"{self._who}.samples fails"):
-            return list(made.samples(ByteTokenizer(), length=_LENGTH, count=_COUNT, seed=seed))
+            return list(
+                windows.sample(
+                    made, ByteTokenizer(), "dataset", length=_LENGTH, count=_COUNT, seed=seed
+                )
+            )
 
 
 def _equal(one: list[Tensor], other: list[Tensor]) -> bool:

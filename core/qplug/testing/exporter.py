@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from qplug.api import Exporter, ModelView, QuantizedWeight
+from qplug.api.groups import dequantize
 from qplug.api.scheme import PRESETS, Scheme
 from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
-from qplug.numerics.rounding import dequantize, round_to_nearest
+from qplug.numerics.rounding import round_to_nearest
 from qplug.testing.checking import ComponentContract, demand, demanding, refusal, same
 from qplug.testing.models import write_tiny_model
 from qplug.testing.registries import registry_with

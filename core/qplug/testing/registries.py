@@ -7,7 +7,8 @@ from typing import Any
 
 from qplug.api import Algorithm, Component, Dataset, NoParams, Split
 from qplug.api.hookspecs import hookimpl
-from qplug.registry.registry import Plugin, Registry
+from qplug.registry.plugin import Plugin
+from qplug.registry.registry import Registry
 
 
 class KitText(Dataset[NoParams]):

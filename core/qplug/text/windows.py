@@ -50,9 +50,9 @@ def sample(
     ``documents`` and ``leading``, each from another document, from anywhere in it or its start;
     ``packed``, from short documents one after another.
     """
-    if how == "dataset":
+    if how == "dataset" and dataset.cuts_windows():
         return dataset.samples(tokenizer, length=length, count=count, seed=seed)
-    if how == "windows":
+    if how in ("dataset", "windows"):
         return random_windows(dataset, tokenizer, length=length, count=count, seed=seed)
     documents = list(dataset.documents("calibration"))
     if how == "packed":

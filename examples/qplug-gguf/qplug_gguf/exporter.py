@@ -16,6 +16,7 @@ from qplug import (
     Capability,
     Checkpoint,
     Exporter,
+    FileTensor,
     ModelView,
     NoParams,
     QplugError,
@@ -139,8 +140,8 @@ class GGUF(Exporter[NoParams]):
             else:
                 lying = TensorSpec(stored, shape)
                 meant = TensorSpec(dtype if len(shape) == 1 else stored, shape)
-            raw = StoredTensor(path, lying, start)
-            tensors[name] = _Tensor(path, meant, start, raw, turned.get(name, 0))
+            raw = FileTensor(path, lying, start)
+            tensors[name] = _Tensor(meant, raw, turned.get(name, 0))
         return tensors
 
 
@@ -151,8 +152,13 @@ class _Tensor(StoredTensor):
     ``heads``: how many heads have their rows interleaved there; 0 if none.
     """
 
-    raw: StoredTensor
+    spec: TensorSpec
+    raw: FileTensor
     heads: int
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return self.raw.paths
 
     def read(self) -> Tensor:
         tensor = self.raw.read().to(getattr(torch, self.spec.dtype))

@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 from qplug import Algorithm, Block, InputGroup, Linear, Param, QuantizedWeight
-from qplug.numerics import search_clip, unclipped_ratio
-from qplug.numerics import nearest, range_scale, scale_of, weight_range
+from qplug.numerics import (
+    nearest,
+    range_scale,
+    scale_of,
+    search_clip,
+    unclipped_ratio,
+    weight_range,
+)
 from qplug_gptq.solver import corrected, inverse_factor, solve
 
 

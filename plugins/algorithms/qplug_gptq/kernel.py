@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qplug import QuantArgs
-from qplug import FLOAT_MAX
+from qplug import FLOAT_MAX, QuantArgs
 
 _ROWS = 32  # rows of the weight in one program: a warp of one row a thread
 

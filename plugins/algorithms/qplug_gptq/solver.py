@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qplug import QplugError, QuantArgs
-from qplug.numerics import code_dtype, per_column, round_codes
+from qplug.numerics import code_dtype, column_scales, round_codes
 
 #: ``round_columns`` or what does the same.
 Rounder: TypeAlias = Callable[
@@ -108,7 +108,7 @@ def solve(
     for start in range(0, len(work), block_size):
         stop = min(start + block_size, len(work))
         columns = order[start:stop]
-        scales, zeros = per_column(scale, zero, args, columns, work.shape[1])
+        scales, zeros = column_scales(scale, zero, args, columns, work.shape[1])
         made, errors = round_columns(
             work[start:stop], scales, zeros, factor[start:stop, start:stop], args
         )

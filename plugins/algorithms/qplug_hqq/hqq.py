@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from qplug import Algorithm, Block, Linear, Param, QuantArgs, QuantizedWeight, Scheme
-from qplug.numerics import nearest, quantize, round_codes, scale_of
-from qplug.numerics import as_stored
+from qplug.numerics import as_stored, nearest, quantize, round_codes, scale_of
 
 #: Weights that are solved for at a time.
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}

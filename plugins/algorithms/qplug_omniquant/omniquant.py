@@ -15,10 +15,18 @@ import torch
 from torch import Tensor
 
 from qplug import Algorithm, Block, InputGroup, Linear, Param, QplugError, Reconstruction
-from qplug.numerics import scaling_error, unclipped_ratio
-from qplug.numerics import learn, learns_ranges, start_clips
-from qplug.numerics import minmax_scale, scale_of
-from qplug.numerics import fake_quantize, range_scale, ranges
+from qplug.numerics import (
+    fake_quantize,
+    learn,
+    learns_ranges,
+    minmax_scale,
+    range_scale_with_gradients,
+    ranges_with_gradients,
+    scale_of,
+    scaling_error,
+    start_clips,
+    unclipped_ratio,
+)
 
 #: How much wider than one that clips nothing a range can become.
 _WIDEST = 1.25
@@ -159,7 +167,7 @@ class _Clip:
         logit = torch.logit(part.clamp(0.01, 0.99))
         count = 1 if args.symmetric else 2
         self._logits = [logit.clone().requires_grad_(learned) for _ in range(count)]
-        self._still = ranges(linear.weight, args)
+        self._still = ranges_with_gradients(linear.weight, args)
 
     def learned(self) -> list[Tensor]:
         return [x for x in self._logits if x.requires_grad and not self._fixed]
@@ -171,7 +179,9 @@ class _Clip:
         if self._fixed and not moved:
             return fake_quantize(weight, *scale_of(self.linear), args)
         return fake_quantize(
-            weight, *self._scale(*(ranges(weight, args) if moved else self._still)), args
+            weight,
+            *self._scale(*(ranges_with_gradients(weight, args) if moved else self._still)),
+            args,
         )
 
     @torch.no_grad()
@@ -179,15 +189,15 @@ class _Clip:
         if self._fixed:
             return
         linear = self.linear
-        scale, zero = self._scale(*ranges(linear.weight, linear.args))
+        scale, zero = self._scale(*ranges_with_gradients(linear.weight, linear.args))
         linear.scale, linear.zero = scale, None if zero is None else zero.to(torch.uint8)
 
     def _scale(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         args = self.linear.args
         if self._fixed:
-            return range_scale(low, high, args)
+            return range_scale_with_gradients(low, high, args)
         parts = [self._widest * torch.sigmoid(logit) for logit in self._logits]
-        return range_scale(low * parts[0], high * parts[-1], args)
+        return range_scale_with_gradients(low * parts[0], high * parts[-1], args)
 
 
 class _Learning:

@@ -10,9 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from qplug import Algorithm, FloatModel, Param, Preparation, QplugError, Stream
-from qplug.numerics import exists
-from qplug.numerics import Hadamard, Random, Rotation
-from qplug.numerics import rotations, turned
+from qplug.numerics import (
+    HadamardRotation,
+    RandomRotation,
+    Rotation,
+    hadamard_exists,
+    rotated_model,
+    rotations,
+)
 
 
 @dataclass(frozen=True)
@@ -48,17 +53,17 @@ class QuaRot(Algorithm[Params]):
         stream = model.stream
         turn, heads = rotations(stream, self._rotation, heads=self.params.heads)
         online = self._online(model, heads) if self.params.online else ()
-        made = turned(stream, turn, heads, online)
+        made = rotated_model(stream, turn, heads, online)
         return replace(made, notes=self._notes(stream, online))
 
     def _rotation(self, size: int) -> Rotation:
         if self.params.rotation == "random":
-            return Random(size, self.params.seed)
-        if not exists(size):
+            return RandomRotation(size, self.params.seed)
+        if not hadamard_exists(size):
             raise QplugError(
                 f"no rule gives a Hadamard matrix of width {size}; say -o quarot.rotation=random"
             )
-        return Hadamard(size, self.params.seed)
+        return HadamardRotation(size, self.params.seed)
 
     def _online(self, model: FloatModel, heads: Collection[str]) -> tuple[str, ...]:
         """The linears that write into the stream, but for those that heads are turned before."""
@@ -68,7 +73,7 @@ class QuaRot(Algorithm[Params]):
             linear = name.removesuffix(".weight")
             if facing.norm is None and name not in outputs and linear in model.view.quantizable:
                 width = model.view.linears[linear][1]
-                if not exists(width):
+                if not hadamard_exists(width):
                     raise QplugError(
                         f"{linear}: no rule gives a Hadamard matrix of width {width}; "
                         "leave out -o quarot.online"

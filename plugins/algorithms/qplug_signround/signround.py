@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 
 from qplug import Algorithm, Block, Linear, Param, QplugError, QuantizedWeight
-from qplug.numerics import SignSGD, learn, learns_ranges, start_clips
-from qplug.numerics import quantize, scale_of
-from qplug.numerics import fake_quantize, stretched
+from qplug.numerics import (
+    SignSGD,
+    fake_quantize,
+    learn,
+    learns_ranges,
+    quantize,
+    scale_of,
+    start_clips,
+    stretched,
+)
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,15 @@ from qplug import (
     Stream,
     WholeModel,
 )
-from qplug.numerics import exists
-from qplug.numerics import Hadamard, Random, Rotation, Written
-from qplug.numerics import rotations, turned
+from qplug.numerics import (
+    ExplicitRotation,
+    HadamardRotation,
+    RandomRotation,
+    Rotation,
+    hadamard_exists,
+    rotated_model,
+    rotations,
+)
 from qplug_spinquant.stiefel import CayleySGD, orthogonal
 
 #: Batches on which it is judged whether what has been learned is better.
@@ -77,13 +83,16 @@ class SpinQuant(Algorithm[Params]):
             notes += ("spinquant: the head is no longer tied to the embedding, but a tensor more",)
         turn, heads = self._start(stream)
         if learned is not None:
-            turn, heads = Written(learned["R1"]), {n: Written(learned[n]) for n in heads}
+            turn, heads = (
+                ExplicitRotation(learned["R1"]),
+                {n: ExplicitRotation(learned[n]) for n in heads},
+            )
             before, after = (float(loss) for loss in learned["losses"])
             notes += (
                 "spinquant: divergence from the float model's predictions: "
                 f"{before:.4g}, {after:.4g} once learned",
             )
-        return replace(turned(stream, turn, heads), notes=notes)
+        return replace(rotated_model(stream, turn, heads), notes=notes)
 
     def learn(self, model: FloatModel, whole: WholeModel) -> Mapping[str, Tensor]:
         """``R1``; R2 by the name of the tensor of values; ``losses``: before and after."""
@@ -94,8 +103,10 @@ class SpinQuant(Algorithm[Params]):
             name: each.written().float().to(whole.device).requires_grad_()
             for name, each in matrices.items()
         }
-        made = turned(
-            stream, Written(learned["R1"]), {name: Written(learned[name]) for name in heads}
+        made = rotated_model(
+            stream,
+            ExplicitRotation(learned["R1"]),
+            {name: ExplicitRotation(learned[name]) for name in heads},
         )
         fixed = torch.ones(stream.width, device=whole.device) if stream.centred else None
         optimizer = CayleySGD(
@@ -143,6 +154,8 @@ class SpinQuant(Algorithm[Params]):
         """The rotation of the stream, and those of heads by the name of the tensor of values."""
 
         def hadamard_or_random(size: int) -> Rotation:
-            return (Hadamard if exists(size) else Random)(size, self.params.seed)
+            return (HadamardRotation if hadamard_exists(size) else RandomRotation)(
+                size, self.params.seed
+            )
 
         return rotations(stream, hadamard_or_random, heads=self.params.heads)

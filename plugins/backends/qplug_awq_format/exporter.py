@@ -18,10 +18,11 @@ from qplug import (
     QplugError,
     QuantizedWeight,
     Scheme,
+    Target,
     TensorSpec,
+    beyond_limits,
+    loading_problems,
 )
-from qplug import loading_problems
-from qplug import Target, beyond_limits
 from qplug_awq_format.capabilities import CAPABILITIES
 from qplug_compressed_tensors.fusing import fused_groups, with_merged_names
 from qplug_compressed_tensors.packing import pack_words, unpack_words

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qplug import PRESETS, ModelView, QplugError, QuantArgs, Scheme
-from qplug import E4M3_SCALES, E8M0_SCALES
+from qplug import E4M3_SCALES, E8M0_SCALES, PRESETS, ModelView, QplugError, QuantArgs, Scheme
 from qplug_compressed_tensors.fusing import with_merged_names
 
 PACK_QUANTIZED = "pack-quantized"

@@ -17,9 +17,10 @@ from qplug import (
     QuantArgs,
     QuantizedWeight,
     Scheme,
+    Target,
     TensorSpec,
+    beyond_limits,
 )
-from qplug import Target, beyond_limits
 from qplug_compressed_tensors import fp4
 from qplug_compressed_tensors.configuration import (
     PACK_QUANTIZED,

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qplug import Exporter, ModelView, Problem, QuantArgs, Scheme
-from qplug import Target, shape_problem
+from qplug import Exporter, ModelView, Problem, QuantArgs, Scheme, Target, shape_problem
 from qplug_compressed_tensors.configuration import (
     FLOAT_QUANTIZED,
     INT_QUANTIZED,

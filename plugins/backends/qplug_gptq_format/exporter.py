@@ -19,9 +19,10 @@ from qplug import (
     QplugError,
     QuantizedWeight,
     Scheme,
+    Target,
     TensorSpec,
+    beyond_limits,
 )
-from qplug import Target, beyond_limits
 from qplug_compressed_tensors.configuration import patterns
 from qplug_compressed_tensors.fusing import fused_groups, with_merged_names
 from qplug_compressed_tensors.packing import pack_words, unpack_words

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qplug import Exporter, ModelView, Problem, Scheme
-from qplug import loading_problems
+from qplug import Exporter, ModelView, Problem, Scheme, loading_problems
 from qplug_compressed_tensors.fusing import fused_groups
 from qplug_compressed_tensors.packing import unpack_words
 

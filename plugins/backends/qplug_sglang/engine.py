@@ -13,9 +13,9 @@ from qplug import (
     QuantizedWeight,
     Scheme,
     Server,
+    Target,
     TensorSpec,
 )
-from qplug import Target
 from qplug_compressed_tensors.configuration import format_of
 from qplug_compressed_tensors.exporter import CompressedTensors, half_precision
 from qplug_compressed_tensors.rules import no_cache_scales, one_format

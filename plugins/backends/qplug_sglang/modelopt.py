@@ -18,8 +18,8 @@ from qplug import (
     QuantizedWeight,
     Scheme,
     TensorSpec,
+    loading_problems,
 )
-from qplug import loading_problems
 from qplug_compressed_tensors import fp4
 from qplug_compressed_tensors.fusing import merged_matrices, with_merged_names
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qplug import Capability, ModelView, QuantArgs, Scheme, Server
-from qplug import Target
+from qplug import Capability, ModelView, QuantArgs, Scheme, Server, Target
 from qplug_compressed_tensors.configuration import INT_QUANTIZED, PACK_QUANTIZED, format_of
 from qplug_compressed_tensors.exporter import CompressedTensors, half_precision
 from qplug_compressed_tensors.rules import head_and_embedding_are_float

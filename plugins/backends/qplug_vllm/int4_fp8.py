@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qplug import QuantizedWeight
-from qplug import FLOAT_MAX
+from qplug import FLOAT_MAX, QuantizedWeight
 
 #: No row has a smaller unit: vLLM finds it as it finds the scale of a token.
 _LEAST_UNIT = 1 / (FLOAT_MAX["e4m3"] * 512)

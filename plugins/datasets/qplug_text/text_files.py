@@ -59,11 +59,11 @@ class TextFiles(Dataset[Params]):
     def samples(
         self, tokenizer: Tokenizer, *, length: int, count: int, seed: int
     ) -> Iterator[Tensor]:
-        if self.params.order == "random":
-            return super().samples(tokenizer, length=length, count=count, seed=seed)
         # Imports torch, which listing datasets does not need.
-        from qplug.text import first_windows
+        from qplug.text import first_windows, random_windows
 
+        if self.params.order == "random":
+            return random_windows(self, tokenizer, length=length, count=count, seed=seed)
         windows = first_windows(self, tokenizer, length=length, count=count, split="calibration")
         if len(windows) < count:
             raise QplugError(

@@ -1,0 +1,38 @@
+"""Calibration samples in batches, and the dtype in which they are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+#: Tokens in one forward pass through a block.
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}
+
+
+def samples_in_a_batch(length: int, device: torch.device) -> int:
+    """How many samples of ``length`` tokens go through a block at once."""
+    return max(1, _BATCH_TOKENS[device.type] // length)
+
+
+def passing_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The dtype of forward passes: the checkpoint's where the device multiplies it fast.
+
+    GPUs do; CPUs that have instructions for bfloat16 do, twice as fast as float32. Others would
+    emulate it, which is slower than float32.
+    """
+    if device.type != "cpu" or (stored == torch.bfloat16 and _multiplies_bfloat16()):
+        return stored
+    return torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def real_tokens(parts: Sequence[Sequence[Tensor]]) -> list[int]:
+    """The real tokens of each batch, those of all processes, whose ``parts`` are given."""
+    counts = [[int((batch >= 0).sum()) for batch in part] for part in parts]
+    return [sum(of_batch) for of_batch in zip_longest(*counts, fillvalue=0)]

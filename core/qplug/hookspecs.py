@@ -1,0 +1,25 @@
+"""The hooks that plugins implement, under the path that the documentation names."""
+
+from __future__ import annotations
+
+from qplug.api.hookspecs import (
+    hookimpl,
+    qplug_algorithms,
+    qplug_block_done,
+    qplug_commands,
+    qplug_datasets,
+    qplug_exporters,
+    qplug_model_view,
+    qplug_run_done,
+)
+
+__all__ = [
+    "hookimpl",
+    "qplug_algorithms",
+    "qplug_block_done",
+    "qplug_commands",
+    "qplug_datasets",
+    "qplug_exporters",
+    "qplug_model_view",
+    "qplug_run_done",
+]

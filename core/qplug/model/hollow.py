@@ -1,0 +1,64 @@
+"""Models built without memory for their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from qplug.errors import QplugError
+from qplug.model.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def load_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """The typed configuration of a checkpoint. Raises QplugError if its architecture is unknown."""
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # transformers checks little: a wrong field raises anything
+        reason = " ".join(str(error).split())[:200]
+        raise QplugError(f"{folder / 'config.json'}: unknown architecture: {reason}") from error
+    return config
+
+
+def build(config: PreTrainedConfig, folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
+    """A hollow model of ``config``: parameters on the meta device, buffers with their values."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _hollow(), quiet_transformers():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # as in load_config
+        reason = " ".join(str(error).split())[:200]
+        raise QplugError(f"{folder / 'config.json'}: no such causal model: {reason}") from error
+    return model
+
+
+@contextmanager
+def _hollow() -> Iterator[None]:
+    """Within it, modules put their parameters on the meta device as they are made."""
+    register = nn.Module.register_parameter
+
+    def register_hollow(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # a tied head stays the embedding
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+            param._is_hf_initialized = True  # type: ignore[attr-defined]  # draw no numbers for it
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_hollow  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -1,0 +1,82 @@
+"""Activations rounded as an engine rounds them while the model runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qplug.api.scheme import (
+    FLOAT_MAX,
+    QuantArgs,
+)
+from qplug.numerics.rounding import round_codes, round_floats
+from qplug.numerics.scale_formats import (
+    SMALLEST,
+    as_stored,
+    covering_global_scale,
+    largest_code,
+)
+from qplug.numerics.scales import check_width, range_scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def fake_quantize_activations(x: Tensor, args: QuantArgs, scale: Tensor | None = None) -> Tensor:
+    """``x: [..., width]`` rounded as an engine rounds it at run time, in the dtype of ``x``.
+
+    One scale a token, or a token and ``group_size`` columns; or, for all of ``x``, the static
+    ``scale`` (one element), which without one given covers ``x``; in NVFP4 both, and the static one
+    is the global scale. Engines divide int8 activations by ``max|x| / 127``, not 127.5 as for
+    weights. Asymmetric ones have the scale and zero point of ``range_scale``, each token its own.
+    Raises QplugError if groups do not divide the width.
+    """
+    if args.strategy != "tensor" and not args.dynamic:
+        raise NotImplementedError(f"activations {args}")
+    if args.strategy == "tensor":
+        groups = x.float().unsqueeze(-2)
+    else:
+        check_width(x.shape[-1], args)
+        groups = x.float().unflatten(-1, (-1, args.group_size or x.shape[-1]))
+    if not args.symmetric:
+        return _round_from_zero_points(groups, args).flatten(-2).to(x.dtype)
+    if args.strategy == "tensor":
+        peak = groups.abs().amax() if scale is None and x.numel() else groups.new_zeros(())
+    else:
+        peak = groups.abs().amax(-1, keepdim=True)
+    if args.two_level:
+        unit = input_scale(peak.amax(), args) if scale is None and x.numel() else scale
+        scale = as_stored(peak / largest_code(args), args, unit)
+    else:
+        scale = input_scale(peak, args) if scale is None else scale.float()
+    if args.is_float:
+        codes = round_floats(groups / scale, args).float()
+    else:
+        codes = (groups / scale).round_().clamp_(*args.code_range)
+    rounded: Tensor = (codes * scale).flatten(-2).to(x.dtype)
+    return rounded
+
+
+def _round_from_zero_points(groups: Tensor, args: QuantArgs) -> Tensor:
+    """Float32 ``groups: [..., n]`` rounded asymmetrically, under a scale for each of them."""
+    if args.strategy == "tensor":
+        raise NotImplementedError(f"activations {args}")
+    low = groups.amin(-1, keepdim=True).clamp_(max=0)
+    scale, zero = range_scale(low, groups.amax(-1, keepdim=True).clamp_(min=0), args)
+    assert zero is not None
+    _, rounded = round_codes(groups, scale, zero.float(), args)
+    return rounded
+
+
+def input_scale(peak: Tensor, args: QuantArgs) -> Tensor:
+    """Float32 scales under which inputs of magnitudes up to ``peak`` are not clipped, positive.
+
+    In NVFP4, where ``peak`` has one element, the global scale ``[1]``.
+    """
+    if args.two_level:
+        return covering_global_scale(peak, args)
+    return (peak.float() / activation_top(args)).clamp_(min=SMALLEST["float32"])
+
+
+def activation_top(args: QuantArgs) -> float:
+    """The code that the largest magnitude of an input gets: 127 of int8, 448 of e4m3."""
+    return FLOAT_MAX[args.dtype] if args.is_float else args.code_range[1]

@@ -1,0 +1,60 @@
+"""Errors of quantized weights, and of what they compute."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qplug.api import QuantizedWeight
+from qplug.api.groups import (
+    dequantize,
+    in_groups,
+    out_of_groups,
+    row_scales,
+    row_step,
+    spread_scales,
+)
+from qplug.numerics.chunks import GPU_CHUNK, in_chunks
+
+
+def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
+    """``||W' - W|| / ||W||`` (Frobenius) of ``weight: [out, in]``; 0 if both are zero."""
+    args, step = quantized.args, row_step(quantized.args)
+    scale = quantized.scale.expand(row_scales(weight, args))
+    zero = None if quantized.zero is None else quantized.zero.expand(scale.shape)
+    error = norm = 0.0
+    for rows, groups in in_chunks(weight, args):
+        codes = quantized.codes[rows.start * step : rows.stop * step]
+        part = in_groups(codes.float(), args)
+        if zero is not None:
+            part -= spread_scales(zero[rows])
+        part *= spread_scales(scale[rows])
+        norm += groups.square().sum(dtype=torch.float64).item()
+        # What ragged blocks are filled with is no error.
+        off = out_of_groups(part.sub_(groups), codes.shape[1], codes.shape[0])
+        error += off.square_().sum(dtype=torch.float64).item()
+    return (error / norm) ** 0.5 if norm else float(error > 0)
+
+
+def relative_output_error(weight: Tensor, quantized: QuantizedWeight, gram: Tensor) -> float:
+    """``||XW'ᵀ - XWᵀ|| / ||XWᵀ||`` over all tokens, of ``gram: [in, in]``, the sum of ``xᵀx``."""
+    norm = output_error(weight.float(), gram)
+    error = output_error(dequantize(quantized).sub_(weight), gram)
+    return (max(error, 0.0) / norm) ** 0.5 if norm > 0 else 0.0
+
+
+def output_error(difference: Tensor, gram: Tensor) -> float:
+    """``tr(D G Dᵀ)``: the squared error of a linear's output over all tokens, for errors ``D``.
+
+    ``difference: [out, in]``, ``gram: [in, in]``. On a GPU the product is one of bfloat16 numbers
+    summed in float32: what rounding does to 10^8 terms is far below the differences looked for.
+    """
+    halved = gram.bfloat16() if difference.is_cuda else gram
+    total = torch.zeros((), dtype=torch.float64, device=difference.device)
+    for part in difference.split(max(1, GPU_CHUNK // 4 // difference.shape[1])):
+        if difference.is_cuda:
+            product = torch.mm(part.bfloat16(), halved, out_dtype=torch.float32)
+        else:
+            product = part @ halved
+        total += product.mul_(part).sum(dtype=torch.float64)
+    return total.item()

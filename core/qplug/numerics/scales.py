@@ -1,0 +1,143 @@
+"""Scales and zero points of weights, and the ranges that they cover."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qplug.api import Linear
+from qplug.api.groups import (
+    GROUP_AXES,
+    in_groups,
+    out_of_groups,
+    row_scales,
+    spread_scales,
+)
+from qplug.api.scheme import (
+    E8M0_SCALES,
+    QuantArgs,
+    Scheme,
+)
+from qplug.errors import QplugError
+from qplug.numerics.chunks import in_chunks
+from qplug.numerics.scale_formats import (
+    as_stored,
+    covering_global_scale,
+    largest_code,
+    power_of_two,
+)
+
+
+def scale_of(linear: Linear) -> tuple[Tensor, Tensor | None]:
+    """The scales that an algorithm chose for ``linear``; if none did, those that cover it."""
+    if linear.scale is not None:
+        return linear.scale, linear.zero
+    return minmax_scale(linear.weight, linear.args, linear.global_scale)
+
+
+def global_scale_of(linear: Linear) -> Tensor | None:
+    """The global scale of ``linear``, float32 ``[1]``; None if its scales have one level.
+
+    It is the one that was chosen for it; if none was, the smallest that covers its weight.
+    """
+    if not linear.args.two_level or linear.global_scale is not None:
+        return linear.global_scale
+    return covering_global_scale(linear.weight.abs().amax().float(), linear.args)
+
+
+def minmax_scale(
+    weight: Tensor, args: QuantArgs, unit: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scales, and zero points if ``args`` is asymmetric, that cover ``weight: [out, in]``.
+
+    Scales: float32 ``args.scale_shape``, positive, exact in ``args.scale_dtype`` (if that is e4m3,
+    as multiples of the global scale ``unit``: by default the one that covers ``weight``). Zero
+    points: uint8 of that shape. Raises QplugError as ``round_to_nearest``.
+    """
+    return range_scale(*weight_range(weight, args), args, unit)
+
+
+def weight_range(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
+    """The least and the greatest weight under each scale, and zero: float32 ``args.scale_shape``.
+
+    Raises QplugError as ``round_to_nearest``.
+    """
+    check_width(weight.shape[1], args)
+    low = torch.empty(row_scales(weight, args), device=weight.device)
+    high = torch.empty_like(low)
+    for rows, groups in in_chunks(weight, args):
+        low[rows], high[rows] = groups.amin(GROUP_AXES), groups.amax(GROUP_AXES)
+    if not torch.isfinite(high - low).all():
+        raise QplugError("the weight has NaN or infinite values")
+    low, high = low.clamp_(max=0), high.clamp_(min=0)
+    if args.strategy == "tensor":
+        low, high = low.amin().reshape(1, 1), high.amax().reshape(1, 1)
+    return low, high
+
+
+def range_scale(
+    low: Tensor, high: Tensor, args: QuantArgs, unit: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The scales, and zero points, of ranges from ``low <= 0`` to ``high >= 0``.
+
+    ``unit``: the global scale, if scales have two levels; by default one that covers all ranges.
+    """
+    if args.symmetric:
+        peak = torch.maximum(-low, high)
+        if args.scale_dtype == E8M0_SCALES:
+            return power_of_two(peak, args), None
+        return as_stored(peak / largest_code(args), args, unit), None
+    top = args.code_range[1]
+    scale = as_stored((high - low) / top, args)
+    return scale, (-low / scale).round_().clamp_(0, top).to(torch.uint8)
+
+
+def clip_to_scale(weight: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs) -> Tensor:
+    """``weight: [out, in]``, float32, cut in place to the range that its scales were made for.
+
+    ``minmax_scale`` of the result gives the same scales back where a weight reached the range.
+    """
+    groups, spread = in_groups(weight, args), scale.expand(row_scales(weight, args))
+    top = largest_code(args) if args.symmetric else args.code_range[1]
+    low = torch.full_like(spread, -top) if zero is None else -zero.float().expand(spread.shape)
+    high = torch.full_like(spread, top) if zero is None else top + low
+    cut = torch.clamp(groups, spread_scales(low * spread), spread_scales(high * spread))
+    return weight.copy_(out_of_groups(cut, weight.shape[1], weight.shape[0]))
+
+
+def column_scales(
+    scale: Tensor, zero: Tensor | None, args: QuantArgs, columns: Tensor, rows: int
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points of each weight in some columns of a matrix with ``rows`` rows.
+
+    ``columns``: int64 ``[n]``. Gives float32 ``[n, rows]``, a column a run of memory.
+    """
+    tall, wide = args.block or (1, args.group_size)
+    places = columns // wide if wide else torch.zeros_like(columns)
+
+    def spread(values: Tensor) -> Tensor:
+        picked = values.T[places].float()
+        if args.strategy == "tensor":
+            return picked.expand(-1, rows).contiguous()
+        return picked.repeat_interleave(tall, dim=1)[:, :rows].contiguous()
+
+    return spread(scale), None if zero is None else spread(zero)
+
+
+def check_width(width: int, args: QuantArgs) -> None:
+    """Raises QplugError if groups of ``args`` do not divide rows of ``width`` weights."""
+    if args.group_size is not None and width % args.group_size:
+        raise QplugError(f"groups of {args.group_size} do not divide its width, {width}")
+
+
+def check_widths(name: str, width: int, scheme: Scheme) -> None:
+    """Raises QplugError if groups of weights or of inputs do not divide the width of a linear."""
+    for args, advice in (
+        (scheme.weights, "choose another --group-size"),
+        (scheme.activations, "choose a --scheme without groups of inputs, or --ignore it"),
+    ):
+        try:
+            if args is not None:
+                check_width(width, args)
+        except QplugError as error:
+            raise QplugError(f"{name}: {error}; {advice}") from None

@@ -1,0 +1,130 @@
+"""The text files of a finished run: config.json, qplug.json and the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from string import Template
+from typing import Any
+
+from qplug.api import Exporter, ModelView
+from qplug.api.scheme import Scheme
+from qplug.output.fingerprint import versions
+from qplug.output.manifest import MANIFEST
+from qplug.output.step_report import Report
+from qplug.recipe.recipe import Recipe
+from qplug.registry.registry import Registry
+
+_CARD = Template("""\
+---
+tags:
+- qplug
+- $tag
+---
+# $title
+
+$model $made by qplug $version: `$algorithms`, scheme `$scheme`, for `$backend`.
+
+$told
+`$manifest` has the recipe, the versions, and the error of each layer.
+
+Check this folder with `qplug verify .`$serve.
+""")
+
+
+def result_files(
+    name: str,
+    model: ModelView,
+    recipe: Recipe,
+    exporter: Exporter[Any],
+    schemes: Mapping[str, Scheme],
+    reports: Sequence[Report],
+    registry: Registry,
+    *,
+    online: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> dict[str, str]:
+    """The text files of a finished run, by file name. They say nothing of when or how long.
+
+    ``online`` are linears whose inputs whoever computes with the folder must rotate.
+    """
+    config = dict(model.config)
+    quantization = exporter.config(model, schemes)
+    if recipe.kv_cache is not None:
+        quantization = exporter.with_cache(quantization, recipe.kv_cache)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    errors = {name: error for report in reports for name, error in report.errors.items()}
+    losses = {name: loss for report in reports for name, loss in report.losses.items()}
+    ranges = _ranges(reports)
+    kinds = list(dict.fromkeys(schemes.values()))
+    manifest = {
+        "model": name,
+        "recipe": recipe.to_dict(),
+        "versions": versions(recipe, registry),
+        "schemes": [scheme.to_dict() for scheme in kinds],
+        "layers": {
+            name: {
+                "scheme": kinds.index(s),
+                "error": errors[name],
+                "loss": losses.get(name),
+                **ranges.get(name, {}),
+            }
+            for name, s in schemes.items()
+        },
+        "rewritten": sorted(name for report in reports for name in report.rewritten),
+        "online": list(online),
+        "notes": [*notes, *(note for report in reports for note in report.notes)],
+    }
+    return {
+        "config.json": _json(config),
+        MANIFEST: _json(manifest),
+        "README.md": _card(name, recipe, exporter, errors, exporter.serve_arguments(config)),
+    }
+
+
+def _ranges(reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
+    """What reports tell of inputs and clips, by linear; nothing of those they do not mention."""
+    told: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        for name, (before, after) in report.inputs.items():
+            ranges = {"before": before.to_list(), "after": after.to_list()}
+            told.setdefault(name, {})["inputs"] = ranges
+        for name, counts in report.clips.items():
+            told.setdefault(name, {})["clips"] = list(counts)
+    return told
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _told(errors: Mapping[str, float]) -> str:
+    if not errors:
+        return "Its weights are float, as the algorithms transformed them; none is quantized."
+    mean = sum(errors.values()) / len(errors)
+    return f"{len(errors)} linear layers hold codes; mean relative error of a weight: {mean:.4f}."
+
+
+def _card(
+    name: str,
+    recipe: Recipe,
+    exporter: Exporter[Any],
+    errors: Mapping[str, float],
+    arguments: Sequence[str],
+) -> str:
+    serve = exporter.serve_command and " ".join([exporter.serve_command.format("."), *arguments])
+    return _CARD.substitute(
+        tag=recipe.scheme.name.lower(),
+        title=f"{name.rstrip('/').rpartition('/')[2]}, {recipe.scheme.name}",
+        model=f"`{name}`",
+        version=version("qplug"),
+        algorithms="+".join(recipe.algorithms),
+        scheme=recipe.scheme.name,
+        backend=recipe.backend,
+        made="transformed" if exporter.stores_float else "quantized",
+        told=_told(errors),
+        manifest=MANIFEST,
+        serve=f"; serve it with `{serve}`" if serve else "",
+    )

@@ -1,0 +1,48 @@
+"""The scheme of each linear of a model, as a recipe has it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from qplug.api import ModelView
+from qplug.api.scheme import Scheme
+from qplug.errors import QplugError
+from qplug.recipe.recipe import Recipe
+
+
+def assign(recipe: Recipe, model: ModelView) -> dict[str, Scheme]:
+    """The scheme of every linear that is to be quantized, in the model's order.
+
+    A pattern is a glob over module names, or ``re:`` and a regular expression for the whole name.
+    Later overrides win. Raises QplugError if a pattern matches nothing, or nothing is left.
+    """
+    ignored = _matching(recipe.ignore, model.linears, "--ignore")
+    schemes = {n: recipe.scheme for n in model.linears if n in model.quantizable - ignored}
+    for pattern, scheme in recipe.overrides:
+        for name in _matching([pattern], model.linears, "--override") - ignored:
+            schemes[name] = scheme
+    if not schemes:
+        raise QplugError("nothing is left to quantize: the model has no linear layers for it")
+    return {name: schemes[name] for name in model.linears if name in schemes}
+
+
+def _matching(patterns: Iterable[str], names: Iterable[str], flag: str) -> set[str]:
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in names if matches(pattern, name)}
+        if not hits:
+            raise QplugError(f"{flag} {pattern}: matches no linear layer of the model")
+        found |= hits
+    return found
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a module's name fits a glob, or a whole regular expression after ``re:``."""
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise QplugError(f"{pattern}: not a regular expression: {error}") from None
+    return fnmatchcase(name, pattern)
