@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import qplug
 from qplug.checkpoint.locate import find_model
+from qplug.machine.session import Session
 from qplug.model.hollow import build
 from qplug.reading.folder import open_folder
 from qplug.registry.registry import Registry
@@ -169,7 +170,7 @@ def test_the_folder_is_sound(written: Callable[[str], Path], family: str) -> Non
     out = written(family)
     found = qplug.verify(str(out))
     assert (found.problems, found.linears) == ((), linears)
-    config = open_folder(str(out), Registry.installed()).checkpoint.config
+    config = open_folder(str(out), Session.alone()).checkpoint.config
     assert set(config["quantization_config"]["ignore"]) == floats
 
 
@@ -179,7 +180,7 @@ def test_the_model_computes_with_the_dequantized_weights(
 ) -> None:
     """Against a float checkpoint that holds what compressed-tensors makes of the codes."""
     out = written(family)
-    folder = open_folder(str(out), Registry.installed())
+    folder = open_folder(str(out), Session.alone())
     config = QuantizationConfig.model_validate(folder.checkpoint.config["quantization_config"])
     (group,) = config.config_groups.values()
     compressor = BaseCompressor.get_value_from_registry(config.format)

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import qplug
 from qplug import NoParams
+from qplug.machine.session import Session
 from qplug.reading.engine import check_engine
 from qplug.reading.perplexity import evaluation_tokens
-from qplug.registry.registry import Registry
 from qplug_sglang.engine import SGLang
 from qplug_vllm import engine as vllm_engine
 from qplug_vllm.engine import VLLM
@@ -317,9 +317,7 @@ def test_an_engine_may_be_as_far_off_as_rounding_moves_the_reader(
 
 def rounding(path: Path, few: dict[str, Any]) -> float:
     """How far rounding of inputs moves log-probabilities of what ``check_engine`` reads."""
-    tokens = evaluation_tokens(
-        str(path), **few, trust_remote_code=False, registry=Registry.installed()
-    )
+    tokens = evaluation_tokens(str(path), Session.alone(), **few)
 
     @torch.inference_mode()
     def logprobs(*, quantize_activations: bool) -> torch.Tensor:

@@ -41,13 +41,15 @@ def command(
 
     The table is printed, and written as a page with a plot.
     """
+    from qplug.machine.session import Session
     from qplug.reading.folder import open_folder
     from qplug.report.comparison import COLUMNS, Compared, comparison_page
     from qplug.report.examine import overview
     from qplug.report.frame import check_target, write
 
     check_target(out)
-    opened = [open_folder(f, registry, trust_remote_code=trust_remote_code) for f in folders]
+    session = Session(registry, trust_remote_code=trust_remote_code)
+    opened = [open_folder(folder, session) for folder in folders]
     overviews = [overview(one, name) for one, name in zip(opened, folders, strict=True)]
     text = TextOptions(dataset, dataset_options, seq_len, windows, device, trust_remote_code)
     compared = [

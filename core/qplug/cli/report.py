@@ -36,6 +36,7 @@ def command(
     It fetches nothing, and can be mailed. What a run took only qplug quantize --report can tell.
     """
     from qplug.checkpoint.locate import find_model
+    from qplug.machine.session import Session
     from qplug.reading.folder import open_folder
     from qplug.reading.verify import find_source
     from qplug.report.frame import check_target
@@ -45,7 +46,7 @@ def command(
     measured = {}
     if perplexity:
         text = TextOptions(dataset, dataset_options, seq_len, windows, device, trust_remote_code)
-        opened = open_folder(folder, registry, trust_remote_code=trust_remote_code)
+        opened = open_folder(folder, Session(registry, trust_remote_code=trust_remote_code))
         source, _ = find_source(opened, against)
         if source is not None:
             measured["float"] = [text.measure(source, registry)]
