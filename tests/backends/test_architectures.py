@@ -12,6 +12,7 @@ import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
+from small_deepseek import small_deepseek
 from transformers import AutoModelForCausalLM
 
 import qplug
@@ -94,20 +95,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], int, set[str]]] = {
         {"lm_head", r"re:.*\.block_sparse_moe\.gate$"},
     ),
     "deepseek-v3": (
-        lambda: transformers.DeepseekV3Config(
-            **{**SIZES, "num_key_value_heads": 4, "intermediate_size": 96},
-            moe_intermediate_size=32,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            n_group=2,
-            topk_group=1,
-            first_k_dense_replace=1,
-            q_lora_rank=32,
-            kv_lora_rank=32,
-            qk_nope_head_dim=16,
-            qk_rope_head_dim=16,
-            v_head_dim=16,
-        ),
+        lambda: small_deepseek(**SIZES, moe_intermediate_size=32),
         2 * 5 + 3 + 4 * 3 + 3,
         {"lm_head", r"re:.*\.mlp\.gate$"},
     ),
