@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn.utils.rnn import pad_sequence
 
-from qplug.api import Dataset, ModelView
-from qplug.api.params import fill
+from qplug.api import ModelView
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.tokenizer import load_tokenizer
@@ -28,9 +27,7 @@ def calibration_tokens(
     limit = view.config.get("max_position_embeddings")
     if isinstance(limit, int) and calibration.seq_len > limit:
         raise QplugError(f"--seq-len {calibration.seq_len}: the model takes {limit} at most")
-    kind = session.registry.datasets[calibration.dataset]
-    options: object = fill(kind.Params, calibration.options, f"dataset {kind.name}")
-    dataset: Dataset[object] = kind(options)
+    dataset = session.registry.datasets.make(calibration.dataset, calibration.options)
     tokenizer = load_tokenizer(model, trust_remote_code=session.trust_remote_code)
     samples = sample(
         dataset,

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qplug.api import Dataset
-from qplug.api.params import fill
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import read_json
 from qplug.errors import QplugError
@@ -85,18 +83,13 @@ def evaluation_tokens(
     windows: int | None,
 ) -> Tensor:
     """What ``evaluate`` reads, int64 ``[windows, seq_len]``. Raises QplugError as it does."""
-    source: Dataset[Any] = _dataset(session.registry, dataset, dataset_options or {})
+    source = session.registry.datasets.make(dataset, dataset_options)
     limit = read_json(find_model(model) / "config.json").get("max_position_embeddings")
     if isinstance(limit, int) and seq_len > limit:
         raise QplugError(f"--seq-len {seq_len}: the model takes {limit} tokens at most")
     tokenizer = load_tokenizer(model, trust_remote_code=session.trust_remote_code)
     count = sys.maxsize if windows is None else windows
     return first_windows(source, tokenizer, length=seq_len, count=count, split="evaluation")
-
-
-def _dataset(registry: Registry, name: str, options: Mapping[str, Any]) -> Dataset[Any]:
-    kind = registry.datasets[name]
-    return kind(fill(kind.Params, options, f"dataset {name}"))
 
 
 @torch.inference_mode()

@@ -20,7 +20,6 @@ from qplug.api import (
     QuantizedWeight,
     WholeModel,
 )
-from qplug.api.params import fill
 from qplug.api.scheme import Scheme
 from qplug.calibration.observers import find_observer
 from qplug.calibration.ranges import InputRange, clip_counts, input_ranges, short
@@ -35,7 +34,7 @@ from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
 from qplug.machine.session import Session
 from qplug.numerics.losses import relative_error, relative_output_error
 from qplug.output.plan import Step
-from qplug.recipe.pipeline import make_algorithm, make_pipeline
+from qplug.recipe.pipeline import make_pipeline
 from qplug.recipe.recipe import DEFAULT_QUANTIZER, Calibration, Recipe
 
 if TYPE_CHECKING:
@@ -51,14 +50,12 @@ class Stages:
         """Raises QplugError if a name or an option is wrong, or algorithms do not go together."""
         registry = self._registry = session.registry
         self._clock = session.clock
-        backend = registry.exporters[recipe.backend]
-        options: object = fill(backend.Params, recipe.backend_options, f"backend {backend.name}")
-        self.exporter: Exporter[Any] = backend(options)
+        self.exporter = registry.exporters.make(recipe.backend, recipe.backend_options)
         self.pipeline = make_pipeline(
             recipe.algorithms, recipe.algorithm_options, recipe.schemes, registry
         )
         quantizers = [algorithm for algorithm in self.pipeline if algorithm.quantizes()]
-        self._default = make_algorithm(DEFAULT_QUANTIZER, {}, registry)
+        self._default = registry.algorithms.make(DEFAULT_QUANTIZER)
         self.quantizer = quantizers[0] if quantizers else self._default
         calibration = recipe.calibration or Calibration()
         self._observer = find_observer(calibration.observer, calibration.observer_options)
