@@ -11,7 +11,7 @@ from qplug.calibration.walk import Walk
 from qplug.checkpoint.names import by_module
 from qplug.model.kv_cache import KVCache
 from qplug.output.plan import Step
-from qplug.output.shared_writer import SharedOutput
+from qplug.output.shared_writer import SharedWriter
 from qplug.run.steps import Finished, Steps
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def start_walk(
 
 
 def calibrated(
-    steps: Steps, walk: Walk, output: SharedOutput, done: Collection[int]
+    steps: Steps, walk: Walk, output: SharedWriter, done: Collection[int]
 ) -> Iterator[Finished]:
     """Every step that is not ``done``, in order, as the tokens walk through the blocks."""
     for number, step in enumerate(steps.plan.steps):
@@ -104,7 +104,7 @@ def _unpacked(steps: Steps, step: Step, tensors: Mapping[str, Tensor]) -> dict[s
     return parameters
 
 
-def _written(steps: Steps, step: Step, output: SharedOutput) -> dict[str, Tensor]:
+def _written(steps: Steps, step: Step, output: SharedWriter) -> dict[str, Tensor]:
     """The parameters of a block that an earlier run wrote, by their names in the block."""
     floats = (*step.others, *step.cache_scales)
     stored = output.stored([*step.linears, *(name.rpartition(".")[0] for name in floats)])

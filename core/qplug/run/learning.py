@@ -10,7 +10,7 @@ from qplug.api import Algorithm, Checkpoint, FloatModel
 from qplug.api.scheme import Scheme
 from qplug.calibration.whole_model import HeldModel
 from qplug.machine.session import Session
-from qplug.output.shared_writer import SharedOutput
+from qplug.output.shared_writer import SharedWriter
 from qplug.run.stages import Stages
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class LearnOnce:
     stages: Stages
     schemes: Mapping[str, Scheme]
     tokens: Tensor
-    output: SharedOutput
+    output: SharedWriter
     session: Session
 
     def __call__(
@@ -48,4 +48,4 @@ class LearnOnce:
             )
             return self.stages.learn(algorithm, model, whole)
 
-        return self.output.kept(algorithm.name, learn)
+        return self.output.cached(algorithm.name, learn)

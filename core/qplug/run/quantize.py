@@ -16,9 +16,9 @@ from qplug.model.architectures import find_view
 from qplug.output.fingerprint import fingerprint
 from qplug.output.plan import make_plan
 from qplug.output.result_files import result_files
-from qplug.output.shared_writer import SharedOutput
+from qplug.output.shared_writer import SharedWriter
 from qplug.output.step_report import Report
-from qplug.output.writer import Output, refuse_existing
+from qplug.output.writer import Writer, refuse_existing
 from qplug.recipe.assign import assign
 from qplug.recipe.recipe import (
     Calibration,
@@ -169,8 +169,8 @@ def run(
 
     mark = fingerprint(source, recipe, session, shard_bytes, tokens)
     spare = plan.nbytes if exporter.file else 0  # both forms are there for a moment
-    with SharedOutput(
-        session.processes, lambda: Output(out, plan, mark, overwrite=overwrite, spare=spare)
+    with SharedWriter(
+        session.processes, lambda: Writer(out, plan, mark, overwrite=overwrite, spare=spare)
     ) as output:
         done = output.finished()
         if tokens is not None and stages.learns_whole:
