@@ -467,7 +467,7 @@ def test_two_that_quantize_are_refused(llama: Path, tmp_path: Path, registry: Re
     ("words", "who", "complaint"),
     [
         ({"backend": "liar"}, "liar", "pack gave"),
-        ({"algo": "spoil"}, "spoil", ""),
+        ({"algo": "spoil"}, "spoil", "it gave codes for [], not ['model.layers.0."),
     ],
 )
 def test_a_plugin_that_breaks_its_promise(
