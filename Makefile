@@ -39,7 +39,7 @@ test-engines-full: test-engines  ## every algorithm with every scheme that the t
 # QPLUG_VLLM_PYTHON_OPTIONS ({"attention_backend": "TRITON_ATTN"}) more for vllm.LLM, and so on.
 # CONTRIBUTING.md says how many processes share the work, and how long they may take.
 test-gpu: $(VENV)/installed-test  ## the kernels and the engines, on a host with a GPU
-	$(BIN)/python -m pytest -m gpu tests/algorithms tests/engines
+	$(BIN)/python -m pytest -m gpu tests/plugins/algorithms tests/engines
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

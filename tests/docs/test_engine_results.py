@@ -6,7 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 _spec = importlib.util.spec_from_file_location(
     "write_table", DOCS / "engine_results/write_table.py"
 )

@@ -6,7 +6,7 @@ import json
 import runpy
 from pathlib import Path
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_the_page_and_its_picture_are_up_to_date() -> None:
