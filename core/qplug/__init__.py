@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from qplug.reading.verify import verify
     from qplug.recipe.files import read_job
     from qplug.recipe.job import Export, Job, Measurement
+    from qplug.registry.registry import Registry
     from qplug.run.perform import perform
     from qplug.run.quantize import quantize
 
@@ -109,6 +110,7 @@ __all__ = [
     "QuantArgs",
     "QuantizedWeight",
     "Reconstruction",
+    "Registry",
     "Result",
     "Rewrite",
     "Scheme",
@@ -145,6 +147,7 @@ _LAZY = {
     "FileTensor": "qplug.checkpoint.tensor_file",
     "Job": "qplug.recipe.job",
     "Measurement": "qplug.recipe.job",
+    "Registry": "qplug.registry.registry",
     "compare": "qplug.reading.compare",
     "evaluate": "qplug.reading.perplexity",
     "load": "qplug.reading.load",
@@ -157,12 +160,14 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from importlib import import_module
+if not TYPE_CHECKING:  # a type checker would take any name for one of this module
 
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'qplug' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            from importlib import import_module
+
+            return getattr(import_module(_LAZY[name]), name)
+        raise AttributeError(f"module 'qplug' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
