@@ -53,7 +53,7 @@ docs: $(VENV)/installed-dev  ## the site, in ./site; nothing is asked of another
 	$(BIN)/mkdocs build --strict
 
 reference: $(VENV)/installed-dev  ## docs/reference, from the code
-	$(BIN)/python docs/generate_reference.py
+	$(BIN)/python tools/generate_reference.py
 
 wheel: $(VENV)/installed-dev  ## build the wheel and try it in an environment of its own
 	bash tests/wheel.sh $(BIN)/python

@@ -47,7 +47,7 @@ def test_every_package_is_typed_and_described() -> None:
 
 def test_no_module_has_a_name_that_says_nothing() -> None:
     empty = re.compile(r"(utils?|helpers?|common|misc)\.py$")
-    folders = ["core", "plugins", "tests", "examples", "benchmarks"]
+    folders = ["core", "plugins", "tests", "tools", "examples", "benchmarks"]
     modules = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert len(modules) > 50
     assert not [path for path in modules if empty.search(path.name)]

@@ -23,7 +23,7 @@ from qplug.cli.main import Deferred, main
 from qplug.recipe.recipe_file import schema
 from qplug.registry.registry import Registry
 
-FOLDER = Path(__file__).parent / "reference"
+FOLDER = Path(__file__).parents[1] / "docs/reference"
 
 _KINDS = {"algorithms": "Algorithms", "datasets": "Datasets", "exporters": "Exporters"}
 
@@ -37,7 +37,7 @@ def pages() -> dict[str, str]:
         "plugins.md": lambda: _plugin_page(registry),
         "recipe.md": _recipe_page,
     }
-    made = "<!-- Made from the code by docs/generate_reference.py: change that, not this. -->"
+    made = "<!-- Made from the code by tools/generate_reference.py: change that, not this. -->"
     return {name: "\n\n".join([made, *make()]) + "\n" for name, make in makers.items()}
 
 
