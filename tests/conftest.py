@@ -11,14 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO
 
 import pytest
 from click.testing import CliRunner, Result
 from hypothesis import settings
-
-if TYPE_CHECKING:
-    from qplug import Dataset, Tokenizer
 
 # Matrices here are small, and threads that wait for a busy core cost seconds. It must be said
 # before torch is imported; processes that tests start inherit it.
@@ -38,34 +35,6 @@ def pytest_collection_finish() -> None:
     """What libraries made when they were imported is not looked through for garbage again."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _the_demo_text_is_tokenized_once() -> Iterator[None]:
-    """To tokenize it takes longer than most runs that are calibrated on a few windows of it."""
-    from qplug.text import windows
-
-    work = windows._text_tokens
-    known: dict[tuple[str, str], list[int]] = {}
-
-    def once(
-        dataset: Dataset[Any],
-        tokenizer: Tokenizer,
-        length: int,
-        split: Any,
-        first: int | None = None,
-    ) -> list[int]:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if dataset.name != "demo" or backend is None or first is not None:
-            return work(dataset, tokenizer, length, split, first)
-        key = (split, backend.to_str())
-        if len(known.get(key, ())) < length:
-            known[key] = work(dataset, tokenizer, length, split)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "_text_tokens", once)
-        yield
 
 
 # --- commands ------------------------------------------------------------------------------------

@@ -17,23 +17,24 @@ import time
 import traceback
 from typing import Any
 
-import transformers
-import transformers.models.llama.modeling_llama
-import transformers.models.mixtral.modeling_mixtral
-import transformers.models.opt.modeling_opt
-
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import open_checkpoint
 from qplug.cli.main import main
+from qplug.model.tokenizer import load_tokenizer
 from qplug.model.view import model_view
 from qplug.registry.registry import Registry
+from qplug.text import random_windows
 
 
 def import_everything() -> None:
-    """Loads the plugins and what transformers imports or compiles at its first use."""
+    """Loads the plugins, what transformers compiles at its first use, and the demo text's tokens.
+
+    The text is tokenized here, once, as that takes longer than most of the processes run.
+    """
     demo = find_model("qplug:demo")
-    Registry.installed().load()
-    transformers.AutoTokenizer.from_pretrained(demo)
+    kind = Registry.installed().datasets["demo"]
+    tokenizer = load_tokenizer(str(demo), trust_remote_code=False)
+    random_windows(kind(kind.Params()), tokenizer, length=1, count=1, seed=0)
     model_view(open_checkpoint(demo))  # transformers compiles a thousand patterns
 
 
