@@ -1,8 +1,9 @@
 """Put the results of the engine tests into docs/engines.md, between its markers.
 
-    python docs/engine_results/write_table.py
+    python tools/write_table.py
 
-Results are the JSON files beside this one, as QPLUG_ENGINE_RESULTS has the tests write them.
+Results are the JSON files in docs/engine_results, as the tests write them where
+QPLUG_ENGINE_RESULTS names a file.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-PAGE = HERE.parent / "engines.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "engines.md"
 BEGIN, END = "<!-- begin: engine results -->", "<!-- end: engine results -->"
 
 _COLUMNS = ("case", "difference", "rounding", "perplexity", "qplug eval", "emulated", "note")
@@ -39,7 +40,7 @@ def table(told: dict[str, Any]) -> str:
 
 def section() -> str:
     """All that stands between the markers."""
-    files = sorted(HERE.glob("*.json"))
+    files = sorted((DOCS / "engine_results").glob("*.json"))
     tables = [table(json.loads(path.read_text("utf-8"))) for path in files]
     return "\n\n".join([BEGIN, *tables, END])
 

@@ -7,13 +7,10 @@ from pathlib import Path
 from textwrap import dedent, indent
 
 import pytest
-from click.testing import CliRunner, Result
 
-from qplug.cli.main import main
 from qplug.recipe.files import ReadJob, read_job
 from qplug.registry.registry import Registry
 
-Cli = Callable[..., Result]
 ReadText = Callable[..., ReadJob]
 WriteLlmc = Callable[..., str]
 
@@ -73,13 +70,3 @@ def llmc() -> WriteLlmc:
         return "".join(parts)
 
     return write
-
-
-@pytest.fixture
-def cli() -> Cli:
-    """Runs ``qplug`` with the given words in this process."""
-
-    def run(*words: object) -> Result:
-        return CliRunner().invoke(main, [str(word) for word in words], prog_name="qplug")
-
-    return run

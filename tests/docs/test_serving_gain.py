@@ -6,12 +6,13 @@ import json
 import runpy
 from pathlib import Path
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 
 
 def test_the_page_and_its_picture_are_up_to_date() -> None:
-    """If not: ``python docs/serving_gain.py``."""
-    script = runpy.run_path(str(DOCS / "serving_gain.py"))
+    """If not: ``python tools/serving_gain.py``."""
+    script = runpy.run_path(str(ROOT / "tools/serving_gain.py"))
     told = json.loads((DOCS / "serving_gain.json").read_text("utf-8"))
     text = (DOCS / "how-to/choose-a-scheme.md").read_text("utf-8")
     assert script["page"](text, told) == text

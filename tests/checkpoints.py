@@ -1,4 +1,4 @@
-"""Small checkpoints to quantize, and the command line to do it with."""
+"""Small checkpoints to quantize, and what lies in a folder."""
 
 from __future__ import annotations
 
@@ -9,28 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import save_file
-
-from qplug.cli.main import main
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    Cli = Callable[..., Result]
     WriteLlama = Callable[..., Path]
-
-
-@pytest.fixture
-def cli() -> Cli:
-    """Runs ``qplug`` with the given words in this process."""
-
-    def run(*words: object) -> Result:
-        return CliRunner().invoke(main, [str(word) for word in words], prog_name="qplug")
-
-    return run
 
 
 @pytest.fixture(scope="session")

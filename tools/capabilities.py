@@ -1,4 +1,4 @@
-"""Write the tables of capabilities into docs/engines.md: ``python docs/capabilities.py``."""
+"""Write the tables of capabilities into docs/engines.md: ``python tools/capabilities.py``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from qplug import PRESETS, Capability
 from qplug.api.limits import DEVICES
 from qplug.registry.registry import Registry
 
-PAGE = Path(__file__).parent / "engines.md"
-BEGIN, END = "<!-- capabilities: written by docs/capabilities.py -->", "<!-- /capabilities -->"
+PAGE = Path(__file__).parents[1] / "docs/engines.md"
+BEGIN, END = "<!-- capabilities: written by tools/capabilities.py -->", "<!-- /capabilities -->"
 
 
 def tables() -> str:

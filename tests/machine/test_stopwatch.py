@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -83,15 +84,15 @@ def test_a_peak_of_before_is_not_one_of_this_stage() -> None:
     ],
 )
 def test_a_run_tells_its_stages(
-    algo: str, wanted: set[str], float_model: Path, tmp_path: Path
+    algo: str, wanted: set[str], family: Callable[..., Path], tmp_path: Path
 ) -> None:
     options = {"awq": {"ratios": "2", "clip": "false"}} if algo == "awq" else {}
     result = qplug.quantize(
-        str(float_model),
+        str(family("llama")),
         tmp_path / "out",
         algo=algo,
         algorithm_options=options,
-        group_size=32,
+        group_size=16,
         backend="compressed-tensors",
         samples=2,
         seq_len=16,

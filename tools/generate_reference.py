@@ -1,4 +1,4 @@
-"""Writes docs/reference from the code: commands, hooks, recipe, options of plugins.
+"""Writes docs/reference from the code: commands, hooks, recipe, options of plugins, Python API.
 
 Run by ``make reference``; ``tests/docs/test_reference.py`` fails where a page is not what the code
 says.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from api_page import api_page, prose
 from click.testing import CliRunner
 
 import qplug
@@ -23,7 +24,7 @@ from qplug.cli.main import Deferred, main
 from qplug.recipe.recipe_file import schema
 from qplug.registry.registry import Registry
 
-FOLDER = Path(__file__).parent / "reference"
+FOLDER = Path(__file__).parents[1] / "docs/reference"
 
 _KINDS = {"algorithms": "Algorithms", "datasets": "Datasets", "exporters": "Exporters"}
 
@@ -32,12 +33,13 @@ def pages() -> dict[str, str]:
     """The text of each page, by file name."""
     registry = Registry.installed(only_shipped=True)
     makers: dict[str, Callable[[], Iterator[str]]] = {
+        "api.md": api_page,
         "cli.md": _command_page,
         "hooks.md": _hook_page,
         "plugins.md": lambda: _plugin_page(registry),
         "recipe.md": _recipe_page,
     }
-    made = "<!-- Made from the code by docs/generate_reference.py: change that, not this. -->"
+    made = "<!-- Made from the code by tools/generate_reference.py: change that, not this. -->"
     return {name: "\n\n".join([made, *make()]) + "\n" for name, make in makers.items()}
 
 
@@ -95,8 +97,8 @@ def _hook_page() -> Iterator[str]:
 
 def _prose_and_example(docstring: str) -> Iterator[str]:
     """A docstring with ``Example::`` at its end, whose code is completed by its imports."""
-    prose, _, example = docstring.partition("Example::")
-    yield re.sub(r"``(.+?)``", r"`\1`", prose).strip()
+    yield prose(docstring)
+    example = docstring.partition("Example::")[2]
     if not example:
         return
     code = inspect.cleandoc(example)

@@ -1,4 +1,4 @@
-"""docs/engines.md holds the results that lie beside it, and the script that writes them works."""
+"""docs/engines.md holds the results of docs/engine_results, and its script writes them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import importlib.util
 import json
 from pathlib import Path
 
-DOCS = Path(__file__).parents[1] / "docs"
-_spec = importlib.util.spec_from_file_location(
-    "write_table", DOCS / "engine_results/write_table.py"
-)
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+_spec = importlib.util.spec_from_file_location("write_table", ROOT / "tools/write_table.py")
 assert _spec is not None
 assert _spec.loader is not None
 write_table = importlib.util.module_from_spec(_spec)

@@ -5,25 +5,9 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-
-from qplug.cli.main import main
-
-Cli = Callable[..., Result]
-
-
-@pytest.fixture
-def cli() -> Cli:
-    """Runs ``qplug`` with the given words in this process."""
-
-    def run(*words: object) -> Result:
-        return CliRunner().invoke(main, [str(word) for word in words], prog_name="qplug")
-
-    return run
 
 
 class Environment:

@@ -1,6 +1,6 @@
 """LLMC's own files, unmodified but for their placeholder paths, if they are at hand.
 
-``QPLUG_LLMC_CONFIGS=.../configs/quantization pytest -m llmc tests/configs/test_llmc_files.py`` runs
+``QPLUG_LLMC_CONFIGS=.../configs/quantization pytest -m llmc tests/recipe/test_llmc_files.py`` runs
 every file of ``backend/sglang`` and ``backend/vllm`` on small models: its algorithm, its scheme and
 its stages, on less data. So it does with ``methods`` and ``combination``, of which docs/llmc.md
 says what each becomes. Steps that read what another step writes run after it.

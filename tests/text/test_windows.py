@@ -4,13 +4,16 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from qplug import Dataset, NoParams, QplugError, Split, Tokenizer
 from qplug.checkpoint.locate import DEMO
 from qplug.model.tokenizer import load_tokenizer
+from qplug.text import windows
 from qplug.text.windows import document_windows, first_windows, random_windows, sample
 
 if TYPE_CHECKING:
@@ -232,9 +235,7 @@ def test_the_seed_decides_document_windows(tokenizer: Tokenizer, one: int, other
 
 
 def test_a_tokenizer_of_transformers_adds_no_special_tokens() -> None:
-    import tokenizers
     from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
 
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1, "b": 2}, "a"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -244,3 +245,30 @@ def test_a_tokenizer_of_transformers_adds_no_special_tokens() -> None:
     assert tokenizer.encode("a b", add_special_tokens=True) == [0, 1, 2]
     read = first_windows(Given("a b a b"), tokenizer, length=2, count=9, split="calibration")
     assert read.tolist() == [[1, 2], [1, 2]]
+
+
+def test_a_text_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+
+    class Counting(PreTrainedTokenizerFast):
+        def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:  # type: ignore[override]
+            encoded.append(text)
+            return [self.bos_token_id, *range(9)]
+
+    def draw(dataset: Given, bos: str = "<s>") -> None:
+        words = {"a": 0, "<s>": 1, "<t>": 2}
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "a"))
+        tokenizer = Counting(tokenizer_object=backend, bos_token=bos)  # type: ignore[no-untyped-call]
+        (window,) = random_windows(dataset, tokenizer, length=10, count=1, seed=0)
+        assert window[0] == words[bos]
+
+    for _ in range(2):
+        draw(Given("a b"))
+    assert len(encoded) == 1
+    draw(Given("a b"), bos="<t>")  # another tokenizer
+    draw(Given("a c"))  # another text
+    assert len(encoded) == 3
+    monkeypatch.setattr(windows, "_KEPT", 2)
+    for _ in range(2):
+        draw(Given("a b"))
+    assert len(encoded) == 5

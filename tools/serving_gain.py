@@ -1,8 +1,8 @@
 """Write what schemes buy, as benchmarks/serving.py found it, into the page on choosing one.
 
-    python docs/serving_gain.py
+    python tools/serving_gain.py
 
-Reads serving_gain.json, writes serving_gain.svg beside it and the table between the page's marks.
+Reads docs/serving_gain.json; writes docs/serving_gain.svg and the table between the page's marks.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from qplug.report.charts import Bar, rows
 
-HERE = Path(__file__).parent
-FOUND, PICTURE = HERE / "serving_gain.json", HERE / "serving_gain.svg"
-PAGE = HERE / "how-to/choose-a-scheme.md"
+DOCS = Path(__file__).parents[1] / "docs"
+FOUND, PICTURE = DOCS / "serving_gain.json", DOCS / "serving_gain.svg"
+PAGE = DOCS / "how-to/choose-a-scheme.md"
 BEGIN, END = "<!-- begin: serving gain -->", "<!-- end: serving gain -->"
 
 #: What was timed, by its name in the results.

@@ -8,19 +8,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class CharacterTokenizer:
-    """A token a character, so that what was tokenised can be read back from the ids."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        assert not add_special_tokens
-        return [ord(character) for character in text]
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> CharacterTokenizer:
-    return CharacterTokenizer()
-
-
 @pytest.fixture
 def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No network, nothing downloaded before, and no trace left in the user's caches."""
