@@ -17,9 +17,11 @@ from qplug.api import (
     Checkpoint,
     Component,
     Dataset,
+    Engine,
     Exporter,
     Facing,
     FloatModel,
+    Format,
     Heads,
     InputGroup,
     Linear,
@@ -31,6 +33,7 @@ from qplug.api import (
     Reconstruction,
     Rewrite,
     Server,
+    SingleFile,
     Split,
     StoredTensor,
     Stream,
@@ -41,7 +44,7 @@ from qplug.api import (
 )
 from qplug.api.events import BlockReport, Result, StageCost
 from qplug.api.hookspecs import hookimpl
-from qplug.api.layout import layout_problems, loading_problems
+from qplug.api.layout import kernel_problems, layout_problems
 from qplug.api.limits import DEVICES, Target, beyond_limits, shape_problem
 from qplug.api.old_paths import forward_old_paths
 from qplug.api.params import Param
@@ -88,11 +91,13 @@ __all__ = [
     "Checkpoint",
     "Component",
     "Dataset",
+    "Engine",
     "Export",
     "Exporter",
     "Facing",
     "FileTensor",
     "FloatModel",
+    "Format",
     "Heads",
     "InputGroup",
     "Job",
@@ -113,6 +118,7 @@ __all__ = [
     "Rewrite",
     "Scheme",
     "Server",
+    "SingleFile",
     "Split",
     "StageCost",
     "StoredTensor",
@@ -126,10 +132,10 @@ __all__ = [
     "compare",
     "evaluate",
     "hookimpl",
+    "kernel_problems",
     "layout_problems",
     "load",
     "load_tokenizer",
-    "loading_problems",
     "open_checkpoint",
     "perform",
     "preset",

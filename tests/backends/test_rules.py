@@ -583,7 +583,7 @@ FAULTS += [
 
 def test_every_rule_has_a_fault() -> None:
     experts = silent.int8_experts_have_no_kernel  # has its test where there are experts
-    assert {experts, *(fault.rule for fault in FAULTS)} == set(SGLang.rules)
+    assert {experts, *(fault.rule for fault in FAULTS)} == {*rules.FORMAT_RULES, *SGLang.rules}
 
 
 @pytest.fixture
@@ -620,7 +620,10 @@ def test_the_rule_names_the_fault(damaged: Any, fault: Fault) -> None:
         folder.checkpoint.config["quantization_config"],
         ignores_substrings=fault.backend == "sglang",
     )
-    seen = list(fault.rule(Case(folder.checkpoint, folder.view, config, folder.exporter)))
+    stored_as, engine = folder.exporter.format, folder.exporter.engine
+    assert engine is not None
+    case = Case(folder.checkpoint, folder.view, config, stored_as, engine.capabilities())
+    seen = list(fault.rule(case))
     assert seen
     assert set(seen) <= set(problems)
 

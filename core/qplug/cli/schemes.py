@@ -43,14 +43,7 @@ def command(
         raise QplugError("--tp: parts of what? Say --model")
     target = Target("any" if gpu is None else gpu, tp or 1)  # type: ignore[arg-type]
     names = [backend] if backend else list(registry.exporters)
-    tables = {
-        name: [
-            row
-            for row in registry.exporters[name].capabilities()
-            if target.gpu in ("any", *row.devices)
-        ]
-        for name in names
-    }
+    tables = {name: _rows(registry, name, target.gpu) for name in names}
     view = None if model is None else _view(model, trust_remote_code)
     if as_json:
         rows = {
@@ -67,6 +60,13 @@ def command(
                     click.echo(f"  {name:<8} {_line(row)}")
                     for problem in _fits(row, view, target).values():
                         click.echo(f"  {'':<8}   {problem or 'takes the model'}")
+
+
+def _rows(registry: Registry, name: str, gpu: str) -> list[Capability]:
+    """What the engine of the backend ``name`` serves on ``gpu``; nothing if it has no engine."""
+    engine = registry.exporters[name].engine
+    rows = engine.capabilities() if engine is not None else []
+    return [row for row in rows if gpu in ("any", *row.devices)]
 
 
 def _view(model: str, trust_remote_code: bool) -> ModelView:

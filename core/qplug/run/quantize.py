@@ -150,7 +150,7 @@ class Run:
         self.stages = Stages(recipe, registry, self.clock)
         if not self.stages.needs_data:
             recipe = replace(recipe, calibration=None)
-        elif recipe.calibration and self.stages.exporter.stores_float:
+        elif recipe.calibration and self.stages.exporter.format.stores_float:
             # What is stored computes what the float model does, and a run that goes on has no more.
             recipe = replace(recipe, calibration=replace(recipe.calibration, propagate="float"))
         self.recipe, self.registry, self.device = recipe, registry, device
@@ -196,7 +196,7 @@ class Run:
         schemes = self._servable(assign(self.recipe, view), view)
         exporter, calibration = self.stages.exporter, self.recipe.calibration
         cache = self._cache(source, view)
-        coded = {} if exporter.stores_float else schemes
+        coded = {} if exporter.format.stores_float else schemes
         plan = make_plan(
             prepared.checkpoint,
             view,
@@ -223,7 +223,9 @@ class Run:
             tokens,
             processes.count,
         )
-        spare = plan.nbytes if exporter.file else 0  # both forms are there for a moment
+        spare = (
+            plan.nbytes if exporter.format.single_file else 0
+        )  # both forms are there for a moment
         with SharedOutput(
             processes, lambda: Output(out, plan, mark, overwrite=overwrite, spare=spare)
         ) as output:
@@ -299,7 +301,8 @@ class Run:
         source = open_checkpoint(model)
         if source.folder.resolve().is_relative_to(out.resolve()):
             raise QplugError(f"{out}: is or holds the model itself; choose another folder")
-        sentence = self.stages.exporter.refuses_files(source.folder)
+        file = self.stages.exporter.format.single_file
+        sentence = file.refuses(source.folder) if file is not None else None
         if sentence is not None:
             raise QplugError(f"{self.stages.exporter.name}: {sentence}")
         return source
@@ -363,7 +366,7 @@ class Run:
             check_widths(name, view.linears[name][1], scheme)
         exporter = self.stages.exporter
         if any(scheme.uses_qtorch for scheme in schemes.values()):
-            if exporter.served and not exporter.stores_float:
+            if exporter.engine is not None:
                 raise QplugError(
                     f"{exporter.name}: use_qtorch: engines do not round as qtorch does; "
                     "measure it with --backend fake"
@@ -373,7 +376,7 @@ class Run:
         if sentence is not None:
             raise QplugError(f"{exporter.name}: {sentence}")
         return {
-            name: scheme.with_scale_dtype(exporter.scale_dtype(scheme, view.dtype))
+            name: scheme.with_scale_dtype(exporter.format.scale_dtype(scheme, view.dtype))
             for name, scheme in schemes.items()
         }
 

@@ -106,7 +106,7 @@ class Stages:
         for algorithm in self.pipeline:
             with self._clock("transform"), self._blaming(algorithm, block.name):
                 algorithm.transform(block)
-        if self.exporter.stores_float:
+        if self.exporter.format.stores_float:
             return {}
         return self._codes(block, self.quantizer)
 
@@ -201,17 +201,18 @@ class Stages:
         return packed
 
     def _packed(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
-        tensors = self.exporter.pack(weight, scheme, dtype)
+        tensors = self.exporter.format.pack(weight, scheme, dtype)
         return {local: tensor.cpu() for local, tensor in tensors.items()}
 
     def convert(self, folder: Path, model: ModelView, schemes: Mapping[str, Scheme]) -> None:
-        """Put the exporter's own file, if it has one, in the place of what ``folder`` holds."""
-        if self.exporter.file is None:
+        """Put the format's own file, if it has one, in the place of what ``folder`` holds."""
+        file = self.exporter.format.single_file
+        if file is None:
             return
         finished = open_checkpoint(folder)
-        path = folder / self.exporter.file
-        with self._blaming(self.exporter, self.exporter.file):
-            self.exporter.write(finished, model, schemes, path)
+        path = folder / file.name
+        with self._blaming(self.exporter, file.name):
+            file.write(finished, model, schemes, path)
             if not path.is_file():
                 raise ValueError(f"write left no {path.name}")
         for replaced in (*finished.shards, folder / INDEX):

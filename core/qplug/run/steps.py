@@ -116,7 +116,7 @@ class Steps:
                 block = walk.enter(step.name)
             inputs = input_ranges(block)
             codes = self.stages.quantize(block)
-            if self.stages.exporter.stores_float:
+            if self.stages.exporter.format.stores_float:
                 block.clip()
             changed = {*block.rewritten(), *self._rewritten(step)}
             report = self.stages.report(block, codes, tuple(sorted(changed)), inputs)
@@ -125,7 +125,9 @@ class Steps:
             served = block.served(codes, others, walk.dtype)
             self.announcer.block_done(step.name, report, block, codes)
             del block, codes  # on a GPU, the larger part of what it holds
-            if not self.stages.exporter.exact:  # what it stores is not quite what the codes say
+            if (
+                not self.stages.exporter.format.is_lossless
+            ):  # what it stores is not quite what the codes say
                 served |= self._dequantized(step.linears, packed, step.name)
             with self.clock("passing on"):
                 scales = walk.cache_scales(step.name, served)
@@ -148,8 +150,8 @@ class Steps:
         for name, scheme in linears.items():
             packed = {n: tensors[f"{name}.{n}"] for n in stored.get(name, ()) if n != "bias"}
             local = name.removeprefix(f"{block}.")
-            weights[f"{local}.weight"] = self.stages.exporter.dequantize(packed, scheme)
-            scale = self.stages.exporter.input_scale(packed)
+            weights[f"{local}.weight"] = self.stages.exporter.format.dequantize(packed, scheme)
+            scale = self.stages.exporter.format.input_scale(packed, scheme)
             if scale is not None:
                 weights[f"{local}.input_scale"] = scale
         return weights

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qplug_vllm.capabilities import CAPABILITIES
+from qplug_vllm.capabilities import ON_CPUS
 
 _AVX2 = "vLLM 0.32 on an AVX2 CPU, 2026-11-25"
 _WITH_AVX512 = "vLLM 0.32 on a CPU with AVX-512, 2026-11-26"
@@ -84,8 +84,8 @@ def refused_on_cpu(scheme: str, flags: frozenset[str], *, emulating: bool = Fals
 
     ``emulating``: whether someone stands in for operators that its library lacks.
     """
-    for row in CAPABILITIES:
-        if row.scheme == scheme and "cpu" in row.devices and not row.served:
+    for row in ON_CPUS:
+        if row.scheme == scheme and not row.served:
             return f"{scheme}: {row.kernel}"
     need = next((need for need in CPU_NEEDS if need.scheme == scheme), None)
     if need is None:
