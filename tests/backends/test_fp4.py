@@ -30,7 +30,6 @@ from qplug.numerics.rounding import nearest, round_to_nearest
 from qplug.numerics.scale_formats import covering_global_scale
 from qplug.numerics.scales import global_scale_of, minmax_scale
 from qplug.reading.folder import open_folder
-from qplug.registry.registry import Registry
 from qplug_compressed_tensors.configuration import write_config
 from qplug_compressed_tensors.fp4 import pack_e2m1, unpack_e2m1
 from qplug_sglang.exporter import SGLangExporter
@@ -253,7 +252,7 @@ def test_folders_are_those_of_compressed_tensors(
 
 def test_what_engines_merge_has_one_global_scale(quantized: Quantized) -> None:
     """Also in a run that reads tensor by tensor."""
-    folder = open_folder(str(quantized("NVFP4A16", backend="vllm")), Registry.installed())
+    folder = open_folder(str(quantized("NVFP4A16", backend="vllm")), Session.alone())
     scales = {
         name: folder.checkpoint.read(f"{name}.weight_global_scale").item()
         for name in folder.schemes
@@ -270,8 +269,8 @@ def test_what_engines_merge_has_one_global_scale(quantized: Quantized) -> None:
 
 
 def test_modelopt_holds_what_compressed_tensors_holds(quantized: Quantized) -> None:
-    ours = open_folder(str(quantized("NVFP4", backend="sglang")), Registry.installed())
-    theirs = open_folder(str(quantized("NVFP4", backend="vllm")), Registry.installed())
+    ours = open_folder(str(quantized("NVFP4", backend="sglang")), Session.alone())
+    theirs = open_folder(str(quantized("NVFP4", backend="vllm")), Session.alone())
     config = ours.checkpoint.config["quantization_config"]
     assert (config["quant_method"], config["quant_algo"]) == ("modelopt", "NVFP4")
     assert config["ignore"] == config["exclude_modules"] == ["lm_head"]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qplug.api import Exporter, ModelView
-from qplug.api.params import fill
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.locate import find_model
@@ -171,5 +170,4 @@ def _find_exporter(
             raise QplugError(f"{checkpoint.folder}: no exporter reads quant_method {method!r}")
         # Of exporters that share a format, the one that is called like it has no engine's limits.
         name = method if method in fitting else fitting[0]
-    exporter = registry.exporters[name]
-    return exporter(fill(exporter.Params, {}, f"backend {name}"))
+    return registry.exporters.make(name)
