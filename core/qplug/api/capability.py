@@ -59,7 +59,7 @@ def rows_of(releases: Releases, version: str = NEWEST) -> list[Capability]:
                 rows.append(replace(row, devices=devices, engine=release))
             told.update(cells)
     if releases and not known:
-        raise QplugError(f"no table of version {version!r}; there are: {', '.join(releases)}")
+        raise QplugError(f"no table for version {version!r}; there are: {', '.join(releases)}")
     schemes = list(dict.fromkeys(row.scheme for row in rows))
     names = list(known)
 

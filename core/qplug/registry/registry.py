@@ -232,4 +232,6 @@ def _check_parts(offer: type[Exporter[Any]]) -> None:
     if not isinstance(getattr(offer, "format", None), Format):
         raise TypeError(f"{offer.__qualname__}.format must be an object of a subclass of Format")
     if not isinstance(offer.engine, Engine | None):
-        raise TypeError(f"{offer.__qualname__}.engine must be an object of Engine's, or None")
+        raise TypeError(
+            f"{offer.__qualname__}.engine must be an object of a subclass of Engine, or None"
+        )

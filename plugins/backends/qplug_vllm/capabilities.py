@@ -24,7 +24,7 @@ _MARLIN_FP8 = "Marlin, inputs stay as they are"
 
 # Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence.
 # The multiples are those of the CPU's int4 kernel and of Cutlass; Marlin pads to its tiles.
-ON_CPUS = (
+VLLM_0_32 = (
     Capability("W4A16", "int4 of the CPU", True, _GROUPS, 32, 32, _ON_CPU, _CPU),
     Capability("W4A16_ASYM", "int4 of the CPU", True, _GROUPS, 32, 32, _ON_CPU, _CPU),
     Capability("W8A16", _ONLY_4_BITS, False, (), 1, 1, _ON_CPU, _CPU),
@@ -38,7 +38,7 @@ ON_CPUS = (
     Capability("NVFP4", _NO_FP4_CPU, False, (), 1, 1, _ON_CPU, _CPU),
     Capability("MXFP4A16", _NO_FP4_CPU, False, (), 1, 1, _ON_CPU, _CPU),
 )
-ON_GPUS = (
+VLLM_0_26 = (
     Capability("W4A16", "Machete or Marlin", True, _GROUPS, 32, 32, _H100_ALL, _SM90),
     Capability("W4A16", "Marlin", True, _GROUPS, 32, 32, _READ, _OTHERS),
     Capability("W4A16_ASYM", "Machete or Marlin", True, _GROUPS, 32, 32, _H100_128, _SM90),
@@ -73,4 +73,4 @@ ON_GPUS = (
     Capability("MXFP4A16", "Marlin", True, (), 64, 128, _READ, _OTHERS),
 )
 #: Nothing of 0.32 was run on a GPU yet: what holds there is the table of 0.26.
-RELEASES = {"vLLM 0.32": ON_CPUS, "vLLM 0.26": ON_GPUS}
+RELEASES = {"vLLM 0.32": VLLM_0_32, "vLLM 0.26": VLLM_0_26}
