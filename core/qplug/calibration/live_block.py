@@ -12,6 +12,7 @@ from qplug.api import Block, InputGroup, Linear, QuantizedWeight
 from qplug.api.groups import dequantize
 from qplug.api.scheme import Scheme
 from qplug.calibration.statistics import Statistics
+from qplug.checkpoint.names import relative_name
 from qplug.machine.processes import ALONE, Processes
 from qplug.model.input_groups import Before, Group, divide
 from qplug.numerics.scales import clip_to_scale
@@ -103,7 +104,7 @@ class LiveBlock(Block):
         linear.weight = self.masters[f"{self._local(linear.name)}.weight"].copy_(weight)
 
     def _local(self, name: str) -> str:
-        return name.removeprefix(f"{self.name}.")
+        return relative_name(self.name, name)
 
     def shared(self, group: InputGroup, per_channel: Tensor) -> Tensor:
         rows = self._before(group).rows
@@ -168,7 +169,7 @@ class LiveBlock(Block):
         """Those of ``names`` (full names) that are parameters, as they are to be stored."""
         found = {}
         for name in names:
-            local = name.removeprefix(f"{self.name}.")
+            local = self._local(name)
             if local in self.masters:
                 found[name] = self.masters[local].to(self._dtypes[local]).cpu()
         return found
@@ -188,7 +189,7 @@ class LiveBlock(Block):
             if weight.input_scale is not None:
                 values[f"{name}.input_scale"] = weight.input_scale
         values.update(others)
-        return {name.removeprefix(f"{self.name}."): value for name, value in values.items()}
+        return {self._local(name): value for name, value in values.items()}
 
     def shift(self, group: InputGroup, offset: Tensor) -> None:
         if not group.shiftable:

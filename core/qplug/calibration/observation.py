@@ -17,6 +17,7 @@ from qplug.calibration.statistics import Statistics
 from qplug.calibration.statistics import share as share_statistics
 from qplug.machine.processes import Processes
 from qplug.model.experts import rows_of
+from qplug.model.hooks import hooked
 from qplug.model.input_groups import Group
 
 #: Tokens of each group that are kept as they are; experts share them, but for the least of each.
@@ -143,11 +144,8 @@ class Observation:
             self._block.get_submodule(path).register_forward_pre_hook(partial(show, path))
             for path in self.statistics
         ]
-        try:
+        with hooked(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class _SeenEnoughError(Exception):

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from qplug.api import Aim, Batch, InputGroup, Linear, Reconstruction
+from qplug.api import Aim, Batch, InputGroup, Reconstruction
 from qplug.calibration.hidden_states import HiddenStates
+from qplug.checkpoint.names import relative_name
 from qplug.machine.processes import Processes
 from qplug.model.input_groups import divided
+from qplug.model.parameters import call_block
+from qplug.model.rounding_hooks import InputRounding, rounding_inputs
 from qplug.numerics.straight_through import round_inputs
 
 if TYPE_CHECKING:
     from qplug.calibration.live_block import LiveBlock
-
-from qplug.model.parameters import call_block
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,28 +100,17 @@ class LiveReconstruction(Reconstruction):
         self, values: Mapping[str, Tensor], batch: Batch, *, rounding: bool = True
     ) -> Tensor:
         assert isinstance(batch, _LiveBatch)
-        prefix = f"{self._block.name}."
+        block = self._block.name
         used = dict(self._block.masters)
-        used.update({name.removeprefix(prefix): value for name, value in values.items()})
+        used.update({relative_name(block, name): value for name, value in values.items()})
         call = {name: _in_float32(value) for name, value in batch.call.items()}
-        with self._rounding_inputs(rounding):
+        roundings = {
+            relative_name(block, linear.name): InputRounding(linear.activations, linear.input_scale)
+            for linear in self._block.linears
+            if rounding and linear.activations is not None
+        }
+        with rounding_inputs(self._module, roundings, round_inputs):
             return call_block(self._module, used, batch.inputs, call)
-
-    @contextmanager
-    def _rounding_inputs(self, rounding: bool) -> Iterator[None]:
-        """Within it, linears read inputs as their scheme rounds them, if ``rounding``."""
-        linears = [lin for lin in self._block.linears if rounding and lin.activations is not None]
-        handles = [
-            self._module.get_submodule(
-                linear.name.removeprefix(f"{self._block.name}.")
-            ).register_forward_pre_hook(partial(_round_input, linear))
-            for linear in linears
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def smoothed(
         self, values: Mapping[str, Tensor], group: InputGroup, scale: Tensor
@@ -156,11 +144,6 @@ class LiveReconstruction(Reconstruction):
 
     def _full(self, local: str) -> str:
         return f"{self._block.name}.{local}"
-
-
-def _round_input(linear: Linear, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    assert linear.activations is not None
-    return (round_inputs(inputs[0], linear.activations, linear.input_scale),)
 
 
 def _in_float32(value: Any) -> Any:

@@ -6,8 +6,8 @@ every block replaced by a recorder of what it is called with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qplug.api import ModelView
-from qplug.api.scheme import QuantArgs, Scheme
+from qplug.api.scheme import Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.batches import passing_dtype, real_tokens, samples_in_a_batch
 from qplug.calibration.block_reader import BlockReader
@@ -25,6 +25,7 @@ from qplug.calibration.observation import Observation, Shares
 from qplug.calibration.reconstruction import Data, LiveReconstruction
 from qplug.calibration.recorder import Recorder, shortened
 from qplug.calibration.statistics import Statistics
+from qplug.checkpoint.names import block_of, module_of, within
 from qplug.errors import QplugError
 from qplug.machine.processes import ALONE, Processes
 from qplug.machine.stopwatch import Stopwatch
@@ -41,7 +42,7 @@ from qplug.model.parameters import (
     refuse_infinite,
     set_parameter,
 )
-from qplug.numerics.activations import fake_quantize_activations
+from qplug.model.rounding_hooks import InputRounding, rounding_inputs
 
 #: Tokens on which the structure of a block is found.
 _PROBE = 16
@@ -135,7 +136,7 @@ class Walk:
             for name, _ in self._model.base_model.named_parameters(
                 prefix=self._model.base_model_prefix
             )
-            if not any(name.startswith(block + ".") for block in self._view.blocks)
+            if block_of(name, self._view.blocks) is None
         ]
         self._reader.start(self._view.blocks[0])
         there = [name for name in outer if name in self._source.tensors]
@@ -146,7 +147,7 @@ class Walk:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self._device)
         recorders = {name: Recorder(block) for name, block in self._blocks.items()}
-        parent = self._model.get_submodule(self._view.blocks[0].rpartition(".")[0])
+        parent = self._model.get_submodule(module_of(self._view.blocks[0]))
         assert isinstance(parent, nn.ModuleList)
         hidden = HiddenStates(self._device)
         for index, recorder in enumerate(recorders.values()):
@@ -236,11 +237,10 @@ class Walk:
         ``ahead``.
         """
         module = self._blocks[name]
-        inside = f"{name}."
         observation = Observation(
             module,
             structure,
-            {n.removeprefix(inside): s for n, s in self._schemes.items() if n.startswith(inside)},
+            within(name, self._schemes),
             self._shares,
             self._device,
             with_drift=self._with_drift and self._ideal is not None,
@@ -342,29 +342,22 @@ class Walk:
         scales = (served[f"{self._cache.modules[name]}.{local}"] for local in SCALES)
         return {self._cache.argument: RoundedCache(self._cache.args, tuple(scales))}
 
-    @contextmanager
     def _rounding_inputs(
         self, name: str, among: Sequence[str], served: Mapping[str, Tensor]
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Within it, linears whose weights are ``among`` the given read what the scheme rounds.
 
         ``served`` has the scales of static inputs.
         """
-        handles = []
+        roundings = {}
         for local in among:
             path = local.removesuffix(".weight")
             scheme = self._schemes.get(f"{name}.{path}")
             if scheme is not None and scheme.activations is not None:
-                part = self._blocks[name].get_submodule(path)
                 scale = served.get(f"{path}.input_scale")
                 scale = None if scale is None else scale.to(self._device)
-                hook = partial(_round_input, scheme.activations, scale)
-                handles.append(part.register_forward_pre_hook(hook))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+                roundings[path] = InputRounding(scheme.activations, scale)
+        return rounding_inputs(self._blocks[name], roundings)
 
     def _computable(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``values`` where blocks are computed, and in the dtype in which they are.
@@ -375,9 +368,3 @@ class Walk:
             name: value.to(self._device, None if name in self._buffers else self.dtype)
             for name, value in values.items()
         }
-
-
-def _round_input(
-    args: QuantArgs, scale: Tensor | None, module: nn.Module, inputs: tuple[Tensor]
-) -> tuple[Tensor]:
-    return (fake_quantize_activations(inputs[0], args, scale),)

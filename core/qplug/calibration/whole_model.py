@@ -25,11 +25,14 @@ from qplug.api import ModelView, Preparation, WholeModel
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.batches import samples_in_a_batch
+from qplug.checkpoint.names import block_of, split_name
 from qplug.errors import QplugError
 from qplug.model.experts import as_on_disk, name_on_disk
 from qplug.model.hollow import build, load_config
+from qplug.model.hooks import hooked
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.parameters import first_tensor
+from qplug.model.rounding_hooks import InputRounding, rounding_inputs
 from qplug.model.stand_in import StandIn, refuse_positional
 from qplug.numerics.straight_through import (
     fake_quantize,
@@ -81,7 +84,7 @@ class HeldModel(WholeModel):
                 module._buffers[name] = buffer.to(device)
         self._schemes = schemes
         for name in view.blocks:
-            parent, _, local = name.rpartition(".")
+            parent, local = split_name(name)
             block = self._model.get_submodule(name)
             held = [n for n in block.state_dict() if f"{name}.{n}" in self._stored]
             setattr(self._model.get_submodule(parent), local, _Rewritten(self, name, block, held))
@@ -139,18 +142,18 @@ class HeldModel(WholeModel):
     @contextmanager
     def changed_inputs(self, module: nn.Module, prefix: str, how: As) -> Iterator[None]:
         """Within it, linears of ``module`` at ``prefix`` rotate and round what they read."""
-        parts = {f"{prefix}{name}": part for name, part in module.named_modules()}
+        parts = {f"{prefix}{name}" for name, _ in module.named_modules()}
         rotated = [name.removeprefix(prefix) for name in how.made.online if name in parts]
-        handles = rotate_inputs(module, rotated)  # before they are rounded
-        for name, scheme in self._schemes.items() if how.inputs else ():
-            if name in parts and scheme.activations is not None:
-                hook = partial(_round_input, scheme.activations)
-                handles.append(parts[name].register_forward_pre_hook(hook))
-        try:
+        roundings = {
+            name.removeprefix(prefix): InputRounding(scheme.activations)
+            for name, scheme in self._schemes.items()
+            if how.inputs and name in parts and scheme.activations is not None
+        }
+        with (
+            hooked(rotate_inputs(module, rotated)),  # before they are rounded
+            rounding_inputs(module, roundings, _round_through_peaks),
+        ):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class _Rewritten(StandIn):
@@ -179,20 +182,20 @@ class _Rewritten(StandIn):
             return first_tensor(functional_call(block, values, (hidden_states,), kwargs))
 
 
-def _round_input(args: QuantArgs, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (round_inputs(inputs[0], args, through_peaks=True),)
+def _round_through_peaks(x: Tensor, args: QuantArgs, scale: Tensor | None) -> Tensor:
+    return round_inputs(x, args, scale, through_peaks=True)
 
 
 def _refuse_too_large(source: Checkpoint, view: ModelView, device: torch.device) -> None:
     free = _free_bytes(device)
     if free is None:
         return
-    sizes: dict[str, int] = {}
+    sizes: dict[int | None, int] = {}
     for name, held in source.tensors.items():
-        block = next((b for b in view.blocks if name.startswith(f"{b}.")), "")
-        sizes[block] = sizes.get(block, 0) + math.prod(held.spec.shape)
+        number = block_of(name, view.blocks)
+        sizes[number] = sizes.get(number, 0) + math.prod(held.spec.shape)
     stored = sum(held.nbytes for held in source.tensors.values())
-    outer = sizes.pop("", 0)
+    outer = sizes.pop(None, 0)
     need = stored + 4 * _COPIES * (outer + max(sizes.values()))
     if need > free:
         raise QplugError(

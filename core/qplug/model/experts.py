@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qplug.checkpoint.names import local_of, module_of, split_name
 from qplug.errors import QplugError
 from qplug.model.quiet import quiet_transformers
 
@@ -73,7 +74,7 @@ class Experts(nn.Module):
 
 def rows_of(block: nn.Module, path: str) -> Tensor | None:
     """The tokens that the linear at ``path`` is being given, int64; None if it is given all."""
-    parent, _, number = path.rpartition(".")[0].rpartition(".")
+    parent, number = split_name(module_of(path))
     experts = block.get_submodule(parent)
     return experts.rows[int(number)] if isinstance(experts, Experts) else None
 
@@ -97,17 +98,17 @@ def as_on_disk(model: PreTrainedModel, blocks: Sequence[str], stored: Container[
         paths: dict[str, str] = {}  # on disk, by that in memory
         for name in missing:
             path, local, parts = _trace(model, name)
-            paths[name.rpartition(".")[0]] = path
+            paths[module_of(name)] = path
             if parts:
-                fused.setdefault(name.rpartition(".")[0], []).extend(parts)
-            elif local != name.rpartition(".")[2]:
+                fused.setdefault(module_of(name), []).extend(parts)
+            elif local != local_of(name):
                 raise _unknown(name)
         for path, parts in fused.items():
             layout = _layout(path, parts, model.get_submodule(path))
             if (type(model.get_submodule(path)), layout) not in tried:
                 _try(path, model.get_submodule(path), layout)
                 tried.add((type(model.get_submodule(path)), layout))
-            parent, _, local = path.rpartition(".")
+            parent, local = split_name(path)
             experts = Experts(model.get_submodule(path), layout)
             model.get_submodule(parent).add_module(local, experts)
         for path, on_disk in sorted(paths.items(), key=lambda pair: -pair[0].count(".")):
@@ -171,15 +172,15 @@ def _trace(model: PreTrainedModel, name: str) -> tuple[str, str, list[_Part]]:
     except Exception as error:  # a conversion that wants to see more than this tensor
         raise _unknown(name) from error
     if len(found) == 1:
-        path, _, local = next(iter(found)).rpartition(".")
+        path, local = split_name(next(iter(found)))
         return path, local, []
     parts: dict[str, list[_Part]] = {}
     for tensor, values in found.items():
-        linear, _, local = tensor.rpartition(".")
-        expert, _, linear = linear.rpartition(".")
-        path, _, number = expert.rpartition(".")
+        linear, local = split_name(tensor)
+        expert, linear = split_name(linear)
+        path, number = split_name(expert)
         start = int(values.flatten()[0]) // _COLUMNS % _ROWS
-        part = _Part(linear, name.rpartition(".")[2], start, start + len(values))
+        part = _Part(linear, local_of(name), start, start + len(values))
         whole = len(shape) == 3 and local == "weight" and number.isdigit()
         if not (whole and torch.equal(values, part.of(numbers, int(number)))):
             raise _unknown(name)

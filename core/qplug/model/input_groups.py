@@ -17,7 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from qplug.checkpoint.names import is_within, local_of
 from qplug.model.experts import Experts
+from qplug.model.hooks import hooked
 
 #: Runs the block on the same small input each time.
 Call = Callable[[], Tensor]
@@ -68,7 +70,7 @@ def find_groups(block: nn.Module, call: Call) -> tuple[Group, ...]:
     earlier: list[str] = []
     told: set[str] = set()
     for given in groups.values():
-        mixture = next((name for name in mixtures if given[0].startswith(f"{name}.")), None)
+        mixture = next((name for name in mixtures if is_within(name, given[0])), None)
         if mixture is not None:
             experts = mixtures[mixture]
             if mixture not in told and given[0].endswith(f".{experts.last}"):
@@ -108,7 +110,7 @@ def _behind_experts(block: nn.Module, call: Call, seen: _Seen, mixture: str) -> 
     for last, linears in zip(lasts, readers, strict=True):
         own = before
         if before is not None:
-            local = before.module.rpartition(".")[2]
+            local = local_of(before.module)
             module = next(name for name in linears if name.endswith(f".{local}"))
             own = replace(before, module=module)
         yield Group((last,), own, last, experts=mixture)
@@ -135,11 +137,8 @@ def _watch(block: nn.Module, call: Call) -> _Seen:
             handles.append(module.register_forward_pre_hook(_keep_input(inputs, name)))
         elif is_norm(module):
             handles.append(module.register_forward_hook(_keep_output(outputs, name)))
-    try:
+    with hooked(handles):
         result = call()
-    finally:
-        for handle in handles:
-            handle.remove()
     return _Seen(inputs, outputs, result)
 
 

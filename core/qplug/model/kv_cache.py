@@ -21,6 +21,7 @@ from qplug.api.scheme import QuantArgs
 from qplug.api.tensors import Checkpoint
 from qplug.errors import QplugError
 from qplug.model.hollow import build, load_config
+from qplug.model.hooks import hooked
 from qplug.numerics.activations import fake_quantize_activations, input_scale
 
 #: The names of the scales of keys and values, float32 ``[1]``, in a module of attention.
@@ -193,11 +194,8 @@ class _Watch:
                 watch.found = at_work[-1]
                 raise _FoundError  # what comes after may not run on the meta device, as experts
 
-        try:
+        with hooked(handles):
             yield Noting()
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _to_meta(value: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from qplug.checkpoint.names import split_name
 from qplug.errors import QplugError
 
 
@@ -33,7 +34,7 @@ def empty_parameters(module: nn.Module, names: Iterable[str]) -> None:
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    path, _, local = name.rpartition(".")
+    path, local = split_name(name)
     part = module.get_submodule(path)
     if local in part._buffers:
         part._buffers[local] = value

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from qplug.api import Facing, Heads, Stream, StreamNorm, TensorSpec
+from qplug.checkpoint.names import block_of
 from qplug.errors import QplugError
+from qplug.model.hooks import hooked
 from qplug.model.input_groups import Before, find_groups, is_norm
 from qplug.model.small_copy import Place, SmallCopy, place_of
 
@@ -125,11 +127,8 @@ class Faces:
                     lambda module, inputs, output: _without(output, u)
                 )
             ]
-        try:
+        with hooked(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def _changed(self, parameter: nn.Parameter, axis: int) -> Iterator[None]:
@@ -233,7 +232,7 @@ class Faces:
             axis, norm = by_place[kind, local]
             if shape[axis] != width:
                 raise QplugError(f"{name}: is {list(shape)}; its axis {axis} should be {width}")
-            block = None if kind is None else _block_of(name, blocks)
+            block = None if kind is None else block_of(name, blocks)
             if block is None and norm is not None and norm.startswith(tuple(self.copy.blocks)):
                 raise QplugError(
                     f"{name}: reads {norm}, a norm within a block: the stream of this model is "
@@ -301,10 +300,6 @@ def value_rows(kind: str, size: int, out: int, width: int) -> Tensor | None:
 def _turn_heads(matrix: Tensor, rows: Tensor, turn: Tensor) -> None:
     """Replace each head, rows ``[heads, size]`` of ``matrix``, by ``turnᵀ`` times it."""
     matrix[rows] = turn.T @ matrix[rows]
-
-
-def _block_of(name: str, blocks: tuple[str, ...]) -> int:
-    return next(number for number, block in enumerate(blocks) if name.startswith(f"{block}."))
 
 
 def _without(x: Tensor, direction: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Its tensors have the names that they have on disk, whatever transformers makes o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qplug.checkpoint.names import kind_of, module_of, split_name
 from qplug.errors import QplugError
 from qplug.model.hollow import build
+from qplug.model.hooks import hooked
 from qplug.model.online_rotation import rotate_inputs
+from qplug.model.parameters import first_tensor
 from qplug.model.quiet import quiet_transformers
 from qplug.model.view import decoder_blocks
 from qplug.numerics.hadamard import hadamard_exists
@@ -76,13 +78,13 @@ class SmallCopy:
     def _make(self, config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> None:
         self.model = build(config, folder, trust_remote_code=trust_remote_code).eval()
         names = decoder_blocks(self.model, folder)
-        parent = names[0].rpartition(".")[0]
+        parent = module_of(names[0])
         kinds: dict[tuple[Any, ...], int] = {}
         modules = [self.model.get_submodule(name) for name in names]
         self.kinds = tuple(kinds.setdefault(_kind(module), len(kinds)) for module in modules)
         self.first = tuple(self.kinds.index(kind) for kind in range(len(kinds)))
         self.blocks = tuple(f"{parent}.{kind}" for kind in range(len(kinds)))
-        path, _, local = parent.rpartition(".")
+        path, local = split_name(parent)
         kept = nn.ModuleList([modules[index] for index in self.first])
         setattr(self.model.get_submodule(path), local, kept)
         text = self.model.config.get_text_config()
@@ -97,7 +99,7 @@ class SmallCopy:
         """Norms stay away from zero, matrices keep the variance of what goes through them."""
         generator = torch.Generator().manual_seed(0)
         for name, old in list(self.model.named_parameters()):
-            path, _, local = name.rpartition(".")
+            path, local = split_name(name)
             module = self.model.get_submodule(path)
             if old.ndim == 1:
                 value = torch.rand(old.shape, generator=generator) + 0.5
@@ -182,11 +184,8 @@ class SmallCopy:
             for name in self.blocks
         ]
         handles += rotate_inputs(self.model, online)
-        try:
+        with hooked(handles):
             logits = self.model(input_ids=tokens[None], use_cache=False).logits
-        finally:
-            for handle in handles:
-                handle.remove()
         return Seen(logits[0].float(), tuple(hidden))
 
 
@@ -196,16 +195,12 @@ def place_of(name: str, blocks: tuple[str, ...], kinds: tuple[int, ...] | range)
     for end in range(len(path), 0, -1):
         block = ".".join(path[:end])
         if block in blocks:
-            return kinds[blocks.index(block)], _starred(".".join(path[end:]))
-    return None, _starred(name)
-
-
-def _starred(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+            return kinds[blocks.index(block)], kind_of(".".join(path[end:]))
+    return None, kind_of(name)
 
 
 def _note(hidden: list[Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
-    state = output if isinstance(output, Tensor) else output[0]
+    state = first_tensor(output)
     hidden.append(state[0] if state.ndim == 3 else state)
 
 

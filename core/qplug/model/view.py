@@ -22,7 +22,7 @@ from qplug.errors import QplugError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-from qplug.checkpoint.names import natural_order
+from qplug.checkpoint.names import block_of, natural_order, split_name
 from qplug.model.hollow import build, load_config
 
 _EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
@@ -73,7 +73,7 @@ class _Tree:
     head: str | None
 
     def in_block(self, name: str) -> bool:
-        return any(name.startswith(block + ".") for block in self.blocks)
+        return block_of(name, self.blocks) is not None
 
 
 def _tree(checkpoint: Checkpoint, trust_remote_code: bool) -> _Tree:
@@ -89,7 +89,7 @@ def _tree(checkpoint: Checkpoint, trust_remote_code: bool) -> _Tree:
 def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, int]]) -> ModelView:
     shapes = dict(packed)
     for tensor, stored in checkpoint.tensors.items():
-        name, _, local = tensor.rpartition(".")
+        name, local = split_name(tensor)
         is_matrix = local == "weight" and len(stored.spec.shape) == 2
         if is_matrix and not isinstance(tree.modules.get(name), nn.Embedding):
             shapes.setdefault(name, (stored.spec.shape[0], stored.spec.shape[1]))

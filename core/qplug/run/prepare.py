@@ -11,7 +11,7 @@ import torch
 
 from qplug.api import Algorithm, FloatModel, ModelView, Preparation, TensorSpec
 from qplug.api.tensors import Checkpoint
-from qplug.checkpoint.names import natural_order
+from qplug.checkpoint.names import is_within, natural_order, relative_name, split_name
 from qplug.checkpoint.rewritten import apply, rewritten
 from qplug.errors import QplugError
 from qplug.model.hollow import load_config
@@ -130,7 +130,7 @@ def _seen(checkpoint: Checkpoint, view: ModelView, made: Preparation) -> ModelVi
     """The skeleton of the rewritten checkpoint: a head that was tied is a linear of its own."""
     linears = dict(view.linears)
     for tensor in made.rewrites:
-        name, _, local = tensor.rpartition(".")
+        name, local = split_name(tensor)
         shape = checkpoint.tensors[tensor].spec.shape
         if local == "weight" and name == view.head and len(shape) == 2:
             linears[name] = (shape[0], shape[1])
@@ -181,9 +181,9 @@ def _try(
     for kind, (one, other) in enumerate(zip(before.hidden, after.hidden, strict=True)):
         # The angles between tokens stay as they are in any basis.
         if not _distance(one @ one.T, other @ other.T) <= _RTOL:
-            inner = f"{copy.blocks[kind]}."
-            within = [n.removeprefix(inner) for n in faces.unread if n.startswith(inner)]
-            norms = " and ".join(within or outside)
+            block = copy.blocks[kind]
+            inside = [relative_name(block, n) for n in faces.unread if is_within(block, n)]
+            norms = " and ".join(inside or outside)
             why = f": no linear reads what comes of {norms}" if norms else ""
             raise QplugError(f"{name}: {blocks[copy.first[kind]]}: cannot be turned{why}")
     raise QplugError(f"{name}: the head cannot be turned, or the norm before it")

@@ -29,7 +29,7 @@ from qplug.calibration.shared_scales import (
     share_global_scales,
     share_tensor_scales,
 )
-from qplug.checkpoint.names import by_module
+from qplug.checkpoint.names import by_module, module_of, split_name
 from qplug.checkpoint.open import INDEX, open_checkpoint
 from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
 from qplug.machine.stopwatch import Stopwatch
@@ -246,7 +246,7 @@ def _unseen(block: Block) -> Iterator[str]:
     """A note for each layer of which some experts were given no calibration token."""
     unseen: dict[str, list[str]] = {}
     for group in (part for whole in block.groups for part in whole.routed if not part.tokens):
-        layer, _, number = group.linears[0].name.rpartition(".")[0].rpartition(".")
+        layer, number = split_name(module_of(group.linears[0].name))
         unseen.setdefault(layer, []).append(number)
     for layer, numbers in unseen.items():
         yield f"{layer}: no token reached {', '.join(numbers)}; rounded to nearest"

@@ -13,7 +13,7 @@ from qplug.api.scheme import Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.ranges import input_ranges
 from qplug.calibration.walk import Walk
-from qplug.checkpoint.names import by_module
+from qplug.checkpoint.names import by_module, module_of, relative_name, split_name
 from qplug.checkpoint.rewritten import rewritten_names
 from qplug.machine.stopwatch import Stopwatch
 from qplug.output.plan import Plan, Step
@@ -147,7 +147,7 @@ class Steps:
         stored = by_module(tensors)
         for name, scheme in linears.items():
             packed = {n: tensors[f"{name}.{n}"] for n in stored.get(name, ()) if n != "bias"}
-            local = name.removeprefix(f"{block}.")
+            local = relative_name(block, name)
             weights[f"{local}.weight"] = self.stages.exporter.dequantize(packed, scheme)
             scale = self.stages.exporter.input_scale(packed)
             if scale is not None:
@@ -157,7 +157,7 @@ class Steps:
     def _served(self, step: Step, output: SharedOutput) -> dict[str, Tensor]:
         """What an earlier run wrote of a block, as an engine will compute with it."""
         kept = (*step.others, *step.cache_scales)
-        modules = dict.fromkeys([*step.linears, *(name.rpartition(".")[0] for name in kept)])
+        modules = dict.fromkeys([*step.linears, *(module_of(name) for name in kept)])
         stored = output.stored(modules)
         tensors = {
             f"{name}.{local}": tensor
@@ -166,6 +166,6 @@ class Steps:
         }
         served = self._dequantized(step.linears, tensors, step.name)
         for name in kept:
-            path, _, local = name.rpartition(".")
-            served[name.removeprefix(f"{step.name}.")] = stored[path][local]
+            path, local = split_name(name)
+            served[relative_name(step.name, name)] = stored[path][local]
         return served

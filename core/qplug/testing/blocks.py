@@ -16,6 +16,7 @@ from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.reconstruction import Data, LiveReconstruction
 from qplug.calibration.statistics import Statistics
 from qplug.machine.processes import ALONE
+from qplug.model.hooks import hooked
 from qplug.model.input_groups import Before, Group
 
 _INNER = 48
@@ -114,11 +115,8 @@ def _inputs(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> l
         )
         for name in ("gate", "down")
     ]
-    try:
+    with hooked(handles):
         functional_call(module, {n: p for n, p in parameters.items() if "input_scale" not in n}, x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return inputs
 
 
