@@ -12,13 +12,13 @@ from qplug.api.component import Component, NoParams
 from qplug.api.dataset import Dataset, Split, Tokenizer
 from qplug.api.exporter import Capability, Exporter, Problem, Server
 from qplug.api.float_model import (
-    Facing,
     FloatModel,
-    Heads,
     Preparation,
     Rewrite,
     Stream,
+    StreamAxis,
     StreamNorm,
+    ValueHeads,
     WholeModel,
 )
 from qplug.api.model import ModelView
@@ -34,9 +34,7 @@ __all__ = [
     "Component",
     "Dataset",
     "Exporter",
-    "Facing",
     "FloatModel",
-    "Heads",
     "InputGroup",
     "Linear",
     "ModelView",
@@ -50,8 +48,10 @@ __all__ = [
     "Split",
     "StoredTensor",
     "Stream",
+    "StreamAxis",
     "StreamNorm",
     "TensorSpec",
     "Tokenizer",
+    "ValueHeads",
     "WholeModel",
 ]

@@ -15,7 +15,7 @@ from qplug.api.scheme import Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.tokens import calibration_tokens
 from qplug.calibration.walk import Walk
-from qplug.calibration.whole_model import HeldModel
+from qplug.calibration.whole_model import InMemoryModel
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import open_checkpoint
 from qplug.errors import QplugError
@@ -344,7 +344,7 @@ class Run:
         calibration = self.recipe.calibration
 
         def learn() -> Mapping[str, Tensor]:
-            whole = HeldModel(
+            whole = InMemoryModel(
                 source,
                 model.view,
                 schemes,

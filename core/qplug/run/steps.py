@@ -110,10 +110,10 @@ class Steps:
                     yield self._apart(number, step)
                 continue
             if number in done:
-                walk.replay(step.name, self._served(step, output))
+                walk.skip(step.name, self._served(step, output))
                 continue
             with self.clock("statistics"):
-                block = walk.enter(step.name)
+                block = walk.gather(step.name)
             inputs = input_ranges(block)
             codes = self.stages.quantize(block)
             if self.stages.exporter.stores_float:
@@ -121,15 +121,15 @@ class Steps:
             changed = {*block.rewritten(), *self._rewritten(step)}
             report = self.stages.report(block, codes, tuple(sorted(changed)), inputs)
             packed = self.stages.pack(codes, step, self.view.dtype)
-            others = block.others(step.others)
-            served = block.served(codes, others, walk.dtype)
+            others = block.stored_floats(step.others)
+            served = block.effective_parameters(codes, others, walk.dtype)
             self.announcer.block_done(step.name, report, block, codes)
             del block, codes  # on a GPU, the larger part of what it holds
             if not self.stages.exporter.exact:  # what it stores is not quite what the codes say
                 served |= self._dequantized(step.linears, packed, step.name)
             with self.clock("passing on"):
                 scales = walk.cache_scales(step.name, served)
-                walk.leave(step.name, served | scales)
+                walk.advance(step.name, served | scales)
             del served
             # Old checkpoints have tensors in their blocks that are no parameters: masks, tables.
             kept = {n: self.source.tensors[n].chunks() for n in step.others if n not in others}
