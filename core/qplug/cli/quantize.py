@@ -11,11 +11,12 @@ import click
 
 from qplug.api.params import parse_pairs
 from qplug.api.scheme import CACHES
-from qplug.cli.page_writing import refuse_pages, report_file, write_report
 from qplug.cli.progress import progress_bar
+from qplug.cli.report import write_report
 from qplug.machine.launch import Launch
 from qplug.recipe.recipe import SAMPLINGS
 from qplug.registry.registry import Registry
+from qplug.report.page_file import refuse_pages, report_file
 
 if TYPE_CHECKING:
     from qplug.api.events import Result

@@ -12,6 +12,7 @@ from typing import Any
 
 from qplug.api.events import Result
 from qplug.errors import QplugError
+from qplug.machine.session import Session
 from qplug.output.manifest import MANIFEST, read_manifest
 from qplug.reading.perplexity import Evaluation, evaluate, evaluation_tokens
 from qplug.recipe.job import Export, Job, Measurement, Stage
@@ -178,12 +179,11 @@ class _Work:
     def _check_text(self, measurement: Measurement) -> None:
         evaluation_tokens(
             self._model,
+            Session(self._registry, trust_remote_code=self._how.trust_remote_code),
             dataset=measurement.dataset,
             dataset_options=measurement.options,
             seq_len=measurement.seq_len,
             windows=measurement.windows,
-            trust_remote_code=self._how.trust_remote_code,
-            registry=self._registry,
         )
 
     def _measured(self, stage: Stage, folder: str) -> list[Measured]:
