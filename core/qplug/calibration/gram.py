@@ -22,7 +22,7 @@ class Gram:
 
     def __init__(self, width: int, device: torch.device, patience: int = MOST_ROWS) -> None:
         """``patience``: rows that a CPU collects before it multiplies, at most."""
-        self._sum = torch.zeros(width, width, device=device)  # float32, the upper half alone
+        self._sum = torch.zeros(width, width, device=device)  # float32, only the upper half
         self._panel = _PANEL.get(device.type, 2048)
         self._is_whole = True
         self._waiting = torch.empty(0, width)  # on a CPU: rows that are not in the sum yet
@@ -38,7 +38,7 @@ class Gram:
             self._is_whole = False
             for start in range(0, len(self._sum), self._panel):
                 stop = start + self._panel
-                # Products of half-precision numbers are exact in float32: only time is saved.
+                # Exact all the same: products of half-precision numbers fit into float32.
                 self._sum[start:stop, start:] += torch.mm(
                     x[:, start:stop].T, x[:, start:], out_dtype=torch.float32
                 )

@@ -63,7 +63,7 @@ class Observation:
         *,
         with_drift: bool,
     ) -> None:
-        """``schemes``: of the linears that are quantized, by path within the block."""
+        """``schemes``: the scheme of each quantized linear, by path within the block."""
         self._block = block
         self._rows_per_batch: dict[str, int] = {}
         self.statistics: dict[str, Statistics] = {}

@@ -39,9 +39,9 @@ class Walk:
     """Takes calibration tokens through the blocks of a model, in order.
 
     For each block, call ``gather`` and then ``advance``; or call ``skip`` for a block that an
-    earlier run has finished. Parameters of a block go by their names relative to the block. The
-    effective ones are those that an engine will compute with, and beside them the scales of static
-    inputs and of the KV cache.
+    earlier run has finished. Parameters of a block go by their names relative to the block. Its
+    effective parameters are the values with which an engine will compute, together with the scales
+    of static inputs and of the KV cache.
     """
 
     def __init__(

@@ -174,7 +174,7 @@ class JoinedProcesses(Processes):
             raise first.as_error() from error
 
     def _announce(self, announcement: Announcement) -> list[Announcement]:
-        """Sends ``announcement``, and returns those of all processes, by rank."""
+        """Sends ``announcement``, and returns the announcements of all processes, by rank."""
         from torch.distributed import all_gather_object
 
         announcements = [announcement] * self.count

@@ -96,7 +96,7 @@ def as_on_disk(model: PreTrainedModel, blocks: Sequence[str], stored: Container[
             if (name := f"{block}.{local}") not in stored
         ]
         fused: dict[str, list[_Part]] = {}
-        paths: dict[str, str] = {}  # on disk, by that in memory
+        paths: dict[str, str] = {}  # paths on disk, by paths in memory
         for name in missing:
             path, local, parts = _trace(model, name)
             paths[module_of(name)] = path
@@ -130,7 +130,7 @@ def name_on_disk(model: PreTrainedModel, parameter: str) -> str:
 
 @dataclass(frozen=True)
 class _Part:
-    """A linear of each expert: rows ``start`` to ``stop``, of ``_ROWS``, of parameter ``fused``."""
+    """A linear of every expert: rows ``start`` to ``stop`` of ``_ROWS``, in parameter ``fused``."""
 
     linear: str
     fused: str

@@ -54,7 +54,7 @@ def _hollow() -> Iterator[None]:
     def register_hollow(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and not param.is_meta:  # a tied head shares the embedding's parameter
             param = nn.Parameter(param.to("meta"), requires_grad=False)
-            param._is_hf_initialized = True  # type: ignore[attr-defined]  # draw no numbers for it
+            param._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers draws no values for it
         register(module, name, param)
 
     nn.Module.register_parameter = register_hollow  # type: ignore[method-assign,assignment]

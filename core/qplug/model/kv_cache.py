@@ -134,7 +134,7 @@ def find_cache(
                 hollow = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
                 module._parameters[name] = nn.Parameter(hollow, requires_grad=False)
     tokens = torch.zeros(1, _PROBE, dtype=torch.int64)
-    cache: Any = DynamicCache()  # stays empty; it shows by what name blocks are given one
+    cache: Any = DynamicCache()  # stays empty; it shows under which name blocks get a cache
     for name, block in blocks.items():
         block.float().to("meta")
         block.forward = watches[name]

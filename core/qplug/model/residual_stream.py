@@ -55,7 +55,7 @@ class StreamFinder:
             if is_norm(module) and module.get_parameter("weight").shape == (width,)
         }
         hidden = torch.randn(width, generator=torch.Generator().manual_seed(1))
-        self._hidden = hidden / hidden.norm()  # the direction u
+        self._hidden = hidden / hidden.norm()  # the unit vector u
         #: The axis of each parameter that faces the stream, and the norm that it reads.
         self._facing = dict(self._find())
         self.read = {norm for _, norm in self._facing.values() if norm is not None}

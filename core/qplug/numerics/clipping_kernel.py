@@ -12,7 +12,7 @@ from qplug.api.scheme import QuantArgs
 _ROWS = 64
 
 
-# Triton reads annotations itself and takes no others than its own.
+# Triton accepts no annotations but its own.
 @triton.jit
 def _clip_errors(  # type: ignore[no-untyped-def]
     weight,

@@ -12,7 +12,7 @@ from qplug import FLOAT_MAX, QuantArgs
 _ROWS = 32  # rows of the weight in one program: a warp with one row per thread
 
 
-# Triton reads annotations itself and takes no others than its own.
+# Triton accepts no annotations but its own.
 @triton.jit
 def _round_block(  # type: ignore[no-untyped-def]
     work,

@@ -32,7 +32,7 @@ def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> tuple[Tensor, fl
     factored with any damping.
     """
     diagonal = gram.diagonal()[order]
-    if not torch.isfinite(diagonal).all():  # no entry is larger than those on the diagonal
+    if not torch.isfinite(diagonal).all():  # the largest entries are on the diagonal
         raise QplugError("the inputs of this layer are not finite")
     mean = diagonal.mean() if diagonal.any() else torch.ones((), device=gram.device)
     while damp <= _MOST_DAMP:
@@ -82,9 +82,10 @@ def _invert(upper: Tensor) -> None:
 def corrected(weight: Tensor, drift: Tensor, factor: Tensor, order: Tensor, part: float) -> Tensor:
     """The weight that corrects ``part`` of the drift of its inputs (GPTAQ, arXiv 2504.02692).
 
-    ``W + part * W driftᵀ (G + damp I)⁻¹``: for ``part`` 1 its outputs on inputs ``x`` are, in least
-    squares, those of ``weight: [out, in]`` on the float model's ``y``. ``factor``: from
-    ``inverse_factor``, for columns in ``order``. ``drift: [in, in]``: the sum of ``xᵀ(y - x)``.
+    ``W + part * W driftᵀ (G + damp I)⁻¹``: for ``part`` 1 its outputs on inputs ``x`` are as close,
+    in least squares, to the outputs of ``weight: [out, in]`` on the float model's ``y`` as
+    possible. ``factor``: from ``inverse_factor``, for columns in ``order``. ``drift: [in, in]``:
+    the sum of ``xᵀ(y - x)``.
     """
     pull = (weight @ drift.T)[:, order] @ factor.T @ factor
     return weight.index_add(1, order, pull, alpha=part)

@@ -153,7 +153,7 @@ class SpinQuant(Algorithm[Params]):
         return {**{name: orthogonal(q).cpu() for name, q in kept.items()}, "losses": losses}
 
     def _start(self, stream: Stream) -> tuple[Rotation, dict[str, Rotation]]:
-        """The rotation of the stream at the start, and those of heads by tensor of values."""
+        """Rotations to start from: of the stream, and of heads by tensor of values."""
 
         def hadamard_or_random(size: int) -> Rotation:
             return (HadamardRotation if hadamard_exists(size) else RandomRotation)(

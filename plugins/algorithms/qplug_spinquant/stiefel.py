@@ -74,4 +74,4 @@ def _leaving(skew: Tensor, row: Tensor) -> Tensor:
     """``skew`` without the part that turns ``row``: ``P A P``, where ``P`` projects it out."""
     u = row / row.norm()
     along = torch.outer(skew @ u, u)
-    return skew - (along - along.T)  # skew to the last bit
+    return skew - (along - along.T)  # exactly skew
