@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from qplug.api.groups import dequantize
 from qplug.api.tensors import Checkpoint
+from qplug.checkpoint.names import block_of, kind_of, module_of, relative_name, split_name
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.reading.folder import Folder, open_folder
@@ -20,17 +20,13 @@ from qplug.reading.verify import find_source, float_weight, relative_distance
 from qplug.registry.registry import Registry
 from qplug.report.findings import BINS_PER_OCTAVE, Bytes, Findings, Layer, Overview, Span
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-
 
 def overview(folder: Folder, name: str) -> Overview:
     """What the headers of ``folder``, called ``name``, and its ``qplug.json`` tell."""
     view, manifest, schemes = folder.view, folder.manifest, folder.schemes
     matrices = {n: prod(shape) for n, shape in view.linears.items()}
     tensors = folder.checkpoint.tensors
-    rest = sum(
-        prod(t.spec.shape) for n, t in tensors.items() if n.rpartition(".")[0] not in matrices
-    )
+    rest = sum(prod(t.spec.shape) for n, t in tensors.items() if module_of(n) not in matrices)
     engine = folder.exporter.engine if folder.exporter else None
     serve = engine.serve_command if engine else None
     return Overview(
@@ -102,7 +98,7 @@ def _bytes(
 
 def _is_of(tensor: str, linears: Mapping[str, object]) -> bool:
     """Whether a tensor belongs to the weight of one of ``linears``."""
-    name, _, local = tensor.rpartition(".")
+    name, local = split_name(tensor)
     return name in linears and local != "bias"
 
 
@@ -140,10 +136,8 @@ def _examined(
 
 def _place(name: str, blocks: tuple[str, ...]) -> tuple[int | None, str]:
     """The number of the block that a linear is in, and its kind."""
-    for number, block in enumerate(blocks):
-        if name.startswith(f"{block}."):
-            return number, _NUMBER.sub("*", name.removeprefix(f"{block}."))
-    return None, name
+    number = block_of(name, blocks)
+    return number, name if number is None else kind_of(relative_name(blocks[number], name))
 
 
 def _span(values: Tensor) -> Span:

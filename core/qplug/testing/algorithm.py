@@ -119,7 +119,7 @@ class AlgorithmContract(ComponentContract):
             self._check(scheme, block, self._run(block), " with a dead channel and a row of zeros")
 
     def test_a_block_that_no_token_reached(self) -> None:
-        if self.algorithm.learns:
+        if self.algorithm.learns_blocks:
             return  # what it learns from are the tokens that go through the block
         for scheme in self._schemes():
             block = tiny_block(scheme, tokens=0)
