@@ -1,1 +1,1 @@
-"""Plugins: found, asked for components, and named in errors; new ones are written."""
+"""Finds plugins, collects what they offer, names them in errors, and writes new ones."""
