@@ -1,4 +1,4 @@
-"""What datasets share: windows of tokens, and text from the Hub."""
+"""The public functions for datasets: windows of tokens, and text from the Hub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Functions on windows, imported when first asked for: listing datasets needs no torch."""
+    """Returns a function of ``qplug.text.windows``, imported at its first use.
+
+    That module imports torch, which listing datasets does not need.
+    """
     if name in __all__:
         from qplug.text import windows
 
