@@ -382,7 +382,7 @@ COUNTER = itertools.count()
         (lambda: [], "no text"),
         (lambda: ["  "], "no text"),
         (lambda: [b"bytes " * 9], "must give strings"),
-        (lambda: [f"{next(COUNTER)} words"], "another order each time"),
+        (lambda: [f"{next(COUNTER)} words"], "changes its order from call to call"),
     ],
 )
 def test_documents_that_are_no_text(documents: Any, sentence: str) -> None:
@@ -396,7 +396,7 @@ def test_documents_that_are_no_text(documents: Any, sentence: str) -> None:
         (lambda length, count, seed: [], "must give 8 samples"),
         (lambda length, count, seed: [torch.ones(length)] * count, "int64"),
         (lambda length, count, seed: [torch.ones(1, length).long()] * count, "one axis"),
-        (lambda length, count, seed: [torch.ones(99).long()] * count, "one of 99 tokens"),
+        (lambda length, count, seed: [torch.ones(99).long()] * count, "a sample of 99 tokens"),
         (lambda length, count, seed: [torch.full((length,), 999)] * count, "does not have"),
     ],
 )
