@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qplug.api import Checkpoint, StoredTensor
+from qplug.api import Checkpoint, SingleFile, StoredTensor
 from qplug.checkpoint.block_fp8 import as_float, is_block_fp8
 from qplug.checkpoint.tensor_file import read_header
 from qplug.errors import QplugError
@@ -15,17 +15,20 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, single_file: SingleFile | None = None) -> Checkpoint:
     """Returns the checkpoint in ``folder``, after reading config.json and every shard's header.
 
     A checkpoint that was published in blocks of fp8 is opened as the float model that it stands
-    for. Raises QplugError if the folder is not a checkpoint in safetensors files, if a file that
-    the index names is missing, if a file is a link to outside the folder, or if a shard is
-    truncated or malformed.
+    for. A folder that has ``single_file`` in place of safetensors files is read by it. Raises
+    QplugError if the folder is not a checkpoint, if a file that the index names is missing, if a
+    file is a link to outside the folder, or if a shard is truncated or malformed.
     """
     if not folder.is_dir():
         raise QplugError(f"{folder}: no such folder")
     config = read_json(folder / "config.json")
+    file = folder / single_file.name if single_file else None
+    if single_file and file and file.is_file() and not any(folder.glob("*.safetensors")):
+        return Checkpoint(folder, config, single_file.read(file, config))
     tensors = _read_tensors(folder)
     if is_block_fp8(config):
         config, tensors = as_float(config, tensors)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qplug.api import Exporter, ModelView
@@ -13,13 +12,12 @@ from qplug.api.scheme import QuantArgs, Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.names import by_module, is_within, split_name
-from qplug.checkpoint.open import open_checkpoint, read_json
+from qplug.checkpoint.open import open_checkpoint
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.architectures import find_packed_view
 from qplug.model.kv_cache import SCALES
 from qplug.output.manifest import Manifest, read_manifest
-from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,48 +124,21 @@ def open_folder(model: str, session: Session, *, backend: str | None = None) -> 
     sound, or no exporter reads its format.
     """
     folder = find_model(model)
-    registry, trusted = session.registry, session.trust_remote_code
     manifest = read_manifest(folder)
-    checkpoint = _open(folder, manifest, backend, registry)
+    exporters, trusted = session.registry.exporters, session.trust_remote_code
+    name = backend or (manifest.backend if manifest else None)
+    checkpoint = open_checkpoint(folder, exporters[name].format.single_file if name else None)
     config = checkpoint.config.get("quantization_config")
-    if config is None and manifest is None:
-        view = find_packed_view(checkpoint, {}, registry, trust_remote_code=trusted)
-        return Folder(checkpoint, view, None, None, {}, trust_remote_code=trusted)
-    exporter = _find_exporter(checkpoint, manifest, backend, registry)
-    packed = exporter.format.stored_shapes(checkpoint)
-    view = find_packed_view(checkpoint, packed, registry, trust_remote_code=trusted)
-    if config is not None:
+    exporter: Exporter[Any] | None = None
+    if manifest is not None or config is not None:
+        method = config.get("quant_method") if config else None
+        exporter = exporters.make(name or session.registry.reader_of(method))
+    packed = exporter.format.stored_shapes(checkpoint) if exporter else {}
+    view = find_packed_view(checkpoint, packed, session.registry, trust_remote_code=trusted)
+    schemes, cache = {}, None
+    if exporter is not None and config is not None:
         schemes = exporter.format.read_schemes(config, view)
         cache = exporter.format.read_cache(config)
-    else:
-        schemes = dict(manifest.schemes) if manifest else {}
-        cache = manifest.kv_cache if manifest else None
+    elif manifest is not None:
+        schemes, cache = dict(manifest.schemes), manifest.kv_cache
     return Folder(checkpoint, view, manifest, exporter, schemes, cache, trusted)
-
-
-def _open(
-    folder: Path, manifest: Manifest | None, backend: str | None, registry: Registry
-) -> Checkpoint:
-    """The checkpoint in ``folder``, also where its format has a file of its own."""
-    if manifest is not None and not any(folder.glob("*.safetensors")):
-        name = backend or manifest.backend
-        file = registry.exporters[name].format.single_file
-        if file is not None and (folder / file.name).is_file():
-            config = read_json(folder / "config.json")
-            return Checkpoint(folder, config, file.read(folder / file.name, config))
-    return open_checkpoint(folder)
-
-
-def _find_exporter(
-    checkpoint: Checkpoint, manifest: Manifest | None, backend: str | None, registry: Registry
-) -> Exporter[Any]:
-    name = backend or (manifest.backend if manifest else None)
-    if name is None:
-        method = checkpoint.config["quantization_config"].get("quant_method")
-        exporters = registry.exporters
-        fitting = [n for n in exporters if exporters[n].format.quant_method == method]
-        if not fitting:
-            raise QplugError(f"{checkpoint.folder}: no exporter reads quant_method {method!r}")
-        # Of exporters that share a format, the one that is called like it has no engine's limits.
-        name = method if method in fitting else fitting[0]
-    return registry.exporters.make(name)

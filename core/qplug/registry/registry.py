@@ -98,6 +98,17 @@ class Registry:
         name = name or definition.__name__.rpartition(".")[2].lower().replace("_", "-")
         return Registry([*self.plugins, Plugin.of_object(plugged, name)])
 
+    def reader_of(self, method: object) -> str:
+        """Returns the name of an exporter whose format has the ``quant_method`` of a folder.
+
+        Of exporters that share the format, the one that is called like it has no engine's limits.
+        Raises QplugError if there is none.
+        """
+        fitting = [n for n in self.exporters if self.exporters[n].format.quant_method == method]
+        if method is None or not fitting:
+            raise QplugError(f"no exporter reads quant_method {method!r}")
+        return method if isinstance(method, str) and method in fitting else fitting[0]
+
     @property
     def kinds(self) -> list[Offers[Any]]:
         """The look-ups of everything that plugins can offer."""
