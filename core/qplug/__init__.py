@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from qplug.reading.perplexity import evaluate
     from qplug.reading.verify import verify
     from qplug.recipe.files import read_job
-    from qplug.recipe.job import Export, Job, Measurement
+    from qplug.recipe.recipe import Export, Job, Measurement, Recipe
     from qplug.run.perform import perform
     from qplug.run.quantize import quantize
 
@@ -108,6 +108,7 @@ __all__ = [
     "QplugError",
     "QuantArgs",
     "QuantizedWeight",
+    "Recipe",
     "Reconstruction",
     "Result",
     "Rewrite",
@@ -141,10 +142,11 @@ __all__ = [
 
 #: Names that plugins do not need, and the module of each: imported when first asked for.
 _LAZY = {
-    "Export": "qplug.recipe.job",
+    "Export": "qplug.recipe.recipe",
     "FileTensor": "qplug.checkpoint.tensor_file",
-    "Job": "qplug.recipe.job",
-    "Measurement": "qplug.recipe.job",
+    "Job": "qplug.recipe.recipe",
+    "Measurement": "qplug.recipe.recipe",
+    "Recipe": "qplug.recipe.recipe",
     "compare": "qplug.reading.compare",
     "evaluate": "qplug.reading.perplexity",
     "load": "qplug.reading.load",

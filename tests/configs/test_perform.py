@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -304,24 +303,12 @@ def test_python(read_text: Read, tmp_path: Path) -> None:
         qplug.perform(job, device="cpu")
 
 
-def test_what_a_version_lacks_is_said(read_text: Read, tmp_path: Path) -> None:
-    if "kv_cache" in inspect.signature(qplug.quantize).parameters:
-        return
-    job = replace(
-        read_text("kv_cache: fp8\n").job,
-        model="qplug:demo",
-        exports=(qplug.Export(tmp_path / "o"),),
-    )
-    with pytest.raises(QplugError, match="kv_cache: this version of qplug has it not"):
-        qplug.perform(job)
-
-
 def test_config_check(cli: Cli, llmc: Llmc, tmp_path: Path, text: Path) -> None:
     file = tmp_path / "f.yml"
     file.write_text(awq(llmc, text, tmp_path, special=AWQ + "save_clip: True\n"))
     result = cli("config", "check", file)
     assert result.exit_code == 0
-    assert result.stdout.startswith(f"{file}: sound (LLMC): awq, W4A16; writes ")
+    assert result.stdout.startswith(f"{file}: valid LLMC file: awq, W4A16; writes ")
     assert f"Warning: {file}:24: quant.special.save_clip: no effect" in result.stderr
     file.write_text("scheme: W1A1\n")
     wrong = cli("config", "check", file)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qplug.calibration.observation import Observation, Shares
 from qplug.model.input_groups import Group
-from qplug.recipe.recipe import parse_scheme
+from qplug.recipe.spellings import parse_scheme
 
 
 class Catching(nn.Module):
