@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from qplug.report.charts import Bar, rows
-from qplug.report.markup import Markup
 
 HERE = Path(__file__).parent
 FOUND, PICTURE = HERE / "serving_gain.json", HERE / "serving_gain.svg"
@@ -49,7 +48,7 @@ def picture(found: dict[str, dict[str, Any]]) -> str:
     return standalone(drawn)
 
 
-def standalone(drawn: Markup) -> str:
+def standalone(drawn: str) -> str:
     """A chart of a report as a file of its own, with the colours for light and for dark."""
     chart = re.search(r"<svg .*</svg>", drawn, re.DOTALL)
     assert chart is not None

@@ -17,6 +17,8 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qplug import Dataset, Tokenizer
 
 # Matrices here are small, and threads that wait for a busy core cost seconds. It must be said
@@ -62,6 +64,34 @@ def _the_demo_text_is_tokenized_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "_text_tokens", once)
         yield
+
+
+# --- the CPU of the host --------------------------------------------------------------------------
+
+#: The features of the CPU that tests see: all that vLLM's kernels for CPUs are known to ask for.
+DECLARED_CPU = ("avx2", "avx512f", "avx512_vnni")
+
+
+@pytest.fixture(scope="session")
+def _cpuinfo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cpu") / "cpuinfo"
+
+
+@pytest.fixture(autouse=True)
+def declare_cpu(_cpuinfo: Path) -> Iterator[Callable[..., None]]:
+    """Declares the features of the CPU in place of the host's: ``declare_cpu("avx2")``.
+
+    A test that declares none sees those of ``DECLARED_CPU``, whatever host it runs on.
+    """
+    from qplug_vllm import cpu
+
+    def declare(*flags: str) -> None:
+        _cpuinfo.write_text(f"flags\t\t: {' '.join(flags)}\n")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "CPUINFO", _cpuinfo)
+        declare(*DECLARED_CPU)
+        yield declare
 
 
 # --- processes ------------------------------------------------------------------------------------

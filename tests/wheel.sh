@@ -13,3 +13,4 @@ cd "$away"
 venv/bin/qplug plugins check
 venv/bin/qplug quantize qplug:demo --out out
 venv/bin/qplug verify out
+venv/bin/qplug report out

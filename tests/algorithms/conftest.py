@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from small_deepseek import small_deepseek
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -97,20 +98,7 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "gpt-oss": lambda: transformers.GptOssConfig(
         **GATED, num_local_experts=4, num_experts_per_tok=2, sliding_window=8
     ),
-    "deepseek-v3": lambda: transformers.DeepseekV3Config(
-        **{**SIZES, "num_key_value_heads": 4, "intermediate_size": 96},
-        moe_intermediate_size=48,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=32,
-        kv_lora_rank=32,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=16,
-        v_head_dim=16,
-    ),
+    "deepseek-v3": lambda: small_deepseek(**SIZES, moe_intermediate_size=48),
     "olmo2": lambda: transformers.Olmo2Config(**{**GATED, "head_dim": 16}),
     "bloom": lambda: transformers.BloomConfig(vocab_size=4096, hidden_size=64, n_layer=2, n_head=4),
 }

@@ -9,6 +9,7 @@ import pytest
 from qplug import QplugError
 from qplug.api.params import fill, options
 from qplug.api.scheme import preset
+from qplug.machine.session import Session
 from qplug.recipe.recipe import Recipe
 from qplug.registry.registry import Registry
 from qplug.run.stages import Stages
@@ -22,7 +23,7 @@ def filled(algorithm: str, values: dict[str, Any]) -> Any:
         backend="vllm",
         algorithm_options={algorithm: values},
     )
-    return Stages(recipe, Registry.installed()).pipeline[0].params
+    return Stages(recipe, Session(Registry.installed())).pipeline[0].params
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from qplug import Block, InputGroup, Linear, QuantArgs, QuantizedWeight, Scheme
 from qplug.api.groups import dequantize
 from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.walk import Walk
+from qplug.machine.session import Session
 from qplug.numerics.clipping import search_clip
 from qplug.numerics.losses import output_error
 from qplug.numerics.rounding import nearest
 from qplug.reading.folder import open_folder
-from qplug.registry.registry import Registry
 from qplug_awq.awq import AWQ, Params
 
 Family = Callable[..., Path]
@@ -508,7 +508,7 @@ def test_rows_that_share_a_scale_are_scaled_and_not_clipped(
 
 
 def stored_codes(folder: Path) -> dict[str, QuantizedWeight]:
-    opened = open_folder(str(folder), Registry.installed())
+    opened = open_folder(str(folder), Session.alone())
     assert opened.exporter is not None
     found = {}
     for name, scheme in opened.schemes.items():

@@ -20,6 +20,7 @@ from qplug.api.groups import dequantize
 from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
+from qplug.machine.session import Session
 from qplug.model.experts import Experts, as_on_disk
 from qplug.model.view import model_view
 from qplug.numerics.rounding import round_to_nearest
@@ -313,11 +314,7 @@ def run(tmp_path: Path, make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch
 
 
 def unpacked(out: Path) -> Mapping[str, Tensor]:
-    return dict(
-        qplug.reading.folder.open_folder(
-            str(out), qplug.registry.registry.Registry.installed()
-        ).weights()
-    )
+    return dict(qplug.reading.folder.open_folder(str(out), Session.alone()).weights())
 
 
 @pytest.mark.parametrize(

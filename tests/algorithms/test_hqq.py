@@ -164,7 +164,7 @@ def test_whole_models_without_data(
     scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensor by tensor: nothing walks through the model."""
-    monkeypatch.setattr("qplug.run.quantize.Walk", None)
+    monkeypatch.setattr("qplug.run.calibrated.Walk", None)
     backend = "vllm" if scheme == "W4A16_ASYM" else "sglang"
     result = qplug.quantize(
         "qplug:demo", tmp_path / "out", algo="hqq", scheme=scheme, backend=backend, device="cpu"

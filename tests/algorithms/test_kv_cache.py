@@ -16,6 +16,7 @@ import qplug
 from qplug import Exporter, QplugError
 from qplug.api.scheme import CACHES
 from qplug.checkpoint.open import open_checkpoint
+from qplug.machine.session import Session
 from qplug.model.kv_cache import ObservedCache, find_cache
 from qplug.model.view import model_view
 from qplug.reading.folder import open_folder
@@ -147,7 +148,7 @@ def test_scales_just_cover_what_the_quantized_model_stores(
     model: Any = qplug.load(str(out))
     cache = DynamicCache()  # without a configuration no layer forgets what leaves its window
     model(tokens_given, past_key_values=cache, use_cache=True)
-    scales = open_folder(str(out), Registry.installed()).cache_scales()
+    scales = open_folder(str(out), Session.alone()).cache_scales()
     assert len(scales) == len(cache.layers) == 3
     for number, layer in enumerate(cache.layers):
         for stored, scale in zip((layer.keys, layer.values), scales[number], strict=True):
@@ -173,7 +174,7 @@ def test_the_rounding_is_the_textbook_s(
         kv_cache="fp8",
         device="cpu",
     ).out
-    scales = open_folder(str(out), Registry.installed()).cache_scales()
+    scales = open_folder(str(out), Session.alone()).cache_scales()
 
     class Rounding(DynamicCache):
         def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> Any:
@@ -211,7 +212,7 @@ def test_config_and_manifest_say_so(tmp_path: Path) -> None:
     out = qplug.quantize(
         "qplug:demo", tmp_path / "out", backend="vllm", kv_cache="fp8", samples=2, seq_len=16
     ).out
-    opened = open_folder(str(out), Registry.installed())
+    opened = open_folder(str(out), Session.alone())
     told = opened.checkpoint.config["quantization_config"]["kv_cache_scheme"]
     kept = ("num_bits", "type", "strategy", "symmetric", "dynamic")
     assert [told[key] for key in kept] == [8, "float", "tensor", True, False]

@@ -25,6 +25,7 @@ from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.rewritten import RewrittenTensor
 from qplug.checkpoint.tensor_file import StoredTensor
+from qplug.machine.session import Session
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.view import model_view
 from qplug.numerics.hadamard import hadamard_matrix
@@ -76,12 +77,12 @@ def stages(algo: str = "quarot", backend: str = "fake", **options: Any) -> Stage
         backend,
         algorithm_options={"quarot": options},
     )
-    return Stages(recipe, Registry.installed())
+    return Stages(recipe, Session(Registry.installed()))
 
 
 def rotated(folder: Path, **options: Any) -> Prepared:
     source = open_checkpoint(folder)
-    return prepare(stages(**options), source, model_view(source), device=torch.device("cpu"))
+    return prepare(stages(**options), source, model_view(source), Session(Registry([])))
 
 
 def save(prepared: Prepared, folder: Path) -> Path:
@@ -238,7 +239,7 @@ def test_what_faces_the_stream(name: str, family: Family) -> None:
         exporter=stages().exporter,
         prepare=lambda algorithm, model: seen.append(model) or algorithm.prepare(model),
     )
-    prepare(looks, source, view, device=torch.device("cpu"))
+    prepare(looks, source, view, Session(Registry([])))
     stream = seen[0].stream
     writers, readers = ROLES[name]
 
@@ -297,7 +298,7 @@ def test_twice_is_a_rotation_too(family: Family, tmp_path: Path) -> None:
         exporter=stages().exporter,
         prepare=lambda algorithm, model: algorithm.prepare(model),
     )
-    prepared = prepare(both, source, model_view(source), device=torch.device("cpu"))
+    prepared = prepare(both, source, model_view(source), Session(Registry([])))
     assert len(prepared.notes) == 1  # untied once
     found = logits(reference(save(prepared, tmp_path / "out")))
     assert distance(found, logits(reference(family("llama, tied")))) <= RTOL
@@ -413,7 +414,7 @@ def test_a_rewrite_that_changes_what_is_computed_is_refused(family: Family) -> N
         prepare=lambda algorithm, model: algorithm.prepare(model),
     )
     with pytest.raises(QplugError, match=r"wrong: model\.layers\.0: cannot be turned"):
-        prepare(wrong, source, model_view(source), device=torch.device("cpu"))
+        prepare(wrong, source, model_view(source), Session(Registry([])))
 
 
 # --- whole runs ----------------------------------------------------------------------------------
@@ -496,7 +497,7 @@ def test_weights_are_not_rounded_on_their_way(tmp_path: Path) -> None:
 def test_each_linear_is_a_step_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is built, and no more is held than a few linears in float32."""
     source = llama(tmp_path / "model", num_hidden_layers=6, hidden_size=128, intermediate_size=512)
-    monkeypatch.setattr("qplug.run.quantize.Walk", None)
+    monkeypatch.setattr("qplug.run.calibrated.Walk", None)
     monkeypatch.setattr("qplug.checkpoint.rewritten._CHUNK", {"cpu": 1 << 14})
     held: dict[int, tuple[weakref.ref[Tensor], int]] = {}
     most = 0

@@ -69,7 +69,7 @@ class Trouble(Algorithm[NoParams]):
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "full disk":
-            qplug.output.writer.Output._write = full
+            qplug.output.writer.Writer._write = full
             return
         if kind == "astray":
             block.spread([1, 2], lambda item: item)

@@ -35,11 +35,13 @@ from qplug.calibration.whole_model import As, HeldModel
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.rewritten import apply
+from qplug.machine.session import Session
 from qplug.model.view import model_view
 from qplug.numerics.activations import fake_quantize_activations
 from qplug.numerics.rotation import ExplicitRotation, RandomRotation
 from qplug.numerics.straight_through import round_inputs
 from qplug.numerics.turned_model import rotated_model
+from qplug.registry.registry import Registry
 from qplug.run.prepare import Prepared, prepare
 from qplug_spinquant.spinquant import Params, SpinQuant
 from qplug_spinquant.stiefel import CayleySGD, orthogonal
@@ -68,7 +70,7 @@ def prepared_by(algorithm: Algorithm[Any], folder: Path, learn: Any) -> Prepared
     stages: Any = SimpleNamespace(
         preparing=[algorithm], prepare=lambda algorithm, model: algorithm.prepare(model)
     )
-    return prepare(stages, source, model_view(source), device=CPU, learn=learn)
+    return prepare(stages, source, model_view(source), Session(Registry([])), learn=learn)
 
 
 def known(folder: Path) -> FloatModel:

@@ -23,6 +23,7 @@ from qplug.calibration.shared_scales import fix_input_scales, share_tensor_scale
 from qplug.calibration.statistics import Statistics
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
+from qplug.machine.session import Session
 from qplug.model.view import model_view
 from qplug.numerics.activations import fake_quantize_activations
 from qplug.numerics.rounding import round_to_nearest
@@ -320,7 +321,7 @@ def test_every_algorithm_takes_static_schemes(
         device="cpu",
     )
     assert max(out.losses.values()) < 0.2
-    folder = open_folder(str(out.out), Registry.installed())
+    folder = open_folder(str(out.out), Session.alone())
     read = folder.checkpoint.read
     for block in folder.view.blocks:
         for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
@@ -338,7 +339,7 @@ def test_rounded_to_nearest_under_the_shared_scale(
     out = qplug.quantize(
         str(source), tmp_path / "out", scheme="FP8", backend="vllm", device="cpu"
     ).out
-    opened, floats = open_folder(str(out), Registry.installed()), open_checkpoint(source)
+    opened, floats = open_folder(str(out), Session.alone()), open_checkpoint(source)
     names = [f"model.layers.1.self_attn.{part}_proj" for part in "qkv"]
     weights = {name: floats.read(f"{name}.weight").float() for name in names}
     scale = max(weight.abs().max() for weight in weights.values()) / 448

@@ -12,10 +12,12 @@ import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
+from small_deepseek import small_deepseek
 from transformers import AutoModelForCausalLM
 
 import qplug
 from qplug.checkpoint.locate import find_model
+from qplug.machine.session import Session
 from qplug.model.hollow import build
 from qplug.reading.folder import open_folder
 from qplug.registry.registry import Registry
@@ -93,20 +95,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], int, set[str]]] = {
         {"lm_head", r"re:.*\.block_sparse_moe\.gate$"},
     ),
     "deepseek-v3": (
-        lambda: transformers.DeepseekV3Config(
-            **{**SIZES, "num_key_value_heads": 4, "intermediate_size": 96},
-            moe_intermediate_size=32,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            n_group=2,
-            topk_group=1,
-            first_k_dense_replace=1,
-            q_lora_rank=32,
-            kv_lora_rank=32,
-            qk_nope_head_dim=16,
-            qk_rope_head_dim=16,
-            v_head_dim=16,
-        ),
+        lambda: small_deepseek(**SIZES, moe_intermediate_size=32),
         2 * 5 + 3 + 4 * 3 + 3,
         {"lm_head", r"re:.*\.mlp\.gate$"},
     ),
@@ -169,7 +158,7 @@ def test_the_folder_is_sound(written: Callable[[str], Path], family: str) -> Non
     out = written(family)
     found = qplug.verify(str(out))
     assert (found.problems, found.linears) == ((), linears)
-    config = open_folder(str(out), Registry.installed()).checkpoint.config
+    config = open_folder(str(out), Session.alone()).checkpoint.config
     assert set(config["quantization_config"]["ignore"]) == floats
 
 
@@ -179,7 +168,7 @@ def test_the_model_computes_with_the_dequantized_weights(
 ) -> None:
     """Against a float checkpoint that holds what compressed-tensors makes of the codes."""
     out = written(family)
-    folder = open_folder(str(out), Registry.installed())
+    folder = open_folder(str(out), Session.alone())
     config = QuantizationConfig.model_validate(folder.checkpoint.config["quantization_config"])
     (group,) = config.config_groups.values()
     compressor = BaseCompressor.get_value_from_registry(config.format)

@@ -25,6 +25,7 @@ import qplug
 from qplug import Linear, ModelView, QplugError, QuantArgs, preset
 from qplug.api.groups import dequantize
 from qplug.api.limits import Target
+from qplug.machine.session import Session
 from qplug.numerics.activations import fake_quantize_activations
 from qplug.numerics.rounding import nearest, round_to_nearest
 from qplug.numerics.scale_formats import covering_global_scale
@@ -223,7 +224,7 @@ def test_folders_are_those_of_compressed_tensors(
     quantized: Quantized, scheme: str, backend: str
 ) -> None:
     out = quantized(scheme, backend=backend)
-    folder = open_folder(str(out), Registry.installed())
+    folder = open_folder(str(out), Session.alone())
     config = QuantizationConfig.model_validate(folder.checkpoint.config["quantization_config"])
     (group,) = config.config_groups.values()
     theirs = their_scheme(scheme)
@@ -333,7 +334,7 @@ def test_algorithms_work_on_these_grids(quantized: Quantized, scheme: str, algo:
     short = {"awq": {"ratios": 2, "clip_steps": 3, "clip_in_search": 1}} if "awq" in algo else {}
     out = quantized(scheme, backend="vllm", algo=algo, algorithm_options=short)
     assert qplug.verify(str(out)).ok
-    assert open_folder(str(out), Registry.installed()).manifest is not None
+    assert open_folder(str(out), Session.alone()).manifest is not None
 
 
 def test_the_error_of_a_power_of_two_is_that_of_the_exact_global_scale() -> None:

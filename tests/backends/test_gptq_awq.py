@@ -15,6 +15,7 @@ import qplug
 from qplug import ModelView, QplugError, QuantizedWeight, preset
 from qplug.api.groups import dequantize
 from qplug.api.limits import Target
+from qplug.machine.session import Session
 from qplug.numerics.rounding import round_to_nearest
 from qplug.reading.folder import open_folder
 from qplug.registry.registry import Registry
@@ -128,7 +129,7 @@ def test_zero_points_of_gptq_are_stored_less_one() -> None:
 @pytest.mark.parametrize(("backend", "scheme"), [("gptq", "W4A16"), ("awq", "W4A16_ASYM")])
 def test_folders(quantized: Quantized, backend: str, scheme: str) -> None:
     out = quantized(scheme, backend=backend)
-    folder = open_folder(str(out), Registry.installed())
+    folder = open_folder(str(out), Session.alone())
     config = folder.checkpoint.config["quantization_config"]
     assert (config["quant_method"], config["bits"], config["group_size"]) == (backend, 4, 128)
     assert len(folder.schemes) == 28
@@ -264,7 +265,7 @@ def test_folders_that_engines_would_not_load(
     tensors = load_file(out / "model.safetensors")
     change(tensors)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    folder = open_folder(str(out), Registry.installed())
+    folder = open_folder(str(out), Session.alone())
     assert folder.exporter is not None
     found = {problem.check for problem in folder.exporter.check(folder.checkpoint, folder.view)}
     assert found == {check}

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import qplug
 from qplug import QplugError
 from qplug.checkpoint.locate import find_model
+from qplug.machine.session import Session
 from qplug.reading.folder import open_folder
-from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,7 @@ def test_a_head_is_a_target_of_its_own(quantized: Quantized, untied: str, algo: 
     short = {"awq": {"ratios": 2, "clip": False}} if algo == "awq" else {}
     how = {"backend": "vllm", "overrides": HEAD, "algo": algo, "algorithm_options": short}
     out = quantized("W4A16", model=untied, **how)
-    folder = open_folder(str(out), Registry.installed())
+    folder = open_folder(str(out), Session.alone())
     assert folder.schemes["lm_head"].name == "W8A16"
     assert "lm_head.weight_packed" in folder.checkpoint.tensors
     config = folder.checkpoint.config["quantization_config"]
@@ -93,7 +93,7 @@ def test_sglang_takes_no_head(untied: str, tmp_path: Path) -> None:
 def test_mixed_widths_by_pattern(quantized: Quantized, backend: str) -> None:
     """Both are pack-quantized, and each layer is in just one group."""
     out = quantized("W4A16", backend=backend, overrides={r"re:.*down_proj": "W8A16"})
-    folder = open_folder(str(out), Registry.installed())
+    folder = open_folder(str(out), Session.alone())
     kinds = {name: scheme.name for name, scheme in folder.schemes.items()}
     assert all((kind == "W8A16") == name.endswith("down_proj") for name, kind in kinds.items())
     config = folder.checkpoint.config["quantization_config"]

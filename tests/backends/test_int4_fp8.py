@@ -9,9 +9,9 @@ import torch
 import qplug
 from qplug import QuantizedWeight, preset
 from qplug.api.groups import dequantize
+from qplug.machine.session import Session
 from qplug.numerics.rounding import round_to_nearest
 from qplug.reading.folder import open_folder
-from qplug.registry.registry import Registry
 from qplug_vllm.engine import VLLM
 from qplug_vllm.int4_fp8 import multiplied
 
@@ -52,7 +52,7 @@ def test_powers_of_two_are_exact() -> None:
 
 def test_the_reader_takes_what_the_engine_multiplies_with(tmp_path: Path) -> None:
     qplug.quantize("qplug:demo", tmp_path / "out", scheme="W4AFP8", backend="vllm", device="cpu")
-    folder = open_folder(str(tmp_path / "out"), Registry.installed())
+    folder = open_folder(str(tmp_path / "out"), Session.alone())
     name = "model.layers.0.mlp.up_proj"
     tensors, scheme = folder.packed(name), folder.schemes[name]
     wanted = VLLM(VLLM.Params()).computed(tensors, scheme)

@@ -24,10 +24,10 @@ from compressed_tensors.utils import match_named_modules
 
 from qplug import PRESETS, ModelView, QuantArgs, Scheme, preset
 from qplug.api.groups import dequantize
+from qplug.machine.session import Session
 from qplug.numerics.rounding import round_to_nearest
 from qplug.numerics.scales import minmax_scale
 from qplug.reading.folder import open_folder
-from qplug.registry.registry import Registry
 from qplug_compressed_tensors.configuration import write_config
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def test_weights_are_those_that_compressed_tensors_restores(
     quantized: Quantized, scheme: str, group_size: int | None
 ) -> None:
     out = quantized(scheme, group_size=group_size, backend="compressed-tensors")
-    folder = open_folder(str(out), Registry.installed())
+    folder = open_folder(str(out), Session.alone())
     config = QuantizationConfig.model_validate(folder.checkpoint.config["quantization_config"])
     (group,) = config.config_groups.values()
     compressor = BaseCompressor.get_value_from_registry(config.format)
@@ -111,7 +111,7 @@ def test_config_is_valid_and_covers_what_is_quantized(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(out))
     covered = {name for name, _ in match_named_modules(model, group.targets, config.ignore)}
-    assert covered == open_folder(str(out), Registry.installed()).schemes.keys()
+    assert covered == open_folder(str(out), Session.alone()).schemes.keys()
 
 
 def essence(args: QuantizationArgs | None) -> dict[str, Any] | None:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qplug
+from qplug.machine.session import Session
 from qplug.reading.folder import open_folder
-from qplug.registry.registry import Registry
 from qplug_compressed_tensors import rules, silent
 from qplug_compressed_tensors.configuration import Configuration
 from qplug_compressed_tensors.rules import Case
@@ -614,7 +614,7 @@ def test_the_rule_names_the_fault(damaged: Any, fault: Fault) -> None:
     problems = qplug.verify(str(out), backend=fault.backend).problems
     assert {(problem.check, problem.where) for problem in problems} == fault.said
 
-    folder = open_folder(str(out), Registry.installed(), backend=fault.backend)
+    folder = open_folder(str(out), Session.alone(), backend=fault.backend)
     assert folder.exporter is not None
     config = Configuration.parse(
         folder.checkpoint.config["quantization_config"],

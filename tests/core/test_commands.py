@@ -105,13 +105,13 @@ def test_dry_run(cli: Cli, llama: Path, tmp_path: Path, contents: Contents) -> N
 def test_a_resumed_run_says_so(
     cli: Cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qplug.output.writer import Output
+    from qplug.output.writer import Writer
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Output, "finish", interrupt)
+        patch.setattr(Writer, "finish", interrupt)
         assert cli("quantize", llama, "--out", tmp_path / "out").exit_code == 1
     result = cli("quantize", llama, "--out", tmp_path / "out")
     assert " s, " in result.stdout

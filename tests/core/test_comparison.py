@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qplug
+from qplug.machine.session import Session
 from qplug.reading.compare import Comparison, compare
 from qplug.reading.folder import open_folder
 from qplug.reading.load import load_folder
 from qplug.reading.streamed import stream_folder
-from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,7 +143,7 @@ def test_a_streamed_model_computes_what_a_loaded_one_does(
     folder: Callable[..., Path], kv_cache: str | None
 ) -> None:
     path = folder(scheme="W8A8", backend="vllm", kv_cache=kv_cache)
-    opened = open_folder(str(path), Registry.installed())
+    opened = open_folder(str(path), Session.alone())
     model = stream_folder(opened, torch.device("cpu"))
     held = [
         {name for name, value in block.named_parameters() if not value.is_meta}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import qplug
 from qplug import PRESETS, QplugError
+from qplug.machine.session import Session
 from qplug.numerics.activations import fake_quantize_activations
 from qplug.reading import perplexity as evaluation
 from qplug.reading.folder import open_folder
@@ -133,7 +134,7 @@ def test_a_quantized_model(
     # between two codes would be rounded the other way.
     monkeypatch.setattr(evaluation, "_TOKENS", LENGTH)
     folder = folders(scheme, backend)
-    opened = open_folder(str(folder), Registry.installed())
+    opened = open_folder(str(folder), Session.alone())
     model = demo_model()
     assert len(opened.schemes) == 28
     for name, found in opened.schemes.items():

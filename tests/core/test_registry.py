@@ -16,7 +16,7 @@ from qplug.registry.plugin import Plugin
 from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 class Install(Protocol):
@@ -136,7 +136,9 @@ def test_an_object_is_a_plugin_too() -> None:
     assert registry.algorithms.owners("mine") == registry.plugins
 
 
-BROKEN = {
+HOOK = "from qplug import hookimpl\n@hookimpl\ndef "
+#: Code that breaks while it is imported or asked, and the error that results.
+BREAKING = {
     "missing import": ("import not_there_at_all", "ModuleNotFoundError: No module named"),
     "syntax": ("def", "SyntaxError"),
     "exits": ("raise SystemExit(3)", "SystemExit: 3"),
@@ -144,73 +146,82 @@ BROKEN = {
         "class Odd(BaseException): pass\nraise Odd('strange')",
         "Odd: strange",
     ),
+    "no hook": ("def qplug_algorithms(): return []", "TypeError: .* is @hookimpl missing?"),
     "unknown hook": (
-        "from qplug import hookimpl\n@hookimpl\ndef qplug_algoritms(): return []",
+        f"{HOOK}qplug_algoritms(): return []",
         "PluginValidationError: unknown hook 'qplug_algoritms'",
     ),
     "unknown argument": (
-        "from qplug import hookimpl\n@hookimpl\ndef qplug_algorithms(model): return []",
+        f"{HOOK}qplug_algorithms(model): return []",
         r"PluginValidationError: .*(?s:.)*Argument\(s\) {'model'}",
     ),
-    "no hook": ("def qplug_algorithms(): return []", "TypeError: .* is @hookimpl missing?"),
-    "hook raises": (
-        "from qplug import hookimpl\n@hookimpl\ndef qplug_algorithms(): 1 / 0",
-        "ZeroDivisionError",
-    ),
+    "hook raises": (f"{HOOK}qplug_algorithms(): 1 / 0", "ZeroDivisionError"),
     "forgot return": (
-        "from qplug import hookimpl\n@hookimpl\ndef qplug_algorithms(): pass",
+        f"{HOOK}qplug_algorithms(): pass",
         "TypeError: qplug_algorithms must return classes in a list, not None",
-    ),
-    "not a list": (
-        offering("broken").replace("[C0]", "C0"),
-        "TypeError: qplug_algorithms must return classes in a list, not <class",
-    ),
-    "yields, then exits": (
-        offering("broken").replace("return [C0]", "yield C0; raise SystemExit"),
-        "SystemExit",
-    ),
-    "not a class": (
-        offering("broken").replace("[C0]", "['broken']"),
-        "TypeError: 'broken' is not a subclass of qplug.Algorithm",
-    ),
-    "an instance": (
-        offering("broken").replace("[C0]", "[C0(None)]"),
-        "TypeError: .* is not a subclass of qplug.Algorithm",
-    ),
-    "wrong base": (
-        offering("broken", kind="dataset").replace("qplug_datasets", "qplug_algorithms"),
-        "TypeError: .*C0'> is not a subclass of qplug.Algorithm",
-    ),
-    "abstract": (
-        offering("broken", kind="dataset").replace("documents", "document"),
-        "TypeError: C0 does not define: documents",
-    ),
-    "no name": (
-        offering("broken").replace("name = ", "label = "),
-        "ValueError: C0.name must be lower case, digits and hyphens, not None",
-    ),
-    "no docstring": (
-        offering("broken").replace("'Text.'", ""),
-        "ValueError: C0 needs a docstring",
-    ),
-    "blank docstring": (
-        offering("broken").replace("'Text.'", "'''\n    '''"),
-        "ValueError: C0 needs a docstring",
-    ),
-    "odd option": (
-        offering("broken").replace("pass", "from dataclasses import make_dataclass as m\n    "
-                                   "Params = m('P', [('x', int, 1)], frozen=True)"),
-        r"TypeError: P\.x must be Annotated",
-    ),
-    "params thaw": (
-        offering("broken").replace("pass", "Params = dict"),
-        "TypeError: dict must be a frozen dataclass",
     ),
     "one name twice": (
         offering("same", "same"),
         "ValueError: it offers algorithm 'same' twice",
     ),
-}  # fmt: skip
+}
+#: What a sound plugin of a kind has, what stands there instead, and the error that results.
+SPOILT = {
+    "not a list": (
+        *("algorithm", "[C0]", "C0"),
+        "TypeError: qplug_algorithms must return classes in a list, not <class",
+    ),
+    "yields, then exits": (
+        *("algorithm", "return [C0]", "yield C0; raise SystemExit"),
+        "SystemExit",
+    ),
+    "not a class": (
+        *("algorithm", "[C0]", "['broken']"),
+        "TypeError: 'broken' is not a subclass of qplug.Algorithm",
+    ),
+    "an instance": (
+        *("algorithm", "[C0]", "[C0(None)]"),
+        "TypeError: .* is not a subclass of qplug.Algorithm",
+    ),
+    "wrong base": (
+        *("dataset", "qplug_datasets", "qplug_algorithms"),
+        "TypeError: .*C0'> is not a subclass of qplug.Algorithm",
+    ),
+    "abstract": (
+        *("dataset", "documents", "document"),
+        "TypeError: C0 does not define: documents",
+    ),
+    "no name": (
+        *("algorithm", "name = ", "label = "),
+        "ValueError: C0.name must be lower case, digits and hyphens, not None",
+    ),
+    "no docstring": ("algorithm", "'Text.'", "", "ValueError: C0 needs a docstring"),
+    "blank docstring": (
+        *("algorithm", "'Text.'", "'''\n    '''"),
+        "ValueError: C0 needs a docstring",
+    ),
+    "odd option": (
+        "algorithm",
+        "pass",
+        "from dataclasses import make_dataclass as m\n"
+        "    Params = m('P', [('x', int, 1)], frozen=True)",
+        r"TypeError: P\.x must be Annotated",
+    ),
+    "params thaw": (
+        *("algorithm", "pass", "Params = dict"),
+        "TypeError: dict must be a frozen dataclass",
+    ),
+}
+
+
+def spoilt(kind: str, part: str, other: str) -> str:
+    """Returns the code of a plugin that offers ``broken``, with ``other`` in place of ``part``."""
+    sound = offering("broken", kind=kind)
+    assert part in sound
+    return sound.replace(part, other)
+
+
+BROKEN = BREAKING | {case: (spoilt(*change), error) for case, (*change, error) in SPOILT.items()}
 
 
 @pytest.mark.parametrize(("code", "reason"), BROKEN.values(), ids=BROKEN)
@@ -461,9 +472,19 @@ def qplug_algorithms():
 """
 
 
-def test_a_file_is_a_plugin(install: Install, tmp_path: Path) -> None:
-    file = tmp_path / "idea.py"
-    file.write_text(WITH_PARAMS)
+@pytest.fixture
+def write_file(install: Install, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a plugin that is a file; no other is there but those that ``install`` installs."""
+
+    def write(code: str, name: str = "idea.py") -> Path:
+        (tmp_path / name).write_text(code)
+        return tmp_path / name
+
+    return write
+
+
+def test_a_file_is_a_plugin(write_file: Callable[..., Path]) -> None:
+    file = write_file(WITH_PARAMS)
     registry = Registry.installed(files=[file])
     assert str(registry.plugins[0]) == f"idea ({file})"
     assert "qplug_file_idea" not in sys.modules
@@ -471,19 +492,17 @@ def test_a_file_is_a_plugin(install: Install, tmp_path: Path) -> None:
     assert mine.Params().bits == 4
 
 
-def test_a_file_hides_no_module_of_its_name(install: Install, tmp_path: Path) -> None:
-    file = tmp_path / "json.py"
-    file.write_text(offering("mine"))
+def test_a_file_hides_no_module_of_its_name(write_file: Callable[..., Path]) -> None:
+    file = write_file(offering("mine"), "json.py")
     before = sys.modules["json"]
     assert list(Registry.installed(files=[file]).algorithms) == ["mine"]
     assert sys.modules["json"] is before
 
 
 def test_a_file_was_asked_for_so_if_it_is_broken_a_miss_says_so(
-    install: Install, tmp_path: Path
+    write_file: Callable[..., Path],
 ) -> None:
-    file = tmp_path / "idea.py"
-    file.write_text("raise ValueError('not yet')")
+    file = write_file("raise ValueError('not yet')")
     registry = Registry.installed(files=[file])
     with pytest.raises(PluginError, match=r"^plugin idea \(.*idea.py\): ValueError: not yet$"):
         registry.algorithms["something"]
@@ -501,19 +520,19 @@ def test_a_file_that_is_not_there_fails_alone(install: Install, tmp_path: Path) 
     ]
 
 
-def test_a_file_takes_the_place_of_a_plugin_of_its_name(install: Install, tmp_path: Path) -> None:
+def test_a_file_takes_the_place_of_a_plugin_of_its_name(
+    install: Install, write_file: Callable[..., Path]
+) -> None:
     install("rtn", offering("rtn"), package="qplug 0.1")
-    file = tmp_path / "rtn.py"
-    file.write_text(offering("rtn"))
+    file = write_file(offering("rtn"), "rtn.py")
     registry = Registry.installed(files=[file])
     assert registry.algorithms["rtn"].__module__ == "qplug_file_rtn"
 
 
 def test_a_file_is_left_in_unless_blocked_by_name(
-    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "idea.py"
-    file.write_text(offering("idea"))
+    file = write_file(offering("idea"))
     monkeypatch.setenv("QPLUG_PLUGINS", "")
     assert list(Registry.installed(only_shipped=True, files=[file]).algorithms) == ["idea"]
     assert list(Registry.installed(blocked=["idea"], files=[file]).algorithms) == []

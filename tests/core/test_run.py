@@ -21,6 +21,7 @@ import qplug
 from qplug.api.scheme import PRESETS
 from qplug.checkpoint.open import INDEX, SINGLE
 from qplug.errors import QplugError, StageError
+from qplug.machine.session import Session
 from qplug.numerics.rounding import round_to_nearest
 from qplug.reading.folder import open_folder
 from qplug.reading.verify import verify
@@ -92,7 +93,7 @@ def test_what_lies_in_the_folder(tmp_path: Path) -> None:
 
 def test_codes_are_those_of_the_algorithm(llama: Path, tmp_path: Path) -> None:
     quantize(str(llama), tmp_path / "out", group_size=32)
-    opened = open_folder(str(tmp_path / "out"), Registry.installed())
+    opened = open_folder(str(tmp_path / "out"), Session.alone())
     weights = tensors_of(llama)
     assert len(opened.schemes) == 14
     for name, scheme in opened.schemes.items():
@@ -146,7 +147,7 @@ def test_a_head_of_its_own_stays_float(tmp_path: Path, write_llama: Callable[...
 
 def test_overrides_reach_the_files(llama: Path, tmp_path: Path) -> None:
     quantize(str(llama), tmp_path / "out", backend="vllm", overrides={"re:.*down_proj": "W8A16"})
-    opened = open_folder(str(tmp_path / "out"), Registry.installed())
+    opened = open_folder(str(tmp_path / "out"), Session.alone())
     kinds = {name: scheme.name for name, scheme in opened.schemes.items()}
     assert kinds.pop("model.layers.0.mlp.down_proj") == "W8A16"
     assert kinds.pop("model.layers.1.mlp.down_proj") == "W8A16"
@@ -168,7 +169,7 @@ def test_tensors_of_a_linear_are_found_without_a_look_at_all(tmp_path: Path) -> 
 
     out = tmp_path / "out"
     quantize("qplug:demo", out, scheme="FP8", backend="vllm", samples=2, seq_len=16)
-    opened = open_folder(str(out), Registry.installed())
+    opened = open_folder(str(out), Session.alone())
     tensors = Counted(opened.checkpoint.tensors)
     opened = replace(opened, checkpoint=replace(opened.checkpoint, tensors=tensors))
     for name in opened.schemes:

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import qplug
 from qplug import NoParams
+from qplug.machine.session import Session
 from qplug.reading.engine import check_engine
 from qplug.reading.perplexity import evaluation_tokens
-from qplug.registry.registry import Registry
 from qplug_sglang.engine import SGLang
-from qplug_vllm import engine as vllm_engine
+from qplug_vllm.cpu import cpu_flags
 from qplug_vllm.engine import VLLM
 
 if TYPE_CHECKING:
@@ -169,10 +169,21 @@ def test_the_card_has_the_options(folder: Callable[..., Path]) -> None:
 
 
 @pytest.fixture
-def this_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Says what this CPU has; there is no GPU."""
+def this_cpu(
+    declare_cpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """Declares the features of this CPU; there is no GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return lambda *flags: monkeypatch.setattr(vllm_engine, "cpu_flags", lambda: frozenset(flags))
+    return declare_cpu
+
+
+def test_tests_see_a_declared_cpu(declare_cpu: Callable[..., None]) -> None:
+    """A test that passes on one host's CPU passes on any other's."""
+    assert cpu_flags() == {"avx2", "avx512f", "avx512_vnni"}
+    declare_cpu("avx2")
+    assert cpu_flags() == {"avx2"}
+    declare_cpu()
+    assert cpu_flags() == set()
 
 
 def test_dry_run(cli: Cli, folder: Callable[..., Path], this_cpu: Callable[..., None]) -> None:
@@ -317,9 +328,7 @@ def test_an_engine_may_be_as_far_off_as_rounding_moves_the_reader(
 
 def rounding(path: Path, few: dict[str, Any]) -> float:
     """How far rounding of inputs moves log-probabilities of what ``check_engine`` reads."""
-    tokens = evaluation_tokens(
-        str(path), **few, trust_remote_code=False, registry=Registry.installed()
-    )
+    tokens = evaluation_tokens(str(path), Session.alone(), **few)
 
     @torch.inference_mode()
     def logprobs(*, quantize_activations: bool) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Nothing that a user waits for needs torch: ``--help``, lists, and the faces of the plugins."""
+"""Nothing that a user waits for needs torch or jinja2: ``--help``, lists, faces of plugins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import qplug
 
 ROOT = Path(__file__).parents[2]
 FACES = sorted((ROOT / "plugins").glob("*/qplug_*/__init__.py"))
-HEAVY = ("torch", "transformers", "datasets", "safetensors", "numpy")
+HEAVY = ("torch", "transformers", "datasets", "safetensors", "numpy", "jinja2")
 
 
 def imported_by(code: str, *roots: Path) -> set[str]:

@@ -53,12 +53,16 @@ def pages() -> list[Page]:
     return [Page(path) for path in [*written, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]]
 
 
+def pages_by_name() -> dict[str, Page]:
+    return {str(page.path.relative_to(ROOT)): page for page in pages()}
+
+
 #: Pages with the commands of a first hour, on samples of the size that users calibrate with.
 SLOW = ("README.md", "docs/tutorial.md")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    named = {str(page.path.relative_to(ROOT)): page for page in pages()}
+    named = pages_by_name()
     if "page" in metafunc.fixturenames:
         metafunc.parametrize("page", named.values(), ids=list(named))
     if "typed_page" in metafunc.fixturenames:  # its commands are run
@@ -70,3 +74,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def named_pages() -> dict[str, Page]:
+    """Every page, by its path below the root."""
+    return pages_by_name()

@@ -67,6 +67,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", cases, ids=str, scope="module")
 
 
+@pytest.fixture(autouse=True)
+def declare_cpu() -> None:
+    """Leaves the CPU of the host in place: an engine runs on it, with the kernels that it has."""
+
+
 @pytest.fixture(scope="session")
 def results(pytestconfig: pytest.Config) -> Iterator[Results]:
     """Told at the end of the run; the file that QPLUG_ENGINE_RESULTS names gets them as JSON."""

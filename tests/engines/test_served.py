@@ -25,8 +25,8 @@ from torch import Tensor
 
 from qplug import PRESETS, QplugError
 from qplug.checkpoint.locate import DEMO
+from qplug.machine.session import Session
 from qplug.reading.perplexity import evaluation_tokens
-from qplug.registry.registry import Registry
 from qplug_vllm.cpu import cpu_flags, flaw_on_cpu
 
 if TYPE_CHECKING:
@@ -61,12 +61,11 @@ def prompts() -> Tensor:
     """Token ids ``[windows, 128]``: what ``qplug eval --seq-len 128`` reads."""
     return evaluation_tokens(
         DEMO,
+        Session.alone(),
         dataset="demo",
         dataset_options=None,
         seq_len=TOKENS,
         windows=WINDOWS,
-        trust_remote_code=False,
-        registry=Registry.installed(),
     )
 
 

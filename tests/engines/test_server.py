@@ -12,6 +12,7 @@ import torch
 from real_engines import VLLM_ON_CPU
 
 import qplug
+from qplug.machine.session import Session
 from qplug.reading.engine import check_engine, free_port, post_json, serve
 from qplug.reading.server import find_serving
 
@@ -63,11 +64,7 @@ def test_the_server_finds_the_same_probabilities(folder: Path, vllm: str, result
 def server(folder: Path, vllm: str) -> Iterator[str]:
     from dataclasses import replace
 
-    from qplug.registry.registry import Registry
-
-    serving = find_serving(
-        str(folder), registry=Registry.installed(), python=vllm, port=free_port()
-    )
+    serving = find_serving(str(folder), Session.alone(), python=vllm, port=free_port())
     words = (*serving.arguments, *serving.server.brief, *SMALL)
     with serve(replace(serving, arguments=words)) as url:
         yield url

@@ -71,5 +71,6 @@ class TestSignRound(AlgorithmContract):
 
 def test_every_algorithm_has_one() -> None:
     """Nothing ships that is not held to it."""
-    held = {kind.algorithm.name for kind in AlgorithmContract.__subclasses__()}
+    classes = [kind for kind in AlgorithmContract.__subclasses__() if kind.__module__ == __name__]
+    held = {kind.algorithm.name for kind in classes}
     assert held >= set(Registry.installed(only_shipped=True).algorithms)

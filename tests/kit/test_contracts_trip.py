@@ -254,6 +254,18 @@ def test_chosen_scales_dropped() -> None:
     assert "scale_of(linear)" in trips(algorithm(Broken), "test_chosen_scales_are_kept")
 
 
+def test_chosen_scales_overwritten() -> None:
+    class Broken(RTN):
+        """One."""
+
+        def quantize(self, block: Block) -> Codes:
+            for each in block.linears:
+                each.scale, each.zero = minmax_scale(each.weight, each.args)
+            return super().quantize(block)
+
+    assert "scale_of(linear)" in trips(algorithm(Broken), "test_chosen_scales_are_kept")
+
+
 def by_extremes(block: Block) -> Codes:
     """Scales from the least weight above zero: right until a row is zero."""
     codes = {}
@@ -521,6 +533,24 @@ def test_configs_that_are_not_understood(change: Any, sentence: str) -> None:
         return change(CompressedTensors.config(self, model, schemes))
 
     assert sentence in trips(exporter(config=config), "test_config_is_json_and_is_understood")
+
+
+@pytest.mark.parametrize("part", ["input_scale", "global_scale"])
+def test_packing_that_loses_a_scale(part: str) -> None:
+    def unpack(self: Any, tensors: Any, scheme: Scheme) -> QuantizedWeight:
+        return replace(CompressedTensors.unpack(self, tensors, scheme), **{part: None})
+
+    said = trips(exporter(unpack=unpack), "test_unpack_is_the_inverse_of_pack")
+    assert f"other {part} than w" in said
+
+
+@pytest.mark.parametrize("digests", [{"W8A16": ""}, {"W8A17": "0000"}])
+def test_digests_that_cannot_differ(digests: dict[str, str]) -> None:
+    contract = exporter()
+    contract.digests = digests
+    said = trips(contract, "test_what_is_on_disk_does_not_change")
+    (name,) = digests
+    assert f"digests[{name!r}]" in said
 
 
 def test_bytes_on_disk_that_change() -> None:

@@ -18,6 +18,7 @@ from qplug import QplugError
 from qplug.calibration.ranges import CLIP_BINS
 from qplug.calibration.tokens import calibration_tokens
 from qplug.checkpoint.open import open_checkpoint
+from qplug.machine.session import Session
 from qplug.model.view import model_view
 from qplug.recipe.recipe import Calibration
 from qplug.registry.registry import Registry
@@ -121,9 +122,8 @@ def test_ranges_of_inputs(found: dict[str, Findings], float_model: Path) -> None
         Calibration(samples=4, seq_len=32),
         str(float_model),
         model_view(open_checkpoint(float_model)),
+        Session.alone(),
         seed=0,
-        registry=Registry.installed(),
-        trust_remote_code=False,
     )
     model(tokens)
     changed = False

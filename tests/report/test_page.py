@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from jinja2 import UndefinedError
 
 from qplug.api.events import StageCost
 from qplug.reading.perplexity import Evaluation
@@ -16,16 +18,15 @@ from qplug.registry.registry import Registry
 from qplug.report import charts
 from qplug.report.comparison import Compared, comparison_page
 from qplug.report.examine import examine
-from qplug.report.frame import document
-from qplug.report.markup import Markup, join, table, tag
 from qplug.report.page import report_page
+from qplug.report.rendering import environment, render
 from qplug.report.words import size
 
 if TYPE_CHECKING:
     from qplug.report.findings import Findings
 
 ReadPage = Callable[[str], Any]
-EVIL = "<script>alert(1)</script>\"'><img src=http://evil onerror=alert(1)>&amp;"
+EVIL = "<script>alert(1)</script>\"'><img src=http://evil onerror=alert(1)>&amp;{{ 7 * 7 }}"
 
 
 @pytest.fixture(scope="module")
@@ -131,18 +132,53 @@ def test_nothing_is_fetched(hostile: str, page: str, read_page: ReadPage) -> Non
     assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
 
 
-# --- markup and charts ---------------------------------------------------------------------------
+# --- templates and charts ------------------------------------------------------------------------
 
 
-def test_markup() -> None:
-    assert tag("p", "<b>", tag("i", "&"), class_="a\"'<") == (
-        '<p class="a&quot;&#x27;&lt;">&lt;b&gt;<i>&amp;</i></p>'
-    )
-    assert tag("path", d="M0,0", aria_hidden="true") == '<path d="M0,0" aria-hidden="true"/>'
-    assert tag("p", x=1.04, y=None) == '<p x="1"></p>'
-    assert join(["<", [Markup("<i>"), [">"]]]) == "&lt;<i>&gt;"
-    assert "<caption>&lt;</caption>" in table(["a"], [["b"]], "<")
-    assert document("<t>", "<b>").count("&lt;") == 2
+def test_templates_escape_every_value() -> None:
+    templates = environment().list_templates()
+    assert {"report.html.jinja", "comparison.html.jinja", "style.css"} <= {*templates}
+    assert environment().autoescape is True
+    for name in templates:
+        source, _, _ = environment().loader.get_source(environment(), name)
+        assert not re.search(r"\|\s*safe\b|autoescape", source), name
+
+
+def test_a_template_without_a_value_is_not_rendered() -> None:
+    with pytest.raises(UndefinedError, match="'rows' is undefined"):
+        render("comparison.html.jinja", {})
+
+
+def test_names_in_charts_are_text(read_page: ReadPage) -> None:
+    bars = {EVIL: [[charts.Bar(0, 0.0, 1.0, EVIL, mark=0.5)]]}
+    drawn = [
+        charts.rows(EVIL, bars, legend=[EVIL], format_=lambda _: EVIL),
+        charts.lines(EVIL, {EVIL: [1.0]}, x_label=EVIL, y_label=EVIL, format_=lambda _: EVIL),
+        charts.histogram(EVIL, {EVIL: 1}, x_label=EVIL),
+    ]
+    shapes = {"div", "ul", "li", "svg", "title", "path", "rect", "line", "text"}
+    for chart in drawn:
+        found = read_page(str(chart))
+        assert {name for name, _ in found.elements} <= shapes
+        assert EVIL in found.text
+        (picture,) = (told for _, told in found.elements if told.get("role") == "img")
+        assert EVIL in str(picture["aria-label"])
+
+
+def test_coordinates_have_a_digit_behind_the_point_at_most() -> None:
+    bars = {"a": [[charts.Bar(0, 0.0, 1 / 3, "t")]]}
+    drawn = charts.rows("t", bars, legend=(), format_=str)
+    numbers = re.findall(r' (?:x|y|width|height|x1|x2|y1|y2)="([^"]*)"', drawn)
+    assert len(numbers) > 20
+    assert all(re.fullmatch(r"-?\d+(\.[1-9])?", number) for number in numbers)
+
+
+def test_every_colour_has_a_value_for_light_and_for_dark() -> None:
+    style, _, _ = environment().loader.get_source(environment(), "style.css")
+    for number in range(charts.COLOURS):
+        assert style.count(f"--c{number}: #") == 2
+        assert f".bar.c{number} {{ fill: var(--c{number}); }}" in style
+        assert f".line.c{number} {{ stroke: var(--c{number}); }}" in style
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import qplug
+from qplug.cli.printed_table import print_table
 
 if TYPE_CHECKING:
     from click.testing import Result
@@ -132,6 +133,25 @@ def test_compare(cli: Cli, rtn: Path, awq: Path, tmp_path: Path, read_page: Read
     assert "Perplexity is not measured; say --perplexity." in found.text
     errors = [n["error"] for n in json.loads((rtn / "qplug.json").read_text())["layers"].values()]
     assert found.row(str(rtn))[5] == f"{sum(errors) / len(errors):.4g}"
+
+
+def test_a_printed_table_cuts_no_name(
+    cli: Cli, rtn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    folder = tmp_path / ("[red]long" * 20)
+    folder.symlink_to(rtn)
+    stdout = cli("compare", folder, rtn, "--out", tmp_path / "page.html").stdout
+    _, first, second = stdout.splitlines()
+    assert first.startswith(f"{folder}  rtn ")
+    assert second.startswith(str(rtn).ljust(len(str(folder))) + "  rtn ")
+    assert "\x1b" not in stdout
+
+
+def test_columns_of_wide_letters(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([("模型", "a", "x"), ("model", "bb", "")])
+    assert capsys.readouterr().out == "模型   a   x\nmodel  bb\n"
 
 
 def test_compare_perplexities(

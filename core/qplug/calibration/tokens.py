@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch.nn.utils.rnn import pad_sequence
 
-from qplug.api import Dataset, ModelView
-from qplug.api.params import fill
+from qplug.api import ModelView
 from qplug.errors import QplugError
+from qplug.machine.session import Session
 from qplug.model.tokenizer import load_tokenizer
 from qplug.recipe.recipe import Calibration
-from qplug.registry.registry import Registry
 from qplug.text.windows import sample
 
 if TYPE_CHECKING:
@@ -19,13 +18,7 @@ if TYPE_CHECKING:
 
 
 def calibration_tokens(
-    calibration: Calibration,
-    model: str,
-    view: ModelView,
-    *,
-    seed: int,
-    registry: Registry,
-    trust_remote_code: bool,
+    calibration: Calibration, model: str, view: ModelView, session: Session, *, seed: int
 ) -> Tensor:
     """int64 ``[samples, length]``, the same for the same seed; -1 where a sample has ended.
 
@@ -34,10 +27,8 @@ def calibration_tokens(
     limit = view.config.get("max_position_embeddings")
     if isinstance(limit, int) and calibration.seq_len > limit:
         raise QplugError(f"--seq-len {calibration.seq_len}: the model takes {limit} at most")
-    kind = registry.datasets[calibration.dataset]
-    options: object = fill(kind.Params, calibration.options, f"dataset {kind.name}")
-    dataset: Dataset[object] = kind(options)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    dataset = session.registry.datasets.make(calibration.dataset, calibration.options)
+    tokenizer = load_tokenizer(model, trust_remote_code=session.trust_remote_code)
     samples = sample(
         dataset,
         tokenizer,

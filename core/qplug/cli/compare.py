@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from qplug.cli.printed_table import print_table
 from qplug.cli.text_options import TextOptions, text_options
 from qplug.registry.registry import Registry
 
@@ -41,13 +42,15 @@ def command(
 
     The table is printed, and written as a page with a plot.
     """
+    from qplug.machine.session import Session
     from qplug.reading.folder import open_folder
     from qplug.report.comparison import COLUMNS, Compared, comparison_page
     from qplug.report.examine import overview
-    from qplug.report.frame import check_target, write
+    from qplug.report.page_file import check_target, write
 
     check_target(out)
-    opened = [open_folder(f, registry, trust_remote_code=trust_remote_code) for f in folders]
+    session = Session(registry, trust_remote_code=trust_remote_code)
+    opened = [open_folder(folder, session) for folder in folders]
     overviews = [overview(one, name) for one, name in zip(opened, folders, strict=True)]
     text = TextOptions(dataset, dataset_options, seq_len, windows, device, trust_remote_code)
     compared = [
@@ -58,13 +61,5 @@ def command(
     if as_json:
         click.echo(json.dumps([one.plain() for one in compared], indent=2))
     else:
-        _print([COLUMNS, *(one.cells() for one in compared)])
+        print_table([COLUMNS, *(one.cells() for one in compared)])
     click.echo(f"page: {out}", err=True)
-
-
-def _print(rows: list[tuple[str, ...]]) -> None:
-    """Columns as wide as they need to be."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())

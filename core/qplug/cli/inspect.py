@@ -16,9 +16,10 @@ from qplug.registry.registry import Registry
 @click.pass_obj
 def command(registry: Registry, folder: str, as_json: bool) -> None:
     """Say what FOLDER holds: schemes, sizes, recipe. No weight is read."""
+    from qplug.machine.session import Session
     from qplug.reading.folder import open_folder
 
-    opened = open_folder(folder, registry)
+    opened = open_folder(folder, Session(registry))
     view, manifest = opened.view, opened.manifest
     size = sum(tensor.nbytes for tensor in opened.checkpoint.tensors.values())
     weights = sum(out * width for out, width in view.linears.values())

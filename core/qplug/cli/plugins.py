@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qplug.api.params import Option, options
+from qplug.cli.printed_table import print_table
 from qplug.errors import PluginError, QplugError, did_you_mean
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def list_(registry: Registry, as_json: bool) -> None:
         ]
         click.echo(json.dumps(rows, indent=2))
     else:
-        _table([[p.name, p.source, p.module, _unused(p) or ""] for p in registry.plugins])
+        print_table([[p.name, p.source, p.module, _unused(p) or ""] for p in registry.plugins])
 
 
 @command.command()
@@ -46,7 +47,7 @@ def check(ctx: click.Context) -> None:
     """Import every plugin, and say what each offers. Fails if one is broken or two clash."""
     registry: Registry = ctx.obj
     registry.load().load_commands()
-    _table(
+    print_table(
         [
             [
                 plugin.status,
@@ -180,10 +181,3 @@ def _prose(description: dict[str, Any]) -> str:
         if parameter["older_names"]:
             lines += [f"      Also called: {', '.join(parameter['older_names'])}."]
     return "\n".join(lines)
-
-
-def _table(rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        click.echo("  ".join(cells).rstrip())

@@ -12,11 +12,12 @@ import click
 
 from qplug.cli.config import tell
 from qplug.cli.headed import HeadedCommand, HeadedOption
-from qplug.cli.page_writing import refuse_pages, report_file, write_report
 from qplug.cli.progress import progress_bar
 from qplug.cli.recipe_options import recipe_options, said
+from qplug.cli.report import write_report
 from qplug.machine.launch import Launch
 from qplug.registry.registry import Registry
+from qplug.report.page_file import refuse_pages, report_file
 
 if TYPE_CHECKING:
     from qplug.api.events import Result

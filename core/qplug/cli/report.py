@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from qplug.cli.page_writing import beside, write_report
+from qplug.cli.progress import progress_bar
 from qplug.cli.text_options import TextOptions, text_options
 from qplug.registry.registry import Registry
+from qplug.report.page_file import beside, check_target, write
+
+if TYPE_CHECKING:
+    from qplug.api.events import Result
+    from qplug.reading.perplexity import Evaluation
 
 
 @click.command(name="report")
@@ -36,16 +43,16 @@ def command(
     It fetches nothing, and can be mailed. What a run took only qplug quantize --report can tell.
     """
     from qplug.checkpoint.locate import find_model
+    from qplug.machine.session import Session
     from qplug.reading.folder import open_folder
     from qplug.reading.verify import find_source
-    from qplug.report.frame import check_target
 
     file = out or beside(find_model(folder))
     check_target(file)
     measured = {}
     if perplexity:
         text = TextOptions(dataset, dataset_options, seq_len, windows, device, trust_remote_code)
-        opened = open_folder(folder, registry, trust_remote_code=trust_remote_code)
+        opened = open_folder(folder, Session(registry, trust_remote_code=trust_remote_code))
         source, _ = find_source(opened, against)
         if source is not None:
             measured["float"] = [text.measure(source, registry)]
@@ -59,3 +66,38 @@ def command(
         measured=measured,
     )
     click.echo(f"{folder}: report in {file}")
+
+
+def write_report(
+    folder: str,
+    file: Path,
+    registry: Registry,
+    *,
+    against: str | None = None,
+    trust_remote_code: bool = False,
+    measured: Mapping[str, Sequence[Evaluation]] | None = None,
+    result: Result | None = None,
+) -> None:
+    """Read ``folder`` and write the page on it to ``file``.
+
+    ``result`` is of the run that wrote the folder, for what it cost. Raises QplugError if the
+    folder cannot be read, or the file cannot be written.
+    """
+    from qplug.report.examine import examine
+    from qplug.report.page import report_page
+
+    with progress_bar("reporting") as bar:
+        findings = examine(
+            folder,
+            registry,
+            against=against,
+            trust_remote_code=trust_remote_code,
+            watch=lambda done, total: bar(done, total, "", None),
+        )
+    page = report_page(
+        findings,
+        measured=measured,
+        stages=result.stages if result else (),
+        seconds=result.seconds if result else None,
+    )
+    write(file, page)

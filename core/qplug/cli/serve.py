@@ -43,18 +43,18 @@ def command(
     which QPLUG_VLLM_PYTHON or QPLUG_SGLANG_PYTHON names, or in --python. Exit status 1 if the
     folder is not sound, or the engine is not installed.
     """
+    from qplug.machine.session import Session
     from qplug.reading.server import find_serving
     from qplug.reading.verify import verify
 
     serving = find_serving(
         folder,
-        registry=registry,
+        Session(registry, trust_remote_code=trust_remote_code),
         backend=backend,
         python=python,
         host=host,
         port=port,
         arguments=arguments,
-        trust_remote_code=trust_remote_code,
     )
     if not dry_run:
         serving.require_engine()

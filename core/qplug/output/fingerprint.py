@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qplug.api.tensors import Checkpoint
+from qplug.machine.session import Session
 from qplug.recipe.recipe import Recipe
 from qplug.registry.plugin import Plugin
 from qplug.registry.registry import Registry
@@ -20,16 +21,15 @@ if TYPE_CHECKING:
 def fingerprint(
     source: Checkpoint,
     recipe: Recipe,
-    registry: Registry,
-    device: str,
+    session: Session,
     shard_bytes: int,
     tokens: Tensor | None,
-    processes: int = 1,
 ) -> dict[str, Any]:
     """All that decides the bytes of a run, part by part, to tell whether a run can go on.
 
-    Sums over tokens depend on how many processes took them.
+    Sums over tokens depend on the number of processes that share them.
     """
+    processes = session.processes.count
     model = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
     for path in source.shards:
         status = path.stat()
@@ -39,10 +39,10 @@ def fingerprint(
     return {
         "model": model.hexdigest(),
         "recipe": recipe.to_dict(),
-        "device": device,
+        "device": session.device.type,
         "shard size": shard_bytes,
         "data": None if tokens is None else hashlib.sha256(tokens.numpy().data).hexdigest(),
-        "versions": versions(recipe, registry),
+        "versions": versions(recipe, session.registry),
         **({"number of processes": processes} if processes > 1 and tokens is not None else {}),
     }
 

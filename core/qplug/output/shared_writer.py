@@ -8,20 +8,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qplug.machine.processes import Processes
-from qplug.output.writer import Content, Output
+from qplug.output.writer import Content, Writer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class SharedOutput:
-    """An ``Output`` that the first process opens, and that the others know from what it tells."""
+class SharedWriter:
+    """An ``Writer`` that the first process opens, and that the others know from what it tells."""
 
-    def __init__(self, processes: Processes, make: Callable[[], Output]) -> None:
+    def __init__(self, processes: Processes, make: Callable[[], Writer]) -> None:
         self._processes = processes
         self._output = make() if processes.is_first else None
 
-    def __enter__(self) -> SharedOutput:
+    def __enter__(self) -> SharedWriter:
         return self
 
     def __exit__(
@@ -38,17 +38,17 @@ class SharedOutput:
         return self._processes.from_first(lambda: self._mine().finished)
 
     def stored(self, modules: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-        """``Output.stored`` of each module, by name. All processes must ask."""
+        """``Writer.stored`` of each module, by name. All processes must ask."""
         return self._processes.from_first(
             lambda: {module: self._mine().stored(module) for module in modules}
         )
 
-    def kept(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """``Output.kept``. All processes must ask."""
-        return self._processes.from_first(lambda: self._mine().kept(name, make))
+    def cached(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """``Writer.cached``. All processes must ask."""
+        return self._processes.from_first(lambda: self._mine().cached(name, make))
 
     def write(self, number: int, contents: Mapping[str, Content], report: dict[str, Any]) -> None:
-        """``Output.write`` on the first process; no other asks for the contents."""
+        """``Writer.write`` on the first process; no other asks for the contents."""
         if self._output is not None:
             self._output.write(number, contents, report)
 
@@ -58,10 +58,10 @@ class SharedOutput:
         texts: Mapping[str, str],
         convert: Callable[[Path], None] | None = None,
     ) -> None:
-        """``Output.finish`` on the first process."""
+        """``Writer.finish`` on the first process."""
         if self._output is not None:
             self._output.finish(companions, texts, convert)
 
-    def _mine(self) -> Output:
+    def _mine(self) -> Writer:
         assert self._output is not None
         return self._output

@@ -45,7 +45,7 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
         raise QplugError(f"{out.absolute().parent}: no such folder to write into")
 
 
-class Output:
+class Writer:
     """The shards of ``plan`` being written. Use it as a context manager.
 
     Left by QplugError or a full disk, it removes what it wrote; left by a kill, Ctrl-C or a bug,
@@ -89,7 +89,7 @@ class Output:
                 raise QplugError(f"{out}: cannot be written: {error.strerror}") from error
             raise
         self._files: dict[Path, BinaryIO] = {}
-        self._writer = ThreadPoolExecutor(1, "qplug-writer")
+        self._thread = ThreadPoolExecutor(1, "qplug-writer")
         self._pending: list[Future[None]] = []
 
     # --- beginning -------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ class Output:
         """Write the tensors of step ``number`` in the background, and note it as finished."""
         while len(self._pending) >= _PENDING:
             self._pending.pop(0).result()
-        self._pending.append(self._writer.submit(self._write, number, contents, report))
+        self._pending.append(self._thread.submit(self._write, number, contents, report))
 
     def _write(self, number: int, contents: Mapping[str, Content], report: dict[str, Any]) -> None:
         crc = 0
@@ -182,7 +182,7 @@ class Output:
     def _by_module(self) -> dict[str, list[str]]:
         return by_module(self._places)
 
-    def kept(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def cached(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What ``make`` gives, or gave to an earlier run of this command: the very numbers."""
         path = self._partial / f"{name}.safetensors"
         if not path.exists():
@@ -236,14 +236,14 @@ class Output:
         self._close()  # last: it unlocks the journal
 
     def _close(self) -> None:
-        self._writer.shutdown(cancel_futures=True)
+        self._thread.shutdown(cancel_futures=True)
         open_files: list[BinaryIO | Journal] = [*self._files.values(), self._journal]
         for file in open_files:
             with suppress(OSError):  # on a full disk, what could not be written fails once more
                 file.close()
         self._files.clear()
 
-    def __enter__(self) -> Output:
+    def __enter__(self) -> Writer:
         return self
 
     def __exit__(

@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div
 
 from qplug.calibration.tokens import calibration_tokens
 from qplug.errors import QplugError
-from qplug.machine.devices import find_device
+from qplug.machine.session import Session
 from qplug.model.kv_cache import RoundedCache
 from qplug.reading.folder import Folder, open_folder
 from qplug.reading.streamed import stream_folder
@@ -94,28 +94,27 @@ def compare(
     In memory are one block, embedding and head, the hidden states behind every block, and the
     logits of both. Raises QplugError for what the user can mend.
     """
-    registry, where = registry or Registry.installed(), find_device(device)
-    opened = open_folder(folder, registry, backend=backend, trust_remote_code=trust_remote_code)
-    source = open_folder(against, registry, trust_remote_code=trust_remote_code)
+    session = Session.alone(device, registry=registry, trust_remote_code=trust_remote_code)
+    opened = open_folder(folder, session, backend=backend)
+    source = open_folder(against, session)
     if source.view.blocks != opened.view.blocks:
         raise QplugError(f"{against}: has other blocks than {folder}; it is another model")
     tokens = calibration_tokens(
         Calibration(dataset, dataset_options or {}, windows, seq_len),
         against,
         source.view,
+        session,
         seed=seed,
-        registry=registry,
-        trust_remote_code=trust_remote_code,
     )
     real = tokens >= 0  # a sample that is shorter is filled up behind its end
     stream = _Stream(source, opened)
     with torch.inference_mode():
-        model = stream_folder(source, where, trust_remote_code=trust_remote_code)
+        model = stream_folder(source, session.device)
         with stream.recording(model):
             wanted = _logits(model, tokens, real)
         embedding = _embedding(model)
         del model
-        model = stream_folder(opened, where, trust_remote_code=trust_remote_code)
+        model = stream_folder(opened, session.device)
         note = stream.align(embedding, _embedding(model))
         with stream.comparing(model, real):
             found = _logits(model, tokens, real)

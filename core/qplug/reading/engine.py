@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qplug.errors import QplugError
-from qplug.machine.devices import find_device
+from qplug.machine.session import Session
 from qplug.reading.folder import open_folder
 from qplug.reading.perplexity import evaluation_tokens
 from qplug.reading.server import Serving, find_serving
@@ -84,27 +84,17 @@ def check_engine(
     ``backend``, ``python`` and ``arguments`` are those of ``qplug serve``. Raises QplugError if the
     engine is not installed, or does not get ready; then with the end of what it said.
     """
-    registry, where = registry or Registry.installed(), find_device(device)
-    serving = find_serving(
-        folder,
-        registry=registry,
-        backend=backend,
-        python=python,
-        port=free_port(),
-        trust_remote_code=trust_remote_code,
-    )
+    session = Session.alone(device, registry=registry, trust_remote_code=trust_remote_code)
+    serving = find_serving(folder, session, backend=backend, python=python, port=free_port())
     serving.require_engine()
-    opened = open_folder(
-        folder, registry, backend=serving.rules, trust_remote_code=trust_remote_code
-    )
+    opened = open_folder(folder, session, backend=serving.rules)
     tokens = evaluation_tokens(
         folder,
+        session,
         dataset=dataset,
         dataset_options=dataset_options,
         seq_len=seq_len,
         windows=windows,
-        trust_remote_code=trust_remote_code,
-        registry=registry,
     )
     brief = (*serving.arguments, *serving.server.brief, *arguments)
     with serve(replace(serving, arguments=brief)) as url:
@@ -114,10 +104,9 @@ def check_engine(
 
     @torch.inference_mode()
     def logprobs(*, rounding: bool) -> Tensor:
-        model = stream_folder(
-            opened, where, quantize_activations=rounding, trust_remote_code=trust_remote_code
-        )
-        logits: Tensor = model(input_ids=tokens.to(where), use_cache=False).logits.float().cpu()
+        model = stream_folder(opened, session.device, quantize_activations=rounding)
+        inputs = tokens.to(session.device)
+        logits: Tensor = model(input_ids=inputs, use_cache=False).logits.float().cpu()
         return logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
 
     read = logprobs(rounding=False)

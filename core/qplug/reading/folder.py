@@ -16,6 +16,7 @@ from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.names import by_module
 from qplug.checkpoint.open import open_checkpoint, read_json
 from qplug.errors import QplugError
+from qplug.machine.session import Session
 from qplug.model.architectures import find_packed_view
 from qplug.model.kv_cache import SCALES
 from qplug.output.manifest import Manifest, read_manifest
@@ -35,6 +36,7 @@ class Folder:
     exporter: Exporter[Any] | None
     schemes: dict[str, Scheme]
     kv_cache: QuantArgs | None = None
+    trust_remote_code: bool = False
 
     @cached_property
     def _stored(self) -> dict[str, list[str]]:
@@ -118,34 +120,29 @@ class Folder:
         return scales
 
 
-def open_folder(
-    model: str,
-    registry: Registry,
-    *,
-    backend: str | None = None,
-    trust_remote_code: bool = False,
-) -> Folder:
+def open_folder(model: str, session: Session, *, backend: str | None = None) -> Folder:
     """Open a float or quantized model, without reading weights.
 
     ``backend`` reads the folder as another exporter would. Raises QplugError if the folder is not
     sound, or no exporter reads its format.
     """
     folder = find_model(model)
+    registry, trusted = session.registry, session.trust_remote_code
     manifest = read_manifest(folder)
     checkpoint = _open(folder, manifest, backend, registry)
     config = checkpoint.config.get("quantization_config")
     if config is None and manifest is None:
-        view = find_packed_view(checkpoint, {}, registry, trust_remote_code=trust_remote_code)
-        return Folder(checkpoint, view, None, None, {})
+        view = find_packed_view(checkpoint, {}, registry, trust_remote_code=trusted)
+        return Folder(checkpoint, view, None, None, {}, trust_remote_code=trusted)
     exporter = _find_exporter(checkpoint, manifest, backend, registry)
     packed = exporter.stored(checkpoint)
-    view = find_packed_view(checkpoint, packed, registry, trust_remote_code=trust_remote_code)
+    view = find_packed_view(checkpoint, packed, registry, trust_remote_code=trusted)
     if config is not None:
         schemes, cache = exporter.schemes(config, view), exporter.cache(config)
     else:
         schemes = dict(manifest.schemes) if manifest else {}
         cache = manifest.kv_cache if manifest else None
-    return Folder(checkpoint, view, manifest, exporter, schemes, cache)
+    return Folder(checkpoint, view, manifest, exporter, schemes, cache, trusted)
 
 
 def _open(

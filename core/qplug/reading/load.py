@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qplug.api.scheme import QuantArgs
 from qplug.errors import QplugError
+from qplug.machine.session import Session
 from qplug.model.experts import as_on_disk
 from qplug.model.hollow import build, load_config
 from qplug.model.kv_cache import round_cache
@@ -39,23 +40,13 @@ def load(
     as the KV cache has them, unless ``quantize_activations`` is false. Raises QplugError as
     ``open_folder``.
     """
-    folder = open_folder(
-        model, registry or Registry.installed(), trust_remote_code=trust_remote_code
-    )
-    return load_folder(
-        folder,
-        dtype=dtype,
-        quantize_activations=quantize_activations,
-        trust_remote_code=trust_remote_code,
-    )
+    session = Session.alone(registry=registry, trust_remote_code=trust_remote_code)
+    folder = open_folder(model, session)
+    return load_folder(folder, dtype=dtype, quantize_activations=quantize_activations)
 
 
 def load_folder(
-    folder: Folder,
-    *,
-    dtype: str = "float32",
-    quantize_activations: bool = True,
-    trust_remote_code: bool = False,
+    folder: Folder, *, dtype: str = "float32", quantize_activations: bool = True
 ) -> PreTrainedModel:
     """``load``, of a folder that is open already."""
     inputs = [scheme.activations for scheme in folder.schemes.values() if scheme.activations]
@@ -63,10 +54,10 @@ def load_folder(
         require_qtorch()
     target = getattr(torch, dtype)
     path = folder.checkpoint.folder
-    config = load_config(path, trust_remote_code=trust_remote_code)
+    config = load_config(path, trust_remote_code=folder.trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    kind = type(build(config, path, trust_remote_code=trust_remote_code))
+    kind = type(build(config, path, trust_remote_code=folder.trust_remote_code))
     state = {name: tensor.to(target) for name, tensor in folder.weights()}
     # What is amiss comes back in `loading`; transformers would draw random numbers for it.
     try:

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qplug.api import Dataset
-from qplug.api.params import fill
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import read_json
 from qplug.errors import QplugError
-from qplug.machine.devices import find_device
+from qplug.machine.session import Session
 from qplug.model.tokenizer import load_tokenizer
 from qplug.reading.folder import open_folder
 from qplug.reading.load import load_folder
@@ -60,47 +58,38 @@ def evaluate(
     each token but the first of a window is predicted, in float32. Codes are dequantized, and
     activations rounded as the scheme says. Raises QplugError for what the user can mend.
     """
-    registry = registry or Registry.installed()
-    where = find_device(device)
+    session = Session.alone(device, registry=registry, trust_remote_code=trust_remote_code)
     tokens = evaluation_tokens(
         model,
+        session,
         dataset=dataset,
         dataset_options=dataset_options,
         seq_len=seq_len,
         windows=windows,
-        trust_remote_code=trust_remote_code,
-        registry=registry,
     )
-    folder = open_folder(model, registry, trust_remote_code=trust_remote_code)
-    net = load_folder(folder, trust_remote_code=trust_remote_code)
-    net.to(where)  # type: ignore[arg-type]
+    net = load_folder(open_folder(model, session))
+    net.to(session.device)  # type: ignore[arg-type]
     loss = mean_loss(net, tokens, watch or (lambda *_: None))
     return Evaluation(model, math.exp(loss), dataset, len(tokens), seq_len)
 
 
 def evaluation_tokens(
     model: str,
+    session: Session,
     *,
     dataset: str,
     dataset_options: Mapping[str, Any] | None,
     seq_len: int,
     windows: int | None,
-    trust_remote_code: bool,
-    registry: Registry,
 ) -> Tensor:
     """What ``evaluate`` reads, int64 ``[windows, seq_len]``. Raises QplugError as it does."""
-    source: Dataset[Any] = _dataset(registry, dataset, dataset_options or {})
+    source = session.registry.datasets.make(dataset, dataset_options)
     limit = read_json(find_model(model) / "config.json").get("max_position_embeddings")
     if isinstance(limit, int) and seq_len > limit:
         raise QplugError(f"--seq-len {seq_len}: the model takes {limit} tokens at most")
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code=session.trust_remote_code)
     count = sys.maxsize if windows is None else windows
     return first_windows(source, tokenizer, length=seq_len, count=count, split="evaluation")
-
-
-def _dataset(registry: Registry, name: str, options: Mapping[str, Any]) -> Dataset[Any]:
-    kind = registry.datasets[name]
-    return kind(fill(kind.Params, options, f"dataset {name}"))
 
 
 @torch.inference_mode()

@@ -17,9 +17,9 @@ from qplug.api.params import fill
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import read_json
 from qplug.errors import QplugError
+from qplug.machine.session import Session
 from qplug.output.manifest import read_manifest
 from qplug.reading.folder import open_folder
-from qplug.registry.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,20 @@ class Serving:
 
 def find_serving(
     folder: str,
+    session: Session,
     *,
-    registry: Registry,
     backend: str | None = None,
     python: str | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     arguments: Sequence[str] = (),
-    trust_remote_code: bool = False,
 ) -> Serving:
     """How ``folder`` is served by ``backend``, by default the one that it was written for.
 
     ``python``: that of the engine's environment; by default what QPLUG_<ENGINE>_PYTHON names, or
     this one. Raises QplugError if no engine goes with the backend.
     """
+    registry = session.registry
     path = find_model(folder)
     config = read_json(path / "config.json")
     manifest = read_manifest(path)
@@ -103,12 +103,12 @@ def find_serving(
     exporter = kind(fill(kind.Params, {}, f"backend {name}"))
     needed = exporter.serve_arguments(config)
     found = python or os.environ.get(_variable(kind.server)) or sys.executable
-    if trust_remote_code:
+    if session.trust_remote_code:
         needed = (*needed, "--trust-remote-code")
     rules: str | None = name
     warnings: tuple[str, ...] = ()
     try:
-        opened = open_folder(folder, registry, backend=name, trust_remote_code=trust_remote_code)
+        opened = open_folder(folder, session, backend=name)
     except QplugError:
         rules = None  # a format of its own, such as GPTQ's, which engines read beside theirs
     else:

@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 
 def stream_folder(
-    folder: Folder,
-    device: torch.device,
-    *,
-    quantize_activations: bool = True,
-    trust_remote_code: bool = False,
+    folder: Folder, device: torch.device, *, quantize_activations: bool = True
 ) -> PreTrainedModel:
     """``folder`` as a float32 model that computes with its codes, as ``load_folder`` gives it.
 
@@ -29,16 +25,14 @@ def stream_folder(
     Models that transformers fuses experts of are loaded whole: 4 bytes a parameter.
     """
     path = folder.checkpoint.folder
-    config = load_config(path, trust_remote_code=trust_remote_code)
+    config = load_config(path, trust_remote_code=folder.trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = build(config, path, trust_remote_code=trust_remote_code)
+    model = build(config, path, trust_remote_code=folder.trust_remote_code)
     model.eval()
     names = [name for name, _ in model.named_parameters()]
     if not all(folder.holds(name) for name in names):
-        whole = load_folder(
-            folder, quantize_activations=quantize_activations, trust_remote_code=trust_remote_code
-        )
+        whole = load_folder(folder, quantize_activations=quantize_activations)
         whole.to(device)  # type: ignore[arg-type]
         return whole
     for block in folder.view.blocks:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from qplug.api import Problem, TensorSpec
+from qplug.api import Problem
 from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
+from qplug.machine.session import Session
 from qplug.model.architectures import expected_tensors
 from qplug.model.kv_cache import SCALES
 from qplug.reading.folder import Folder, open_folder
@@ -55,19 +55,14 @@ def verify(
     ``against`` is the float model; by default the one in ``qplug.json``, if it can be found.
     Raises QplugError if the folder cannot be opened at all, or is not quantized.
     """
-    registry = registry or Registry.installed()
-    opened = open_folder(
-        folder,
-        registry,
-        backend=backend,
-        trust_remote_code=trust_remote_code,
-    )
+    session = Session.alone(registry=registry, trust_remote_code=trust_remote_code)
+    opened = open_folder(folder, session, backend=backend)
     if opened.exporter is None:
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
     source_name, source = find_source(opened, against)
     problems = list(opened.exporter.check(opened.checkpoint, opened.view))
     problems += _beside_the_weights(opened)
-    problems += _architecture_lacks(opened, registry, trust_remote_code)
+    problems += _architecture_lacks(opened, session)
     errors: dict[str, float] = {}
     rewritten = opened.manifest.rewritten if opened.manifest else frozenset()
     if not problems:
@@ -121,13 +116,13 @@ def _beside_the_weights(opened: Folder) -> list[Problem]:
     return []
 
 
-def _architecture_lacks(
-    opened: Folder, registry: Registry, trust_remote_code: bool
-) -> list[Problem]:
+def _architecture_lacks(opened: Folder, session: Session) -> list[Problem]:
     """Every tensor that the architecture has is there, float or packed: norms, experts, head."""
     problems = []
     held, linears = opened.checkpoint.tensors, opened.view.linears
-    expected = expected_tensors(opened.checkpoint, registry, trust_remote_code=trust_remote_code)
+    expected = expected_tensors(
+        opened.checkpoint, session.registry, trust_remote_code=session.trust_remote_code
+    )
     for tensor, shape in expected.items():
         name, _, local = tensor.rpartition(".")
         packed = local == "weight" and name in opened.schemes
@@ -179,18 +174,14 @@ def _grown(opened: Folder, source: Checkpoint) -> list[Problem]:
     stored: dict[str, int] = {}
     for tensor, held in opened.checkpoint.tensors.items():
         name = tensor.rpartition(".")[0]
-        stored[name] = stored.get(name, 0) + _bytes(held.spec)
+        stored[name] = stored.get(name, 0) + held.nbytes
     problems = []
     for name in opened.schemes:
         before = source.tensors.get(f"{name}.weight")
-        if before is not None and stored[name] > _bytes(before.spec):
-            told = f"takes {stored[name]} bytes, more than the {_bytes(before.spec)} it took before"
+        if before is not None and stored[name] > before.nbytes:
+            told = f"takes {stored[name]} bytes, more than the {before.nbytes} it took before"
             problems.append(Problem("size", name, told))
     return problems
-
-
-def _bytes(spec: TensorSpec) -> int:
-    return math.prod(spec.shape) * int(getattr(torch, spec.dtype).itemsize)
 
 
 def float_weight(source: Checkpoint, name: str, shape: Sequence[int]) -> torch.Tensor:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from qplug.api.params import fill
+from qplug.api import Algorithm, Component
 from qplug.errors import QplugError
-from qplug.recipe.pipeline import check_pipeline, make_algorithm, refuse_strangers
+from qplug.recipe.pipeline import check_pipeline, refuse_strangers
 from qplug.recipe.recipe import Calibration, Job
+from qplug.registry.offers import Components
 from qplug.registry.registry import Registry
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Component[Any])
 
 
 def check(job: Job, registry: Registry) -> None:
@@ -22,52 +24,36 @@ def check(job: Job, registry: Registry) -> None:
     """
     recipe = job.recipe
     _placed(job, "algorithms", refuse_strangers, recipe.algorithms, recipe.algorithm_options)
-    pipeline = [
-        _placed(
-            job,
-            f"algorithms.{name}",
-            make_algorithm,
-            name,
-            recipe.algorithm_options.get(name, {}),
-            registry,
-        )
-        for name in recipe.algorithms
-    ]
+    pipeline = check_names(job, registry)
     _placed(job, "algorithms", check_pipeline, pipeline, recipe.schemes)
-    _check_components(job, registry)
     recipe.check()
 
 
-def check_names(job: Job, registry: Registry) -> None:
-    """Raises QplugError for a name or an option that no plugin has, with its place.
+def check_names(job: Job, registry: Registry) -> list[Algorithm[Any]]:
+    """The algorithms of ``job``, which may not go together.
 
-    Whether algorithms go together is not checked.
+    Raises QplugError for a name or an option that no plugin has, with its place.
     """
-    for name in job.recipe.algorithms:
-        options = job.recipe.algorithm_options.get(name, {})
-        _placed(job, f"algorithms.{name}", make_algorithm, name, options, registry)
-    _check_components(job, registry)
 
+    def make(place: str, offers: Components[C], name: str, options: Mapping[str, Any]) -> C:
+        return _placed(job, place, offers.make, name, options)
 
-def _check_components(job: Job, registry: Registry) -> None:
-    """Raises QplugError for a dataset or an exporter that no plugin has, or their options."""
-
-    def dataset(place: str, name: str, options: Mapping[str, Any]) -> None:
-        kind = _placed(job, place, registry.datasets.__getitem__, name)
-        _placed(job, place, fill, kind.Params, options, f"dataset {name}")
-
-    def exporter(place: str, name: str, options: Mapping[str, Any]) -> None:
-        kind = _placed(job, place, registry.exporters.__getitem__, name)
-        _placed(job, place, fill, kind.Params, options, f"backend {name}")
-
-    data = job.recipe.calibration
+    recipe = job.recipe
+    pipeline = [
+        make(
+            f"algorithms.{name}", registry.algorithms, name, recipe.algorithm_options.get(name, {})
+        )
+        for name in recipe.algorithms
+    ]
+    data = recipe.calibration
     if data is not None and ("calibration" in job.places or data != Calibration()):
-        dataset("calibration", data.dataset, data.options)
+        make("calibration", registry.datasets, data.dataset, data.options)
     for number, export in enumerate(job.exports):
-        recipe = job.recipe_for(export)
-        exporter(f"exports.{number}", recipe.backend, recipe.backend_options)
-    for number, told in enumerate(job.measurements):
-        dataset(f"measurements.{number}", told.dataset, told.options)
+        own = job.recipe_for(export)
+        make(f"exports.{number}", registry.exporters, own.backend, own.backend_options)
+    for number, text in enumerate(job.measurements):
+        make(f"measurements.{number}", registry.datasets, text.dataset, text.options)
+    return pipeline
 
 
 def _placed(job: Job, place: str, call: Callable[..., T], *arguments: Any) -> T:

@@ -7,7 +7,6 @@ from itertools import combinations, pairwise
 from typing import Any
 
 from qplug.api import Algorithm
-from qplug.api.params import fill
 from qplug.api.scheme import Scheme
 from qplug.errors import QplugError
 from qplug.registry.registry import Registry
@@ -25,7 +24,7 @@ def make_pipeline(
     these schemes.
     """
     refuse_strangers(names, options)
-    pipeline = [make_algorithm(name, options.get(name, {}), registry) for name in names]
+    pipeline = [registry.algorithms.make(name, options.get(name)) for name in names]
     check_pipeline(pipeline, schemes)
     return pipeline
 
@@ -51,12 +50,6 @@ def check_pipeline(pipeline: Sequence[Algorithm[Any]], schemes: Sequence[Scheme]
         sentence = algorithm.refuses(schemes)
         if sentence is not None:
             raise QplugError(f"{algorithm.name}: {sentence}")
-
-
-def make_algorithm(name: str, options: Mapping[str, Any], registry: Registry) -> Algorithm[Any]:
-    """The algorithm called ``name``. Raises QplugError if the name or an option is wrong."""
-    kind = registry.algorithms[name]
-    return kind(fill(kind.Params, options, f"algorithm {name}"))
 
 
 def _check_order(pipeline: Sequence[Algorithm[Any]], told: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
+from qplug.api import Component
+from qplug.api.params import fill
 from qplug.errors import PluginError, QplugError, did_you_mean
 from qplug.registry.plugin import Plugin, _same
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Component[Any])
 
 
 class Offers(Generic[T]):
@@ -65,3 +68,24 @@ class Offers(Generic[T]):
             f" There are: {', '.join(names) or 'none'}."
             + (f" Broken plugins: {broken}; see qplug plugins check" if broken else "")
         )
+
+
+class Components(Offers[type[C]], Generic[C]):
+    """The components that the plugins offer of one kind, by name.
+
+    ``word`` is what the command line calls one: an exporter is a backend.
+    """
+
+    def __init__(
+        self, kind: str, plugins: list[Plugin], load: Callable[[], object], word: str
+    ) -> None:
+        super().__init__(kind, plugins, load)
+        self._word = word
+
+    def make(self, name: str, options: Mapping[str, Any] | None = None) -> C:
+        """The component called ``name``, with ``options`` in place of defaults.
+
+        Raises QplugError if no plugin offers it, or an option is wrong.
+        """
+        kind = self[name]
+        return kind(fill(kind.Params, options or {}, f"{self._word} {name}"))

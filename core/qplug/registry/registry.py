@@ -27,7 +27,7 @@ import pluggy
 from qplug.api import Algorithm, Component, Dataset, Exporter, hookspecs
 from qplug.api.params import options
 from qplug.errors import QplugError, did_you_mean
-from qplug.registry.offers import Offers
+from qplug.registry.offers import Components, Offers
 from qplug.registry.plugin import Plugin, among, canonical, in_quotes
 
 GROUP = "qplug"
@@ -50,9 +50,10 @@ class Registry:
             first = taken.setdefault(canonical(plugin.name), plugin)
             if first is not plugin:
                 plugin.error = QplugError(f"the name of this plugin is taken by {first}")
-        self.algorithms = Offers[type[Algorithm[Any]]]("algorithm", self.plugins, self.load)
-        self.datasets = Offers[type[Dataset[Any]]]("dataset", self.plugins, self.load)
-        self.exporters = Offers[type[Exporter[Any]]]("exporter", self.plugins, self.load)
+        components = self.plugins, self.load
+        self.algorithms = Components[Algorithm[Any]]("algorithm", *components, "algorithm")
+        self.datasets = Components[Dataset[Any]]("dataset", *components, "dataset")
+        self.exporters = Components[Exporter[Any]]("exporter", *components, "backend")
         self.commands = Offers[click.Command]("command", self.plugins, self.load_commands)
 
     @classmethod

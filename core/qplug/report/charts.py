@@ -1,7 +1,8 @@
 """Charts as inline SVG: no script, text that can be selected, and a title for those who hear them.
 
-Colours are classes (``c0`` ... ``c7``) that the page's style gives a value, one for light and one
-for dark. What differs by colour differs by shape, too.
+A function here computes where everything stands, a ``Figure``; ``templates/chart.html.jinja``
+draws it. Colours are classes (``c0`` ... ``c7``) that the page's style gives a value, one for light
+and one for dark. What differs by colour differs by shape, too.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
-from qplug.report.markup import Child, Markup, tag
+from qplug.report.rendering import render
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 WIDTH = 760
 COLOURS = 8
-_TEXT = 12  # pixels from one line of text to the next, at least
+_LINE = 12  # pixels from one line of text to the next, at least
 _LETTER = 6.6  # the width of a letter of 12 pixels, about
 
 Format = Callable[[float], str]
@@ -27,18 +32,94 @@ class Bar:
     series: int
     low: float
     high: float
-    told: str
+    title: str
     mark: float | None = None
 
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a scatter plot, and what stands beside it."""
+    """A point of a scatter plot, and the name that the legend gives it."""
 
     x: float
     y: float
     name: str
     series: int
+
+
+# --- shapes, in pixels from the upper left corner ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A straight line; ``style`` is ``grid`` or ``mark``."""
+
+    kind: ClassVar[str] = "line"
+    x1: float
+    x2: float
+    y1: float
+    y2: float
+    style: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A line of text on the base line ``y``; ``full`` is its title where ``text`` is shortened."""
+
+    kind: ClassVar[str] = "text"
+    x: float
+    y: float
+    text: str
+    anchor: str
+    full: str | None = None
+
+
+@dataclass(frozen=True)
+class Box:
+    """A filled rectangle."""
+
+    kind: ClassVar[str] = "box"
+    x: float
+    y: float
+    width: float
+    height: float
+    colour: int
+    title: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """An SVG path that is stroked."""
+
+    kind: ClassVar[str] = "curve"
+    way: str
+    colour: int
+
+
+@dataclass(frozen=True)
+class Marker:
+    """An SVG path that is filled."""
+
+    kind: ClassVar[str] = "marker"
+    way: str
+    colour: int
+    title: str
+
+
+Shape: TypeAlias = Line | Text | Box | Curve | Marker
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Shapes in the order in which they are drawn, and the keys of the legend above them."""
+
+    title: str
+    shapes: Sequence[Shape]
+    height: int
+    legend: Sequence[Marker] = ()
+    width: int = WIDTH
+
+
+# --- charts --------------------------------------------------------------------------------------
 
 
 def lines(
@@ -57,21 +138,21 @@ def lines(
     ticks = nice_ticks(max(0.0, min(every) - room), max(every) + room)
     x = _scale(0, max(1, count - 1), left + 12, right - 12)
     y = _scale(ticks[0], ticks[-1], bottom, top)
-    drawn = [_grid(ticks, y, left, right, format_)]
+    shapes: list[Shape] = _grid(ticks, y, left, right, format_)
     for place in _labelled(count):
-        drawn.append(_text(x(place), bottom + 18, str(place), "middle"))
-    drawn.append(_text((left + right) / 2, bottom + 38, x_label, "middle"))
+        shapes.append(Text(x(place), bottom + 18, str(place), "middle"))
+    shapes.append(Text((left + right) / 2, bottom + 38, x_label, "middle"))
     for number, (name, values) in enumerate(series.items()):
         points = [(x(n), y(v)) for n, v in enumerate(values) if v is not None]
-        told = [f"{name}, {n}: {format_(v)}" for n, v in enumerate(values) if v is not None]
+        titles = [f"{name}, {n}: {format_(v)}" for n, v in enumerate(values) if v is not None]
         way = "".join(
             f"{'L' if n and values[n - 1] is not None else 'M'}{x(n):.1f},{y(v):.1f}"
             for n, v in enumerate(values)
             if v is not None
         )
-        drawn.append(tag("path", d=way, class_=f"line c{number % COLOURS}"))
-        drawn += [_marker(number, *at, t) for at, t in zip(points, told, strict=True)]
-    return _figure(f"{title}. {y_label}", drawn, bottom + 48, legend=[*series])
+        shapes.append(Curve(way, number % COLOURS))
+        shapes += [_marker(number, *at, t) for at, t in zip(points, titles, strict=True)]
+    return _drawn(f"{title}. {y_label}", shapes, bottom + 48, legend=[*series])
 
 
 def rows(
@@ -89,19 +170,20 @@ def rows(
     left = min(260.0, 20 + _LETTER * max(map(len, bars)))
     right, top, lane_height = WIDTH - 24, 10.0, 14.0
     x = _scale(ticks[0], ticks[-1], left + 8, right)
-    drawn, at = [], top
+    shapes: list[Shape] = []
+    at = top
     for name, lanes in bars.items():
-        height = max(lane_height * len(lanes), _TEXT)
-        drawn.append(_text(left, at + height / 2 + 4, _shortened(name, left), "end", full=name))
+        height = max(lane_height * len(lanes), _LINE)
+        shapes.append(Text(left, at + height / 2 + 4, _shortened(name, left), "end", full=name))
         for number, lane in enumerate(lanes):
             for bar in lane:
-                drawn += _bar(bar, x, at + lane_height * number, lane_height - 3)
+                shapes += _bar(bar, x, at + lane_height * number, lane_height - 3)
         at += height + 9
-    grid = []
+    grid: list[Shape] = []
     for tick in ticks:
-        grid.append(tag("line", x1=x(tick), x2=x(tick), y1=top, y2=at, class_="grid"))
-        grid.append(_text(x(tick), at + 16, format_(tick), "middle"))
-    return _figure(title, [*grid, *drawn], at + 24, legend=legend)
+        grid.append(Line(x(tick), x(tick), top, at, "grid"))
+        grid.append(Text(x(tick), at + 16, format_(tick), "middle"))
+    return _drawn(title, [*grid, *shapes], at + 24, legend=legend)
 
 
 def histogram(title: str, counts: Mapping[str, int], *, x_label: str, series: int = 0) -> Markup:
@@ -109,27 +191,20 @@ def histogram(title: str, counts: Mapping[str, int], *, x_label: str, series: in
     ticks = nice_ticks(0, max(counts.values()))
     left, right, top, bottom = 72, WIDTH - 16, 12, 190
     y = _scale(0, ticks[-1], bottom, top)
-    drawn = [_grid(ticks, y, left, right, lambda tick: f"{tick:,.0f}")]
+    shapes: list[Shape] = _grid(ticks, y, left, right, lambda tick: f"{tick:,.0f}")
     width = (right - left) / len(counts)
     longest = max(map(len, counts)) * _LETTER + 8
     every = math.ceil(longest / width)
     for number, (name, count) in enumerate(counts.items()):
         at = left + number * width
-        drawn.append(
-            tag(
-                "rect",
-                tag("title", f"{name}: {count:,}"),
-                x=at + 1.0,
-                y=y(count),
-                width=max(1.0, width - 2),
-                height=bottom - y(count),
-                class_=f"bar c{series}",
-            )
+        height = bottom - y(count)
+        shapes.append(
+            Box(at + 1.0, y(count), max(1.0, width - 2), height, series, f"{name}: {count:,}")
         )
         if number % every == 0:
-            drawn.append(_text(at + width / 2, bottom + 17, name, "middle"))
-    drawn.append(_text((left + right) / 2, bottom + 37, x_label, "middle"))
-    return _figure(title, drawn, bottom + 46)
+            shapes.append(Text(at + width / 2, bottom + 17, name, "middle"))
+    shapes.append(Text((left + right) / 2, bottom + 37, x_label, "middle"))
+    return _drawn(title, shapes, bottom + 46)
 
 
 def scatter(
@@ -149,18 +224,18 @@ def scatter(
     y_ticks = nice_ticks(low - room, high + room)
     x = _scale(x_ticks[0], x_ticks[-1], left + 8, right - 16)
     y = _scale(y_ticks[0], y_ticks[-1], bottom, top)
-    drawn = [_grid(y_ticks, y, left, right, y_format)]
+    shapes: list[Shape] = _grid(y_ticks, y, left, right, y_format)
     for tick in x_ticks:
-        drawn.append(_text(x(tick), bottom + 18, x_format(tick), "middle"))
-    drawn.append(_text((left + right) / 2, bottom + 38, x_label, "middle"))
+        shapes.append(Text(x(tick), bottom + 18, x_format(tick), "middle"))
+    shapes.append(Text((left + right) / 2, bottom + 38, x_label, "middle"))
     taken: list[tuple[float, float]] = []
     for point in points:
-        told = f"{point.name}: {x_format(point.x)}, {y_format(point.y)}"
-        drawn.append(_marker(point.series, x(point.x), y(point.y), told, size=5.0))
+        said = f"{point.name}: {x_format(point.x)}, {y_format(point.y)}"
+        shapes.append(_marker(point.series, x(point.x), y(point.y), said, size=5.0))
         beside = _free((x(point.x) + 9, y(point.y) + 4), taken)
-        drawn.append(_text(*beside, str(point.series + 1), "start"))
+        shapes.append(Text(*beside, str(point.series + 1), "start"))
     legend = [f"{point.series + 1}: {point.name}" for point in points]
-    return _figure(f"{title}. {y_label}", drawn, bottom + 48, legend=legend)
+    return _drawn(f"{title}. {y_label}", shapes, bottom + 48, legend=legend)
 
 
 # --- parts ---------------------------------------------------------------------------------------
@@ -184,22 +259,17 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
 
 def _grid(
     ticks: Sequence[float], y: Callable[[float], float], left: float, right: float, format_: Format
-) -> Markup:
-    drawn = []
+) -> list[Shape]:
+    shapes: list[Shape] = []
     for tick in ticks:
-        drawn.append(tag("line", x1=left, x2=right, y1=y(tick), y2=y(tick), class_="grid"))
-        drawn.append(_text(left - 8, y(tick) + 4, format_(tick), "end"))
-    return tag("g", drawn)
+        shapes.append(Line(left, right, y(tick), y(tick), "grid"))
+        shapes.append(Text(left - 8, y(tick) + 4, format_(tick), "end"))
+    return shapes
 
 
 def _labelled(count: int) -> range:
     """The places on an axis of whole numbers that are labelled."""
     return range(0, count, max(1, math.ceil(count / 16)))
-
-
-def _text(x: float, y: float, told: str, anchor: str, *, full: str | None = None) -> Markup:
-    title: Child = tag("title", full) if full and full != told else ""
-    return tag("text", title, told, x=float(x), y=float(y), text_anchor=anchor)
 
 
 def _shortened(name: str, width: float) -> str:
@@ -208,26 +278,17 @@ def _shortened(name: str, width: float) -> str:
     return name if len(name) <= fitting else "…" + name[1 - fitting :]
 
 
-def _bar(bar: Bar, x: Callable[[float], float], top: float, height: float) -> list[Markup]:
+def _bar(bar: Bar, x: Callable[[float], float], top: float, height: float) -> list[Shape]:
     start, end = x(bar.low), x(bar.high)
-    drawn = [
-        tag(
-            "rect",
-            tag("title", bar.told),
-            x=start,
-            y=top,
-            width=max(1.0, end - start),
-            height=height,
-            class_=f"bar c{bar.series % COLOURS}",
-        )
-    ]
-    if bar.mark is not None:
-        at = x(bar.mark)
-        drawn.append(tag("line", x1=at, x2=at, y1=top - 1, y2=top + height + 1, class_="mark"))
-    return drawn
+    width = max(1.0, end - start)
+    box = Box(start, top, width, height, bar.series % COLOURS, bar.title)
+    if bar.mark is None:
+        return [box]
+    at = x(bar.mark)
+    return [box, Line(at, at, top - 1, top + height + 1, "mark")]
 
 
-def _marker(series: int, x: float, y: float, told: str, size: float = 3.5) -> Markup:
+def _marker(series: int, x: float, y: float, title: str, size: float = 3.5) -> Marker:
     """A circle, square, triangle or diamond."""
     ways = [
         f"M{x - size:.1f},{y:.1f}a{size},{size} 0 1 0 {2 * size},0"
@@ -238,49 +299,21 @@ def _marker(series: int, x: float, y: float, told: str, size: float = 3.5) -> Ma
         f"l{-size * 1.4:.1f},{size * 1.4:.1f}l{-size * 1.4:.1f},{-size * 1.4:.1f}z",
     ]
     way = ways[(series + series // COLOURS) % len(ways)]  # all differ, of up to 32
-    return tag("path", tag("title", told), d=way, class_=f"bar c{series % COLOURS}")
+    return Marker(way, series % COLOURS, title)
 
 
 def _free(place: tuple[float, float], taken: list[tuple[float, float]]) -> tuple[float, float]:
     """``place``, or the first below it where no text is yet."""
     x, y = place
-    while any(abs(x - old_x) < 2.5 * _LETTER and abs(y - old_y) < _TEXT for old_x, old_y in taken):
-        y += _TEXT
+    while any(abs(x - old_x) < 2.5 * _LETTER and abs(y - old_y) < _LINE for old_x, old_y in taken):
+        y += _LINE
     taken.append((x, y))
     return x, y
 
 
-def _figure(
-    title: str, drawn: Sequence[Child], height: float, *, legend: Sequence[str] = ()
+def _drawn(
+    title: str, shapes: Sequence[Shape], height: float, *, legend: Sequence[str] = ()
 ) -> Markup:
-    keys = [
-        tag(
-            "li",
-            tag(
-                "svg",
-                _marker(number, 8.0, 8.0, name, size=4.0),
-                viewBox="0 0 16 16",
-                width=16,
-                height=16,
-                aria_hidden="true",
-            ),
-            name,
-        )
-        for number, name in enumerate(legend)
-    ]
-    picture = tag(
-        "svg",
-        tag("title", title),
-        list(drawn),
-        viewBox=f"0 0 {WIDTH} {math.ceil(height)}",
-        width=WIDTH,
-        height=math.ceil(height),
-        role="img",
-        aria_label=title,
-        class_="chart",
-    )
-    return tag(
-        "div",
-        tag("ul", keys, class_="legend") if keys else "",
-        tag("div", picture, class_="scroll", tabindex="0"),
-    )
+    keys = [_marker(number, 8.0, 8.0, name, size=4.0) for number, name in enumerate(legend)]
+    figure = Figure(title, shapes, math.ceil(height), keys)
+    return render("chart.html.jinja", {"figure": figure})

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from qplug.report import charts
 from qplug.report.findings import Overview
-from qplug.report.frame import document
-from qplug.report.layers import faint, section
-from qplug.report.markup import Markup, table, tag
-from qplug.report.words import bits, number, size
+from qplug.report.rendering import render
+from qplug.report.words import bits, number, size, text_of
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
+
     from qplug.reading.perplexity import Evaluation
 
 #: What is said of each folder, in order.
@@ -70,41 +70,28 @@ class Compared:
 
 def comparison_page(compared: Sequence[Compared]) -> str:
     """A whole HTML file: a plot if perplexities were measured, and a table."""
-    title = f"{len(compared)} models side by side"
-    return document(
-        f"{title}: qplug compare",
-        tag("header", tag("h1", title)),
-        _plot(compared),
-        section(
-            "Table",
-            table(COLUMNS, [one.cells() for one in compared]),
-            faint("Bits are those of all tensors; errors are means over layers."),
-        ),
-    )
-
-
-def _plot(compared: Sequence[Compared]) -> Markup:
-    title = "Size against perplexity"
     measured = [(one, one.evaluation) for one in compared if one.evaluation is not None]
-    if not measured:
-        return section(title, faint("Perplexity is not measured; say --perplexity."))
+    values = {
+        "columns": COLUMNS,
+        "rows": [one.cells() for one in compared],
+        "plot": _plot(measured) if measured else None,
+        "text": text_of(measured[0][1]) if measured else None,
+    }
+    return str(render("comparison.html.jinja", values))
+
+
+def _plot(measured: Sequence[tuple[Compared, Evaluation]]) -> Markup:
     points = [
         charts.Point(one.overview.bytes.total, found.perplexity, one.name, place)
         for place, (one, found) in enumerate(measured)
     ]
-    _, first = measured[0]
-    told = f"{first.windows} windows of {first.seq_len} tokens of {first.dataset}"
-    return section(
-        title,
-        faint(f"Lower is better, and further left is smaller. Perplexity on {told}."),
-        charts.scatter(
-            title,
-            points,
-            x_label="bytes of all tensors",
-            y_label="Perplexity",
-            x_format=size,
-            y_format=number,
-        ),
+    return charts.scatter(
+        "Size against perplexity",
+        points,
+        x_label="bytes of all tensors",
+        y_label="Perplexity",
+        x_format=size,
+        y_format=number,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from qplug.api.groups import dequantize
 from qplug.api.tensors import Checkpoint
 from qplug.errors import QplugError
+from qplug.machine.session import Session
 from qplug.reading.folder import Folder, open_folder
 from qplug.reading.verify import find_source, float_weight, relative_distance
 from qplug.registry.registry import Registry
@@ -63,7 +64,8 @@ def examine(
     ``against`` is the float model; by default the one in ``qplug.json``, if it can be found. Raises
     QplugError if the folder cannot be opened, or is a float model that qplug did not write.
     """
-    folder = open_folder(name, registry, trust_remote_code=trust_remote_code)
+    session = Session.alone(registry=registry, trust_remote_code=trust_remote_code)
+    folder = open_folder(name, session)
     if folder.exporter is None:
         raise QplugError(f"{name}: is not quantized; there is nothing to report")
     told = overview(folder, name)

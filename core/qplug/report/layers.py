@@ -1,81 +1,81 @@
-"""The sections of a report that look at single layers: errors, ranges, scales, clips."""
+"""What a report shows of single layers: errors, ranges, scales, clips, as charts and tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from qplug.calibration.ranges import CLIP_BINS
 from qplug.report import charts
 from qplug.report.findings import BINS_PER_OCTAVE, Findings, Layer, Span
-from qplug.report.markup import Child, Markup, table, tag
 from qplug.report.words import number, span
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 _BEFORE, _AFTER = 0, 1
 #: Columns that a histogram of scales has at most.
 _COLUMNS = 48
 
 
-def section(title: str, *children: Child) -> Markup:
-    """A part of the page with its heading."""
-    return tag("section", tag("h2", title), *children)
+@dataclass(frozen=True)
+class Charted:
+    """A chart, and the table of its numbers: the first cell of a row names it."""
+
+    chart: Markup
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
-def faint(told: str) -> Markup:
-    """A paragraph that explains, or says what is not known."""
-    return tag("p", told, class_="faint")
+@dataclass(frozen=True)
+class Errors:
+    """Whether the error of any layer is ``known``, and the errors of those in blocks, if any is."""
+
+    known: bool
+    by_depth: Charted | None
 
 
-def errors(findings: Findings) -> Markup:
-    """The error of each layer, by kind and depth: of outputs if there were data, and of weights."""
-    title = "Error by kind and depth"
-    if not findings.layers:
-        return section(title, faint("Nothing is quantized."))
-    parts: list[Child] = []
-    if any(layer.loss is not None for layer in findings.layers):
-        parts.append(tag("h3", "Of what layers compute on the calibration data"))
-        parts += _by_depth(findings, "Relative error of outputs", lambda layer: layer.loss)
-    parts.append(tag("h3", "Of weights"))
-    if all(_error(layer) is None for layer in findings.layers):
-        parts.append(faint("Not known: name the float model with --against."))
-    else:
-        parts += _by_depth(findings, "Relative error of weights", _error)
-    return section(title, *parts)
+def output_errors(findings: Findings) -> Errors:
+    """The relative error of what each layer computes on the calibration data."""
+    return _errors(findings, "Relative error of outputs", lambda layer: layer.loss)
+
+
+def weight_errors(findings: Findings) -> Errors:
+    """The relative error of each layer's weight."""
+    return _errors(findings, "Relative error of weights", _error)
 
 
 def _error(layer: Layer) -> float | None:
     return layer.recomputed if layer.error is None else layer.error
 
 
-def _by_depth(
-    findings: Findings, title: str, value: Callable[[Layer], float | None]
-) -> list[Markup]:
+def _errors(findings: Findings, title: str, value: Callable[[Layer], float | None]) -> Errors:
     """A line for each kind over the blocks, and the numbers. Experts of a block are averaged."""
+    known = any(value(layer) is not None for layer in findings.layers)
     depth = max((layer.block for layer in findings.layers if layer.block is not None), default=0)
     series: dict[str, list[float | None]] = {}
     for kind in dict.fromkeys(layer.kind for layer in findings.layers if layer.block is not None):
-        found: list[float | None] = []
+        means: list[float | None] = []
         for block in range(depth + 1):
             own = [layer for layer in findings.layers if (layer.block, layer.kind) == (block, kind)]
-            known = [told for layer in own if (told := value(layer)) is not None]
-            found.append(fmean(known) if known else None)
-        if any(told is not None for told in found):
-            series[kind] = found
+            errors = [error for layer in own if (error := value(layer)) is not None]
+            means.append(fmean(errors) if errors else None)
+        if any(mean is not None for mean in means):
+            series[kind] = means
     if not series:
-        return [faint("Not known.")]
+        return Errors(known, None)
     rows = [(str(n), *(number(values[n]) for values in series.values())) for n in range(depth + 1)]
-    return [
-        charts.lines(title, series, x_label="block", y_label=title, format_=number),
-        tag("details", tag("summary", "As a table"), table(["block", *series], rows)),
-    ]
+    chart = charts.lines(title, series, x_label="block", y_label=title, format_=number)
+    return Errors(known, Charted(chart, ["block", *series], rows))
 
 
-def weights(findings: Findings) -> Markup:
+def weights(findings: Findings) -> Charted | None:
     """The span of weights by kind: in the float model, and as the codes mean them."""
-    title = "Weights before and after"
     if not findings.layers:
-        return section(title, faint("Nothing is quantized."))
+        return None
     bars, rows = {}, []
     for kind, layers in _kinds(findings):
         before = _widest(layer.weights[0] for layer in layers)
@@ -84,64 +84,43 @@ def weights(findings: Findings) -> Markup:
         lanes = [[_bar(_BEFORE, before)]] if before else []
         bars[kind] = [*lanes, [_bar(_AFTER, after)]]
         rows.append((kind, _span(before), _span(after)))
-    told = "From the least to the greatest weight of all layers of a kind."
-    if findings.against is None:
-        told += " The float model is not at hand; name it with --against."
-    if any(layer.rewritten for layer in findings.layers):
-        told += " Algorithms moved scale between layers: what was rounded differs from the float."
-    return section(
-        title,
-        faint(told),
-        charts.rows(title, bars, legend=["float model", "quantized"], format_=number),
-        table(["kind", "float model", "quantized"], rows),
-    )
+    names = ["float model", "quantized"]
+    chart = charts.rows("Weights before and after", bars, legend=names, format_=number)
+    return Charted(chart, ["kind", *names], rows)
 
 
-def inputs(findings: Findings) -> Markup:
-    """The span of what layers read: as the model came, and after all transforms."""
-    title = "Inputs before and after"
+def inputs(findings: Findings) -> Charted | None:
+    """The span of what layers read by kind: as the model came, and after all transforms."""
     bars, rows = {}, []
     for kind, layers in _kinds(findings):
         known = [layer.inputs for layer in layers if layer.inputs is not None]
         if known:
-            told = []
-            for moment in (0, 1):
+            moments = []
+            for moment in (_BEFORE, _AFTER):
                 ranges = [both[moment] for both in known]
                 wide = Span(min(r.low for r in ranges), max(r.high for r in ranges))
-                told.append((wide, max(r.typical for r in ranges)))
-            bars[kind] = [[_bar(moment, wide, mark)] for moment, (wide, mark) in enumerate(told)]
-            rows.append((kind, *(part for w, mark in told for part in (_span(w), number(mark)))))
+                moments.append((wide, max(r.typical for r in ranges)))
+            bars[kind] = [[_bar(n, wide, mark)] for n, (wide, mark) in enumerate(moments)]
+            rows.append((kind, *(part for w, mark in moments for part in (_span(w), number(mark)))))
     if not bars:
-        return section(title, faint("Not known: nothing was calibrated."))
-    head = ["kind", "before", "typical channel", "after", "typical channel"]
-    return section(
-        title,
-        faint(
-            "From the least to the greatest input over the calibration data. A mark stands at the "
-            "largest magnitude of a typical channel: if it is far inside, a few are outliers."
-        ),
-        charts.rows(title, bars, legend=["before", "after transforms"], format_=number),
-        table(head, rows),
-    )
+        return None
+    names = ["before", "after transforms"]
+    chart = charts.rows("Inputs before and after", bars, legend=names, format_=number)
+    return Charted(chart, ["kind", "before", "typical channel", "after", "typical channel"], rows)
 
 
-def scales(findings: Findings) -> Markup:
-    """How many scales there are of each size."""
-    title = "Scales"
+def scales(findings: Findings) -> Charted | None:
+    """The number of scales of each size; None for a folder without scales."""
     if not findings.scales:
-        return section(title, faint("This folder holds no scales."))
+        return None
     rows = []
     for kind, layers in _kinds(findings):
         wide = _widest(layer.scales for layer in layers)
         count = sum(layer.scale_count for layer in layers)
         rows.append((kind, f"{count:,}", *((number(wide.low), number(wide.high)) if wide else ())))
-    return section(
-        title,
-        charts.histogram(
-            "Scales of weights", merged(findings.scales), x_label="scale, from", series=0
-        ),
-        table(["kind", "scales", "least", "greatest"], rows),
-    )
+    counts = merged(findings.scales)
+    chart = charts.histogram("Scales of weights", counts, x_label="scale, from", series=_BEFORE)
+    return Charted(chart, ["kind", "scales", "least", "greatest"], rows)
 
 
 def merged(counts: Mapping[int, int]) -> dict[str, int]:
@@ -156,11 +135,10 @@ def merged(counts: Mapping[int, int]) -> dict[str, int]:
     return {f"{2 ** (at * step / BINS_PER_OCTAVE):.2g}": n for at, n in columns.items()}
 
 
-def clips(findings: Findings) -> Markup:
-    """How far below the range of the weights that they round scales were chosen."""
-    title = "Clips"
+def clips(findings: Findings) -> Charted | None:
+    """The number of scales by their part of the one that covers the weights; None without clips."""
     if not findings.calibrated:
-        return section(title, faint("Nothing is clipped: scales cover all weights."))
+        return None
     totals = [0] * len(CLIP_BINS)
     rows = []
     for kind, layers in _kinds(findings):
@@ -173,38 +151,26 @@ def clips(findings: Findings) -> Markup:
         totals = [a + b for a, b in zip(totals, own, strict=True)]
         rows.append((kind, f"{sum(own[:-1]):,}", f"{sum(own):,}"))
     if not sum(totals[:-1]):
-        return section(title, faint("Nothing is clipped: scales cover all weights."))
+        return None
     names = [f"{low:g} to {high:g}" for low, high in pairwise(CLIP_BINS)]
     columns = dict(zip([*names, "not clipped"], totals, strict=True))
-    return section(
-        title,
-        faint("Each scale as a part of the one that covers all weights under it."),
-        charts.histogram("Clips", columns, x_label="part of the covering scale", series=1),
-        table(["kind", "clipped", "of scales"], rows),
-    )
+    chart = charts.histogram("Clips", columns, x_label="part of the covering scale", series=_AFTER)
+    return Charted(chart, ["kind", "clipped", "of scales"], rows)
 
 
-def every_layer(findings: Findings) -> Markup:
-    """All numbers of all layers, folded away."""
-    rows = []
+def every_layer(findings: Findings) -> Iterator[Sequence[str]]:
+    """All numbers of each layer, a row of ten cells each."""
     for layer in findings.layers:
-        before, after = layer.inputs or (None, None)
-        rows.append(
-            (
-                layer.name,
-                f"{layer.shape[0]} x {layer.shape[1]}",
-                layer.scheme,
-                number(_error(layer)),
-                number(layer.recomputed) if not layer.rewritten else "rewritten",
-                number(layer.loss),
-                *(_span(told) for told in layer.weights),
-                *("-" if r is None else span(r.low, r.high) for r in (before, after)),
-            )
+        yield (
+            layer.name,
+            f"{layer.shape[0]} x {layer.shape[1]}",
+            layer.scheme,
+            number(_error(layer)),
+            number(layer.recomputed) if not layer.rewritten else "rewritten",
+            number(layer.loss),
+            *(_span(values) for values in layer.weights),
+            *("-" if r is None else span(r.low, r.high) for r in layer.inputs or (None, None)),
         )
-    head = ["layer", "shape", "scheme", "error", "error, recomputed", "error of outputs"]
-    head += ["float weights", "quantized weights", "inputs before", "inputs after"]
-    told = f"All {len(rows)} quantized layers"
-    return section("Layers", tag("details", tag("summary", told), table(head, rows)))
 
 
 # --- parts ---------------------------------------------------------------------------------------

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qplug.reading.perplexity import Evaluation
 
 
 def size(count: float) -> str:
@@ -27,6 +30,11 @@ def bits(value: float | None) -> str:
 
 def span(low: float, high: float) -> str:
     return f"{low:.4g} … {high:.4g}"
+
+
+def text_of(found: Evaluation) -> str:
+    """The text that a perplexity was measured on."""
+    return f"{found.windows} windows of {found.seq_len} tokens of {found.dataset}"
 
 
 def recipe_rows(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:

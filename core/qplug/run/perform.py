@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qplug.api.events import Result
 from qplug.errors import QplugError
+from qplug.machine.session import Session
 from qplug.output.manifest import read_manifest
 from qplug.reading.perplexity import Evaluation, evaluate, evaluation_tokens
 from qplug.recipe.check import check
@@ -76,7 +77,6 @@ class _Work:
             raise QplugError("no model is said: give MODEL")
         if not (job.exports or job.measurements):
             raise QplugError("nothing is to be written or measured: give --out")
-        check(job, registry)
         self._model, self._job, self._how, self._registry = job.model, job, how, registry
         self._watch = watch
         self._folders = _folders(job)
@@ -105,12 +105,22 @@ class _Work:
         return export not in self._job.exports
 
     def _checked(self, exports: Sequence[Export]) -> list[Result]:
-        """Dry runs of ``exports``, after all other checks."""
-        for measurement in self._job.measurements:
-            self._check_text(measurement)
-        for export in filter(self._is_hidden, self._folders.values()):
-            self._quantize(export, dry_run=True)
-        return [self._quantize(export, dry_run=True) for export in exports]
+        """Dry runs of ``exports``, after all other checks.
+
+        Raises QplugError, with its place in the file if it is known.
+        """
+        hidden = list(filter(self._is_hidden, self._folders.values()))
+        try:
+            if not (exports or hidden):
+                check(self._job, self._registry)
+            for measurement in self._job.measurements:
+                self._check_text(measurement)
+            for export in hidden:
+                self._quantize(export, dry_run=True)
+            return [self._quantize(export, dry_run=True) for export in exports]
+        except QplugError:
+            check(self._job, self._registry)  # finds the same, and says where it stands
+            raise
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -164,12 +174,11 @@ class _Work:
     def _check_text(self, measurement: Measurement) -> None:
         evaluation_tokens(
             self._model,
+            Session(self._registry, trust_remote_code=self._how.trust_remote_code),
             dataset=measurement.dataset,
             dataset_options=measurement.options,
             seq_len=measurement.seq_len,
             windows=measurement.windows,
-            trust_remote_code=self._how.trust_remote_code,
-            registry=self._registry,
         )
 
     def _measured(self, stage: Stage, folder: str) -> list[Measured]:

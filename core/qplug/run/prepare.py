@@ -14,6 +14,7 @@ from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.names import natural_order
 from qplug.checkpoint.rewritten import apply, rewritten
 from qplug.errors import QplugError
+from qplug.machine.session import Session
 from qplug.model.hollow import load_config
 from qplug.model.residual_stream import Faces
 from qplug.model.small_copy import SmallCopy, place_of
@@ -47,17 +48,16 @@ def prepare(
     stages: Stages,
     source: Checkpoint,
     view: ModelView,
+    session: Session,
     *,
-    device: torch.device,
-    trust_remote_code: bool = False,
     learn: Learn | None = None,
 ) -> Prepared:
     """What the algorithms of ``stages`` make of ``source``, one after the other.
 
-    Tensors are made on ``device`` as they are read. Without ``learn``, no weight is read yet, and
-    each algorithm is tried on a small random copy: raises QplugError if that would compute anything
-    else, or if what the algorithm asks for cannot be stored for the backend. With it all that has
-    been done; those that learn do so, and names and shapes stay.
+    Tensors are made on the session's device as they are read. Without ``learn``, no weight is read
+    yet, and each algorithm is tried on a small random copy of the model. Raises QplugError if the
+    copy would compute anything else, or if the exporter cannot store what the algorithm asks for.
+    With ``learn`` these checks have been made; algorithms that learn do so, names and shapes stay.
     """
     manifest = read_manifest(source.folder)
     prepared = Prepared(source, view, manifest.online if manifest else ())
@@ -70,7 +70,7 @@ def prepare(
             f"{stages.preparing[0].name} cannot rewrite it"
         )
     with _one_thread() if learn is None else nullcontext():
-        return _prepare(stages, prepared, device, trust_remote_code, learn)
+        return _prepare(stages, prepared, session, learn)
 
 
 @contextmanager
@@ -87,13 +87,13 @@ def _one_thread() -> Iterator[None]:
 def _prepare(
     stages: Stages,
     prepared: Prepared,
-    device: torch.device,
-    trust_remote_code: bool,
+    session: Session,
     learn: Learn | None,
 ) -> Prepared:
     source, view = prepared.checkpoint, prepared.view
-    config = load_config(source.folder, trust_remote_code=trust_remote_code)
-    copy = SmallCopy(config, source.folder, trust_remote_code)
+    trusted = session.trust_remote_code
+    config = load_config(source.folder, trust_remote_code=trusted)
+    copy = SmallCopy(config, source.folder, trusted)
     faces = Faces(copy)
     tied = bool(view.config.get("tie_word_embeddings", config.tie_word_embeddings))
     width = config.get_text_config().hidden_size
@@ -108,7 +108,7 @@ def _prepare(
             _check_online(made.online, stages)
             _try_on(copy, faces, stages, algorithm, prepared.view, view.blocks, tied=tied)
         tied = bool(made.config.get("tie_word_embeddings", tied))
-        checkpoint = rewritten(prepared.checkpoint, made, device)
+        checkpoint = rewritten(prepared.checkpoint, made, session.device)
         prepared = Prepared(
             checkpoint,
             _seen(checkpoint, prepared.view, made),

@@ -20,7 +20,6 @@ from qplug.api import (
     QuantizedWeight,
     WholeModel,
 )
-from qplug.api.params import fill
 from qplug.api.scheme import Scheme
 from qplug.calibration.observers import find_observer
 from qplug.calibration.ranges import InputRange, clip_counts, input_ranges, short
@@ -32,12 +31,11 @@ from qplug.calibration.shared_scales import (
 from qplug.checkpoint.names import by_module
 from qplug.checkpoint.open import INDEX, open_checkpoint
 from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
-from qplug.machine.stopwatch import Stopwatch
+from qplug.machine.session import Session
 from qplug.numerics.losses import relative_error, relative_output_error
 from qplug.output.plan import Step
-from qplug.recipe.pipeline import make_algorithm, make_pipeline
+from qplug.recipe.pipeline import make_pipeline
 from qplug.recipe.recipe import DEFAULT_QUANTIZER, Calibration, Recipe
-from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,21 +46,30 @@ from qplug.output.step_report import Report
 class Stages:
     """The algorithms of a recipe, one of which quantizes, and its exporter."""
 
-    def __init__(self, recipe: Recipe, registry: Registry, clock: Stopwatch | None = None) -> None:
+    def __init__(self, recipe: Recipe, session: Session) -> None:
         """Raises QplugError if a name or an option is wrong, or algorithms do not go together."""
-        self._registry, self._clock = registry, clock or Stopwatch()
-        backend = registry.exporters[recipe.backend]
-        options: object = fill(backend.Params, recipe.backend_options, f"backend {backend.name}")
-        self.exporter: Exporter[Any] = backend(options)
+        registry = self._registry = session.registry
+        self._clock = session.clock
+        self.exporter = registry.exporters.make(recipe.backend, recipe.backend_options)
         self.pipeline = make_pipeline(
             recipe.algorithms, recipe.algorithm_options, recipe.schemes, registry
         )
         quantizers = [algorithm for algorithm in self.pipeline if algorithm.quantizes()]
-        self._default = make_algorithm(DEFAULT_QUANTIZER, {}, registry)
+        self._default = registry.algorithms.make(DEFAULT_QUANTIZER)
         self.quantizer = quantizers[0] if quantizers else self._default
         calibration = recipe.calibration or Calibration()
         self._observer = find_observer(calibration.observer, calibration.observer_options)
         self._stores_ranges = recipe.stores_ranges
+        self.recipe = self._settled(recipe)
+
+    def _settled(self, recipe: Recipe) -> Recipe:
+        """``recipe`` without what these stages have no use for."""
+        if not self.needs_data:
+            return replace(recipe, calibration=None)
+        if recipe.calibration and self.exporter.stores_float:
+            # The stored weights compute what the float model does, and a resumed run has no others.
+            return replace(recipe, calibration=replace(recipe.calibration, propagate="float"))
+        return recipe
 
     @property
     def needs_data(self) -> bool:
@@ -86,7 +93,7 @@ class Stages:
 
     def prepare(self, algorithm: Algorithm[Any], model: FloatModel) -> Preparation:
         """What ``algorithm`` makes of ``model``."""
-        with self._blaming(algorithm, algorithm.name):
+        with self._naming_in_errors(algorithm, algorithm.name):
             return algorithm.prepare(model)
 
     @property
@@ -98,13 +105,13 @@ class Stages:
         self, algorithm: Algorithm[Any], model: FloatModel, whole: WholeModel
     ) -> Mapping[str, Tensor]:
         """What ``algorithm`` learns on ``whole``."""
-        with self._clock("learning"), self._blaming(algorithm, algorithm.name):
+        with self._clock("learning"), self._naming_in_errors(algorithm, algorithm.name):
             return algorithm.learn(model, whole)
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         """Run all stages on ``block``: codes by linear. None where float weights are stored."""
         for algorithm in self.pipeline:
-            with self._clock("transform"), self._blaming(algorithm, block.name):
+            with self._clock("transform"), self._naming_in_errors(algorithm, block.name):
                 algorithm.transform(block)
         if self.exporter.stores_float:
             return {}
@@ -118,7 +125,7 @@ class Stages:
         fix_input_scales(block, self._observer)
         share_tensor_scales(block)
         share_global_scales(block, self.exporter.merged([linear.name for linear in block.linears]))
-        with self._clock("quantize"), self._blaming(quantizer, block.name):
+        with self._clock("quantize"), self._naming_in_errors(quantizer, block.name):
             codes = quantizer.quantize(block)
             wanted = {linear.name for linear in block.linears}
             if set(codes) != wanted:
@@ -193,7 +200,7 @@ class Stages:
         kept = {*step.others}
         planned = by_module(name for name in step.outputs if name not in kept)
         for name, weight in codes.items():
-            with self._clock("pack"), self._blaming(self.exporter, name):
+            with self._clock("pack"), self._naming_in_errors(self.exporter, name):
                 tensors = self._packed(weight, step.linears[name], dtype)
                 packed.update({f"{name}.{local}": tensor for local, tensor in tensors.items()})
                 for local in planned.get(name, ()):
@@ -210,7 +217,7 @@ class Stages:
             return
         finished = open_checkpoint(folder)
         path = folder / self.exporter.file
-        with self._blaming(self.exporter, self.exporter.file):
+        with self._naming_in_errors(self.exporter, self.exporter.file):
             self.exporter.write(finished, model, schemes, path)
             if not path.is_file():
                 raise ValueError(f"write left no {path.name}")
@@ -218,7 +225,9 @@ class Stages:
             replaced.unlink(missing_ok=True)
 
     @contextmanager
-    def _blaming(self, component: Algorithm[Any] | Exporter[Any], where: str) -> Iterator[None]:
+    def _naming_in_errors(
+        self, component: Algorithm[Any] | Exporter[Any], where: str
+    ) -> Iterator[None]:
         """Names the layer in an error, and the plugin too if the error is a bug."""
         try:
             yield

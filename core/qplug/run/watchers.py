@@ -1,4 +1,4 @@
-"""Tell the plugins that watch a run how it goes on. One that breaks is warned of, and told no more.
+"""Call those who watch a run. A plugin that breaks is named in a warning, and not called again.
 
 A plugin that only looks on must not cost anyone a run of hours.
 """
@@ -7,24 +7,32 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from qplug.api import Block, QuantizedWeight
 from qplug.api.events import BlockReport, Result
 from qplug.errors import PluginWarning
+from qplug.machine.session import Session
 from qplug.output.step_report import Report
-from qplug.registry.registry import Registry
+
+#: Called for each written step: its number from 1, the number of steps, its name, and the mean loss
+#: of its linears if it was calibrated.
+Watcher = Callable[[int, int, str, "float | None"], None]
 
 
-class Announcer:
-    """Tells of one run that has ``count`` steps, ``done`` of which an earlier run finished."""
+class Watchers:
+    """Those who watch one run: plugins through hooks, and the caller through ``watch``.
+
+    Of several processes the first alone calls them.
+    """
 
     def __init__(
-        self, registry: Registry, count: int, done: int = 0, *, silent: bool = False
+        self, session: Session, count: int, done: int, watch: Watcher = lambda *_: None
     ) -> None:
-        """``silent``: tell nobody; of several processes one tells."""
-        self._registry, self._count, self._done = registry, count, done
-        self._silent = silent
+        """The run has ``count`` steps, ``done`` of which an earlier run finished."""
+        self._registry, self._count, self._done = session.registry, count, done
+        self._written, self._watch = done, watch
+        self._silent = not session.processes.is_first
         self._broken: set[str] = set()
         self._since = time.monotonic()
 
@@ -35,9 +43,9 @@ class Announcer:
         block: Block | None = None,
         codes: Mapping[str, QuantizedWeight] | None = None,
     ) -> None:
-        """Tell of a finished step."""
+        """Call ``qplug_block_done`` for a step that is computed, and not yet written."""
         self._done += 1
-        told = BlockReport(
+        event = BlockReport(
             name=name,
             number=self._done,
             count=self._count,
@@ -48,14 +56,20 @@ class Announcer:
             block=block,
             codes=codes or {},
         )
-        self._tell("qplug_block_done", report=told)
+        self._call("qplug_block_done", report=event)
         self._since = time.monotonic()
 
-    def run_done(self, result: Result) -> None:
-        """Tell of the whole run, when its folder is there."""
-        self._tell("qplug_run_done", result=result)
+    def step_written(self, name: str, report: Report) -> None:
+        """Call the caller's ``watch`` for a step whose tensors are on their way to the disk."""
+        self._written += 1
+        if not self._silent:
+            self._watch(self._written, self._count, name, report.loss)
 
-    def _tell(self, hook: str, **event: object) -> None:
+    def run_done(self, result: Result) -> None:
+        """Call ``qplug_run_done``, when the folder of the run is there."""
+        self._call("qplug_run_done", result=result)
+
+    def _call(self, hook: str, **event: object) -> None:
         for plugin, call in self._registry.implementing(hook) if not self._silent else ():
             if plugin.name in self._broken:
                 continue

@@ -93,13 +93,18 @@ class AlgorithmContract(ComponentContract):
         for scheme in self._schemes():
             block = self._block(scheme)
             self._transform(block)
+            chosen = {
+                linear.name: minmax_scale(linear.weight * 0.75, linear.args)
+                for linear in block.linears
+            }
             for linear in block.linears:
-                scale, zero = minmax_scale(linear.weight * 0.75, linear.args)
-                linear.scale, linear.zero = scale, zero
+                # Clones: an algorithm may change those of the block in place.
+                scale, zero = chosen[linear.name]
+                linear.scale, linear.zero = scale.clone(), None if zero is None else zero.clone()
             for name, made in self._quantize(block).items():
-                linear = next(each for each in block.linears if each.name == name)
+                scale, zero = chosen[name]
                 demand(
-                    same(made.scale, linear.scale) and same(made.zero, linear.zero),
+                    same(made.scale, scale) and same(made.zero, zero),
                     f"{self._who}.quantize drops the scale that an algorithm before chose: take "
                     "qplug.numerics.scales.scale_of(linear), so that awq+... composes",
                 )

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from qplug_vllm.capabilities import CAPABILITIES
 
+#: Where Linux lists the features of this CPU; other systems have no such file.
+CPUINFO = Path("/proc/cpuinfo")
+
 _AVX2 = "vLLM 0.32 on an AVX2 CPU, 2026-11-25"
 _WITH_AVX512 = "vLLM 0.32 on a CPU with AVX-512, 2026-11-26"
 
@@ -72,11 +75,10 @@ CPU_NEEDS = (
 
 
 def cpu_flags() -> frozenset[str]:
-    """The features of this CPU by Linux's names; none where it is not Linux."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    told = next((line for line in lines if line.startswith("flags")), "")
-    return frozenset(told.partition(":")[2].split())
+    """Returns the features that ``CPUINFO`` lists for this CPU; none if there is no such file."""
+    lines = CPUINFO.read_text("utf-8").splitlines() if CPUINFO.exists() else []
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
 
 
 def refused_on_cpu(scheme: str, flags: frozenset[str], *, emulating: bool = False) -> str | None:

@@ -1,0 +1,118 @@
+"""A calibrated run, block by block: statistics, transform, quantize, pass on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from qplug.api.scheme import Scheme
+from qplug.calibration.ranges import input_ranges
+from qplug.calibration.walk import Walk
+from qplug.checkpoint.names import by_module
+from qplug.model.kv_cache import KVCache
+from qplug.output.plan import Step
+from qplug.output.shared_writer import SharedWriter
+from qplug.run.steps import Finished, Steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def start_walk(
+    steps: Steps, schemes: Mapping[str, Scheme], tokens: Tensor, cache: KVCache | None
+) -> Walk:
+    """The calibration ``tokens``, int64 ``[samples, length]``, in front of the first block."""
+    stages, prepared, session = steps.stages, steps.prepared, steps.session
+    data = stages.recipe.calibration
+    assert data is not None
+    with session.clock("embedding"):
+        return Walk(
+            prepared.checkpoint,
+            prepared.view,
+            schemes,
+            tokens,
+            device=session.device,
+            propagate=data.propagate,
+            batch_size=data.batch_size,
+            with_drift=stages.needs_drift,
+            with_targets=stages.learns,
+            online=prepared.online,
+            cache=cache,
+            trust_remote_code=session.trust_remote_code,
+            processes=session.processes,
+            clock=session.clock,
+        )
+
+
+def calibrated(
+    steps: Steps, walk: Walk, output: SharedWriter, done: Collection[int]
+) -> Iterator[Finished]:
+    """Every step that is not ``done``, in order, as the tokens walk through the blocks."""
+    for number, step in enumerate(steps.plan.steps):
+        if step.name in steps.prepared.view.blocks:
+            if number in done:
+                walk.replay(step.name, _written(steps, step, output))
+            else:
+                yield _block(steps, walk, number)
+        elif number not in done and step.linears:  # a head: nothing is known of what it reads
+            yield steps.quantized(number, steps.weights(step), steps.stages.quantize_apart)
+        elif number not in done:
+            yield steps.copied(number)
+
+
+def _block(steps: Steps, walk: Walk, number: int) -> Finished:
+    """Gather the statistics of a block, transform it, quantize it, and pass the tokens on."""
+    step, stages, clock = steps.plan.steps[number], steps.stages, steps.session.clock
+    with clock("statistics"):
+        block = walk.enter(step.name)
+    inputs = input_ranges(block)
+    codes = stages.quantize(block)  # all transforms, then the codes
+    if stages.exporter.stores_float:
+        block.clip()
+    changed = {*block.rewritten(), *steps.rewritten(step)}
+    report = stages.report(block, codes, tuple(sorted(changed)), inputs)
+    packed = stages.pack(codes, step, steps.prepared.view.dtype)
+    floats = block.others(step.others)
+    parameters = block.served(codes, floats, walk.dtype)
+    steps.watchers.block_done(step.name, report, block, codes)
+    del block, codes  # on a GPU, most of what the block holds
+    if not stages.exporter.exact:  # what is stored is not quite what the codes say
+        parameters |= _unpacked(steps, step, packed)
+    with clock("passing on"):
+        scales = walk.cache_scales(step.name, parameters)
+        walk.leave(step.name, parameters | scales)
+    # Old checkpoints have tensors in their blocks that are no parameters: masks, tables.
+    copies = steps.copies([name for name in step.others if name not in floats])
+    cache = {f"{step.name}.{local}": scale for local, scale in scales.items()}
+    return Finished(number, {**packed, **floats, **copies, **cache}, report)
+
+
+def _unpacked(steps: Steps, step: Step, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights and scales of inputs that packed ``tensors``, by full name, stand for.
+
+    They are by their names in the block.
+    """
+    parameters, exporter = {}, steps.stages.exporter
+    stored = by_module(tensors)
+    for name, scheme in step.linears.items():
+        packed = {n: tensors[f"{name}.{n}"] for n in stored.get(name, ()) if n != "bias"}
+        local = name.removeprefix(f"{step.name}.")
+        parameters[f"{local}.weight"] = exporter.dequantize(packed, scheme)
+        scale = exporter.input_scale(packed)
+        if scale is not None:
+            parameters[f"{local}.input_scale"] = scale
+    return parameters
+
+
+def _written(steps: Steps, step: Step, output: SharedWriter) -> dict[str, Tensor]:
+    """The parameters of a block that an earlier run wrote, by their names in the block."""
+    floats = (*step.others, *step.cache_scales)
+    stored = output.stored([*step.linears, *(name.rpartition(".")[0] for name in floats)])
+    tensors = {
+        f"{name}.{local}": tensor for name in step.linears for local, tensor in stored[name].items()
+    }
+    parameters = _unpacked(steps, step, tensors)
+    for name in floats:
+        path, _, local = name.rpartition(".")
+        parameters[name.removeprefix(f"{step.name}.")] = stored[path][local]
+    return parameters

@@ -1,0 +1,51 @@
+"""What algorithms learn on the whole float model, once for all runs of a command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qplug.api import Algorithm, Checkpoint, FloatModel
+from qplug.api.scheme import Scheme
+from qplug.calibration.whole_model import HeldModel
+from qplug.machine.session import Session
+from qplug.output.shared_writer import SharedWriter
+from qplug.run.stages import Stages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LearnOnce:
+    """Called with an algorithm and a model, gives what the algorithm learned on the model.
+
+    The first process learns on ``tokens``, int64 ``[samples, length]``. What was learned is kept
+    with the unfinished output, so that a resumed run has the same numbers.
+    """
+
+    stages: Stages
+    schemes: Mapping[str, Scheme]
+    tokens: Tensor
+    output: SharedWriter
+    session: Session
+
+    def __call__(
+        self, algorithm: Algorithm[Any], model: FloatModel, source: Checkpoint
+    ) -> Mapping[str, Tensor]:
+        calibration = self.stages.recipe.calibration
+
+        def learn() -> Mapping[str, Tensor]:
+            whole = HeldModel(
+                source,
+                model.view,
+                self.schemes,
+                self.tokens,
+                device=self.session.device,
+                batch_size=calibration.batch_size if calibration else None,
+                trust_remote_code=self.session.trust_remote_code,
+            )
+            return self.stages.learn(algorithm, model, whole)
+
+        return self.output.cached(algorithm.name, learn)

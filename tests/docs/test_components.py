@@ -1,0 +1,94 @@
+"""The plugins on pages keep the contracts that qplug's own components are held to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+
+from qplug.registry import Plugin, Registry
+from qplug.testing import AlgorithmContract, DatasetContract, ExporterContract
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import Page
+
+    from qplug import Algorithm, Component, Dataset, Exporter
+
+
+def offers(page: Page, folder: Path) -> list[type[Component[Any]]]:
+    """Returns the components that plugins on ``page`` offer; their files go to ``folder``."""
+    page.write_files(folder)
+    titles = [block.title for block in page.blocks if block.title and "@hookimpl" in block.code]
+    registry = Registry([Plugin.of_file(folder / title) for title in titles]).load()
+    errors = {plugin.name: plugin.error for plugin in registry.plugins if plugin.error}
+    assert not errors
+    return [offer for plugin in registry.plugins for offer in plugin.offers.values()]
+
+
+class OnPage:
+    """A contract on the one component that plugins on ``where`` offer."""
+
+    where: ClassVar[str]
+
+    @pytest.fixture(autouse=True)
+    def _take_from_page(
+        self, named_pages: dict[str, Page], tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        (self.offered,) = offers(named_pages[self.where], tmp_path_factory.mktemp("page"))
+
+    def component(self) -> Any:
+        return self.offered
+
+
+class AlgorithmOnPage(OnPage, AlgorithmContract):
+    @property
+    def algorithm(self) -> type[Algorithm[Any]]:
+        return self.component()
+
+
+class DatasetOnPage(OnPage, DatasetContract):
+    @property
+    def dataset(self) -> type[Dataset[Any]]:
+        return self.component()
+
+
+class ExporterOnPage(OnPage, ExporterContract):
+    @property
+    def exporter(self) -> type[Exporter[Any]]:
+        return self.component()
+
+
+class TestMyIdea(AlgorithmOnPage):
+    where = "README.md"
+
+
+class TestClipped(AlgorithmOnPage):
+    where = "docs/tutorial.md"
+
+
+class TestPeaks(AlgorithmOnPage):
+    where = "docs/how-to/write-an-algorithm.md"
+
+
+class TestLetters(DatasetOnPage):
+    where = "docs/how-to/write-a-dataset.md"
+
+
+class TestPlain(ExporterOnPage):
+    where = "docs/how-to/write-an-exporter.md"
+
+
+def test_every_component_on_a_page_has_one(
+    named_pages: dict[str, Page], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    held = {
+        contract.where
+        for kind in (AlgorithmOnPage, DatasetOnPage, ExporterOnPage)
+        for contract in kind.__subclasses__()
+    }
+    with_one = {
+        name for name, page in named_pages.items() if offers(page, tmp_path_factory.mktemp("page"))
+    }
+    assert held == with_one
