@@ -61,12 +61,13 @@ if TYPE_CHECKING:
     from qplug.checkpoint.open import open_checkpoint
     from qplug.checkpoint.tensor_file import FileTensor
     from qplug.model.tokenizer import load_tokenizer
-    from qplug.reading.compare import compare
+    from qplug.reading.compare import Comparison, compare
     from qplug.reading.load import load
-    from qplug.reading.perplexity import evaluate
-    from qplug.reading.verify import verify
+    from qplug.reading.perplexity import Evaluation, evaluate
+    from qplug.reading.verify import Verification, verify
     from qplug.recipe.files import read_job
     from qplug.recipe.recipe import Export, Job, Measurement, Recipe
+    from qplug.registry.registry import Registry
     from qplug.run.perform import perform
     from qplug.run.quantize import quantize
 
@@ -86,8 +87,10 @@ __all__ = [
     "BlockReport",
     "Capability",
     "Checkpoint",
+    "Comparison",
     "Component",
     "Dataset",
+    "Evaluation",
     "Export",
     "Exporter",
     "Facing",
@@ -110,6 +113,7 @@ __all__ = [
     "QuantizedWeight",
     "Recipe",
     "Reconstruction",
+    "Registry",
     "Result",
     "Rewrite",
     "Scheme",
@@ -122,6 +126,7 @@ __all__ = [
     "Target",
     "TensorSpec",
     "Tokenizer",
+    "Verification",
     "WholeModel",
     "beyond_limits",
     "compare",
@@ -142,11 +147,15 @@ __all__ = [
 
 #: Names that plugins do not need, and the module of each: imported when first asked for.
 _LAZY = {
+    "Comparison": "qplug.reading.compare",
+    "Evaluation": "qplug.reading.perplexity",
     "Export": "qplug.recipe.recipe",
     "FileTensor": "qplug.checkpoint.tensor_file",
     "Job": "qplug.recipe.recipe",
     "Measurement": "qplug.recipe.recipe",
     "Recipe": "qplug.recipe.recipe",
+    "Registry": "qplug.registry.registry",
+    "Verification": "qplug.reading.verify",
     "compare": "qplug.reading.compare",
     "evaluate": "qplug.reading.perplexity",
     "load": "qplug.reading.load",
@@ -159,12 +168,14 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from importlib import import_module
+if not TYPE_CHECKING:  # a type checker would take any name for one of this module
 
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'qplug' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            from importlib import import_module
+
+            return getattr(import_module(_LAZY[name]), name)
+        raise AttributeError(f"module 'qplug' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

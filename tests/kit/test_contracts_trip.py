@@ -136,6 +136,11 @@ class WithData(RTN):
     needs_data = True
 
 
+def test_no_scheme_to_test_with() -> None:
+    said = trips(algorithm(WithData, schemes=()), "test_codes_are_well_made")
+    assert "names none to test WithData with" in said
+
+
 def test_missing_codes() -> None:
     class Broken(RTN):
         """One."""
@@ -369,7 +374,9 @@ def dataset(kind: type[Dataset[Any]], **attributes: Any) -> DatasetContract:
 
 def test_a_sound_dataset_passes() -> None:
     contract = dataset(Words)
-    for check in (name for name in dir(contract) if name.startswith("test_")):
+    checks = [name for name in dir(contract) if name.startswith("test_")]
+    assert len(checks) > 5
+    for check in checks:
         getattr(contract, check)()
 
 

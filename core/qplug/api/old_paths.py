@@ -1,13 +1,14 @@
-"""Public modules under the paths that they had before 0.2: they hand on, and warn.
+"""Forwards the public modules and names that had other paths before 0.2, and warns of each.
 
-They go with 0.3. A table and one finder stand for them, so that no file keeps an old name.
+They go with 0.3. A table and one finder stand for the modules, so that no file keeps an old name.
+Packages of today that were modules with public names then forward those by ``moved_names``.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -45,6 +46,26 @@ RENAMED = {
 }
 
 
+def moved_names(module: str, moved: Mapping[str, tuple[str, str]]) -> Callable[[str], Any]:
+    """Returns the ``__getattr__`` of a module that had public names which are elsewhere now.
+
+    ``moved``: the module and the name of each now, by its old name.
+    """
+
+    def getattribute(name: str) -> Any:
+        if name not in moved:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        door, new = moved[name]
+        warnings.warn(
+            f"{module}.{name} goes with qplug 0.3: import {new} from {door}",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return getattr(import_module(door), new)
+
+    return getattribute
+
+
 class _OldPath(ModuleType):
     """A module that has no names of its own."""
 
@@ -73,6 +94,6 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def forward_old_paths() -> None:
-    """From now on, an old path can be imported where no module has its name."""
+    """Makes the old paths importable, wherever no module has the path today."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

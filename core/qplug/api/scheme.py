@@ -18,7 +18,7 @@ Strategy = Literal["tensor", "channel", "group", "block", "token"]
 #: The float formats by name (``e4m3``): their bits of exponent and of mantissa. All have a sign,
 #: the bias ``2^(E-1) - 1``, and subnormals. One exponent bit makes an even grid; no mantissa bit
 #: leaves zero and powers of two; the widest is bfloat16, ``e8m7``.
-FLOATS = {f"e{e}m{m}": (e, m) for e in range(1, 9) for m in range(8)}
+FLOATS: dict[str, tuple[int, int]] = {f"e{e}m{m}": (e, m) for e in range(1, 9) for m in range(8)}
 
 
 def all_finite_max(exponent: int, mantissa: int) -> float:
@@ -37,7 +37,7 @@ def _float_max(exponent: int, mantissa: int) -> float:
 #: ``e5m2`` and formats with the exponent of float32 give the top exponent to infinity and NaN, as
 #: IEEE 754 does: 57344, and that of bfloat16. In all others every code is a number, as OCP's MX
 #: formats have it (6 for ``e2m1``, 28 for ``e3m2``, 7.5 for ``e2m3``), and LLMC for any.
-FLOAT_MAX = {name: _float_max(*bits) for name, bits in FLOATS.items()}
+FLOAT_MAX: dict[str, float] = {name: _float_max(*bits) for name, bits in FLOATS.items()}
 
 #: The smallest positive value of each float format: the step between its subnormals.
 FLOAT_STEP = {name: math.ldexp(1, 2 - 2 ** (e - 1) - m) for name, (e, m) in FLOATS.items()}
@@ -93,6 +93,7 @@ class QuantArgs:
 
     @property
     def is_float(self) -> bool:
+        """Whether codes are values of a float format, not integers."""
         return self.dtype in FLOATS
 
     @property
@@ -142,6 +143,7 @@ class QuantArgs:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> QuantArgs:
+        """The arguments that ``to_dict`` gave the plain form of."""
         return cls(**{**plain, "block": plain["block"] and tuple(plain["block"])})
 
 
@@ -211,6 +213,8 @@ class Scheme:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Scheme:
+        """The scheme that ``to_dict`` gave the plain form of."""
+
         def args(values: dict[str, Any] | None) -> QuantArgs | None:
             return None if values is None else QuantArgs.from_dict(values)
 

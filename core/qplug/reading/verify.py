@@ -38,6 +38,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Whether the loader would take the folder: no problem was found."""
         return not self.problems
 
 
