@@ -40,7 +40,7 @@ def pytest_collection_finish() -> None:
 # --- commands ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cli() -> Callable[..., Result]:
     """Runs ``qplug`` with the given words in this process."""
 

@@ -8,6 +8,7 @@ from textwrap import dedent, indent
 
 import pytest
 
+from qplug.recipe.check import check_names
 from qplug.recipe.files import ReadJob, read_job
 from qplug.registry.registry import Registry
 
@@ -24,14 +25,16 @@ def registry() -> Registry:
 
 @pytest.fixture
 def read_text(tmp_path: Path, registry: Registry) -> ReadText:
-    """``read_text("quant: ...")``: what a file with this text asks for."""
+    """``read_text("quant: ...")``: what a file with this text asks for, its names checked."""
 
-    def read(text: str, name: str = "f.yml") -> ReadJob:
+    def read_file(text: str, name: str = "f.yml") -> ReadJob:
         file = tmp_path / name
         file.write_text(dedent(text))
-        return read_job(file, registry)
+        read = read_job(file, registry)
+        check_names(read.job, registry)
+        return read
 
-    return read
+    return read_file
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from qplug.api import hookspecs
 from qplug.api.params import Option, options
 from qplug.cli.main import Deferred, main
 from qplug.recipe.recipe_file import schema
+from qplug.recipe.words import Word, words
 from qplug.registry.registry import Registry
 
 FOLDER = Path(__file__).parents[1] / "docs/reference"
@@ -147,14 +148,29 @@ def _listed(names: tuple[str, ...]) -> str:
 
 # --- recipes -------------------------------------------------------------------------------------
 
+#: Where a file says the options of algorithms, which are a field of their own.
+_IN_THE_PIPELINE = "pipeline[].options"
+
 
 def _recipe_page() -> Iterator[str]:
     yield "# Recipe"
     yield (
         "A YAML file for `qplug quantize --config FILE`. `qplug config check FILE` checks it, "
-        "`qplug config schema` prints this as a JSON Schema, for editors that complete and check."
+        "`qplug config schema` prints this as a JSON Schema, for editors that complete and check. "
+        "The same fields are options of `qplug quantize`, keywords of `qplug.quantize`, and "
+        "`recipe` in `qplug.json`."
     )
-    yield _table(["key", "type", "default", ""], _recipe_rows(schema(), ""))
+    said = {word.place or _IN_THE_PIPELINE: word for word in words()}
+    rows = (
+        [key, *_words_for(said.get(key.strip("`"))), *rest]
+        for key, *rest in _recipe_rows(schema(), "")
+    )
+    yield _table(["key", "option", "keyword", "type", "default", ""], rows)
+
+
+def _words_for(word: Word | None) -> tuple[str, str]:
+    """How the command line and Python say a key; nothing if only files say it."""
+    return (f"`{word.key.field.flag}`", f"`{word.name}`") if word else ("", "")
 
 
 def _recipe_rows(part: Mapping[str, Any], prefix: str) -> Iterator[list[str]]:

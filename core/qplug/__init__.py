@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from qplug.reading.perplexity import Evaluation, evaluate
     from qplug.reading.verify import Verification, verify
     from qplug.recipe.files import read_job
-    from qplug.recipe.job import Export, Job, Measurement
+    from qplug.recipe.recipe import Export, Job, Measurement, Recipe
     from qplug.registry.registry import Registry
     from qplug.run.perform import perform
     from qplug.run.quantize import quantize
@@ -114,6 +114,7 @@ __all__ = [
     "QplugError",
     "QuantArgs",
     "QuantizedWeight",
+    "Recipe",
     "Reconstruction",
     "Registry",
     "Result",
@@ -154,10 +155,11 @@ __all__ = [
 _LAZY = {
     "Comparison": "qplug.reading.compare",
     "Evaluation": "qplug.reading.perplexity",
-    "Export": "qplug.recipe.job",
+    "Export": "qplug.recipe.recipe",
     "FileTensor": "qplug.checkpoint.tensor_file",
-    "Job": "qplug.recipe.job",
-    "Measurement": "qplug.recipe.job",
+    "Job": "qplug.recipe.recipe",
+    "Measurement": "qplug.recipe.recipe",
+    "Recipe": "qplug.recipe.recipe",
     "Registry": "qplug.registry.registry",
     "Verification": "qplug.reading.verify",
     "compare": "qplug.reading.compare",

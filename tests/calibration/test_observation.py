@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qplug.calibration.observation import Observation, SampleQuota
 from qplug.model.input_groups import GroupPaths
-from qplug.recipe.recipe import parse_scheme
+from qplug.recipe.spellings import parse_scheme
 
 
 class Catching(nn.Module):

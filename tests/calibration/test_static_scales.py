@@ -140,7 +140,7 @@ def test_inputs_that_are_all_zero_have_a_positive_scale() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "complaint"),
     [
-        ("mean", {}, "--observer mean: unknown; choose one of minmax, moving-average, histogram"),
+        ("mean", {}, "--observer mean: must be one of minmax, moving-average, histogram"),
         ("minmax", {"momentum": 1}, "observer minmax has no option 'momentum'"),
         ("moving-average", {"momentum": 2}, "observer moving-average: momentum"),
         ("histogram", {"bins": "many"}, "observer histogram: bins"),

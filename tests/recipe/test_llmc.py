@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from qplug import PRESETS, QplugError, QuantArgs, Scheme, preset
+from qplug.api.scheme import CACHES
 from qplug.recipe.files import ReadJob
-from qplug.recipe.job import Export, Measurement
+from qplug.recipe.recipe import Export, Measurement
 
 Read = Callable[..., ReadJob]
 Llmc = Callable[..., str]
@@ -52,15 +53,15 @@ def test_a_scheme_that_has_a_name(
     read_text: Read, llmc: Llmc, weight: str, act: str, scheme: str
 ) -> None:
     read = read_text(llmc(weight=weight, act=act))
-    assert read.job.scheme == preset(scheme)
+    assert read.job.recipe.scheme == preset(scheme)
     assert read.warnings == ()
 
 
 def test_another_group(read_text: Read, llmc: Llmc) -> None:
     weight = "{bit: 4, symmetric: True, granularity: %s}"
     job = read_text(llmc(weight=weight % "per_group, group_size: 64")).job
-    assert job.scheme == preset("W4A16").with_group_size(64)
-    assert read_text(llmc(weight=weight % "per_channel")).job.scheme == preset(
+    assert job.recipe.scheme == preset("W4A16").with_group_size(64)
+    assert read_text(llmc(weight=weight % "per_channel")).job.recipe.scheme == preset(
         "W4A16"
     ).with_group_size(-1)
 
@@ -68,7 +69,7 @@ def test_another_group(read_text: Read, llmc: Llmc) -> None:
 def test_groups_beside_rounded_inputs_have_a_name_of_their_own(read_text: Read, llmc: Llmc) -> None:
     """Backends go by the name, and none has a kernel for this."""
     weight = "{bit: 8, symmetric: True, granularity: per_group, group_size: 64}"
-    scheme = read_text(llmc(weight=weight, act=TOKEN8)).job.scheme
+    scheme = read_text(llmc(weight=weight, act=TOKEN8)).job.recipe.scheme
     assert scheme.name == "W8A8_G64"
     assert scheme.weights == QuantArgs("int8", "group", 64)
 
@@ -86,7 +87,7 @@ def test_asymmetric_inputs(
 ) -> None:
     weight = f"{{bit: 6, symmetric: {weights}, granularity: per_channel, group_size: -1}}"
     act = f"{{bit: 6, symmetric: {inputs}, granularity: per_token}}"
-    scheme = read_text(llmc(weight=weight, act=act)).job.scheme
+    scheme = read_text(llmc(weight=weight, act=act)).job.recipe.scheme
     assert scheme == Scheme(
         name,
         QuantArgs("int6", "channel", symmetric=weights),
@@ -101,12 +102,12 @@ def test_quant_type_further_out_as_older_files_have_it(
     weight = "{bit: e4m3, symmetric: True, granularity: per_channel, use_qtorch: True}"
     act = weight.replace("per_channel", "per_token")
     outside = llmc(weight=weight, act=act, quant=f"quant_type: {spelling}")
-    assert read_text(outside).job.scheme == PRESETS["FP8_DYNAMIC"]
+    assert read_text(outside).job.recipe.scheme == PRESETS["FP8_DYNAMIC"]
     assert read_text(outside).warnings == ()
     special = llmc(weight=weight, act=act, special=f"quant_type: {spelling}")
-    assert read_text(special).job.scheme == PRESETS["FP8_DYNAMIC"]
+    assert read_text(special).job.recipe.scheme == PRESETS["FP8_DYNAMIC"]
     # LLMC itself takes bit: e4m3 without any quant_type for an integer, and fails.
-    assert read_text(llmc(weight=weight, act=act)).job.scheme == PRESETS["FP8_DYNAMIC"]
+    assert read_text(llmc(weight=weight, act=act)).job.recipe.scheme == PRESETS["FP8_DYNAMIC"]
 
 
 def test_ranges_are_those_of_the_format(read_text: Read, llmc: Llmc) -> None:
@@ -179,10 +180,10 @@ def test_static_inputs(read_text: Read, llmc: Llmc) -> None:
             read_text(text)
         return
     job = read_text(text).job
-    assert job.scheme == PRESETS["FP8"]
-    assert job.observer == "histogram"
+    assert job.recipe.scheme == PRESETS["FP8"]
+    assert job.recipe.calibration.observer == "histogram"
     usual = read_text(text.replace("static_hist", "minmax")).job
-    assert usual.observer == "minmax"
+    assert usual.recipe.calibration.observer == "minmax"
     with pytest.raises(QplugError, match="allowed: minmax, static_minmax, static_moving"):
         read_text(text.replace("static_hist", "kl"))
 
@@ -190,7 +191,7 @@ def test_static_inputs(read_text: Read, llmc: Llmc) -> None:
 def test_kv_caches(read_text: Read, llmc: Llmc) -> None:
     cache = "kvcache: {method: Naive, bit: %s, symmetric: True, granularity: %s}"
     text = llmc(quant=cache % ("e4m3, quant_type: float-quant", "per_tensor"))
-    assert read_text(text).job.kv_cache == "fp8"
+    assert read_text(text).job.recipe.kv_cache == CACHES["fp8"]
     with pytest.raises(QplugError, match="a cache of int8, per_token: no engine reads one; allow"):
         read_text(llmc(quant=cache % ("8", "per_token")))
     kivi = text.replace("Naive", "Kivi")
@@ -216,7 +217,7 @@ def test_kv_caches(read_text: Read, llmc: Llmc) -> None:
     ],
 )
 def test_methods(read_text: Read, llmc: Llmc, method: str, name: str) -> None:
-    assert read_text(llmc(method=method)).job.algorithms == (name,)
+    assert read_text(llmc(method=method)).job.recipe.algorithms == (name,)
 
 
 def test_methods_that_are_not_there(read_text: Read, llmc: Llmc) -> None:
@@ -234,16 +235,16 @@ def test_options_of_algorithms(read_text: Read, llmc: Llmc) -> None:
     job = read_text(
         llmc(method="Awq", special="trans: True\ntrans_version: v1\nweight_clip: False")
     ).job
-    assert job.algorithm_options == {"awq": {"scale": True, "version": "v1", "clip": False}}
+    assert job.recipe.algorithm_options == {"awq": {"scale": True, "version": "v1", "clip": False}}
     gptq = "actorder: True\nstatic_groups: True\npercdamp: 0.01\nblocksize: 64"
     read = read_text(llmc(method="GPTQ", special=gptq))
-    assert read.job.algorithm_options == {
+    assert read.job.recipe.algorithm_options == {
         "gptq": {"act_order": True, "damp": 0.01, "block_size": 64}
     }
     assert told(read) == ()
-    assert read_text(llmc(method="SmoothQuant", special="alpha: 0.8")).job.algorithm_options == {
-        "smoothquant": {"alpha": 0.8}
-    }
+    assert read_text(
+        llmc(method="SmoothQuant", special="alpha: 0.8")
+    ).job.recipe.algorithm_options == {"smoothquant": {"alpha": 0.8}}
 
 
 def test_options_of_omniquant(read_text: Read, llmc: Llmc) -> None:
@@ -253,7 +254,7 @@ def test_options_of_omniquant(read_text: Read, llmc: Llmc) -> None:
         "alpha: 0.5\ndeactive_amp: True\nepochs: 5\nwd: 0\nsearch_clip_init: True"
     )
     read = read_text(llmc(method="OmniQuant", special=special))
-    assert read.job.algorithm_options == {
+    assert read.job.recipe.algorithm_options == {
         "omniquant": {
             **{"aug_loss": False, "let": False, "lwc": True, "lwc_lr": 0.01, "let_lr": 0.005},
             **{"shift": False, "alpha": 0.5, "epochs": 5, "weight_decay": 0},
@@ -266,13 +267,13 @@ def test_the_options_of_hqq_and_quarot(read_text: Read, llmc: Llmc) -> None:
     special = "axis: 1\nlp_norm: 0.5\nbeta: 20\nkappa: 1.02\niters: 7"
     read = read_text(llmc(method="HQQ", special=special))
     wanted = {"lp_norm": 0.5, "beta": 20, "kappa": 1.02, "iterations": 7}
-    assert read.job.algorithm_options == {"hqq": wanted}
+    assert read.job.recipe.algorithm_options == {"hqq": wanted}
     assert told(read) == ()
     read = read_text(llmc(method="Quarot", special="rotate_mode: random\nfp32_had: True"))
-    assert read.job.algorithm_options == {"quarot": {"rotation": "random"}}
+    assert read.job.recipe.algorithm_options == {"quarot": {"rotation": "random"}}
     assert told(read) == ()
     read = read_text(llmc(method="Quarot", special="online_rotate: True"))
-    assert read.job.algorithm_options == {"quarot": {"online": True}}
+    assert read.job.recipe.algorithm_options == {"quarot": {"online": True}}
     assert told(read) == ()
 
 
@@ -322,9 +323,9 @@ def test_what_changes_nothing_needs_no_word(read_text: Read, llmc: Llmc, special
 def test_what_awq_found_before_is_found_in_this_run(read_text: Read, llmc: Llmc) -> None:
     text = llmc(method="GPTQ", special="load_clip: True\nclip_path: a/b")
     read = read_text(text)
-    assert read.job.algorithms == ("awq", "gptq")
+    assert read.job.recipe.algorithms == ("awq", "gptq")
     assert "no file is read: awq runs first" in read.warnings[0]
-    assert read_text(text.replace("load_clip: True", "load_clip: False")).job.algorithms == (
+    assert read_text(text.replace("load_clip: True", "load_clip: False")).job.recipe.algorithms == (
         "gptq",
     )
 
@@ -332,24 +333,24 @@ def test_what_awq_found_before_is_found_in_this_run(read_text: Read, llmc: Llmc)
 def test_ranges_of_least_error(read_text: Read, llmc: Llmc) -> None:
     weight = "{bit: 4, symmetric: True, granularity: per_channel, calib_algo: mse}"
     job = read_text(llmc(method="GPTQ", weight=weight)).job
-    assert job.algorithm_options == {"gptq": {"clip": True}}
+    assert job.recipe.algorithm_options == {"gptq": {"clip": True}}
 
 
 def test_special_misspelt(read_text: Read, llmc: Llmc) -> None:
     text = llmc(method="SmoothQuant", special="alpha: 0.8").replace("special", "speical")
     read = read_text(text)
-    assert read.job.algorithm_options == {"smoothquant": {"alpha": 0.8}}
+    assert read.job.recipe.algorithm_options == {"smoothquant": {"alpha": 0.8}}
     assert told(read) == ()
 
 
 def test_quant_out(read_text: Read, llmc: Llmc) -> None:
-    assert read_text(llmc(quant="quant_out: True")).job.calibration.propagate == "quantized"
-    assert read_text(llmc()).job.calibration.propagate == "float"
+    assert read_text(llmc(quant="quant_out: True")).job.recipe.calibration.propagate == "quantized"
+    assert read_text(llmc()).job.recipe.calibration.propagate == "float"
 
 
 def test_parts_of_models_that_see(read_text: Read) -> None:
     inner = "{method: RTN, weight: {bit: 4, symmetric: True, granularity: per_channel}}"
-    assert read_text(f"quant:\n    language: {inner}\n").job.algorithms == ("rtn",)
+    assert read_text(f"quant:\n    language: {inner}\n").job.recipe.algorithms == ("rtn",)
     with pytest.raises(QplugError, match=r"quant\.vision: qplug quantizes language models"):
         read_text(f"quant:\n    vision: {inner}\n    language: {inner}\n")
     with pytest.raises(QplugError, match=r":1: sparse: qplug quantizes"):
@@ -370,8 +371,8 @@ def test_mixed_bits(read_text: Read, llmc: Llmc) -> None:
                 do_quant: False
     """
     job = read_text(llmc(quant=more)).job
-    assert job.overrides == ((r"re:.*\.(0|1|31)\.(.*\.)?down_proj", preset("W8A16")),)
-    assert job.ignore == ("*o_proj", "*k_proj")
+    assert job.recipe.overrides == ((r"re:.*\.(0|1|31)\.(.*\.)?down_proj", preset("W8A16")),)
+    assert job.recipe.ignore == ("*o_proj", "*k_proj")
 
 
 def test_ignored_layers(read_text: Read, llmc: Llmc) -> None:
@@ -383,7 +384,7 @@ def test_ignored_layers(read_text: Read, llmc: Llmc) -> None:
             layer_names: [self_attn.q_proj, mlp.down_proj]
             speical_names: [model.layers.0.mlp.up_proj]
     """
-    ignore = read_text(llmc(more=more)).job.ignore
+    ignore = read_text(llmc(more=more)).job.recipe.ignore
     ignored = [
         name
         for layer in range(12)
@@ -431,10 +432,10 @@ def test_preprocs(
     read_text: Read, llmc: Llmc, name: str, preproc: str, dataset: str, sampling: str
 ) -> None:
     read = read_text(llmc(calib=calib(name, download=True, preproc=preproc)))
-    found = read.job.calibration
+    found = read.job.recipe.calibration
     assert (found.dataset, found.sampling) == (dataset, sampling)
     assert (found.options, found.samples, found.seq_len) == ({}, 16, 64)
-    assert read.job.seed == 42
+    assert read.job.recipe.seed == 42
     assert read.warnings == ()
 
 
@@ -448,8 +449,8 @@ def test_a_folder_that_save_to_disk_wrote(read_text: Read, llmc: Llmc, tmp_path:
     folder.mkdir()
     (folder / "dataset_info.json").write_text("{}")
     found = read_text(llmc(calib=calib(path=folder, preproc="txt_general_preproc")))
-    assert found.job.calibration.dataset == "pileval"
-    assert found.job.calibration.options == {"path": str(folder)}
+    assert found.job.recipe.calibration.dataset == "pileval"
+    assert found.job.recipe.calibration.options == {"path": str(folder)}
 
 
 def test_a_file_of_text(read_text: Read, llmc: Llmc, tmp_path: Path) -> None:
@@ -457,7 +458,7 @@ def test_a_file_of_text(read_text: Read, llmc: Llmc, tmp_path: Path) -> None:
     file = tmp_path / "some.txt"
     file.write_text("text")
     read = read_text(llmc(calib=calib(path=file, preproc="txt_general_preproc")))
-    found = read.job.calibration
+    found = read.job.recipe.calibration
     assert (found.dataset, found.options, found.sampling) == (
         "text",
         {"path": str(file)},
@@ -467,12 +468,15 @@ def test_a_file_of_text(read_text: Read, llmc: Llmc, tmp_path: Path) -> None:
     lines = tmp_path / "some.jsonl"
     lines.write_text('{"text": "a"}\n')
     read = read_text(llmc(calib=calib(path=lines, preproc="txt_general_preproc")))
-    assert (read.job.calibration.dataset, read.job.calibration.sampling) == ("text", "leading")
+    assert (read.job.recipe.calibration.dataset, read.job.recipe.calibration.sampling) == (
+        "text",
+        "leading",
+    )
     assert read.warnings == ()
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "a.txt").write_text("a")
-    assert read_text(llmc(calib=calib(path=folder))).job.calibration.dataset == "text"
+    assert read_text(llmc(calib=calib(path=folder))).job.recipe.calibration.dataset == "text"
 
 
 def test_data_of_the_users_own(read_text: Read, llmc: Llmc, tmp_path: Path) -> None:
@@ -488,8 +492,8 @@ def test_data_of_the_users_own(read_text: Read, llmc: Llmc, tmp_path: Path) -> N
         )
     )
     options = {"path": str(tmp_path / "samples.json"), "field": "question"}
-    assert read.job.calibration.dataset == "text"
-    assert read.job.calibration.options == options
+    assert read.job.recipe.calibration.dataset == "text"
+    assert read.job.recipe.calibration.options == options
     assert [warning.partition(": no effect")[0] for warning in read.warnings] == [
         f"{tmp_path / 'f.yml'}:12: calib.padding",
         f"{tmp_path / 'f.yml'}:13: calib.apply_chat_template",
@@ -499,7 +503,10 @@ def test_data_of_the_users_own(read_text: Read, llmc: Llmc, tmp_path: Path) -> N
 def test_data_from_the_hub_needs_no_path(read_text: Read, llmc: Llmc) -> None:
     text = llmc(calib=calib(download=True, preproc="pileval_awq").replace("path: x\n", ""))
     read = read_text(text)
-    assert (read.job.calibration.dataset, read.job.calibration.options) == ("pileval", {})
+    assert (read.job.recipe.calibration.dataset, read.job.recipe.calibration.options) == (
+        "pileval",
+        {},
+    )
     assert read.warnings == ()
 
 
@@ -691,17 +698,17 @@ SEED_SNIPPETS = {
 @pytest.mark.parametrize("scheme", SEED_SNIPPETS)
 def test_snippets_of_the_manual(read_text: Read, scheme: str) -> None:
     read = read_text(SEED_SNIPPETS[scheme])
-    assert read.job.scheme == PRESETS[scheme]
-    assert read.job.algorithms == ("awq",)
+    assert read.job.recipe.scheme == PRESETS[scheme]
+    assert read.job.recipe.algorithms == ("awq",)
     assert len(read.warnings) == 1  # no calib
 
 
 def test_formats_of_other_widths_have_the_scales_that_are_said(read_text: Read, llmc: Llmc) -> None:
     """Groups of e2m1 under plain scales are neither NVFP4 nor MXFP4, whatever their size."""
     weight = "{bit: e2m1, symmetric: False, granularity: per_group, group_size: %s}"
-    assert read_text(llmc(weight=weight % 128)).job.scheme == preset("WE2M1A16")
+    assert read_text(llmc(weight=weight % 128)).job.recipe.scheme == preset("WE2M1A16")
     for size in (16, 32):
-        scheme = read_text(llmc(weight=weight % size)).job.scheme
+        scheme = read_text(llmc(weight=weight % size)).job.recipe.scheme
         assert scheme == preset("WE2M1A16").with_group_size(size)
 
 
@@ -788,7 +795,7 @@ def values_of(tree: Any) -> list[tuple[Any, Any]]:
 def test_no_value_is_too_wrong_for_a_line(read_text: Read, wrong: Any) -> None:
     """Whatever stands anywhere, it is read, or refused in one line that tells where it stands."""
     tree = yaml.safe_load(WHOLE)
-    assert read_text(WHOLE).job.algorithms == ("gptq",)
+    assert read_text(WHOLE).job.recipe.algorithms == ("gptq",)
     refused = []
     for holder, key in values_of(tree):
         before, holder[key] = holder[key], wrong
@@ -839,5 +846,5 @@ def test_anchors_and_merges(read_text: Read) -> None:
             act: {<<: *int8, granularity: per_token}
     """
     job = read_text(text).job
-    assert job.scheme == preset("W8A8")
-    assert job.seed == 7
+    assert job.recipe.scheme == preset("W8A8")
+    assert job.recipe.seed == 7

@@ -179,7 +179,7 @@ def test_a_file_of_llmc(
         return
     assert checked.exit_code == 0, checked.output
     if file in MEASURED:
-        assert f": sound (LLMC): {becomes}, ".replace("`", "") in checked.stdout
+        assert f": valid LLMC file: {becomes}, ".replace("`", "") in checked.stdout
 
     registry = Registry.installed()
     converted = cli("config", "convert", path)

@@ -11,7 +11,8 @@ import pytest
 from qplug import PRESETS, ModelView, QplugError, QuantArgs, preset
 from qplug.api.scheme import Scheme
 from qplug.recipe.assign import assign, matches
-from qplug.recipe.recipe import Calibration, Recipe, parse_algorithms, parse_cache, parse_scheme
+from qplug.recipe.recipe import Calibration, Recipe
+from qplug.recipe.spellings import parse_algorithms, parse_cache, parse_scheme
 
 Q, GATE, UP = (f"model.layers.{{}}.{local}" for local in ("attn.q", "mlp.gate", "mlp.up"))
 LINEARS = [name.format(layer) for layer in (0, 1, 10) for name in (Q, GATE, UP)]
@@ -167,5 +168,5 @@ def test_a_recipe_survives_json(scheme: Scheme) -> None:
     assert plain["algorithm_options"] == {"gptq": {"damp": 0.01, "cache": "folder/file"}}
     assert plain["seed"] == 7
     assert plain["calibration"]["observer"] == "moving-average"
-    assert plain["calibration"]["observer_options"] == {"momentum": "0.5"}
+    assert plain["calibration"]["observer_options"] == {"momentum": 0.5}
     assert QuantArgs.from_dict(plain["kv_cache"]) == QuantArgs("e4m3", "tensor")

@@ -16,12 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qplug import PRESETS, QplugError, QuantArgs, preset
+from qplug.api.scheme import CACHES
 from qplug.recipe.files import ReadJob
-from qplug.recipe.job import STAGES, Export, Job, Measurement
-from qplug.recipe.override import Given, overridden
-from qplug.recipe.recipe import SAMPLINGS, Calibration
+from qplug.recipe.pipeline import refuse_strangers
+from qplug.recipe.recipe import (
+    SAMPLINGS,
+    STAGES,
+    Calibration,
+    Export,
+    Job,
+    Measurement,
+    Recipe,
+)
 from qplug.recipe.recipe_file import read_recipe, schema, write_recipe
 from qplug.recipe.spelled_scheme import spelled
+from qplug.recipe.words import changed_job
 from qplug.recipe.yaml_tree import read_yaml
 
 Read = Callable[..., ReadJob]
@@ -56,38 +65,49 @@ def test_a_whole_recipe(read_text: Read) -> None:
     assert read.warnings == ()
     assert read.job == Job(
         model="qplug:demo",
-        algorithms=("awq", "gptq"),
-        algorithm_options={"awq": {"clip": False, "ratios": 10}},
-        scheme=preset("W4A16").with_group_size(64),
-        overrides=(
-            ("*down_proj", preset("W8A16")),
-            (
-                "re:.*o_proj",
-                spelled(QuantArgs("int6", "channel"), QuantArgs("int8", "token", dynamic=True)),
+        recipe=Recipe(
+            algorithms=("awq", "gptq"),
+            algorithm_options={"awq": {"clip": False, "ratios": 10}},
+            scheme=preset("W4A16").with_group_size(64),
+            overrides=(
+                ("*down_proj", preset("W8A16")),
+                (
+                    "re:.*o_proj",
+                    spelled(QuantArgs("int6", "channel"), QuantArgs("int8", "token", dynamic=True)),
+                ),
             ),
+            ignore=("*.0.*",),
+            calibration=Calibration("text", {"path": "a.txt"}, 16, sampling="windows"),
+            seed=3,
         ),
-        ignore=("*.0.*",),
-        calibration=Calibration("text", {"path": "a.txt"}, 16, sampling="windows"),
-        seed=3,
         exports=(Export(Path("one"), "vllm"), Export(Path("two"), "hf")),
         measurements=(Measurement(("pretrain", "quantized"), seq_len=128, windows=4),),
     )
 
 
-def test_what_is_not_said_is_what_the_command_line_has(read_text: Read) -> None:
-    import inspect
+def test_what_is_not_said_has_its_default(read_text: Read) -> None:
+    assert read_text("model: qplug:demo").job == Job(model="qplug:demo", recipe=Recipe())
 
-    from qplug.run.quantize import quantize
 
-    job = read_text("model: qplug:demo").job
-    usual = {n: p.default for n, p in inspect.signature(quantize).parameters.items()}
-    assert "+".join(job.algorithms) == usual["algo"]
-    assert job.scheme == preset(usual["scheme"])
-    assert Export(Path()).backend == usual["backend"]
-    for name in ("dataset", "samples", "seq_len", "propagate", "sampling"):
-        assert getattr(job.calibration, name) == usual[name]
-    assert job.seed == usual["seed"]
-    assert job == Job(model="qplug:demo")
+def test_an_observer_where_older_recipes_have_it(read_text: Read) -> None:
+    old = read_text("seed: 1\nobserver: histogram\ncalibration: {samples: 4}")
+    new = read_text("seed: 1\ncalibration: {samples: 4, observer: histogram}")
+    assert old.job == new.job
+    assert [warning.partition("f.yml:")[2] for warning in old.warnings] == [
+        "2: observer: say it in calibration: {observer: histogram}"
+    ]
+    assert read_text("observer: histogram").job.recipe.calibration.observer == "histogram"
+    with pytest.raises(QplugError, match=":1: observer: 'mean' is wrong; allowed: minmax, mov"):
+        read_text("observer: mean")
+
+
+def test_an_export_has_the_backend_of_the_recipe_unless_it_names_one(read_text: Read) -> None:
+    job = read_text(
+        "backend: vllm\nbackend_options: {tp: 2}\nexport:\n- {out: one}\n"
+        "- {out: two, options: {gpu: sm90}}\n- {out: three, backend: hf}"
+    ).job
+    told = [(r.backend, r.backend_options) for r in map(job.recipe_for, job.exports)]
+    assert told == [("vllm", {"tp": 2}), ("vllm", {"tp": 2, "gpu": "sm90"}), ("hf", {})]
 
 
 @pytest.mark.parametrize(
@@ -108,9 +128,12 @@ def test_what_is_not_said_is_what_the_command_line_has(read_text: Read) -> None:
         ),
         ("scheme: {weights: {dtype: int4, strategy: group}}", "scheme: .*does not go with group_s"),
         ("scheme: {weights: {dtype: int9, strategy: channel}}", "there is no number format 'int9'"),
-        ("overrides:\n- {pattern: x, scheme: W4}", r":2: overrides\[0\]: no scheme 'W4'"),
+        ("overrides:\n- {pattern: x, scheme: W4}", r":2: overrides\[0\].scheme: no scheme 'W4'"),
         ("calibration: {samples: many}", "calibration.samples: 'many' is wrong; allowed: a whole"),
-        ("calibration: {samples: 0}", ":1: calibration: --samples and --seq-len must be"),
+        (
+            "calibration: {samples: 0}",
+            ":1: calibration.samples: 0 is wrong; allowed: a number of 1",
+        ),
         ("calibration: {sampling: all}", "sampling: 'all' is wrong; allowed: dataset, windows"),
         ("calibration: {dataset: c5}", ":1: calibration: no dataset 'c5'. There are: c4"),
         ("export:\n- {backend: vllm}", r":2: export\[0\]: has no 'out', which it needs"),
@@ -151,11 +174,12 @@ INPUTS = st.one_of(
 SCHEMES = st.one_of(
     st.sampled_from(sorted(PRESETS)).map(preset), st.builds(spelled, WEIGHTS, INPUTS)
 )
-JOBS = st.builds(
-    Job,
-    model=st.one_of(st.none(), WORDS),
+RECIPES = st.builds(
+    Recipe,
     algorithms=st.sampled_from([("rtn",), ("awq", "gptq"), ("smoothquant",)]),
     scheme=SCHEMES,
+    backend=WORDS,
+    backend_options=st.dictionaries(WORDS, SCALARS, max_size=1),
     overrides=st.lists(st.tuples(WORDS, SCHEMES), max_size=2).map(tuple),
     ignore=st.lists(WORDS, max_size=2).map(tuple),
     calibration=st.builds(
@@ -165,12 +189,19 @@ JOBS = st.builds(
         st.integers(1, 999),
         st.integers(1, 999),
         st.sampled_from(["quantized", "float"]),
-        sampling=st.sampled_from(SAMPLINGS),
+        st.sampled_from(["minmax", "histogram"]),
+        st.dictionaries(WORDS, SCALARS, max_size=1),
+        st.one_of(st.none(), st.integers(1, 9)),
+        st.sampled_from(SAMPLINGS),
     ),
-    observer=st.sampled_from(["minmax", "histogram"]),
-    kv_cache=st.sampled_from([None, "fp8"]),
+    kv_cache=st.sampled_from([None, CACHES["fp8"]]),
     use_qtorch=st.booleans(),
     seed=st.integers(0, 99),
+).map(lambda r: replace(r, algorithm_options={r.algorithms[-1]: {"x": 1}} if r.seed else {}))
+JOBS = st.builds(
+    Job,
+    model=st.one_of(st.none(), WORDS),
+    recipe=RECIPES,
     exports=st.lists(st.builds(Export, WORDS.map(Path), WORDS), max_size=2).map(tuple),
     measurements=st.lists(
         st.builds(
@@ -183,9 +214,12 @@ JOBS = st.builds(
         ),
         max_size=2,
     ).map(tuple),
-).map(
-    lambda job: replace(job, algorithm_options={job.algorithms[-1]: {"x": 1}} if job.seed else {})
 )
+
+
+@given(RECIPES)
+def test_a_recipe_survives_json(recipe: Recipe) -> None:
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
 @given(JOBS)
@@ -193,7 +227,7 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     file = tmp_path_factory.getbasetemp() / "written.yml"
     text = write_recipe(job)
     file.write_text(text, encoding="utf-8")
-    assert read_recipe(read_yaml(file)) == job
+    assert read_recipe(read_yaml(file), []) == job
     assert list(problems(schema(), yaml.safe_load(text))) == []
 
 
@@ -231,7 +265,7 @@ TYPES: dict[str, Any] = {
 def problems(rule: Mapping[str, Any], value: Any, path: str = "") -> list[str]:
     """What JSON Schema has against ``value``, for the words of it that qplug uses."""
     known = {"$schema", "title", "description", "default", "type", "properties", "required"}
-    assert set(rule) <= known | {"additionalProperties", "enum", "items", "anyOf"}
+    assert set(rule) <= known | {"additionalProperties", "enum", "items", "anyOf", "minimum"}
     found: list[str] = []
     if "anyOf" in rule:
         tried = [problems(member, value, path) for member in rule["anyOf"]]
@@ -246,6 +280,8 @@ def problems(rule: Mapping[str, Any], value: Any, path: str = "") -> list[str]:
         )
         if not fits:
             return [f"{path}: {value!r} is no {names}"]
+    if "minimum" in rule and value is not None and value < rule["minimum"]:
+        found.append(f"{path}: {value} is less than {rule['minimum']}")
     if isinstance(value, dict):
         extra = rule.get("additionalProperties", True)
         for key, inner in value.items():
@@ -270,7 +306,7 @@ def test_the_schema_takes_what_is_right_and_no_more(cli: Cli) -> None:
     assert problems(told, whole) == []
     for key in told["properties"]:
         assert told["properties"][key]["description"]
-        assert problems(told, {key: {"no": "such"}}) != [], key
+        assert problems(told, {key: {"no": {"such": 1}}}) != [], key
     assert problems(told, {"pipline": []}) == [": pipline is not known"]
     assert problems(told, {**whole, "seed": True}) != []
     assert problems(told, {**whole, "eval": [{"at": ["later"]}]}) != []
@@ -282,7 +318,7 @@ def test_examples_are_valid(cli: Cli) -> None:
     for file in files:
         checked = cli("config", "check", file)
         assert checked.exit_code == 0, checked.output
-        assert re.search("sound \\(native\\)", checked.output)
+        assert re.search(": valid recipe: ", checked.output)
         assert problems(schema(), yaml.safe_load(file.read_text())) == []
 
 
@@ -290,47 +326,67 @@ def test_examples_are_valid(cli: Cli) -> None:
 
 
 def test_what_is_given_beside_the_file_wins(read_text: Read) -> None:
-    job = overridden(
+    job = changed_job(
         replace(read_text(WHOLE).job, exports=(Export(Path("one"), "vllm", {"x": 1}),)),
-        Given(
-            model="other",
-            out=Path("here"),
-            scheme="W8A16",
-            options={"awq": {"ratios": 5}},
-            overrides={"*up_proj": "W4A16"},
-            ignore=("*.1.*",),
-            samples=4,
-            seed=9,
-        ),
+        {
+            "scheme": "W8A16",
+            "algorithm_options": {"awq": {"ratios": 5}},
+            "overrides": {"*up_proj": "W4A16"},
+            "ignore": ("*.1.*",),
+            "samples": 4,
+            "seed": 9,
+        },
+        model="other",
+        out=Path("here"),
     )
-    assert (job.model, job.seed, job.scheme) == ("other", 9, preset("W8A16"))
-    assert job.exports == (Export(Path("here"), "vllm", {"x": 1}),)
-    assert job.algorithm_options == {"awq": {"clip": False, "ratios": 5}}
-    assert [pattern for pattern, _ in job.overrides] == ["*down_proj", "re:.*o_proj", "*up_proj"]
-    assert job.ignore == ("*.0.*", "*.1.*")
-    assert (job.calibration.dataset, job.calibration.samples) == ("text", 4)
+    recipe = job.recipe
+    assert (job.model, recipe.seed, recipe.scheme) == ("other", 9, preset("W8A16"))
+    assert [(e.out, job.recipe_for(e)) for e in job.exports] == [(Path("here"), recipe)]
+    assert (recipe.backend, recipe.backend_options) == ("vllm", {"x": 1})
+    assert recipe.algorithm_options == {"awq": {"clip": False, "ratios": 5}}
+    assert [pattern for pattern, _ in recipe.overrides] == ["*down_proj", "re:.*o_proj", "*up_proj"]
+    assert recipe.ignore == ("*.0.*", "*.1.*")
+    assert (recipe.calibration.dataset, recipe.calibration.samples) == ("text", 4)
 
 
 def test_another_pipeline_keeps_the_options_that_still_mean_something(read_text: Read) -> None:
-    job = overridden(read_text(WHOLE).job, Given(algo="rtn"))
-    assert (job.algorithms, job.algorithm_options) == (("rtn",), {})
-    with pytest.raises(QplugError, match="awq is not in the pipeline"):
-        overridden(job, Given(options={"awq": {"clip": True}}))
+    recipe = changed_job(read_text(WHOLE).job, {"algo": "rtn"}).recipe
+    assert (recipe.algorithms, recipe.algorithm_options) == (("rtn",), {})
+    kept = changed_job(read_text(WHOLE).job, {"algo": "smoothquant+awq"}).recipe
+    assert kept.algorithm_options == {"awq": {"clip": False, "ratios": 10}}
+    strange = changed_job(Job(), {"algorithm_options": {"awq": {"clip": True}}}).recipe
+    with pytest.raises(QplugError, match="awq is not in --algo"):
+        refuse_strangers(strange.algorithms, strange.algorithm_options)
 
 
-def test_another_dataset_has_options_of_its_own(read_text: Read) -> None:
-    data = overridden(read_text(WHOLE).job, Given(dataset="demo")).calibration
+def test_another_component_has_options_of_its_own(read_text: Read) -> None:
+    job = read_text(WHOLE).job
+    data = changed_job(job, {"dataset": "demo"}).recipe.calibration
     assert (data.dataset, data.options, data.sampling) == ("demo", {}, "dataset")
-    more = overridden(read_text(WHOLE).job, Given(dataset_options={"order": "sequential"}))
+    same = changed_job(job, {"dataset": "text"}).recipe.calibration
+    assert same == job.recipe.calibration
+    more = changed_job(job, {"dataset_options": {"order": "sequential"}}).recipe
     assert more.calibration.options == {"path": "a.txt", "order": "sequential"}
+    job = changed_job(Job(), {"observer": "histogram", "observer_options": {"bins": 9}})
+    assert job.recipe.calibration.observer_options == {"bins": 9}
+    ranges = changed_job(job, {"observer": "moving-average"}).recipe.calibration
+    assert (ranges.observer, ranges.observer_options) == ("moving-average", {})
 
 
 def test_another_group_or_backend(read_text: Read) -> None:
     job = replace(read_text(WHOLE).job, exports=())
-    changed = overridden(job, Given(group_size=32, out=Path("x"), backend="vllm"))
-    assert changed.scheme == preset("W4A16").with_group_size(32)
-    assert changed.exports == (Export(Path("x"), "vllm"),)
+    changed = changed_job(job, {"group_size": 32, "backend": "vllm"}, out=Path("x"))
+    assert changed.recipe.scheme == preset("W4A16").with_group_size(32)
+    assert (changed.exports, changed.recipe.backend) == ((Export(Path("x")),), "vllm")
+    one = replace(job, exports=(Export(Path("x"), "vllm", {"tp": 2}),))
+    other = changed_job(one, {"backend": "sglang"})
+    assert (other.recipe.backend, other.recipe.backend_options) == ("sglang", {})
     with pytest.raises(QplugError, match="say with --out where to write"):
-        overridden(job, Given(backend="vllm"))
+        changed_job(job, {"backend": "vllm"})
     with pytest.raises(QplugError, match="names several folders"):
-        overridden(read_text(WHOLE).job, Given(out=Path("x")))
+        changed_job(read_text(WHOLE).job, {}, out=Path("x"))
+
+
+def test_a_word_that_there_is_not() -> None:
+    with pytest.raises(TypeError, match="a recipe has no field for smaples"):
+        changed_job(Job(), {"smaples": 3})

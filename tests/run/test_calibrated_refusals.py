@@ -124,7 +124,7 @@ def test_weights_too_large_for_what_they_compute(tmp_path: Path, family: Family,
         ({"seq_len": 65}, "--seq-len 65: the model takes 64 tokens at most"),
         ({"seq_len": 0}, "must be at least 1"),
         ({"samples": 0}, "must be at least 1"),
-        ({"propagate": "both"}, "must be quantized or float"),
+        ({"propagate": "both"}, "must be one of quantized, float"),
     ],
 )
 def test_data_that_cannot_be_had_is_said_before_anything_is_written(

@@ -308,7 +308,7 @@ def test_config_check(cli: Cli, llmc: Llmc, tmp_path: Path, text: Path) -> None:
     file.write_text(awq(llmc, text, tmp_path, special=AWQ + "save_clip: True\n"))
     result = cli("config", "check", file)
     assert result.exit_code == 0
-    assert result.stdout.startswith(f"{file}: sound (LLMC): awq, W4A16; writes ")
+    assert result.stdout.startswith(f"{file}: valid LLMC file: awq, W4A16; writes ")
     assert f"Warning: {file}:24: quant.special.save_clip: no effect" in result.stderr
     file.write_text("scheme: W1A1\n")
     wrong = cli("config", "check", file)

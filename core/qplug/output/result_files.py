@@ -11,7 +11,7 @@ from typing import Any
 from qplug.api import Exporter, ModelView
 from qplug.api.scheme import Scheme
 from qplug.output.fingerprint import versions
-from qplug.output.manifest import MANIFEST
+from qplug.output.manifest import MANIFEST, VERSION
 from qplug.output.step_report import Report
 from qplug.recipe.recipe import Recipe
 from qplug.registry.registry import Registry
@@ -60,6 +60,7 @@ def result_files(
     ranges = _ranges(reports)
     kinds = list(dict.fromkeys(schemes.values()))
     manifest = {
+        "version": VERSION,
         "model": name,
         "recipe": recipe.to_dict(),
         "versions": versions(recipe, registry),

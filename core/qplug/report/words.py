@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from qplug.api.params import fields_of
+from qplug.api.scheme import QuantArgs, Scheme
+from qplug.recipe.recipe import Calibration, Recipe
 
 if TYPE_CHECKING:
     from qplug.reading.perplexity import Evaluation
@@ -39,51 +43,55 @@ def text_of(result: Evaluation) -> str:
 
 
 def recipe_rows(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns rows of name and value for a recipe (``Recipe.to_dict``), without empty values."""
-    data = recipe["calibration"]
-    rows = [
-        ("algorithms", " + ".join(recipe["algorithms"])),
-        ("options", _options(recipe["algorithm_options"])),
-        ("scheme", recipe["scheme"]["name"]),
-        ("weights", _args(recipe["scheme"]["weights"])),
-        ("inputs", _args(recipe["scheme"]["activations"]) or "as they are"),
-        ("other schemes", ", ".join(f"{p}: {s['name']}" for p, s in recipe["overrides"])),
-        ("left float", ", ".join(recipe["ignore"])),
-        ("KV cache", _args(recipe["kv_cache"])),
-        ("backend", recipe["backend"]),
-        ("backend options", _pairs(recipe["backend_options"])),
-        ("calibration data", _data(data) if data else "none"),
-        ("seed", str(recipe["seed"])),
-    ]
-    return [(name, value) for name, value in rows if value]
+    """A row for each field of a recipe (``Recipe.to_dict``) that has a value: keyword and words."""
+    return list(_rows(Recipe.from_dict(recipe)))
 
 
-def _args(args: Mapping[str, Any] | None) -> str:
-    if args is None:
-        return ""
-    strategies = {
+def _rows(part: Recipe | Calibration) -> Iterator[tuple[str, str]]:
+    for field in fields_of(type(part)):
+        value = getattr(part, field.name)
+        if isinstance(value, Calibration):
+            yield from _rows(value)
+        elif words := _words(value):
+            yield field.word.replace("_", " "), words
+
+
+def _words(value: Any) -> str:
+    """The value of a field of a recipe; "" for what is not set."""
+    if value is None or isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, Scheme):
+        inputs = _args(value.activations) if value.activations else "as they are"
+        return f"{value.name}; weights: {_args(value.weights)}; inputs: {inputs}"
+    if isinstance(value, QuantArgs):
+        return _args(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={own}" for key, own in _flat(value))
+    if isinstance(value, tuple):
+        return ", ".join(map(_member, value))
+    return str(value)
+
+
+def _member(item: str | tuple[str, Scheme]) -> str:
+    return item if isinstance(item, str) else f"{item[0]}: {item[1].name}"
+
+
+def _flat(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Options by name, those of several components by ``component.name``."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{key}", own) for key, own in value.items())
+        else:
+            yield name, value
+
+
+def _args(args: QuantArgs) -> str:
+    shared = {
         "tensor": "one scale",
         "channel": "a scale each row",
         "token": "a scale each token",
-        "group": f"groups of {args['group_size']}",
-        "block": " x ".join(map(str, ["blocks of", *(args["block"] or ())])).replace(" x ", " ", 1),
+        "group": f"groups of {args.group_size}",
+        "block": f"blocks of {' x '.join(map(str, args.block or ()))}",
     }
-    words = [args["dtype"], strategies[args["strategy"]]]
-    words += [] if args["symmetric"] else ["asymmetric"]
-    return ", ".join(words)
-
-
-def _data(data: Mapping[str, Any]) -> str:
-    options = f" ({_pairs(data['options'])})" if data["options"] else ""
-    windows = f"{data['samples']} windows of {data['seq_len']} tokens of {data['dataset']}"
-    return f"{windows}{options}, inputs from the {data['propagate']} blocks before"
-
-
-def _options(options: Mapping[str, Mapping[str, Any]]) -> str:
-    return ", ".join(
-        f"{name}.{key}={value}" for name, pairs in options.items() for key, value in pairs.items()
-    )
-
-
-def _pairs(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in options.items())
+    words = [args.dtype, shared[args.strategy]]
+    return ", ".join(words if args.symmetric else [*words, "asymmetric"])

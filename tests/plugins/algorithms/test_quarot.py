@@ -30,7 +30,8 @@ from qplug.model.online_rotation import rotate_inputs
 from qplug.model.view import model_view
 from qplug.numerics.hadamard import hadamard_matrix
 from qplug.numerics.rotation import HadamardRotation, KeepingMean, RandomRotation, Rotation
-from qplug.recipe.recipe import Recipe, parse_scheme
+from qplug.recipe.recipe import Recipe
+from qplug.recipe.spellings import parse_scheme
 from qplug.registry.registry import Registry
 from qplug.run.prepare import Prepared, prepare
 from qplug.run.stages import Stages
