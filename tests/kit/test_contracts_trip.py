@@ -505,6 +505,12 @@ def test_packing_that_loses() -> None:
     assert "it is off by" in trips(contract, "test_stored_tensors_stand_for_the_weight")
 
 
+def test_scales_of_inputs_that_get_lost() -> None:
+    contract = exporter(input_scale=lambda self, tensors, scheme: None)
+    said = trips(contract, "test_scales_of_inputs_are_read_back")
+    assert "must give the scale of static inputs back" in said
+
+
 def test_a_layout_that_is_not_kept() -> None:
     more = exporter(pack=packing(lambda weight, packed: {**packed, "more": weight.scale}))
     assert "but pack gives" in trips(more, "test_layout_is_what_pack_gives")

@@ -51,13 +51,13 @@ def rows_of(releases: Releases, version: str = NEWEST) -> list[Capability]:
         name, number = _name_and_version(release)
         if name not in known and version not in (NEWEST, number):
             continue  # newer than the version
-        told = known.setdefault(name, set())
-        left = [(row, [cell for cell in _cells(row) if cell not in told]) for row in table]
+        covered = known.setdefault(name, set())
+        left = [(row, [cell for cell in _cells(row) if cell not in covered]) for row in table]
         for row, cells in left:
             devices = tuple(device for _, device in cells if device)
             if cells:
                 rows.append(replace(row, devices=devices, engine=release))
-            told.update(cells)
+            covered.update(cells)
     if releases and not known:
         raise QplugError(f"no table for version {version!r}; there are: {', '.join(releases)}")
     schemes = list(dict.fromkeys(row.scheme for row in rows))

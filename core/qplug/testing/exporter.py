@@ -124,6 +124,19 @@ class ExporterContract(ComponentContract):
                 f"packed; for {label} it gives {read.dtype} {list(read.shape)}",
             )
 
+    def test_scales_of_inputs_are_read_back(self) -> None:
+        for label, scheme, dtype, weight in self._weights():
+            if weight.input_scale is None:
+                continue
+            made = self._format()
+            with demanding(f"{self._format_name}.input_scale fails for {label}"):
+                read = made.input_scale(made.pack(weight, scheme, dtype), scheme)
+            demand(
+                same(read, weight.input_scale),
+                f"{self._format_name}.input_scale must give the scale of static inputs back that "
+                f"was packed; for {label} it gives {read}",
+            )
+
     def test_layout_is_what_pack_gives(self) -> None:
         for label, scheme, dtype, weight in self._weights():
             made = self._format()
