@@ -17,9 +17,11 @@ from qplug.api import (
     Checkpoint,
     Component,
     Dataset,
+    Engine,
     Exporter,
     Facing,
     FloatModel,
+    Format,
     Heads,
     InputGroup,
     Linear,
@@ -31,6 +33,7 @@ from qplug.api import (
     Reconstruction,
     Rewrite,
     Server,
+    SingleFile,
     Split,
     StoredTensor,
     Stream,
@@ -41,7 +44,7 @@ from qplug.api import (
 )
 from qplug.api.events import BlockReport, Result, StageCost
 from qplug.api.hookspecs import hookimpl
-from qplug.api.layout import layout_problems, loading_problems
+from qplug.api.layout import kernel_problems, layout_problems
 from qplug.api.limits import DEVICES, Target, beyond_limits, shape_problem
 from qplug.api.old_paths import forward_old_paths
 from qplug.api.params import Param
@@ -90,12 +93,14 @@ __all__ = [
     "Comparison",
     "Component",
     "Dataset",
+    "Engine",
     "Evaluation",
     "Export",
     "Exporter",
     "Facing",
     "FileTensor",
     "FloatModel",
+    "Format",
     "Heads",
     "InputGroup",
     "Job",
@@ -117,6 +122,7 @@ __all__ = [
     "Rewrite",
     "Scheme",
     "Server",
+    "SingleFile",
     "Split",
     "StageCost",
     "StoredTensor",
@@ -131,10 +137,10 @@ __all__ = [
     "compare",
     "evaluate",
     "hookimpl",
+    "kernel_problems",
     "layout_problems",
     "load",
     "load_tokenizer",
-    "loading_problems",
     "open_checkpoint",
     "perform",
     "preset",

@@ -30,6 +30,8 @@ StartWalk = Callable[..., Walk]
 MakeTokens = Callable[..., Tensor]
 
 MIXTURES = ("qwen3-moe", "qwen2-moe", "mixtral", "deepseek-v3")
+#: Windows, tokens in each and windows in a batch: one token, which two of the four experts get.
+ONE = (1, 1, 1)
 every_mixture = pytest.mark.parametrize("name", MIXTURES)
 #: The names on disk: the experts of a block, an expert's linears, and what else reads the norm.
 NAMES: dict[str, tuple[str, tuple[str, str, str], tuple[str, ...]]] = {
@@ -111,7 +113,7 @@ def check_known(group: qplug.InputGroup, x: Tensor) -> None:
     assert group.tokens == len(x)
     x = x.double()
     assert distance(group.gram, x.T @ x) <= RTOL
-    if not len(x):
+    if not len(x):  # no token reached it
         assert not group.low.any()
         assert not group.high.any()
         return
@@ -162,17 +164,20 @@ def test_experts_that_compute_otherwise_are_refused_in_words(
 # --- what is known of them ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize(("windows", "length", "batch"), [*((5, 12, n) for n in (1, 2, 5)), ONE])
 @every_mixture
 def test_an_expert_is_known_by_its_own_tokens(
     name: str,
+    windows: int,
+    length: int,
     batch: int,
     family: Family,
     start_walk: StartWalk,
     make_tokens: MakeTokens,
 ) -> None:
-    tokens = make_tokens(5, 12)
+    tokens = make_tokens(windows, length)
     x, inputs, between = rows_of_experts(family(name), tokens, name)
+    assert any(len(own) == 0 for own in inputs) == ((windows, length, batch) == ONE)
     walk = start_walk(family(name), tokens, batch_size=batch)
     walk.enter("model.layers.0")
     walk.leave("model.layers.0", {})

@@ -194,6 +194,7 @@ def test_what_click_raises_is_no_bug(write: WriteFile, body: str, code: int, say
     result = qplug("--plugin", write.command(body), "hello")
     assert result.exit_code == code
     assert result.output.endswith(says)
+    assert bool(result.output) == bool(says)
     assert "from plugin" not in result.output
 
 

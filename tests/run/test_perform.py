@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -302,18 +301,6 @@ def test_python(read_text: Read, tmp_path: Path) -> None:
     assert set(steps) == {"quantizing"}
     with pytest.raises(QplugError, match="exists"):
         qplug.perform(job, device="cpu")
-
-
-def test_what_a_version_lacks_is_said(read_text: Read, tmp_path: Path) -> None:
-    if "kv_cache" in inspect.signature(qplug.quantize).parameters:
-        return
-    job = replace(
-        read_text("kv_cache: fp8\n").job,
-        model="qplug:demo",
-        exports=(qplug.Export(tmp_path / "o"),),
-    )
-    with pytest.raises(QplugError, match="kv_cache: this version of qplug has it not"):
-        qplug.perform(job)
 
 
 def test_config_check(cli: Cli, llmc: Llmc, tmp_path: Path, text: Path) -> None:

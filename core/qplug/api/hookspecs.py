@@ -54,9 +54,10 @@ def qplug_datasets() -> Iterable[type[Dataset[Any]]]:
 
 @hookspec
 def qplug_exporters() -> Iterable[type[Exporter[Any]]]:
-    """Offer formats that engines load.
+    """Offer formats and the engines that load them.
 
     Called once, when the first component of any kind is asked for. Return classes, not instances.
+    Each names a format and an engine, of its own or of another plugin.
 
     Since 0.1. Example::
 

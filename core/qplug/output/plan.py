@@ -84,7 +84,7 @@ def make_plan(
         if scheme is None:
             step = Step(tensor, {}, (tensor,), {tensor: source.tensors[tensor].spec})
         else:
-            packed = exporter.layout(model.linears[name], scheme, model.dtype)
+            packed = exporter.format.layout(model.linears[name], scheme, model.dtype)
             outputs = {f"{name}.{part}": spec for part, spec in packed.items()}
             step = Step(name, {name: scheme}, (), outputs)
         block = next((b for b in model.blocks if by_block and tensor.startswith(b + ".")), None)

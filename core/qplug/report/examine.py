@@ -31,7 +31,8 @@ def overview(folder: Folder, name: str) -> Overview:
     rest = sum(
         prod(t.spec.shape) for n, t in tensors.items() if n.rpartition(".")[0] not in matrices
     )
-    serve = folder.exporter.serve_command if folder.exporter else None
+    engine = folder.exporter.engine if folder.exporter else None
+    serve = engine.serve_command if engine else None
     return Overview(
         folder=name,
         model=manifest.model if manifest else None,
@@ -109,11 +110,11 @@ def _examined(
     folder: Folder, name: str, source: Checkpoint | None
 ) -> tuple[Layer, Mapping[int, int]]:
     """One linear, and its scales counted."""
-    exporter, scheme, manifest = folder.exporter, folder.schemes[name], folder.manifest
-    assert exporter is not None
-    packed = folder.packed(name)
-    made = exporter.unpack(packed, scheme) if exporter.exact else None
-    weight = exporter.dequantize(packed, scheme) if made is None else dequantize(made)
+    scheme, manifest = folder.schemes[name], folder.manifest
+    assert folder.exporter is not None
+    stored_as, packed = folder.exporter.format, folder.packed(name)
+    made = stored_as.unpack(packed, scheme) if stored_as.is_lossless else None
+    weight = stored_as.dequantize(packed, scheme) if made is None else dequantize(made)
     rewritten = manifest is not None and f"{name}.weight" in manifest.rewritten
     has_float = source is not None and (not rewritten or f"{name}.weight" in source.tensors)
     original = float_weight(source, name, weight.shape) if source and has_float else None

@@ -67,7 +67,7 @@ def _block(steps: Steps, walk: Walk, number: int) -> Finished:
         block = walk.enter(step.name)
     inputs = input_ranges(block)
     codes = stages.quantize(block)  # all transforms, then the codes
-    if stages.exporter.stores_float:
+    if stages.exporter.format.stores_float:
         block.clip()
     changed = {*block.rewritten(), *steps.rewritten(step)}
     report = stages.report(block, codes, tuple(sorted(changed)), inputs)
@@ -76,7 +76,7 @@ def _block(steps: Steps, walk: Walk, number: int) -> Finished:
     parameters = block.served(codes, floats, walk.dtype)
     steps.watchers.block_done(step.name, report, block, codes)
     del block, codes  # on a GPU, most of what the block holds
-    if not stages.exporter.exact:  # what is stored is not quite what the codes say
+    if not stages.exporter.format.is_lossless:  # what is stored is not quite what the codes say
         parameters |= _unpacked(steps, step, packed)
     with clock("passing on"):
         scales = walk.cache_scales(step.name, parameters)
@@ -97,8 +97,8 @@ def _unpacked(steps: Steps, step: Step, tensors: Mapping[str, Tensor]) -> dict[s
     for name, scheme in step.linears.items():
         packed = {n: tensors[f"{name}.{n}"] for n in stored.get(name, ()) if n != "bias"}
         local = name.removeprefix(f"{step.name}.")
-        parameters[f"{local}.weight"] = exporter.dequantize(packed, scheme)
-        scale = exporter.input_scale(packed)
+        parameters[f"{local}.weight"] = exporter.format.dequantize(packed, scheme)
+        scale = exporter.format.input_scale(packed, scheme)
         if scale is not None:
             parameters[f"{local}.input_scale"] = scale
     return parameters

@@ -119,7 +119,8 @@ def _prepare(
 
 
 def _check_online(online: Sequence[str], stages: Stages) -> None:
-    if online and not stages.exporter.rotates_online:
+    engine = stages.exporter.engine
+    if online and engine is not None and not engine.rotates_online:
         raise QplugError(
             f"{stages.exporter.name}: does not rotate the inputs of linears as the model runs, "
             f"as those of {online[0]} are to be; it can be measured with --backend fake"

@@ -66,7 +66,7 @@ class Stages:
         """``recipe`` without what these stages have no use for."""
         if not self.needs_data:
             return replace(recipe, calibration=None)
-        if recipe.calibration and self.exporter.stores_float:
+        if recipe.calibration and self.exporter.format.stores_float:
             # The stored weights compute what the float model does, and a resumed run has no others.
             return replace(recipe, calibration=replace(recipe.calibration, propagate="float"))
         return recipe
@@ -113,7 +113,7 @@ class Stages:
         for algorithm in self.pipeline:
             with self._clock("transform"), self._naming_in_errors(algorithm, block.name):
                 algorithm.transform(block)
-        if self.exporter.stores_float:
+        if self.exporter.format.stores_float:
             return {}
         return self._codes(block, self.quantizer)
 
@@ -208,17 +208,18 @@ class Stages:
         return packed
 
     def _packed(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
-        tensors = self.exporter.pack(weight, scheme, dtype)
+        tensors = self.exporter.format.pack(weight, scheme, dtype)
         return {local: tensor.cpu() for local, tensor in tensors.items()}
 
     def convert(self, folder: Path, model: ModelView, schemes: Mapping[str, Scheme]) -> None:
-        """Put the exporter's own file, if it has one, in the place of what ``folder`` holds."""
-        if self.exporter.file is None:
+        """Put the format's own file, if it has one, in the place of what ``folder`` holds."""
+        file = self.exporter.format.single_file
+        if file is None:
             return
         finished = open_checkpoint(folder)
-        path = folder / self.exporter.file
-        with self._naming_in_errors(self.exporter, self.exporter.file):
-            self.exporter.write(finished, model, schemes, path)
+        path = folder / file.name
+        with self._naming_in_errors(self.exporter, file.name):
+            file.write(finished, model, schemes, path)
             if not path.is_file():
                 raise ValueError(f"write left no {path.name}")
         for replaced in (*finished.shards, folder / INDEX):

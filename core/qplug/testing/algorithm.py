@@ -197,6 +197,7 @@ class AlgorithmContract(ComponentContract):
 
     def _schemes(self) -> list[Scheme]:
         found = [preset(name) for name in self.schemes]
+        demand(found, f"{type(self).__qualname__}.schemes names none to test {self._who} with")
         return [s.with_group_size(16) if s.weights.strategy == "group" else s for s in found]
 
     def _runs_without_data(self) -> bool:

@@ -517,7 +517,7 @@ def stored_codes(folder: Path) -> dict[str, QuantizedWeight]:
             for tensor in opened.checkpoint.tensors
             if tensor.rpartition(".")[0] == name and not tensor.endswith("bias")
         }
-        found[name] = opened.exporter.unpack(tensors, scheme)
+        found[name] = opened.exporter.format.unpack(tensors, scheme)
     return found
 
 
