@@ -210,7 +210,7 @@ def test_random_codes() -> None:
                 for n, w in made.items()
             }
 
-    assert "give other codes" in trips(algorithm(Broken), "test_same_input_same_codes")
+    assert "give different codes" in trips(algorithm(Broken), "test_same_input_same_codes")
 
 
 def test_a_weight_changed_in_place() -> None:
@@ -390,7 +390,7 @@ COUNTER = itertools.count()
         (lambda: [], "no text"),
         (lambda: ["  "], "no text"),
         (lambda: [b"bytes " * 9], "must give strings"),
-        (lambda: [f"{next(COUNTER)} words"], "another order each time"),
+        (lambda: [f"{next(COUNTER)} words"], "changes its order from call to call"),
     ],
 )
 def test_documents_that_are_no_text(documents: Any, sentence: str) -> None:
@@ -401,10 +401,10 @@ def test_documents_that_are_no_text(documents: Any, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("sample", "sentence"),
     [
-        (lambda length, count, seed: [], "must give 8 of them"),
+        (lambda length, count, seed: [], "must give 8 samples"),
         (lambda length, count, seed: [torch.ones(length)] * count, "int64"),
         (lambda length, count, seed: [torch.ones(1, length).long()] * count, "one axis"),
-        (lambda length, count, seed: [torch.ones(99).long()] * count, "one of 99 tokens"),
+        (lambda length, count, seed: [torch.ones(99).long()] * count, "a sample of 99 tokens"),
         (lambda length, count, seed: [torch.full((length,), 999)] * count, "does not have"),
     ],
 )

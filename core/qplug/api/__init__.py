@@ -14,13 +14,13 @@ from qplug.api.dataset import Dataset, Split, Tokenizer
 from qplug.api.engine import Engine, Server
 from qplug.api.exporter import Exporter
 from qplug.api.float_model import (
-    Facing,
     FloatModel,
-    Heads,
     Preparation,
     Rewrite,
     Stream,
+    StreamAxis,
     StreamNorm,
+    ValueHeads,
     WholeModel,
 )
 from qplug.api.format import Format, SingleFile
@@ -39,10 +39,8 @@ __all__ = [
     "Dataset",
     "Engine",
     "Exporter",
-    "Facing",
     "FloatModel",
     "Format",
-    "Heads",
     "InputGroup",
     "Linear",
     "ModelView",
@@ -57,8 +55,10 @@ __all__ = [
     "Split",
     "StoredTensor",
     "Stream",
+    "StreamAxis",
     "StreamNorm",
     "TensorSpec",
     "Tokenizer",
+    "ValueHeads",
     "WholeModel",
 ]

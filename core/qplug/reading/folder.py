@@ -12,7 +12,7 @@ from qplug.api import Exporter, ModelView
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.locate import find_model
-from qplug.checkpoint.names import by_module
+from qplug.checkpoint.names import by_module, is_within, split_name
 from qplug.checkpoint.open import open_checkpoint, read_json
 from qplug.errors import QplugError
 from qplug.machine.session import Session
@@ -48,7 +48,7 @@ class Folder:
         """
         packed: dict[str, dict[str, Tensor]] = {}
         for tensor in self.checkpoint.tensors:
-            name, _, local = tensor.rpartition(".")
+            name, local = split_name(tensor)
             if name in self.schemes and local != "bias":
                 packed.setdefault(name, {})[local] = self.checkpoint.read(tensor)
             elif self.kv_cache is None or local not in SCALES:
@@ -67,12 +67,12 @@ class Folder:
 
     def holds(self, parameter: str) -> bool:
         """Whether there is a tensor, or codes, for a parameter by its name in a model."""
-        name, _, local = parameter.rpartition(".")
+        name, local = split_name(parameter)
         return parameter in self.checkpoint.tensors or (local == "weight" and name in self.schemes)
 
     def parameter(self, name: str) -> Tensor:
         """A parameter by its name in a model, float32."""
-        linear, _, local = name.rpartition(".")
+        linear, local = split_name(name)
         if local == "weight" and linear in self.schemes:
             return self._effective(linear, self.packed(linear))
         return self.checkpoint.read(name).float()
@@ -110,7 +110,7 @@ class Folder:
         scales = {}
         for number, block in enumerate(self.view.blocks):
             found = [
-                [n for n in self.checkpoint.tensors if n.startswith(block + ".") and n.endswith(e)]
+                [n for n in self.checkpoint.tensors if is_within(block, n) and n.endswith(e)]
                 for e in (f".{local}" for local in SCALES)
             ]
             if any(len(names) != 1 for names in found):

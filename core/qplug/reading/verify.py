@@ -10,6 +10,7 @@ import torch
 from qplug.api import Problem
 from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.locate import find_model
+from qplug.checkpoint.names import module_of, split_name
 from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
@@ -125,7 +126,7 @@ def _architecture_lacks(opened: Folder, session: Session) -> list[Problem]:
         opened.checkpoint, session.registry, trust_remote_code=session.trust_remote_code
     )
     for tensor, shape in expected.items():
-        name, _, local = tensor.rpartition(".")
+        name, local = split_name(tensor)
         packed = local == "weight" and name in opened.schemes
         if not packed and tensor not in held:
             problems.append(Problem("missing", tensor, "is in the architecture, but not here"))
@@ -140,7 +141,7 @@ def _floats_differ(opened: Folder, source: Checkpoint) -> list[Problem]:
     held = opened.checkpoint.tensors
     rewritten = opened.manifest.rewritten if opened.manifest else frozenset()
     for tensor, stored in source.tensors.items():
-        name, _, local = tensor.rpartition(".")
+        name, local = split_name(tensor)
         if local == "weight" and name in opened.schemes:
             continue
         if tensor not in held:
@@ -162,7 +163,7 @@ def _strays(opened: Folder, source: Checkpoint) -> list[Problem]:
         Problem("unexpected", tensor, "belongs to no layer, and is not in the float model")
         for tensor in opened.checkpoint.tensors
         if tensor not in known
-        and tensor.rpartition(".")[0] not in opened.schemes
+        and module_of(tensor) not in opened.schemes
         and not (opened.kv_cache and tensor.endswith(SCALES))
     ]
 
@@ -177,7 +178,7 @@ def _grown(opened: Folder, source: Checkpoint) -> list[Problem]:
         return []  # floats are stored
     stored: dict[str, int] = {}
     for tensor, held in opened.checkpoint.tensors.items():
-        name = tensor.rpartition(".")[0]
+        name = module_of(tensor)
         stored[name] = stored.get(name, 0) + held.nbytes
     problems = []
     for name in opened.schemes:

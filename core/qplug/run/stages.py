@@ -22,13 +22,13 @@ from qplug.api import (
 )
 from qplug.api.scheme import Scheme
 from qplug.calibration.observers import find_observer
-from qplug.calibration.ranges import InputRange, clip_counts, input_ranges, short
+from qplug.calibration.ranges import InputRange, clip_counts, four_digits, input_ranges
 from qplug.calibration.shared_scales import (
     fix_input_scales,
     share_global_scales,
     share_tensor_scales,
 )
-from qplug.checkpoint.names import by_module
+from qplug.checkpoint.names import by_module, module_of, split_name
 from qplug.checkpoint.open import INDEX, open_checkpoint
 from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
 from qplug.machine.session import Session
@@ -84,7 +84,7 @@ class Stages:
     @property
     def learns(self) -> bool:
         """Whether any algorithm computes whole blocks, to learn what the float ones do."""
-        return any(algorithm.learns for algorithm in self.pipeline)
+        return any(algorithm.learns_blocks for algorithm in self.pipeline)
 
     @property
     def preparing(self) -> list[Algorithm[Any]]:
@@ -99,14 +99,14 @@ class Stages:
     @property
     def learns_whole(self) -> bool:
         """Whether any algorithm learns on the whole model how to rewrite it."""
-        return any(algorithm.learns_whole() for algorithm in self.pipeline)
+        return any(algorithm.learns_rewrite() for algorithm in self.pipeline)
 
     def learn(
         self, algorithm: Algorithm[Any], model: FloatModel, whole: WholeModel
     ) -> Mapping[str, Tensor]:
         """What ``algorithm`` learns on ``whole``."""
         with self._clock("learning"), self._naming_in_errors(algorithm, algorithm.name):
-            return algorithm.learn(model, whole)
+            return algorithm.learn_rewrite(model, whole)
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         """Run all stages on ``block``: codes by linear. None where float weights are stored."""
@@ -162,14 +162,14 @@ class Stages:
         inputs: Mapping[str, InputRange],
     ) -> Report:
         errors = {
-            linear.name: short(relative_error(block.original(linear), codes[linear.name]))
+            linear.name: four_digits(relative_error(block.original(linear), codes[linear.name]))
             for linear in block.linears
             if linear.name in codes
         }
         read = [
             (group, linear)
             for whole in block.groups
-            for group in whole.parts
+            for group in whole.by_tokens
             for linear in group.linears
             if linear.name in codes and group.tokens
         ]
@@ -177,7 +177,7 @@ class Stages:
         def loss(pair: tuple[InputGroup, Linear]) -> float:
             group, linear = pair
             made = codes[linear.name]
-            return short(relative_output_error(block.original(linear), made, group.gram))
+            return four_digits(relative_output_error(block.original(linear), made, group.gram))
 
         found = block.spread(read, loss, cost=lambda pair: _products(*pair))
         losses = {linear.name: loss for (_, linear), loss in zip(read, found, strict=True)}
@@ -255,8 +255,8 @@ def _check(tensor: str, packed: Mapping[str, Tensor], step: Step) -> None:
 def _unseen(block: Block) -> Iterator[str]:
     """A note for each layer of which some experts were given no calibration token."""
     unseen: dict[str, list[str]] = {}
-    for group in (part for whole in block.groups for part in whole.routed if not part.tokens):
-        layer, _, number = group.linears[0].name.rpartition(".")[0].rpartition(".")
+    for group in (part for whole in block.groups for part in whole.by_expert if not part.tokens):
+        layer, number = split_name(module_of(group.linears[0].name))
         unseen.setdefault(layer, []).append(number)
     for layer, numbers in unseen.items():
         yield f"{layer}: no token reached {', '.join(numbers)}; rounded to nearest"

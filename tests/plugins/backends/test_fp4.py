@@ -323,7 +323,7 @@ def test_a_group_size_cannot_be_chosen() -> None:
     for name in FP4:
         with pytest.raises(QplugError, match="has no group size to choose"):
             preset(name).with_group_size(32)
-    with pytest.raises(QplugError, match="those of groups of floats"):
+    with pytest.raises(QplugError, match="go with groups of floats alone"):
         QuantArgs("int4", "group", 16, scale_dtype="float8_e4m3fn")
 
 
