@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
-from qplug.registry import Plugin, Registry
+from qplug.registry.plugin import Plugin
+from qplug.registry.registry import Registry
 from qplug.testing import AlgorithmContract, DatasetContract, ExporterContract
 
 if TYPE_CHECKING:
