@@ -28,7 +28,8 @@ from qplug import (
 from qplug.numerics.rounding import nearest, quantize
 from qplug.numerics.scales import minmax_scale
 from qplug.testing import AlgorithmContract, DatasetContract, ExporterContract
-from qplug_compressed_tensors.exporter import CompressedTensors
+from qplug_compressed_tensors.exporter import CompressedTensorsExporter
+from qplug_compressed_tensors.format import CompressedTensors
 from qplug_rtn.rtn import RTN
 
 Codes = Mapping[str, QuantizedWeight]
@@ -136,6 +137,11 @@ class WithData(RTN):
     needs_data = True
 
 
+def test_no_scheme_to_test_with() -> None:
+    said = trips(algorithm(WithData, schemes=()), "test_codes_are_well_made")
+    assert "names none to test WithData with" in said
+
+
 def test_missing_codes() -> None:
     class Broken(RTN):
         """One."""
@@ -204,7 +210,7 @@ def test_random_codes() -> None:
                 for n, w in made.items()
             }
 
-    assert "give other codes" in trips(algorithm(Broken), "test_same_input_same_codes")
+    assert "give different codes" in trips(algorithm(Broken), "test_same_input_same_codes")
 
 
 def test_a_weight_changed_in_place() -> None:
@@ -369,7 +375,9 @@ def dataset(kind: type[Dataset[Any]], **attributes: Any) -> DatasetContract:
 
 def test_a_sound_dataset_passes() -> None:
     contract = dataset(Words)
-    for check in (name for name in dir(contract) if name.startswith("test_")):
+    checks = [name for name in dir(contract) if name.startswith("test_")]
+    assert len(checks) > 5
+    for check in checks:
         getattr(contract, check)()
 
 
@@ -382,7 +390,7 @@ COUNTER = itertools.count()
         (lambda: [], "no text"),
         (lambda: ["  "], "no text"),
         (lambda: [b"bytes " * 9], "must give strings"),
-        (lambda: [f"{next(COUNTER)} words"], "another order each time"),
+        (lambda: [f"{next(COUNTER)} words"], "changes its order from call to call"),
     ],
 )
 def test_documents_that_are_no_text(documents: Any, sentence: str) -> None:
@@ -393,10 +401,10 @@ def test_documents_that_are_no_text(documents: Any, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("sample", "sentence"),
     [
-        (lambda length, count, seed: [], "must give 8 of them"),
+        (lambda length, count, seed: [], "must give 8 samples"),
         (lambda length, count, seed: [torch.ones(length)] * count, "int64"),
         (lambda length, count, seed: [torch.ones(1, length).long()] * count, "one axis"),
-        (lambda length, count, seed: [torch.ones(99).long()] * count, "one of 99 tokens"),
+        (lambda length, count, seed: [torch.ones(99).long()] * count, "a sample of 99 tokens"),
         (lambda length, count, seed: [torch.full((length,), 999)] * count, "does not have"),
     ],
 )
@@ -446,11 +454,14 @@ def test_a_network_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def exporter(**methods: Any) -> ExporterContract:
-    kind = type("Broken", (CompressedTensors,), {"__doc__": "One.", **methods})
-    return contract_of(kind)
+    """The contract of an exporter whose format has ``methods``."""
+    stored_as = type("Broken", (CompressedTensors,), methods)()
+    return contract_of(
+        type("Broken", (CompressedTensorsExporter,), {"__doc__": "One.", "format": stored_as})
+    )
 
 
-def contract_of(kind: type[CompressedTensors]) -> ExporterContract:
+def contract_of(kind: type[CompressedTensorsExporter]) -> ExporterContract:
     made = type("Contract", (ExporterContract,), {"exporter": kind})
     contract: ExporterContract = made()
     return contract

@@ -1,4 +1,4 @@
-"""Numbers and recipes in the words of a page."""
+"""Formats numbers and recipes for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def size(count: float) -> str:
-    """Bytes, in decimal units."""
+    """Formats a number of bytes in decimal units: ``1.5 MB``."""
     if abs(count) >= 1e9:
         return f"{count / 1e9:,.2f} GB"
     if not count:
@@ -19,26 +19,27 @@ def size(count: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four digits; a dash for None."""
+    """Formats a number with four digits; None as a dash."""
     return "-" if value is None else f"{value:.4g}"
 
 
 def bits(value: float | None) -> str:
-    """Three digits behind the point, as ``qplug inspect`` has them."""
+    """Formats a number with three decimals, as ``qplug inspect`` does; None as a dash."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def span(low: float, high: float) -> str:
+    """Formats the smallest and the largest of some values."""
     return f"{low:.4g} … {high:.4g}"
 
 
-def text_of(found: Evaluation) -> str:
-    """The text that a perplexity was measured on."""
-    return f"{found.windows} windows of {found.seq_len} tokens of {found.dataset}"
+def text_of(result: Evaluation) -> str:
+    """Describes the text that a perplexity was measured on."""
+    return f"{result.windows} windows of {result.seq_len} tokens of {result.dataset}"
 
 
 def recipe_rows(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a recipe (``Recipe.to_dict``) says, a row each; nothing of what it leaves alone."""
+    """Returns rows of name and value for a recipe (``Recipe.to_dict``), without empty values."""
     data = recipe["calibration"]
     rows = [
         ("algorithms", " + ".join(recipe["algorithms"])),
@@ -54,7 +55,7 @@ def recipe_rows(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("calibration data", _data(data) if data else "none"),
         ("seed", str(recipe["seed"])),
     ]
-    return [(name, told) for name, told in rows if told]
+    return [(name, value) for name, value in rows if value]
 
 
 def _args(args: Mapping[str, Any] | None) -> str:
@@ -67,24 +68,20 @@ def _args(args: Mapping[str, Any] | None) -> str:
         "group": f"groups of {args['group_size']}",
         "block": " x ".join(map(str, ["blocks of", *(args["block"] or ())])).replace(" x ", " ", 1),
     }
-    told = [args["dtype"], strategies[args["strategy"]]]
-    told += [] if args["symmetric"] else ["asymmetric"]
-    return ", ".join(told)
+    words = [args["dtype"], strategies[args["strategy"]]]
+    words += [] if args["symmetric"] else ["asymmetric"]
+    return ", ".join(words)
 
 
 def _data(data: Mapping[str, Any]) -> str:
-    options = _pairs(data["options"])
-    told = f"{data['samples']} windows of {data['seq_len']} tokens of {data['dataset']}"
-    return f"{told} ({options}), {_fed(data)}" if options else f"{told}, {_fed(data)}"
-
-
-def _fed(data: Mapping[str, Any]) -> str:
-    return f"blocks fed by {data['propagate']} ones"
+    options = f" ({_pairs(data['options'])})" if data["options"] else ""
+    windows = f"{data['samples']} windows of {data['seq_len']} tokens of {data['dataset']}"
+    return f"{windows}{options}, inputs from the {data['propagate']} blocks before"
 
 
 def _options(options: Mapping[str, Mapping[str, Any]]) -> str:
     return ", ".join(
-        f"{name}.{key}={value}" for name, own in options.items() for key, value in own.items()
+        f"{name}.{key}={value}" for name, pairs in options.items() for key, value in pairs.items()
     )
 
 

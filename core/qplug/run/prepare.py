@@ -11,12 +11,12 @@ import torch
 
 from qplug.api import Algorithm, FloatModel, ModelView, Preparation, TensorSpec
 from qplug.api.tensors import Checkpoint
-from qplug.checkpoint.names import natural_order
+from qplug.checkpoint.names import is_within, natural_order, relative_name, split_name
 from qplug.checkpoint.rewritten import apply, rewritten
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.hollow import load_config
-from qplug.model.residual_stream import Faces
+from qplug.model.residual_stream import StreamFinder
 from qplug.model.small_copy import SmallCopy, place_of
 from qplug.output.manifest import read_manifest
 from qplug.run.stages import Stages
@@ -94,19 +94,19 @@ def _prepare(
     trusted = session.trust_remote_code
     config = load_config(source.folder, trust_remote_code=trusted)
     copy = SmallCopy(config, source.folder, trusted)
-    faces = Faces(copy)
+    finder = StreamFinder(copy)
     tied = bool(view.config.get("tie_word_embeddings", config.tie_word_embeddings))
     width = config.get_text_config().hidden_size
     for algorithm in stages.preparing:
         specs = {name: held.spec for name, held in prepared.checkpoint.tensors.items()}
-        stream = faces.stream(specs, view.blocks, copy.kinds, width, tied=tied)
+        stream = finder.stream(specs, view.blocks, copy.kinds, width, tied=tied)
         model = FloatModel(prepared.view, specs, stream)
-        if learn is not None and algorithm.learns_whole():
+        if learn is not None and algorithm.learns_rewrite():
             model = replace(model, learned=learn(algorithm, model, prepared.checkpoint))
         made = stages.prepare(algorithm, model)
         if learn is None:
             _check_online(made.online, stages)
-            _try_on(copy, faces, stages, algorithm, prepared.view, view.blocks, tied=tied)
+            _try_on(copy, finder, stages, algorithm, prepared.view, view.blocks, tied=tied)
         tied = bool(made.config.get("tie_word_embeddings", tied))
         checkpoint = rewritten(prepared.checkpoint, made, session.device)
         prepared = Prepared(
@@ -119,7 +119,8 @@ def _prepare(
 
 
 def _check_online(online: Sequence[str], stages: Stages) -> None:
-    if online and not stages.exporter.rotates_online:
+    engine = stages.exporter.engine
+    if online and engine is not None and not engine.rotates_online:
         raise QplugError(
             f"{stages.exporter.name}: does not rotate the inputs of linears as the model runs, "
             f"as those of {online[0]} are to be; it can be measured with --backend fake"
@@ -130,7 +131,7 @@ def _seen(checkpoint: Checkpoint, view: ModelView, made: Preparation) -> ModelVi
     """The skeleton of the rewritten checkpoint: a head that was tied is a linear of its own."""
     linears = dict(view.linears)
     for tensor in made.rewrites:
-        name, _, local = tensor.rpartition(".")
+        name, local = split_name(tensor)
         shape = checkpoint.tensors[tensor].spec.shape
         if local == "weight" and name == view.head and len(shape) == 2:
             linears[name] = (shape[0], shape[1])
@@ -140,7 +141,7 @@ def _seen(checkpoint: Checkpoint, view: ModelView, made: Preparation) -> ModelVi
 
 def _try_on(
     copy: SmallCopy,
-    faces: Faces,
+    finder: StreamFinder,
     stages: Stages,
     algorithm: Algorithm[Any],
     view: ModelView,
@@ -150,12 +151,12 @@ def _try_on(
 ) -> None:
     """Try ``algorithm`` on ``copy`` of a model with ``view`` and ``blocks``."""
     small = copy.tensors()
-    stream = faces.stream(_specs(small), copy.blocks, _each(copy), copy.width, tied=tied)
+    stream = finder.stream(_specs(small), copy.blocks, _each(copy), copy.width, tied=tied)
     view_of_small = _view_of(copy, view, _specs(small))
     tried = stages.prepare(algorithm, FloatModel(view_of_small, _specs(small), stream))
     # What is tied in the model is two tensors in the copy.
     small |= {head: small[words].clone() for head, words in stream.copies.items()}
-    _try(algorithm.name, tried, small, copy, faces, blocks)
+    _try(algorithm.name, tried, small, copy, finder, blocks)
 
 
 def _try(
@@ -163,7 +164,7 @@ def _try(
     made: Preparation,
     tensors: Mapping[str, Tensor],
     copy: SmallCopy,
-    faces: Faces,
+    finder: StreamFinder,
     blocks: Sequence[str],
 ) -> None:
     """Raises QplugError if ``copy`` computes other logits with ``tensors`` as ``made`` makes them.
@@ -177,13 +178,13 @@ def _try(
     copy.fill(tensors)
     if _distance(before.logits, after.logits) <= _RTOL:
         return
-    outside = [norm for norm in faces.unread if not norm.startswith(copy.blocks)]
+    outside = [norm for norm in finder.unread if not norm.startswith(copy.blocks)]
     for kind, (one, other) in enumerate(zip(before.hidden, after.hidden, strict=True)):
         # The angles between tokens stay as they are in any basis.
         if not _distance(one @ one.T, other @ other.T) <= _RTOL:
-            inner = f"{copy.blocks[kind]}."
-            within = [n.removeprefix(inner) for n in faces.unread if n.startswith(inner)]
-            norms = " and ".join(within or outside)
+            block = copy.blocks[kind]
+            inside = [relative_name(block, n) for n in finder.unread if is_within(block, n)]
+            norms = " and ".join(inside or outside)
             why = f": no linear reads what comes of {norms}" if norms else ""
             raise QplugError(f"{name}: {blocks[copy.first[kind]]}: cannot be turned{why}")
     raise QplugError(f"{name}: the head cannot be turned, or the norm before it")

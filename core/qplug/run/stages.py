@@ -22,13 +22,13 @@ from qplug.api import (
 )
 from qplug.api.scheme import Scheme
 from qplug.calibration.observers import find_observer
-from qplug.calibration.ranges import InputRange, clip_counts, input_ranges, short
+from qplug.calibration.ranges import InputRange, clip_counts, four_digits, input_ranges
 from qplug.calibration.shared_scales import (
     fix_input_scales,
     share_global_scales,
     share_tensor_scales,
 )
-from qplug.checkpoint.names import by_module
+from qplug.checkpoint.names import by_module, module_of, split_name
 from qplug.checkpoint.open import INDEX, open_checkpoint
 from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
 from qplug.machine.session import Session
@@ -66,7 +66,7 @@ class Stages:
         """``recipe`` without what these stages have no use for."""
         if not self.needs_data:
             return replace(recipe, calibration=None)
-        if recipe.calibration and self.exporter.stores_float:
+        if recipe.calibration and self.exporter.format.stores_float:
             # The stored weights compute what the float model does, and a resumed run has no others.
             return replace(recipe, calibration=replace(recipe.calibration, propagate="float"))
         return recipe
@@ -84,7 +84,7 @@ class Stages:
     @property
     def learns(self) -> bool:
         """Whether any algorithm computes whole blocks, to learn what the float ones do."""
-        return any(algorithm.learns for algorithm in self.pipeline)
+        return any(algorithm.learns_blocks for algorithm in self.pipeline)
 
     @property
     def preparing(self) -> list[Algorithm[Any]]:
@@ -99,21 +99,21 @@ class Stages:
     @property
     def learns_whole(self) -> bool:
         """Whether any algorithm learns on the whole model how to rewrite it."""
-        return any(algorithm.learns_whole() for algorithm in self.pipeline)
+        return any(algorithm.learns_rewrite() for algorithm in self.pipeline)
 
     def learn(
         self, algorithm: Algorithm[Any], model: FloatModel, whole: WholeModel
     ) -> Mapping[str, Tensor]:
         """What ``algorithm`` learns on ``whole``."""
         with self._clock("learning"), self._naming_in_errors(algorithm, algorithm.name):
-            return algorithm.learn(model, whole)
+            return algorithm.learn_rewrite(model, whole)
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         """Run all stages on ``block``: codes by linear. None where float weights are stored."""
         for algorithm in self.pipeline:
             with self._clock("transform"), self._naming_in_errors(algorithm, block.name):
                 algorithm.transform(block)
-        if self.exporter.stores_float:
+        if self.exporter.format.stores_float:
             return {}
         return self._codes(block, self.quantizer)
 
@@ -162,14 +162,14 @@ class Stages:
         inputs: Mapping[str, InputRange],
     ) -> Report:
         errors = {
-            linear.name: short(relative_error(block.original(linear), codes[linear.name]))
+            linear.name: four_digits(relative_error(block.original(linear), codes[linear.name]))
             for linear in block.linears
             if linear.name in codes
         }
         read = [
             (group, linear)
             for whole in block.groups
-            for group in whole.parts
+            for group in whole.by_tokens
             for linear in group.linears
             if linear.name in codes and group.tokens
         ]
@@ -177,7 +177,7 @@ class Stages:
         def loss(pair: tuple[InputGroup, Linear]) -> float:
             group, linear = pair
             made = codes[linear.name]
-            return short(relative_output_error(block.original(linear), made, group.gram))
+            return four_digits(relative_output_error(block.original(linear), made, group.gram))
 
         found = block.spread(read, loss, cost=lambda pair: _products(*pair))
         losses = {linear.name: loss for (_, linear), loss in zip(read, found, strict=True)}
@@ -208,17 +208,18 @@ class Stages:
         return packed
 
     def _packed(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
-        tensors = self.exporter.pack(weight, scheme, dtype)
+        tensors = self.exporter.format.pack(weight, scheme, dtype)
         return {local: tensor.cpu() for local, tensor in tensors.items()}
 
     def convert(self, folder: Path, model: ModelView, schemes: Mapping[str, Scheme]) -> None:
-        """Put the exporter's own file, if it has one, in the place of what ``folder`` holds."""
-        if self.exporter.file is None:
+        """Put the format's own file, if it has one, in the place of what ``folder`` holds."""
+        file = self.exporter.format.single_file
+        if file is None:
             return
         finished = open_checkpoint(folder)
-        path = folder / self.exporter.file
-        with self._naming_in_errors(self.exporter, self.exporter.file):
-            self.exporter.write(finished, model, schemes, path)
+        path = folder / file.name
+        with self._naming_in_errors(self.exporter, file.name):
+            file.write(finished, model, schemes, path)
             if not path.is_file():
                 raise ValueError(f"write left no {path.name}")
         for replaced in (*finished.shards, folder / INDEX):
@@ -254,8 +255,8 @@ def _check(tensor: str, packed: Mapping[str, Tensor], step: Step) -> None:
 def _unseen(block: Block) -> Iterator[str]:
     """A note for each layer of which some experts were given no calibration token."""
     unseen: dict[str, list[str]] = {}
-    for group in (part for whole in block.groups for part in whole.routed if not part.tokens):
-        layer, _, number = group.linears[0].name.rpartition(".")[0].rpartition(".")
+    for group in (part for whole in block.groups for part in whole.by_expert if not part.tokens):
+        layer, number = split_name(module_of(group.linears[0].name))
         unseen.setdefault(layer, []).append(number)
     for layer, numbers in unseen.items():
         yield f"{layer}: no token reached {', '.join(numbers)}; rounded to nearest"
