@@ -16,7 +16,9 @@ _LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 def test_links_lead_somewhere(page: Page) -> None:
     prose = re.sub(r"^```.*?^```$", "", page.text, flags=re.MULTILINE | re.DOTALL)
-    for file, anchor in _LINK.findall(prose):
+    links = _LINK.findall(prose)
+    assert len(links) == len(re.findall(r"\]\((?!https?:|mailto:)", prose))
+    for file, anchor in links:
         target = (page.path.parent / file).resolve() if file else page.path
         assert target.exists(), f"{page.path.name}: {file}"
         if anchor:

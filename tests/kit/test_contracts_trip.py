@@ -28,7 +28,8 @@ from qplug import (
 from qplug.numerics.rounding import nearest, quantize
 from qplug.numerics.scales import minmax_scale
 from qplug.testing import AlgorithmContract, DatasetContract, ExporterContract
-from qplug_compressed_tensors.exporter import CompressedTensors
+from qplug_compressed_tensors.exporter import CompressedTensorsExporter
+from qplug_compressed_tensors.format import CompressedTensors
 from qplug_rtn.rtn import RTN
 
 Codes = Mapping[str, QuantizedWeight]
@@ -134,6 +135,11 @@ class WithData(RTN):
     """Rounds, and reads data."""
 
     needs_data = True
+
+
+def test_no_scheme_to_test_with() -> None:
+    said = trips(algorithm(WithData, schemes=()), "test_codes_are_well_made")
+    assert "names none to test WithData with" in said
 
 
 def test_missing_codes() -> None:
@@ -369,7 +375,9 @@ def dataset(kind: type[Dataset[Any]], **attributes: Any) -> DatasetContract:
 
 def test_a_sound_dataset_passes() -> None:
     contract = dataset(Words)
-    for check in (name for name in dir(contract) if name.startswith("test_")):
+    checks = [name for name in dir(contract) if name.startswith("test_")]
+    assert len(checks) > 5
+    for check in checks:
         getattr(contract, check)()
 
 
@@ -446,11 +454,14 @@ def test_a_network_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def exporter(**methods: Any) -> ExporterContract:
-    kind = type("Broken", (CompressedTensors,), {"__doc__": "One.", **methods})
-    return contract_of(kind)
+    """The contract of an exporter whose format has ``methods``."""
+    stored_as = type("Broken", (CompressedTensors,), methods)()
+    return contract_of(
+        type("Broken", (CompressedTensorsExporter,), {"__doc__": "One.", "format": stored_as})
+    )
 
 
-def contract_of(kind: type[CompressedTensors]) -> ExporterContract:
+def contract_of(kind: type[CompressedTensorsExporter]) -> ExporterContract:
     made = type("Contract", (ExporterContract,), {"exporter": kind})
     contract: ExporterContract = made()
     return contract

@@ -11,13 +11,16 @@ from qplug.api.component import Component, P
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: What text is for. A dataset may have one text for both.
 Split = Literal["calibration", "evaluation"]
 
 
 class Tokenizer(Protocol):
     """The method of a tokenizer that datasets call; tokenizers of transformers have it."""
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The ids of the tokens of ``text``; special tokens mark its start and end if asked for."""
+        ...
 
 
 class Dataset(Component[P]):

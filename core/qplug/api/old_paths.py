@@ -1,13 +1,14 @@
 """Keeps the module paths from before 0.2 working: an import of an old path warns and forwards.
 
 The old paths will be removed in 0.3. A table and one import finder replace a file for each path.
+Packages that were modules with public names forward those names by ``moved_names``.
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -43,6 +44,26 @@ RENAMED = {
     ("qplug.straight_through", "ranges"): "ranges_with_gradients",
     ("qplug.turning", "turned"): "rotated_model",
 }
+
+
+def moved_names(module: str, moved: Mapping[str, tuple[str, str]]) -> Callable[[str], Any]:
+    """Returns the ``__getattr__`` of a module that had public names which are elsewhere now.
+
+    ``moved``: the module and the name of each now, by its old name.
+    """
+
+    def getattribute(name: str) -> Any:
+        if name not in moved:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        door, new = moved[name]
+        warnings.warn(
+            f"{module}.{name} goes with qplug 0.3: import {new} from {door}",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return getattr(import_module(door), new)
+
+    return getattribute
 
 
 class _OldPath(ModuleType):

@@ -18,7 +18,7 @@ Strategy = Literal["tensor", "channel", "group", "block", "token"]
 #: The bits of exponent and mantissa of each float format, by name (``e4m3``). Every format has a
 #: sign bit, the bias ``2^(E-1) - 1``, and subnormals. With one exponent bit the values are evenly
 #: spaced; without mantissa bits they are zero and powers of two. The widest is bfloat16, ``e8m7``.
-FLOATS = {f"e{e}m{m}": (e, m) for e in range(1, 9) for m in range(8)}
+FLOATS: dict[str, tuple[int, int]] = {f"e{e}m{m}": (e, m) for e in range(1, 9) for m in range(8)}
 
 
 def all_finite_max(exponent: int, mantissa: int) -> float:
@@ -40,7 +40,7 @@ def _float_max(exponent: int, mantissa: int) -> float:
 #: ``e5m2`` and the formats with 8 exponent bits use the top exponent for infinity and NaN, as IEEE
 #: 754 does; the largest ``e5m2`` is 57344. In all other formats every code is a number, as in OCP's
 #: MX formats (6 for ``e2m1``, 28 for ``e3m2``, 7.5 for ``e2m3``).
-FLOAT_MAX = {name: _float_max(*bits) for name, bits in FLOATS.items()}
+FLOAT_MAX: dict[str, float] = {name: _float_max(*bits) for name, bits in FLOATS.items()}
 
 #: The smallest positive value of each float format, which is the distance of its subnormals.
 FLOAT_STEP = {name: math.ldexp(1, 2 - 2 ** (e - 1) - m) for name, (e, m) in FLOATS.items()}

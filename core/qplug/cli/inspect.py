@@ -7,6 +7,7 @@ from collections import Counter
 
 import click
 
+from qplug.checkpoint.names import module_of
 from qplug.registry.registry import Registry
 
 
@@ -55,5 +56,5 @@ def _linear_bytes(opened: object) -> int:
     return sum(
         stored.nbytes
         for tensor, stored in opened.checkpoint.tensors.items()
-        if tensor.rpartition(".")[0] in opened.view.linears and not tensor.endswith(".bias")
+        if module_of(tensor) in opened.view.linears and not tensor.endswith(".bias")
     )

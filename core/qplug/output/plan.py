@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from qplug.api import Exporter, ModelView, TensorSpec
 from qplug.api.scheme import Scheme
 from qplug.api.tensors import Checkpoint
-from qplug.checkpoint.names import natural_order
+from qplug.checkpoint.names import is_within, natural_order, split_name
 from qplug.checkpoint.open import INDEX, SINGLE
 
 
@@ -82,15 +82,15 @@ def make_plan(
     first = {name: group[0] for group in exporter.merged(two_level) for name in group}
     steps: dict[str, Step] = {}
     for tensor in natural_order(source.tensors):
-        name, _, local = tensor.rpartition(".")
+        name, local = split_name(tensor)
         scheme = schemes.get(name) if local == "weight" else None
         if scheme is None:
             step = Step(tensor, {}, (tensor,), {tensor: source.tensors[tensor].spec})
         else:
-            packed = exporter.layout(model.linears[name], scheme, model.dtype)
+            packed = exporter.format.layout(model.linears[name], scheme, model.dtype)
             outputs = {f"{name}.{part}": spec for part, spec in packed.items()}
             step = Step(name, {name: scheme}, (), outputs)
-        block = next((b for b in model.blocks if by_block and tensor.startswith(b + ".")), None)
+        block = next((b for b in model.blocks if by_block and is_within(b, tensor)), None)
         key = first.get(step.name, step.name) if block is None else block
         steps[key] = _joined(key, steps[key], step) if key in steps else replace(step, name=key)
     for block, names in (cache_scales or {}).items():

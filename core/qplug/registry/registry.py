@@ -24,7 +24,7 @@ from typing import Any
 import click
 import pluggy
 
-from qplug.api import Algorithm, Component, Dataset, Exporter, hookspecs
+from qplug.api import Algorithm, Component, Dataset, Engine, Exporter, Format, hookspecs
 from qplug.api.params import options
 from qplug.errors import QplugError, did_you_mean
 from qplug.registry.offers import Components, Offers
@@ -243,4 +243,15 @@ def _checked(offer: object, base: type[Component[Any]]) -> type[Component[Any]]:
     if not (offer.__doc__ or "").strip():
         raise ValueError(f"{where} needs a docstring: users read its first line")
     options(offer.Params)
+    if issubclass(offer, Exporter):
+        _check_parts(offer)
     return offer
+
+
+def _check_parts(offer: type[Exporter[Any]]) -> None:
+    if not isinstance(getattr(offer, "format", None), Format):
+        raise TypeError(f"{offer.__qualname__}.format must be an object of a subclass of Format")
+    if not isinstance(offer.engine, Engine | None):
+        raise TypeError(
+            f"{offer.__qualname__}.engine must be an object of a subclass of Engine, or None"
+        )

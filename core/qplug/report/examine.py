@@ -5,7 +5,6 @@ The result is plain data (``findings``), which a page shows.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,14 +15,13 @@ from torch import Tensor
 
 from qplug.api.groups import dequantize
 from qplug.api.tensors import Checkpoint
+from qplug.checkpoint.names import block_of, kind_of, module_of, relative_name, split_name
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.reading.folder import Folder, open_folder
 from qplug.reading.verify import find_source, float_weight, relative_distance
 from qplug.registry.registry import Registry
 from qplug.report.findings import BINS_PER_OCTAVE, Bytes, Findings, Layer, Overview, Span
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def overview(folder: Folder, name: str) -> Overview:
@@ -34,10 +32,9 @@ def overview(folder: Folder, name: str) -> Overview:
     view, manifest, schemes = folder.view, folder.manifest, folder.schemes
     matrices = {n: prod(shape) for n, shape in view.linears.items()}
     tensors = folder.checkpoint.tensors
-    rest = sum(
-        prod(t.spec.shape) for n, t in tensors.items() if n.rpartition(".")[0] not in matrices
-    )
-    serve = folder.exporter.serve_command if folder.exporter else None
+    rest = sum(prod(t.spec.shape) for n, t in tensors.items() if module_of(n) not in matrices)
+    engine = folder.exporter.engine if folder.exporter else None
+    serve = engine.serve_command if engine else None
     return Overview(
         folder=name,
         model=manifest.model if manifest else None,
@@ -109,7 +106,7 @@ def _bytes(
 
 def _is_of(tensor: str, linears: Mapping[str, object]) -> bool:
     """Returns whether a tensor belongs to the weight of a linear in ``linears``."""
-    name, _, local = tensor.rpartition(".")
+    name, local = split_name(tensor)
     return name in linears and local != "bias"
 
 
@@ -117,11 +114,11 @@ def _examined(
     folder: Folder, name: str, source: Checkpoint | None
 ) -> tuple[Layer, Mapping[int, int]]:
     """Returns the findings on the linear ``name``, and its scales counted by size."""
-    exporter, scheme, manifest = folder.exporter, folder.schemes[name], folder.manifest
-    assert exporter is not None
-    packed = folder.packed(name)
-    made = exporter.unpack(packed, scheme) if exporter.exact else None
-    weight = exporter.dequantize(packed, scheme) if made is None else dequantize(made)
+    scheme, manifest = folder.schemes[name], folder.manifest
+    assert folder.exporter is not None
+    stored_as, packed = folder.exporter.format, folder.packed(name)
+    made = stored_as.unpack(packed, scheme) if stored_as.is_lossless else None
+    weight = stored_as.dequantize(packed, scheme) if made is None else dequantize(made)
     rewritten = manifest is not None and f"{name}.weight" in manifest.rewritten
     has_float = source is not None and (not rewritten or f"{name}.weight" in source.tensors)
     original = float_weight(source, name, weight.shape) if source and has_float else None
@@ -150,10 +147,8 @@ def _place(name: str, blocks: tuple[str, ...]) -> tuple[int | None, str]:
 
     The kind is the name within the block, with ``*`` in place of numbers.
     """
-    for number, block in enumerate(blocks):
-        if name.startswith(f"{block}."):
-            return number, _NUMBER.sub("*", name.removeprefix(f"{block}."))
-    return None, name
+    number = block_of(name, blocks)
+    return number, name if number is None else kind_of(relative_name(blocks[number], name))
 
 
 def _span(values: Tensor) -> Span:

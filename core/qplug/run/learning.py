@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qplug.api import Algorithm, Checkpoint, FloatModel
 from qplug.api.scheme import Scheme
-from qplug.calibration.whole_model import HeldModel
+from qplug.calibration.whole_model import InMemoryModel
 from qplug.machine.session import Session
 from qplug.output.shared_writer import SharedWriter
 from qplug.run.stages import Stages
@@ -37,7 +37,7 @@ class LearnOnce:
         calibration = self.stages.recipe.calibration
 
         def learn() -> Mapping[str, Tensor]:
-            whole = HeldModel(
+            whole = InMemoryModel(
                 source,
                 model.view,
                 self.schemes,

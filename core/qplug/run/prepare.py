@@ -11,12 +11,12 @@ import torch
 
 from qplug.api import Algorithm, FloatModel, ModelView, Preparation, TensorSpec
 from qplug.api.tensors import Checkpoint
-from qplug.checkpoint.names import natural_order
+from qplug.checkpoint.names import is_within, natural_order, relative_name, split_name
 from qplug.checkpoint.rewritten import apply, rewritten
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.hollow import load_config
-from qplug.model.residual_stream import Faces
+from qplug.model.residual_stream import StreamFinder
 from qplug.model.small_copy import SmallCopy, place_of
 from qplug.output.manifest import read_manifest
 from qplug.run.stages import Stages
@@ -96,19 +96,19 @@ def _prepare(
     trusted = session.trust_remote_code
     config = load_config(source.folder, trust_remote_code=trusted)
     copy = SmallCopy(config, source.folder, trusted)
-    faces = Faces(copy)
+    finder = StreamFinder(copy)
     tied = bool(view.config.get("tie_word_embeddings", config.tie_word_embeddings))
     width = config.get_text_config().hidden_size
     for algorithm in stages.preparing:
         specs = {name: held.spec for name, held in prepared.checkpoint.tensors.items()}
-        stream = faces.stream(specs, view.blocks, copy.kinds, width, tied=tied)
+        stream = finder.stream(specs, view.blocks, copy.kinds, width, tied=tied)
         model = FloatModel(prepared.view, specs, stream)
-        if learn is not None and algorithm.learns_whole():
+        if learn is not None and algorithm.learns_rewrite():
             model = replace(model, learned=learn(algorithm, model, prepared.checkpoint))
         made = stages.prepare(algorithm, model)
         if learn is None:
             _check_online(made.online, stages)
-            _try_on(copy, faces, stages, algorithm, prepared.view, view.blocks, tied=tied)
+            _try_on(copy, finder, stages, algorithm, prepared.view, view.blocks, tied=tied)
         tied = bool(made.config.get("tie_word_embeddings", tied))
         checkpoint = rewritten(prepared.checkpoint, made, session.device)
         prepared = Prepared(
@@ -121,8 +121,9 @@ def _prepare(
 
 
 def _check_online(online: Sequence[str], stages: Stages) -> None:
-    """Raises QplugError if inputs must be rotated online and the exporter does not support it."""
-    if online and not stages.exporter.rotates_online:
+    """Raises QplugError if inputs must be rotated online and the engine does not support it."""
+    engine = stages.exporter.engine
+    if online and engine is not None and not engine.rotates_online:
         raise QplugError(
             f"{stages.exporter.name}: does not rotate inputs of linears while the model runs, "
             f"which {online[0]} needs; measure such a model with --backend fake"
@@ -133,7 +134,7 @@ def _seen(checkpoint: Checkpoint, view: ModelView, made: Preparation) -> ModelVi
     """Returns the view of the rewritten checkpoint, in which a head that was tied is a linear."""
     linears = dict(view.linears)
     for tensor in made.rewrites:
-        name, _, local = tensor.rpartition(".")
+        name, local = split_name(tensor)
         shape = checkpoint.tensors[tensor].spec.shape
         if local == "weight" and name == view.head and len(shape) == 2:
             linears[name] = (shape[0], shape[1])
@@ -143,7 +144,7 @@ def _seen(checkpoint: Checkpoint, view: ModelView, made: Preparation) -> ModelVi
 
 def _try_on(
     copy: SmallCopy,
-    faces: Faces,
+    finder: StreamFinder,
     stages: Stages,
     algorithm: Algorithm[Any],
     view: ModelView,
@@ -153,12 +154,12 @@ def _try_on(
 ) -> None:
     """Tries ``algorithm`` on ``copy``, a small copy of a model with ``view`` and ``blocks``."""
     small = copy.tensors()
-    stream = faces.stream(_specs(small), copy.blocks, _each(copy), copy.width, tied=tied)
+    stream = finder.stream(_specs(small), copy.blocks, _each(copy), copy.width, tied=tied)
     view_of_small = _view_of(copy, view, _specs(small))
     tried = stages.prepare(algorithm, FloatModel(view_of_small, _specs(small), stream))
     # Tensors that are tied in the model are separate in the copy.
     small |= {head: small[words].clone() for head, words in stream.copies.items()}
-    _try(algorithm.name, tried, small, copy, faces, blocks)
+    _try(algorithm.name, tried, small, copy, finder, blocks)
 
 
 def _try(
@@ -166,7 +167,7 @@ def _try(
     made: Preparation,
     tensors: Mapping[str, Tensor],
     copy: SmallCopy,
-    faces: Faces,
+    finder: StreamFinder,
     blocks: Sequence[str],
 ) -> None:
     """Raises QplugError if ``copy`` computes other logits after ``made`` rewrites ``tensors``.
@@ -181,13 +182,13 @@ def _try(
     copy.fill(tensors)
     if _distance(before.logits, after.logits) <= _RTOL:
         return
-    outside = [norm for norm in faces.unread if not norm.startswith(copy.blocks)]
+    outside = [norm for norm in finder.unread if not norm.startswith(copy.blocks)]
     for kind, (old, new) in enumerate(zip(before.hidden, after.hidden, strict=True)):
         # Inner products of tokens do not change under a rotation.
         if not _distance(old @ old.T, new @ new.T) <= _RTOL:
-            inner = f"{copy.blocks[kind]}."
-            within = [n.removeprefix(inner) for n in faces.unread if n.startswith(inner)]
-            norms = " and ".join(within or outside)
+            block = copy.blocks[kind]
+            inside = [relative_name(block, n) for n in finder.unread if is_within(block, n)]
+            norms = " and ".join(inside or outside)
             why = f": no linear reads the output of {norms}" if norms else ""
             raise QplugError(f"{name}: {blocks[copy.first[kind]]}: cannot be rotated{why}")
     raise QplugError(f"{name}: the head, or the norm before it, cannot be rotated")

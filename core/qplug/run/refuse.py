@@ -26,7 +26,8 @@ def open_source(model: str, out: Path, exporter: Exporter[Any], session: Session
     source = open_checkpoint(session.processes.from_first(lambda: find_model(model)))
     if source.folder.resolve().is_relative_to(out.resolve()):
         raise QplugError(f"{out}: is or contains the model itself; choose another folder")
-    sentence = exporter.refuses_files(source.folder)
+    file = exporter.format.single_file
+    sentence = file.refuses(source.folder) if file is not None else None
     if sentence is not None:
         raise QplugError(f"{exporter.name}: {sentence}")
     return source
@@ -43,7 +44,7 @@ def servable(
     for name, scheme in schemes.items():
         check_widths(name, view.linears[name][1], scheme)
     if any(scheme.uses_qtorch for scheme in schemes.values()):
-        if exporter.served and not exporter.stores_float:
+        if exporter.engine is not None:
             raise QplugError(
                 f"{exporter.name}: use_qtorch: engines do not round as qtorch does; "
                 "measure it with --backend fake"
@@ -53,7 +54,7 @@ def servable(
     if sentence is not None:
         raise QplugError(f"{exporter.name}: {sentence}")
     return {
-        name: scheme.with_scale_dtype(exporter.scale_dtype(scheme, view.dtype))
+        name: scheme.with_scale_dtype(exporter.format.scale_dtype(scheme, view.dtype))
         for name, scheme in schemes.items()
     }
 

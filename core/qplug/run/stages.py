@@ -22,13 +22,13 @@ from qplug.api import (
 )
 from qplug.api.scheme import Scheme
 from qplug.calibration.observers import find_observer
-from qplug.calibration.ranges import InputRange, clip_counts, input_ranges, short
+from qplug.calibration.ranges import InputRange, clip_counts, four_digits, input_ranges
 from qplug.calibration.shared_scales import (
     fix_input_scales,
     share_global_scales,
     share_tensor_scales,
 )
-from qplug.checkpoint.names import by_module
+from qplug.checkpoint.names import by_module, module_of, split_name
 from qplug.checkpoint.open import INDEX, open_checkpoint
 from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
 from qplug.machine.session import Session
@@ -72,7 +72,7 @@ class Stages:
         """Returns ``recipe`` without settings that these stages do not use."""
         if not self.needs_data:
             return replace(recipe, calibration=None)
-        if recipe.calibration and self.exporter.stores_float:
+        if recipe.calibration and self.exporter.format.stores_float:
             # The exporter stores float weights; a resumed run has no others to pass data through.
             return replace(recipe, calibration=replace(recipe.calibration, propagate="float"))
         return recipe
@@ -90,7 +90,7 @@ class Stages:
     @property
     def learns(self) -> bool:
         """Whether an algorithm computes outputs of whole blocks, to learn the float blocks'."""
-        return any(algorithm.learns for algorithm in self.pipeline)
+        return any(algorithm.learns_blocks for algorithm in self.pipeline)
 
     @property
     def preparing(self) -> list[Algorithm[Any]]:
@@ -105,21 +105,21 @@ class Stages:
     @property
     def learns_whole(self) -> bool:
         """Whether an algorithm learns on the whole model how to rewrite the model."""
-        return any(algorithm.learns_whole() for algorithm in self.pipeline)
+        return any(algorithm.learns_rewrite() for algorithm in self.pipeline)
 
     def learn(
         self, algorithm: Algorithm[Any], model: FloatModel, whole: WholeModel
     ) -> Mapping[str, Tensor]:
         """Returns the tensors that ``algorithm`` learns on ``whole``, under its own names."""
         with self._clock("learning"), self._naming_in_errors(algorithm, algorithm.name):
-            return algorithm.learn(model, whole)
+            return algorithm.learn_rewrite(model, whole)
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         """Runs all algorithms on ``block``; returns codes by linear, {} if floats are stored."""
         for algorithm in self.pipeline:
             with self._clock("transform"), self._naming_in_errors(algorithm, block.name):
                 algorithm.transform(block)
-        if self.exporter.stores_float:
+        if self.exporter.format.stores_float:
             return {}
         return self._codes(block, self.quantizer)
 
@@ -172,14 +172,14 @@ class Stages:
         inputs: Mapping[str, InputRange],
     ) -> Report:
         errors = {
-            linear.name: short(relative_error(block.original(linear), codes[linear.name]))
+            linear.name: four_digits(relative_error(block.original(linear), codes[linear.name]))
             for linear in block.linears
             if linear.name in codes
         }
         read = [
             (group, linear)
             for whole in block.groups
-            for group in whole.parts
+            for group in whole.by_tokens
             for linear in group.linears
             if linear.name in codes and group.tokens
         ]
@@ -187,7 +187,7 @@ class Stages:
         def loss_of(pair: tuple[InputGroup, Linear]) -> float:
             group, linear = pair
             weight = codes[linear.name]
-            return short(relative_output_error(block.original(linear), weight, group.gram))
+            return four_digits(relative_output_error(block.original(linear), weight, group.gram))
 
         in_order = block.spread(read, loss_of, cost=lambda pair: _products(*pair))
         losses = {linear.name: loss for (_, linear), loss in zip(read, in_order, strict=True)}
@@ -221,17 +221,18 @@ class Stages:
         return packed
 
     def _packed(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
-        tensors = self.exporter.pack(weight, scheme, dtype)
+        tensors = self.exporter.format.pack(weight, scheme, dtype)
         return {local: tensor.cpu() for local, tensor in tensors.items()}
 
     def convert(self, folder: Path, model: ModelView, schemes: Mapping[str, Scheme]) -> None:
-        """Replaces the shards in ``folder`` by the exporter's own file, if it has one."""
-        if self.exporter.file is None:
+        """Replaces the shards in ``folder`` by the format's own file, if it has one."""
+        file = self.exporter.format.single_file
+        if file is None:
             return
         finished = open_checkpoint(folder)
-        path = folder / self.exporter.file
-        with self._naming_in_errors(self.exporter, self.exporter.file):
-            self.exporter.write(finished, model, schemes, path)
+        path = folder / file.name
+        with self._naming_in_errors(self.exporter, file.name):
+            file.write(finished, model, schemes, path)
             if not path.is_file():
                 raise ValueError(f"write left no {path.name}")
         for replaced in (*finished.shards, folder / INDEX):
@@ -271,9 +272,9 @@ def _unseen(block: Block) -> Iterator[str]:
     """Yields a note for each layer with experts that received no calibration token."""
     unseen: dict[str, list[str]] = {}
     for whole in block.groups:
-        for group in whole.routed:
+        for group in whole.by_expert:
             if not group.tokens:
-                layer, _, number = group.linears[0].name.rpartition(".")[0].rpartition(".")
+                layer, number = split_name(module_of(group.linears[0].name))
                 unseen.setdefault(layer, []).append(number)
     for layer, numbers in unseen.items():
         yield f"{layer}: no token reached {', '.join(numbers)}; rounded to nearest"

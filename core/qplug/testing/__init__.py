@@ -32,3 +32,7 @@ __all__ = [
     "tiny_tokenizer",
     "write_tiny_model",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

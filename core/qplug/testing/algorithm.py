@@ -119,7 +119,7 @@ class AlgorithmContract(ComponentContract):
             self._check(scheme, block, self._run(block), " with a dead channel and a row of zeros")
 
     def test_a_block_that_no_token_reached(self) -> None:
-        if self.algorithm.learns:
+        if self.algorithm.learns_blocks:
             return  # it learns from the tokens that go through the block
         for scheme in self._schemes():
             block = tiny_block(scheme, tokens=0)
@@ -197,6 +197,7 @@ class AlgorithmContract(ComponentContract):
 
     def _schemes(self) -> list[Scheme]:
         schemes = [preset(name) for name in self.schemes]
+        demand(schemes, f"{type(self).__qualname__}.schemes names none to test {self._who} with")
         return [s.with_group_size(16) if s.weights.strategy == "group" else s for s in schemes]
 
     def _runs_without_data(self) -> bool:

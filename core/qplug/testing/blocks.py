@@ -16,7 +16,8 @@ from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.reconstruction import Data, LiveReconstruction
 from qplug.calibration.statistics import Statistics
 from qplug.machine.processes import ALONE
-from qplug.model.input_groups import Before, Group
+from qplug.model.hooks import hooked
+from qplug.model.input_groups import GroupPaths, Producer
 
 _INNER = 48
 _CPU = torch.device("cpu")
@@ -65,9 +66,9 @@ def tiny_block(
     for name in ("gate", "up", "down"):
         shape = module.get_parameter(f"{name}.weight").shape
         weights[f"{name}.weight"] = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-    first = Before("norm", "norm", torch.arange(width)) if movable else None
-    second = Before("rows", "up", torch.arange(_INNER)) if movable else None
-    structure = (Group(("gate", "up"), first, "gate"), Group(("down",), second, "down"))
+    first = Producer("norm", "norm", torch.arange(width)) if movable else None
+    second = Producer("rows", "up", torch.arange(_INNER)) if movable else None
+    structure = (GroupPaths(("gate", "up"), first, "gate"), GroupPaths(("down",), second, "down"))
     observe = partial(_observe, module, x)
     block = LiveBlock(
         "block",
@@ -103,11 +104,11 @@ def _observe(
     """
     inputs = [_inputs(module, parameters, x) for parameters in (values, float_values)]
     statistics = {}
-    for name, computed, ideal in zip(("gate", "down"), *inputs, strict=True):
+    for name, computed, in_float in zip(("gate", "down"), *inputs, strict=True):
         width = computed.shape[1]
         statistics[name] = Statistics(width, _CPU, 128, by_window=True, with_drift=True)
         if len(computed):
-            statistics[name].observe_windows(computed, 128, len(computed), ideal=ideal)
+            statistics[name].observe_windows(computed, 128, len(computed), float_x=in_float)
     return statistics
 
 
@@ -120,11 +121,8 @@ def _inputs(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> l
         )
         for name in ("gate", "down")
     ]
-    try:
+    with hooked(handles):
         functional_call(module, {n: p for n, p in parameters.items() if "input_scale" not in n}, x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return inputs
 
 

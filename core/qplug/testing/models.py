@@ -32,6 +32,7 @@ class ByteTokenizer:
     size = 256
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The bytes of ``text`` in UTF-8, as ids; there are no special tokens."""
         return list(text.encode())
 
 

@@ -26,13 +26,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Returns a function of ``qplug.text.windows``, imported at its first use.
+if not TYPE_CHECKING:  # a type checker would take any name for one of this module
 
-    That module imports torch, which listing datasets does not need.
-    """
-    if name in __all__:
-        from qplug.text import windows
+    def __getattr__(name: str) -> Any:
+        """Functions on windows, imported when first asked for: listing datasets needs no torch."""
+        if name in __all__:
+            from qplug.text import windows
 
-        return getattr(windows, name)
-    raise AttributeError(f"module 'qplug.text' has no attribute {name!r}")
+            return getattr(windows, name)
+        raise AttributeError(f"module 'qplug.text' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

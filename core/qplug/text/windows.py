@@ -7,6 +7,8 @@ the same windows on any machine, whatever random numbers were drawn before.
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,6 +28,8 @@ _BEGINNING = 1 << 15
 _SPARE = 1.1
 #: Tokens at the end of a cut text that may differ from those of the whole text.
 _CUT_OFF = 128
+#: The longest text, in characters, whose tokens are kept for the next run of this process.
+_KEPT = 1 << 22
 
 
 def random_windows(
@@ -162,13 +166,39 @@ def _text_tokens(
             if len(ids) >= wanted:
                 return ids[:first]
             size = int(size * max(2, _SPARE * wanted / max(1, len(ids))))
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = _encoded(text, tokenizer)
     if len(ids) < length:
         raise QplugError(
             f"dataset {dataset.name}: its {split} text has {len(ids)} tokens, fewer than one "
             f"window of {length}: ask for shorter windows, or use more text"
         )
     return ids
+
+
+def _encoded(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of ``text``, which are not computed again for a text that was met a moment ago.
+
+    Only tokenizers of the tokenizers library can be compared; the tokens of others are not kept.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or len(text) > _KEPT:
+        return tokenizer.encode(text, add_special_tokens=False)
+    return _tokens_of(_Encoding(text, type(tokenizer), backend.to_str(), tokenizer))
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """A text to tokenize. Two are equal if their tokens are."""
+
+    text: str
+    kind: type
+    definition: str
+    tokenizer: Tokenizer = field(compare=False)
+
+
+@lru_cache(maxsize=2)
+def _tokens_of(encoding: _Encoding) -> list[int]:
+    return encoding.tokenizer.encode(encoding.text, add_special_tokens=False)
 
 
 def _window(ids: list[int], start: int, length: int) -> Tensor:
