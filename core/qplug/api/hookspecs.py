@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qplug.api.events import BlockReport, Result
 
 hookspec = pluggy.HookspecMarker("qplug")
-#: Marks a function of a plugin as the implementation of the hook that has its name.
+#: Marks a function in a plugin as the implementation of the hook of the same name.
 hookimpl = pluggy.HookimplMarker("qplug")
 
 

@@ -100,22 +100,22 @@ def _prepare(
     tied = bool(view.config.get("tie_word_embeddings", config.tie_word_embeddings))
     width = config.get_text_config().hidden_size
     for algorithm in stages.preparing:
-        specs = {name: held.spec for name, held in prepared.checkpoint.tensors.items()}
+        specs = {name: tensor.spec for name, tensor in prepared.checkpoint.tensors.items()}
         stream = finder.stream(specs, view.blocks, copy.kinds, width, tied=tied)
         model = FloatModel(prepared.view, specs, stream)
         if learn is not None and algorithm.learns_rewrite():
             model = replace(model, learned=learn(algorithm, model, prepared.checkpoint))
-        made = stages.prepare(algorithm, model)
+        preparation = stages.prepare(algorithm, model)
         if learn is None:
-            _check_online(made.online, stages)
+            _check_online(preparation.online, stages)
             _try_on(copy, finder, stages, algorithm, prepared.view, view.blocks, tied=tied)
-        tied = bool(made.config.get("tie_word_embeddings", tied))
-        checkpoint = rewritten(prepared.checkpoint, made, session.device)
+        tied = bool(preparation.config.get("tie_word_embeddings", tied))
+        checkpoint = rewritten(prepared.checkpoint, preparation, session.device)
         prepared = Prepared(
             checkpoint,
-            _seen(checkpoint, prepared.view, made),
-            prepared.online + made.online,
-            prepared.notes + made.notes,
+            _rewritten_view(checkpoint, prepared.view, preparation),
+            prepared.online + preparation.online,
+            prepared.notes + preparation.notes,
         )
     return prepared
 
@@ -130,10 +130,10 @@ def _check_online(online: Sequence[str], stages: Stages) -> None:
         )
 
 
-def _seen(checkpoint: Checkpoint, view: ModelView, made: Preparation) -> ModelView:
+def _rewritten_view(checkpoint: Checkpoint, view: ModelView, preparation: Preparation) -> ModelView:
     """Returns the view of the rewritten checkpoint, in which a head that was tied is a linear."""
     linears = dict(view.linears)
-    for tensor in made.rewrites:
+    for tensor in preparation.rewrites:
         name, local = split_name(tensor)
         shape = checkpoint.tensors[tensor].spec.shape
         if local == "weight" and name == view.head and len(shape) == 2:
@@ -156,29 +156,29 @@ def _try_on(
     small = copy.tensors()
     stream = finder.stream(_specs(small), copy.blocks, _each(copy), copy.width, tied=tied)
     view_of_small = _view_of(copy, view, _specs(small))
-    tried = stages.prepare(algorithm, FloatModel(view_of_small, _specs(small), stream))
+    preparation = stages.prepare(algorithm, FloatModel(view_of_small, _specs(small), stream))
     # Tensors that are tied in the model are separate in the copy.
-    small |= {head: small[words].clone() for head, words in stream.copies.items()}
-    _try(algorithm.name, tried, small, copy, finder, blocks)
+    small |= {head: small[embedding].clone() for head, embedding in stream.copies.items()}
+    _check_logits(algorithm.name, preparation, small, copy, finder, blocks)
 
 
-def _try(
+def _check_logits(
     name: str,
-    made: Preparation,
+    preparation: Preparation,
     tensors: Mapping[str, Tensor],
     copy: SmallCopy,
     finder: StreamFinder,
     blocks: Sequence[str],
 ) -> None:
-    """Raises QplugError if ``copy`` computes other logits after ``made`` rewrites ``tensors``.
+    """Raises QplugError if ``copy`` computes other logits with its ``tensors`` rewritten.
 
     The error names the first block, of the ``blocks`` of the real model, that computes something
     else, and its norms that no linear reads. ``name`` is the algorithm's.
     """
     copy.fill(tensors)
     before = copy.run()
-    copy.fill(apply(made, tensors))
-    after = copy.run(made.online)
+    copy.fill(apply(preparation, tensors))
+    after = copy.run(preparation.online)
     copy.fill(tensors)
     if _distance(before.logits, after.logits) <= _RTOL:
         return
