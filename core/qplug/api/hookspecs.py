@@ -57,7 +57,7 @@ def qplug_exporters() -> Iterable[type[Exporter[Any]]]:
     """Offer exporters, which write the formats that engines load.
 
     Called once, when the first component of any kind is asked for. Return classes, not instances.
-    Each names a format and an engine, of its own or of another plugin.
+    An exporter names a format and an engine, of its own plugin or of another one.
 
     Since 0.1. Example::
 
