@@ -138,7 +138,7 @@ def test_a_command_is_imported_when_it_runs() -> None:
     sys.modules.pop("qplug.cli.plugins", None)
     qplug("--help")
     assert "qplug.cli.plugins" not in sys.modules
-    assert "Describe what is called NAME" in qplug("plugins", "--help").output
+    assert "Describe the component or command NAME" in qplug("plugins", "--help").output
     assert "qplug.cli.plugins" in sys.modules
 
 

@@ -395,9 +395,9 @@ def test_steps_that_rotate_as_the_model_runs(
     assert manifest["online"] == [f"model.layers.{n}.mlp.down_proj" for n in range(4)]
     served = step_2.replace("save_fake", "save_vllm")
     refused = run(served, "--out", tmp_path / "three", "--scheme", "W8A8")
-    assert "vllm: does not rotate the inputs of linears as the model runs" in refused.stderr
+    assert "vllm: does not rotate inputs of linears while the model runs" in refused.stderr
     again = run(step_1, f"{tmp_path}/one/transformed_model", "--out", tmp_path / "three")
-    assert "inputs of its linears are rotated as it runs, so quarot cannot" in again.stderr
+    assert "are rotated while the model runs, so quarot cannot rewrite it" in again.stderr
 
 
 def test_help(cli: Cli) -> None:

@@ -11,7 +11,7 @@ from qplug.api.component import Component, P
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: What text is for. A dataset may have one text for both.
+#: The purpose of text. A dataset may use the same text for both.
 Split = Literal["calibration", "evaluation"]
 
 
@@ -19,7 +19,7 @@ class Tokenizer(Protocol):
     """The method of a tokenizer that datasets call; tokenizers of transformers have it."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The ids of the tokens of ``text``; special tokens mark its start and end if asked for."""
+        """Returns the token ids of ``text``, with special tokens around it if asked for."""
         ...
 
 

@@ -50,20 +50,21 @@ def per_row_scale(scale: Tensor, weight: Tensor, args: QuantArgs) -> Tensor:
     return spread_scales(scale.expand(row_scales(weight, args)))
 
 
-def in_groups(rows: Tensor, args: QuantArgs) -> Tensor:
-    """Returns ``rows`` ``[rows, in]`` as ``[row steps, rows of a step, groups, columns]``.
+def in_groups(part: Tensor, args: QuantArgs) -> Tensor:
+    """Returns ``part`` as ``[row steps, rows of a step, groups, columns]``.
 
-    Blocks that reach over the edge of the matrix are filled with zeros.
+    ``part`` are rows of a weight, ``[rows, in]``. Blocks that reach over the edge of the matrix are
+    filled with zeros.
     """
     if args.block:
         tall, wide = args.block
-        down, right = -rows.shape[0] % tall, -rows.shape[1] % wide
+        down, right = -part.shape[0] % tall, -part.shape[1] % wide
         if down or right:
-            padded = rows.new_zeros((rows.shape[0] + down, rows.shape[1] + right))
-            padded[: rows.shape[0], : rows.shape[1]] = rows
-            rows = padded
-        return rows.view(rows.shape[0] // tall, tall, rows.shape[1] // wide, wide)
-    return rows.view(rows.shape[0], 1, -1, args.group_size or rows.shape[1])
+            padded = part.new_zeros((part.shape[0] + down, part.shape[1] + right))
+            padded[: part.shape[0], : part.shape[1]] = part
+            part = padded
+        return part.view(part.shape[0] // tall, tall, part.shape[1] // wide, wide)
+    return part.view(part.shape[0], 1, -1, args.group_size or part.shape[1])
 
 
 def out_of_groups(groups: Tensor, width: int, rows: int) -> Tensor:

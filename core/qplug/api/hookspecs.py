@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qplug.api.events import BlockReport, Result
 
 hookspec = pluggy.HookspecMarker("qplug")
-#: Marks a function of a plugin as the implementation of the hook that has its name.
+#: Marks a function in a plugin as the implementation of the hook of the same name.
 hookimpl = pluggy.HookimplMarker("qplug")
 
 
@@ -57,7 +57,7 @@ def qplug_exporters() -> Iterable[type[Exporter[Any]]]:
     """Offer exporters, which write the formats that engines load.
 
     Called once, when the first component of any kind is asked for. Return classes, not instances.
-    Each names a format and an engine, of its own or of another plugin.
+    An exporter names a format and an engine, of its own plugin or of another one.
 
     Since 0.1. Example::
 

@@ -1,7 +1,7 @@
 """Keeps the module paths from before 0.2 working: an import of an old path warns and forwards.
 
 The old paths will be removed in 0.3. A table and one import finder replace a file for each path.
-Packages that were modules with public names forward those names by ``moved_names``.
+Some old modules are packages now; they forward the names that they had with ``moved_names``.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ RENAMED = {
 
 
 def moved_names(module: str, moved: Mapping[str, tuple[str, str]]) -> Callable[[str], Any]:
-    """Returns the ``__getattr__`` of a module that had public names which are elsewhere now.
+    """Returns a ``__getattr__`` for ``module``, which warns and forwards names that were moved.
 
-    ``moved``: the module and the name of each now, by its old name.
+    ``moved`` has the present module and the present name, by the old name.
     """
 
     def getattribute(name: str) -> Any:
@@ -57,7 +57,7 @@ def moved_names(module: str, moved: Mapping[str, tuple[str, str]]) -> Callable[[
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         door, new = moved[name]
         warnings.warn(
-            f"{module}.{name} goes with qplug 0.3: import {new} from {door}",
+            f"{module}.{name} will be removed in qplug 0.3: import {new} from {door}",
             FutureWarning,
             stacklevel=2,
         )

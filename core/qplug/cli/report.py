@@ -11,7 +11,7 @@ import click
 from qplug.cli.progress import progress_bar
 from qplug.cli.text_options import TextOptions, text_options
 from qplug.registry.registry import Registry
-from qplug.report.page_file import beside, check_target, write
+from qplug.report.page_file import check_target, default_file, write
 
 if TYPE_CHECKING:
     from qplug.api.events import Result
@@ -58,7 +58,7 @@ def command(
     from qplug.reading.folder import open_folder
     from qplug.reading.verify import find_source
 
-    file = out or beside(find_model(folder))
+    file = out or default_file(find_model(folder))
     check_target(file)
     measured = {}
     if perplexity:

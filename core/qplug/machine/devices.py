@@ -18,11 +18,11 @@ def find_device(name: str, launch: Launch = ALONE) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if launch.count > 1 and name.startswith("cuda"):
         if name != "cuda":
-            raise QplugError(f"--device {name}: several processes take a GPU each; say cuda")
+            raise QplugError(f"--device {name}: several processes need a GPU each; use cuda")
         if torch.cuda.device_count() < launch.local_count:
             raise QplugError(
                 f"{launch.local_count} processes need a GPU each, and {torch.cuda.device_count()} "
-                "can be seen; start fewer, or say --device cpu"
+                "can be seen; start fewer, or use --device cpu"
             )
         name = f"cuda:{launch.local_rank}"
     try:

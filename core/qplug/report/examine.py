@@ -117,8 +117,8 @@ def _examined(
     scheme, manifest = folder.schemes[name], folder.manifest
     assert folder.exporter is not None
     stored_as, packed = folder.exporter.format, folder.packed(name)
-    made = stored_as.unpack(packed, scheme) if stored_as.is_lossless else None
-    weight = stored_as.dequantize(packed, scheme) if made is None else dequantize(made)
+    codes = stored_as.unpack(packed, scheme) if stored_as.is_lossless else None
+    weight = stored_as.dequantize(packed, scheme) if codes is None else dequantize(codes)
     rewritten = manifest is not None and f"{name}.weight" in manifest.rewritten
     has_float = source is not None and (not rewritten or f"{name}.weight" in source.tensors)
     original = float_weight(source, name, weight.shape) if source and has_float else None
@@ -136,10 +136,10 @@ def _examined(
         weights=(None if original is None else _span(original), _span(weight)),
         inputs=manifest.inputs.get(name) if manifest else None,
         clips=manifest.clips.get(name, ()) if manifest else (),
-        scales=None if made is None else _span(made.scale),
-        scale_count=0 if made is None else made.scale.numel(),
+        scales=None if codes is None else _span(codes.scale),
+        scale_count=0 if codes is None else codes.scale.numel(),
     )
-    return layer, {} if made is None else _counted(made.scale)
+    return layer, {} if codes is None else _counted(codes.scale)
 
 
 def _place(name: str, blocks: tuple[str, ...]) -> tuple[int | None, str]:

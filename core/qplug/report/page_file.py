@@ -11,7 +11,7 @@ from qplug.errors import QplugError
 _MARK = '<meta name="generator" content="qplug">'
 
 
-def beside(folder: Path) -> Path:
+def default_file(folder: Path) -> Path:
     """Returns the default file of the report on ``folder``: ``FOLDER.report.html``."""
     absolute = folder.absolute()
     return absolute.with_name(f"{absolute.name}.report.html")
@@ -19,7 +19,7 @@ def beside(folder: Path) -> Path:
 
 def report_file(report: str, out: Path) -> Path:
     """Returns the file that ``--report [FILE]`` names; without FILE, ``report`` is ""."""
-    return Path(report) if report else beside(out)
+    return Path(report) if report else default_file(out)
 
 
 def refuse_pages(report: str, outs: Sequence[Path]) -> None:

@@ -28,8 +28,8 @@ _BEGINNING = 1 << 15
 _SPARE = 1.1
 #: Tokens at the end of a cut text that may differ from those of the whole text.
 _CUT_OFF = 128
-#: The longest text, in characters, whose tokens are kept for the next run of this process.
-_KEPT = 1 << 22
+#: The longest text, in characters, whose tokens are cached for the next run of this process.
+_LONGEST_CACHED = 1 << 22
 
 
 def random_windows(
@@ -176,19 +176,20 @@ def _text_tokens(
 
 
 def _encoded(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of ``text``, which are not computed again for a text that was met a moment ago.
+    """Returns the tokens of ``text``; those of the last two texts are cached.
 
-    Only tokenizers of the tokenizers library can be compared; the tokens of others are not kept.
+    Tokens of a tokenizer that is not from the tokenizers library are not cached, since there is no
+    way to compare such tokenizers.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or len(text) > _KEPT:
+    if backend is None or len(text) > _LONGEST_CACHED:
         return tokenizer.encode(text, add_special_tokens=False)
     return _tokens_of(_Encoding(text, type(tokenizer), backend.to_str(), tokenizer))
 
 
 @dataclass(frozen=True)
 class _Encoding:
-    """A text to tokenize. Two are equal if their tokens are."""
+    """A text and its tokenizer, as a key of the cache: equal keys have equal tokens."""
 
     text: str
     kind: type
