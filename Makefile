@@ -39,7 +39,7 @@ test-engines-full: test-engines  ## every algorithm with every scheme that the t
 # QPLUG_VLLM_PYTHON_OPTIONS ({"attention_backend": "TRITON_ATTN"}) more for vllm.LLM, and so on.
 # CONTRIBUTING.md says how many processes share the work, and how long they may take.
 test-gpu: $(VENV)/installed-test  ## the kernels and the engines, on a host with a GPU
-	$(BIN)/python -m pytest -m gpu tests/algorithms tests/engines
+	$(BIN)/python -m pytest -m gpu tests/plugins/algorithms tests/engines
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -53,7 +53,7 @@ docs: $(VENV)/installed-dev  ## the site, in ./site; nothing is asked of another
 	$(BIN)/mkdocs build --strict
 
 reference: $(VENV)/installed-dev  ## docs/reference, from the code
-	$(BIN)/python docs/generate_reference.py
+	$(BIN)/python tools/generate_reference.py
 
 wheel: $(VENV)/installed-dev  ## build the wheel and try it in an environment of its own
 	bash tests/wheel.sh $(BIN)/python

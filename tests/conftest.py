@@ -8,18 +8,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO
 
 import pytest
+from click.testing import CliRunner, Result
 from hypothesis import settings
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from qplug import Dataset, Tokenizer
 
 # Matrices here are small, and threads that wait for a busy core cost seconds. It must be said
 # before torch is imported; processes that tests start inherit it.
@@ -31,6 +27,9 @@ settings.register_profile("qplug", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("qplug")
 
+#: Fixtures that tests of several folders use.
+pytest_plugins = ["checkpoints", "hand_made", "job_files", "small_models"]
+
 
 def pytest_collection_finish() -> None:
     """What libraries made when they were imported is not looked through for garbage again."""
@@ -38,32 +37,19 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _the_demo_text_is_tokenized_once() -> Iterator[None]:
-    """To tokenize it takes longer than most runs that are calibrated on a few windows of it."""
-    from qplug.text import windows
+# --- commands ------------------------------------------------------------------------------------
 
-    work = windows._text_tokens
-    known: dict[tuple[str, str], list[int]] = {}
 
-    def once(
-        dataset: Dataset[Any],
-        tokenizer: Tokenizer,
-        length: int,
-        split: Any,
-        first: int | None = None,
-    ) -> list[int]:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if dataset.name != "demo" or backend is None or first is not None:
-            return work(dataset, tokenizer, length, split, first)
-        key = (split, backend.to_str())
-        if len(known.get(key, ())) < length:
-            known[key] = work(dataset, tokenizer, length, split)
-        return known[key]
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., Result]:
+    """Runs ``qplug`` with the given words in this process."""
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "_text_tokens", once)
-        yield
+    def run(*words: object) -> Result:
+        from qplug.cli.main import main
+
+        return CliRunner().invoke(main, [str(word) for word in words], prog_name="qplug")
+
+    return run
 
 
 # --- the CPU of the host --------------------------------------------------------------------------
@@ -95,80 +81,6 @@ def declare_cpu(_cpuinfo: Path) -> Iterator[Callable[..., None]]:
 
 
 # --- processes ------------------------------------------------------------------------------------
-
-# Starts what each line of stdin says, as often as it says, and as torchrun does if it says more
-# than once: in forks of this process, which has everything imported. Tells the processes' ids, then
-# how they ended.
-STARTER = """
-import json, os, signal, socket, sys, time, traceback
-import transformers
-import transformers.models.llama.modeling_llama, transformers.models.mixtral.modeling_mixtral
-import transformers.models.opt.modeling_opt
-import torch.distributed
-import qplug.run.perform, qplug.run.quantize
-from qplug.cli.main import main
-from qplug import Checkpoint
-from qplug.checkpoint.open import open_checkpoint
-from qplug.registry.registry import Registry
-from qplug.model.view import model_view
-from qplug.checkpoint.locate import find_model
-
-demo = find_model("qplug:demo")
-Registry.installed().load()
-transformers.AutoTokenizer.from_pretrained(demo)
-model_view(open_checkpoint(demo))  # transformers compiles a thousand patterns
-
-def work(words):
-    if words[0] == "-c":
-        exec(words[1], {"__name__": "__main__"})
-    else:
-        main(words, prog_name="qplug")
-
-def be_child(told, rank, port):
-    # A job in the background starts with Ctrl-C switched off.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.chdir(told["folder"])
-    os.environ.update(told["environment"])
-    if told["count"] > 1:
-        count = str(told["count"])
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=count)
-        os.environ.update(LOCAL_WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    for stream, number in (("stdout", 1), ("stderr", 2)):
-        file = os.open(told["log"] + "." + stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, number)
-    end = 0
-    try:
-        work(told["words"])
-    except SystemExit as error:
-        end = error.code or 0
-    except BaseException:
-        traceback.print_exc()
-        end = 1
-    sys.stdout.flush()
-    os._exit(end)  # without a second of tidying up
-
-for line in sys.stdin:
-    told = json.loads(line)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(told["count"]):
-        child = os.fork()
-        if child == 0:
-            be_child(told, rank, port)
-        children.append(child)
-    print(json.dumps(children), flush=True)
-    ends = {}
-    while len(ends) < told["count"]:
-        child, status = os.wait()
-        ends[child] = os.waitstatus_to_exitcode(status)
-        if ends[child] != 0 and told["end_together"]:
-            time.sleep(0.1)
-            for other in set(children) - set(ends):
-                os.kill(other, signal.SIGTERM)
-    print(json.dumps([ends[child] for child in children]), flush=True)
-"""
 
 
 @dataclass(frozen=True)
@@ -234,7 +146,7 @@ class Starter:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
     """Starts processes that have torch and transformers imported: it costs no seconds then."""
     with subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", STARTER],
+        [sys.executable, "-W", "error", Path(__file__).with_name("starter.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

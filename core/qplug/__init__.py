@@ -17,8 +17,10 @@ from qplug.api import (
     Checkpoint,
     Component,
     Dataset,
+    Engine,
     Exporter,
     FloatModel,
+    Format,
     InputGroup,
     Linear,
     ModelView,
@@ -29,6 +31,7 @@ from qplug.api import (
     Reconstruction,
     Rewrite,
     Server,
+    SingleFile,
     Split,
     StoredTensor,
     Stream,
@@ -41,7 +44,7 @@ from qplug.api import (
 )
 from qplug.api.events import BlockReport, Result, StageCost
 from qplug.api.hookspecs import hookimpl
-from qplug.api.layout import layout_problems, loading_problems
+from qplug.api.layout import kernel_problems, layout_problems
 from qplug.api.limits import DEVICES, Target, beyond_limits, shape_problem
 from qplug.api.old_paths import forward_old_paths
 from qplug.api.params import Param
@@ -61,12 +64,13 @@ if TYPE_CHECKING:
     from qplug.checkpoint.open import open_checkpoint
     from qplug.checkpoint.tensor_file import FileTensor
     from qplug.model.tokenizer import load_tokenizer
-    from qplug.reading.compare import compare
+    from qplug.reading.compare import Comparison, compare
     from qplug.reading.load import load
-    from qplug.reading.perplexity import evaluate
-    from qplug.reading.verify import verify
+    from qplug.reading.perplexity import Evaluation, evaluate
+    from qplug.reading.verify import Verification, verify
     from qplug.recipe.files import read_job
-    from qplug.recipe.job import Export, Job, Measurement
+    from qplug.recipe.recipe import Export, Job, Measurement, Recipe
+    from qplug.registry.registry import Registry
     from qplug.run.perform import perform
     from qplug.run.quantize import quantize
 
@@ -86,12 +90,16 @@ __all__ = [
     "BlockReport",
     "Capability",
     "Checkpoint",
+    "Comparison",
     "Component",
     "Dataset",
+    "Engine",
+    "Evaluation",
     "Export",
     "Exporter",
     "FileTensor",
     "FloatModel",
+    "Format",
     "InputGroup",
     "Job",
     "Linear",
@@ -106,11 +114,14 @@ __all__ = [
     "QplugError",
     "QuantArgs",
     "QuantizedWeight",
+    "Recipe",
     "Reconstruction",
+    "Registry",
     "Result",
     "Rewrite",
     "Scheme",
     "Server",
+    "SingleFile",
     "Split",
     "StageCost",
     "StoredTensor",
@@ -121,15 +132,16 @@ __all__ = [
     "TensorSpec",
     "Tokenizer",
     "ValueHeads",
+    "Verification",
     "WholeModel",
     "beyond_limits",
     "compare",
     "evaluate",
     "hookimpl",
+    "kernel_problems",
     "layout_problems",
     "load",
     "load_tokenizer",
-    "loading_problems",
     "open_checkpoint",
     "perform",
     "preset",
@@ -141,10 +153,15 @@ __all__ = [
 
 #: Names that plugins do not need, and the module of each: imported when first asked for.
 _LAZY = {
-    "Export": "qplug.recipe.job",
+    "Comparison": "qplug.reading.compare",
+    "Evaluation": "qplug.reading.perplexity",
+    "Export": "qplug.recipe.recipe",
     "FileTensor": "qplug.checkpoint.tensor_file",
-    "Job": "qplug.recipe.job",
-    "Measurement": "qplug.recipe.job",
+    "Job": "qplug.recipe.recipe",
+    "Measurement": "qplug.recipe.recipe",
+    "Recipe": "qplug.recipe.recipe",
+    "Registry": "qplug.registry.registry",
+    "Verification": "qplug.reading.verify",
     "compare": "qplug.reading.compare",
     "evaluate": "qplug.reading.perplexity",
     "load": "qplug.reading.load",
@@ -157,12 +174,14 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from importlib import import_module
+if not TYPE_CHECKING:  # a type checker would take any name for one of this module
 
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'qplug' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            from importlib import import_module
+
+            return getattr(import_module(_LAZY[name]), name)
+        raise AttributeError(f"module 'qplug' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

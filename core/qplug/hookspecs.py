@@ -23,3 +23,7 @@ __all__ = [
     "qplug_model_view",
     "qplug_run_done",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -15,7 +15,7 @@ from qplug.api import hookspecs
 
 @pytest.fixture(scope="module")
 def generator(root: Path) -> types.ModuleType:
-    file = root / "docs/generate_reference.py"
+    file = root / "tools/generate_reference.py"
     spec = importlib.util.spec_from_file_location("generate_reference", file)
     assert spec is not None
     assert spec.loader is not None

@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner, Result
 
 import qplug
 from qplug.checkpoint.locate import find_model
-from qplug.cli.main import main
 
 HOW: dict[str, Any] = {
     "group_size": 32,
@@ -60,16 +58,6 @@ def awq(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = {"awq": {"ratios": "4", "clip_steps": "4"}}
     qplug.quantize(str(float_model), out, algo="awq", algorithm_options=options, **HOW)
     return out
-
-
-@pytest.fixture
-def cli() -> Callable[..., Result]:
-    """Runs ``qplug`` with the given words in this process."""
-
-    def run(*words: object) -> Result:
-        return CliRunner().invoke(main, [str(word) for word in words], prog_name="qplug")
-
-    return run
 
 
 class Page(HTMLParser):

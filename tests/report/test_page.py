@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from jinja2 import UndefinedError
 
+from qplug import preset
 from qplug.api.events import StageCost
+from qplug.api.scheme import CACHES
 from qplug.reading.perplexity import Evaluation
+from qplug.recipe.recipe import Calibration, Recipe
+from qplug.recipe.words import words
 from qplug.registry.registry import Registry
 from qplug.report import charts
 from qplug.report.comparison import Compared, comparison_page
 from qplug.report.examine import examine
 from qplug.report.page import report_page
 from qplug.report.rendering import environment, render
-from qplug.report.words import size
+from qplug.report.words import recipe_rows, size
 
 if TYPE_CHECKING:
     from qplug.report.findings import Findings
@@ -59,19 +63,47 @@ def test_numbers_of_the_whole(page: str, findings: Findings, read_page: ReadPage
     found, overview = read_page(page), findings.overview
     assert found.row("all tensors")[1] == size(overview.bytes.total)
     bits = f"{overview.bits_per_weight:.3f}"
-    assert found.row("a quantized weight, scales included") == [bits]
+    assert found.row("quantized weight, scales included") == [bits]
     assert found.row("quantized") == ["21.0000", "+5.00%", "4 windows of 32 tokens of demo"]
     assert found.row("transform")[:3] == ["3.25 s", "5.0 MB", "-"]
     assert found.row("all else")[0] == "1.25 s"
     assert found.row("all")[:2] == ["5.00 s", "5.0 MB"]
-    assert found.row("algorithms") == ["awq"]
-    assert found.row("options") == ["awq.ratios=4, awq.clip_steps=4"]
-    assert found.row("calibration data")[0].startswith("4 windows of 32 tokens of demo")
+    assert found.row("algo") == ["awq"]
+    assert found.row("algorithm options") == ["awq.ratios=4, awq.clip_steps=4"]
+    assert [found.row(name) for name in ("dataset", "samples", "seq len")] == [
+        ["demo"],
+        ["4"],
+        ["32"],
+    ]
+
+
+def test_every_field_of_a_recipe_that_is_set_has_a_row() -> None:
+    recipe = Recipe(
+        ("awq", "gptq"),
+        overrides=(("*.up", preset("FP8_BLOCK")),),
+        ignore=("a", "b"),
+        algorithm_options={"gptq": {"damp": 0.1}},
+        backend_options={"tp": 2},
+        calibration=Calibration(options={"x": 1}, observer_options={"y": 2}, batch_size=3),
+        kv_cache=CACHES["fp8"],
+        use_qtorch=True,
+    )
+    rows = dict(recipe_rows(recipe.to_dict()))
+    assert list(rows) == [
+        word.name.replace("_", " ") for word in words() if word.name != "group_size"
+    ]
+    assert rows["algo"] == "awq, gptq"
+    assert rows["scheme"] == "W4A16; weights: int4, groups of 128; inputs: as they are"
+    assert rows["overrides"] == "*.up: FP8_BLOCK"
+    assert rows["algorithm options"] == "gptq.damp=0.1"
+    assert rows["kv cache"] == "e4m3, one scale"
+    few = dict(recipe_rows(Recipe(calibration=None).to_dict()))
+    assert list(few) == ["algo", "scheme", "backend", "seed"]
 
 
 def test_what_is_not_known_is_said(findings: Findings) -> None:
     page = report_page(findings)
-    assert "Not known: a folder says nothing of when or how it was made." in page
+    assert "Not known: a folder does not record them." in page
     assert "Not measured." in page
     foreign = replace(findings.overview, recipe={}, model=None)
     assert "qplug did not write this folder" in report_page(replace(findings, overview=foreign))

@@ -1,7 +1,8 @@
 """A component's options: one frozen dataclass, filled from the command line, YAML or Python.
 
 A field is ``name: Annotated[type, Param("What it does.")] = default``. Types: ``bool``, ``int``,
-``float``, ``str``, ``Path``, ``Literal[...]``, and any of them ``| None``.
+``float``, ``str``, ``Path``, ``Literal[...]``, and any of them ``| None``. Recipes, whose fields
+have more types, are read by ``qplug.recipe.fields`` from the same annotation.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -24,13 +25,100 @@ _SCALARS = (bool, int, float, str, Path)
 
 
 @dataclass(frozen=True)
+class Spelling:
+    """How a field is said where its type is none that files have.
+
+    ``kind`` is the type in files. ``read`` makes of such a value the values of fields, by name.
+    ``write`` makes it of the dataclass that has the fields. ``parse`` makes the field's value of
+    the word that the command line or Python gives. ``read`` and ``parse`` raise QplugError.
+    """
+
+    kind: Any
+    read: Callable[[Any], Mapping[str, Any]]
+    write: Callable[[Any], Any]
+    parse: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
 class Param:
-    """What a field means, the bounds of a number, and older names that it also answers to."""
+    """The meaning of a field, the bounds of a number, and older names that it also answers to.
+
+    The rest is for qplug's own recipe. In files: ``key`` is the key (by default the field's name;
+    None if the field has no key of its own), ``spelling`` the form of its value, ``inline`` says
+    that the keys of a part stand beside those of the whole. As words on the command line and in
+    Python: ``word`` is the keyword (by default the name), ``flag`` the option (by default
+    ``--word``), ``metavar`` its value; ``adds`` says that a value is added to the earlier one.
+    ``of`` names the field whose component the value belongs to: another component starts from the
+    default. ``heading`` is the part of ``--help`` in which the option stands.
+    """
 
     help: str
     min: float | None = None
     max: float | None = None
     also: tuple[str, ...] = ()
+    _: dataclasses.KW_ONLY
+    key: str | None = ""
+    spelling: Spelling | None = None
+    inline: bool = False
+    word: str = ""
+    flag: str = ""
+    metavar: str | None = None
+    adds: bool = False
+    of: str = ""
+    heading: str = ""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a dataclass, with its type and its Param. ``default`` may be MISSING."""
+
+    name: str
+    type: Any
+    default: Any
+    param: Param
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def word(self) -> str:
+        """The keyword in Python."""
+        return self.param.word or self.name
+
+    @property
+    def flag(self) -> str:
+        """The option on the command line."""
+        return self.param.flag or f"--{self.word.replace('_', '-')}"
+
+
+def fields_of(kind: type) -> list[Field]:
+    """The fields of a dataclass, in order. Raises TypeError for one without a Param."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return [_field(kind, field, hints[field.name]) for field in dataclasses.fields(kind)]
+
+
+def _field(kind: type, field: dataclasses.Field[Any], hint: Any) -> Field:
+    bare, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    param = next((extra for extra in extras if isinstance(extra, Param)), None)
+    if param is None:
+        where = f"{kind.__qualname__}.{field.name}"
+        raise TypeError(f"{where} must be Annotated[type, Param('what it does')]")
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    return Field(field.name, bare, default, param)
+
+
+def check_fields(owner: Any) -> None:
+    """Raises QplugError for a field of ``owner`` that is out of bounds or none of its choices."""
+    for field in fields_of(type(owner)):
+        value, least = getattr(owner, field.name), field.param.min
+        choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+        if choices and value not in choices:
+            names = ", ".join(map(str, choices))
+            raise QplugError(f"{field.flag} {value}: must be one of {names}")
+        if least is not None and value is not None and value < least:
+            raise QplugError(f"{field.flag} {value}: must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -64,22 +152,15 @@ def options(params: type) -> list[Option]:
     """The fields of ``params``, checked. Raises TypeError for what cannot be an option."""
     if not (dataclasses.is_dataclass(params) and params.__dataclass_params__.frozen):  # type: ignore[attr-defined]
         raise TypeError(f"{params.__qualname__} must be a frozen dataclass")
-    hints = typing.get_type_hints(params, include_extras=True)
-    found = [_option(params, field, hints[field.name]) for field in dataclasses.fields(params)]
+    found = [_option(params, field) for field in fields_of(params)]
     names = [_plain(name) for option in found for name in (option.name, *option.param.also)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise TypeError(f"{params.__qualname__}: {', '.join(twice)} names two options")
     return found
 
 
-def _option(params: type, field: dataclasses.Field[Any], hint: Any) -> Option:
-    where = f"{params.__qualname__}.{field.name}"
-    if get_origin(hint) is not Annotated:
-        raise TypeError(f"{where} must be Annotated[type, Param('what it does')]")
-    hint, *extras = get_args(hint)
-    param = next((extra for extra in extras if isinstance(extra, Param)), None)
-    if param is None:
-        raise TypeError(f"{where} must be Annotated[type, Param('what it does')]")
+def _option(params: type, field: Field) -> Option:
+    where, hint, param = f"{params.__qualname__}.{field.name}", field.type, field.param
     optional = False
     if get_origin(hint) in (Union, types.UnionType):
         members = [member for member in get_args(hint) if member is not type(None)]
@@ -91,7 +172,7 @@ def _option(params: type, field: dataclasses.Field[Any], hint: Any) -> Option:
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         hint = type(choices[0])
-    if hint not in _SCALARS or field.default_factory is not dataclasses.MISSING:
+    if hint not in _SCALARS:
         raise TypeError(f"{where}: {hint} cannot be an option")
     if (param.min, param.max) != (None, None) and (hint not in (int, float) or choices):
         raise TypeError(f"{where}: only a number can have bounds")

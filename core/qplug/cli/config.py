@@ -26,16 +26,17 @@ def check(registry: Registry, file: Path) -> None:
     Keys that change nothing are told on stderr, with their lines. Exit status 1 for wrong values,
     and for algorithms that make no sense together or for the scheme.
     """
+    from qplug.recipe.check import check as check_job
     from qplug.recipe.files import read_job
 
     read = read_job(file, registry)
     tell(read.warnings)
-    job = read.job
-    job.check(registry)
-    folders = [f"{export.out} ({export.backend})" for export in job.exports]
+    job, recipe = read.job, read.job.recipe
+    check_job(job, registry)
+    folders = [f"{e.out} ({job.recipe_for(e).backend})" for e in job.exports]
     stages = dict.fromkeys(stage for told in job.measurements for stage in told.at)
     click.echo(
-        f"{file}: sound ({read.kind}): {'+'.join(job.algorithms)}, {job.scheme.name}; "
+        f"{file}: valid {read.kind}: {'+'.join(recipe.algorithms)}, {recipe.scheme.name}; "
         f"writes {', '.join(folders) or 'nothing'}; measures {', '.join(stages) or 'nothing'}"
     )
 
@@ -45,11 +46,13 @@ def check(registry: Registry, file: Path) -> None:
 @click.pass_obj
 def convert(registry: Registry, file: Path) -> None:
     """Print the native recipe that does what FILE asks for."""
+    from qplug.recipe.check import check_names
     from qplug.recipe.files import read_job
     from qplug.recipe.recipe_file import write_recipe
 
     read = read_job(file, registry)
     tell(read.warnings)
+    check_names(read.job, registry)
     click.echo(write_recipe(read.job), nl=False)
 
 

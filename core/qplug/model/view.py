@@ -62,7 +62,8 @@ def packed_view(
     ``packed``: shapes ``(out, in)`` by linear. Linears of the architecture are in the view even if
     the folder lacks them.
     """
-    return _view(checkpoint, _tree(checkpoint, trust_remote_code), packed)
+    tree = _tree(checkpoint, trust_remote_code)
+    return _view(checkpoint, tree, packed)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _tree(checkpoint: Checkpoint, trust_remote_code: bool) -> _Tree:
 
 
 def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, int]]) -> ModelView:
-    shapes = dict(packed)
+    dtype, shapes = _float_dtype(checkpoint), dict(packed)
     for tensor, stored in checkpoint.tensors.items():
         name, local = split_name(tensor)
         is_matrix = local == "weight" and len(stored.spec.shape) == 2
@@ -106,7 +107,7 @@ def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, i
     }
     return ModelView(
         config=checkpoint.config,
-        dtype=_float_dtype(checkpoint),
+        dtype=dtype,
         linears={name: shapes[name] for name in natural_order(shapes)},
         quantizable=frozenset(quantizable),
         blocks=tree.blocks,

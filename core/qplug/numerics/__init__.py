@@ -5,7 +5,10 @@ The names in ``__all__`` are public; the modules of this package are not.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from qplug.api.groups import dequantize, in_groups, out_of_groups, per_row_scale
+from qplug.api.old_paths import moved_names
 from qplug.numerics.activations import activation_top, fake_quantize_activations, input_scale
 from qplug.numerics.clipping import scaling_error, search_clip, unclipped_ratio
 from qplug.numerics.hadamard import hadamard_exists, hadamard_matrix, hadamard_transform
@@ -97,3 +100,10 @@ __all__ = [
     "unclipped_ratio",
     "weight_range",
 ]
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of this module
+    __getattr__ = moved_names(__name__, {"per_column": ("qplug.numerics", "column_scales")})
+
+
+def __dir__() -> list[str]:
+    return __all__

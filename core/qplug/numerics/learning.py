@@ -121,6 +121,7 @@ class SignSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        """Moves each value that has a gradient; ``closure`` is not called."""
         for group in self.param_groups:
             for value in group["params"]:
                 if value.grad is not None:

@@ -11,8 +11,12 @@ from qplug.api.scheme import QuantArgs, Scheme
 from qplug.calibration.ranges import InputRange
 from qplug.checkpoint.open import read_json
 from qplug.errors import QplugError
+from qplug.recipe.recipe import Recipe
 
 MANIFEST = "qplug.json"
+
+#: The version of the format of ``qplug.json``. Files without one are older, and read the same.
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -46,19 +50,25 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not (folder / MANIFEST).exists():
         return None
     told = read_json(folder / MANIFEST)
+    version = told.get("version", VERSION)
+    if version != VERSION:
+        raise QplugError(
+            f"{folder / MANIFEST}: has format {version}, and this qplug reads {VERSION}; "
+            "install the qplug that wrote the folder"
+        )
     try:
         kinds = [Scheme.from_dict(plain) for plain in told["schemes"]]
-        layers, cache = told["layers"], told["recipe"]["kv_cache"]
+        layers, recipe = told["layers"], Recipe.from_dict(told["recipe"])
         read = InputRange.from_list
         return Manifest(
             model=told["model"],
-            backend=told["recipe"]["backend"],
-            algorithms=tuple(told["recipe"]["algorithms"]),
+            backend=recipe.backend,
+            algorithms=recipe.algorithms,
             versions=told["versions"],
             schemes={name: kinds[layer["scheme"]] for name, layer in layers.items()},
             errors={name: layer["error"] for name, layer in layers.items()},
             rewritten=frozenset(told["rewritten"]),
-            kv_cache=QuantArgs.from_dict(cache) if cache else None,
+            kv_cache=recipe.kv_cache,
             online=tuple(told.get("online", ())),
             recipe=told["recipe"],
             losses={n: layer["loss"] for n, layer in layers.items() if layer["loss"] is not None},

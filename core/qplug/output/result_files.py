@@ -11,7 +11,7 @@ from typing import Any
 from qplug.api import Exporter, ModelView
 from qplug.api.scheme import Scheme
 from qplug.output.fingerprint import versions
-from qplug.output.manifest import MANIFEST
+from qplug.output.manifest import MANIFEST, VERSION
 from qplug.output.step_report import Report
 from qplug.recipe.recipe import Recipe
 from qplug.registry.registry import Registry
@@ -50,9 +50,9 @@ def result_files(
     ``online`` are linears whose inputs whoever computes with the folder must rotate.
     """
     config = dict(model.config)
-    quantization = exporter.config(model, schemes)
+    quantization = exporter.format.config(model, schemes)
     if recipe.kv_cache is not None:
-        quantization = exporter.with_cache(quantization, recipe.kv_cache)
+        quantization = exporter.format.with_cache(quantization, recipe.kv_cache)
     if quantization is not None:
         config["quantization_config"] = quantization
     errors = {name: error for report in reports for name, error in report.errors.items()}
@@ -60,6 +60,7 @@ def result_files(
     ranges = _ranges(reports)
     kinds = list(dict.fromkeys(schemes.values()))
     manifest = {
+        "version": VERSION,
         "model": name,
         "recipe": recipe.to_dict(),
         "versions": versions(recipe, registry),
@@ -80,7 +81,7 @@ def result_files(
     return {
         "config.json": _json(config),
         MANIFEST: _json(manifest),
-        "README.md": _card(name, recipe, exporter, errors, exporter.serve_arguments(config)),
+        "README.md": _card(name, recipe, exporter, errors, config),
     }
 
 
@@ -112,9 +113,11 @@ def _card(
     recipe: Recipe,
     exporter: Exporter[Any],
     errors: Mapping[str, float],
-    arguments: Sequence[str],
+    config: Mapping[str, Any],
 ) -> str:
-    serve = exporter.serve_command and " ".join([exporter.serve_command.format("."), *arguments])
+    engine, serve = exporter.engine, None
+    if engine is not None and engine.serve_command is not None:
+        serve = " ".join([engine.serve_command.format("."), *engine.serve_arguments(config)])
     return _CARD.substitute(
         tag=recipe.scheme.name.lower(),
         title=f"{name.rstrip('/').rpartition('/')[2]}, {recipe.scheme.name}",
@@ -123,7 +126,7 @@ def _card(
         algorithms="+".join(recipe.algorithms),
         scheme=recipe.scheme.name,
         backend=recipe.backend,
-        made="transformed" if exporter.stores_float else "quantized",
+        made="transformed" if exporter.format.stores_float else "quantized",
         told=_told(errors),
         manifest=MANIFEST,
         serve=f"; serve it with `{serve}`" if serve else "",

@@ -68,6 +68,7 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
+        """Whether both measures are within their bounds."""
         return self.kl <= self.max_kl and self.top1 >= self.min_top1  # not where either is NaN
 
     def worst(self, count: int = 3) -> list[str]:

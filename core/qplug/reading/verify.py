@@ -39,6 +39,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Whether the loader would take the folder: no problem was found."""
         return not self.problems
 
 
@@ -61,7 +62,7 @@ def verify(
     if opened.exporter is None:
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
     source_name, source = find_source(opened, against)
-    problems = list(opened.exporter.check(opened.checkpoint, opened.view))
+    problems = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
     problems += _beside_the_weights(opened)
     problems += _architecture_lacks(opened, session)
     errors: dict[str, float] = {}
@@ -170,7 +171,10 @@ def _strays(opened: Folder, source: Checkpoint) -> list[Problem]:
 def _grown(opened: Folder, source: Checkpoint) -> list[Problem]:
     """A linear in codes is smaller than it was as floats."""
     assert opened.exporter is not None
-    if not opened.exporter.exact or opened.checkpoint.config.get("quantization_config") is None:
+    if (
+        not opened.exporter.format.is_lossless
+        or opened.checkpoint.config.get("quantization_config") is None
+    ):
         return []  # floats are stored
     stored: dict[str, int] = {}
     for tensor, held in opened.checkpoint.tensors.items():
@@ -212,7 +216,7 @@ def _norm(matrix: torch.Tensor) -> float:
 
 def _errors_differ(opened: Folder, errors: Mapping[str, float]) -> list[Problem]:
     """Each layer is as far from the float model as it was when it was written."""
-    if opened.manifest is None or opened.exporter is None or not opened.exporter.exact:
+    if opened.manifest is None or opened.exporter is None or not opened.exporter.format.is_lossless:
         return []
     told, rewritten = opened.manifest.errors, opened.manifest.rewritten
     return [

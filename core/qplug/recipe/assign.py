@@ -25,7 +25,7 @@ def assign(recipe: Recipe, model: ModelView) -> dict[str, Scheme]:
             schemes[name] = scheme
     if not schemes:
         raise QplugError("nothing is left to quantize: the model has no linear layers for it")
-    return {name: schemes[name] for name in model.linears if name in schemes}
+    return {name: recipe.rounding(schemes[name]) for name in model.linears if name in schemes}
 
 
 def _matching(patterns: Iterable[str], names: Iterable[str], flag: str) -> set[str]:

@@ -1,41 +1,34 @@
-"""Frozen dataclasses as the schema of a file: read from YAML, written to it, told as JSON Schema.
+"""Recipes and their parts in files and in ``qplug.json``: read, written, described as JSON Schema.
 
-A field is ``name: Annotated[type, Doc("what it means")] = default``. Types: ``str``, ``int``,
-``float``, ``bool``, ``Path``, ``Literal[...]``, another such dataclass, ``tuple[T, ...]``,
-``Mapping[str, T]``, and unions of them. A union is read as the first member that fits the shape:
-a mapping as a dataclass, a list as a tuple, a scalar as what it is.
+The schema is the dataclass itself: fields ``name: Annotated[type, Param("what it means")]``. Types:
+``str``, ``int``, ``float``, ``bool``, ``Path``, ``Literal[...]``, another such dataclass,
+``tuple[T, ...]``, ``Mapping[str, T]``, and unions of them. A union is read as the first member that
+fits the shape: a mapping as a dataclass, a list as a tuple, a scalar by its type. A field of any
+other type has a ``Spelling``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import types
-import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
-from qplug.errors import did_you_mean
+from qplug.api.params import Field, fields_of
+from qplug.errors import QplugError, did_you_mean
 from qplug.recipe.yaml_tree import Node
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Doc:
-    """What a field means."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One field, taken apart."""
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key of a file, and the field that it fills. ``default`` is plain, or MISSING."""
 
     name: str
+    field: Field
     kind: Any
-    doc: str
     default: Any
 
     @property
@@ -43,15 +36,23 @@ class Slot:
         return self.default is dataclasses.MISSING
 
 
-def slots(kind: type) -> Iterator[Slot]:
-    """The fields of a dataclass."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    for field in dataclasses.fields(kind):
-        hint, doc = get_args(hints[field.name])
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        yield Slot(field.name, hint, doc.text, default)
+def keys(kind: type) -> Iterator[Key]:
+    """The keys of a file that holds ``kind``."""
+    for field in fields_of(kind):
+        if field.param.inline:
+            yield from keys(field.type)
+        elif field.param.key is not None:
+            yield key_of(kind, field)
+
+
+def key_of(kind: type, field: Field) -> Key:
+    """The key of one field of ``kind``."""
+    spelling, name = field.param.spelling, field.param.key or field.name
+    if spelling is None:
+        default = field.default if field.required else plain(field.default)
+        return Key(name, field, field.type, default)
+    default = field.default if field.required else plain(spelling.write(kind()))
+    return Key(name, field, spelling.kind, default)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -62,24 +63,54 @@ def read(kind: type[T], node: Node) -> T:
 
     Raises QplugError, with the line, for an unknown key, a missing one, or a wrong value.
     """
-    entries = node.entries()
-    known = {slot.name: slot for slot in slots(kind)}
-    values = {}
-    for key, inner in entries.items():
-        if key not in known:
-            raise inner.place.error(f"no such key.{did_you_mean(key, known)}", known)
-        values[key] = _value(known[key].kind, inner)
-    for slot in known.values():
-        if slot.required and slot.name not in values:
-            raise node.place.error(f"has no {slot.name!r}, which it needs: {slot.doc}")
-    return kind(**values)
+    entries, known = node.entries(), {key.name: key for key in keys(kind)}
+    for name, inner in entries.items():
+        if name not in known:
+            raise inner.place.error(f"no such key.{did_you_mean(name, known)}", known)
+    for key in known.values():
+        if key.required and key.name not in entries:
+            help_ = key.field.param.help
+            raise node.place.error(f"has no {key.name!r}, which it needs: {help_}")
+    return _filled(kind, node, entries)
+
+
+def _filled(kind: type[T], node: Node, entries: Mapping[str, Node]) -> T:
+    values: dict[str, Any] = {}
+    for field in fields_of(kind):
+        inner = None if field.param.key is None else entries.get(field.param.key or field.name)
+        if field.param.inline:
+            values[field.name] = _filled(field.type, node, entries)
+        elif inner is not None:
+            values |= _field_values(field, inner)
+    try:
+        return kind(**values)
+    except QplugError as error:
+        raise node.place.error(str(error)) from error
+
+
+def _field_values(field: Field, node: Node) -> Mapping[str, Any]:
+    spelling = field.param.spelling
+    value = _value(spelling.kind if spelling else field.type, node)
+    if spelling is None:
+        _check_bounds(field, value, node)
+        return {field.name: value}
+    try:
+        return spelling.read(value)
+    except QplugError as error:
+        raise node.place.error(str(error)) from error
+
+
+def _check_bounds(field: Field, value: Any, node: Node) -> None:
+    least = field.param.min
+    if least is not None and value is not None and value < least:
+        raise node.place.error(f"{value!r} is wrong", f"a number of {least} or more")
 
 
 def _value(kind: Any, node: Node) -> Any:
     if get_origin(kind) is not None:
         return _GENERIC[get_origin(kind)](get_args(kind), node)
     if dataclasses.is_dataclass(kind):
-        return read(typing.cast("type[Any]", kind), node)
+        return read(cast("type[Any]", kind), node)
     return _SCALARS[kind](node)
 
 
@@ -97,6 +128,11 @@ def _mapping(members: tuple[Any, ...], node: Node) -> dict[str, Any]:
     return {key: _value(members[1], item) for key, item in node.entries().items()}
 
 
+def _nothing(node: Node) -> None:
+    if node.value is not None:
+        raise node.place.error(f"{node.plain()!r} is wrong", "none")
+
+
 def _member(members: tuple[Any, ...], node: Node) -> Any:
     def fits(kind: Any) -> bool:
         if kind is type(None):
@@ -111,7 +147,7 @@ def _member(members: tuple[Any, ...], node: Node) -> Any:
 
     found = next((kind for kind in members if fits(kind)), None)
     if found is None:
-        raise node.place.error(f"{node.plain()!r} is wrong", " or ".join(map(_told, members)))
+        raise node.place.error(f"{node.plain()!r} is wrong", " or ".join(map(_named, members)))
     return found
 
 
@@ -122,16 +158,17 @@ _EXACT: dict[Any, tuple[type, ...]] = {
     str: (str,),
     Path: (str,),
 }
-_SCALARS: dict[Any, Any] = {
+_SCALARS: dict[Any, Callable[[Node], Any]] = {
     str: Node.word,
     int: Node.whole,
     float: Node.number,
     bool: Node.switch,
     Path: lambda node: Path(node.word()),
+    type(None): _nothing,
 }
 
 
-_GENERIC: dict[Any, Any] = {
+_GENERIC: dict[Any, Callable[[tuple[Any, ...], Node], Any]] = {
     Union: _union,
     types.UnionType: _union,
     Literal: lambda choices, node: node.word(choices),
@@ -140,9 +177,12 @@ _GENERIC: dict[Any, Any] = {
 }
 
 
-def _told(kind: Any) -> str:
+def _named(kind: Any) -> str:
+    """A type in the words of a message."""
     if dataclasses.is_dataclass(kind):
-        return f"a mapping of {', '.join(slot.name for slot in slots(typing.cast('type', kind)))}"
+        return f"a mapping of {', '.join(key.name for key in keys(cast('type', kind)))}"
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
     names = {str: "a string", int: "a whole number", float: "a number", bool: "True or False"}
     return names.get(kind, "none" if kind is type(None) else str(kind))
 
@@ -151,18 +191,70 @@ def _told(kind: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Plain values for YAML or JSON; fields that have their default are left out."""
+    """Plain values for a file; keys that have their default are left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            slot.name: plain(getattr(value, slot.name))
-            for slot in slots(type(value))
-            if slot.required or getattr(value, slot.name) != slot.default
-        }
+        return dict(_entries(value))
     if isinstance(value, Mapping):
         return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, (tuple, list)):
         return [plain(inner) for inner in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _entries(owner: Any) -> Iterator[tuple[str, Any]]:
+    known = {key.field.name: key for key in keys(type(owner))}
+    for field in fields_of(type(owner)):
+        if field.param.inline:
+            yield from _entries(getattr(owner, field.name))
+        elif field.param.key is not None:
+            spelling, key = field.param.spelling, known[field.name]
+            value = plain(spelling.write(owner) if spelling else getattr(owner, field.name))
+            if key.required or value != key.default:
+                yield key.name, value
+
+
+# --- qplug.json -----------------------------------------------------------------------------------
+
+
+def to_dict(value: Any) -> Any:
+    """A plain form for JSON, in which every field is said; ``from_dict`` reads it back."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        own = getattr(value, "to_dict", None)
+        return own() if own else all_fields(value)
+    if isinstance(value, Mapping):
+        return {key: to_dict(inner) for key, inner in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [to_dict(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def all_fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass, each in its plain form."""
+    return {field.name: to_dict(getattr(value, field.name)) for field in fields_of(type(value))}
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass ``kind`` of its plain form; a field that is not said has its default.
+
+    Raises KeyError or TypeError for anything else.
+    """
+    known = {field.name: field for field in fields_of(kind)}
+    return kind(**{name: _from_plain(known[name].type, value) for name, value in values.items()})
+
+
+def _from_plain(kind: Any, value: Any) -> Any:
+    members = [member for member in get_args(kind) if member is not type(None)]
+    if get_origin(kind) in (Union, types.UnionType):
+        return value if value is None or len(members) > 1 else _from_plain(members[0], value)
+    if get_origin(kind) is tuple:
+        inner = members[:1] * len(value) if Ellipsis in members else members
+        return tuple(_from_plain(each, item) for each, item in zip(inner, value, strict=True))
+    if get_origin(kind) is Mapping:
+        return {key: _from_plain(members[1], item) for key, item in value.items()}
+    own = getattr(kind, "from_dict", None)
+    if own is not None:
+        return own(value)
+    return from_dict(cast("type[Any]", kind), value) if dataclasses.is_dataclass(kind) else value
 
 
 # --- JSON Schema ----------------------------------------------------------------------------------
@@ -178,16 +270,18 @@ def json_schema(kind: type, title: str) -> dict[str, Any]:
 
 
 def _object(kind: type) -> dict[str, Any]:
-    fields = list(slots(kind))
+    known = list(keys(kind))
     properties = {}
-    for slot in fields:
-        properties[slot.name] = {**_schema(slot.kind), "description": slot.doc}
-        if not slot.required and slot.default is not None:
-            properties[slot.name]["default"] = plain(slot.default)
+    for key in known:
+        properties[key.name] = {**_schema(key.kind), "description": key.field.param.help}
+        if key.field.param.min is not None:
+            properties[key.name]["minimum"] = key.field.param.min
+        if not key.required and key.default is not None:
+            properties[key.name]["default"] = key.default
     return {
         "type": "object",
         "properties": properties,
-        "required": [slot.name for slot in fields if slot.required],
+        "required": [key.name for key in known if key.required],
         "additionalProperties": False,
     }
 
@@ -206,7 +300,7 @@ def _schema(kind: Any) -> dict[str, Any]:
     if get_origin(kind) is not None:
         return _GENERIC_SCHEMAS[get_origin(kind)](get_args(kind))
     if dataclasses.is_dataclass(kind):
-        return _object(typing.cast("type", kind))
+        return _object(cast("type", kind))
     return {"type": _JSON[kind]}
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qplug.recipe.job import Job
 from qplug.recipe.llmc.file import is_llmc, read_llmc
+from qplug.recipe.recipe import Job
 from qplug.recipe.recipe_file import read_recipe
 from qplug.recipe.yaml_tree import read_yaml
 from qplug.registry.registry import Registry
@@ -24,11 +24,11 @@ class ReadJob:
 def read_job(path: Path, registry: Registry) -> ReadJob:
     """The job in a native recipe or an LLMC file.
 
-    Raises QplugError, with file and line, for wrong values and for names that no plugin has.
+    Raises QplugError, with file and line, for wrong values. ``qplug.recipe.check`` finds names that
+    no plugin has, once the command line has completed the job.
     """
     root = read_yaml(path)
     warnings: list[str] = []
     llmc = is_llmc(root)
-    job = read_llmc(root, registry, warnings) if llmc else read_recipe(root)
-    job.check_names(registry)
-    return ReadJob(job, "LLMC" if llmc else "native", tuple(warnings))
+    job = read_llmc(root, registry, warnings) if llmc else read_recipe(root, warnings)
+    return ReadJob(job, "LLMC file" if llmc else "recipe", tuple(warnings))

@@ -23,12 +23,17 @@ def make_pipeline(
     Raises QplugError if a name or an option is wrong, or if they make no sense together or for
     these schemes.
     """
-    for name in options:
-        if name not in names:
-            raise QplugError(f"-o {name}...: {name} is not in --algo")
+    refuse_strangers(names, options)
     pipeline = [registry.algorithms.make(name, options.get(name)) for name in names]
     check_pipeline(pipeline, schemes)
     return pipeline
+
+
+def refuse_strangers(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises QplugError if there are ``options`` for an algorithm that is not in the pipeline."""
+    for name in options:
+        if name not in names:
+            raise QplugError(f"-o {name}...: {name} is not in --algo")
 
 
 def check_pipeline(pipeline: Sequence[Algorithm[Any]], schemes: Sequence[Scheme]) -> None:

@@ -1,16 +1,20 @@
-"""Numbers and recipes in the words of a page."""
+"""Formats numbers and recipes for people."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from qplug.api.params import fields_of
+from qplug.api.scheme import QuantArgs, Scheme
+from qplug.recipe.recipe import Calibration, Recipe
 
 if TYPE_CHECKING:
     from qplug.reading.perplexity import Evaluation
 
 
 def size(count: float) -> str:
-    """Bytes, in decimal units."""
+    """Formats a number of bytes in decimal units: ``1.5 MB``."""
     if abs(count) >= 1e9:
         return f"{count / 1e9:,.2f} GB"
     if not count:
@@ -19,74 +23,75 @@ def size(count: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four digits; a dash for None."""
+    """Formats a number with four digits; None as a dash."""
     return "-" if value is None else f"{value:.4g}"
 
 
 def bits(value: float | None) -> str:
-    """Three digits behind the point, as ``qplug inspect`` has them."""
+    """Formats a number with three decimals, as ``qplug inspect`` does; None as a dash."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def span(low: float, high: float) -> str:
+    """Formats the smallest and the largest of some values."""
     return f"{low:.4g} … {high:.4g}"
 
 
-def text_of(found: Evaluation) -> str:
-    """The text that a perplexity was measured on."""
-    return f"{found.windows} windows of {found.seq_len} tokens of {found.dataset}"
+def text_of(result: Evaluation) -> str:
+    """Describes the text that a perplexity was measured on."""
+    return f"{result.windows} windows of {result.seq_len} tokens of {result.dataset}"
 
 
 def recipe_rows(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a recipe (``Recipe.to_dict``) says, a row each; nothing of what it leaves alone."""
-    data = recipe["calibration"]
-    rows = [
-        ("algorithms", " + ".join(recipe["algorithms"])),
-        ("options", _options(recipe["algorithm_options"])),
-        ("scheme", recipe["scheme"]["name"]),
-        ("weights", _args(recipe["scheme"]["weights"])),
-        ("inputs", _args(recipe["scheme"]["activations"]) or "as they are"),
-        ("other schemes", ", ".join(f"{p}: {s['name']}" for p, s in recipe["overrides"])),
-        ("left float", ", ".join(recipe["ignore"])),
-        ("KV cache", _args(recipe["kv_cache"])),
-        ("backend", recipe["backend"]),
-        ("backend options", _pairs(recipe["backend_options"])),
-        ("calibration data", _data(data) if data else "none"),
-        ("seed", str(recipe["seed"])),
-    ]
-    return [(name, told) for name, told in rows if told]
+    """A row for each field of a recipe (``Recipe.to_dict``) that has a value: keyword and words."""
+    return list(_rows(Recipe.from_dict(recipe)))
 
 
-def _args(args: Mapping[str, Any] | None) -> str:
-    if args is None:
-        return ""
-    strategies = {
+def _rows(part: Recipe | Calibration) -> Iterator[tuple[str, str]]:
+    for field in fields_of(type(part)):
+        value = getattr(part, field.name)
+        if isinstance(value, Calibration):
+            yield from _rows(value)
+        elif words := _words(value):
+            yield field.word.replace("_", " "), words
+
+
+def _words(value: Any) -> str:
+    """The value of a field of a recipe; "" for what is not set."""
+    if value is None or isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, Scheme):
+        inputs = _args(value.activations) if value.activations else "as they are"
+        return f"{value.name}; weights: {_args(value.weights)}; inputs: {inputs}"
+    if isinstance(value, QuantArgs):
+        return _args(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={own}" for key, own in _flat(value))
+    if isinstance(value, tuple):
+        return ", ".join(map(_member, value))
+    return str(value)
+
+
+def _member(item: str | tuple[str, Scheme]) -> str:
+    return item if isinstance(item, str) else f"{item[0]}: {item[1].name}"
+
+
+def _flat(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Options by name, those of several components by ``component.name``."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{key}", own) for key, own in value.items())
+        else:
+            yield name, value
+
+
+def _args(args: QuantArgs) -> str:
+    shared = {
         "tensor": "one scale",
         "channel": "a scale each row",
         "token": "a scale each token",
-        "group": f"groups of {args['group_size']}",
-        "block": " x ".join(map(str, ["blocks of", *(args["block"] or ())])).replace(" x ", " ", 1),
+        "group": f"groups of {args.group_size}",
+        "block": f"blocks of {' x '.join(map(str, args.block or ()))}",
     }
-    told = [args["dtype"], strategies[args["strategy"]]]
-    told += [] if args["symmetric"] else ["asymmetric"]
-    return ", ".join(told)
-
-
-def _data(data: Mapping[str, Any]) -> str:
-    options = _pairs(data["options"])
-    told = f"{data['samples']} windows of {data['seq_len']} tokens of {data['dataset']}"
-    return f"{told} ({options}), {_fed(data)}" if options else f"{told}, {_fed(data)}"
-
-
-def _fed(data: Mapping[str, Any]) -> str:
-    return f"blocks fed by {data['propagate']} ones"
-
-
-def _options(options: Mapping[str, Mapping[str, Any]]) -> str:
-    return ", ".join(
-        f"{name}.{key}={value}" for name, own in options.items() for key, value in own.items()
-    )
-
-
-def _pairs(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in options.items())
+    words = [args.dtype, shared[args.strategy]]
+    return ", ".join(words if args.symmetric else [*words, "asymmetric"])

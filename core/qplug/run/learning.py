@@ -1,4 +1,4 @@
-"""What algorithms learn on the whole float model, once for all runs of a command."""
+"""Lets algorithms learn on the whole float model, once, even if the run is resumed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class LearnOnce:
-    """Called with an algorithm and a model, gives what the algorithm learned on the model.
+    """A function that returns the tensors that an algorithm learned on a model, by name.
 
-    The first process learns on ``tokens``, int64 ``[samples, length]``. What was learned is kept
-    with the unfinished output, so that a resumed run has the same numbers.
+    The first process learns on ``tokens``, int64 ``[samples, length]``. The learned tensors are
+    stored with the unfinished output, so that a resumed run uses the same numbers.
     """
 
     stages: Stages

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from qplug.api.events import Result
 from qplug.errors import QplugError
 from qplug.machine.session import Session
-from qplug.output.manifest import MANIFEST, read_manifest
+from qplug.output.manifest import read_manifest
 from qplug.reading.perplexity import Evaluation, evaluate, evaluation_tokens
-from qplug.recipe.job import Export, Job, Measurement, Stage
+from qplug.recipe.check import check
+from qplug.recipe.recipe import Export, Job, Measurement, Recipe, Stage
 from qplug.registry.registry import Registry
 from qplug.run.quantize import SHARD_BYTES, quantize
 
@@ -78,7 +77,6 @@ class _Work:
             raise QplugError("no model is said: give MODEL")
         if not (job.exports or job.measurements):
             raise QplugError("nothing is to be written or measured: give --out")
-        job.check(registry)
         self._model, self._job, self._how, self._registry = job.model, job, how, registry
         self._watch = watch
         self._folders = _folders(job)
@@ -107,12 +105,22 @@ class _Work:
         return export not in self._job.exports
 
     def _checked(self, exports: Sequence[Export]) -> list[Result]:
-        """Dry runs of ``exports``, after all other checks."""
-        for measurement in self._job.measurements:
-            self._check_text(measurement)
-        for export in filter(self._is_hidden, self._folders.values()):
-            self._quantize(export, dry_run=True)
-        return [self._quantize(export, dry_run=True) for export in exports]
+        """Dry runs of ``exports``, after all other checks.
+
+        Raises QplugError, with its place in the file if it is known.
+        """
+        hidden = list(filter(self._is_hidden, self._folders.values()))
+        try:
+            if not (exports or hidden):
+                check(self._job, self._registry)
+            for measurement in self._job.measurements:
+                self._check_text(measurement)
+            for export in hidden:
+                self._quantize(export, dry_run=True)
+            return [self._quantize(export, dry_run=True) for export in exports]
+        except QplugError:
+            check(self._job, self._registry)  # finds the same, and says where it stands
+            raise
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -121,34 +129,18 @@ class _Work:
             return self._run(export, dry_run=dry_run)
 
     def _run(self, export: Export, *, dry_run: bool) -> Result:
-        job, how, data = self._job, self._how, self._job.calibration
+        how = self._how
         return quantize(
             self._model,
             export.out,
-            algo="+".join(job.algorithms),
-            scheme=job.scheme,
-            backend=export.backend,
-            dataset=data.dataset,
-            dataset_options=data.options,
-            samples=data.samples,
-            seq_len=data.seq_len,
-            propagate=data.propagate,
-            sampling=data.sampling,
-            ignore=job.ignore,
-            overrides=dict(job.overrides),
-            algorithm_options=job.algorithm_options,
-            backend_options=export.options,
+            self._job.recipe_for(export),
             shard_bytes=how.shard_bytes,
-            seed=job.seed,
             device=how.device,
             overwrite=how.overwrite or self._is_hidden(export),
             dry_run=dry_run,
             trust_remote_code=how.trust_remote_code,
             registry=self._registry,
             watch=lambda *step: self._watch("quantizing", *step),
-            observer=job.observer,
-            kv_cache=job.kv_cache,
-            use_qtorch=job.use_qtorch,
         )
 
     def _kept(self) -> list[Path]:
@@ -157,22 +149,25 @@ class _Work:
         return done if len(done) < len(self._job.exports) else []
 
     def _is_done(self, export: Export) -> bool:
-        """Whether ``export.out`` says that it was made of this model in this very way."""
-        if read_manifest(export.out) is None:
+        """Whether ``export.out`` was made of this model by this very recipe."""
+        manifest = read_manifest(export.out)
+        if manifest is None or manifest.model != self._model:
             return False
-        told = json.loads((export.out / MANIFEST).read_text(encoding="utf-8"))
-        recipe, job = told["recipe"], self._job
-        return bool(
-            told["model"] == self._model
-            and recipe["backend"] == export.backend
-            and recipe["algorithms"] == list(job.algorithms)
-            and recipe["scheme"] == job.scheme.to_dict()
-            and recipe["overrides"] == [[p, s.to_dict()] for p, s in job.overrides]
-            and recipe["ignore"] == list(job.ignore)
-            and recipe["algorithm_options"] == _strings(job.algorithm_options)
-            and recipe["seed"] == job.seed
-            and _same_data(recipe["calibration"], job.calibration.to_dict())
-        )
+        recorded = Recipe.from_dict(manifest.recipe)
+        return recorded.to_dict() == self._as_recorded(export, recorded).to_dict()
+
+    def _as_recorded(self, export: Export, recorded: Recipe) -> Recipe:
+        """The recipe for ``export`` as its run records it.
+
+        A run records no data where it needs none, and the same recipe needs the same. Float folders
+        are fed by float blocks.
+        """
+        recipe = self._job.recipe_for(export)
+        if recipe.calibration is None or recorded.calibration is None:
+            return replace(recipe, calibration=None)
+        if self._registry.exporters[recipe.backend].format.stores_float:
+            return replace(recipe, calibration=replace(recipe.calibration, propagate="float"))
+        return recipe
 
     # --- measuring -------------------------------------------------------------------------------
 
@@ -213,8 +208,8 @@ def _folders(job: Job) -> dict[Stage, Export]:
     What an engine loads holds the codes, so the perplexity of its folder is that of the codes.
     """
     wanted = {stage for measurement in job.measurements for stage in measurement.at}
-    floats = [export for export in job.exports if export.backend == "hf"]
-    coded = [export for export in job.exports if export.backend != "hf"]
+    floats = [export for export in job.exports if job.recipe_for(export).backend == "hf"]
+    coded = [export for export in job.exports if export not in floats]
     beside = job.exports[0].out if job.exports else Path("qplug")
     folders: dict[Stage, Export] = {}
     if "transformed" in wanted:
@@ -224,18 +219,6 @@ def _folders(job: Job) -> dict[Stage, Export]:
         hidden = Export(beside.with_name(f".{beside.name}.measured"), "fake")
         folders["quantized"] = coded[0] if coded else hidden
     return folders
-
-
-def _same_data(told: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> bool:
-    """Whether the data are the same, if there were any. Float folders are fed by float blocks."""
-    return told is None or {**told, "propagate": ""} == {**wanted, "propagate": ""}
-
-
-def _strings(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {
-        name: {key: str(v) if isinstance(v, Path) else v for key, v in told.items()}
-        for name, told in options.items()
-    }
 
 
 @contextmanager

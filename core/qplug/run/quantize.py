@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qplug.api import ModelView
 from qplug.api.events import Result
-from qplug.api.scheme import Scheme
 from qplug.calibration.tokens import calibration_tokens
 from qplug.machine.session import Session
 from qplug.model.architectures import find_view
@@ -20,14 +18,8 @@ from qplug.output.shared_writer import SharedWriter
 from qplug.output.step_report import Report
 from qplug.output.writer import Writer, refuse_existing
 from qplug.recipe.assign import assign
-from qplug.recipe.recipe import (
-    Calibration,
-    Recipe,
-    parse_algorithms,
-    parse_cache,
-    parse_scheme,
-    with_qtorch,
-)
+from qplug.recipe.recipe import Recipe
+from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
 from qplug.run.learning import LearnOnce
@@ -40,6 +32,7 @@ from qplug.run.watchers import Watcher, Watchers
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Unpack
 
 SHARD_BYTES = 5_000_000_000
 
@@ -47,73 +40,31 @@ SHARD_BYTES = 5_000_000_000
 def quantize(
     model: str,
     out: str | Path,
+    recipe: Recipe | None = None,
     *,
-    algo: str = "rtn",
-    scheme: str | Scheme = "W4A16",
-    backend: str = "sglang",
-    group_size: int | None = None,
-    dataset: str = "demo",
-    dataset_options: Mapping[str, Any] | None = None,
-    samples: int = 128,
-    seq_len: int = 512,
-    propagate: str = "quantized",
-    batch_size: int | None = None,
-    observer: str = "minmax",
-    observer_options: Mapping[str, Any] | None = None,
-    kv_cache: str | None = None,
-    sampling: str = "dataset",
-    ignore: Sequence[str] = (),
-    overrides: Mapping[str, str | Scheme] | None = None,
-    algorithm_options: Mapping[str, Mapping[str, Any]] | None = None,
-    backend_options: Mapping[str, Any] | None = None,
-    use_qtorch: bool = False,
     shard_bytes: int = SHARD_BYTES,
-    seed: int = 0,
     device: str = "auto",
     overwrite: bool = False,
     dry_run: bool = False,
     trust_remote_code: bool = False,
     registry: Registry | None = None,
     watch: Watcher | None = None,
+    **words: Unpack[RecipeWords],
 ) -> Result:
     """Quantize ``model`` (a folder, a Hub id, or ``qplug:demo``) into the new folder ``out``.
 
-    ``algo`` is one algorithm or several (``"awq+gptq"``). Those that need data are given
-    ``samples`` windows of ``seq_len`` tokens of ``dataset``; block by block, the tokens go on
-    through what was made of the block (``propagate="quantized"``) or through the float one. So do
-    schemes with static inputs, whose ranges ``observer`` finds (``minmax``, ``moving-average`` or
-    ``histogram``), and ``kv_cache="fp8"``, which stores the scales of keys and values.
-    ``sampling`` is how windows are cut from its documents: as the dataset has it, or as
-    ``qplug.text.sample`` does. ``overrides`` maps patterns of module names to other schemes.
-    ``use_qtorch`` has the package qtorch round to float formats, for a backend that only measures.
-    Killed and called again, it goes on where it was. Raises QplugError for what the user can mend,
-    before the work where that can be known, and leaves nothing behind. Called in each process that
-    torchrun starts, all share the work of a calibrated run; the first one writes.
+    ``recipe`` says how, and ``words`` change it: see ``RecipeWords``. ``algo`` is one algorithm or
+    several (``"awq+gptq"``). Algorithms that need data are given ``samples`` windows of ``seq_len``
+    tokens of ``dataset``; block by block, the tokens go on through the quantized block
+    (``propagate="quantized"``) or through the float one. The ranges of static inputs, which
+    ``observer`` finds, and the scales of ``kv_cache="fp8"`` need data too.
+
+    A run that was killed goes on when it is called again. Raises QplugError for what the user can
+    mend, before the work where that can be known, and leaves nothing behind. Called in each process
+    that torchrun starts, all share the work of a calibrated run; the first one writes.
     """
-    recipe = Recipe(
-        algorithms=parse_algorithms(algo),
-        scheme=parse_scheme(scheme, group_size),
-        backend=backend,
-        overrides=tuple((p, parse_scheme(s)) for p, s in (overrides or {}).items()),
-        ignore=tuple(ignore),
-        algorithm_options=algorithm_options or {},
-        backend_options=backend_options or {},
-        calibration=Calibration(
-            dataset,
-            dataset_options or {},
-            samples,
-            seq_len,
-            propagate,
-            observer,
-            observer_options or {},
-            batch_size,
-            sampling,
-        ),
-        kv_cache=parse_cache(kv_cache),
-        seed=seed,
-    )
-    if use_qtorch:
-        recipe = with_qtorch(recipe)
+    recipe = changed(recipe or Recipe(), words)
+    recipe.check()
     with Session.joined(device, registry=registry, trust_remote_code=trust_remote_code) as session:
         return run(
             model,
@@ -152,7 +103,7 @@ def run(
         prepared = prepare(stages, source, view, session)  # tensors are rewritten as they are read
     schemes = servable(assign(recipe, prepared.view), prepared.view, exporter)
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
-    coded = {} if exporter.stores_float else schemes
+    coded = {} if exporter.format.stores_float else schemes
     plan = make_plan(  # every byte of the result has its place
         prepared.checkpoint,
         prepared.view,
@@ -168,7 +119,7 @@ def run(
         return Result(out, {}, {}, (), source_bytes, plan.nbytes, 0.0, 0, dry_run=True)
 
     mark = fingerprint(source, recipe, session, shard_bytes, tokens)
-    spare = plan.nbytes if exporter.file else 0  # both forms are there for a moment
+    spare = plan.nbytes if exporter.format.single_file else 0  # both forms are there for a moment
     with SharedWriter(
         session.processes, lambda: Writer(out, plan, mark, overwrite=overwrite, spare=spare)
     ) as output:

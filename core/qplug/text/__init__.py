@@ -1,4 +1,4 @@
-"""What datasets share: windows of tokens, and text from the Hub."""
+"""The public functions for datasets: windows of tokens, and text from the Hub."""
 
 from __future__ import annotations
 
@@ -26,10 +26,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Functions on windows, imported when first asked for: listing datasets needs no torch."""
-    if name in __all__:
-        from qplug.text import windows
+if not TYPE_CHECKING:  # a type checker would take any name for one of this module
 
-        return getattr(windows, name)
-    raise AttributeError(f"module 'qplug.text' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """Functions on windows, imported when first asked for: listing datasets needs no torch."""
+        if name in __all__:
+            from qplug.text import windows
+
+            return getattr(windows, name)
+        raise AttributeError(f"module 'qplug.text' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

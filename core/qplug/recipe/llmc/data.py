@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qplug.recipe.job import Measurement, Stage
-from qplug.recipe.recipe import Calibration
+from qplug.recipe.recipe import Calibration, Measurement, Sampling, Stage
 from qplug.recipe.yaml_tree import Node, Section
 
 #: LLMC's datasets of the user's own, and other names of those that are plugins.
@@ -17,7 +16,7 @@ _ALIASES = {"pile": "pileval"}
 _NOT_TEXT = ("custom_mm", "images", "t2v", "i2v", "vlm_datastes")
 
 #: LLMC's preprocs, by how windows are cut.
-PREPROCS = {
+PREPROCS: dict[str, Sampling] = {
     "wikitext2_gptq": "windows",
     "ptb_gptq": "windows",
     "pileval_omni": "windows",
@@ -31,7 +30,7 @@ PREPROCS = {
 }
 
 #: How datasets cut windows if nothing else is said; others have ``windows``.
-_USUAL = {"pileval": "leading", "c4": "documents"}
+_USUAL: dict[str, Sampling] = {"pileval": "leading", "c4": "documents"}
 
 STAGES: dict[str, Stage] = {
     "pretrain": "pretrain",
@@ -56,13 +55,12 @@ class Text:
     whole: bool = False
 
 
-def read_calibration(calib: Section, *, propagate: str) -> Calibration:
-    """The data that a ``calib`` section asks for."""
+def read_calibration(calib: Section, usual: Calibration) -> Calibration:
+    """The data that a ``calib`` section asks for; ``usual`` has what it does not say."""
     calib.leave("bs", "seed", "type", "load_from_txt")  # base.seed draws the windows
-    usual = Calibration()
     samples, length = calib.whole("n_samples", least=1), calib.whole("seq_len", least=1)
     text = _text(calib, calib.need("name"), own_field="question")
-    sampling = "dataset"
+    sampling: Sampling = "dataset"
     preproc = calib.get("preproc")
     if preproc is not None and preproc.value is not False:
         sampling = PREPROCS[preproc.word(PREPROCS)]
@@ -75,12 +73,12 @@ def read_calibration(calib: Section, *, propagate: str) -> Calibration:
         if calib.switch(key):
             calib.warn(key, "no effect: text is taken as it is, in windows that it fills")
     calib.warn_of_rest()
-    return Calibration(
+    return replace(
+        usual,
         dataset=text.dataset,
         options=text.options,
         samples=samples or usual.samples,
         seq_len=length or usual.seq_len,
-        propagate=propagate,
         sampling=sampling,
     )
 

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 from qplug.api.scheme import Scheme
-from qplug.recipe.job import Export, Job, Measurement
 from qplug.recipe.llmc.data import read_calibration, read_measurements
 from qplug.recipe.llmc.method import read_method
 from qplug.recipe.llmc.scheme import cache_of, observer_of, read_scheme, rounds_as_qtorch
-from qplug.recipe.recipe import Calibration
+from qplug.recipe.recipe import Calibration, Export, Job, Measurement, Propagation, Recipe
+from qplug.recipe.spellings import parse_cache
 from qplug.recipe.yaml_tree import Node, Section
 from qplug.registry.registry import Registry
 
@@ -58,16 +58,16 @@ def read_llmc(root: Node, registry: Registry, warnings: list[str]) -> Job:
     weight, act = quant.section("weight"), quant.section("act")
     overrides, ignore = _mix_bits(quant)
     kvcache = quant.section("kvcache")
-    propagate = "quantized" if quant.switch("quant_out") else "float"
+    propagate: Propagation = "quantized" if quant.switch("quant_out") else "float"
     if (quant.whole("tp") or 1) != 1:
         quant.warn("tp", "no effect: engines split weights themselves")
     if "quant_objects" in quant:
         quant.warn("quant_objects", "no effect: linear layers are quantized")
     quant.warn_of_rest()
     calib = top.section("calib")
-    calibration = Calibration(propagate=propagate)
+    calibration = Calibration(propagate=propagate, observer=observer_of(act))
     if calib is not None:
-        calibration = read_calibration(calib, propagate=propagate)
+        calibration = read_calibration(calib, calibration)
     elif any(registry.algorithms[name].needs_data for name in pipeline.algorithms):
         warnings.append(f"{top.place}: has no calib section: calibrates on the dataset demo")
     measurements = _measurements(top, warnings)
@@ -82,16 +82,17 @@ def read_llmc(root: Node, registry: Registry, warnings: list[str]) -> Job:
     places |= {f"measurements.{n}": place for n, (_, place) in enumerate(measurements)}
     job = Job(
         model=_model(top.section("model")),
-        algorithms=tuple(pipeline.algorithms),
-        algorithm_options={name: told for name, told in pipeline.options.items() if told},
-        scheme=scheme,
-        overrides=overrides,
-        ignore=(*ignore, *(_ignored(ignored) if ignored is not None else ())),
-        calibration=calibration,
-        observer=observer_of(act),
-        kv_cache=cache_of(kvcache) if kvcache is not None else None,
-        use_qtorch=rounds_as_qtorch(scheme, weight, act),
-        seed=seed or 0,
+        recipe=Recipe(
+            algorithms=tuple(pipeline.algorithms),
+            algorithm_options={name: told for name, told in pipeline.options.items() if told},
+            scheme=scheme,
+            overrides=overrides,
+            ignore=(*ignore, *(_ignored(ignored) if ignored is not None else ())),
+            calibration=calibration,
+            kv_cache=parse_cache(cache_of(kvcache)) if kvcache is not None else None,
+            use_qtorch=rounds_as_qtorch(scheme, weight, act),
+            seed=seed or 0,
+        ),
         exports=tuple(export for export, _ in exports),
         measurements=tuple(measurement for measurement, _ in measurements),
         places=places,

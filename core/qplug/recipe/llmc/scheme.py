@@ -7,11 +7,12 @@ from typing import Literal
 
 from qplug.api.scheme import FLOAT_MAX, QuantArgs, Scheme
 from qplug.errors import QplugError
+from qplug.recipe.recipe import ObserverName
 from qplug.recipe.spelled_scheme import spelled
 from qplug.recipe.yaml_tree import Node, Section
 
 #: LLMC's observers of static inputs, by qplug's names. What is not said is minmax.
-OBSERVERS = {
+OBSERVERS: dict[str, ObserverName] = {
     "minmax": "minmax",
     "static_minmax": "minmax",
     "static_moving_minmax": "moving-average",
@@ -52,7 +53,7 @@ def read_scheme(quant: Section, kind: str | None) -> Scheme:
         raise (act or weight).place.error(str(error)) from error
 
 
-def observer_of(act: Section | None) -> str:
+def observer_of(act: Section | None) -> ObserverName:
     """How the range of static inputs is to be found."""
     node = act.get("calib_algo") if act is not None else None
     return "minmax" if node is None else OBSERVERS[node.word(OBSERVERS)]

@@ -1,0 +1,98 @@
+"""The options that say a recipe, made from the fields of ``Recipe``."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
+
+import click
+
+from qplug.api.params import parse_pairs
+from qplug.cli.headed import HeadedOption
+from qplug.recipe.words import RecipeWords, Word, words
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_KEY = "qplug.recipe"
+
+
+def recipe_options(command: F) -> F:
+    """Adds the options of a recipe to a command, which finds with ``said`` what was typed."""
+    known = list(words())
+    headings = list(dict.fromkeys(word.heading for word in known))  # each stands once in --help
+    known.sort(key=lambda word: headings.index(word.heading))
+    for word in reversed(known):
+        command = _option(word)(command)
+    return command
+
+
+def said(ctx: click.Context) -> RecipeWords:
+    """What the user typed of a recipe, by keyword; an option that was not typed is left out."""
+    return cast("RecipeWords", ctx.meta.get(_KEY, {}))
+
+
+def _option(word: Word) -> Callable[[F], F]:
+    kind, param = _bare(word.key.kind), word.param
+    several = param.adds or get_origin(kind) is Mapping
+    default = word.key.default
+    return click.option(
+        word.key.field.flag,
+        word.name,
+        cls=HeadedOption,
+        heading=word.heading,
+        expose_value=False,
+        callback=_remember(word),
+        type=_click_type(kind, param.min),
+        is_flag=kind is bool,
+        multiple=several,
+        metavar=param.metavar or ("K=V" if several else None),
+        default=None if several else "+".join(default) if isinstance(default, list) else default,
+        show_default=not several and kind is not bool,
+        help=param.help,
+    )
+
+
+def _bare(kind: Any) -> Any:
+    """The type without None, and the first of several ways to say it."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return next(member for member in get_args(kind) if member is not type(None))
+    return kind
+
+
+def _click_type(kind: Any, least: float | None) -> Any:
+    if get_origin(kind) is Literal:
+        return click.Choice([str(choice) for choice in get_args(kind)])
+    if kind is int:
+        return click.INT if least is None else click.IntRange(int(least))
+    return {float: click.FLOAT, bool: click.BOOL}.get(kind, click.STRING)
+
+
+def _remember(word: Word) -> Callable[[click.Context, click.Parameter, Any], None]:
+    """A callback that keeps the value of an option that was typed."""
+
+    def remember(ctx: click.Context, _: click.Parameter, value: Any) -> None:
+        if ctx.get_parameter_source(word.name) is not click.core.ParameterSource.DEFAULT:
+            ctx.meta.setdefault(_KEY, {})[word.name] = _value(word, value)
+
+    return remember
+
+
+def _value(word: Word, value: Any) -> Any:
+    """The value in the form that Python gives it."""
+    flag, metavar = word.key.field.flag, word.param.metavar or ""
+    if metavar.startswith("ALGO."):
+        return _by_algorithm(value, flag)
+    if get_origin(word.key.kind) is Mapping or "=" in metavar:
+        return parse_pairs(value, flag)
+    return value
+
+
+def _by_algorithm(pairs: Iterable[str], flag: str) -> dict[str, dict[str, str]]:
+    options: dict[str, dict[str, str]] = {}
+    for key, value in parse_pairs(pairs, flag).items():
+        algorithm, dot, option = key.partition(".")
+        if not (dot and option):
+            raise click.BadParameter(f"{key}={value}: say ALGO.PARAM=V", param_hint=flag)
+        options.setdefault(algorithm, {})[option] = value
+    return options

@@ -1,0 +1,311 @@
+"""What a backend cannot serve is refused in a sentence, before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import qplug
+from qplug import PRESETS, Exporter, ModelView, NoParams, QplugError, QuantArgs, Scheme, preset
+from qplug.api.limits import DEVICES, Target, shard_shape
+from qplug.api.scheme import CACHES
+from qplug_compressed_tensors.exporter import CompressedTensorsExporter
+from qplug_compressed_tensors.fusing import fused_groups
+from qplug_sglang.exporter import SGLangExporter
+from qplug_vllm.exporter import VLLMExporter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CT, VLLM = CompressedTensorsExporter(NoParams()), VLLMExporter(Target())
+SGLANG = SGLangExporter(Target())
+W4, W8 = preset("W4A16"), preset("W8A16")
+
+
+def view(**linears: tuple[int, int]) -> ModelView:
+    """A model of one block, with linears of these shapes (out, in)."""
+    named = {f"layers.0.{name}": shape for name, shape in linears.items()}
+    return ModelView({}, "bfloat16", named, frozenset(named), ("layers.0",), None)
+
+
+def refusal(exporter: Exporter[Any], model: ModelView, *schemes: Scheme | None) -> str | None:
+    """What is said to ``schemes``, one for each linear; None leaves a linear float."""
+    assert len(schemes) == len(model.linears)
+    pairs = zip(model.linears, schemes, strict=True)
+    return exporter.refuses(model, {name: scheme for name, scheme in pairs if scheme is not None})
+
+
+@pytest.mark.parametrize(
+    ("exporter", "scheme", "shape", "side"),
+    [
+        (SGLANG, "W4A16", (96, 256), "out_features in multiples of 64, not 96"),
+        (SGLANG, "W4A16", (128, 192), "in_features in multiples of 128, not 192"),
+        (SGLANG, "W4A16_ASYM", (96, 256), "out_features in multiples of 64, not 96"),
+        (SGLANG, "W8A16", (128, 192), "in_features in multiples of 128, not 192"),
+        (SGLANG, "W8A8", (20, 64), "out_features in multiples of 8, not 20"),
+        (SGLANG, "W8A8", (64, 24), "in_features in multiples of 16, not 24"),
+        (SGLANG, "FP8_DYNAMIC", (24, 64), "out_features in multiples of 16, not 24"),
+        (SGLANG, "FP8_BLOCK", (192, 256), "out_features in multiples of 128, not 192"),
+        (VLLM, "W4A16", (48, 128), "out_features in multiples of 32, not 48"),
+        (VLLM, "W8A16", (64, 48), "in_features in multiples of 32, not 48"),
+        (SGLANG, "FP8", (64, 24), "in_features in multiples of 16, not 24"),
+        (VLLM, "W8A8", (24, 64), "out_features in multiples of 16, not 24"),
+        (VLLM, "W8A8_STATIC", (24, 64), "out_features in multiples of 16, not 24"),
+        (VLLM, "FP8", (64, 24), "in_features in multiples of 16, not 24"),
+        (VLLM, "FP8_DYNAMIC", (64, 24), "in_features in multiples of 16, not 24"),
+        (VLLM, "FP8_BLOCK", (128, 200), "in_features in multiples of 128, not 200"),
+    ],
+)
+def test_shapes_that_no_kernel_takes(
+    exporter: Exporter[Any], scheme: str, shape: tuple[int, int], side: str
+) -> None:
+    found = preset(scheme)
+    if found.weights.strategy == "group":
+        found = found.with_group_size(-1)
+    sentence = refusal(exporter, view(up=(128, 128), odd=shape), found, found)
+    assert sentence is not None
+    assert sentence.startswith("layers.0.odd: ")
+    assert sentence.endswith(side)
+    assert refusal(CT, view(odd=shape), found) is None  # the format itself has no such limits
+
+
+@pytest.mark.parametrize("scheme", PRESETS)
+def test_the_multiples_are_enough(exporter: Exporter[Any], scheme: str) -> None:
+    assert exporter.engine is not None
+    rows = [row for row in exporter.engine.capabilities() if row.scheme == scheme]
+    if not rows:
+        assert exporter.name == "compressed-tensors"
+        return
+    served = [row for row in rows if row.served]
+    if not served:
+        sentence = refusal(exporter, view(up=(128, 128)), preset(scheme))
+        assert sentence == f"layers.0.up: {rows[0].kernel}"
+    for row in served:
+        for size in row.group_sizes or (None,):
+            found = preset(scheme) if size is None else preset(scheme).with_group_size(size)
+            wide = max(row.in_multiple, size or 1)
+            assert refusal(exporter, view(up=(row.out_multiple, wide)), found) is None
+
+
+@pytest.mark.parametrize("exporter", [VLLM, SGLANG], ids=lambda exporter: exporter.name)
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16"])
+@pytest.mark.parametrize("size", [16, 256])
+def test_groups_that_no_kernel_takes(exporter: Exporter[Any], scheme: str, size: int) -> None:
+    sentence = refusal(exporter, view(up=(256, 256)), preset(scheme).with_group_size(size))
+    assert sentence is not None
+    assert f"takes groups of 32, 64, 128, -1, not {size}" in sentence
+    assert refusal(CT, view(up=(256, 256)), preset(scheme).with_group_size(size)) is None
+
+
+@pytest.mark.parametrize("exporter", [VLLM, SGLANG], ids=lambda exporter: exporter.name)
+def test_every_device_has_just_one_row(exporter: Exporter[Any]) -> None:
+    assert exporter.engine is not None
+    rows = exporter.engine.capabilities()
+    cells = [(row.scheme, device) for row in rows for device in row.devices]
+    assert len(set(cells)) == len(cells)
+    for row in rows:
+        assert row.devices
+        assert set(row.devices) <= set(DEVICES)
+        assert row.evidence.startswith(("run on ", "not run; "))
+    assert {scheme for scheme, *_ in cells} == set(PRESETS)
+
+
+def test_a_device_has_limits_of_its_own() -> None:
+    model = view(up=(128, 128))
+    for gpu, sentence in (
+        ("sm80", "layers.0.up: the int4 and fp8 kernel of Cutlass is for sm90 alone"),
+        ("sm90", None),
+        ("any", None),
+    ):
+        found = refusal(VLLMExporter(Target(gpu=gpu)), model, preset("W4AFP8"))  # type: ignore[arg-type]
+        assert found == sentence
+    found = refusal(SGLangExporter(Target(gpu="sm80")), model, preset("NVFP4"))
+    assert found == "layers.0.up: no kernel for NVFP4 is known on sm80"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "tp", "part"),
+    [
+        ("q_proj", (256, 512), 4, (64, 512)),
+        ("k_proj", (128, 512), 4, (64, 512)),  # two heads, and four processes
+        ("o_proj", (512, 256), 4, (512, 64)),
+        ("down_proj", (512, 1024), 2, (512, 512)),
+        ("experts.3.w2", (512, 1024), 2, (512, 512)),
+        ("gate", (8, 512), 2, (8, 512)),
+        ("kv_a_proj_with_mqa", (96, 512), 2, (96, 512)),
+        ("up_proj", (96, 512), 1, (96, 512)),
+        ("up_proj", (90, 512), 4, "out_features, 90, cannot be split in 4"),
+        ("down_proj", (512, 90), 4, "in_features, 90, cannot be split in 4"),
+    ],
+)
+def test_parts_of_weights(
+    name: str, shape: tuple[int, int], tp: int, part: tuple[int, int] | str
+) -> None:
+    config = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    assert shard_shape(f"layers.0.{name}", shape, config, tp) == part
+
+
+def test_groups_have_to_divide_the_part_of_a_row() -> None:
+    model = view(down_proj=(512, 1152))
+    assert refusal(VLLM, model, W4) is None
+    sentence = refusal(VLLMExporter(Target(tp=2)), model, W4)
+    assert sentence == (
+        "layers.0.down_proj: groups of 128 do not divide in_features, 576 in each of 2 processes"
+    )
+    assert refusal(VLLMExporter(Target(tp=2)), model, W4.with_group_size(64)) is None
+
+
+def test_parts_are_refused_before_a_weight_is_read(tmp_path: Path) -> None:
+    with pytest.raises(QplugError, match="multiples of 128, not 64 in each of 2 processes"):
+        qplug.quantize(
+            "qplug:demo",
+            tmp_path / "out",
+            scheme="FP8_BLOCK",
+            backend="vllm",
+            backend_options={"tp": 2, "gpu": "sm90"},
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_vllm_takes_a_head() -> None:
+    linears = {"layers.0.up": (128, 128), "lm_head": (256, 128)}
+    model = ModelView({}, "bfloat16", linears, frozenset(["layers.0.up"]), ("layers.0",), "lm_head")
+    schemes = {"layers.0.up": W4, "lm_head": W8}
+    assert VLLM.refuses(model, schemes) is None
+    assert SGLANG.refuses(model, schemes) == (
+        "lm_head: SGLang loads a quantized head or router, and serves garbage"
+    )
+    fp4 = {"layers.0.up": W4, "lm_head": preset("NVFP4A16")}
+    assert VLLM.refuses(model, fp4) == (
+        "lm_head: vLLM takes a head in W4A16, W8A16 or W8A8, not NVFP4A16"
+    )
+    router = replace(model, head=None)
+    assert VLLM.refuses(router, schemes) == "lm_head: vLLM keeps routers float"
+
+
+def test_two_formats_are_refused_by_sglang_alone() -> None:
+    model = view(up=(128, 128), down=(128, 128))
+    schemes = (W4, preset("W8A8"))
+    sentence = refusal(SGLANG, model, *schemes)
+    assert sentence == "SGLang reads one format in a folder, not int-quantized and pack-quantized"
+    assert refusal(VLLM, model, *schemes) is None
+    assert refusal(CT, model, *schemes) is None
+
+
+def test_scales_of_a_cache_are_refused_where_they_would_be_dropped(tmp_path: Path) -> None:
+    cache = CACHES["fp8"]
+    assert VLLM.refuses_cache(cache) is None
+    assert CT.refuses_cache(cache) is None
+    assert "--kv-cache-dtype fp8_e4m3" in str(SGLANG.refuses_cache(cache))
+    with pytest.raises(QplugError, match="--kv-cache: sglang: SGLang drops the scales"):
+        qplug.quantize("qplug:demo", tmp_path / "out", kv_cache="fp8", backend="sglang")
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_widths_in_one_format_are_served(exporter: Exporter[Any]) -> None:
+    assert refusal(exporter, view(up=(128, 128), down=(128, 128)), W4, W8) is None
+
+
+@pytest.mark.parametrize(
+    ("linears", "schemes"),
+    [
+        (("q_proj", "k_proj", "v_proj"), (W4, W8, W4)),
+        (("q_proj", "k_proj", "v_proj"), (W4, W4, None)),
+        (("q_proj", "k_proj", "v_proj"), (W4, W4, W4.with_group_size(64))),
+        (("gate_proj", "up_proj"), (None, W4)),
+        (("w1", "w3"), (W4, W8)),
+        (("experts.0.up_proj", "experts.1.up_proj"), (W4, W8)),
+        (("experts.0.down_proj", "experts.1.down_proj"), (W4, None)),
+        (("experts.0.up_proj", "experts.0.down_proj"), (W4, W8)),
+    ],
+)
+def test_linears_that_are_merged_share_a_scheme(
+    exporter: Exporter[Any], linears: tuple[str, ...], schemes: tuple[Scheme | None, ...]
+) -> None:
+    model = view(**dict.fromkeys(linears, (128, 128)))
+    sentence = refusal(exporter, model, *schemes)
+    assert sentence is not None
+    assert sentence.endswith("into one matrix, so they must have one scheme")
+    assert "layers.0." + linears[0] in sentence
+    assert refusal(exporter, model, *[W4 for _ in linears]) is None
+
+
+def test_merging_is_within_a_layer() -> None:
+    names = [f"layers.{n}.attn.{part}" for n in range(2) for part in ("q_proj", "k_proj", "o_proj")]
+    groups = fused_groups([*names, "layers.0.mlp.gate", "layers.0.mlp.up_proj"])
+    assert groups == [
+        ["layers.0.attn.q_proj", "layers.0.attn.k_proj"],
+        ["layers.1.attn.q_proj", "layers.1.attn.k_proj"],
+    ]
+
+
+TOKEN_INT8 = QuantArgs("int8", "token", dynamic=True)
+TOKEN_FP8 = QuantArgs("e4m3", "token", dynamic=True)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme("W3A16", QuantArgs("int3", "group", 128)),
+        Scheme("W4A16_TENSOR", QuantArgs("int4", "tensor")),
+        Scheme("W8A16_TENSOR", QuantArgs("int8", "tensor", symmetric=False)),
+        Scheme("W4A8", QuantArgs("int4", "group", 128), TOKEN_INT8),
+        Scheme("W8A8_GROUP", QuantArgs("int8", "group", 128), TOKEN_INT8),
+        Scheme("W8A8_ASYM", QuantArgs("int8", "channel", symmetric=False), TOKEN_INT8),
+        Scheme("INT8_FP8", QuantArgs("int8", "channel"), TOKEN_FP8),
+        Scheme("FP8_INT8", QuantArgs("e4m3", "channel"), TOKEN_INT8),
+        Scheme("FP8A16", QuantArgs("e4m3", "channel")),
+        Scheme("E5M2", QuantArgs("e5m2", "channel"), QuantArgs("e5m2", "token", dynamic=True)),
+    ],
+    ids=lambda scheme: scheme.name,
+)
+def test_schemes_without_a_layout(exporter: Exporter[Any], scheme: Scheme) -> None:
+    sentence = refusal(exporter, view(up=(128, 128)), scheme)
+    assert sentence == f"the format has no layout for {scheme.name} ({scheme.weights.dtype})"
+
+
+def test_schemes_without_a_kernel() -> None:
+    scheme = Scheme("W8A16_ASYM", QuantArgs("int8", "group", 128, symmetric=False))
+    for exporter in (VLLM, SGLANG):
+        sentence = refusal(exporter, view(up=(128, 128)), scheme)
+        assert sentence == "layers.0.up: no kernel for W8A16_ASYM is known"
+    assert refusal(CT, view(up=(128, 128)), scheme) is None
+
+
+# --- as the user meets them ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"backend": "sglang", "overrides": {"*.mlp.*": "W8A8"}},
+            "SGLang reads one format",
+        ),
+        ({"backend": "vllm", "overrides": {"*.q_proj": "W8A16"}}, "vllm: engines fuse "),
+        ({"backend": "vllm", "ignore": ["*.gate_proj"]}, "vllm: engines fuse "),
+        ({"backend": "sglang", "group_size": 16}, "Marlin takes groups of 32, 64, 128, -1"),
+        ({"backend": "sglang", "group_size": 96}, "groups of 96 do not divide its width, 256"),
+    ],
+)
+def test_a_run_is_refused_and_leaves_nothing(
+    tmp_path: Path, options: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(QplugError) as refused:
+        qplug.quantize("qplug:demo", tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert sentence in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_narrow_model_is_refused_by_engines_and_written_for_the_format(
+    narrow_llama: Path, tmp_path: Path
+) -> None:
+    for backend in ("vllm", "sglang"):
+        with pytest.raises(QplugError, match=r"needs (in|out)_features in multiples of"):
+            qplug.quantize(str(narrow_llama), tmp_path / "out", backend=backend, group_size=-1)
+    found = qplug.quantize(
+        str(narrow_llama), tmp_path / "out", backend="compressed-tensors", group_size=-1
+    )
+    assert len(found.errors) == 14
