@@ -323,7 +323,7 @@ def test_config_check(cli: Cli, llmc: Llmc, tmp_path: Path, text: Path) -> None:
         ("pipeline: [rtn, gptq]", "2: pipeline: rtn and gptq both choose codes"),
         ("pipeline: [smoothquant, awq]\nscheme: W8A8", "2: pipeline: --algo smoothquant+awq: "),
         ("pipeline: [awq, quarot]", "2: pipeline: --algo awq+quarot: quarot rewrites the float"),
-        ("pipeline: [smoothquant]", "2: pipeline: smoothquant: makes inputs easy to round, and"),
+        ("pipeline: [smoothquant]", "2: pipeline: smoothquant: makes inputs easy to round, but"),
     ],
 )
 def test_pipelines_that_make_no_sense(
@@ -347,7 +347,7 @@ def test_pipelines_of_llmc_that_make_no_sense(
     checked = cli("config", "check", tmp_path / "f.yml")
     assert checked.exit_code == 1
     where = f"{tmp_path}/f.yml:7: quant.method"
-    assert checked.output.startswith(f"Error: {where}: osplus: makes inputs easy to round, and W4A")
+    assert checked.output.startswith(f"Error: {where}: osplus: makes inputs easy to round, but W4A")
     # Beside another scheme it makes sense: the command line has its say first.
     words = ("qplug:demo", "--out", tmp_path / "out", "--dataset", "demo", "--dry-run")
     assert run(told, *words, "--scheme", "W8A8").exit_code == 0

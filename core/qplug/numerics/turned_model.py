@@ -58,17 +58,17 @@ def rotated_model(
     rewrites: dict[str, Rewrite] = {}
     for norm in stream.norms.values():
         rewrites |= _norm_rewrites(norm, _folds_bias(norm, stream), turn)
-    for name, axis in stream.tensors.items():
+    for name, stream_axis in stream.tensors.items():
         value_heads = values.get(name)
         make = RotatedTensor(
-            axis.axis,
+            stream_axis.axis,
             turn,
-            offset=stream.norms[axis.norm].offset if axis.norm else None,
+            offset=stream.norms[stream_axis.norm].offset if stream_axis.norm else None,
             rows=value_heads.rows if value_heads else None,
             heads=heads[name] if value_heads else outputs.get(name),
             online=name.removesuffix(".weight") in online,
         )
-        norm_weight = (stream.norms[axis.norm].weight,) if axis.norm else ()
+        norm_weight = (stream.norms[stream_axis.norm].weight,) if stream_axis.norm else ()
         source = stream.copies.get(name, name)
         # A rotation of a row's input leaves the other rows alone.
         rewrites[name] = Rewrite((source, *norm_weight), make, by_row=make.by_row)
@@ -157,17 +157,17 @@ def _bias_rewrites(
 ) -> dict[str, Rewrite]:
     """Rewrites of biases of readers: they take the norm's bias, and are rotated with the values."""
     rewrites = {}
-    for name, axis in stream.tensors.items():
-        if axis.norm is None or axis.bias is None:
+    for name, stream_axis in stream.tensors.items():
+        if stream_axis.norm is None or stream_axis.bias is None:
             continue
-        norm, heads = stream.norms[axis.norm], values.get(name)
+        norm, heads = stream.norms[stream_axis.norm], values.get(name)
         folds = norm.bias is not None and _folds_bias(norm, stream)
         if not folds and heads is None:
             continue
         rows, turn = (heads.rows, turns[name]) if heads else (None, None)
-        make = RotatedBias(axis, rows, turn)
+        make = RotatedBias(stream_axis, rows, turn)
         more = (name, norm.bias) if folds and norm.bias is not None else ()
-        rewrites[axis.bias] = Rewrite((axis.bias, *more), make)
+        rewrites[stream_axis.bias] = Rewrite((stream_axis.bias, *more), make)
     return rewrites
 
 
@@ -175,7 +175,7 @@ def _bias_rewrites(
 class RotatedBias:
     """Makes the bias of a linear that takes over the bias ``c`` of its norm: ``b + W c``."""
 
-    axis: StreamAxis
+    stream_axis: StreamAxis
     rows: Tensor | None
     heads: Rotation | None
 
@@ -183,7 +183,7 @@ class RotatedBias:
         self, bias: Tensor, weight: Tensor | None = None, offset: Tensor | None = None
     ) -> Tensor:
         if weight is not None and offset is not None:
-            bias = bias + torch.tensordot(offset, weight, ([0], [self.axis.axis]))
+            bias = bias + torch.tensordot(offset, weight, ([0], [self.stream_axis.axis]))
         if self.rows is not None and self.heads is not None:
             bias = _turn_rows(bias, self.rows, self.heads)
         return bias

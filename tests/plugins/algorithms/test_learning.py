@@ -420,7 +420,7 @@ def test_omniquant_reaches_the_codes(
     OmniQuant(OmniQuantParams(epochs=4)).transform(block)
     after = errors_of(block, stored(block))
     assert after < (0.9 if scheme.startswith(("W4", "W2")) else 1.001) * before
-    told = float(block.notes[0].split()[-3])
+    told = float(block.notes[0].split()[-1])
     assert after == pytest.approx(told, rel=1e-3)  # what was measured is what is stored
     reconstruction = reconstruction_of(block)
     for batch in reconstruction.batches():  # and the float model computes what it did

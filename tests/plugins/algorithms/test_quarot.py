@@ -361,7 +361,7 @@ def llama(folder: Path, **changes: Any) -> Path:
 )
 def test_a_width_without_a_matrix(changes: dict[str, int], width: int, tmp_path: Path) -> None:
     source = llama(tmp_path / "model", **changes)
-    with pytest.raises(QplugError, match=rf"width {width}; say -o quarot.rotation=random"):
+    with pytest.raises(QplugError, match=rf"width {width}; use -o quarot.rotation=random"):
         rotated(source)
     prepared = rotated(source, rotation="random")
     assert any(isinstance(t, RewrittenTensor) for t in prepared.checkpoint.tensors.values())
