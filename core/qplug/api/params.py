@@ -47,9 +47,9 @@ class Param:
     None if the field has no key of its own), ``spelling`` the form of its value, ``inline`` says
     that the keys of a part stand beside those of the whole. As words on the command line and in
     Python: ``word`` is the keyword (by default the name), ``flag`` the option (by default
-    ``--word``), ``metavar`` its value; ``adds`` says that a value is added to the earlier one.
-    ``of`` names the field whose component the value belongs to: another component starts from the
-    default. ``heading`` is the part of ``--help`` in which the option stands.
+    the keyword after two hyphens), ``metavar`` its value; ``adds`` says that a value is added to
+    the earlier one. ``of`` names the field whose component the value belongs to: another component
+    starts from the default. ``heading`` is the part of ``--help`` in which the option stands.
     """
 
     help: str
