@@ -87,7 +87,7 @@ def test_an_old_name_is_the_new_object(module: str, name: str) -> None:
 
 
 def test_an_old_module_warns_once() -> None:
-    with pytest.warns(FutureWarning, match=r"qplug.clipping goes .*: import from qplug.numerics"):
+    with pytest.warns(FutureWarning, match=r"qplug.clipping will .*: import from qplug.numerics"):
         import qplug.clipping
     assert qplug.clipping.search_clip is qplug.numerics.search_clip
     import qplug.clipping
