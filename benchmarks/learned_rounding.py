@@ -41,12 +41,12 @@ class TesseraQ(Algorithm[Params]):
     name = "tesseraq"
     Params = Params
     needs_data = True
-    learns = True
+    learns_blocks = True
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         params, reconstruction = self.params, block.reconstruction
         if reconstruction is None:
-            raise QplugError("tesseraq learns from calibration data, and here is none")
+            raise QplugError("tesseraq learns from calibration data, but this run has none")
         start_clips(block.groups, steps=20, smallest=0.6)
         learned = {linear.name: Softened(linear) for linear in block.linears}
         roundings = [soft.rounding for soft in learned.values()]

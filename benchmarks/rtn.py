@@ -20,7 +20,7 @@ from typing import BinaryIO
 import torch
 from llama_shapes import LLAMA_3_2_3B
 
-from qplug import PRESETS, Exporter, Scheme, TensorSpec
+from qplug import PRESETS, Format, Scheme, TensorSpec
 from qplug.checkpoint.tensor_file import lay_out, tensor_bytes
 from qplug.numerics.rounding import round_to_nearest
 from qplug.registry.registry import Registry
@@ -59,15 +59,17 @@ def one_core(backend: str, repeats: int) -> float:
     """Print the times of all schemes and shapes; the longest of W4A16, in ms a million weights."""
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    exporter = Registry.installed().exporters[backend]
-    made = exporter(exporter.Params())
+    stored_as = Registry.installed().exporters[backend].format
     print(f"quantize and pack for {backend}, one core, ms a million weights:")
     print(f"{'':14}" + "".join(f"{out}x{width}".rjust(14) for out, width in SHAPES))
     slowest = 0.0
     for scheme in PRESETS.values():
         times = [
             milliseconds(
-                shape, scheme.with_scale_dtype(made.scale_dtype(scheme, "bfloat16")), made, repeats
+                shape,
+                scheme.with_scale_dtype(stored_as.scale_dtype(scheme, "bfloat16")),
+                stored_as,
+                repeats,
             )
             for shape in SHAPES
         ]
@@ -77,14 +79,12 @@ def one_core(backend: str, repeats: int) -> float:
     return slowest
 
 
-def milliseconds(
-    shape: tuple[int, int], scheme: Scheme, exporter: Exporter[object], repeats: int
-) -> float:
+def milliseconds(shape: tuple[int, int], scheme: Scheme, stored_as: Format, repeats: int) -> float:
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        exporter.pack(round_to_nearest(weight, scheme.weights), scheme, "bfloat16")
+        stored_as.pack(round_to_nearest(weight, scheme.weights), scheme, "bfloat16")
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:]) * 1e3 / (weight.numel() / 1e6)  # the first one warms up
 

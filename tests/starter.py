@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+from importlib import import_module
 from typing import Any
 
 from qplug.checkpoint.locate import find_model
@@ -25,12 +26,24 @@ from qplug.model.view import model_view
 from qplug.registry.registry import Registry
 from qplug.text import random_windows
 
+#: What the processes import, but this program does not use.
+MODULES = (
+    "torch.distributed",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mixtral.modeling_mixtral",
+    "transformers.models.opt.modeling_opt",
+    "qplug.run.perform",
+    "qplug.run.quantize",
+)
+
 
 def import_everything() -> None:
-    """Loads the plugins, what transformers compiles at its first use, and the demo text's tokens.
+    """Loads modules, plugins, what transformers compiles at its first use, and the demo's tokens.
 
     The text is tokenized here, once, as that takes longer than most of the processes run.
     """
+    for module in MODULES:
+        import_module(module)
     demo = find_model("qplug:demo")
     kind = Registry.installed().datasets["demo"]
     tokenizer = load_tokenizer(str(demo), trust_remote_code=False)

@@ -19,7 +19,7 @@ from qplug.cli.main import Deferred, main
 ROOT = Path(__file__).parents[1]
 MODULES = [*(ROOT / "core").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]
 #: Values that the processes of one run tell each other.
-PICKLES = {"core/qplug/machine/processes.py"}
+PICKLES = {"core/qplug/machine/messages.py"}
 
 _MODULES_THAT_RUN_DATA = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve"}
 _CALLS_THAT_RUN_DATA = {

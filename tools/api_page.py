@@ -100,16 +100,18 @@ def _signature(lines: list[str]) -> str:
 def _value_line(assignment: Assignment, name: str) -> str:
     """``NAME: TYPE`` of a value whose type is written down, ``NAME = VALUE`` of others."""
     if isinstance(assignment, ast.AnnAssign):
-        return f"{name}: {ast.unparse(assignment.annotation)}"
-    return f"{name} = {ast.unparse(_value_of(assignment, name))}"
+        return f"{name}: {_code(assignment.annotation)}"
+    return f"{name} = {_code(_value_of(assignment, name))}"
 
 
 def _class_lines(definition: ast.ClassDef, home: Path) -> list[str]:
-    bases = ", ".join(ast.unparse(base) for base in definition.bases)
+    bases = ", ".join(_code(base) for base in definition.bases)
     head = f"class {definition.name}({bases}):" if bases else f"class {definition.name}:"
     fields = [line for field in _fields(definition) for line in _field_lines(field, home)]
-    decorators = [f"@{ast.unparse(decorator)}" for decorator in definition.decorator_list]
-    return [*decorators, head, *(f"    {line}" for line in fields or ["..."])]
+    decorators = [f"@{_code(decorator)}" for decorator in definition.decorator_list]
+    if not fields:
+        return [*decorators, f"{head} ..."]
+    return [*decorators, head, *(f"    {line}" for line in fields)]
 
 
 def _fields(definition: ast.ClassDef) -> list[ast.AnnAssign]:
@@ -125,14 +127,14 @@ def _fields(definition: ast.ClassDef) -> list[ast.AnnAssign]:
 def _field_lines(field: ast.AnnAssign, home: Path) -> list[str]:
     """A field of a class, below what its ``#:`` comment or its ``Param`` says of it."""
     kind, said = field.annotation, _comment(home, field.lineno)
-    if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == "Annotated":
+    if isinstance(kind, ast.Subscript) and _code(kind.value) == "Annotated":
         assert isinstance(kind.slice, ast.Tuple)
         kind, param = kind.slice.elts[:2]
         if isinstance(param, ast.Call) and param.args and isinstance(param.args[0], ast.Constant):
             said = said or str(param.args[0].value)
-    default = f" = {ast.unparse(field.value)}" if field.value else ""
+    default = f" = {_code(field.value)}" if field.value else ""
     comment = [f"# {line}" for line in textwrap.wrap(said, _WIDTH)]
-    return [*comment, f"{ast.unparse(field.target)}: {ast.unparse(kind)}{default}"]
+    return [*comment, f"{_code(field.target)}: {_code(kind)}{default}"]
 
 
 def _methods(definition: ast.ClassDef) -> list[ast.FunctionDef]:
@@ -162,8 +164,8 @@ def _member(kind: type, method: ast.FunctionDef) -> str:
     """A method or a property, as an item of a list."""
     if _is_check(method):
         return f"- `{method.name}`"
-    decorators = [ast.unparse(decorator) for decorator in method.decorator_list]
-    returns = ast.unparse(method.returns) if method.returns else "None"
+    decorators = [_code(decorator) for decorator in method.decorator_list]
+    returns = _code(method.returns) if method.returns else "None"
     if "property" in decorators:
         title = f"{method.name}: {returns}"
     else:
@@ -177,7 +179,7 @@ def _member(kind: type, method: ast.FunctionDef) -> str:
 
 
 def _call(function: ast.FunctionDef) -> str:
-    returns = ast.unparse(function.returns) if function.returns else "None"
+    returns = _code(function.returns) if function.returns else "None"
     line = f"def {function.name}({_arguments(function)}) -> {returns}"
     if len(line) <= _WIDTH:
         return line
@@ -206,13 +208,18 @@ def _argument_parts(function: ast.FunctionDef) -> list[str]:
 
 
 def _argument(argument: ast.arg, default: ast.expr | None) -> str:
-    kind = f": {ast.unparse(argument.annotation)}" if argument.annotation else ""
+    kind = f": {_code(argument.annotation)}" if argument.annotation else ""
     if default is None:
         return f"{argument.arg}{kind}"
-    return f"{argument.arg}{kind}{' = ' if kind else '='}{ast.unparse(default)}"
+    return f"{argument.arg}{kind}{' = ' if kind else '='}{_code(default)}"
 
 
 # --- the source ----------------------------------------------------------------------------------
+
+
+def _code(node: ast.AST) -> str:
+    """The source of ``node`` on one line, with the quotes that the formatter of pages wants."""
+    return re.sub(r"'([^'\"]*)'", r'"\1"', ast.unparse(node))
 
 
 @cache
@@ -253,7 +260,7 @@ def _targets(node: Assignment) -> list[str]:
     """The names that an assignment gives a value."""
     target = node.targets[0] if isinstance(node, ast.Assign) else node.target
     names = target.elts if isinstance(target, ast.Tuple) else [target]
-    return [ast.unparse(name) for name in names]
+    return [_code(name) for name in names]
 
 
 def _value_of(node: ast.Assign, name: str) -> ast.expr:

@@ -18,7 +18,8 @@ def tables() -> str:
     registry = Registry.installed()
     parts = []
     for name in registry.exporters:
-        rows = registry.exporters[name].capabilities()
+        engine = registry.exporters[name].engine
+        rows = [] if engine is None else engine.capabilities()
         if rows:
             parts.append(f"### `{name}`\n\n{_table(rows)}")
     return "\n\n".join(parts)

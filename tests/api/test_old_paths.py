@@ -76,7 +76,7 @@ def test_an_old_name_is_the_new_object(module: str, name: str) -> None:
     assert warning.filename == "plugin.py"
     text = str(warning.message)
     assert text.startswith(path)
-    assert "goes with qplug 0.3" in text
+    assert "will be removed in qplug 0.3" in text
 
     door = importlib.import_module(text.rpartition(" from ")[2])
     assert door in (qplug, qplug.numerics, qplug.text)

@@ -123,7 +123,7 @@ def check_known(group: qplug.InputGroup, x: Tensor) -> None:
 
 
 def experts_group(block: LiveBlock) -> qplug.InputGroup:
-    (group,) = (group for group in block.groups if group.routed)
+    (group,) = (group for group in block.groups if group.by_expert)
     return group
 
 
@@ -179,9 +179,9 @@ def test_an_expert_is_known_by_its_own_tokens(
     x, inputs, between = rows_of_experts(family(name), tokens, name)
     assert any(len(own) == 0 for own in inputs) == ((windows, length, batch) == ONE)
     walk = start_walk(family(name), tokens, batch_size=batch)
-    walk.enter("model.layers.0")
-    walk.leave("model.layers.0", {})
-    block = walk.enter(BLOCK)
+    walk.gather("model.layers.0")
+    walk.advance("model.layers.0", {})
+    block = walk.gather(BLOCK)
     path, locals_, others = NAMES[name]
     group = experts_group(block)
     check_known(group, x)
@@ -190,14 +190,14 @@ def test_an_expert_is_known_by_its_own_tokens(
         n for n in others if not n.endswith(("mlp.gate", "moe.gate", "shared_expert_gate"))
     ]
     wanted = {f"{BLOCK}.{n}" for n in quantized}
-    for number, (part, own) in enumerate(zip(group.routed, inputs, strict=True)):
+    for number, (part, own) in enumerate(zip(group.by_expert, inputs, strict=True)):
         names = [f"{BLOCK}.{path}.{number}.{local}" for local in locals_[:2]]
         assert [linear.name for linear in part.linears] == names
         assert not part.scalable
         wanted.update(names)
         check_known(part, own)
     assert {linear.name for linear in group.linears} == wanted
-    assert [len(part.linears) for part in group.parts] == [len(quantized)] * bool(quantized) + [
+    assert [len(part.linears) for part in group.by_tokens] == [len(quantized)] * bool(quantized) + [
         2
     ] * 4
     lasts = last_groups(block)
@@ -209,7 +209,7 @@ def test_an_expert_is_known_by_its_own_tokens(
         check_known(last, made)
         assert last.scalable == (len(made) > 0)
     with pytest.raises(ValueError, match="no operation before this group"):
-        block.smooth(group.routed[0], torch.ones(64))
+        block.smooth(group.by_expert[0], torch.ones(64))
 
 
 def test_padding_is_no_token_of_an_expert(
@@ -224,11 +224,11 @@ def test_padding_is_no_token_of_an_expert(
     for i, length in enumerate(lengths):
         tokens[i, length:] = -1
     walk = start_walk(family("mixtral"), tokens)
-    walk.enter("model.layers.0")
-    walk.leave("model.layers.0", {})
-    block = walk.enter(BLOCK)
+    walk.gather("model.layers.0")
+    walk.advance("model.layers.0", {})
+    block = walk.gather(BLOCK)
     for number, (part, last) in enumerate(
-        zip(experts_group(block).routed, last_groups(block), strict=True)
+        zip(experts_group(block).by_expert, last_groups(block), strict=True)
     ):
         check_known(part, torch.cat([inputs[number] for _, inputs, _ in each]))
         check_known(last, torch.cat([between[number] for _, _, between in each]))
@@ -243,8 +243,8 @@ def test_the_extremes_of_an_expert_are_those_of_its_windows(
     found = []
     for batch in (1, 4):
         walk = start_walk(family("mixtral"), tokens, scheme=static, batch_size=batch)
-        block = walk.enter("model.layers.0")
-        groups = (*experts_group(block).routed, *last_groups(block))
+        block = walk.gather("model.layers.0")
+        groups = (*experts_group(block).by_expert, *last_groups(block))
         found.append([(group.lows, group.highs) for group in groups])
     for one, four in zip(*found, strict=True):
         torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-5)
@@ -265,30 +265,32 @@ def test_smoothing_changes_nothing_that_is_computed(
     walk = start_walk(family(name), tokens)
     path, locals_, others = NAMES[name]
     for block_name in walk._view.blocks:
-        block = walk.enter(block_name)
-        old = {local: master.clone() for local, master in block.masters.items()}
+        block = walk.gather(block_name)
+        old = {local: master.clone() for local, master in block.weights32.items()}
         for number, group in enumerate(block.groups):
             assert group.scalable == (group.tokens > 0)
             if group.scalable:
                 generator = torch.Generator().manual_seed(number)
                 scale = torch.randn(len(group.gram), generator=generator).exp()
                 block.smooth(group, block.shared(group, scale))
-        values = {local: value.clone() for local, value in block.masters.items()}
+        values = {local: value.clone() for local, value in block.weights32.items()}
         model.get_submodule(block_name).load_state_dict(values, strict=True)
         if block_name == BLOCK:
-            scale = block.masters["post_attention_layernorm.weight"]
+            scale = block.weights32["post_attention_layernorm.weight"]
             scale = old["post_attention_layernorm.weight"] / scale
             for other in (n for n in others if not n.endswith("up_proj")):  # whose rows move too
                 moved = old[f"{other}.weight"] * scale
-                torch.testing.assert_close(block.masters[f"{other}.weight"], moved)
+                torch.testing.assert_close(block.weights32[f"{other}.weight"], moved)
             assert f"{BLOCK}.{others[0]}.weight" in block.rewritten()
             _, inputs, between = rows_of_experts(family(name), tokens, name)
-            for part, own in zip(experts_group(block).routed, inputs, strict=True):
+            for part, own in zip(experts_group(block).by_expert, inputs, strict=True):
                 check_known(part, own / scale)
             for number, (last, made) in enumerate(zip(last_groups(block), between, strict=True)):
                 down = f"{path}.{number}.{locals_[2]}.weight"
-                check_known(last, made / (block.masters[down].norm(dim=0) / old[down].norm(dim=0)))
-        walk.leave(block_name, {})
+                check_known(
+                    last, made / (block.weights32[down].norm(dim=0) / old[down].norm(dim=0))
+                )
+        walk.advance(block_name, {})
     with torch.no_grad():
         assert distance(model(tokens).logits, wanted) <= RTOL
 
@@ -448,13 +450,13 @@ def test_true_sequential_takes_all_experts_in_one_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[int] = []
-    advance = LiveBlock.advance
+    use_codes = LiveBlock.use_codes
 
     def counted(self: LiveBlock, codes: Any) -> None:
         seen.append(len(codes))
-        advance(self, codes)
+        use_codes(self, codes)
 
-    monkeypatch.setattr(LiveBlock, "advance", counted)
+    monkeypatch.setattr(LiveBlock, "use_codes", counted)
     options = {"gptq": {"true_sequential": True, "correct": 0.5}}
     result = run(family(name), "gptq", make_tokens(4, 16), algorithm_options=options)
     assert all(error < 0.5 for error in result.losses.values())
@@ -469,14 +471,14 @@ def test_drift_is_that_of_tokens_an_expert_has_in_both_models(
 ) -> None:
     folder, tokens = family("mixtral"), make_tokens(4, 16)
     walk = start_walk(folder, tokens, propagate="quantized", with_drift=True, batch_size=3)
-    block = walk.enter("model.layers.0")
+    block = walk.gather("model.layers.0")
     codes = {
         n.name: round_to_nearest(n.weight, QuantArgs("int4", "channel")) for n in block.linears
     }
     names = {f"{n.removeprefix('model.layers.0.')}.weight" for n in codes}
-    floats = {f"{block.name}.{n}": v for n, v in block.masters.items() if n not in names}
-    walk.leave(block.name, block.served(codes, floats, torch.float32))
-    block = walk.enter(BLOCK)
+    floats = {f"{block.name}.{n}": v for n, v in block.weights32.items() if n not in names}
+    walk.advance(block.name, block.effective_parameters(codes, floats, torch.float32))
+    block = walk.gather(BLOCK)
 
     x, chosen = routed(folder, tokens)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -493,7 +495,7 @@ def test_drift_is_that_of_tokens_an_expert_has_in_both_models(
         model.eval()(tokens, use_cache=False)
     ((mine, mine_chosen, _),) = seen
     moved = 0
-    for number, part in enumerate(experts_group(block).routed):
+    for number, part in enumerate(experts_group(block).by_expert):
         now = (mine_chosen == number).any(-1)
         both = now & (chosen == number).any(-1)
         moved += int((now & ~both).sum())

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qplug.calibration.observation import Observation, Shares
-from qplug.model.input_groups import Group
+from qplug.calibration.observation import Observation, SampleQuota
+from qplug.model.input_groups import GroupPaths
 from qplug.recipe.spellings import parse_scheme
 
 
@@ -35,9 +35,9 @@ def test_a_pass_that_was_ended_leaves_no_tensor() -> None:
     block = Catching(seen)
     observation = Observation(
         block,
-        (Group(("linear",), None, "linear"),),
+        (GroupPaths(("linear",), None, "linear"),),
         {"linear": parse_scheme("W4A16", -1)},
-        Shares([1], 0),
+        SampleQuota([1], 0),
         torch.device("cpu"),
         with_drift=False,
     )
@@ -45,7 +45,7 @@ def test_a_pass_that_was_ended_leaves_no_tensor() -> None:
     def observe() -> None:
         given = torch.ones(1, 4, 8)
         seen.append(weakref.ref(given))
-        with observation.watching(4, None, {}, stop=True):
+        with observation.gathering(4, None, {}, stop=True):
             block(given)
 
     gc.collect()

@@ -217,13 +217,13 @@ def test_windows_are_kept_apart_whatever_the_batch(
 ) -> None:
     monkeypatch.setitem(batches._BATCH_TOKENS, "cpu", batch * 12)
     walk = start_walk(family("llama"), make_tokens(5, 12), scheme=preset("W8A8_STATIC"))
-    for group in walk.enter("model.layers.0").groups:
+    for group in walk.gather("model.layers.0").groups:
         windows = group.sample.view(5, 12, -1)  # few tokens: all are kept
         assert group.lows is not None
         assert group.highs is not None
         assert torch.equal(group.lows, windows.amin(1))
         assert torch.equal(group.highs, windows.amax(1))
-    dynamic = start_walk(family("llama"), make_tokens(5, 12)).enter("model.layers.0")
+    dynamic = start_walk(family("llama"), make_tokens(5, 12)).gather("model.layers.0")
     assert all(group.lows is None for group in dynamic.groups)
 
 
@@ -254,7 +254,7 @@ def test_ranges_follow_what_moves(
     found: dict[str, float] = {}
     moved = 0
     for path in model_view(open_checkpoint(folder)).blocks:
-        block = walk.enter(path)
+        block = walk.gather(path)
         before = {linear.name: linear.weight.clone() for linear in block.linears}
         algorithm(algorithm.Params(**OPTIONS.get(algo, {}))).transform(block)
         moved += sum(not torch.equal(li.weight, before[li.name]) for li in block.linears)
@@ -262,9 +262,9 @@ def test_ranges_follow_what_moves(
         for linear in block.linears:
             assert linear.input_scale is not None
             found[linear.name] = linear.input_scale.item()
-        for local, value in block.masters.items():
+        for local, value in block.weights32.items():
             model.get_parameter(f"{path}.{local}").data.copy_(value)
-        walk.leave(path, {})
+        walk.advance(path, {})
     assert moved
     for linear_name, windows in inputs_of(model, tokens, found).items():
         low, high = windows[0].min(), windows[0].max()

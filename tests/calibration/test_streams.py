@@ -71,7 +71,7 @@ def test_drift_is_what_the_float_model_has_more(
     ideal = inputs_of(family(name), {}, tokens)
     served: dict[str, Tensor] = {}
     for block_name in walk._view.blocks:
-        block = walk.enter(block_name)
+        block = walk.gather(block_name)
         real = inputs_of(family(name), served, tokens)
         for group in block.groups:
             x = real[group.linears[0].name].double()
@@ -81,17 +81,19 @@ def test_drift_is_what_the_float_model_has_more(
                 assert group.drift is None
                 continue
             assert group.drift is not None
-            assert group.lag is not None
+            assert group.total_shift is not None
             assert distance(group.drift, x.T @ off) <= RTOL
-            assert (group.lag - off.sum(0)).norm() <= RTOL * off.abs().sum(0).norm()
+            assert (group.total_shift - off.sum(0)).norm() <= RTOL * off.abs().sum(0).norm()
         codes = nearest_codes(block)
         served |= {f"{linear}.weight": dequantize(weight) for linear, weight in codes.items()}
-        walk.leave(block_name, block.served(codes, {}, torch.float32) | _floats(block, codes))
+        walk.advance(
+            block_name, block.effective_parameters(codes, {}, torch.float32) | _floats(block, codes)
+        )
 
 
 def _floats(block: LiveBlock, codes: dict[str, Any]) -> dict[str, Tensor]:
     names = {f"{name.removeprefix(block.name + '.')}.weight" for name in codes}
-    return {local: value for local, value in block.masters.items() if local not in names}
+    return {local: value for local, value in block.weights32.items() if local not in names}
 
 
 def test_drift_follows_scales_and_shifts(
@@ -100,28 +102,30 @@ def test_drift_follows_scales_and_shifts(
     walk = start_walk(
         family("opt"), make_tokens(4, 12), propagate="quantized", with_drift=True, batch_size=1
     )
-    first = walk.enter(walk._view.blocks[0])
+    first = walk.gather(walk._view.blocks[0])
     codes = nearest_codes(first)
-    walk.leave(first.name, first.served(codes, {}, torch.float32) | _floats(first, codes))
-    block = walk.enter(walk._view.blocks[1])
+    walk.advance(
+        first.name, first.effective_parameters(codes, {}, torch.float32) | _floats(first, codes)
+    )
+    block = walk.gather(walk._view.blocks[1])
     group = next(group for group in block.groups if group.shiftable)
     x = group.sample.clone().double()  # all tokens: there are few
     assert len(x) == group.tokens
     assert group.drift is not None
-    assert group.lag is not None
-    drift, lag = group.drift.clone().double(), group.lag.clone().double()
+    assert group.total_shift is not None
+    drift, lag = group.drift.clone().double(), group.total_shift.clone().double()
     offset = torch.linspace(-1, 1, x.shape[1])
     block.shift(group, offset)
     moved = (x - group.sample.double()).mean(0)  # the offset as the bias could take it
     assert distance(group.drift, drift - moved[:, None] * lag) <= RTOL
-    assert distance(group.lag, lag) == 0
+    assert distance(group.total_shift, lag) == 0
     before = group.drift.clone().double()
     scale = torch.linspace(0.5, 2, x.shape[1])
     rows = group.sample.clone()
     block.smooth(group, scale)
     taken = (rows / group.sample).nanmean(0).double()
     assert distance(group.drift, before / (taken[:, None] * taken)) <= RTOL
-    assert distance(group.lag, lag / taken) <= RTOL
+    assert distance(group.total_shift, lag / taken) <= RTOL
 
 
 def test_a_correction_makes_good_what_it_can(
@@ -148,7 +152,7 @@ def test_gptq_rounds_the_corrected_weight(
     misses = []
     for correct in (0.0, 1.0):
         group = make_group(x, make_linear(16, 32, args))
-        group.drift, group.lag = x.T @ (y - x), (y - x).sum(0)
+        group.drift, group.total_shift = x.T @ (y - x), (y - x).sum(0)
         algorithm = GPTQ(Params(correct=correct, damp=0.01))
         assert algorithm.needs_drift == (correct > 0)
         block = qplug.Block("block", group.linears, (group,))
@@ -189,7 +193,7 @@ def test_groups_see_what_became_of_those_before(
     walk = start_walk(family("llama"), tokens, propagate=propagate, with_drift=with_drift)
     served: dict[str, Tensor] = {}
     for block_name in walk._view.blocks[:2]:
-        block = walk.enter(block_name)
+        block = walk.gather(block_name)
         block.smooth(block.groups[0], torch.linspace(0.5, 2, 64))
         codes: dict[str, Any] = {}
         here: dict[str, Tensor] = {}
@@ -204,9 +208,11 @@ def test_groups_see_what_became_of_those_before(
             # The norm takes the scale that the codes of its readers have in them.
             here |= {f"{name}.weight": dequantize(weight) for name, weight in made.items()}
             here |= {f"{block_name}.{n}": value for n, value in _floats(block, codes).items()}
-            block.advance(made)
+            block.use_codes(made)
         served |= here
-        walk.leave(block_name, block.served(codes, {}, torch.float32) | _floats(block, codes))
+        walk.advance(
+            block_name, block.effective_parameters(codes, {}, torch.float32) | _floats(block, codes)
+        )
 
 
 @pytest.mark.parametrize("correct", ["0", "0.5"])
@@ -250,7 +256,7 @@ def test_padding_enters_no_statistics(
     walk = start_walk(family(name), tokens, propagate="float", batch_size=batch_size)
     each = [inputs_of(family(name), {}, sample) for sample in alone]
     for block_name in walk._view.blocks:
-        block = walk.enter(block_name)
+        block = walk.gather(block_name)
         for group in block.groups:
             x = torch.cat([seen[group.linears[0].name] for seen in each]).double()
             assert group.tokens == len(x) == 20
@@ -259,4 +265,4 @@ def test_padding_enters_no_statistics(
             assert torch.allclose(group.low.double(), x.amin(0), rtol=RTOL, atol=1e-6)
             assert torch.allclose(group.high.double(), x.amax(0), rtol=RTOL, atol=1e-6)
             assert distance(group.sample, x) <= RTOL
-        walk.leave(block_name, {})
+        walk.advance(block_name, {})

@@ -146,8 +146,8 @@ def test_a_walk_through_float_blocks_is_a_forward_pass(
     walk = start_walk(family(name), tokens, propagate="float")
     for block_name in blocks_of(family(name)):
         # The very same operations in the same order: the very same numbers.
-        assert torch.equal(torch.cat([*walk._hidden]), seen.hidden(block_name))
-        block = walk.enter(block_name)
+        assert torch.equal(torch.cat([*walk._inputs]), seen.hidden(block_name))
+        block = walk.gather(block_name)
         known = set()
         for group in block.groups:
             for linear in group.linears:
@@ -161,8 +161,8 @@ def test_a_walk_through_float_blocks_is_a_forward_pass(
                 assert torch.equal(group.sample, x.float())  # few tokens: all are kept
                 known.add(linear.name)
         assert known == {n for n in seen.inputs if n.startswith(f"{block_name}.")}
-        walk.leave(block_name, {})
-        assert torch.equal(torch.cat([*walk._hidden]), seen.after(block_name))
+        walk.advance(block_name, {})
+        assert torch.equal(torch.cat([*walk._inputs]), seen.after(block_name))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 100])
@@ -177,16 +177,16 @@ def test_batches_of_any_size_give_the_same(
     seen = plain_forward(reference(family("gemma2")), tokens, 7)
     at_a_time(batch, 12, monkeypatch)
     walk = start_walk(family("gemma2"), tokens, propagate="float")
-    assert [len(hidden) for hidden in walk._hidden] == [len(part) for part in tokens.split(batch)]
+    assert [len(hidden) for hidden in walk._inputs] == [len(part) for part in tokens.split(batch)]
     for block_name in blocks_of(family("gemma2")):
-        block = walk.enter(block_name)
+        block = walk.gather(block_name)
         for group in block.groups:
             x = seen.rows(group.linears[0].name).double()
             assert group.tokens == 84
             assert distance(group.gram, x.T @ x) <= RTOL
             assert distance(group.sample, x) <= RTOL
-        walk.leave(block_name, {})
-        assert distance(torch.cat([*walk._hidden]), seen.after(block_name)) <= RTOL
+        walk.advance(block_name, {})
+        assert distance(torch.cat([*walk._inputs]), seen.after(block_name)) <= RTOL
 
 
 def test_a_sample_longer_than_a_batch(
@@ -197,7 +197,7 @@ def test_a_sample_longer_than_a_batch(
 ) -> None:
     monkeypatch.setitem(batches._BATCH_TOKENS, "cpu", 5)
     walk = start_walk(family("llama"), make_tokens(2, 12))
-    assert [hidden.shape[:2] for hidden in walk._hidden] == [(1, 12), (1, 12)]
+    assert [hidden.shape[:2] for hidden in walk._inputs] == [(1, 12), (1, 12)]
 
 
 @pytest.mark.parametrize("name", ["qwen2", "mistral", "gemma2", "gemma3"])
@@ -220,8 +220,8 @@ def test_windows_are_those_of_each_layer(
     fed_alike = True  # until the first layer with a window
     for block_name, slides in zip(blocks_of(family(name)), sliding, strict=True):
         output = f"{block_name}.self_attn.o_proj"
-        group = walk.enter(block_name).groups[1]
-        walk.leave(block_name, {})
+        group = walk.gather(block_name).groups[1]
+        walk.advance(block_name, {})
         assert distance(group.sample, seen.rows(output)) <= RTOL
         for other in (wide, narrow):
             same = distance(group.sample, other.rows(output)) <= RTOL
@@ -249,7 +249,7 @@ def test_the_sample_is_of_tokens_from_all_over(
     seen = plain_forward(reference(family("llama")), tokens, batch)
     at_a_time(batch, 20, monkeypatch)
     monkeypatch.setattr(observation, "SAMPLE", room)
-    block = start_walk(family("llama"), tokens).enter("model.layers.0")
+    block = start_walk(family("llama"), tokens).gather("model.layers.0")
     for group in block.groups:
         x = seen.rows(group.linears[0].name)
         assert len(group.sample) == wanted
@@ -270,14 +270,14 @@ def record(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """What entered and what left each block of the runs to come, which compute in float32."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    leave = Walk.leave
+    advance = Walk.advance
 
     def watched(self: Walk, name: str, served: Any) -> None:
-        before = torch.cat([*self._hidden]).clone()
-        leave(self, name, served)
-        seen[name] = before, torch.cat([*self._hidden]).clone()
+        before = torch.cat([*self._inputs]).clone()
+        advance(self, name, served)
+        seen[name] = before, torch.cat([*self._inputs]).clone()
 
-    monkeypatch.setattr(Walk, "leave", watched)
+    monkeypatch.setattr(Walk, "advance", watched)
     return seen
 
 
@@ -473,21 +473,21 @@ def test_killed_after_any_block(
     source = family(name, dtype)
     options = {**options, "propagate": propagate}
     wanted = contents(run(source, out="undisturbed", **options).out)
-    entered: list[str] = []
-    enter = Walk.enter
+    gathered: list[str] = []
+    gather = Walk.gather
     monkeypatch.setattr(
-        Walk, "enter", lambda self, block: [entered.append(block), enter(self, block)][1]
+        Walk, "gather", lambda self, block: [gathered.append(block), gather(self, block)][1]
     )
     steps = len(model_steps := finished_steps(source))
     for stop in range(1, steps + 1):
         with pytest.raises(Stop):
             run(source, stop=stop, **options)
         assert not (tmp_path / "out").exists()
-        entered.clear()
+        gathered.clear()
         result = run(source, **options)
         # Two steps at most had not reached the disk; what had is not computed again.
         assert max(0, stop - 3) <= result.resumed <= stop
-        assert entered == [step for step in model_steps[result.resumed :] if step]
+        assert gathered == [step for step in model_steps[result.resumed :] if step]
         assert contents(result.out) == wanted
         shutil.rmtree(result.out)
     assert result.resumed > 0

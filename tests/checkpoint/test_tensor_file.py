@@ -150,10 +150,10 @@ UNSOUND = {
         file_of({"t": entry(), "u": entry(data_offsets=[12, 20])}, bytes(20)),
         "u is out of place",
     ),
-    "truncated data": (file_of({"t": entry()}, bytes(7)), "cut short: its header tells of"),
-    "no data": (file_of({"t": entry()}), "cut short: its header tells of"),
-    "trailing bytes": (file_of({"t": entry()}, bytes(9)), "too long: its header tells of"),
-    "trailing bytes, and no tensor": (file_of({}, bytes(1)), "too long: its header tells of"),
+    "truncated data": (file_of({"t": entry()}, bytes(7)), "cut short: its header describes"),
+    "no data": (file_of({"t": entry()}), "cut short: its header describes"),
+    "trailing bytes": (file_of({"t": entry()}, bytes(9)), "too long: its header describes"),
+    "trailing bytes, and no tensor": (file_of({}, bytes(1)), "too long: its header describes"),
 }
 
 

@@ -94,11 +94,13 @@ def test_a_hub_id_without_a_network(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     message = refused("someone/a-model")
-    assert message.startswith("someone/a-model: neither a folder here nor a model the Hub gave (")
+    assert message.startswith(
+        "someone/a-model: no folder on this machine, and not downloaded from the Hub: "
+    )
 
 
 def test_what_cannot_be_a_hub_id(refused: Refused) -> None:
-    assert refused("some one/a model").startswith("some one/a model: neither a folder here nor")
+    assert refused("some one/a model").startswith("some one/a model: no folder on this machine")
 
 
 def test_a_file_for_a_model(llama: Path, refused: Refused) -> None:
@@ -170,7 +172,7 @@ def test_a_truncated_shard(left: int, llama: Path, refused: Refused) -> None:
     message = refused(llama)
     assert message.startswith(f"{llama / LAST}: ")
     if left < 0:
-        told = f"cut short: its header tells of {len(whole)} bytes, it has {len(whole) - 1}"
+        told = f"cut short: its header describes {len(whole)} bytes, it has {len(whole) - 1}"
         assert message == f"{llama / LAST}: {told}"
 
 
@@ -436,7 +438,7 @@ def test_out_is_the_model(
 def test_the_model_is_inside_out(llama: Path, tmp_path: Path, refused: Refused) -> None:
     shutil.copyfile(llama / "config.json", tmp_path / "config.json")  # a model's folder too
     message = refused(llama, "--out", tmp_path, "--overwrite")
-    assert message == f"{tmp_path}: is or holds the model itself; choose another folder"
+    assert message == f"{tmp_path}: is or contains the model itself; choose another folder"
 
 
 def test_the_folder_that_one_stands_in(

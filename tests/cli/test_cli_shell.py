@@ -106,7 +106,7 @@ def test_help_lists_the_commands_in_the_order_of_work(write: WriteFile) -> None:
     assert [line.split(maxsplit=1) for line in listed] == [
         [name, summary] for name, (_, summary) in COMMANDS.items()
     ]
-    assert result.output.endswith("Plugins may add more: qplug plugins list\n")
+    assert result.output.endswith("Plugins may add more commands: qplug plugins list\n")
 
 
 def test_version() -> None:
@@ -138,7 +138,7 @@ def test_a_command_is_imported_when_it_runs() -> None:
     sys.modules.pop("qplug.cli.plugins", None)
     qplug("--help")
     assert "qplug.cli.plugins" not in sys.modules
-    assert "Describe what is called NAME" in qplug("plugins", "--help").output
+    assert "Describe the component or command NAME" in qplug("plugins", "--help").output
     assert "qplug.cli.plugins" in sys.modules
 
 
@@ -167,7 +167,7 @@ def test_a_bug_in_a_strangers_plugin_comes_with_a_way_around(write: WriteFile, s
     plugin.is_file, plugin.source, plugin.ships_with_qplug = False, "mine 1.0", ships
     result = qplug("hello", obj=Registry([plugin]))
     assert isinstance(result.exception, ZeroDivisionError)
-    hint = "" if ships else " To do without: qplug --no-plugins, or -p no:mine"
+    hint = "" if ships else " To run without it: qplug --no-plugins, or -p no:mine"
     assert result.stderr == f"The error below is from plugin mine (mine 1.0).{hint}\n"
 
 
@@ -229,7 +229,7 @@ def test_qplugs_own_commands_come_first(write: WriteFile) -> None:
     result = qplug("--plugin", file, "plugins", "check")
     assert result.exit_code == 1
     assert result.output.splitlines()[1] == (
-        f"clash  command 'plugins' of mine ({file}) is never run: qplug has one of that name"
+        f"clash  command 'plugins' of mine ({file}) is never run: qplug has a command 'plugins'"
     )
 
 
@@ -365,7 +365,7 @@ def test_show_describes_every_parameter(write: WriteFile) -> None:
 
           bits  4|8  [default: 4]
               Bits per weight.
-              Also called: w_bit, wbits.
+              Older names: w_bit, wbits.
 
           file  path or none  [default: none]
               A file.
@@ -421,7 +421,7 @@ def test_show_has_all_of_one_name_also_when_they_clash(write: WriteFile) -> None
     [
         ("my-ideas", "nothing is called 'my-ideas'. Did you mean 'my-idea'? There are: my-idea"),
         ("idea", "plugin idea offers: algorithm my-idea"),
-        ("off", "plugin off offers nothing: it is switched off by -p no:off"),
+        ("off", "plugin off offers nothing: the plugin is switched off by -p no:off"),
         ("bad", "plugin bad (bad 1.0): ImportError: no module of that name"),
     ],
 )

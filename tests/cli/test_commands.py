@@ -376,6 +376,18 @@ def test_schemes_on_one_device(cli: Cli) -> None:
     assert any("no: the CPU's kernel takes weights of 4 bits alone" in line for line in lines)
 
 
+def test_schemes_of_one_release(cli: Cli) -> None:
+    words = ("schemes", "--backend", "vllm", "--json", "--engine-version")
+    rows = json.loads(cli(*words, "0.26").stdout)["backends"]["vllm"]
+    assert {row["engine"] for row in rows} == {"vLLM 0.26"}
+    newest = json.loads(cli(*words[:-1]).stdout)["backends"]["vllm"]
+    assert {row["engine"] for row in newest} == {"vLLM 0.26", "vLLM 0.32"}  # one for CPUs alone
+    assert (
+        "no table for version '0.1'; there are: vLLM 0.32, vLLM 0.26" in cli(*words, "0.1").stderr
+    )
+    assert "of which engine? Say --backend" in cli("schemes", "--engine-version", "0.26").stderr
+
+
 def test_schemes_that_take_a_model_in_parts(cli: Cli) -> None:
     words = ("schemes", "--gpu", "sm90", "--backend", "sglang", "--model", "qplug:demo", "--json")
     whole, parts = (

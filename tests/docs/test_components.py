@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
-from qplug.registry import Plugin, Registry
+from qplug import Registry
+from qplug.registry.plugin import Plugin
 from qplug.testing import AlgorithmContract, DatasetContract, ExporterContract
 
 if TYPE_CHECKING:
@@ -28,15 +29,20 @@ def offers(page: Page, folder: Path) -> list[type[Component[Any]]]:
 
 
 class OnPage:
-    """A contract on the one component that plugins on ``where`` offer."""
+    """A contract on the component that plugins on ``where`` offer, or the one called ``called``."""
 
     where: ClassVar[str]
+    called: ClassVar[str | None] = None
 
     @pytest.fixture(autouse=True)
     def _take_from_page(
         self, named_pages: dict[str, Page], tmp_path_factory: pytest.TempPathFactory
     ) -> None:
-        (self.offered,) = offers(named_pages[self.where], tmp_path_factory.mktemp("page"))
+        (self.offered,) = (
+            offer
+            for offer in offers(named_pages[self.where], tmp_path_factory.mktemp("page"))
+            if self.called in (None, offer.name)
+        )
 
     def component(self) -> Any:
         return self.offered
@@ -78,6 +84,16 @@ class TestLetters(DatasetOnPage):
 
 class TestPlain(ExporterOnPage):
     where = "docs/how-to/write-an-exporter.md"
+    called = "plain"
+
+
+class TestHouse(ExporterOnPage):
+    where = "docs/how-to/write-an-exporter.md"
+    called = "house"
+    served = ("W8A8", None)
+
+    def model(self, folder: Path) -> str:
+        return "qplug:demo"  # the kernels of the house take no matrix as narrow as the kit's
 
 
 def test_every_component_on_a_page_has_one(

@@ -9,7 +9,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 
-from qplug import PRESETS
+from qplug import PRESETS, Capability
 from qplug.registry.registry import Registry
 from qplug_vllm.cpu import FP8_CACHE, Flaw, flaw_on_cpu, refused_on_cpu
 
@@ -52,19 +52,24 @@ def _word(text: str) -> str:
 
 def served_schemes() -> list[tuple[str, str]]:
     """Scheme and backend of every row of every table that an engine serves."""
-    exporters = Registry.installed(only_shipped=True).exporters
     found = [
         (row.scheme, backend)
-        for backend in exporters
-        for row in exporters[backend].capabilities()
+        for backend in Registry.installed(only_shipped=True).exporters
+        for row in _table(backend)
         if row.served and row.scheme in PRESETS
     ]
     return list(dict.fromkeys(found))
 
 
+def _table(backend: str) -> list[Capability]:
+    """What the engine of the backend serves, and what it does not."""
+    engine = Registry.installed(only_shipped=True).exporters[backend].engine
+    return [] if engine is None else engine.capabilities()
+
+
 def engines_of(case: Case) -> set[str]:
     """The engines, in lower case, that the table of the backend names for the scheme."""
-    table = Registry.installed(only_shipped=True).exporters[case.backend].capabilities()
+    table = _table(case.backend)
     return {
         row.engine.partition(" ")[0].lower()
         for row in table
@@ -74,7 +79,7 @@ def engines_of(case: Case) -> set[str]:
 
 def inputs_stay(case: Case) -> bool:
     """Whether the kernels for it on an H100 compute with float inputs whatever the scheme says."""
-    table = Registry.installed(only_shipped=True).exporters[case.backend].capabilities()
+    table = _table(case.backend)
     return any(
         "inputs stay as they are" in row.kernel
         for row in table

@@ -13,7 +13,6 @@ import pytest
 from engine_cases import Case, engines_of, left_out_on_cpu
 from engine_processes import EnginePool, Launch
 
-from qplug.api.params import fill
 from qplug.checkpoint.open import read_json
 from qplug.registry.registry import Registry
 from qplug_vllm.cpu import cpu_flags
@@ -93,9 +92,9 @@ class RealEngine:
 
     def options_for(self, folder: Path) -> dict[str, Any]:
         """What ``qplug serve`` passes for ``folder`` on the command line, for the class."""
-        kind = Registry.installed(only_shipped=True).exporters[self.name]
-        exporter = kind(fill(kind.Params, {}, self.name))
-        arguments = exporter.serve_arguments(read_json(folder / "config.json"))
+        engine = Registry.installed(only_shipped=True).exporters[self.name].engine
+        assert engine is not None
+        arguments = engine.serve_arguments(read_json(folder / "config.json"))
         named = [self.flags.get(word, word.removeprefix("--")) for word in arguments[::2]]
         names = (name.replace("-", "_") for name in named)
         return dict(zip(names, arguments[1::2], strict=True))

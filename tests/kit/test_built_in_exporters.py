@@ -6,26 +6,26 @@ from pathlib import Path
 
 from qplug.registry.registry import Registry
 from qplug.testing import ExporterContract
-from qplug_awq_format.exporter import AWQFormat
-from qplug_compressed_tensors.exporter import CompressedTensors
+from qplug_awq_format.exporter import AWQExporter
+from qplug_compressed_tensors.exporter import CompressedTensorsExporter
 from qplug_fake.exporter import Fake
-from qplug_gptq_format.exporter import GPTQFormat
+from qplug_gptq_format.exporter import GPTQExporter
 from qplug_hf.exporter import HuggingFace
-from qplug_sglang.engine import SGLang
-from qplug_vllm.engine import VLLM
+from qplug_sglang.exporter import SGLangExporter
+from qplug_vllm.exporter import VLLMExporter
 
 
 class TestCompressedTensors(ExporterContract):
-    exporter = CompressedTensors
+    exporter = CompressedTensorsExporter
 
 
 class TestSGLang(ExporterContract):
-    exporter = SGLang
+    exporter = SGLangExporter
     served = ("W8A8", None)
 
 
 class TestVLLM(ExporterContract):
-    exporter = VLLM
+    exporter = VLLMExporter
     served = ("W8A8", None)
 
 
@@ -38,7 +38,7 @@ class TestHuggingFace(ExporterContract):
 
 
 class TestAWQFormat(ExporterContract):
-    exporter = AWQFormat
+    exporter = AWQExporter
     served = ("W4A16_ASYM", 32)
 
     def model(self, folder: Path) -> str:
@@ -46,7 +46,7 @@ class TestAWQFormat(ExporterContract):
 
 
 class TestGPTQFormat(ExporterContract):
-    exporter = GPTQFormat
+    exporter = GPTQExporter
 
     def model(self, folder: Path) -> str:
         return "qplug:demo"

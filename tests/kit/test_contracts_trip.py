@@ -28,7 +28,8 @@ from qplug import (
 from qplug.numerics.rounding import nearest, quantize
 from qplug.numerics.scales import minmax_scale
 from qplug.testing import AlgorithmContract, DatasetContract, ExporterContract
-from qplug_compressed_tensors.exporter import CompressedTensors
+from qplug_compressed_tensors.exporter import CompressedTensorsExporter
+from qplug_compressed_tensors.format import CompressedTensors
 from qplug_rtn.rtn import RTN
 
 Codes = Mapping[str, QuantizedWeight]
@@ -209,7 +210,7 @@ def test_random_codes() -> None:
                 for n, w in made.items()
             }
 
-    assert "give other codes" in trips(algorithm(Broken), "test_same_input_same_codes")
+    assert "give different codes" in trips(algorithm(Broken), "test_same_input_same_codes")
 
 
 def test_a_weight_changed_in_place() -> None:
@@ -389,7 +390,7 @@ COUNTER = itertools.count()
         (lambda: [], "no text"),
         (lambda: ["  "], "no text"),
         (lambda: [b"bytes " * 9], "must give strings"),
-        (lambda: [f"{next(COUNTER)} words"], "another order each time"),
+        (lambda: [f"{next(COUNTER)} words"], "changes its order from call to call"),
     ],
 )
 def test_documents_that_are_no_text(documents: Any, sentence: str) -> None:
@@ -400,10 +401,10 @@ def test_documents_that_are_no_text(documents: Any, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("sample", "sentence"),
     [
-        (lambda length, count, seed: [], "must give 8 of them"),
+        (lambda length, count, seed: [], "must give 8 samples"),
         (lambda length, count, seed: [torch.ones(length)] * count, "int64"),
         (lambda length, count, seed: [torch.ones(1, length).long()] * count, "one axis"),
-        (lambda length, count, seed: [torch.ones(99).long()] * count, "one of 99 tokens"),
+        (lambda length, count, seed: [torch.ones(99).long()] * count, "a sample of 99 tokens"),
         (lambda length, count, seed: [torch.full((length,), 999)] * count, "does not have"),
     ],
 )
@@ -453,11 +454,14 @@ def test_a_network_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def exporter(**methods: Any) -> ExporterContract:
-    kind = type("Broken", (CompressedTensors,), {"__doc__": "One.", **methods})
-    return contract_of(kind)
+    """The contract of an exporter whose format has ``methods``."""
+    stored_as = type("Broken", (CompressedTensors,), methods)()
+    return contract_of(
+        type("Broken", (CompressedTensorsExporter,), {"__doc__": "One.", "format": stored_as})
+    )
 
 
-def contract_of(kind: type[CompressedTensors]) -> ExporterContract:
+def contract_of(kind: type[CompressedTensorsExporter]) -> ExporterContract:
     made = type("Contract", (ExporterContract,), {"exporter": kind})
     contract: ExporterContract = made()
     return contract
@@ -499,6 +503,12 @@ def test_packing_that_loses() -> None:
     said = trips(contract, "test_unpack_is_the_inverse_of_pack")
     assert "has other scale than w" in said
     assert "it is off by" in trips(contract, "test_stored_tensors_stand_for_the_weight")
+
+
+def test_scales_of_inputs_that_get_lost() -> None:
+    contract = exporter(input_scale=lambda self, tensors, scheme: None)
+    said = trips(contract, "test_scales_of_inputs_are_read_back")
+    assert "must give the scale of static inputs back" in said
 
 
 def test_a_layout_that_is_not_kept() -> None:

@@ -243,7 +243,7 @@ def test_several_processes_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> N
     assert find_device("auto", second) == find_device("cuda", second) == torch.device("cuda", 1)
     assert find_device("cpu", second) == torch.device("cpu")
     assert asked == [torch.device("cuda", 1)] * 2 + [torch.device("cpu")]
-    with pytest.raises(qplug.QplugError, match=r"--device cuda:0: several processes take a GPU"):
+    with pytest.raises(qplug.QplugError, match=r"--device cuda:0: several processes need a GPU"):
         find_device("cuda:0", second)
     with pytest.raises(qplug.QplugError, match=r"3 processes need a GPU each, and 2 can be seen"):
         find_device("auto", Launch(rank=0, count=3, local_rank=0, local_count=3))

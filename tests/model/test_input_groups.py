@@ -17,7 +17,7 @@ from qplug import InputGroup
 from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
-from qplug.model.input_groups import Group, find_groups
+from qplug.model.input_groups import GroupPaths, find_groups
 from qplug.model.view import model_view
 
 Family = Callable[..., Path]
@@ -196,18 +196,18 @@ def test_groups_are_found(
     make_tokens: MakeTokens,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found: list[tuple[Group, ...]] = []
+    found: list[tuple[GroupPaths, ...]] = []
 
-    def find(block: nn.Module, call: Any) -> tuple[Group, ...]:
+    def find(block: nn.Module, call: Any) -> tuple[GroupPaths, ...]:
         found.append(find_groups(block, call))
         return found[-1]
 
-    monkeypatch.setattr("qplug.calibration.walk.find_groups", find)
+    monkeypatch.setattr("qplug.calibration.block_structures.find_groups", find)
     source = family(name)
     view = model_view(open_checkpoint(source))
     walk = start_walk(source, make_tokens(3, 20))
     for block_name in view.blocks:
-        block = walk.enter(block_name)
+        block = walk.gather(block_name)
         assert [(local_names(block, g), g.scalable) for g in block.groups] == [
             (linears, before is not None) for linears, before in EXPECTED[name].items()
         ]
@@ -217,10 +217,11 @@ def test_groups_are_found(
         assert {linear.name for linear in block.linears} == {
             linear for linear in view.quantizable if linear.startswith(f"{block_name}.")
         }
-        walk.leave(block_name, {})
+        walk.advance(block_name, {})
     (groups,) = found  # all blocks are alike
     assert {
-        group.linears: group.before and (group.before.kind, group.before.module) for group in groups
+        group.linears: group.producer and (group.producer.kind, group.producer.module)
+        for group in groups
     } == EXPECTED[name]
 
 
@@ -230,7 +231,7 @@ def test_groups_are_found_on_a_token_or_two(
     name: str, length: int, family: Family, start_walk: StartWalk, make_tokens: MakeTokens
 ) -> None:
     walk = start_walk(family(name), make_tokens(1, length))
-    block = walk.enter(next(iter(walk._blocks)))
+    block = walk.gather(walk._view.blocks[0])
     assert [(local_names(block, g), g.scalable) for g in block.groups] == [
         (linears, before is not None) for linears, before in EXPECTED[name].items()
     ]
@@ -248,11 +249,11 @@ def test_smoothing_changes_nothing_that_is_computed(
     with torch.no_grad():
         logits = model(tokens).logits
     walk = start_walk(family(name), tokens)
-    calls = calls_of(model, tuple(walk._blocks), tokens)
+    calls = calls_of(model, walk._view.blocks, tokens)
     for seed, block_name in enumerate(calls):
-        block = walk.enter(block_name)
+        block = walk.gather(block_name)
         check_statistics(model, block, calls[block_name])
-        old = {local: master.clone() for local, master in block.masters.items()}
+        old = {local: master.clone() for local, master in block.weights32.items()}
         rewritten: set[str] = set()
         for number, group in enumerate(block.groups):
             if not group.scalable:
@@ -269,11 +270,11 @@ def test_smoothing_changes_nothing_that_is_computed(
         # What is said to be rewritten is, and the rest is not.
         assert set(block.rewritten()) == {f"{block_name}.{local}" for local in rewritten}
         for local, value in old.items():
-            assert torch.equal(value, block.masters[local]) == (local not in rewritten)
-        put(model, block_name, block.masters)
+            assert torch.equal(value, block.weights32[local]) == (local not in rewritten)
+        put(model, block_name, block.weights32)
         check_output(model, block_name, calls[block_name])
         check_statistics(model, block, calls[block_name])
-        walk.leave(block_name, {})
+        walk.advance(block_name, {})
     with torch.no_grad():
         assert distance(model(tokens).logits, logits) <= RTOL
 
@@ -285,9 +286,9 @@ def test_shifting_changes_nothing_that_is_computed(
     tokens = make_tokens(3, 20)
     model = reference(family(name))
     walk = start_walk(family(name), tokens)
-    calls = calls_of(model, tuple(walk._blocks), tokens)
+    calls = calls_of(model, walk._view.blocks, tokens)
     block_name = next(iter(calls))
-    block = walk.enter(block_name)
+    block = walk.gather(block_name)
     shiftable = {local_names(block, group) for group in block.groups if group.shiftable}
     assert shiftable == SHIFTABLE.get(name, set())
     generator = torch.Generator().manual_seed(0)
@@ -302,7 +303,7 @@ def test_shifting_changes_nothing_that_is_computed(
         torch.testing.assert_close(group.low, low - offset)
         block.smooth(group, random_scale(block, group, number))
         block.shift(group, -offset)
-    put(model, block_name, block.masters)
+    put(model, block_name, block.weights32)
     check_output(model, block_name, calls[block_name])
     check_statistics(model, block, calls[block_name])
 
@@ -311,7 +312,7 @@ def test_what_cannot_be_scaled_says_so(
     family: Family, start_walk: StartWalk, make_tokens: MakeTokens
 ) -> None:
     walk = start_walk(family("gpt-neox"), make_tokens(1, 8))
-    block = walk.enter("gpt_neox.layers.0")
+    block = walk.gather("gpt_neox.layers.0")
     *_, last = block.groups
     with pytest.raises(ValueError, match="no operation before this group can take a scale"):
         block.smooth(last, torch.ones(96))
@@ -323,14 +324,14 @@ def test_what_cannot_be_scaled_says_so(
 def test_a_scale_that_is_none_is_refused_before_anything_changes(
     bad: float, family: Family, start_walk: StartWalk, make_tokens: MakeTokens
 ) -> None:
-    block = start_walk(family("llama"), make_tokens(1, 8)).enter("model.layers.0")
-    old = {local: master.clone() for local, master in block.masters.items()}
+    block = start_walk(family("llama"), make_tokens(1, 8)).gather("model.layers.0")
+    old = {local: master.clone() for local, master in block.weights32.items()}
     for group in block.groups:
         scale = torch.ones(len(group.gram))
         scale[3] = bad
         with pytest.raises(ValueError, match="positive and finite"):
             block.smooth(group, scale)
-    assert all(torch.equal(value, block.masters[local]) for local, value in old.items())
+    assert all(torch.equal(value, block.weights32[local]) for local, value in old.items())
     assert block.rewritten() == ()
 
 
@@ -349,14 +350,14 @@ def test_heads_that_share_values_share_scales(
     start_walk: StartWalk,
     make_tokens: MakeTokens,
 ) -> None:
-    block = start_walk(family(name), make_tokens(1, 8)).enter("model.layers.0")
+    block = start_walk(family(name), make_tokens(1, 8)).gather("model.layers.0")
     group = block.groups[1]
     given = torch.rand(4 * head, generator=torch.Generator().manual_seed(0)) + 0.5
     # Query heads of one key-value head are neighbours.
     means = given.view(kv_heads, 4 // kv_heads, head).mean(1, keepdim=True)
     wanted = means.expand(-1, 4 // kv_heads, -1).flatten()
     torch.testing.assert_close(block.shared(group, given), wanted)
-    rows = block.masters[
+    rows = block.weights32[
         "self_attn.v_proj.weight" if name != "phi3" else "self_attn.qkv_proj.weight"
     ]
     old = rows.clone()
@@ -369,7 +370,7 @@ def test_heads_that_share_values_share_scales(
 def test_channels_of_a_norm_are_scaled_one_by_one(
     family: Family, start_walk: StartWalk, make_tokens: MakeTokens
 ) -> None:
-    block = start_walk(family("llama"), make_tokens(1, 8)).enter("model.layers.0")
+    block = start_walk(family("llama"), make_tokens(1, 8)).gather("model.layers.0")
     given = torch.rand(64, generator=torch.Generator().manual_seed(0)) + 0.5
     assert torch.equal(block.shared(block.groups[0], given), given)
 
@@ -392,21 +393,21 @@ def test_linears_that_stay_float_take_part(
     tokens = make_tokens(3, 20)
     model = reference(family("llama"))
     walk = start_walk(family("llama"), tokens, ignore=ignore)
-    calls = calls_of(model, tuple(walk._blocks), tokens)
-    block = walk.enter("model.layers.0")
+    calls = calls_of(model, walk._view.blocks, tokens)
+    block = walk.gather("model.layers.0")
     assert not [linear for linear in block.linears if linear.name.endswith(tuple(ignore))]
     for number, group in enumerate(block.groups):
         assert group.linears
         block.smooth(group, random_scale(block, group, number))
-    put(model, block.name, block.masters)
+    put(model, block.name, block.weights32)
     check_output(model, block.name, calls[block.name])
     # They are stored as they were rewritten, and said to be.
     for linear in ("k_proj", "v_proj"):
         name = f"{block.name}.self_attn.{linear}.weight"
         if linear in ignore and len(block.groups) == 4:
             assert name in block.rewritten()
-        (stored,) = block.others([name]).values()
-        assert torch.equal(stored, block.masters[f"self_attn.{linear}.weight"])
+        (stored,) = block.stored_floats([name]).values()
+        assert torch.equal(stored, block.weights32[f"self_attn.{linear}.weight"])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3"])
@@ -430,17 +431,17 @@ def test_norms_can_be_stored_and_still_nothing_changes(
         (folder / "config.json").write_text(json.dumps({**config, "dtype": said}))
     model = reference(folder)
     walk = start_walk(folder, tokens)
-    calls = calls_of(model, tuple(walk._blocks), tokens)
-    block = walk.enter("model.layers.0")
+    calls = calls_of(model, walk._view.blocks, tokens)
+    block = walk.gather("model.layers.0")
     for number, group in enumerate(block.groups):
         block.smooth(group, random_scale(block, group, number))
-    norms = [local for local, value in block.masters.items() if value.ndim == 1]
-    stored = block.others([f"{block.name}.{local}" for local in norms])
+    norms = [local for local, value in block.weights32.items() if value.ndim == 1]
+    stored = block.stored_floats([f"{block.name}.{local}" for local in norms])
     for local in norms:
         kept = stored[f"{block.name}.{local}"]
         assert kept.dtype == dtype
-        assert torch.equal(kept.float(), block.masters[local])
-    put(model, block.name, block.masters)
+        assert torch.equal(kept.float(), block.weights32[local])
+    put(model, block.name, block.weights32)
     check_output(model, block.name, calls[block.name])
     check_statistics(model, block, calls[block.name])
 
@@ -472,10 +473,10 @@ def test_a_norm_is_never_rounded_to_nothing(
     folder = edited(tmp_path / "model", family(name), edit, torch.bfloat16)
     model = reference(folder)
     walk = start_walk(folder, tokens)
-    calls = calls_of(model, tuple(walk._blocks), tokens)
-    block = walk.enter("model.layers.0")
+    calls = calls_of(model, walk._view.blocks, tokens)
+    block = walk.gather("model.layers.0")
     block.smooth(block.groups[0], torch.full((64,), 100.0))
-    put(model, block.name, block.masters)
+    put(model, block.name, block.weights32)
     check_output(model, block.name, calls[block.name])
     check_statistics(model, block, calls[block.name])
 
@@ -505,14 +506,14 @@ def test_a_first_block_that_does_nothing(
     folder = edited(tmp_path / "model", family(name), edit, torch.float32)
     model = reference(folder)
     walk = start_walk(folder, tokens)
-    calls = calls_of(model, tuple(walk._blocks), tokens)
+    calls = calls_of(model, walk._view.blocks, tokens)
     for block_name in ("model.layers.0", "model.layers.1"):
-        block = walk.enter(block_name)
+        block = walk.gather(block_name)
         assert all(group.scalable for group in block.groups)
         for number, group in enumerate(block.groups):
             block.smooth(group, random_scale(block, group, number))
-        put(model, block_name, block.masters)
-        walk.leave(block_name, {})
+        put(model, block_name, block.weights32)
+        walk.advance(block_name, {})
     check_output(model, "model.layers.1", calls["model.layers.1"])
     found, _ = again(model.get_submodule("model.layers.0"), calls["model.layers.0"], [])
     assert distance(found, calls["model.layers.0"][2]) <= RTOL
@@ -527,7 +528,7 @@ def test_a_block_that_is_small_beside_the_residual(
         model.model.embed_tokens.weight.mul_(1e4)
 
     folder = edited(tmp_path / "model", family("llama"), edit, torch.float32)
-    block = start_walk(folder, make_tokens(3, 20)).enter("model.layers.0")
+    block = start_walk(folder, make_tokens(3, 20)).gather("model.layers.0")
     assert [group.scalable for group in block.groups] == [True] * 4
 
 
@@ -552,7 +553,7 @@ def test_smoothing_forgets_scales_that_no_longer_fit(
     family: Family, start_walk: StartWalk, make_tokens: MakeTokens
 ) -> None:
     """Of the linears whose columns grow, and of the one whose rows shrink."""
-    block = start_walk(family("llama"), make_tokens(1, 8)).enter("model.layers.0")
+    block = start_walk(family("llama"), make_tokens(1, 8)).gather("model.layers.0")
     for linear in block.linears:
         linear.scale = torch.ones(linear.args.scale_shape(tuple(linear.weight.shape)))
     block.smooth(block.groups[1], torch.full((96,), 2.0))

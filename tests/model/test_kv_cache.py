@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import qplug
-from qplug import Exporter, QplugError
+from qplug import Exporter, Format, QplugError
 from qplug.api.scheme import CACHES
 from qplug.checkpoint.open import open_checkpoint
 from qplug.machine.session import Session
@@ -205,7 +205,7 @@ def test_an_exporter_that_says_nothing_stores_none() -> None:
     for name in registry.exporters:
         exporter: Exporter[Any] = registry.exporters[name](registry.exporters[name].Params())
         assert (exporter.refuses_cache(FP8) is None) == (name in storing), name
-    assert "no place" in str(Exporter.refuses_cache(None, FP8))  # type: ignore[arg-type]
+    assert "no place" in str(Format.refuses_cache(None, FP8))  # type: ignore[arg-type]
 
 
 def test_config_and_manifest_say_so(tmp_path: Path) -> None:

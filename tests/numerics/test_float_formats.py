@@ -309,11 +309,11 @@ def test_they_survive_json(name: str, by_qtorch: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("WE9M1A16", "there is no number format 'e9m1': say int2 to int8, or e<E>m<M> with 1 to 8"),
+        ("WE9M1A16", "there is no number format 'e9m1': use int2 to int8, or e<E>m<M> with 1 to 8"),
         ("WE0M3A16", "there is no number format 'e0m3'"),
         ("WE4M8A16", "there is no number format 'e4m8'"),
         ("WE4M3AE10M3", "there is no number format 'e10m3'"),
-        ("WE4M3A16_ASYM", "e4m3 is symmetric by nature"),
+        ("WE4M3A16_ASYM", "e4m3 is a float format, which is always symmetric"),
         ("WE4MA16", "no scheme 'WE4MA16'. There are: "),
         ("WE4M3", "no scheme 'WE4M3'. There are: "),
         ("WE2M1A1", "no scheme 'WE2M1A1'. There are: "),

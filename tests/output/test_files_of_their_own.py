@@ -12,19 +12,26 @@ import pytest
 from safetensors.torch import save_file
 
 import qplug
-from qplug import Checkpoint, ModelView, QplugError, Scheme, StoredTensor
+from qplug import (
+    Checkpoint,
+    Exporter,
+    ModelView,
+    NoParams,
+    QplugError,
+    Scheme,
+    SingleFile,
+    StoredTensor,
+)
 from qplug.checkpoint.tensor_file import read_header
 from qplug.errors import StageError
 from qplug.testing import registry_with, write_tiny_model
-from qplug_compressed_tensors.exporter import CompressedTensors
+from qplug_compressed_tensors.format import CompressedTensors
 
 
-class OneFile(CompressedTensors):
+class Reversed(SingleFile):
     """All tensors in one file, under names that are turned round."""
 
-    name = "one-file"
-    quant_method = "one-file"
-    file = "model.one"
+    name = "model.one"
 
     def write(
         self, finished: Checkpoint, model: ModelView, schemes: Mapping[str, Scheme], path: Path
@@ -36,12 +43,31 @@ class OneFile(CompressedTensors):
         return {name[::-1]: tensor for name, tensor in read_header(path).items()}
 
 
+class InOneFile(CompressedTensors):
+    """The tensors of compressed-tensors, in one file."""
+
+    single_file = Reversed()
+
+
+class OneFile(Exporter[NoParams]):
+    """All tensors in one file."""
+
+    name = "one-file"
+    format = InOneFile()
+
+
+def with_file(file: SingleFile) -> type[OneFile]:
+    """``OneFile`` with another way to write it."""
+    stored_as = type("Other", (InOneFile,), {"single_file": file})()
+    return type("Other", (OneFile,), {"__doc__": "Another.", "format": stored_as})
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def run(model: Path, out: Path, kind: type[CompressedTensors] = OneFile) -> qplug.Result:
+def run(model: Path, out: Path, kind: type[OneFile] = OneFile) -> qplug.Result:
     return qplug.quantize(
         str(model),
         out,
@@ -69,20 +95,16 @@ def test_the_file_takes_the_place_of_all_shards(model: Path, tmp_path: Path) -> 
 
 
 def test_one_that_breaks_or_writes_nothing_is_named(model: Path, tmp_path: Path) -> None:
-    class Forgetful(OneFile):
-        """Writes nothing."""
-
+    class Forgetful(Reversed):
         def write(self, *_: Any) -> None: ...
 
-    class Broken(OneFile):
-        """Breaks."""
-
+    class Broken(Reversed):
         def write(self, *_: Any) -> None:
             raise ZeroDivisionError("no header")
 
-    for kind, sentence in ((Forgetful, "left no model.one"), (Broken, "no header")):
+    for file, sentence in ((Forgetful(), "left no model.one"), (Broken(), "no header")):
         with pytest.raises(StageError, match=f"plugin one-file .*: model.one: .*{sentence}"):
-            run(model, tmp_path / "out", kind)
+            run(model, tmp_path / "out", with_file(file))
     # What was computed is there, and the mended exporter goes on with it.
     assert run(model, tmp_path / "out").resumed
     assert (tmp_path / "out" / "model.one").is_file()

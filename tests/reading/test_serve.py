@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qplug
-from qplug import NoParams
 from qplug.machine.session import Session
 from qplug.reading.engine import check_engine
 from qplug.reading.perplexity import evaluation_tokens
@@ -143,20 +142,20 @@ def off(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 # --- the options that a folder needs --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [VLLM, SGLang], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [VLLM, SGLang], ids=lambda kind: kind.__name__)
 def test_float32_is_served_in_bfloat16(kind: type[VLLM | SGLang]) -> None:
-    exporter = kind(NoParams())
-    assert exporter.serve_arguments({"dtype": "float32"}) == ("--dtype", "bfloat16")
-    assert exporter.serve_arguments({"torch_dtype": "float32"}) == ("--dtype", "bfloat16")
-    assert exporter.serve_arguments({"dtype": "bfloat16", "quantization_config": {}}) == ()
+    engine = kind()
+    assert engine.serve_arguments({"dtype": "float32"}) == ("--dtype", "bfloat16")
+    assert engine.serve_arguments({"torch_dtype": "float32"}) == ("--dtype", "bfloat16")
+    assert engine.serve_arguments({"dtype": "bfloat16", "quantization_config": {}}) == ()
 
 
 def test_options_for_caches_and_nvfp4() -> None:
     cache = {"quantization_config": {"kv_cache_scheme": {"num_bits": 8}}}
-    assert VLLM(NoParams()).serve_arguments(cache) == ("--kv-cache-dtype", "fp8")
+    assert VLLM().serve_arguments(cache) == ("--kv-cache-dtype", "fp8")
     nvfp4 = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
-    assert SGLang(NoParams()).serve_arguments(nvfp4) == ("--fp4-gemm-backend", "marlin")
-    assert SGLang(NoParams()).serve_arguments(cache) == ()
+    assert SGLang().serve_arguments(nvfp4) == ("--fp4-gemm-backend", "marlin")
+    assert SGLang().serve_arguments(cache) == ()
 
 
 def test_the_card_has_the_options(folder: Callable[..., Path]) -> None:

@@ -48,11 +48,11 @@ def test_what_goes_together(algo: str, scheme: str) -> None:
         ("gptq+hqq", "W4A16", "gptq and hqq both choose codes"),
         ("gptq+awq", "W4A16", "--algo gptq+awq: gptq chooses codes, so it comes after awq"),
         ("awq+quarot", "W8A8", "quarot rewrites the float model, so it comes before awq"),
-        ("smoothquant", "W4A16", "smoothquant: makes inputs easy to round, and W4A16 leaves them"),
-        ("osplus+gptq", "W8A16", "osplus: makes inputs easy to round, and W8A16 leaves them"),
+        ("smoothquant", "W4A16", "smoothquant: makes inputs easy to round, but W4A16 does not round"),
+        ("osplus+gptq", "W8A16", "osplus: makes inputs easy to round, but W8A16 does not round"),
         ("quarot+spinquant", "W4A4", "both settle the rotation of the stream"),
-        ("spinquant+gptq", "W4A16", "spinquant: learns from what is lost by rounding inputs"),
-        ("hqq", "FP8_BLOCK", "hqq: solves for grids of integers"),
+        ("spinquant+gptq", "W4A16", "spinquant: learns from the errors of rounded inputs"),
+        ("hqq", "FP8_BLOCK", "hqq: solves for integer grids"),
     ],
 )
 def test_what_makes_no_sense(algo: str, scheme: str, reason: str, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_what_others_say_counts() -> None:
         name = "mine"
 
         @property
-        def settles(self) -> frozenset[str]:
+        def decides(self) -> frozenset[str]:
             return frozenset({"the scales of inputs"})
 
         def refuses(self, schemes: Sequence[Scheme]) -> str | None:

@@ -198,7 +198,7 @@ def test_folders_without_codes(backend: str, float_model: Path, tmp_path: Path) 
     findings = examine(str(tmp_path / "out"), Registry.installed())
     assert len(findings.layers) == (21 if backend == "fake" else 0)
     assert not findings.scales
-    assert "This folder holds no scales." in report_page(findings)
+    assert "The format of this folder stores no scales." in report_page(findings)
 
 
 def test_a_run_that_goes_on_keeps_the_ranges(float_model: Path, awq: Path, tmp_path: Path) -> None:

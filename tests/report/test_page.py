@@ -63,7 +63,7 @@ def test_numbers_of_the_whole(page: str, findings: Findings, read_page: ReadPage
     found, overview = read_page(page), findings.overview
     assert found.row("all tensors")[1] == size(overview.bytes.total)
     bits = f"{overview.bits_per_weight:.3f}"
-    assert found.row("a quantized weight, scales included") == [bits]
+    assert found.row("quantized weight, scales included") == [bits]
     assert found.row("quantized") == ["21.0000", "+5.00%", "4 windows of 32 tokens of demo"]
     assert found.row("transform")[:3] == ["3.25 s", "5.0 MB", "-"]
     assert found.row("all else")[0] == "1.25 s"
@@ -103,7 +103,7 @@ def test_every_field_of_a_recipe_that_is_set_has_a_row() -> None:
 
 def test_what_is_not_known_is_said(findings: Findings) -> None:
     page = report_page(findings)
-    assert "Not known: a folder says nothing of when or how it was made." in page
+    assert "Not known: a folder does not record them." in page
     assert "Not measured." in page
     foreign = replace(findings.overview, recipe={}, model=None)
     assert "qplug did not write this folder" in report_page(replace(findings, overview=foreign))

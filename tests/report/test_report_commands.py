@@ -29,7 +29,7 @@ def test_report(cli: Cli, rtn: Path, float_model: Path, read_page: ReadPage) -> 
     assert result.stdout == f"{rtn}: report in {file}\n"
     found = read_page(file.read_text())
     assert found.row("model") == [str(float_model)]
-    assert "Not known: a folder says nothing of when or how it was made." in found.text
+    assert "Not known: a folder does not record them." in found.text
     assert cli("report", rtn).exit_code == 0  # its own pages are written anew
 
 
@@ -73,7 +73,7 @@ def test_report_of_a_recipe_has_what_it_measured(
     (tmp_path / "r.yml").write_text(json.dumps(recipe))
     words = ("quantize", "--config", tmp_path / "r.yml", "--device", "cpu", "--json", "--report")
     refused = cli(*words[:-1], "--report", tmp_path / "one.html")
-    assert "2 folders need a page each; name no file" in refused.stderr
+    assert "2 folders need a page each; pass --report without a file" in refused.stderr
     assert not (tmp_path / "a").exists()
     result = cli(*words)
     assert result.exit_code == 0, result.output
@@ -92,7 +92,7 @@ def test_what_is_refused_before_the_work(
     complaint = {
         "page.txt": "give it a name that ends in .html",
         "nowhere/page.html": f"{tmp_path / 'nowhere'}: no such folder to write into",
-        "mine.html": "is no page of qplug's, so it is not overwritten",
+        "mine.html": "was not written by qplug, so it is not overwritten",
     }[file]
     for words in (
         ("quantize", float_model, "--out", tmp_path / "out", *HOW, "--report", tmp_path / file),
@@ -130,7 +130,7 @@ def test_compare(cli: Cli, rtn: Path, awq: Path, tmp_path: Path, read_page: Read
     assert first.split()[:4] == [str(rtn), "rtn", "W4A16", "compressed-tensors"]
     assert second.split()[:2] == [str(awq), "awq"]
     found = read_page(file.read_text())
-    assert "Perplexity is not measured; say --perplexity." in found.text
+    assert "Perplexity was not measured: add --perplexity to the command." in found.text
     errors = [n["error"] for n in json.loads((rtn / "qplug.json").read_text())["layers"].values()]
     assert found.row(str(rtn))[5] == f"{sum(errors) / len(errors):.4g}"
 

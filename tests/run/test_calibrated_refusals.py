@@ -121,7 +121,7 @@ def test_weights_too_large_for_what_they_compute(tmp_path: Path, family: Family,
         ({"dataset": "text"}, "needs the option path"),
         ({"dataset": "text", "dataset_options": {"path": "/nowhere/text.txt"}}, "/nowhere/text"),
         ({"dataset": "demo", "dataset_options": {"path": "text.txt"}}, "has no option 'path'"),
-        ({"seq_len": 65}, "--seq-len 65: the model takes 64 at most"),
+        ({"seq_len": 65}, "--seq-len 65: the model takes 64 tokens at most"),
         ({"seq_len": 0}, "must be at least 1"),
         ({"samples": 0}, "must be at least 1"),
         ({"propagate": "both"}, "must be one of quantized, float"),
@@ -174,7 +174,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path, family: Fam
     )
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
-    with pytest.raises(QplugError, match="makes tokens that the model does not have"):
+    with pytest.raises(QplugError, match="which the model does not have"):
         qplug.quantize(
             str(model),
             tmp_path / "out",

@@ -229,7 +229,7 @@ def test_a_float_folder_rounds_nothing(tmp_path: Path, llama: Path) -> None:
 def test_integers_are_nothing_for_qtorch(tmp_path: Path) -> None:
     with pytest.raises(QplugError, match="use_qtorch: W4A16 has no float format to round"):
         qplug.quantize("qplug:demo", tmp_path / "out", backend="fake", use_qtorch=True)
-    with pytest.raises(QplugError, match="use_qtorch: int8 is no float format"):
+    with pytest.raises(QplugError, match="use_qtorch: int8 is not a float format"):
         QuantArgs("int8", "channel", use_qtorch=True)
     with pytest.raises(QplugError, match="use_qtorch: e8m7 has no largest value in qtorch"):
         QuantArgs("e8m7", "channel", use_qtorch=True)

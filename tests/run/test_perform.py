@@ -323,7 +323,7 @@ def test_config_check(cli: Cli, llmc: Llmc, tmp_path: Path, text: Path) -> None:
         ("pipeline: [rtn, gptq]", "2: pipeline: rtn and gptq both choose codes"),
         ("pipeline: [smoothquant, awq]\nscheme: W8A8", "2: pipeline: --algo smoothquant+awq: "),
         ("pipeline: [awq, quarot]", "2: pipeline: --algo awq+quarot: quarot rewrites the float"),
-        ("pipeline: [smoothquant]", "2: pipeline: smoothquant: makes inputs easy to round, and"),
+        ("pipeline: [smoothquant]", "2: pipeline: smoothquant: makes inputs easy to round, but"),
     ],
 )
 def test_pipelines_that_make_no_sense(
@@ -347,7 +347,7 @@ def test_pipelines_of_llmc_that_make_no_sense(
     checked = cli("config", "check", tmp_path / "f.yml")
     assert checked.exit_code == 1
     where = f"{tmp_path}/f.yml:7: quant.method"
-    assert checked.output.startswith(f"Error: {where}: osplus: makes inputs easy to round, and W4A")
+    assert checked.output.startswith(f"Error: {where}: osplus: makes inputs easy to round, but W4A")
     # Beside another scheme it makes sense: the command line has its say first.
     words = ("qplug:demo", "--out", tmp_path / "out", "--dataset", "demo", "--dry-run")
     assert run(told, *words, "--scheme", "W8A8").exit_code == 0
@@ -395,9 +395,9 @@ def test_steps_that_rotate_as_the_model_runs(
     assert manifest["online"] == [f"model.layers.{n}.mlp.down_proj" for n in range(4)]
     served = step_2.replace("save_fake", "save_vllm")
     refused = run(served, "--out", tmp_path / "three", "--scheme", "W8A8")
-    assert "vllm: does not rotate the inputs of linears as the model runs" in refused.stderr
+    assert "vllm: does not rotate inputs of linears while the model runs" in refused.stderr
     again = run(step_1, f"{tmp_path}/one/transformed_model", "--out", tmp_path / "three")
-    assert "inputs of its linears are rotated as it runs, so quarot cannot" in again.stderr
+    assert "are rotated while the model runs, so quarot cannot rewrite it" in again.stderr
 
 
 def test_help(cli: Cli) -> None:

@@ -104,7 +104,7 @@ def test_codes_are_those_of_the_algorithm(llama: Path, tmp_path: Path) -> None:
             for local in ("weight_packed", "weight_scale", "weight_shape")
         }
         assert opened.exporter is not None
-        codes = opened.exporter.unpack(stored, scheme)
+        codes = opened.exporter.format.unpack(stored, scheme)
         assert torch.equal(codes.codes, wanted.codes)
         assert torch.equal(codes.scale, wanted.scale)
 
@@ -376,7 +376,7 @@ def test_every_step_is_told(llama: Path, tmp_path: Path) -> None:
 # --- plugins -------------------------------------------------------------------------------------
 
 PLUGIN = '''
-from qplug import Algorithm, Exporter, NoParams, QuantizedWeight, TensorSpec, hookimpl
+from qplug import Algorithm, Exporter, Format, NoParams, QuantizedWeight, TensorSpec, hookimpl
 from qplug.numerics.rounding import round_to_nearest
 import dataclasses, torch
 
@@ -396,10 +396,7 @@ class Idle(Algorithm[NoParams]):
     """Do nothing yet."""
     name = "idle"
 
-class Plain(Exporter[NoParams]):
-    """Codes as they are, or not."""
-    name = "plain"
-    wrong = None
+class Codes(Format):
     def layout(self, shape, scheme, dtype):
         scales = scheme.weights.scale_shape(shape)
         return {"codes": TensorSpec("int8", shape), "scale": TensorSpec("float32", scales)}
@@ -410,11 +407,19 @@ class Plain(Exporter[NoParams]):
     def config(self, model, schemes):
         return {"quant_method": "plain"}
 
-class Liar(Plain):
-    """Packs what it did not announce."""
-    name = "liar"
+class Plain(Exporter[NoParams]):
+    """Codes as they are, or not."""
+    name = "plain"
+    format = Codes()
+
+class Lies(Codes):
     def pack(self, weight, scheme, dtype):
         return {"codes": weight.codes.to(torch.int16), "scale": weight.scale}
+
+class Liar(Exporter[NoParams]):
+    """Packs what it did not announce."""
+    name = "liar"
+    format = Lies()
 
 @hookimpl
 def qplug_algorithms():

@@ -38,7 +38,7 @@ def test_the_float_weight_is_kept_beside_the_new_one() -> None:
         assert torch.equal(linear.weight, old / 4)
         assert torch.equal(block.original(linear), old)
         assert linear.scale is None
-        with pytest.raises(ValueError, match="what shall replace it is"):
+        with pytest.raises(ValueError, match="but its replacement is"):
             block.replace(linear, old[:1])
 
 
@@ -63,7 +63,7 @@ def test_inputs_drift_from_those_of_the_float_weight() -> None:
     down = block.groups[1]
     gate = block.groups[0].linears[0]
     block.replace(gate, gate.weight / 2)
-    block.advance({gate.name: nearest(gate)})
+    block.use_codes({gate.name: nearest(gate)})
     assert down.drift is not None
     assert down.drift.norm() > 0.05 * down.gram.norm()
 

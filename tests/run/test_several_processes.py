@@ -268,9 +268,9 @@ LEAVES_NO_THREADS = """
 from pathlib import Path
 import torch
 from qplug.machine.launch import Launch
-from qplug.machine.processes import _Joined
+from qplug.machine.exchange import JoinedProcesses
 
-with _Joined(Launch(), torch.device("cpu")) as processes:
+with JoinedProcesses(Launch(), torch.device("cpu")) as processes:
     import torch._dynamo
     assert processes.gather(torch.ones(1)) == [torch.ones(1)]
 names = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
@@ -347,8 +347,8 @@ def start_walk_of(source: Path, tokens: Tensor, processes: Processes, **changes:
 def first_blocks(walk: Walk) -> list[LiveBlock]:
     seen = []
     for name in ("model.layers.0", "model.layers.1"):
-        seen.append(walk.enter(name))
-        walk.leave(name, {})
+        seen.append(walk.gather(name))
+        walk.advance(name, {})
     return seen
 
 
@@ -419,10 +419,10 @@ def test_all_know_of_the_tokens_of_experts(
         )
 
     def second_block(walk: Walk) -> LiveBlock:
-        block = walk.enter("model.layers.0")
-        changed = {n: w if "norm" in n else w * 1.1 for n, w in block.masters.items()}
-        walk.leave("model.layers.0", changed)
-        return walk.enter("model.layers.1")
+        block = walk.gather("model.layers.0")
+        changed = {n: w if "norm" in n else w * 1.1 for n, w in block.weights32.items()}
+        walk.advance("model.layers.0", changed)
+        return walk.gather("model.layers.1")
 
     board, barrier = [None, None], threading.Barrier(2)
     walks = [walk_of(Threads(rank, board, barrier)) for rank in range(2)]
@@ -430,13 +430,13 @@ def test_all_know_of_the_tokens_of_experts(
         first, second = threads.map(second_block, walks)
     one = second_block(walk_of(ALONE))
     groups = [
-        [part for group in block.groups for part in (group, *group.routed)]
+        [part for group in block.groups for part in (group, *group.by_expert)]
         for block in (one, first, second)
     ]
     assert any(group.tokens == 0 for group in groups[0])
     for a, b, c in zip(*groups, strict=True):
         assert a.tokens == b.tokens == c.tokens
-        for name in ("gram", "mean_abs", "low", "high", "sample", "drift", "lag"):
+        for name in ("gram", "mean_abs", "low", "high", "sample", "drift", "total_shift"):
             wanted, found = getattr(a, name), getattr(b, name)
             assert torch.equal(found, getattr(c, name))
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
@@ -461,7 +461,7 @@ def test_all_learn_the_same(
     ]
 
     def learned(walk: Walk) -> LiveBlock:
-        block = walk.enter("model.decoder.layers.0")
+        block = walk.gather("model.decoder.layers.0")
         OmniQuant(OmniQuantParams(epochs=2)).transform(block)
         return block
 
@@ -479,9 +479,9 @@ def test_all_learn_the_same(
             batch_size=2,
         )
     )
-    for name, value in alone.masters.items():
-        assert torch.equal(first.masters[name], second.masters[name])
-        torch.testing.assert_close(first.masters[name], value, rtol=1e-3, atol=1e-3)
+    for name, value in alone.weights32.items():
+        assert torch.equal(first.weights32[name], second.weights32[name])
+        torch.testing.assert_close(first.weights32[name], value, rtol=1e-3, atol=1e-3)
     for mine, others, wanted in zip(first.linears, second.linears, alone.linears, strict=True):
         assert mine.scale is not None
         assert others.scale is not None

@@ -268,7 +268,7 @@ def test_a_text_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
     draw(Given("a b"), bos="<t>")  # another tokenizer
     draw(Given("a c"))  # another text
     assert len(encoded) == 3
-    monkeypatch.setattr(windows, "_KEPT", 2)
+    monkeypatch.setattr(windows, "_LONGEST_CACHED", 2)
     for _ in range(2):
         draw(Given("a b"))
     assert len(encoded) == 5

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from qplug.api.algorithm import Algorithm
 from qplug.api.block import Aim, Batch, Block, InputGroup, Linear, QuantizedWeight, Reconstruction
+from qplug.api.capability import Capability
 from qplug.api.component import Component, NoParams
 from qplug.api.dataset import Dataset, Split, Tokenizer
-from qplug.api.exporter import Capability, Exporter, Problem, Server
+from qplug.api.engine import Engine, Server
+from qplug.api.exporter import Exporter
 from qplug.api.float_model import (
-    Facing,
     FloatModel,
-    Heads,
     Preparation,
     Rewrite,
     Stream,
+    StreamAxis,
     StreamNorm,
+    ValueHeads,
     WholeModel,
 )
+from qplug.api.format import Format, SingleFile
+from qplug.api.layout import Problem
 from qplug.api.model import ModelView
 from qplug.api.tensors import Checkpoint, StoredTensor, TensorSpec
 
@@ -33,10 +37,10 @@ __all__ = [
     "Checkpoint",
     "Component",
     "Dataset",
+    "Engine",
     "Exporter",
-    "Facing",
     "FloatModel",
-    "Heads",
+    "Format",
     "InputGroup",
     "Linear",
     "ModelView",
@@ -47,11 +51,14 @@ __all__ = [
     "Reconstruction",
     "Rewrite",
     "Server",
+    "SingleFile",
     "Split",
     "StoredTensor",
     "Stream",
+    "StreamAxis",
     "StreamNorm",
     "TensorSpec",
     "Tokenizer",
+    "ValueHeads",
     "WholeModel",
 ]

@@ -1,4 +1,4 @@
-"""What an algorithm is."""
+"""The contract of algorithms."""
 
 from __future__ import annotations
 
@@ -15,57 +15,59 @@ if TYPE_CHECKING:
 
 
 class Algorithm(Component[P]):
-    """A way to quantize. Three stages; an algorithm fills in those it needs.
+    """A way to quantize. It implements one or more of ``prepare``, ``transform`` and ``quantize``.
 
-    ``needs_data`` says whether it reads ``block.groups``. An algorithm changes a block by
-    ``block.smooth``, ``block.shift`` and ``block.replace``, and by choosing ``linear.scale`` and
-    ``linear.zero``; it leaves tensors as they are. ``learns`` says whether it reads
-    ``block.reconstruction``, for which what enters and what shall leave the block is kept; it
-    ``needs_data`` then too, and so does one that defines ``learn``.
+    ``needs_data``: whether it reads ``block.groups``. ``learns_blocks``: whether it reads
+    ``block.reconstruction``, for which the run keeps the inputs and target outputs of each block.
+    An algorithm with ``learns_blocks`` or with ``learn_rewrite`` also sets ``needs_data``.
+
+    An algorithm changes a block by ``block.smooth``, ``block.shift`` and ``block.replace``, and by
+    setting ``linear.scale`` and ``linear.zero``. It never changes a tensor in place.
     """
 
     needs_data: ClassVar[bool] = False
-    learns: ClassVar[bool] = False
+    learns_blocks: ClassVar[bool] = False
 
     @property
     def needs_drift(self) -> bool:
-        """Whether it reads ``InputGroup.drift``, for which the float model runs beside."""
+        """Whether it reads ``InputGroup.drift``, for which the float model runs too."""
         return False
 
     @property
-    def settles(self) -> frozenset[str]:
-        """What it chooses once for all, in words: ``the scales of inputs``.
+    def decides(self) -> frozenset[str]:
+        """Choices that a later algorithm must not undo, as phrases: "the scales of inputs".
 
-        Two algorithms of a pipeline that settle the same are refused: the later would undo what the
-        earlier chose. One that starts from what others chose, and goes on from there, settles none.
+        A pipeline with two algorithms that decide the same is refused. An algorithm that improves
+        the choices of earlier ones decides nothing.
         """
         return frozenset()
 
     def refuses(self, schemes: Sequence[Scheme]) -> str | None:
-        """A sentence that says why it makes no sense for a recipe with ``schemes``, or None.
+        """Why the algorithm is of no use for a recipe with ``schemes``, as a sentence, or None.
 
-        Asked before any work. ``schemes``: that of the model, then those of overrides.
+        Called before any work. ``schemes``: the scheme of the model, then those of overrides.
         """
         return None
 
     def prepare(self, model: FloatModel) -> Preparation:
-        """Rewrite the float model, tensor by tensor, without a change of what it computes.
+        """Rewrite the float model, tensor by tensor, without a change of its outputs.
 
-        Also called for a small random copy of the model, on which what it gives is tried. With
+        Also called for a small random copy of the model, on which the rewrite is tried. With
         ``model.learned`` it rewrites the same tensors as without.
         """
         raise NotImplementedError
 
-    def learn(self, model: FloatModel, whole: WholeModel) -> Mapping[str, Tensor]:
-        """What ``prepare`` shall go by, learned on the calibration data: tensors, by any name.
+    def learn_rewrite(self, model: FloatModel, whole: WholeModel) -> Mapping[str, Tensor]:
+        """Learn parameters for ``prepare`` on calibration data.
 
-        Called once in a run, by its first process, when all else has been checked; what it gives
-        is kept with the unfinished output, and comes back as ``FloatModel.learned``.
+        Returns tensors under names of your choice; they come back as ``FloatModel.learned``. Called
+        once in a run, by its first process, when all else has been checked. The result is kept with
+        the unfinished output, so a resumed run does not learn again.
         """
         raise NotImplementedError
 
     def transform(self, block: Block) -> None:
-        """Move scale within a block, and choose clips, before codes are computed."""
+        """Move scale within a block, or choose clips, before codes are computed."""
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         """Codes for every linear of ``block``, by name."""
@@ -73,15 +75,15 @@ class Algorithm(Component[P]):
 
     @classmethod
     def quantizes(cls) -> bool:
-        """Whether this algorithm computes codes itself."""
+        """Whether the algorithm implements ``quantize``."""
         return cls.quantize is not Algorithm.quantize
 
     @classmethod
     def prepares(cls) -> bool:
-        """Whether this algorithm rewrites the float model."""
+        """Whether the algorithm implements ``prepare``."""
         return cls.prepare is not Algorithm.prepare
 
     @classmethod
-    def learns_whole(cls) -> bool:
-        """Whether this algorithm learns on the whole float model how to rewrite it."""
-        return cls.learn is not Algorithm.learn
+    def learns_rewrite(cls) -> bool:
+        """Whether the algorithm implements ``learn_rewrite``."""
+        return cls.learn_rewrite is not Algorithm.learn_rewrite

@@ -1,4 +1,4 @@
-"""A decoder block as algorithms have it: weights, what they read, and the codes they become."""
+"""A decoder block as algorithms see it: its linears, and statistics of their inputs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight as codes, not packed: the only thing that crosses from algorithms to exporters.
+    """A weight as codes, not packed: the only data that algorithms pass to exporters.
 
-    ``codes``: ``[out, in]``; int8 if symmetric, uint8 counted from 0 if not, or the float dtype.
-    ``scale``: ``args.scale_shape``, float32, positive, exactly representable in
-    ``args.scale_dtype``. ``zero``: uint8, shaped like ``scale``, for asymmetric codes only.
-    The weight meant is ``(codes - zero) * scale``. ``input_scale``: float32 ``[1]``, the scale
-    under which the linear's input is rounded, where the scheme stores one; the run fills it in.
-    ``global_scale``: float32 ``[1]``, a power of two, where ``args.two_level``: it is ``scale /
-    global_scale`` then that is exact in ``args.scale_dtype``; the run fills it in too.
+    ``codes``: ``[out, in]``; int8 if symmetric, uint8 counted from 0 if asymmetric, or the float
+    dtype. ``scale``: float32 ``args.scale_shape``, positive, exactly representable in
+    ``args.scale_dtype``. ``zero``: uint8, shaped like ``scale``, for asymmetric codes only. The
+    weight is ``(codes - zero) * scale``.
+
+    The run fills in the next two. ``input_scale``: float32 ``[1]``, the scale under which the
+    linear's input is rounded, if the scheme stores one. ``global_scale``: float32 ``[1]``, a power
+    of two, if ``args.two_level``; then ``scale / global_scale`` is exact in ``args.scale_dtype``.
     """
 
     codes: Tensor
@@ -42,13 +43,15 @@ class Linear:
     """One weight to quantize.
 
     ``weight``: ``[out, in]``, float32 in a calibrated run, else in the dtype of the checkpoint.
-    ``args``: how it is stored; ``activations``: how its input will be rounded, if it will.
-    ``scale`` and ``zero`` are those that an algorithm chose (AWQ's clips): shaped as in
-    ``QuantizedWeight``; whoever computes codes takes them, ``qplug.numerics.scale_of`` gives the
-    covering ones where there are none. ``input_scale``: float32 ``[1]``, that of static inputs; an
-    algorithm may choose it, else the run's observer does once all scales are moved.
-    ``global_scale``: float32 ``[1]``, that of scales with two levels; the run fixes it before codes
-    are computed, alike for linears that the engine merges (``qplug.numerics.global_scale_of``).
+    ``args``: how the weight is stored. ``activations``: how its input is rounded, None if it is
+    not.
+
+    ``scale`` and ``zero``, shaped as in ``QuantizedWeight``, are set by an algorithm that chooses
+    them (AWQ's clips); the algorithm that computes codes uses them. Where they are None,
+    ``qplug.numerics.scale_of`` gives scales that cover the weight. ``input_scale``: float32
+    ``[1]``, for static inputs; an algorithm may set it, else the run's observer does once no scale
+    moves any more. ``global_scale``: float32 ``[1]``, for scales with two levels; the run sets it
+    before codes are computed, to one value for all linears that the engine merges.
     """
 
     name: str
@@ -63,25 +66,26 @@ class Linear:
 
 @dataclass(eq=False)
 class InputGroup:
-    """Linears of a block that read one tensor, ``x: [tokens, in]``, and what is known of it.
+    """Linears of a block that read one tensor ``x: [tokens, in]``, and the statistics of ``x``.
 
-    ``gram`` is the sum of ``xᵀx`` over all calibration tokens, float32 ``[in, in]``; ``mean``,
-    ``mean_abs``, ``low`` and ``high`` are the mean of ``x`` and of ``|x|``, the least and the
-    greatest ``x`` of each channel, float32 ``[in]``; ``sample: [some tokens, in]`` are some of the
-    tokens, from all over the calibration data, float32. ``lows`` and ``highs`` are the ``low`` and
-    ``high`` of each calibration window, float32 ``[windows, in]``; None unless a linear of the
-    group has static inputs. ``scalable`` tells whether ``Block.smooth``
-    can move scale out of this tensor, ``shiftable`` whether ``Block.shift`` can move an offset, and
-    ``after_norm`` whether it is a norm that makes it. ``experts`` is the name of a layer's experts,
-    where the reader is one of them; their groups follow one another, and compute side by side.
+    All statistics are float32, over all calibration tokens. ``gram``: the sum of ``xᵀx``, ``[in,
+    in]``. ``mean``, ``mean_abs``, ``low``, ``high``: the mean of ``x`` and of ``|x|``, the least
+    and the greatest ``x`` of each channel, ``[in]``. ``sample``: some of the tokens, ``[rows,
+    in]``, from all over the calibration data. ``lows``, ``highs``: ``low`` and ``high`` of each
+    calibration window, ``[windows, in]``; None unless a linear of the group has static inputs.
+    ``tokens``: the number of tokens; if it is 0, all statistics are zero.
 
-    Experts read some of the tokens: ``routed`` has a group for each expert among the linears, with
-    what is known of the tokens that were routed to it. Those have no scale of their own to move. An
-    expert may have seen none: ``tokens`` is 0 then, and all that is summed is zero.
+    ``scalable``: whether ``Block.smooth`` can move scale out of ``x``. ``shiftable``: whether
+    ``Block.shift`` can move an offset out of it. ``after_norm``: whether a norm makes ``x``.
 
-    Where an algorithm ``needs_drift`` and blocks are fed by quantized ones: ``y`` being what the
-    float model has in the place of ``x``, ``drift`` is the sum of ``xᵀ(y - x)``, float32 ``[in,
-    in]``, and ``lag`` that of ``y - x``, ``[in]``.
+    ``by_expert``: if experts are among ``linears``, a group for each of them, with the statistics
+    of the tokens that were routed to it; no scale can be moved out of these groups. ``experts``:
+    the name of a layer's experts if the reader is inside one of them; such groups follow one
+    another, and compute side by side.
+
+    ``drift``, ``[in, in]``, and ``total_shift``, ``[in]``, are there if an algorithm
+    ``needs_drift`` and blocks get their inputs from quantized blocks: the sums of ``xᵀ(y - x)`` and
+    of ``y - x``, where ``y`` is the same tensor in the float model.
     """
 
     linears: tuple[Linear, ...]
@@ -96,33 +100,33 @@ class InputGroup:
     shiftable: bool
     after_norm: bool
     drift: Tensor | None = None
-    lag: Tensor | None = None
+    total_shift: Tensor | None = None
     lows: Tensor | None = None
     highs: Tensor | None = None
     experts: str | None = None
-    routed: tuple[InputGroup, ...] = ()
+    by_expert: tuple[InputGroup, ...] = ()
 
     @property
-    def parts(self) -> tuple[InputGroup, ...]:
-        """The group in parts whose linears see the same tokens: itself, where there are no experts.
+    def by_tokens(self) -> tuple[InputGroup, ...]:
+        """The group divided into groups whose linears see the same tokens.
 
-        Whoever judges a linear by what it reads takes these; scale is moved for all at once.
+        Without experts that is the group itself. Use these groups to judge a linear by its inputs;
+        scale can only be moved for the whole group at once.
         """
-        if not self.routed:
+        if not self.by_expert:
             return (self,)
-        apart = {id(linear) for part in self.routed for linear in part.linears}
-        rest = tuple(linear for linear in self.linears if id(linear) not in apart)
-        return (*((replace(self, linears=rest, routed=()),) if rest else ()), *self.routed)
+        of_experts = {id(linear) for group in self.by_expert for linear in group.linears}
+        rest = tuple(linear for linear in self.linears if id(linear) not in of_experts)
+        return (*((replace(self, linears=rest, by_expert=()),) if rest else ()), *self.by_expert)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Some calibration samples at a block: ``[samples, tokens, width]``, on the run's device.
 
-    ``inputs`` are what enters the block, of the quantized blocks before it if the run goes on
-    through those. ``target`` is what shall leave it. ``real``, bool ``[samples, tokens]``, is false
-    where a sample has ended, None if none has. ``tokens`` counts the real ones, those of the same
-    batch in other processes too.
+    ``inputs`` enter the block; they come from quantized blocks if the run propagates through these.
+    ``target``: the output to aim at. ``real``, bool ``[samples, tokens]``, is false for padding;
+    None if there is none. ``tokens``: the number of real tokens, over all processes.
     """
 
     inputs: Tensor
@@ -133,7 +137,7 @@ class Batch:
     def error(self, output: Tensor) -> Tensor:
         """``||output - target||² / (tokens * width)`` over the real tokens: float32 ``[]``.
 
-        Summed over the processes it is the mean square.
+        The sum over all processes is the mean square error.
         """
         squares = (output.float() - self.target.float()).square()
         if self.real is not None:
@@ -141,76 +145,76 @@ class Batch:
         return squares.sum() / max(1, self.tokens * output.shape[-1])
 
 
-#: What shall leave a block: what does in the float ``model``, whose blocks before it are float too;
-#: what the float ``block`` makes of the inputs that this one has; or the middle of ``both``, which
-#: has the gradients of the sum of the errors to one and the other.
+#: The target of a reconstruction. "model": the block's output in the float model. "block": the
+#: float block's output for the quantized block's inputs. "both": their mean, whose gradient is that
+#: of the two errors summed.
 Aim = Literal["model", "block", "both"]
 
 
 class Reconstruction(ABC):
-    """A block that can be computed with other parameters, to learn what the float one does.
+    """A block that can be computed with other parameters, to learn to compute like the float one.
 
-    Parameters are named in full (``model.layers.0.mlp.up_proj.weight``). All that is made of
-    ``values`` here can be differentiated, and changes nothing.
+    Parameters go by full name (``model.layers.0.mlp.up_proj.weight``). All results are
+    differentiable functions of ``values``, and no method changes the block.
     """
 
-    #: Batches of a pass over the data, the same number in every process.
+    #: The number of batches in a pass over the data, the same in every process.
     steps: int
 
     @property
     @abstractmethod
     def parameters(self) -> dict[str, Tensor]:
-        """The float32 parameters of the block as they are now, earlier algorithms' work included.
+        """The current float32 parameters of the block, as earlier algorithms left them.
 
-        They are the block's own: not to be changed in place.
+        They are the block's own tensors: do not change them in place.
         """
 
     @abstractmethod
     def batches(self, aim: Aim = "model", among: Sequence[int] | None = None) -> Iterator[Batch]:
-        """This process's part of each batch, of all ``steps`` or of those ``among`` them.
+        """Yields this process's part of each batch: of all ``steps``, or of those in ``among``.
 
-        Where it has none, one comes in which no token is real.
+        If the process has no part of a batch, it gets a batch without real tokens.
         """
 
     @abstractmethod
     def compute(
         self, values: Mapping[str, Tensor], batch: Batch, *, rounding: bool = True
     ) -> Tensor:
-        """What the block makes of ``batch.inputs``: ``[samples, tokens, width]``.
+        """The output of the block for ``batch.inputs``, ``[samples, tokens, width]``.
 
-        Parameters that ``values`` lacks are the block's own. With ``rounding``, the inputs of
-        linears are rounded as their scheme says, and the gradient goes straight through. In
-        float32, but for what ``torch.autocast`` around it takes to another dtype.
+        Parameters missing in ``values`` are the block's own. ``rounding`` rounds the inputs of
+        linears as their schemes say, with straight-through gradients. Computes in float32, unless
+        ``torch.autocast`` is active.
         """
 
     @abstractmethod
     def smoothed(
         self, values: Mapping[str, Tensor], group: InputGroup, scale: Tensor
     ) -> dict[str, Tensor]:
-        """What ``Block.smooth`` would make of ``values``, those of all parameters.
+        """All parameters after ``Block.smooth(group, scale)``, computed from all ``values``.
 
-        ``scale: [in]``, alike where ``Block.shared`` makes it so.
+        ``scale: [in]``, as ``Block.shared`` returns it.
         """
 
     @abstractmethod
     def shifted(
         self, values: Mapping[str, Tensor], group: InputGroup, offset: Tensor
     ) -> dict[str, Tensor]:
-        """What ``Block.shift`` would make of ``values``, those of all parameters."""
+        """All parameters after ``Block.shift(group, offset)``, computed from all ``values``."""
 
     @abstractmethod
     def total(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors in place by their sums over all processes: gradients, errors."""
+        """Replace gradients or errors in place by their sums over all processes."""
 
 
 @dataclass(eq=False)
 class Block:
     """Weights that are quantized together: a decoder block, or one linear of a data-free run.
 
-    ``groups`` are in the order in which the block computes; a data-free run has none. What an
-    algorithm appends to ``notes`` is told to the user. ``originals``: the weights that ``replace``
-    took the place of, by the name of the linear, scaled since as the new ones were.
-    ``reconstruction`` is there where an algorithm of the run ``learns``.
+    ``groups`` are in the order in which the block computes; a data-free run has none. Append
+    messages for the user to ``notes``. ``originals``: the weights before ``replace``, by linear,
+    scaled since as the new weights were. ``reconstruction`` is there if an algorithm of the run has
+    ``learns_blocks``.
     """
 
     name: str
@@ -230,41 +234,41 @@ class Block:
     def smooth(self, group: InputGroup, scale: Tensor) -> None:
         """Divide channel ``c`` of the group's input by ``scale[c]``, without changing the output.
 
-        The operation before (a norm, or rows of a linear) is divided, the columns of the group's
-        linears are multiplied, and the group's statistics follow. ``scale: [in]``, positive.
-        Raises ValueError if ``group.scalable`` is false.
+        The producer of the input (a norm, or rows of a linear) is divided, the columns of the
+        group's linears are multiplied, and the group's statistics are updated. ``scale: [in]``,
+        positive. Raises ValueError if ``group.scalable`` is false.
         """
         raise NotImplementedError
 
     def shift(self, group: InputGroup, offset: Tensor) -> None:
         """Subtract ``offset: [in]`` from the group's input, without changing the output.
 
-        The bias of the norm before takes it, and those of the group's linears give it back.
+        The bias of the norm before takes the offset, and the biases of the group's linears undo it.
         Raises ValueError if ``group.shiftable`` is false.
         """
         raise NotImplementedError
 
     def replace(self, linear: Linear, weight: Tensor) -> None:
-        """Go on with another ``weight: [out, in]``, which computes something else (MagR).
+        """Use another ``weight: [out, in]`` for ``linear``, which computes other outputs (MagR).
 
-        Scales and clips that were chosen for the old one are dropped. Errors that are told to the
-        user stay those against the old one, as the block would be without any quantization.
+        Scales chosen for the old weight are dropped. Reported errors stay relative to the old
+        weight. Raises ValueError if the shape differs.
         """
         if weight.shape != linear.weight.shape:
             was, new = list(linear.weight.shape), list(weight.shape)
-            raise ValueError(f"{linear.name} is {was}; what shall replace it is {new}")
+            raise ValueError(f"{linear.name} is {was}, but its replacement is {new}")
         self.originals.setdefault(linear.name, linear.weight)
         linear.weight = weight.to(linear.weight.dtype)
         linear.scale = linear.zero = None
 
     def original(self, linear: Linear) -> Tensor:
-        """The weight of ``linear`` that the float block has."""
+        """The weight of ``linear`` in the float block."""
         return self.originals.get(linear.name, linear.weight)
 
-    def advance(self, codes: Mapping[str, QuantizedWeight]) -> None:
-        """Let the linears in ``codes`` compute with them from now on (true-sequential GPTQ).
+    def use_codes(self, codes: Mapping[str, QuantizedWeight]) -> None:
+        """From now on, compute the linears in ``codes`` with these (true-sequential GPTQ).
 
-        The statistics of groups that have other linears are gathered anew: a pass over the data.
+        The statistics of groups with other linears are gathered again: a pass over the data.
         """
         raise NotImplementedError
 
@@ -274,10 +278,10 @@ class Block:
         work: Callable[[T], R],
         cost: Callable[[T], float] | None = None,
     ) -> list[R]:
-        """What ``work`` gives for each item, in order; of several processes each does a part.
+        """``work(item)`` for all items, in order; each of several processes does a part.
 
-        Every process is given all results, so ``work`` must change nothing but give back what it
-        found: what pickle takes, with tensors in it. ``cost`` tells how long an item takes, in any
-        unit, so that the parts are alike. All processes must call this alike.
+        Every process gets all results, so ``work`` must have no side effects, and must return
+        values that pickle takes, tensors included. ``cost``: the expected time of an item in any
+        unit, by which the work is divided. All processes must make the same call.
         """
         return [work(item) for item in items]

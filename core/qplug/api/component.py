@@ -1,4 +1,4 @@
-"""What every plugin offers: a named thing with typed parameters."""
+"""The base of all that plugins offer: a named class with typed options."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ P = TypeVar("P")
 
 @dataclass(frozen=True)
 class NoParams:
-    """For components that have nothing to choose."""
+    """Options of a component that has none."""
 
 
 class Component(ABC, Generic[P]):
-    """A named thing with typed parameters: what every plugin offers.
+    """The base class of algorithms, datasets and exporters.
 
     ``name`` is what users type: lower case, hyphens. The first line of the class's docstring is
     its one-line description. ``Params`` is a frozen dataclass whose fields are annotated with
-    ``Param``; it is the only way in for options, from the command line, YAML and Python alike.
+    ``Param``; options reach a component only through it, from command line, YAML and Python alike.
     """
 
     name: ClassVar[str]

@@ -1,4 +1,4 @@
-"""What a dataset is."""
+"""The base class of datasets."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from qplug.api.component import Component, P
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: What text is for. A dataset may have one text for both.
+#: The purpose of text. A dataset may use the same text for both.
 Split = Literal["calibration", "evaluation"]
 
 
 class Tokenizer(Protocol):
-    """What datasets need of a tokenizer; those of transformers have it."""
+    """The method of a tokenizer that datasets call; tokenizers of transformers have it."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The ids of the tokens of ``text``; special tokens mark its start and end if asked for."""
+        """Returns the token ids of ``text``, with special tokens around it if asked for."""
         ...
 
 
 class Dataset(Component[P]):
-    """Text, for calibration and for evaluation."""
+    """A source of text for calibration and for evaluation."""
 
-    #: What stands between two documents when they are read as one text.
+    #: The text between two documents when they are joined.
     separator: ClassVar[str] = "\n\n"
 
     @abstractmethod
     def documents(self, split: Split) -> Iterator[str]:
-        """The documents, in an order that is always the same. Some may be empty.
+        """Yields the documents, always in the same order. A document may be empty.
 
-        Raises QplugError, before the first document, if the text cannot be had.
+        Raises QplugError, before the first document, if the text cannot be read.
         """
 
     def samples(
         self, tokenizer: Tokenizer, *, length: int, count: int, seed: int
     ) -> Iterator[Tensor]:
-        """``count`` windows of ``length`` tokens for calibration, int64 ``[length]``.
+        """Yields ``count`` windows of tokens for calibration, int64 ``[length]``.
 
-        A window may be shorter than ``length``; it is padded then, and the padding is ignored. The
-        same seed gives the same samples. A dataset that does not define this method is cut by
-        ``qplug.text.random_windows``: it joins all documents, tokenises them once without special
-        tokens, and draws windows at random.
+        A window may be shorter than ``length``; it is padded, and padding is ignored. The same
+        seed must give the same samples. For a dataset that does not define this method,
+        ``qplug.text.random_windows`` draws the samples: it joins all documents, tokenises them once
+        without special tokens, and draws windows at random.
         """
         raise NotImplementedError
 

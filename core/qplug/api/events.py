@@ -1,4 +1,4 @@
-"""What plugins that watch a run are told: of each finished step, and of the whole."""
+"""The events that plugins receive when they watch a run: a finished step, a finished run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from qplug.api import Block, QuantizedWeight
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What became of a step of a run: a decoder block, or one tensor of a data-free run.
+    """The result of one step of a run: a decoder block, or one tensor of a data-free run.
 
-    ``number`` counts finished steps from 1 on, those of an earlier run that was stopped included;
-    ``count`` is how many there are. ``errors``: ``||W' - W|| / ||W||`` by linear; ``losses``: the
-    same of its output on calibration data. ``notes``: what algorithms have to tell the user.
-    ``seconds``: since the step before was finished.
+    ``number`` counts finished steps from 1, including steps of an earlier run that was stopped;
+    ``count`` is the number of all steps. ``errors`` are ``||W' - W|| / ||W||`` by linear, where
+    ``W'`` is the dequantized weight. ``losses`` are the relative errors of the linears' outputs on
+    calibration data, by linear; empty without data. ``notes`` are messages of algorithms to the
+    user. ``seconds`` is the time since the previous step was finished.
 
-    ``block`` is the block after all transforms, float32 in a calibrated run, with the statistics of
-    its input groups; ``codes`` are by linear, as they go to the exporter. Both are freed when the
-    hook returns: keep numbers, not tensors, and change nothing. ``block`` is None, and ``codes``
-    are empty, for what is only copied.
+    ``block`` is the block after all transforms, with the statistics of its input groups; its
+    weights are float32 in a calibrated run. ``codes`` are by linear, as the exporter receives them.
+    Both are freed when the hook returns: keep numbers, not tensors, and change nothing. If the step
+    only copies tensors, ``block`` is None and ``codes`` are empty.
     """
 
     name: str
@@ -36,17 +37,18 @@ class BlockReport:
 
     @property
     def loss(self) -> float | None:
-        """The mean of ``losses``; None if there are none."""
+        """The mean of ``losses``; None if they are empty."""
         return sum(self.losses.values()) / len(self.losses) if self.losses else None
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """A stage's seconds without those of stages within it, and bytes of memory at its peak.
+    """The time and the peak memory of one stage of a run.
 
-    ``memory`` is what the process had resident, ``gpu_memory`` what torch had allocated on the
-    GPU, stages within it included; None where that cannot be told. A peak is seen if nothing before
-    it was higher; else ``memory`` is the most that was held as the stage began or ended.
+    ``seconds`` excludes nested stages. ``memory`` is the resident memory of the process and
+    ``gpu_memory`` the memory that torch allocated on the GPU, in bytes, including nested stages;
+    None if it cannot be measured. Both are peaks if no earlier stage had a higher peak; else they
+    are the larger amount of the stage's beginning and end.
     """
 
     name: str
@@ -57,11 +59,17 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. ``errors`` are ``||W' - W|| / ||W||`` of each quantized linear.
+    """The result of a finished run.
 
-    ``losses`` are the same of what the linears compute on the calibration data, if there is any;
-    ``notes`` is what algorithms have to tell. ``resumed``: steps that an earlier run had finished.
-    ``stages``: what each stage cost; of several processes, the first one.
+    ``out`` is the folder that the run wrote. ``errors`` are ``||W' - W|| / ||W||`` by quantized
+    linear, where ``W'`` is the dequantized weight. ``losses`` are the relative errors of the
+    linears' outputs on calibration data, empty without data. ``notes`` are messages of algorithms
+    to the user.
+
+    ``source_bytes`` and ``bytes`` are the sizes of all tensors before and after. ``resumed`` is the
+    number of steps that an earlier run had finished. ``stages`` are the costs of the stages, in the
+    first process if there are several. After a dry run nothing is written, and only sizes are
+    known.
     """
 
     out: Path

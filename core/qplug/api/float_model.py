@@ -1,4 +1,4 @@
-"""A float model that is rewritten before it is quantized."""
+"""A float model, and how algorithms rewrite it before it is quantized."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamNorm:
-    """A norm of the residual stream that linears read, and nothing else.
+    """A norm of the residual stream whose output only linears read.
 
-    It multiplies by ``offset`` (0, or 1 in Gemma) plus the tensor ``weight``, and adds ``bias``.
-    ``readers`` are the tensors that read it.
+    The norm multiplies by ``offset`` (0, or 1 in Gemma) plus the tensor ``weight``, and adds the
+    tensor ``bias``. ``readers``: the weights of the linears.
     """
 
     weight: str
@@ -30,11 +30,12 @@ class StreamNorm:
 
 
 @dataclass(frozen=True)
-class Facing:
-    """One axis of a tensor is the residual stream: it writes into it, or reads a norm of it.
+class StreamAxis:
+    """The axis of a tensor along which it writes the residual stream, or reads a norm of it.
 
-    ``axis`` is counted from 0. ``norm`` is the norm that is read; None for what writes: embeddings,
-    output projections and their biases. ``bias`` takes an offset of what is read, if there is one.
+    ``axis`` is counted from 0. ``norm``: the name of the norm that the tensor reads; None for
+    tensors that write (embeddings, output projections and their biases). ``bias``: the bias of a
+    reading linear, which can take an offset of its input; None if it has none.
     """
 
     axis: int
@@ -43,11 +44,12 @@ class Facing:
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Values that only meet one projection, so that each head can be turned.
+class ValueHeads:
+    """Heads of values that only one projection reads, so each head can be rotated.
 
-    ``rows: [heads, size]`` (int64) are the rows of the tensor ``values`` (and places of its bias)
-    that make a head; the columns of ``output`` are heads of the same ``size``, one after another.
+    ``rows``, int64 ``[heads, size]``: the rows of the tensor ``values`` (and the elements of its
+    ``bias``) that make each head. The columns of the tensor ``output`` are heads of the same
+    ``size``, in order.
     """
 
     values: str
@@ -59,25 +61,26 @@ class Heads:
 
 @dataclass(frozen=True)
 class Stream:
-    """What faces the residual stream of a model, by the names of tensors on disk.
+    """The tensors that write or read the residual stream of a model, by name on disk.
 
-    ``centred`` tells whether norms subtract the mean. ``copies`` are tensors that have to be made
-    of others, by name, because the head is tied to the embedding: rewriting one would change both.
+    ``width``: of the stream. ``centred``: whether norms subtract the mean. ``copies``: the source
+    of each tensor that has to be stored in addition: a head that was tied to the embedding, since a
+    rewrite of one would change both.
     """
 
     width: int
     centred: bool
     norms: Mapping[str, StreamNorm]
-    tensors: Mapping[str, Facing]
-    heads: tuple[Heads, ...]
+    tensors: Mapping[str, StreamAxis]
+    heads: tuple[ValueHeads, ...]
     copies: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class FloatModel:
-    """A checkpoint to be rewritten. ``tensors`` are those that it holds, by name.
+    """A checkpoint to rewrite. ``tensors``: dtypes and shapes of all its tensors, by name.
 
-    ``learned`` is what ``Algorithm.learn`` gave; None while nothing has been learned.
+    ``learned``: the result of ``Algorithm.learn_rewrite``; None while nothing has been learned.
     """
 
     view: ModelView
@@ -88,11 +91,11 @@ class FloatModel:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """How a tensor is made of tensors of the checkpoint.
+    """A function that makes a tensor from tensors of the checkpoint.
 
-    ``make`` takes the tensors named in ``sources``, in float32, and gives the new one in float32;
-    it is shaped like the first, and stored in its dtype. ``by_row``: row ``r`` of the result needs
-    row ``r`` of the first source and no other, so that a large one is made a few rows at a time.
+    ``make`` takes the tensors named in ``sources``, in float32, and returns the new tensor in
+    float32; it is shaped like the first source, and stored in its dtype. ``by_row``: row ``r`` of
+    the result depends on no other row of the first source, so large tensors are made by rows.
     """
 
     sources: tuple[str, ...]
@@ -102,11 +105,12 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Preparation:
-    """A float model rewritten so that it computes what it did before.
+    """Rewrites of a float model that leave its outputs unchanged.
 
-    ``rewrites`` are by name; names that the checkpoint lacks are added. ``config`` are fields of
-    config.json with other values. ``online`` are linears whose inputs are multiplied by the
-    Hadamard matrix of their width (``qplug.numerics.transform``) as the model runs: no engine does.
+    ``rewrites``: by name of the tensor to make; names that the checkpoint lacks are added.
+    ``config``: fields of config.json with new values. ``online``: linears whose inputs are
+    multiplied by the Hadamard matrix of their width (``qplug.numerics.hadamard_transform``) while
+    the model runs, which no engine does. ``notes``: messages for the user.
     """
 
     rewrites: Mapping[str, Rewrite]
@@ -116,24 +120,24 @@ class Preparation:
 
 
 class WholeModel(ABC):
-    """The float model, all of it in memory, as a preparation would have it compute.
+    """The whole float model in memory, computed as a preparation rewrites it.
 
-    For what is to be learned of the model as a whole. Activations are kept of one block at a time.
+    Algorithms learn on it. Activations are kept for one block at a time.
     """
 
-    #: Batches of calibration samples that there are.
+    #: The number of batches of calibration samples.
     count: int
-    #: Where it is computed.
+    #: Where the model computes.
     device: torch.device
 
     @abstractmethod
-    def loss(self, made: Preparation, batch: int, *, weights: bool = False) -> Tensor:
-        """How far what the model predicts is from what the float one does: float32 ``[]``.
+    def loss(self, preparation: Preparation, batch: int, *, weights: bool = False) -> Tensor:
+        """The divergence of the rounded model's predictions from the float model's: float32 ``[]``.
 
-        The mean divergence ``KL(float || rounded)`` of the next token, in nats, over the real
-        tokens of batch ``batch``. The model is rewritten by ``made``, and the inputs of its linears
-        are rounded as their scheme says; with ``weights`` these are too, to nearest. It computes in
-        float32, but for what ``torch.autocast`` around it takes to another dtype. Gradients reach
-        whatever the rewrites are made of, straight through the rounding and through the peaks that
-        scales are made of.
+        The mean of ``KL(float || rounded)`` of the next token, in nats, over the real tokens of
+        batch ``batch``. The model is rewritten by ``preparation``, and the inputs of its linears
+        are rounded as their schemes say; ``weights`` also rounds the weights, to nearest. Computes
+        in float32, unless ``torch.autocast`` is active. Gradients reach the tensors that the
+        rewrites are made of, straight through rounding, and through the peaks that determine
+        scales.
         """

@@ -1,4 +1,4 @@
-"""Weights cut into the groups that share a scale, and codes multiplied out."""
+"""Splits weights into the groups that share a scale, and turns codes back into float weights."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
-    """The float32 weight ``[out, in]`` that codes stand for: ``(codes - zero) * scale``."""
+    """Returns the float32 weight ``[out, in]`` of the codes, ``(codes - zero) * scale``."""
     return dequantize_with(weight.codes, weight.scale, weight.zero, weight.args)
 
 
 def dequantize_with(codes: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs) -> Tensor:
-    """``dequantize`` of codes ``[out, in]`` that are not yet a QuantizedWeight."""
+    """Returns the same as ``dequantize`` for ``codes`` ``[out, in]`` and their scales."""
     values = codes.float()
     scale = scale.expand(row_scales(values, args))
     groups = in_groups(values, args)
@@ -30,38 +30,48 @@ GROUP_AXES = (1, 3)
 
 
 def row_step(args: QuantArgs) -> int:
+    """Returns the number of rows that one row of scales is for: the height of a block, or 1."""
     return args.block[0] if args.block else 1
 
 
 def row_scales(weight: Tensor, args: QuantArgs) -> tuple[int, int]:
-    """The shape of scales, one for each row step at least (``tensor`` is worked on row by row)."""
+    """Returns the shape of scales ``[row steps, groups]`` of ``weight`` ``[out, in]``.
+
+    It is ``args.scale_shape``, except that a single scale (``tensor``) is repeated for every row,
+    so that a caller can work row by row.
+    """
     if args.strategy == "tensor":
         return weight.shape[0], 1
     return args.scale_shape((weight.shape[0], weight.shape[1]))
 
 
 def per_row_scale(scale: Tensor, weight: Tensor, args: QuantArgs) -> Tensor:
-    """``scale: args.scale_shape`` as ``[row step, 1, group, 1]``, to go with ``in_groups``."""
+    """Returns ``scale: args.scale_shape`` as ``[row steps, 1, groups, 1]``, like ``in_groups``."""
     return spread_scales(scale.expand(row_scales(weight, args)))
 
 
 def in_groups(part: Tensor, args: QuantArgs) -> Tensor:
-    """``[rows, in]`` as ``[row step, rows, group, columns]``; ragged blocks are filled with 0."""
+    """Returns ``part`` as ``[row steps, rows of a step, groups, columns]``.
+
+    ``part`` are rows of a weight, ``[rows, in]``. Blocks that reach over the edge of the matrix are
+    filled with zeros.
+    """
     if args.block:
         tall, wide = args.block
         down, right = -part.shape[0] % tall, -part.shape[1] % wide
         if down or right:
-            whole = part.new_zeros((part.shape[0] + down, part.shape[1] + right))
-            whole[: part.shape[0], : part.shape[1]] = part
-            part = whole
+            padded = part.new_zeros((part.shape[0] + down, part.shape[1] + right))
+            padded[: part.shape[0], : part.shape[1]] = part
+            part = padded
         return part.view(part.shape[0] // tall, tall, part.shape[1] // wide, wide)
     return part.view(part.shape[0], 1, -1, args.group_size or part.shape[1])
 
 
 def out_of_groups(groups: Tensor, width: int, rows: int) -> Tensor:
-    """The inverse of ``in_groups``: ``[rows, width]``."""
+    """Returns the result of ``in_groups`` as a matrix ``[rows, width]`` again, without padding."""
     return groups.flatten(2).flatten(0, 1)[:rows, :width]
 
 
 def spread_scales(scale: Tensor) -> Tensor:
+    """Returns ``scale`` ``[row steps, groups]`` as ``[row steps, 1, groups, 1]``."""
     return scale[:, None, :, None]

@@ -1,4 +1,4 @@
-"""Every hook of qplug. ``hookimpl`` marks an implementation; a plugin imports it from ``qplug``."""
+"""The hooks of qplug. A plugin marks its implementations with ``hookimpl``, from ``qplug``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qplug.api.events import BlockReport, Result
 
 hookspec = pluggy.HookspecMarker("qplug")
-#: Marks a function of a plugin as the implementation of the hook that has its name.
+#: Marks a function in a plugin as the implementation of the hook of the same name.
 hookimpl = pluggy.HookimplMarker("qplug")
 
 
@@ -37,7 +37,7 @@ def qplug_algorithms() -> Iterable[type[Algorithm[Any]]]:
 
 @hookspec
 def qplug_datasets() -> Iterable[type[Dataset[Any]]]:
-    """Offer text to calibrate and evaluate on.
+    """Offer datasets: text for calibration and evaluation.
 
     Called once, when the first component of any kind is asked for. Return classes, not instances.
 
@@ -54,9 +54,10 @@ def qplug_datasets() -> Iterable[type[Dataset[Any]]]:
 
 @hookspec
 def qplug_exporters() -> Iterable[type[Exporter[Any]]]:
-    """Offer formats that engines load.
+    """Offer exporters, which write the formats that engines load.
 
     Called once, when the first component of any kind is asked for. Return classes, not instances.
+    An exporter names a format and an engine, of its own plugin or of another one.
 
     Since 0.1. Example::
 
@@ -73,7 +74,7 @@ def qplug_exporters() -> Iterable[type[Exporter[Any]]]:
 def qplug_commands(group: click.Group) -> None:
     """Add commands to the command line.
 
-    Called once, when a command is asked for that is not qplug's own, or plugins are checked.
+    Called once, when the user runs a command that is not qplug's own, or checks plugins.
 
     Since 0.1. Example::
 
@@ -87,13 +88,14 @@ def qplug_commands(group: click.Group) -> None:
 
 @hookspec(firstresult=True)
 def qplug_model_view(config: Mapping[str, Any]) -> ModelView | None:
-    """Tell where the decoder blocks and the linears of an architecture are.
+    """Describe an architecture: its decoder blocks and its linears.
 
-    Called for each model that is opened, before what qplug finds by itself, with what config.json
-    says. Return None for models that are not yours: the first plugin, by name, that returns a
-    ``ModelView`` is believed. Its names are those of tensors on disk, without ``.weight``; its
-    ``config`` may be left ``{}``. What it says is checked against the checkpoint. An architecture
-    that transformers does not know can then be quantized by what needs no data, and verified.
+    Called for each model that is opened, with the content of config.json, before qplug inspects
+    the model itself. Return None for models that are not yours; the answer of the first plugin, in
+    order of names, that returns a ``ModelView`` is used. Names in the view are names of tensors on
+    disk, without ``.weight``; ``config`` may be ``{}``. qplug checks the view against the
+    checkpoint. A model that transformers does not know can then be verified, and be quantized by
+    algorithms that need no data.
 
     Since 0.1. Example::
 
@@ -117,11 +119,11 @@ def qplug_model_view(config: Mapping[str, Any]) -> ModelView | None:
 
 @hookspec
 def qplug_block_done(report: BlockReport) -> None:
-    """Watch a run: a decoder block, or a tensor of a data-free run, is quantized.
+    """Watch a run: a decoder block, or a tensor of a data-free run, has been quantized.
 
-    Called after each step, in the order of the model, in the first process alone; not for steps
-    that an earlier run had finished. Return nothing. An error in it is a warning that names the
-    plugin, which is then told nothing more; the run goes on.
+    Called after each step, in the order of the model, in the first process alone; not called for
+    steps that an earlier run had finished. Return nothing. If the hook raises an error, qplug
+    prints a warning that names the plugin, no longer calls this plugin, and continues the run.
 
     Since 0.1. Example::
 
@@ -133,10 +135,11 @@ def qplug_block_done(report: BlockReport) -> None:
 
 @hookspec
 def qplug_run_done(result: Result) -> None:
-    """Watch a run: the folder ``result.out`` is written.
+    """Watch a run: the folder ``result.out`` has been written.
 
-    Called once a run, when the folder is whole and in its place; not after a dry run, nor when a
-    run fails. Return nothing. An error in it is a warning that names the plugin.
+    Called once in a run, when the folder is complete and in its place; not called after a dry run
+    or if the run fails. Return nothing. If the hook raises an error, qplug prints a warning that
+    names the plugin.
 
     Since 0.1. Example::
 

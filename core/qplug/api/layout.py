@@ -1,84 +1,97 @@
-"""Has a folder just the tensors that an exporter lays out? (Public: for ``Exporter.check``.)
+"""Has a folder the tensors that a format lays out, and does a kernel take them? (Public.)
 
-And does a kernel take them, with scales that make sense: what loaders of any format ask.
+For ``check_folder`` of formats and of engines: what loaders of any format ask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qplug.api import Exporter, ModelView, Problem
+from qplug.api.capability import Capability
 from qplug.api.limits import Target, shape_problem
+from qplug.api.model import ModelView
 from qplug.api.scheme import Scheme
 from qplug.api.tensors import FLOAT_DTYPES
 
 if TYPE_CHECKING:
+    from qplug.api.format import Format
     from qplug.api.tensors import Checkpoint
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A rule of a format or of a loader that a folder breaks. ``check`` is the rule's name."""
+
+    check: str
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.where}: {self.message}"
+
+
 def layout_problems(
-    folder: Checkpoint, model: ModelView, schemes: Mapping[str, Scheme], exporter: Exporter[Any]
+    folder: Checkpoint,
+    model: ModelView,
+    schemes: Mapping[str, Scheme],
+    format: Format,
+    *,
+    scales: Sequence[str] = (),
 ) -> Iterator[Problem]:
     """What is missing, too much, or of another dtype or shape, linear by linear.
 
-    Linears in ``schemes`` have the tensors of ``exporter.layout``, others a float weight alone.
-    Float tensors may be of any float dtype: loaders convert them.
+    Linears in ``schemes`` have the tensors of ``format.layout``, others a float weight alone.
+    Float tensors may be of any float dtype: loaders convert them. Tensors that ``scales`` names,
+    such as ``weight_scale``, are positive and finite (asked of linears whose layout is right).
     """
     held: dict[str, dict[str, Any]] = {name: {} for name in model.linears}
     for tensor, stored in folder.tensors.items():
         name, _, local = tensor.rpartition(".")
         if name in held and local != "bias":
             held[name][local] = stored.spec
-    for name, found in held.items():
+    right: list[str] = []
+    for name, specs in held.items():
         if name not in schemes:
-            yield from _float_problems(name, found)
+            yield from _float_problems(name, specs)
             continue
-        layout = exporter.layout(model.linears[name], schemes[name], model.dtype)
-        for local, wanted in layout.items():
-            if local not in found:
-                yield Problem("missing", name, f"there is no {local}")
-                continue
-            spec = found[local]
-            if spec.shape != wanted.shape:
-                yield Problem(
-                    "shape", name, f"{local} is {list(spec.shape)}, not {list(wanted.shape)}"
-                )
-            if spec.dtype != wanted.dtype and not {spec.dtype, wanted.dtype} <= {*FLOAT_DTYPES}:
-                yield Problem("dtype", name, f"{local} is {spec.dtype}, not {wanted.dtype}")
-        for local in sorted(found.keys() - layout.keys()):
-            yield Problem("unexpected", name, f"{local} does not belong to {schemes[name].name}")
-
-
-def loading_problems(
-    folder: Checkpoint,
-    model: ModelView,
-    schemes: Mapping[str, Scheme],
-    exporter: Exporter[Any],
-    *,
-    scales: Sequence[str],
-    fused: Iterable[Sequence[str]] = (),
-) -> Iterator[Problem]:
-    """``layout_problems``, and what else a loader holds against linears in ``schemes``.
-
-    No kernel of ``exporter.capabilities`` takes one; of a group in ``fused``, which engines merge,
-    not all are in ``schemes``; a tensor that ``scales`` names, such as ``weight_scale``, is not
-    positive and finite (asked where the layout is right).
-    """
-    found = list(layout_problems(folder, model, schemes, exporter))
-    yield from found
-    for group in fused:
-        if len({name in schemes for name in group}) > 1:
-            yield Problem("fused", ", ".join(group[:3]), "are merged, but not all are quantized")
-    broken = {problem.where for problem in found}
-    for name, scheme in schemes.items():
-        sentence = shape_problem(exporter.capabilities(), name, model, scheme, Target())
-        if sentence is not None:
-            yield Problem("kernel", name, sentence)
-        for local in scales if name not in broken else ():
+        layout = format.layout(model.linears[name], schemes[name], model.dtype)
+        problems = [*_misplaced(name, specs, layout)]
+        for local in sorted(specs.keys() - layout.keys()):
+            sentence = f"{local} does not belong to {schemes[name].name}"
+            problems.append(Problem("unexpected", name, sentence))
+        yield from problems
+        if not problems:
+            right.append(name)
+    for name in right:
+        for local in scales:
             values = folder.read(f"{name}.{local}").float()
             if not (values.isfinite() & (values > 0)).all():
                 yield Problem("scale", name, f"{local}: one is zero, negative, or not finite")
+
+
+def kernel_problems(
+    model: ModelView, schemes: Mapping[str, Scheme], table: Sequence[Capability]
+) -> Iterator[Problem]:
+    """The linears that no kernel of ``table`` takes; none where the table is empty."""
+    for name, scheme in schemes.items() if table else ():
+        sentence = shape_problem(table, name, model, scheme, Target())
+        if sentence is not None:
+            yield Problem("kernel", name, sentence)
+
+
+def _misplaced(name: str, specs: Mapping[str, Any], layout: Mapping[str, Any]) -> Iterator[Problem]:
+    """The tensors of ``layout`` that are not there, or not in dtype and shape."""
+    for local, wanted in layout.items():
+        if local not in specs:
+            yield Problem("missing", name, f"there is no {local}")
+            continue
+        spec = specs[local]
+        if spec.shape != wanted.shape:
+            yield Problem("shape", name, f"{local} is {list(spec.shape)}, not {list(wanted.shape)}")
+        if spec.dtype != wanted.dtype and not {spec.dtype, wanted.dtype} <= {*FLOAT_DTYPES}:
+            yield Problem("dtype", name, f"{local} is {spec.dtype}, not {wanted.dtype}")
 
 
 def _float_problems(name: str, found: Mapping[str, Any]) -> Iterator[Problem]:

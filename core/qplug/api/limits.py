@@ -1,4 +1,4 @@
-"""What kernels cannot take, read from a backend's table of capabilities (public).
+"""What kernels cannot take, read from an engine's table of capabilities (public).
 
 Under tensor parallelism every process loads a part of each weight, and its kernel sees that part.
 """
@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from qplug.api import Capability, ModelView
+from qplug.api.capability import NEWEST, Capability
+from qplug.api.model import ModelView
 from qplug.api.params import Param
 from qplug.api.scheme import Scheme
 
@@ -32,6 +33,9 @@ class Target:
         Param("Check for this device; any: for whichever takes it."),
     ] = "any"
     tp: Annotated[int, Param("Processes that share each layer (tensor parallelism).", 1)] = 1
+    version: Annotated[
+        str, Param("Check for this version of the engine; newest: the newest with a table.")
+    ] = NEWEST
 
 
 def rows_for(table: Sequence[Capability], scheme: str, gpu: str = "any") -> list[Capability]:

@@ -1,4 +1,4 @@
-"""What is known of a model before any weight is read."""
+"""The description of a model that is known before any weight is read."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelView:
-    """The skeleton of a checkpoint: its configuration and its matrices, without their values.
+    """The structure of a checkpoint: its configuration and its linears, without their values.
 
-    ``linears`` has every weight that multiplies activations, by module name (``model.layers.0.
-    mlp.up_proj``), with its shape ``(out, in)``: decoder linears, experts one by one, routers, and
-    the head if it is a tensor of its own. ``quantizable`` are those that are quantized unless the
-    user says otherwise: neither head nor router. ``blocks`` are the decoder blocks in order.
-    ``head`` is the module that makes the logits, also where it is tied to the embedding. ``dtype``
-    is that of the float weights.
+    ``config`` is config.json. ``dtype`` is the dtype of the float weights. ``linears`` maps the
+    module name of every linear (``model.layers.0.mlp.up_proj``) to the shape ``(out, in)`` of its
+    weight: linears of decoder blocks, each expert's separately, routers, and the head if it has a
+    tensor of its own. ``quantizable`` are the linears to quantize by default, which are all but
+    head and routers. ``blocks`` are the names of the decoder blocks, in order. ``head`` is the name
+    of the module that computes the logits, even if its weight is tied to the embedding; None if the
+    model has none.
     """
 
     config: Mapping[str, Any]

@@ -1,7 +1,7 @@
-"""Forwards the public modules and names that had other paths before 0.2, and warns of each.
+"""Keeps the module paths from before 0.2 working: an import of an old path warns and forwards.
 
-They go with 0.3. A table and one finder stand for the modules, so that no file keeps an old name.
-Packages of today that were modules with public names then forward those by ``moved_names``.
+The old paths will be removed in 0.3. A table and one import finder replace a file for each path.
+Some old modules are packages now; they forward the names that they had with ``moved_names``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-#: Where the names of a module are now, by the module's old path.
+#: The module that has a module's names now, by the old path.
 MOVED = {
     "qplug.clipping": "qplug.numerics",
     "qplug.hadamard": "qplug.numerics",
@@ -31,7 +31,7 @@ MOVED = {
     "qplug.turning": "qplug.numerics",
     "qplug.windows": "qplug.text",
 }
-#: What a name is called now, by its old path and name.
+#: The present name, by the old path and the old name.
 RENAMED = {
     ("qplug.hadamard", "exists"): "hadamard_exists",
     ("qplug.hadamard", "matrix"): "hadamard_matrix",
@@ -47,9 +47,9 @@ RENAMED = {
 
 
 def moved_names(module: str, moved: Mapping[str, tuple[str, str]]) -> Callable[[str], Any]:
-    """Returns the ``__getattr__`` of a module that had public names which are elsewhere now.
+    """Returns a ``__getattr__`` for ``module``, which warns and forwards names that were moved.
 
-    ``moved``: the module and the name of each now, by its old name.
+    ``moved`` has the present module and the present name, by the old name.
     """
 
     def getattribute(name: str) -> Any:
@@ -57,7 +57,7 @@ def moved_names(module: str, moved: Mapping[str, tuple[str, str]]) -> Callable[[
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         door, new = moved[name]
         warnings.warn(
-            f"{module}.{name} goes with qplug 0.3: import {new} from {door}",
+            f"{module}.{name} will be removed in qplug 0.3: import {new} from {door}",
             FutureWarning,
             stacklevel=2,
         )
@@ -67,7 +67,7 @@ def moved_names(module: str, moved: Mapping[str, tuple[str, str]]) -> Callable[[
 
 
 class _OldPath(ModuleType):
-    """A module that has no names of its own."""
+    """A module without names of its own, which looks every name up in its present module."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -78,6 +78,8 @@ class _OldPath(ModuleType):
 
 
 class _Finder(MetaPathFinder, Loader):
+    """Imports the paths in ``MOVED``."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
@@ -89,11 +91,13 @@ class _Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         new = MOVED[module.__name__]
         warnings.warn(
-            f"{module.__name__} goes with qplug 0.3: import from {new}", FutureWarning, stacklevel=2
+            f"{module.__name__} will be removed in qplug 0.3: import from {new}",
+            FutureWarning,
+            stacklevel=2,
         )
 
 
 def forward_old_paths() -> None:
-    """Makes the old paths importable, wherever no module has the path today."""
+    """Makes old paths importable from now on; real modules of the same name come first."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

@@ -1,4 +1,4 @@
-"""How weights and activations are stored: number formats, scale layouts, and the named schemes.
+"""Describes how weights and activations are stored: number formats, scales, named schemes.
 
 The names are the ecosystem's preset names (``W4A16`` ... ``FP8_BLOCK``). Nothing here needs torch.
 """
@@ -15,14 +15,17 @@ from qplug.errors import QplugError
 
 Strategy = Literal["tensor", "channel", "group", "block", "token"]
 
-#: The float formats by name (``e4m3``): their bits of exponent and of mantissa. All have a sign,
-#: the bias ``2^(E-1) - 1``, and subnormals. One exponent bit makes an even grid; no mantissa bit
-#: leaves zero and powers of two; the widest is bfloat16, ``e8m7``.
+#: The bits of exponent and mantissa of each float format, by name (``e4m3``). Every format has a
+#: sign bit, the bias ``2^(E-1) - 1``, and subnormals. With one exponent bit the values are evenly
+#: spaced; without mantissa bits they are zero and powers of two. The widest is bfloat16, ``e8m7``.
 FLOATS: dict[str, tuple[int, int]] = {f"e{e}m{m}": (e, m) for e in range(1, 9) for m in range(8)}
 
 
 def all_finite_max(exponent: int, mantissa: int) -> float:
-    """The largest value of a float format in which every code is a number."""
+    """Returns the largest value of a float format that has no codes for infinity and NaN.
+
+    ``exponent`` and ``mantissa`` are numbers of bits.
+    """
     return math.ldexp(2 - 2.0**-mantissa, 2 ** (exponent - 1))
 
 
@@ -33,32 +36,36 @@ def _float_max(exponent: int, mantissa: int) -> float:
     return all_finite_max(exponent, mantissa) / (2 if ieee else 1)
 
 
-#: The largest finite value of each float format. ``e4m3`` gives one code to NaN (OCP's ``fn``).
-#: ``e5m2`` and formats with the exponent of float32 give the top exponent to infinity and NaN, as
-#: IEEE 754 does: 57344, and that of bfloat16. In all others every code is a number, as OCP's MX
-#: formats have it (6 for ``e2m1``, 28 for ``e3m2``, 7.5 for ``e2m3``), and LLMC for any.
+#: The largest finite value of each float format. ``e4m3`` uses one code for NaN (OCP's ``fn``).
+#: ``e5m2`` and the formats with 8 exponent bits use the top exponent for infinity and NaN, as IEEE
+#: 754 does; the largest ``e5m2`` is 57344. In all other formats every code is a number, as in OCP's
+#: MX formats (6 for ``e2m1``, 28 for ``e3m2``, 7.5 for ``e2m3``).
 FLOAT_MAX: dict[str, float] = {name: _float_max(*bits) for name, bits in FLOATS.items()}
 
-#: The smallest positive value of each float format: the step between its subnormals.
+#: The smallest positive value of each float format, which is the distance of its subnormals.
 FLOAT_STEP = {name: math.ldexp(1, 2 - 2 ** (e - 1) - m) for name, (e, m) in FLOATS.items()}
 
-#: Dtypes of scales that belong to a format, whatever the backend. In NVFP4 they are fp8, and a
-#: float32 for the whole tensor multiplies them; in MXFP4 (OCP MX) they are powers of two.
+#: Dtypes of scales that a format prescribes to every backend. The scales of NVFP4 are fp8, and a
+#: float32 global scale multiplies them; the scales of MXFP4 (OCP MX) are powers of two.
 E4M3_SCALES, E8M0_SCALES = "float8_e4m3fn", "float8_e8m0fnu"
 
 
 @dataclass(frozen=True)
 class QuantArgs:
-    """How one kind of tensor is quantized.
+    """How weights, activations or a KV cache are quantized.
 
-    ``dtype`` is ``int<bits>`` or one of ``FLOATS``, ``e<exponent>m<mantissa>``. One scale serves:
-    the whole tensor (``tensor``), one output row (``channel``), ``group_size`` columns of one row
-    (``group``), one ``block`` of rows x columns, or one token of an activation (``token``).
-    ``dynamic`` scales are found by the engine at run time and are not stored. ``scale_dtype`` is
+    ``dtype`` is ``int<bits>`` or one of ``FLOATS``, ``e<exponent>m<mantissa>``. ``strategy`` says
+    what shares one scale: the whole tensor (``tensor``), an output row (``channel``),
+    ``group_size`` columns of a row (``group``), a ``block`` of rows x columns, or a token of an
+    activation (``token``).
+
+    ``dynamic`` scales are computed by the engine at run time and are not stored. ``scale_dtype`` is
     the dtype in which the backend stores scales: codes must be nearest under the scale *as stored*.
-    ``E4M3_SCALES`` and ``E8M0_SCALES`` are part of the format, and no backend's choice.
-    ``use_qtorch`` has the package qtorch round to a float format, as no engine rounds: ties away
-    from zero, and saturation at ``all_finite_max``.
+    ``E4M3_SCALES`` and ``E8M0_SCALES`` are prescribed by the format. ``use_qtorch`` makes the
+    package qtorch round to a float format, which no engine does: ties away from zero, saturation at
+    ``all_finite_max``.
+
+    Raises QplugError if the fields contradict one another.
     """
 
     dtype: str
@@ -73,7 +80,7 @@ class QuantArgs:
     def __post_init__(self) -> None:
         if self.dtype not in FLOATS and not re.fullmatch(r"int[2-8]", self.dtype):
             raise QplugError(
-                f"there is no number format {self.dtype!r}: say int2 to int8, or e<E>m<M> with "
+                f"there is no number format {self.dtype!r}: use int2 to int8, or e<E>m<M> with "
                 "1 to 8 bits of exponent and 0 to 7 of mantissa, such as e4m3"
             )
         if (self.strategy == "group") != (self.group_size is not None):
@@ -83,51 +90,53 @@ class QuantArgs:
         if (self.strategy == "block") != (self.block is not None):
             raise QplugError(f"strategy {self.strategy!r} does not go with block")
         if self.fixes_scales and (self.strategy != "group" or not self.is_float):
-            raise QplugError(f"scales in {self.scale_dtype} are those of groups of floats")
+            raise QplugError(f"scales in {self.scale_dtype} go with groups of floats alone")
         if self.is_float and not self.symmetric:
-            raise QplugError(f"{self.dtype} is symmetric by nature")
+            raise QplugError(f"{self.dtype} is a float format, which is always symmetric")
         if self.use_qtorch and not self.is_float:
-            raise QplugError(f"use_qtorch: {self.dtype} is no float format")
+            raise QplugError(f"use_qtorch: {self.dtype} is not a float format")
         if self.use_qtorch and FLOATS[self.dtype][0] == 8:
             raise QplugError(f"use_qtorch: {self.dtype} has no largest value in qtorch")
 
     @property
     def is_float(self) -> bool:
-        """Whether codes are values of a float format, not integers."""
+        """Whether codes are floats, not integers."""
         return self.dtype in FLOATS
 
     @property
     def fixes_scales(self) -> bool:
-        """Whether the dtype of scales is a part of the format."""
+        """Whether the format prescribes the dtype of its scales."""
         return self.scale_dtype in (E4M3_SCALES, E8M0_SCALES)
 
     @property
     def two_level(self) -> bool:
-        """Whether scales are multiples of a ``global_scale``, one for the whole tensor (NVFP4)."""
+        """Whether a ``global_scale`` of the whole tensor multiplies all scales (NVFP4)."""
         return self.scale_dtype == E4M3_SCALES
 
     @property
     def stores_scale(self) -> bool:
-        """Whether a scale is stored, not found by the engine at run time: of inputs in NVFP4, the
-        global one."""
+        """Whether a scale is stored. For the inputs of NVFP4 that is the global scale alone."""
         return not self.dynamic or self.two_level
 
     @property
     def bits(self) -> int:
-        """Bits of one code, the sign of a float format included."""
+        """The bits of one code, including the sign of a float format."""
         if self.is_float:
             return 1 + sum(FLOATS[self.dtype])
         return int(self.dtype[3:])
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """Smallest and largest integer code: signed if symmetric, from 0 if not."""
+        """The smallest and largest integer code; signed if symmetric, else from 0."""
         if self.symmetric:
             return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         return 0, 2**self.bits - 1
 
     def scale_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Shape of the scales of a weight ``[out, in]``: always two axes, ``[out, groups]``."""
+        """Returns the shape of the scales of a weight of ``shape`` ``(out, in)``.
+
+        It always has two axes: rows, or blocks of rows, and groups of columns.
+        """
         out, width = shape
         if self.strategy == "group":
             assert self.group_size is not None
@@ -138,18 +147,21 @@ class QuantArgs:
         return (1, 1) if self.strategy == "tensor" else (out, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain form for JSON; ``from_dict`` reads it back."""
+        """Returns a mapping for JSON, which ``from_dict`` reads."""
         return {**self.__dict__, "block": self.block and [*self.block]}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> QuantArgs:
-        """The arguments that ``to_dict`` gave the plain form of."""
+        """Returns the QuantArgs that ``to_dict`` wrote as ``plain``."""
         return cls(**{**plain, "block": plain["block"] and tuple(plain["block"])})
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a layer is turned into. ``activations`` is None where they stay as they are."""
+    """How the weight and the inputs of a layer are quantized, under a name.
+
+    ``activations`` is None if inputs stay float.
+    """
 
     name: str
     weights: QuantArgs
@@ -157,18 +169,19 @@ class Scheme:
 
     @property
     def static_inputs(self) -> bool:
-        """Whether inputs are rounded under a stored scale, which calibration data must tell."""
+        """Whether inputs are rounded under a stored scale, which comes from calibration data."""
         return self.activations is not None and self.activations.stores_scale
 
     def with_group_size(self, size: int) -> Scheme:
-        """The same scheme with another group size; -1 is one scale for the whole row.
+        """Returns this scheme with another group size; -1 is one scale for a whole row.
 
-        Raises QplugError for schemes whose weights are not quantized in groups or rows, such as
-        ``FP8_BLOCK``, and for those of floats with inputs that are quantized too.
+        Raises QplugError if the weights are not quantized in groups or rows, as in ``FP8_BLOCK``;
+        if the format prescribes the group size; if weights are floats and inputs are quantized
+        too; or if inputs are quantized and the scheme has one scale a row.
         """
-        both_rounded = self.weights.is_float and self.activations is not None
-        fixed = both_rounded or self.weights.fixes_scales
-        if self.weights.strategy not in ("group", "channel") or fixed:
+        floats_with_inputs = self.weights.is_float and self.activations is not None
+        is_fixed = floats_with_inputs or self.weights.fixes_scales
+        if self.weights.strategy not in ("group", "channel") or is_fixed:
             raise QplugError(f"{self.name} has no group size to choose")
         if self.activations is not None and self.weights.strategy == "channel" and size != -1:
             raise QplugError(f"{self.name} has one scale for each row: no engine serves groups")
@@ -180,18 +193,21 @@ class Scheme:
         return replace(self, weights=weights)
 
     def with_scale_dtype(self, dtype: str) -> Scheme:
-        """The same scheme with the scales of weights stored in ``dtype``, if that is free."""
+        """Returns this scheme with the scales of weights stored in ``dtype``.
+
+        A scheme whose format prescribes the dtype of scales is returned unchanged.
+        """
         if self.weights.fixes_scales:
             return self
         return replace(self, weights=replace(self.weights, scale_dtype=dtype))
 
     @property
     def uses_qtorch(self) -> bool:
-        """Whether the package qtorch rounds anything."""
+        """Whether the package qtorch rounds weights or inputs."""
         return any(args.use_qtorch for args in (self.weights, self.activations) if args)
 
     def with_qtorch(self) -> Scheme:
-        """The same scheme with its floats rounded by qtorch; integers stay as they are."""
+        """Returns this scheme with floats rounded by qtorch; integer formats stay as they are."""
 
         def rounded(args: QuantArgs) -> QuantArgs:
             return replace(args, use_qtorch=True) if args.is_float else args
@@ -200,7 +216,7 @@ class Scheme:
         return replace(self, weights=rounded(self.weights), activations=inputs and rounded(inputs))
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain form for JSON; ``from_dict`` reads it back."""
+        """Returns a mapping for JSON, which ``from_dict`` reads."""
 
         def plain(args: QuantArgs | None) -> dict[str, Any] | None:
             return None if args is None else args.to_dict()
@@ -213,7 +229,7 @@ class Scheme:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Scheme:
-        """The scheme that ``to_dict`` gave the plain form of."""
+        """Returns the scheme that ``to_dict`` wrote as ``plain``."""
 
         def args(values: dict[str, Any] | None) -> QuantArgs | None:
             return None if values is None else QuantArgs.from_dict(values)
@@ -229,7 +245,7 @@ _STATIC_INT8 = QuantArgs("int8", "tensor")
 _STATIC_E4M3 = QuantArgs("e4m3", "tensor")
 _NVFP4 = QuantArgs("e2m1", "group", 16, scale_dtype=E4M3_SCALES)
 
-#: The schemes that have a name.
+#: The named schemes, by name.
 PRESETS: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -252,30 +268,32 @@ PRESETS: dict[str, Scheme] = {
     )
 }
 
-#: How the keys and values of attention can be stored: one scale each, a layer.
+#: The formats of a KV cache, by name. Keys and values have one scale each in every layer.
 CACHES: dict[str, QuantArgs] = {"fp8": _STATIC_E4M3}
 
 
 def preset(name: str) -> Scheme:
-    """The scheme called ``name``, in upper or lower case.
+    """Returns the scheme called ``name``, in upper or lower case.
 
-    Beside those that engines serve there is one to be measured for every ``W<weights>A<inputs>`` of
-    2 to 8 bits or a float format (``W4A4``, ``WE2M1A16``, ``W4AE4M3``), with ``_ASYM`` for
-    asymmetric integer weights: groups of 128 where inputs stay as they are (``A16``), else a scale
-    each row and each token. One that is the same as a preset is that preset. Raises QplugError for
-    what is no scheme, and for number formats that do not exist.
+    The schemes in ``PRESETS`` are those that engines serve. Any other ``W<weights>A<inputs>`` is a
+    scheme to measure: each number is 2 to 8 bits or a float format (``W4A4``, ``WE2M1A16``,
+    ``W4AE4M3``), and ``_ASYM`` makes integer weights asymmetric. With ``A16`` inputs stay float and
+    weights have groups of 128; else weights have a scale for each row and inputs a scale for each
+    token. If such a scheme equals a preset, the preset is returned.
+
+    Raises QplugError if there is no such scheme or number format.
     """
     name = name.upper()
     if name in PRESETS:
         return PRESETS[name]
-    found = re.fullmatch(rf"W({_NUMBER})A({_NUMBER}|16)(_ASYM)?", name)
-    if found is None:
+    match = re.fullmatch(rf"W({_NUMBER})A({_NUMBER}|16)(_ASYM)?", name)
+    if match is None:
         names = ", ".join(PRESETS)
         raise QplugError(
             f"no scheme {name!r}. There are: {names}; to be measured: W2A16 ... W8A8, "
             "WE2M1A16 ... WE5M2AE5M2"
         )
-    weights, inputs, asymmetric = found.groups()
+    weights, inputs, asymmetric = match.groups()
     dtype, symmetric = _dtype(weights), not asymmetric
     if inputs == "16":
         return Scheme(name, QuantArgs(dtype, "group", 128, symmetric=symmetric))
@@ -287,7 +305,8 @@ def preset(name: str) -> Scheme:
     return next((known for known in PRESETS.values() if _same(known, scheme)), scheme)
 
 
-# Floats of any number of bits, so that those there are not can be told from what is no scheme.
+# Matches float formats of any size: QuantArgs then refuses a format that does not exist with a
+# better message than "no scheme".
 _NUMBER = r"[2-8]|E\d+M\d+"
 
 
@@ -295,5 +314,6 @@ def _dtype(number: str) -> str:
     return number.lower() if number.startswith("E") else f"int{number}"
 
 
-def _same(one: Scheme, other: Scheme) -> bool:
-    return (one.weights, one.activations) == (other.weights, other.activations)
+def _same(first: Scheme, second: Scheme) -> bool:
+    """Returns whether two schemes differ in nothing but their names."""
+    return (first.weights, first.activations) == (second.weights, second.activations)

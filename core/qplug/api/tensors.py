@@ -1,4 +1,4 @@
-"""Tensors as files hold them, and the checkpoint that they make up."""
+"""Tensors in files, and the checkpoint that contains them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 #: The dtypes in which checkpoints keep float weights.
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 
-# Weights in other formats, files that a run writes itself, and what describes the source alone.
-_LEFT_BEHIND = (
+# Files of the source that a run does not copy: weights in other formats, files that the run writes
+# itself, and files that describe the source alone.
+_NOT_COPIED = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack"),
     *("*.onnx", "*.index.json", "config.json", "qplug.json", "README.md", ".*"),
 )
@@ -26,21 +27,22 @@ _BITS |= {"bfloat16": 16, "float16": 16, "int16": 16, "uint16": 16}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Dtype (torch's name for it, such as ``bfloat16``) and shape of a tensor in a file."""
+    """The dtype and the shape of a tensor in a file; ``dtype`` is torch's name (``bfloat16``)."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """The bytes that such a tensor takes."""
+        """The size of such a tensor in bytes."""
         return math.prod(self.shape) * _BITS.get(self.dtype, 8) // 8
 
 
 class StoredTensor(ABC):
-    """A tensor that can be read from files, whole or in parts.
+    """A tensor that can be read from files, as a whole or in pieces.
 
-    ``spec`` has the dtype and the shape in which it is stored again.
+    ``spec`` is the shape of the tensor and the dtype that it is stored in when it is written again.
+    ``read`` may return another dtype: a matrix that an algorithm rewrites is float32.
     """
 
     spec: TensorSpec
@@ -48,34 +50,34 @@ class StoredTensor(ABC):
     @property
     @abstractmethod
     def paths(self) -> tuple[Path, ...]:
-        """The files that it is read from."""
+        """The files that the tensor is read from."""
 
     @property
     def nbytes(self) -> int:
-        """The bytes that it takes when it is stored as ``spec`` says."""
+        """The size in bytes of the tensor as ``spec`` describes it."""
         return self.spec.nbytes
 
     @property
     def location(self) -> str:
-        """Where it lies, as a line that changes when the tensor is moved to another place."""
+        """A line of text that names the tensor's place, and changes if the tensor is moved."""
         return " ".join(path.name for path in self.paths)
 
     @abstractmethod
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
+        """Returns a copy of the tensor in memory."""
 
     def read_rows(self, rows: slice) -> Tensor:
-        """Some rows of the tensor: ``rows`` has a start and a stop, within the first axis."""
+        """Returns a copy of some rows; ``rows`` has a start and a stop on the first axis."""
         return self.read()[rows]
 
     @abstractmethod
     def chunks(self) -> Iterator[bytes]:
-        """The bytes to store, a few MiB at a time."""
+        """Yields the bytes to store, a few MiB at a time."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's folder, opened: headers have been read and checked, no weight has.
+    """An open model folder. Its headers have been read and checked, its weights have not been read.
 
     ``config`` is config.json; ``tensors`` are by name.
     """
@@ -86,19 +88,19 @@ class Checkpoint:
 
     @property
     def shards(self) -> list[Path]:
-        """The files that hold tensors, in order."""
+        """The files that contain tensors, in order of their names."""
         return sorted({path for tensor in self.tensors.values() for path in tensor.paths})
 
     def read(self, name: str) -> Tensor:
-        """The tensor called ``name``, in memory of its own."""
+        """Returns a copy of the tensor called ``name`` in memory."""
         return self.tensors[name].read()
 
     def companions(self) -> list[Path]:
-        """The files a server reads beside weights and configuration: tokenizer, templates, code."""
+        """Returns the other files that a server reads: tokenizer, chat templates, Python code."""
         files = [
             path
             for path in sorted(self.folder.iterdir())
-            if path.is_file() and not any(path.match(pattern) for pattern in _LEFT_BEHIND)
+            if path.is_file() and not any(path.match(pattern) for pattern in _NOT_COPIED)
         ]
         templates = self.folder / "additional_chat_templates"
         return files + (sorted(templates.glob("*.jinja")) if templates.is_dir() else [])

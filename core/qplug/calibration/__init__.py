@@ -1,1 +1,1 @@
-"""Calibration tokens pass through the blocks of a model, and statistics are kept of them."""
+"""Calibration: tokens pass through the blocks of a model, and statistics of them are gathered."""

@@ -1,4 +1,4 @@
-"""Calibration samples in batches, and the dtype in which they are computed."""
+"""Sizes of batches of calibration samples, and the dtype in which blocks compute."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}
 
 
 def samples_in_a_batch(length: int, device: torch.device) -> int:
-    """How many samples of ``length`` tokens go through a block at once."""
+    """The number of samples of ``length`` tokens in one forward pass."""
     return max(1, _BATCH_TOKENS[device.type] // length)
 
 
 def passing_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The dtype of forward passes: the checkpoint's where the device multiplies it fast.
+    """The dtype of forward passes: the ``stored`` one where the device multiplies it fast.
 
-    GPUs do; CPUs that have instructions for bfloat16 do, twice as fast as float32. Others would
-    emulate it, which is slower than float32.
+    GPUs multiply all dtypes fast. CPUs with instructions for bfloat16 multiply it twice as fast as
+    float32; other CPUs would emulate it, which is slower than float32, so they use float32.
     """
     if device.type != "cpu" or (stored == torch.bfloat16 and _multiplies_bfloat16()):
         return stored
@@ -33,6 +33,9 @@ def _multiplies_bfloat16() -> bool:
 
 
 def real_tokens(parts: Sequence[Sequence[Tensor]]) -> list[int]:
-    """The real tokens of each batch, those of all processes, whose ``parts`` are given."""
+    """The number of real tokens in each batch, over all processes.
+
+    ``parts``: the batches of each process, int64 ``[samples, length]``, padded with -1.
+    """
     counts = [[int((batch >= 0).sum()) for batch in part] for part in parts]
     return [sum(of_batch) for of_batch in zip_longest(*counts, fillvalue=0)]

@@ -1,4 +1,4 @@
-"""The weights of blocks, read from the shards one block ahead of the work."""
+"""Reads the weights of blocks, one block ahead of the work."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class BlockReader:
-    """Reads the parameters of a block while the block before it is worked on.
+    """Reads the parameters of a block in a thread, while the run works on the block before.
 
-    ``parameters``: of each block in order, by its name, the names of its parameters within it.
+    ``parameters``: the relative names of each block's parameters, by block, in order.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class BlockReader:
         *,
         pinned: bool = False,
     ) -> None:
-        """``pinned``: put them where a GPU can fetch them while the CPU goes on."""
+        """``pinned``: use page-locked memory, from which a GPU copies asynchronously."""
         self._pinned = pinned
         self._source, self._parameters, self._clock = source, parameters, clock
         self._following = dict(zip(parameters, [*parameters][1:], strict=False))
@@ -35,14 +35,14 @@ class BlockReader:
         self._coming: dict[str, Future[dict[str, Tensor]]] = {}
 
     def start(self, block: str) -> None:
-        """Begin to read ``block``."""
+        """Begin to read ``block``, unless that has begun."""
         if block not in self._coming:
             self._coming[block] = self._thread.submit(self._read, block)
 
     def read(self, block: str) -> dict[str, Tensor]:
-        """The parameters of ``block``, on the CPU unless they were made elsewhere.
+        """The parameters of ``block``, on the CPU unless a rewrite made them on the GPU.
 
-        The next block is begun.
+        Begins to read the next block.
         """
         self.start(block)
         with self._clock("reading"):
@@ -57,5 +57,5 @@ class BlockReader:
         }
         if not self._pinned:
             return weights
-        # What is rewritten on the GPU is there already.
+        # Rewritten tensors are on the GPU already.
         return {n: w if w.is_cuda else w.pin_memory() for n, w in weights.items()}

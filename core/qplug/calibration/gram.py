@@ -1,4 +1,7 @@
-"""The sum of ``xᵀx`` over many rows, in float32, with half of the products: it is symmetric."""
+"""The Gram matrix of many rows ``x``: the sum of ``xᵀx``, float32.
+
+It is symmetric, so only the upper half is computed.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Rows of ``G`` that are computed at a time; what is left of their diagonal is mirrored.
+#: Rows of ``G`` that are computed at a time. Entries left of their diagonal block are mirrored.
 _PANEL = {"cpu": 1024, "cuda": 2048}
-#: Values of ``x`` that a CPU gathers in float32 before it multiplies them: a product of many rows
-#: writes the whole of ``G`` once for all of them.
+#: Values of ``x`` that a CPU collects in float32 before it multiplies: each product writes all of
+#: ``G``, so products of many rows are cheaper.
 _ROOM = 1 << 24
 MOST_ROWS = 4096
 
 
 class Gram:
-    """``G: [in, in]``, the sum of ``xᵀx`` of all rows ``x`` that were added."""
+    """``G: [in, in]``, the sum of ``xᵀx`` over all rows ``x`` that were added."""
 
     def __init__(self, width: int, device: torch.device, patience: int = MOST_ROWS) -> None:
-        """``patience``: how many rows a CPU gathers at most before it multiplies."""
-        self._sum = torch.zeros(width, width, device=device)  # float32, the upper half alone
+        """``patience``: rows that a CPU collects before it multiplies, at most."""
+        self._sum = torch.zeros(width, width, device=device)  # float32, only the upper half
         self._panel = _PANEL.get(device.type, 2048)
         self._is_whole = True
         self._waiting = torch.empty(0, width)  # on a CPU: rows that are not in the sum yet
@@ -35,14 +38,14 @@ class Gram:
             self._is_whole = False
             for start in range(0, len(self._sum), self._panel):
                 stop = start + self._panel
-                # Products of half-precision numbers are exact in float32: only time is saved.
+                # Exact all the same: products of half-precision numbers fit into float32.
                 self._sum[start:stop, start:] += torch.mm(
                     x[:, start:stop].T, x[:, start:], out_dtype=torch.float32
                 )
 
     @property
     def value(self) -> Tensor:
-        """``G``, float32: always the same tensor, brought up to date."""
+        """``G``, float32. Each call returns the same tensor, brought up to date."""
         if self._filled:
             self._multiply()
         if not self._is_whole:
@@ -65,13 +68,13 @@ class Gram:
             x = x[count:]
 
     def _multiply(self) -> None:
-        """Add the rows that wait.
+        """Add the products of the waiting rows.
 
-        NumPy computes a matrix times its own transpose by BLAS's syrk, which torch does not call.
+        NumPy multiplies a matrix by its own transpose with BLAS's syrk, which torch does not use.
         """
         self._is_whole = False
         sums, rows = self._sum.numpy(), self._waiting[: self._filled].numpy()  # the same memory
-        with np.errstate(all="ignore"):  # whoever reads the sums sees whether they are finite
+        with np.errstate(all="ignore"):  # readers of the sums check whether they are finite
             for start in range(0, rows.shape[1], self._panel):
                 stop = start + self._panel
                 panel = rows[:, start:stop]

@@ -1,4 +1,4 @@
-"""The hidden states of all calibration tokens, between one block and the next."""
+"""The hidden states of all calibration tokens, between two blocks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 class HiddenStates:
     """Batches ``[samples, tokens, width]``, kept in the memory of the host.
 
-    They are the largest thing in a calibrated run: 2 GiB for 128 x 2048 tokens of a width of 4096.
-    A GPU has the batch it works on and the next, which comes while the first is worked on.
+    They are the largest tensors of a calibrated run: 2 GiB for 128 x 2048 tokens of width 4096.
+    A GPU holds the batch that it works on and the next one, which is copied meanwhile.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,11 +24,11 @@ class HiddenStates:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The batches, on the device."""
+        """Yields all batches, on the device."""
         return self.at(range(len(self)))
 
     def at(self, indices: Sequence[int]) -> Iterator[Tensor]:
-        """Some of the batches, on the device."""
+        """Yields the batches at ``indices``, on the device."""
         if self._copies is None:
             yield from (self._batches[index] for index in indices)
             return
@@ -51,7 +51,7 @@ class HiddenStates:
         self.put(len(self) - 1, batch)
 
     def put(self, index: int, batch: Tensor) -> None:
-        """Put ``batch``, on the device, in the place of one of the same shape."""
+        """Replace batch ``index`` by ``batch``, of the same shape, which is on the device."""
         if self._copies is None:
             self._batches[index] = batch
             return

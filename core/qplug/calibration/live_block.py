@@ -12,13 +12,13 @@ from qplug.api import Block, InputGroup, Linear, QuantizedWeight
 from qplug.api.groups import dequantize
 from qplug.api.scheme import Scheme
 from qplug.calibration.statistics import Statistics
+from qplug.checkpoint.names import relative_name
 from qplug.machine.processes import ALONE, Processes
-from qplug.model.input_groups import Before, Group, divide
+from qplug.model.input_groups import GroupPaths, Producer, divide
 from qplug.numerics.scales import clip_to_scale
 
-#: Statistics anew, by the paths at which they are taken: with the parameters given first, beside
-#: the float block with those given next, and rounding what the linears of the weights named last
-#: read.
+#: Gathers statistics again. Arguments: the block's current parameters; the float block's; the
+#: weights whose linears round their inputs. Returns statistics by module path.
 Observe = Callable[
     [Mapping[str, Tensor], Mapping[str, Tensor], Sequence[str]], Mapping[str, Statistics]
 ]
@@ -27,16 +27,16 @@ R = TypeVar("R")
 
 
 class LiveBlock(Block):
-    """A block with float32 masters of its parameters, which ``smooth`` and ``shift`` rewrite.
+    """A block with float32 copies of its parameters, which ``smooth`` and ``shift`` rewrite.
 
-    ``masters``: every parameter by its name within the block. Those of norms and biases always have
-    a value that the dtype of the checkpoint can hold, so that what is stored is what was computed.
+    ``weights32``: every parameter by its name relative to the block. Norms and biases always have
+    values that the checkpoint's dtype can hold, so that the stored values are the computed ones.
     """
 
     def __init__(
         self,
         name: str,
-        structure: tuple[Group, ...],
+        structure: tuple[GroupPaths, ...],
         statistics: Mapping[str, Statistics],
         weights: Mapping[str, Tensor],
         schemes: Mapping[str, Scheme],
@@ -46,15 +46,15 @@ class LiveBlock(Block):
     ) -> None:
         """``stored``: the dtype in which the checkpoint holds each of ``weights``."""
         self._processes = processes
-        self.masters = {n: weight.to(torch.float32, copy=True) for n, weight in weights.items()}
+        self.weights32 = {n: weight.to(torch.float32, copy=True) for n, weight in weights.items()}
         self._dtypes: dict[str, torch.dtype] = {n: getattr(torch, d) for n, d in stored.items()}
         self._observe_again = observe_again
-        self._advanced: dict[str, QuantizedWeight] = {}
+        self._codes_in_use: dict[str, QuantizedWeight] = {}
         self._rewritten: set[str] = set()
         linears = {
             path: Linear(
                 f"{name}.{path}",
-                self.masters[f"{path}.weight"],
+                self.weights32[f"{path}.weight"],
                 schemes[f"{name}.{path}"].weights,
                 schemes[f"{name}.{path}"].activations,
             )
@@ -62,51 +62,29 @@ class LiveBlock(Block):
             if f"{name}.{path}" in schemes
         }
         groups, self._structure = [], {}
-        #: Every group, those of experts too, and the path at which its statistics are taken.
+        #: Every group, also of single experts, and the path at which its statistics are taken.
         self._seen_at: list[tuple[InputGroup, str]] = []
-        for members in structure:
-            whole = _group(name, linears, members.linears, statistics.get(members.at), members)
-            if whole is None:
+        for paths in structure:
+            group = _group(name, linears, paths.linears, statistics.get(paths.at), paths)
+            if group is None:
                 continue
-            routed = [
-                (_group(name, linears, paths, statistics.get(paths[0]), members), paths[0])
-                for paths in members.routed
+            of_experts = [
+                (_group(name, linears, own, statistics.get(own[0]), paths), own[0])
+                for own in paths.by_expert
             ]
-            known = [(group, at) for group, at in routed if group is not None]
-            whole.scalable = members.before is not None and whole.tokens > 0
-            whole.shiftable = self._is_shiftable(members)
-            whole.routed = tuple(group for group, _ in known)
-            self._seen_at += [(whole, members.at), *known]
-            groups.append(whole)
-            self._structure[id(whole)] = members
+            quantized = [(expert, at) for expert, at in of_experts if expert is not None]
+            group.scalable = paths.producer is not None and group.tokens > 0
+            group.shiftable = self._is_shiftable(paths)
+            group.by_expert = tuple(expert for expert, _ in quantized)
+            self._seen_at += [(group, paths.at), *quantized]
+            groups.append(group)
+            self._structure[id(group)] = paths
         super().__init__(name, tuple(linears.values()), tuple(groups))
 
-    def advance(self, codes: Mapping[str, QuantizedWeight]) -> None:
-        self._advanced.update(codes)
-        names = [f"{self._local(name)}.weight" for name in self._advanced]
-        values = {n: dequantize(w) for n, w in zip(names, self._advanced.values(), strict=True)}
-        for linear in self.linears:  # a scheme may round what they read under a fixed scale
-            if linear.input_scale is not None:
-                values[f"{self._local(linear.name)}.input_scale"] = linear.input_scale
-        originals = {f"{self._local(name)}.weight": w for name, w in self.originals.items()}
-        ideal = {**self.masters, **originals}
-        statistics = self._observe_again({**self.masters, **values}, ideal, names)
-        for group, at in self._seen_at:
-            if any(linear.name not in self._advanced for linear in group.linears):
-                for field, value in _known(statistics[at]).items():
-                    setattr(group, field, value)
-
-    def replace(self, linear: Linear, weight: Tensor) -> None:
-        self.originals.setdefault(linear.name, linear.weight.clone())
-        super().replace(linear, weight)
-        # What moves scale finds a weight in the masters.
-        linear.weight = self.masters[f"{self._local(linear.name)}.weight"].copy_(weight)
-
-    def _local(self, name: str) -> str:
-        return name.removeprefix(f"{self.name}.")
+    # --- what algorithms do to a block -----------------------------------------------------------
 
     def shared(self, group: InputGroup, per_channel: Tensor) -> Tensor:
-        rows = self._before(group).rows
+        rows = self._producer(group).rows
         count = int(rows.max()) + 1
         total = torch.zeros(count, device=rows.device).index_add_(0, rows, per_channel.float())
         return (total / torch.bincount(rows, minlength=count).clamp_(min=1))[rows]
@@ -114,31 +92,60 @@ class LiveBlock(Block):
     def smooth(self, group: InputGroup, scale: Tensor) -> None:
         if not (torch.isfinite(scale).all() and (scale > 0).all()):
             raise ValueError("a scale must be positive and finite")
-        before = self._before(group)
-        scale = self._divided(before, self.shared(group, scale))
+        producer = self._producer(group)
+        scale = self._divide(producer, self.shared(group, scale))
         readers = [f"{path}.weight" for path in self._structure[id(group)].linears]
         for name in readers:
-            self.masters[name].mul_(scale)
+            self.weights32[name].mul_(scale)
         for path in self._structure[id(group)].linears:
-            if (original := self.originals.get(f"{self.name}.{path}")) is not None:
+            if (original := self.originals.get(self._full(path))) is not None:
                 original.mul_(scale)
-        made = [f"{before.module}.weight", f"{before.module}.bias"]
-        self._rewritten.update(name for name in [*readers, *made] if name in self.masters)
-        behind = f"{self.name}.{before.module}"
+        divided = [f"{producer.module}.weight", f"{producer.module}.bias"]
+        self._rewritten.update(name for name in [*readers, *divided] if name in self.weights32)
         for linear in self.linears:
-            if linear in group.linears or linear.name == behind:
+            if linear in group.linears or linear.name == self._full(producer.module):
                 linear.scale = linear.zero = None
             if linear in group.linears:
                 linear.input_scale = None
-        for each in (group, *group.routed):
-            _divide_known(each, scale)
+        for part in (group, *group.by_expert):
+            _divide_statistics(part, scale)
 
-    def moved(self, group: InputGroup) -> tuple[Before, tuple[str, ...]]:
-        """The operation before ``group``, and all linears that read it, by their local names.
+    def shift(self, group: InputGroup, offset: Tensor) -> None:
+        if not group.shiftable:
+            raise ValueError("no bias before or behind this group can take an offset")
+        paths, producer = self._structure[id(group)], self._producer(group)
+        bias = self.weights32[f"{producer.module}.bias"]
+        old = bias.clone()
+        bias.sub_(offset)
+        self._round(f"{producer.module}.bias")
+        offset = old - bias
+        for path in paths.linears:
+            self.weights32[f"{path}.bias"].add_(self.weights32[f"{path}.weight"] @ offset)
+        self._rewritten.update(f"{path}.bias" for path in (producer.module, *paths.linears))
+        _shift_statistics(group, offset)
 
-        Raises ValueError if there is no operation that scale can be moved out of.
-        """
-        return self._before(group), self._structure[id(group)].linears
+    def replace(self, linear: Linear, weight: Tensor) -> None:
+        self.originals.setdefault(linear.name, linear.weight.clone())
+        super().replace(linear, weight)
+        # ``smooth`` scales the weight in ``weights32``, so the linear has to share its memory.
+        linear.weight = self.weights32[f"{self._local(linear.name)}.weight"].copy_(weight)
+
+    def use_codes(self, codes: Mapping[str, QuantizedWeight]) -> None:
+        self._codes_in_use.update(codes)
+        names = [f"{self._local(name)}.weight" for name in self._codes_in_use]
+        weights = self._codes_in_use.values()
+        values = {n: dequantize(w) for n, w in zip(names, weights, strict=True)}
+        for linear in self.linears:  # a scheme may round inputs under a static scale
+            if linear.input_scale is not None:
+                values[f"{self._local(linear.name)}.input_scale"] = linear.input_scale
+        originals = {f"{self._local(name)}.weight": w for name, w in self.originals.items()}
+        statistics = self._observe_again(
+            {**self.weights32, **values}, {**self.weights32, **originals}, names
+        )
+        for group, at in self._seen_at:
+            if any(linear.name not in self._codes_in_use for linear in group.linears):
+                for field, value in _known(statistics[at]).items():
+                    setattr(group, field, value)
 
     def spread(
         self,
@@ -148,10 +155,20 @@ class LiveBlock(Block):
     ) -> list[R]:
         return self._processes.spread(items, work, cost)
 
-    def clip(self) -> None:
-        """Cut off what lies outside the scales that algorithms chose, for float weights to show.
+    # --- what a run reads from a block -----------------------------------------------------------
 
-        With it, weights that were replaced are what is stored, so they count as rewritten.
+    def producer_and_readers(self, group: InputGroup) -> tuple[Producer, tuple[str, ...]]:
+        """The operation that makes the input of ``group``, and all linears that read the input.
+
+        Names are relative to the block. Raises ValueError if no scale can be moved out of the
+        input.
+        """
+        return self._producer(group), self._structure[id(group)].linears
+
+    def clip(self) -> None:
+        """Clips float weights to the chosen ranges, so that a float export contains the clips.
+
+        Weights that ``replace`` changed then count as rewritten, too.
         """
         for linear in self.linears:
             if linear.scale is not None:
@@ -161,103 +178,84 @@ class LiveBlock(Block):
                 self._rewritten.add(f"{self._local(linear.name)}.weight")
 
     def rewritten(self) -> tuple[str, ...]:
-        """The parameters that ``smooth``, ``shift`` and ``clip`` have changed, by full name."""
-        return tuple(sorted(f"{self.name}.{local}" for local in self._rewritten))
+        """The full names of parameters that ``smooth``, ``shift`` and ``clip`` have changed."""
+        return tuple(sorted(self._full(local) for local in self._rewritten))
 
-    def others(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Those of ``names`` (full names) that are parameters, as they are to be stored."""
-        found = {}
-        for name in names:
-            local = name.removeprefix(f"{self.name}.")
-            if local in self.masters:
-                found[name] = self.masters[local].to(self._dtypes[local]).cpu()
-        return found
+    def stored_floats(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The parameters among ``names`` (full names), in the checkpoint's dtype, on the CPU."""
+        return {
+            name: self.weights32[local].to(self._dtypes[local]).cpu()
+            for name in names
+            if (local := self._local(name)) in self.weights32
+        }
 
-    def served(
+    def effective_parameters(
         self,
         codes: Mapping[str, QuantizedWeight],
-        others: Mapping[str, Tensor],
+        floats: Mapping[str, Tensor],
         dtype: torch.dtype,
     ) -> dict[str, Tensor]:
-        """Every parameter by its name within the block, as an engine will compute with it.
+        """The values with which an engine computes, by name relative to the block.
 
-        Beside them the scales of static inputs, as ``input_scale`` of their linears.
+        ``codes`` are dequantized to ``dtype``; ``floats`` (by full name) stay as they are. Static
+        scales of inputs are added as ``input_scale`` of their linears.
         """
         values = {f"{name}.weight": dequantize(weight).to(dtype) for name, weight in codes.items()}
         for name, weight in codes.items():
             if weight.input_scale is not None:
                 values[f"{name}.input_scale"] = weight.input_scale
-        values.update(others)
-        return {name.removeprefix(f"{self.name}."): value for name, value in values.items()}
+        values.update(floats)
+        return {self._local(name): value for name, value in values.items()}
 
-    def shift(self, group: InputGroup, offset: Tensor) -> None:
-        if not group.shiftable:
-            raise ValueError("no bias before or behind this group can take an offset")
-        members = self._structure[id(group)]
-        bias = self.masters[f"{self._before(group).module}.bias"]
-        old = bias.clone()
-        bias.sub_(offset)
-        self._round(f"{self._before(group).module}.bias")
-        offset = old - bias
-        for path in members.linears:
-            self.masters[f"{path}.bias"].add_(self.masters[f"{path}.weight"] @ offset)
-        changed = [self._before(group).module, *members.linears]
-        self._rewritten.update(f"{path}.bias" for path in changed)
-        if group.drift is not None and group.lag is not None:
-            group.drift -= offset[:, None] * group.lag
-        total = group.mean * group.tokens
-        group.gram -= total[:, None] * offset + offset[:, None] * total
-        group.gram += group.tokens * offset[:, None] * offset
-        group.mean -= offset
-        group.low -= offset
-        group.high -= offset
-        group.sample -= offset
-        for extremes in (group.lows, group.highs):
-            if extremes is not None:
-                extremes -= offset
-        # What is left of |x| is known of the sample alone.
-        group.mean_abs = group.sample.abs().mean(0)
+    # --- moving scale ----------------------------------------------------------------------------
 
-    def _is_shiftable(self, members: Group) -> bool:
-        if members.before is None or members.before.kind != "norm":
+    def _local(self, name: str) -> str:
+        return relative_name(self.name, name)
+
+    def _full(self, local: str) -> str:
+        return f"{self.name}.{local}"
+
+    def _is_shiftable(self, paths: GroupPaths) -> bool:
+        if paths.producer is None or paths.producer.kind != "norm":
             return False
-        paths = [members.before.module, *members.linears]
-        return all(f"{path}.bias" in self.masters for path in paths)
+        modules = [paths.producer.module, *paths.linears]
+        return all(f"{path}.bias" in self.weights32 for path in modules)
 
-    def _before(self, group: InputGroup) -> Before:
-        before = self._structure[id(group)].before if id(group) in self._structure else None
-        if before is None:
+    def _producer(self, group: InputGroup) -> Producer:
+        producer = self._structure[id(group)].producer if id(group) in self._structure else None
+        if producer is None:
             raise ValueError("no operation before this group can take a scale")
-        return before
+        return producer
 
-    def _divided(self, before: Before, scale: Tensor) -> Tensor:
-        """Divide the operation before by ``scale``; give back what it was really divided by.
+    def _divide(self, producer: Producer, scale: Tensor) -> Tensor:
+        """Divides the output of ``producer`` by ``scale``; returns the divisor after rounding.
 
-        A norm is stored in half precision: what rounding takes from it goes into the columns.
+        A norm is stored in half precision, so the effective divisor differs from ``scale``; the
+        columns of the readers have to be multiplied by the effective one.
         """
-        weight = self.masters[f"{before.module}.weight"]
-        bias = self.masters.get(f"{before.module}.bias")
-        if before.kind == "rows":
-            if (original := self.originals.get(f"{self.name}.{before.module}")) is not None:
-                divide(original, None, before, scale)
-            divide(weight, bias, before, scale)
+        weight = self.weights32[f"{producer.module}.weight"]
+        bias = self.weights32.get(f"{producer.module}.bias")
+        if producer.kind == "rows":
+            if (original := self.originals.get(self._full(producer.module))) is not None:
+                divide(original, None, producer, scale)
+            divide(weight, bias, producer, scale)
             return scale
-        offset = 1.0 if before.kind == "offset-norm" else 0.0
+        offset = 1.0 if producer.kind == "offset-norm" else 0.0
         kept, old = weight.clone(), weight + offset
-        divide(weight, None, before, scale)
-        self._round(f"{before.module}.weight")
+        divide(weight, None, producer, scale)
+        self._round(f"{producer.module}.weight")
         lost = (weight + offset == 0) & (old != 0)
-        weight.copy_(torch.where(lost, kept, weight))  # scaled by 1 instead
+        weight.copy_(torch.where(lost, kept, weight))  # these channels are divided by 1 instead
         new = weight + offset
         scale = torch.where(new != 0, old / new, scale)
         if bias is not None:
             bias.div_(scale)
-            self._round(f"{before.module}.bias")
+            self._round(f"{producer.module}.bias")
         return scale
 
     def _round(self, local: str) -> None:
-        """To what the checkpoint can hold."""
-        self.masters[local].copy_(self.masters[local].to(self._dtypes[local]))
+        """Rounds a parameter to values that the checkpoint's dtype can hold."""
+        self.weights32[local].copy_(self.weights32[local].to(self._dtypes[local]))
 
 
 def _group(
@@ -265,9 +263,9 @@ def _group(
     linears: Mapping[str, Linear],
     paths: Sequence[str],
     statistics: Statistics | None,
-    members: Group,
+    structure: GroupPaths,
 ) -> InputGroup | None:
-    """The group of those of ``paths`` that are ``linears``; None if none is."""
+    """The group of the quantized ``linears`` among ``paths``; None if none is quantized."""
     own = tuple(linears[path] for path in paths if path in linears)
     if not own:
         return None
@@ -277,30 +275,20 @@ def _group(
         **_known(statistics),
         scalable=False,
         shiftable=False,
-        after_norm=members.before is not None and members.before.kind != "rows",
-        experts=f"{block}.{members.experts}" if members.experts else None,
+        after_norm=structure.producer is not None and structure.producer.kind != "rows",
+        experts=f"{block}.{structure.experts}" if structure.experts else None,
     )
 
 
-def _divide_known(group: InputGroup, scale: Tensor) -> None:
-    """What is known of a group whose input is divided by ``scale: [in]``."""
-    group.gram /= scale[:, None] * scale
-    if group.drift is not None and group.lag is not None:
-        group.drift /= scale[:, None] * scale
-        group.lag /= scale
-    for known in (group.mean, group.mean_abs, group.low, group.high, group.sample):
-        known /= scale
-    for extremes in (group.lows, group.highs):
-        if extremes is not None:
-            extremes /= scale
+# --- the statistics of a group --------------------------------------------------------------------
 
 
 def _known(statistics: Statistics) -> dict[str, Any]:
-    """The fields of an InputGroup that statistics tell."""
+    """The fields of an InputGroup that come from statistics."""
     return {
         "gram": statistics.gram,
         "drift": statistics.drift,
-        "lag": statistics.lag,
+        "total_shift": statistics.total_shift,
         "mean": statistics.mean,
         "mean_abs": statistics.mean_abs,
         "low": statistics.low if statistics.tokens else torch.zeros_like(statistics.low),
@@ -310,3 +298,34 @@ def _known(statistics: Statistics) -> dict[str, Any]:
         "sample": statistics.sample,
         "tokens": statistics.tokens,
     }
+
+
+def _divide_statistics(group: InputGroup, scale: Tensor) -> None:
+    """Updates the statistics of a group whose input is divided by ``scale: [in]``."""
+    group.gram /= scale[:, None] * scale
+    if group.drift is not None and group.total_shift is not None:
+        group.drift /= scale[:, None] * scale
+        group.total_shift /= scale
+    for values in (group.mean, group.mean_abs, group.low, group.high, group.sample):
+        values /= scale
+    for extremes in (group.lows, group.highs):
+        if extremes is not None:
+            extremes /= scale
+
+
+def _shift_statistics(group: InputGroup, offset: Tensor) -> None:
+    """Updates the statistics of a group from whose input ``offset: [in]`` is subtracted."""
+    if group.drift is not None and group.total_shift is not None:
+        group.drift -= offset[:, None] * group.total_shift
+    total = group.mean * group.tokens
+    group.gram -= total[:, None] * offset + offset[:, None] * total
+    group.gram += group.tokens * offset[:, None] * offset
+    group.mean -= offset
+    group.low -= offset
+    group.high -= offset
+    group.sample -= offset
+    for extremes in (group.lows, group.highs):
+        if extremes is not None:
+            extremes -= offset
+    # E|x - offset| does not follow from the sums; estimate it on the sample.
+    group.mean_abs = group.sample.abs().mean(0)

@@ -1,4 +1,4 @@
-"""What the linears of a block read, seen as calibration tokens go through it."""
+"""Statistics of what the linears of a block read, gathered while calibration tokens pass."""
 
 from __future__ import annotations
 
@@ -17,51 +17,55 @@ from qplug.calibration.statistics import Statistics
 from qplug.calibration.statistics import share as share_statistics
 from qplug.machine.processes import Processes
 from qplug.model.experts import rows_of
-from qplug.model.input_groups import Group
+from qplug.model.hooks import hooked
+from qplug.model.input_groups import GroupPaths
 
-#: Tokens of each group that are kept as they are; experts share them, but for the least of each.
+#: Tokens in the sample of a group. The experts of a layer divide that number, each has the least.
 SAMPLE = 2048
 _LEAST_OF_EXPERT = 64
-#: Rows of an expert that wait on a CPU: of many experts each has few at a time.
+#: Rows of an expert that a CPU holds back: each of many experts gets few rows at a time.
 _PATIENCE_OF_EXPERT = 512
 
-#: What entered parts of a block, by their paths, and which tokens of the batch (None: all).
-Inputs: TypeAlias = Mapping[str, "tuple[Tensor, Tensor | None]"]
+#: Inputs in the float model by module path, and the tokens that they are of (None: all tokens).
+FloatInputs: TypeAlias = dict[str, "tuple[Tensor, Tensor | None]"]
 
 
 @dataclass(frozen=True)
-class Shares:
-    """Batches of each process, and which process this one is."""
+class SampleQuota:
+    """How the tokens of a sample are divided among batches and processes.
+
+    ``batches``: the number of batches of each process; ``rank``: this process.
+    """
 
     batches: Sequence[int]
     rank: int
 
     def of_sample(self, count: int) -> tuple[int, int]:
-        """Of a sample of ``count`` tokens: how many a batch gives, and this process at most."""
-        each = -(-count // sum(self.batches))
-        return each, max(0, count - each * sum(self.batches[: self.rank]))
+        """Rows that each batch gives to a sample of ``count``, and the most from this process."""
+        per_batch = -(-count // sum(self.batches))
+        return per_batch, max(0, count - per_batch * sum(self.batches[: self.rank]))
 
 
 class Observation:
-    """Statistics of what groups of a block read, by the path of a module that reads it.
+    """Gathers ``statistics`` of the input groups of one block, by the path of a reading module.
 
-    For each group it is taken where the whole tensor is read, and by the first linear of each
-    expert that reads some of its tokens.
+    A group is observed where its whole tensor is read, and at the first linear of each expert that
+    reads some of its tokens.
     """
 
     def __init__(
         self,
         block: nn.Module,
-        structure: Sequence[Group],
+        structure: Sequence[GroupPaths],
         schemes: Mapping[str, Scheme],
-        shares: Shares,
+        quota: SampleQuota,
         device: torch.device,
         *,
         with_drift: bool,
     ) -> None:
-        """``schemes``: of the linears that are quantized, by path within the block."""
+        """``schemes``: the scheme of each quantized linear, by path within the block."""
         self._block = block
-        self._share: dict[str, int] = {}
+        self._rows_per_batch: dict[str, int] = {}
         self.statistics: dict[str, Statistics] = {}
         for group in structure:
             quantized = [path for path in group.linears if path in schemes]
@@ -76,58 +80,59 @@ class Observation:
                 by_window=any(schemes[path].static_inputs for path in quantized),
                 with_drift=with_drift,
             )
-            alike = [linears[0] for linears in group.routed]
+            of_experts = [linears[0] for linears in group.by_expert]
             if group.experts is None:
-                self._share[group.at], room = shares.of_sample(SAMPLE)
+                self._rows_per_batch[group.at], room = quota.of_sample(SAMPLE)
                 self.statistics[group.at] = start(room)
-                count = max(_LEAST_OF_EXPERT, SAMPLE // max(1, len(alike)))
+                count = max(_LEAST_OF_EXPERT, SAMPLE // max(1, len(of_experts)))
             else:
-                alike = [group.at]
+                of_experts = [group.at]
                 experts = len([*block.get_submodule(group.experts).children()])
                 count = max(_LEAST_OF_EXPERT, SAMPLE // experts)
-            for path in alike:
-                self._share[path], _ = shares.of_sample(count)
+            for path in of_experts:
+                self._rows_per_batch[path], _ = quota.of_sample(count)
                 # A process may see all tokens of an expert, or none.
                 self.statistics[path] = start(count, patience=_PATIENCE_OF_EXPERT)
 
     @contextmanager
-    def noting(self, kept: dict[str, tuple[Tensor, Tensor | None]]) -> Iterator[None]:
-        """Within it, what enters is put into ``kept``."""
+    def recording_float(self, inputs: FloatInputs) -> Iterator[None]:
+        """Within it, a pass of the float block puts what its linears read into ``inputs``."""
 
         def keep(path: str, x: Tensor) -> None:
-            kept[path] = x, rows_of(self._block, path)
+            inputs[path] = x, rows_of(self._block, path)
 
         with self._seeing(keep):
             yield
 
     @contextmanager
-    def watching(
-        self, length: int, real: Tensor | None, ideal: Inputs, *, stop: bool
+    def gathering(
+        self, length: int, real: Tensor | None, float_inputs: FloatInputs, *, stop: bool
     ) -> Iterator[None]:
-        """Within it, what enters counts; ``ideal`` has what does in the float model.
+        """Within it, a pass of the block adds what its linears read to the statistics.
 
-        A batch of windows of ``length`` tokens, which have ended where ``real`` is false. ``stop``
-        ends the pass when all has been seen.
+        The batch holds windows of ``length`` tokens; ``real``, bool ``[windows, tokens]``, is false
+        for padding, None if there is none. ``float_inputs`` as ``recording_float`` left them.
+        ``stop`` ends the pass once all inputs have been seen.
         """
 
         def observe(path: str, x: Tensor) -> None:
             rows = rows_of(self._block, path)
-            wanted, wanted_rows = ideal.get(path, (None, None))
+            float_x, float_rows = float_inputs.get(path, (None, None))
             self.statistics[path].observe_windows(
-                x, self._share[path], length, real, wanted, rows, wanted_rows
+                x, self._rows_per_batch[path], length, real, float_x, rows, float_rows
             )
 
         try:
             with self._seeing(observe, stop=stop):
                 yield
         except _SeenEnoughError as seen:
-            # Whoever caught it on its way and kept it would keep all tensors of the pass, too. And
-            # from Python 3.12 on its traceback holds this frame, which holds the one that has it.
+            # A reference to this exception would keep all tensors of the pass alive. From Python
+            # 3.12 on its traceback also holds this frame, which holds the exception.
             traceback.clear_frames(seen.__traceback__)
             seen.__traceback__ = None
 
     def share(self, processes: Processes) -> None:
-        """Give all ``processes`` what each has seen."""
+        """Merges the statistics of all ``processes``; afterwards each process has the same."""
         share_statistics(list(self.statistics.values()), processes)
 
     @contextmanager
@@ -143,12 +148,9 @@ class Observation:
             self._block.get_submodule(path).register_forward_pre_hook(partial(show, path))
             for path in self.statistics
         ]
-        try:
+        with hooked(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class _SeenEnoughError(Exception):
-    """Ends a forward pass whose result nobody wants, once all inputs have been observed."""
+    """Ends a forward pass whose output is not used, once all inputs have been observed."""

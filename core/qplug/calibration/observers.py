@@ -1,7 +1,7 @@
-"""Which magnitudes of its inputs a static scale covers: observers, and the scales they lead to.
+"""Observers: up to which magnitude the static scale of an input covers it.
 
-Ranges are those of an input group, so the linears that read one tensor get one scale: engines that
-fuse them take the largest anyway.
+An observer sees an input group, so all linears that read one tensor get one scale. Engines that
+fuse these linears would take the largest scale anyway.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from qplug.numerics.activations import fake_quantize_activations, input_scale
 
 
 class Observer(Component[P]):
-    """Decides up to where the inputs of a group are not clipped."""
+    """Chooses the magnitude above which the inputs of a group are clipped."""
 
     @abstractmethod
     def peak(self, group: InputGroup, args: QuantArgs) -> Tensor:
-        """The largest ``|x|`` that is to keep a code of its own, float32 ``[]``.
+        """The largest ``|x|`` that is not clipped, float32 ``[]``.
 
-        Asked once everything that moves scale has run; ``args`` is how inputs are rounded.
+        Called after all algorithms that move scale. ``args``: how inputs are rounded.
         """
 
 
@@ -50,7 +50,7 @@ class MovingAverageParams:
 
 
 class MovingAverage(Observer[MovingAverageParams]):
-    """The extremes of each calibration window, averaged as they come: rare outliers are clipped."""
+    """A moving average of the extremes of calibration windows: rare outliers are clipped."""
 
     name = "moving-average"
     Params = MovingAverageParams
@@ -76,8 +76,8 @@ class HistogramParams:
 class Histogram(Observer[HistogramParams]):
     """The threshold of least squared rounding error, on a histogram of some of the tokens.
 
-    Bins are of equal ratio, not of equal width: they stay finer than the steps of a grid whatever
-    the threshold. No threshold is below a 256th of the largest magnitude.
+    Bins have equal ratios, not equal widths, so they are finer than the steps of the grid for every
+    threshold. No threshold is below a 256th of the largest magnitude.
     """
 
     name = "histogram"
@@ -99,7 +99,10 @@ class Histogram(Observer[HistogramParams]):
         return best
 
     def _histogram(self, sample: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-        """Counts, float64, and middles, float32, of the bins of ``|x| / top``; zeros have none."""
+        """Counts, float64, and middles, float32, of the bins of ``|x|`` up to ``top``.
+
+        Zeros are in no bin.
+        """
         bins, octaves = self.params.bins, self.params.octaves
         counts = torch.zeros(bins * octaves, dtype=torch.int64, device=sample.device)
         for rows in sample.split(64):
@@ -116,9 +119,9 @@ OBSERVERS: dict[str, type[Observer[Any]]] = {
 
 
 def find_observer(name: str, options: Mapping[str, Any]) -> Observer[Any]:
-    """Raises QplugError if there is none of that name, or an option is wrong."""
+    """The observer ``name``. Raises QplugError if there is none, or if an option is wrong."""
     if name not in OBSERVERS:
-        raise QplugError(f"--observer {name}: there are {', '.join(OBSERVERS)}")
+        raise QplugError(f"--observer {name}: unknown; choose one of {', '.join(OBSERVERS)}")
     kind = OBSERVERS[name]
     params: object = fill(kind.Params, options, f"observer {name}")
     return kind(params)

@@ -1,38 +1,37 @@
-"""A live block computed with other parameters, in float32 and with gradients, to be learned."""
+"""A live block computed with other parameters, in float32 and with gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from qplug.api import Aim, Batch, InputGroup, Linear, Reconstruction
+from qplug.api import Aim, Batch, InputGroup, Reconstruction
 from qplug.calibration.hidden_states import HiddenStates
+from qplug.checkpoint.names import relative_name
 from qplug.machine.processes import Processes
 from qplug.model.input_groups import divided
+from qplug.model.parameters import call_block
+from qplug.model.rounding_hooks import InputRounding, rounding_inputs
 from qplug.numerics.straight_through import round_inputs
 
 if TYPE_CHECKING:
     from qplug.calibration.live_block import LiveBlock
 
-from qplug.model.parameters import call_block
-
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """What a process has of the calibration data at a block, batch by batch.
+    """One process's part of the calibration data at a block, by batch.
 
-    ``hidden`` enters the block and ``targets`` leaves the float model's; ``calls`` are the block's
-    other arguments, ``real`` as in ``Batch``; ``tokens`` are those of all processes, also of
-    batches that this one has no part of.
+    ``inputs`` enter the block; ``targets`` leave the float model's block; ``calls`` are the block's
+    other arguments; ``real`` as in ``Batch``. ``tokens`` counts the real tokens of all processes,
+    also in batches that this process has no part of.
     """
 
-    hidden: HiddenStates
+    inputs: HiddenStates
     targets: HiddenStates
     calls: Sequence[Mapping[str, Any]]
     real: Sequence[Tensor | None]
@@ -41,7 +40,7 @@ class Data:
 
 @dataclass(frozen=True, eq=False)
 class _LiveBatch(Batch):
-    """A batch with the arguments that the block is called with beside its inputs."""
+    """A batch with the other arguments of the block."""
 
     call: Mapping[str, Any]
 
@@ -64,91 +63,84 @@ class LiveReconstruction(Reconstruction):
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        return {self._full(local): master for local, master in self._block.masters.items()}
+        return {self._full(local): weight for local, weight in self._block.weights32.items()}
 
     def batches(self, aim: Aim = "model", among: Sequence[int] | None = None) -> Iterator[Batch]:
         if aim not in self._targets:
-            self._targets[aim] = self._float_outputs(mixed=aim == "both")
+            self._targets[aim] = self._float_outputs(averaged=aim == "both")
         wanted = range(self.steps) if among is None else among
-        mine = [number for number in wanted if number < len(self._data.hidden)]
-        inputs, targets = self._data.hidden.at(mine), self._targets[aim].at(mine)
+        mine = [number for number in wanted if number < len(self._data.inputs)]
+        inputs, targets = self._data.inputs.at(mine), self._targets[aim].at(mine)
         for number in wanted:
             tokens = self._data.tokens[number]
-            if number < len(self._data.hidden):
+            if number < len(self._data.inputs):
                 real = self._data.real[number]
                 real = None if real is None else real.to(self._device)
                 call = self._data.calls[number]
                 yield _LiveBatch(next(inputs).float(), next(targets), real, tokens, call)
             else:
-                first = next(iter(self._data.hidden)).float()
-                nothing = torch.zeros(first.shape[:2], dtype=torch.bool, device=self._device)
-                yield _LiveBatch(first, first, nothing, tokens, self._data.calls[0])
+                first = next(iter(self._data.inputs)).float()
+                no_token = torch.zeros(first.shape[:2], dtype=torch.bool, device=self._device)
+                yield _LiveBatch(first, first, no_token, tokens, self._data.calls[0])
 
     @torch.no_grad()
-    def _float_outputs(self, *, mixed: bool) -> HiddenStates:
-        """What the float block makes of the inputs, or the middle of that and the model's."""
-        made = HiddenStates(self._device)
-        mine = range(len(self._data.hidden))
+    def _float_outputs(self, *, averaged: bool) -> HiddenStates:
+        """The float block's outputs for this block's inputs.
+
+        ``averaged`` takes the mean of these outputs and the float model's.
+        """
+        outputs = HiddenStates(self._device)
+        mine = range(len(self._data.inputs))
         originals = {f"{name}.weight": w for name, w in self._block.originals.items()}
         for batch in self.batches("model", mine):
             output = self.compute(originals, batch, rounding=False)
-            if mixed:
+            if averaged:
                 output = (output + batch.target.float()) / 2
-            made.append(output.to(batch.target.dtype))
-        return made
+            outputs.append(output.to(batch.target.dtype))
+        return outputs
 
     def compute(
         self, values: Mapping[str, Tensor], batch: Batch, *, rounding: bool = True
     ) -> Tensor:
         assert isinstance(batch, _LiveBatch)
-        prefix = f"{self._block.name}."
-        used = dict(self._block.masters)
-        used.update({name.removeprefix(prefix): value for name, value in values.items()})
+        block = self._block.name
+        parameters = dict(self._block.weights32)
+        parameters.update({relative_name(block, name): value for name, value in values.items()})
         call = {name: _in_float32(value) for name, value in batch.call.items()}
-        with self._rounding_inputs(rounding):
-            return call_block(self._module, used, batch.inputs, call)
-
-    @contextmanager
-    def _rounding_inputs(self, rounding: bool) -> Iterator[None]:
-        """Within it, linears read inputs as their scheme rounds them, if ``rounding``."""
-        linears = [lin for lin in self._block.linears if rounding and lin.activations is not None]
-        handles = [
-            self._module.get_submodule(
-                linear.name.removeprefix(f"{self._block.name}.")
-            ).register_forward_pre_hook(partial(_round_input, linear))
-            for linear in linears
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        roundings = {
+            relative_name(block, linear.name): InputRounding(linear.activations, linear.input_scale)
+            for linear in self._block.linears
+            if rounding and linear.activations is not None
+        }
+        with rounding_inputs(self._module, roundings, round_inputs):
+            return call_block(self._module, parameters, batch.inputs, call)
 
     def smoothed(
         self, values: Mapping[str, Tensor], group: InputGroup, scale: Tensor
     ) -> dict[str, Tensor]:
-        before, readers = self._block.moved(group)
-        weight = self._full(f"{before.module}.weight")
-        bias = self._full(f"{before.module}.bias")
-        made = dict(values)
-        made[weight], new_bias = divided(values[weight], values.get(bias), before, scale)
+        producer, readers = self._block.producer_and_readers(group)
+        weight = self._full(f"{producer.module}.weight")
+        bias = self._full(f"{producer.module}.bias")
+        smoothed = dict(values)
+        smoothed[weight], new_bias = divided(values[weight], values.get(bias), producer, scale)
         if new_bias is not None:
-            made[bias] = new_bias
+            smoothed[bias] = new_bias
         for path in readers:
-            made[self._full(f"{path}.weight")] = made[self._full(f"{path}.weight")] * scale
-        return made
+            name = self._full(f"{path}.weight")
+            smoothed[name] = smoothed[name] * scale
+        return smoothed
 
     def shifted(
         self, values: Mapping[str, Tensor], group: InputGroup, offset: Tensor
     ) -> dict[str, Tensor]:
-        before, readers = self._block.moved(group)
-        made = dict(values)
-        bias = self._full(f"{before.module}.bias")
-        made[bias] = values[bias] - offset
+        producer, readers = self._block.producer_and_readers(group)
+        shifted = dict(values)
+        bias = self._full(f"{producer.module}.bias")
+        shifted[bias] = values[bias] - offset
         for path in readers:
             weight, bias = (self._full(f"{path}.{local}") for local in ("weight", "bias"))
-            made[bias] = values[bias] + values[weight] @ offset
-        return made
+            shifted[bias] = values[bias] + values[weight] @ offset
+        return shifted
 
     def total(self, tensors: Sequence[Tensor]) -> None:
         if self._processes.count > 1:
@@ -158,13 +150,8 @@ class LiveReconstruction(Reconstruction):
         return f"{self._block.name}.{local}"
 
 
-def _round_input(linear: Linear, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    assert linear.activations is not None
-    return (round_inputs(inputs[0], linear.activations, linear.input_scale),)
-
-
 def _in_float32(value: Any) -> Any:
-    """A block's argument for a pass in float32: rotary tables, masks that are added."""
+    """An argument of a block (rotary tables, masks that are added) for a pass in float32."""
     if isinstance(value, tuple):
         return tuple(_in_float32(part) for part in value)
     if isinstance(value, Tensor) and value.is_floating_point():

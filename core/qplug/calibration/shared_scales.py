@@ -1,4 +1,4 @@
-"""Scales that several linears of a block have in common."""
+"""Scales that several linears of a block share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from qplug.numerics.scales import global_scale_of, scale_of
 
 
 def fix_input_scales(block: Block, observer: Observer[Any]) -> None:
-    """Choose ``input_scale`` of the linears of ``block`` that have static inputs and none yet.
+    """Set ``input_scale`` of the linears of ``block`` that need a static scale and have none.
 
-    The experts of a layer get one scale, which engines have room for, and which holds for experts
-    that saw no token. Raises QplugError, without the block's name, where none has shown a range.
+    All experts of a layer get one scale: engines store one, and it also serves experts that saw no
+    token. Raises QplugError, without the name of the block, if no token reached a linear.
     """
-    for _, alike in groupby(block.groups, lambda group: group.experts or id(group)):
-        groups = [*alike]
+    for _, sharing in groupby(block.groups, lambda group: group.experts or id(group)):
+        groups = [*sharing]
         linears = [linear for group in groups for linear in group.linears]
         for args in dict.fromkeys(linear.activations for linear in linears):
             if args is None or not args.stores_scale:
@@ -47,35 +47,35 @@ def _reads_with(group: InputGroup, args: QuantArgs) -> bool:
 
 
 def share_tensor_scales(block: Block) -> None:
-    """Give the linears of a group whose weights have one scale each the same: the largest.
+    """Give linears of a group with one scale per weight the same scale: the largest of them.
 
-    Of experts, those of one. Engines fuse such linears, keep the largest scale, and round the codes
-    of the others once more: with one scale from the start there is nothing left to round.
+    For experts: within one expert, not across. Engines fuse such linears, keep the largest scale,
+    and round the codes of the others again; with one scale from the start nothing is rounded twice.
     """
-    for group in (part for whole in block.groups for part in whole.parts):
+    for group in (same for whole in block.groups for same in whole.by_tokens):
         for args in dict.fromkeys(linear.args for linear in group.linears):
             if args.strategy != "tensor" or not args.symmetric:
                 continue
-            alike = [linear for linear in group.linears if linear.args == args]
-            shared = torch.stack([scale_of(linear)[0] for linear in alike]).amax(0)
-            for linear in alike:
+            sharing = [linear for linear in group.linears if linear.args == args]
+            shared = torch.stack([scale_of(linear)[0] for linear in sharing]).amax(0)
+            for linear in sharing:
                 linear.scale, linear.zero = shared, None
 
 
 def share_global_scales(block: Block, merged: Sequence[Sequence[str]]) -> None:
-    """Fix the global scales of the linears of ``block`` whose scales have two levels.
+    """Set the global scales of the linears of ``block`` whose scales have two levels.
 
-    Those of a group in ``merged`` get the largest: engines keep that one, and round nothing anew.
-    Scales that were chosen already are rounded to multiples of it.
+    All linears of a group in ``merged`` get the largest global scale of the group, which engines
+    would keep. Scales that algorithms have chosen are rounded to multiples of it.
     """
     linears = {linear.name: linear for linear in block.linears if linear.args.two_level}
     for linear in linears.values():
         linear.global_scale = global_scale_of(linear)
     for names in merged:
-        alike = [linears[name] for name in names if name in linears]
-        units = [linear.global_scale for linear in alike if linear.global_scale is not None]
-        for linear in alike:
-            linear.global_scale = torch.stack(units).amax(0)
+        merging = [linears[name] for name in names if name in linears]
+        scales = [linear.global_scale for linear in merging if linear.global_scale is not None]
+        for linear in merging:
+            linear.global_scale = torch.stack(scales).amax(0)
     for linear in linears.values():
         if linear.scale is not None:
             linear.scale = as_stored(linear.scale, linear.args, linear.global_scale)

@@ -1,4 +1,4 @@
-"""What calibration keeps of the tensors that linears read: sums over tokens, never the tokens."""
+"""Statistics of the tensors that linears read: sums over tokens, extremes, and a small sample."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from qplug.calibration.gram import MOST_ROWS, Gram
 from qplug.machine.processes import Processes
 
-#: Values worked on at a time on a CPU, so that they stay in a core's cache.
+#: Values that a CPU works on at a time, so that they stay in the cache of a core.
 _CHUNK = 1 << 18
 
 
 class Statistics:
     """Running sums over the rows of ``x: [tokens, in]``; ``sample`` keeps a few rows themselves.
 
-    ``drift`` is the sum of ``xᵀ(y - x)`` and ``lag`` that of ``y - x``, where ``y`` is what the
-    float model would have had in the place of ``x``; None unless ``with_drift``. ``by_window``
-    keeps the extremes of each window of tokens too.
+    ``drift``, float32 ``[in, in]``, is the sum of ``xᵀ(y - x)`` and ``total_shift``, ``[in]``, the
+    sum of ``y - x``, where ``y`` is the same input in the float model; None unless ``with_drift``.
+    ``by_window`` also keeps the extremes of each window of tokens.
     """
 
     def __init__(
@@ -32,11 +32,11 @@ class Statistics:
         with_drift: bool = False,
         patience: int = MOST_ROWS,
     ) -> None:
-        """``patience``: rows of ``x`` that a CPU may hold back, to multiply them at one go."""
+        """``sample``: rows to keep at most. ``patience``: as in ``Gram``."""
         self.tokens = 0
         self._gram = Gram(width, device, patience)
         self.drift = torch.zeros(width, width, device=device) if with_drift else None
-        self.lag = torch.zeros(width, device=device) if with_drift else None
+        self.total_shift = torch.zeros(width, device=device) if with_drift else None
         self.total = torch.zeros(width, dtype=torch.float64, device=device)
         self.absolute = torch.zeros(width, dtype=torch.float64, device=device)
         self.low = torch.full((width,), torch.inf, device=device)
@@ -50,49 +50,49 @@ class Statistics:
     def observe_windows(
         self,
         x: Tensor,
-        share: int,
+        sampled: int,
         length: int,
         real: Tensor | None = None,
-        ideal: Tensor | None = None,
+        float_x: Tensor | None = None,
         rows: Tensor | None = None,
-        ideal_rows: Tensor | None = None,
+        float_rows: Tensor | None = None,
     ) -> None:
-        """``observe`` ``x: [..., in]``, rows of windows of ``length`` tokens, one after the other.
+        """``observe`` for ``x: [..., in]`` that holds windows of ``length`` tokens, in order.
 
-        However many come in one call, the extremes of each are kept apart. Where ``real``, bool
-        ``[windows, tokens]``, is false, a window has ended. ``rows``, int64 in order: the tokens
-        that an expert was given, of all in the windows; ``ideal_rows`` those that it is given in
-        the float model. Tokens that it has in only one of both have not drifted, but gone.
+        Extremes are kept for each window. ``real``, bool ``[windows, tokens]``, is false for
+        padding. ``rows``, int64 ascending: the tokens that an expert was given, by their place in
+        the batch; ``float_rows``: those that it is given in the float model. Only tokens in both
+        count for ``drift``.
         """
         x = x.flatten(0, -2)
         tokens = torch.arange(len(x), device=x.device) if rows is None else rows
-        ideal = None if ideal is None else ideal.flatten(0, -2)
+        float_x = None if float_x is None else float_x.flatten(0, -2)
         if real is not None:
             kept = real.flatten().to(x.device)[tokens]
             x, tokens = x[kept], tokens[kept]
-            ideal = ideal[kept] if ideal is not None and ideal_rows is None else ideal
+            float_x = float_x[kept] if float_x is not None and float_rows is None else float_x
         if self._by_window and len(x):
             _, counts = torch.unique_consecutive(tokens // length, return_counts=True)
             windows = x.float().split(counts.tolist())
             self._lows.append(torch.stack([window.amin(0) for window in windows]))
             self._highs.append(torch.stack([window.amax(0) for window in windows]))
-        if ideal is not None and ideal_rows is not None:
-            both = torch.isin(tokens, ideal_rows), torch.isin(ideal_rows, tokens)
-            self.compare(x[both[0]], ideal[both[1]])
-            ideal = None
-        self.observe(x, share, ideal)
+        if float_x is not None and float_rows is not None:
+            in_both = torch.isin(tokens, float_rows), torch.isin(float_rows, tokens)
+            self.compare(x[in_both[0]], float_x[in_both[1]])
+            float_x = None
+        self.observe(x, sampled, float_x)
 
-    def observe(self, x: Tensor, share: int, ideal: Tensor | None = None) -> None:
-        """Take in ``x: [tokens, in]``; at most ``share`` of its rows go into the sample.
+    def observe(self, x: Tensor, sampled: int, float_x: Tensor | None = None) -> None:
+        """Adds the rows of ``x: [tokens, in]``; at most ``sampled`` of them go into the sample.
 
-        ``ideal: [tokens, in]``: the ``y`` of these rows.
+        ``float_x: [tokens, in]``: the same rows in the float model.
         """
         if not len(x):
             return
         self.tokens += x.shape[0]
         self._gram.add(x)
-        if ideal is not None:
-            self.compare(x, ideal)
+        if float_x is not None:
+            self.compare(x, float_x)
         if x.device.type == "cpu":
             for rows in x.split(max(1, _CHUNK // x.shape[1])):
                 self._add_on_cpu(rows)
@@ -102,7 +102,7 @@ class Statistics:
             torch.maximum(self.high, high.float(), out=self.high)
             self.total += x.sum(0, dtype=torch.float32)
             self.absolute += x.abs().sum(0, dtype=torch.float32)
-        count = min(share, self._room, x.shape[0])
+        count = min(sampled, self._room, x.shape[0])
         if count:
             even = torch.arange(count, device=x.device) * x.shape[0] // count
             self._kept.append(x[even].float())
@@ -130,46 +130,46 @@ class Statistics:
 
     @property
     def highs(self) -> Tensor | None:
-        """The greatest, likewise."""
+        """The greatest ``x`` of each channel in each window, float32 ``[windows, in]``, if kept."""
         return torch.cat(self._highs) if self._highs else None
 
     @property
     def sample(self) -> Tensor:
-        """Some of the rows, float32."""
+        """Some of the rows, float32 ``[rows, in]``."""
         return torch.cat(self._kept) if self._kept else self.gram[:0]
 
     def _add_on_cpu(self, x: Tensor) -> None:
-        """Sums and extremes of a few rows. NumPy's extremes take a twentieth of torch's time."""
+        """Adds a few rows to sums and extremes. NumPy's extremes are twenty times as fast."""
         rows = x.float()
         torch.minimum(self.low, torch.from_numpy(rows.numpy().min(0)), out=self.low)
         torch.maximum(self.high, torch.from_numpy(rows.numpy().max(0)), out=self.high)
         self.total += rows.sum(0)
         self.absolute += rows.abs().sum(0)
 
-    def compare(self, x: Tensor, ideal: Tensor) -> None:
-        """Take in how far ``x: [tokens, in]`` is from ``ideal``, the ``y`` of these rows."""
+    def compare(self, x: Tensor, float_x: Tensor) -> None:
+        """Adds to ``drift`` and ``total_shift``; ``x`` and ``float_x``: ``[tokens, in]``."""
         assert self.drift is not None
-        assert self.lag is not None
-        off = ideal.float() - x.float()
-        self.lag += off.sum(0)
+        assert self.total_shift is not None
+        shift = float_x.float() - x.float()
+        self.total_shift += shift.sum(0)
         if not x.is_cuda or x.dtype == torch.float32:
-            self.drift.addmm_(x.T.float(), off)
-        else:  # what is left of a difference of two numbers needs few digits
-            self.drift += torch.mm(x.T, off.to(x.dtype), out_dtype=torch.float32)
+            self.drift.addmm_(x.T.float(), shift)
+        else:  # the difference of two close numbers has few significant digits anyway
+            self.drift += torch.mm(x.T, shift.to(x.dtype), out_dtype=torch.float32)
 
 
 def share(statistics: Sequence[Statistics], processes: Processes) -> None:
-    """Give all processes what each has seen of its tokens: then they have the same statistics."""
-    seen = processes.gather([(s.tokens, s._kept, s._lows, s._highs) for s in statistics])
-    for number, each in enumerate(statistics):
-        each.tokens = sum(told[number][0] for told in seen)
-        each._kept = [rows for told in seen for rows in told[number][1]]
-        each._lows = [rows for told in seen for rows in told[number][2]]
-        each._highs = [rows for told in seen for rows in told[number][3]]
-    sums = [total for each in statistics for total in (each.gram, each.total, each.absolute)]
-    sums += [drift for each in statistics for drift in (each.drift, each.lag) if drift is not None]
+    """Merges the statistics of all processes, in place; afterwards each process has the same."""
+    by_rank = processes.gather([(s.tokens, s._kept, s._lows, s._highs) for s in statistics])
+    for number, merged in enumerate(statistics):
+        merged.tokens = sum(seen[number][0] for seen in by_rank)
+        merged._kept = [rows for seen in by_rank for rows in seen[number][1]]
+        merged._lows = [rows for seen in by_rank for rows in seen[number][2]]
+        merged._highs = [rows for seen in by_rank for rows in seen[number][3]]
+    sums = [total for s in statistics for total in (s.gram, s.total, s.absolute)]
+    sums += [drift for s in statistics for drift in (s.drift, s.total_shift) if drift is not None]
     processes.reduce(
         sums=sums,
-        least=[each.low for each in statistics],
-        most=[each.high for each in statistics],
+        least=[s.low for s in statistics],
+        most=[s.high for s in statistics],
     )

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 def calibration_tokens(
     calibration: Calibration, model: str, view: ModelView, session: Session, *, seed: int
 ) -> Tensor:
-    """int64 ``[samples, length]``, the same for the same seed; -1 where a sample has ended.
+    """Calibration tokens, int64 ``[samples, length]``, padded on the right with -1.
 
-    Raises QplugError if the dataset or its options are wrong, or the windows too long.
+    The same seed gives the same tokens. Raises QplugError if the dataset or its options are wrong,
+    or if the model does not take windows of that length or tokens of that number.
     """
     limit = view.config.get("max_position_embeddings")
     if isinstance(limit, int) and calibration.seq_len > limit:
-        raise QplugError(f"--seq-len {calibration.seq_len}: the model takes {limit} at most")
+        raise QplugError(f"--seq-len {calibration.seq_len}: the model takes {limit} tokens at most")
     dataset = session.registry.datasets.make(calibration.dataset, calibration.options)
     tokenizer = load_tokenizer(model, trust_remote_code=session.trust_remote_code)
     samples = sample(
@@ -40,5 +41,8 @@ def calibration_tokens(
     tokens = pad_sequence(list(samples), batch_first=True, padding_value=-1)
     vocabulary = view.config.get("vocab_size")
     if isinstance(vocabulary, int) and int(tokens.max()) >= vocabulary:
-        raise QplugError(f"{model}: its tokenizer makes tokens that the model does not have")
+        raise QplugError(
+            f"{model}: its tokenizer makes token {int(tokens.max())}, which the model does not "
+            f"have: its vocabulary has {vocabulary}"
+        )
     return tokens

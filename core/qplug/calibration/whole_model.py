@@ -1,8 +1,8 @@
-"""A float model computed as a whole and rewritten anew each time, to learn how to rewrite it.
+"""The whole float model in memory, rewritten as it computes, to learn how to rewrite it.
 
 All tensors of the checkpoint are in memory as they are stored. Those of a decoder block are
-rewritten when the block computes, and once more when gradients go back through it: between, only
-the hidden states between blocks are kept.
+rewritten when the block computes, and once more when gradients go back through it; between the two
+passes only the hidden states between blocks are kept.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from qplug.api import ModelView, Preparation, WholeModel
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.batches import samples_in_a_batch
+from qplug.checkpoint.names import block_of, split_name
 from qplug.errors import QplugError
+from qplug.model.block_proxy import BlockProxy, refuse_positional
 from qplug.model.experts import as_on_disk, name_on_disk
 from qplug.model.hollow import build, load_config
+from qplug.model.hooks import hooked
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.parameters import first_tensor
-from qplug.model.stand_in import StandIn, refuse_positional
+from qplug.model.rounding_hooks import InputRounding, rounding_inputs
 from qplug.numerics.straight_through import (
     fake_quantize,
     range_scale_with_gradients,
@@ -38,20 +41,20 @@ from qplug.numerics.straight_through import (
     round_inputs,
 )
 
-#: Float32 copies of a block that there are at once: rewritten, gradients, and what is between.
+#: Float32 copies of one block alive at once: rewritten weights, gradients, intermediates.
 _COPIES = 4
 
 
 @dataclass(frozen=True)
-class As:
-    """How the model computes: as ``made`` rewrites it, its inputs and its weights rounded."""
+class Variant:
+    """How the model computes: rewritten by ``preparation``, with rounded inputs and weights."""
 
-    made: Preparation
+    preparation: Preparation
     inputs: bool = True
     weights: bool = False
 
 
-class HeldModel(WholeModel):
+class InMemoryModel(WholeModel):
     """The model of ``source``, on ``device``."""
 
     def __init__(
@@ -65,7 +68,7 @@ class HeldModel(WholeModel):
         batch_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """``tokens``: int64 ``[samples, length]``, -1 where a sample has ended.
+        """``tokens``: int64 ``[samples, length]``, padded on the right with -1.
 
         Raises QplugError if ``device`` has too little memory.
         """
@@ -74,62 +77,65 @@ class HeldModel(WholeModel):
         config = load_config(source.folder, trust_remote_code=trust_remote_code)
         self._model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
         as_on_disk(self._model, view.blocks, source.tensors)
-        self._stored = {name: held.read().to(device) for name, held in source.tensors.items()}
-        self._kept = {name for name, _ in self._model.named_buffers()}
+        self._stored = {name: tensor.read().to(device) for name, tensor in source.tensors.items()}
+        self._buffers = {name for name, _ in self._model.named_buffers()}
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
         self._schemes = schemes
         for name in view.blocks:
-            parent, _, local = name.rpartition(".")
+            parent, local = split_name(name)
             block = self._model.get_submodule(name)
-            held = [n for n in block.state_dict() if f"{name}.{n}" in self._stored]
-            setattr(self._model.get_submodule(parent), local, _Rewritten(self, name, block, held))
+            parameters = [n for n in block.state_dict() if f"{name}.{n}" in self._stored]
+            proxy = _RewrittenBlock(self, name, block, parameters)
+            setattr(self._model.get_submodule(parent), local, proxy)
         outer = [name for name, _ in self._model.named_parameters(remove_duplicate=False)]
-        self._outer = {  # by the name on disk
+        self._outer = {  # names in memory, by names on disk
             name if name in self._stored else name_on_disk(self._model, name): name
             for name in outer
         }
         self._batches = tokens.split(batch_size or samples_in_a_batch(tokens.shape[1], device))
         self.count = len(self._batches)
-        self.how = As(Preparation({}))
+        self.variant = Variant(Preparation({}))
 
-    def loss(self, made: Preparation, batch: int, *, weights: bool = False) -> Tensor:
+    def loss(self, preparation: Preparation, batch: int, *, weights: bool = False) -> Tensor:
         tokens = self._batches[batch].to(self.device)
         with torch.no_grad():
-            wanted = self.predictions(As(Preparation({}), inputs=False), tokens.clamp(min=0))
-        found = self.predictions(As(made, weights=weights), tokens.clamp(min=0))
-        divergences = kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+            float_model = Variant(Preparation({}), inputs=False)
+            expected = self.predictions(float_model, tokens.clamp(min=0))
+        predicted = self.predictions(Variant(preparation, weights=weights), tokens.clamp(min=0))
+        divergences = kl_div(predicted, expected, reduction="none", log_target=True).sum(-1)
         real = tokens >= 0
         mean: Tensor = (divergences * real).sum() / real.sum()
         return mean
 
-    def predictions(self, how: As, tokens: Tensor) -> Tensor:
-        """Logarithms of probabilities of each next token: ``[samples, length, vocabulary]``."""
-        self.how = how
-        there = [name for name in self._outer if name in how.made.rewrites or name in self._stored]
-        on_disk = self.values(how, "", there)
+    def predictions(self, variant: Variant, tokens: Tensor) -> Tensor:
+        """Log-probabilities of each next token, float32 ``[samples, length, vocabulary]``."""
+        self.variant = variant
+        rewrites = variant.preparation.rewrites
+        names = [name for name in self._outer if name in rewrites or name in self._stored]
+        on_disk = self.values(variant, "", names)
         values = {self._outer[name]: value for name, value in on_disk.items()}
-        tied = len(there) < len(self._outer)  # the head is the embedding, and stays so
-        with self.changed_inputs(self._model, "", how):
-            given = {"input_ids": tokens, "use_cache": False}
-            found: Any = functional_call(self._model, values, (), given, tie_weights=tied)
-        predicted: Tensor = found.logits.float().log_softmax(-1)
-        return predicted
+        tied = len(names) < len(self._outer)  # the head is the embedding
+        with self.changed_inputs(self._model, "", variant):
+            call = {"input_ids": tokens, "use_cache": False}
+            output: Any = functional_call(self._model, values, (), call, tie_weights=tied)
+        log_probabilities: Tensor = output.logits.float().log_softmax(-1)
+        return log_probabilities
 
-    def values(self, how: As, prefix: str, names: list[str]) -> dict[str, Tensor]:
-        """The parameters ``names`` of the module at ``prefix``."""
-        return {name: self._value(how, prefix + name) for name in names}
+    def values(self, variant: Variant, prefix: str, names: list[str]) -> dict[str, Tensor]:
+        """The parameters ``names`` of the module whose name with a dot is ``prefix``."""
+        return {name: self._value(variant, prefix + name) for name in names}
 
-    def _value(self, how: As, name: str) -> Tensor:
-        if name in how.made.rewrites:
-            rewrite = how.made.rewrites[name]
+    def _value(self, variant: Variant, name: str) -> Tensor:
+        rewrite = variant.preparation.rewrites.get(name)
+        if rewrite is not None:
             value = rewrite.make(*(self._stored[source].float() for source in rewrite.sources))
         else:
             value = self._stored[name]
-            value = value if name in self._kept else value.float()
+            value = value if name in self._buffers else value.float()
         linear = name.removesuffix(".weight")
-        if how.weights and linear != name and linear in self._schemes:
+        if variant.weights and linear != name and linear in self._schemes:
             args = self._schemes[linear].weights
             return fake_quantize(
                 value, *range_scale_with_gradients(*ranges_with_gradients(value, args), args), args
@@ -137,62 +143,69 @@ class HeldModel(WholeModel):
         return value
 
     @contextmanager
-    def changed_inputs(self, module: nn.Module, prefix: str, how: As) -> Iterator[None]:
-        """Within it, linears of ``module`` at ``prefix`` rotate and round what they read."""
-        parts = {f"{prefix}{name}": part for name, part in module.named_modules()}
-        rotated = [name.removeprefix(prefix) for name in how.made.online if name in parts]
-        handles = rotate_inputs(module, rotated)  # before they are rounded
-        for name, scheme in self._schemes.items() if how.inputs else ():
-            if name in parts and scheme.activations is not None:
-                hook = partial(_round_input, scheme.activations)
-                handles.append(parts[name].register_forward_pre_hook(hook))
-        try:
+    def changed_inputs(self, module: nn.Module, prefix: str, variant: Variant) -> Iterator[None]:
+        """Within it, linears of ``module`` rotate and round their inputs as ``variant`` says.
+
+        ``prefix``: the name of ``module`` with a dot.
+        """
+        names = {f"{prefix}{name}" for name, _ in module.named_modules()}
+        online = variant.preparation.online
+        rotated = [name.removeprefix(prefix) for name in online if name in names]
+        roundings = {
+            name.removeprefix(prefix): InputRounding(scheme.activations)
+            for name, scheme in self._schemes.items()
+            if variant.inputs and name in names and scheme.activations is not None
+        }
+        with (
+            hooked(rotate_inputs(module, rotated)),  # inputs are rotated first, then rounded
+            rounding_inputs(module, roundings, _round_through_peaks),
+        ):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
-class _Rewritten(StandIn):
-    """Stands for a block whose parameters, ``held`` of them, are made as it computes."""
+class _RewrittenBlock(BlockProxy):
+    """Stands for a block; makes its ``parameters`` each time it computes."""
 
-    def __init__(self, model: HeldModel, name: str, block: nn.Module, held: list[str]) -> None:
+    def __init__(
+        self, model: InMemoryModel, name: str, block: nn.Module, parameters: list[str]
+    ) -> None:
         super().__init__(block)
         self.__dict__["model"] = model
-        self._prefix, self._held = f"{name}.", held
+        self._prefix, self._names = f"{name}.", parameters
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         refuse_positional(args)
-        model: HeldModel = self.__dict__["model"]
-        compute = partial(self._compute, model, model.how, kwargs)
+        model: InMemoryModel = self.__dict__["model"]
+        compute = partial(self._compute, model, model.variant, kwargs)
         if not torch.is_grad_enabled():
             return compute(hidden_states)
-        computed: Tensor = checkpoint(compute, hidden_states, use_reentrant=False)
-        return computed
+        output: Tensor = checkpoint(compute, hidden_states, use_reentrant=False)
+        return output
 
     def _compute(
-        self, model: HeldModel, how: As, kwargs: dict[str, Any], hidden_states: Tensor
+        self, model: InMemoryModel, variant: Variant, kwargs: dict[str, Any], hidden_states: Tensor
     ) -> Tensor:
         block: nn.Module = self.__dict__["block"]
-        values = model.values(how, self._prefix, self._held)
-        with model.changed_inputs(block, self._prefix, how):
+        values = model.values(variant, self._prefix, self._names)
+        with model.changed_inputs(block, self._prefix, variant):
             return first_tensor(functional_call(block, values, (hidden_states,), kwargs))
 
 
-def _round_input(args: QuantArgs, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (round_inputs(inputs[0], args, through_peaks=True),)
+def _round_through_peaks(x: Tensor, args: QuantArgs, scale: Tensor | None) -> Tensor:
+    return round_inputs(x, args, scale, through_peaks=True)
 
 
 def _refuse_too_large(source: Checkpoint, view: ModelView, device: torch.device) -> None:
+    """Raises QplugError if ``device`` has less free memory than an upper estimate of the need."""
     free = _free_bytes(device)
     if free is None:
         return
-    sizes: dict[str, int] = {}
-    for name, held in source.tensors.items():
-        block = next((b for b in view.blocks if name.startswith(f"{b}.")), "")
-        sizes[block] = sizes.get(block, 0) + math.prod(held.spec.shape)
-    stored = sum(held.nbytes for held in source.tensors.values())
-    outer = sizes.pop("", 0)
+    sizes: dict[int | None, int] = {}
+    for name, tensor in source.tensors.items():
+        block = block_of(name, view.blocks)
+        sizes[block] = sizes.get(block, 0) + math.prod(tensor.spec.shape)
+    stored = sum(tensor.nbytes for tensor in source.tensors.values())
+    outer = sizes.pop(None, 0)
     need = stored + 4 * _COPIES * (outer + max(sizes.values()))
     if need > free:
         raise QplugError(
@@ -202,12 +215,12 @@ def _refuse_too_large(source: Checkpoint, view: ModelView, device: torch.device)
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """What can still be allocated; None where that cannot be told."""
+    """Free memory in bytes; None where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    told = Path("/proc/meminfo")
-    if not told.exists():
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
         return None
-    lines = dict(line.split(":", 1) for line in told.read_text().splitlines() if ":" in line)
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
     kilobytes = lines.get("MemAvailable")
     return None if kilobytes is None else 1024 * int(kilobytes.split()[0])

@@ -1,7 +1,7 @@
-"""Checkpoints that are published in blocks of fp8 (DeepSeek-V3), read as the float ones they mean.
+"""Checkpoints published in blocks of fp8 (DeepSeek-V3), read as float checkpoints.
 
-``X.weight`` is float8, and ``X.weight_scale_inv`` has a float32 for each block of it: the weight is
-their product. It is multiplied out as it is read; nothing is written anywhere.
+``X.weight`` is float8, and ``X.weight_scale_inv`` has a float32 scale for each block of it. The
+weight is their product, which is computed as the weight is read; nothing is written.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _SCALE = "_scale_inv"
 
 @dataclass(frozen=True)
 class BlockTensor(StoredTensor):
-    """A weight ``[out, in]`` that reads as ``spec`` says, and lies in the file as codes.
+    """A weight ``[out, in]`` that is stored as fp8 ``codes`` and read in the dtype of ``spec``.
 
-    ``scales``: ``[ceil(out / tall), ceil(in / wide)]`` for blocks of ``tall`` x ``wide``.
+    ``scales``: ``[ceil(out / tall), ceil(in / wide)]`` for a ``block`` of ``(tall, wide)``.
     """
 
     spec: TensorSpec
@@ -58,29 +58,29 @@ class BlockTensor(StoredTensor):
 
 def is_block_fp8(config: Mapping[str, Any]) -> bool:
     """Whether ``config.json`` says that weights are in blocks of fp8."""
-    told = config.get("quantization_config")
-    if not isinstance(told, dict) or told.get("quant_method") != "fp8":
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
         return False
-    block = told.get("weight_block_size")
+    block = quantization.get("weight_block_size")
     return isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) for n in block)
 
 
 def as_float(
     config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """The configuration and the tensors of the float checkpoint that is meant.
+    """The configuration and the tensors of the float checkpoint that the fp8 one stands for.
 
-    Raises QplugError if a weight has no scales, or scales of another shape.
+    Raises QplugError if a weight has no scales, or scales of a wrong shape.
     """
     tall, wide = config["quantization_config"]["weight_block_size"]
     stated = config.get("dtype") or config.get("torch_dtype")
     dtype = str(stated) if stated in FLOAT_DTYPES else "bfloat16"
-    found: dict[str, StoredTensor] = {}
+    floats: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         if name.endswith(_SCALE) and name.removesuffix(_SCALE) in tensors:
             continue
         if not tensor.spec.dtype.startswith("float8"):
-            found[name] = tensor
+            floats[name] = tensor
             continue
         scales, shape = tensors.get(name + _SCALE), tensor.spec.shape
         if scales is None or len(shape) != 2:
@@ -91,5 +91,5 @@ def as_float(
                 f"fit blocks of {tall} x {wide} of {list(shape)}"
             )
         spec = TensorSpec(dtype, shape)
-        found[name] = BlockTensor(spec, tensor, scales, (tall, wide))
-    return {key: value for key, value in config.items() if key != "quantization_config"}, found
+        floats[name] = BlockTensor(spec, tensor, scales, (tall, wide))
+    return {key: value for key, value in config.items() if key != "quantization_config"}, floats

@@ -1,4 +1,4 @@
-"""A checkpoint as an algorithm rewrote it: tensors are made anew as they are read, never all."""
+"""A checkpoint that an algorithm rewrites: each tensor is rewritten as it is read."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from qplug.api import Checkpoint, Preparation, Rewrite, StoredTensor, TensorSpec
 from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
 
-#: Elements of a large tensor that are made at a time.
+#: Elements of a large tensor that are rewritten at a time.
 _CHUNK = {"cpu": 1 << 21, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True)
 class RewrittenTensor(StoredTensor):
-    """A tensor that is made of others as it is read. ``spec`` is that of the first one.
+    """A tensor that ``rewrite`` makes of ``sources`` as it is read.
 
-    ``sources`` are in the order of ``rewrite.sources``; they may be rewritten themselves. It is
-    made on ``device``, and stays there.
+    ``sources``: in the order of ``rewrite.sources``; they may be rewritten themselves. ``spec``: of
+    the first source. The tensor is made on ``device``, and stays there.
     """
 
     spec: TensorSpec
@@ -39,25 +39,25 @@ class RewrittenTensor(StoredTensor):
     def read(self) -> Tensor:
         """The tensor, in memory of its own.
 
-        A matrix is float32: it may go on to be quantized, and is not rounded in between. A vector,
-        a norm or a bias, has the dtype and thus the values that are stored.
+        A matrix is float32, so that it is not rounded before it is quantized. A vector (a norm or a
+        bias) has the stored dtype, and so the stored values. Raises QplugError if it is not finite.
         """
         if len(self.spec.shape) < 2:
-            return self._checked(self._made(slice(None))).to(self._dtype)
-        made = torch.empty(self.spec.shape, device=self.device)
+            return self._checked(self._make(slice(None))).to(self._dtype)
+        tensor = torch.empty(self.spec.shape, device=self.device)
         for rows in self._pieces():
-            made[rows] = self._made(rows)
-        return self._checked(made)
+            tensor[rows] = self._make(rows)
+        return self._checked(tensor)
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes to store."""
+        """Yields the bytes to store. Raises QplugError if they are not finite."""
         for rows in self._pieces():
-            made = self._checked(self._made(rows)).to(self._dtype)
-            yield bytes(tensor_bytes(made.cpu()))
+            piece = self._checked(self._make(rows)).to(self._dtype)
+            yield bytes(tensor_bytes(piece.cpu()))
 
     def read_rows(self, rows: slice) -> Tensor:
         """Some rows of the tensor, float32."""
-        return self._made(rows) if self.rewrite.by_row else self.read()[rows]
+        return self._make(rows) if self.rewrite.by_row else self.read()[rows]
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -65,7 +65,7 @@ class RewrittenTensor(StoredTensor):
         return dtype
 
     def _pieces(self) -> Iterator[slice]:
-        """Rows to make at a time."""
+        """Yields the rows to make at a time."""
         shape = self.spec.shape
         if not (self.rewrite.by_row and shape):
             yield slice(None)
@@ -75,40 +75,47 @@ class RewrittenTensor(StoredTensor):
         for start in range(0, shape[0], step):
             yield slice(start, min(start + step, shape[0]))
 
-    def _made(self, rows: slice) -> Tensor:
+    def _make(self, rows: slice) -> Tensor:
+        """Some rows, float32. Raises ValueError if the rewrite returns another shape or dtype."""
         first = self.sources[0]
         main = first.read() if rows == slice(None) else first.read_rows(rows)
         values = [main, *(source.read() for source in self.sources[1:])]
-        made = self.rewrite.make(*(value.to(self.device).float() for value in values))
-        if made.shape != main.shape or made.dtype != torch.float32:
-            raise ValueError(f"{self.name}: was made {made.dtype} {list(made.shape)}")
-        return made
+        piece = self.rewrite.make(*(value.to(self.device).float() for value in values))
+        if piece.shape != main.shape or piece.dtype != torch.float32:
+            raise ValueError(
+                f"{self.name}: its rewrite returned {piece.dtype} {list(piece.shape)}, "
+                f"not float32 {list(main.shape)}"
+            )
+        return piece
 
-    def _checked(self, made: Tensor) -> Tensor:
-        if not torch.isfinite(made).all():
+    def _checked(self, values: Tensor) -> Tensor:
+        if not torch.isfinite(values).all():
             raise QplugError(f"{self.name}: has NaN or infinite values, or is rewritten to such")
-        return made
+        return values
 
 
 def rewritten(checkpoint: Checkpoint, preparation: Preparation, device: torch.device) -> Checkpoint:
-    """``checkpoint`` with the tensors and the configuration that ``preparation`` gives it."""
-    held = dict(checkpoint.tensors)
+    """``checkpoint`` with the rewrites and the configuration of ``preparation``.
+
+    Tensors are made on ``device`` as they are read.
+    """
+    tensors = dict(checkpoint.tensors)
     for name, rewrite in preparation.rewrites.items():
         sources = tuple(checkpoint.tensors[source] for source in rewrite.sources)
-        held[name] = RewrittenTensor(sources[0].spec, name, rewrite, sources, device)
+        tensors[name] = RewrittenTensor(sources[0].spec, name, rewrite, sources, device)
     config = {**checkpoint.config, **preparation.config}
-    return replace(checkpoint, config=config, tensors=held)
+    return replace(checkpoint, config=config, tensors=tensors)
 
 
 def rewritten_names(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[str, ...]:
-    """Those of ``names`` that are made anew."""
+    """The members of ``names`` whose tensors are rewritten."""
     return tuple(n for n in names if isinstance(checkpoint.tensors.get(n), RewrittenTensor))
 
 
 def apply(preparation: Preparation, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All of ``tensors``, rewritten at once: what a small model can do."""
-    made = {
+    """``tensors`` with all rewrites of ``preparation``, in memory at once: for small models."""
+    rewritten_tensors = {
         name: rewrite.make(*(tensors[source] for source in rewrite.sources))
         for name, rewrite in preparation.rewrites.items()
     }
-    return {**tensors, **made}
+    return {**tensors, **rewritten_tensors}

@@ -1,8 +1,9 @@
-"""The safetensors format: eight bytes, a JSON header, and the tensors' bytes without a gap.
+"""Reads and lays out safetensors files: eight bytes, a JSON header, and the tensors' bytes.
 
-Files are read and written a tensor at a time, at known offsets, without mapping them: mapped pages
-count as the process's memory, and a shard is larger than all else that a run holds. The layout is
-the one that the ``safetensors`` library writes, byte for byte.
+The first eight bytes are the length of the header; there are no gaps between tensors. Files are
+read and written a tensor at a time, at known offsets. They are not memory-mapped: mapped pages
+count as memory of the process, and a shard is larger than all other memory of a run together. The
+layout is the one that the ``safetensors`` library writes, byte for byte.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from qplug.api import StoredTensor, TensorSpec
 from qplug.errors import QplugError
 
-#: The format's name of each torch dtype.
+#: The name of each torch dtype in a safetensors header.
 CODES = {
     "float64": "F64",
     "int64": "I64",
@@ -40,18 +41,18 @@ CODES = {
 }
 _DTYPES = {code: dtype for dtype, code in CODES.items()}
 
-# The order in which the library lays out tensors of different dtypes, largest first.
+# The order of dtypes in a file, as the library lays tensors out: the largest first.
 _LIBRARY_ORDER = (
     *("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
     *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
 )
-_MAX_HEADER = 100_000_000
-_COPY = 1 << 24
+_MAX_HEADER = 100_000_000  # bytes; the library's limit
+_CHUNK = 1 << 24  # bytes
 
 
 @dataclass(frozen=True)
 class FileTensor(StoredTensor):
-    """A tensor in a file: what it is, and its bytes ``start .. start + nbytes``."""
+    """A tensor in a safetensors file, at the bytes ``start .. start + nbytes`` of ``path``."""
 
     path: Path
     spec: TensorSpec
@@ -66,7 +67,7 @@ class FileTensor(StoredTensor):
         return f"{self.path.name} {self.start}"
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
+        """Returns a copy of the tensor in memory. Raises QplugError if the file became shorter."""
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
         with self.path.open("rb") as file:
             file.seek(self.start)
@@ -75,18 +76,21 @@ class FileTensor(StoredTensor):
         return buffer.view(getattr(torch, self.spec.dtype)).view(self.spec.shape)
 
     def read_rows(self, rows: slice) -> Tensor:
-        """Some rows of the tensor: ``rows`` has a start and a stop, within the first axis."""
+        """Returns a copy of some rows; ``rows`` has a start and a stop on the first axis."""
         count, *rest = self.spec.shape
         spec = TensorSpec(self.spec.dtype, (rows.stop - rows.start, *rest))
         return FileTensor(self.path, spec, self.start + self.nbytes // count * rows.start).read()
 
     def chunks(self) -> Iterator[bytes]:
-        """The tensor's bytes, a few MiB at a time."""
+        """Yields the tensor's bytes, 16 MiB at a time.
+
+        Raises QplugError if the file became shorter.
+        """
         with self.path.open("rb") as file:
             file.seek(self.start)
             left = self.nbytes
             while left:
-                chunk = file.read(min(left, _COPY))
+                chunk = file.read(min(left, _CHUNK))
                 if not chunk:
                     raise QplugError(f"{self.path} became shorter while it was read")
                 left -= len(chunk)
@@ -94,12 +98,16 @@ class FileTensor(StoredTensor):
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, without a copy if it is contiguous."""
+    """Returns the bytes of a tensor on the CPU; a contiguous tensor is not copied."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def read_header(path: Path) -> dict[str, FileTensor]:
-    """The tensors of a file, by name. Raises QplugError if the file is not whole and sound."""
+    """Returns the tensors of a file by name, without reading their values.
+
+    Raises QplugError if the file cannot be read, is truncated or too long, or has a malformed
+    header.
+    """
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -120,11 +128,12 @@ def read_header(path: Path) -> dict[str, FileTensor]:
         end += tensor.nbytes
     if size != end:
         what = "cut short" if size < end else "too long"
-        raise QplugError(f"{path}: {what}: its header tells of {end} bytes, it has {size}")
+        raise QplugError(f"{path}: {what}: its header describes {end} bytes, it has {size}")
     return tensors
 
 
 def _parse_header(file: BinaryIO, size: int) -> tuple[dict[str, dict[str, object]], int]:
+    """Returns the entries of the header, by tensor name, and the offset at which it ends."""
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > _MAX_HEADER:
         raise ValueError("it has no header")
@@ -137,6 +146,7 @@ def _parse_header(file: BinaryIO, size: int) -> tuple[dict[str, dict[str, object
 
 
 def _offsets(entry: Mapping[str, object]) -> tuple[int, int]:
+    """Returns where a tensor begins and ends, in bytes after the header."""
     offsets = entry["data_offsets"]
     if not (isinstance(offsets, list) and len(offsets) == 2 and _are_sizes(offsets)):
         raise ValueError(f"{offsets} are no offsets")
@@ -157,9 +167,10 @@ def _spec(entry: Mapping[str, object]) -> TensorSpec:
 
 
 def lay_out(path: Path, specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, FileTensor]]:
-    """Header and places of tensors in a new file at ``path``.
+    """Returns the header of a new file at ``path``, and its tensors with their places, by name.
 
-    Tensors stand by falling size of dtype, then by name, so that each is aligned.
+    Nothing is written. Tensors are ordered by size of dtype, largest first, then by name, so that
+    every tensor is aligned.
     """
     order = sorted(specs, key=lambda n: (_LIBRARY_ORDER.index(CODES[specs[n].dtype]), n))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}

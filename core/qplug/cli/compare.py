@@ -19,9 +19,11 @@ from qplug.registry.registry import Registry
     type=click.Path(path_type=Path),
     default="qplug-compare.html",
     show_default=True,
-    help="The page to write.",
+    help="The HTML file to write.",
 )
-@click.option("--perplexity", is_flag=True, help="Measure it, and plot it against the size.")
+@click.option(
+    "--perplexity", is_flag=True, help="Measure the perplexities, and plot them against the sizes."
+)
 @text_options
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 @click.pass_obj
@@ -38,9 +40,9 @@ def command(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Put several models side by side, float or quantized: sizes, errors, perplexities.
+    """Compare several models, float or quantized: sizes, errors, perplexities.
 
-    The table is printed, and written as a page with a plot.
+    Prints a table, and writes the table and a plot to an HTML file.
     """
     from qplug.machine.session import Session
     from qplug.reading.folder import open_folder
@@ -50,16 +52,16 @@ def command(
 
     check_target(out)
     session = Session(registry, trust_remote_code=trust_remote_code)
-    opened = [open_folder(folder, session) for folder in folders]
-    overviews = [overview(one, name) for one, name in zip(opened, folders, strict=True)]
+    # Opens all folders before it measures any, so that a wrong name is reported at once.
+    overviews = [overview(open_folder(name, session), name) for name in folders]
     text = TextOptions(dataset, dataset_options, seq_len, windows, device, trust_remote_code)
     compared = [
-        Compared(told, text.measure(told.folder, registry) if perplexity else None)
-        for told in overviews
+        Compared(summary, text.measure(summary.folder, registry) if perplexity else None)
+        for summary in overviews
     ]
     write(out, comparison_page(compared))
     if as_json:
-        click.echo(json.dumps([one.plain() for one in compared], indent=2))
+        click.echo(json.dumps([folder.plain() for folder in compared], indent=2))
     else:
-        print_table([COLUMNS, *(one.cells() for one in compared)])
+        print_table([COLUMNS, *(folder.cells() for folder in compared)])
     click.echo(f"page: {out}", err=True)

@@ -29,14 +29,14 @@ def command(
 ) -> None:
     """Measure the perplexity of MODEL, float or quantized.
 
-    The text is tokenised once, without special tokens; the first windows that do not overlap are
-    evaluated, each on its own, in float32. Weights are dequantized, and activations rounded as the
-    scheme says.
+    The text is tokenised once, without special tokens. Its first windows, which do not overlap,
+    are evaluated one by one in float32, with dequantized weights, and with activations rounded as
+    the scheme says.
     """
     text = TextOptions(dataset, dataset_options, seq_len, windows, device, trust_remote_code)
     result = text.measure(model, registry)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result), indent=2))
     else:
-        told = f"{result.windows} windows of {result.seq_len} tokens of {result.dataset}"
-        click.echo(f"{model}: perplexity {result.perplexity:.4f} ({told})")
+        measured_on = f"{result.windows} windows of {result.seq_len} tokens of {result.dataset}"
+        click.echo(f"{model}: perplexity {result.perplexity:.4f} ({measured_on})")

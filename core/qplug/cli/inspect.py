@@ -7,15 +7,16 @@ from collections import Counter
 
 import click
 
+from qplug.checkpoint.names import module_of
 from qplug.registry.registry import Registry
 
 
 @click.command(name="inspect")
 @click.argument("folder")
-@click.option("--json", "as_json", is_flag=True, help="Print what is held as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_obj
 def command(registry: Registry, folder: str, as_json: bool) -> None:
-    """Say what FOLDER holds: schemes, sizes, recipe. No weight is read."""
+    """Print the contents of FOLDER: schemes, sizes, recipe. Reads no weight."""
     from qplug.machine.session import Session
     from qplug.reading.folder import open_folder
 
@@ -23,7 +24,7 @@ def command(registry: Registry, folder: str, as_json: bool) -> None:
     view, manifest = opened.view, opened.manifest
     size = sum(tensor.nbytes for tensor in opened.checkpoint.tensors.values())
     weights = sum(out * width for out, width in view.linears.values())
-    told = {
+    contents = {
         "folder": folder,
         "architecture": (view.config.get("architectures") or ["unknown"])[0],
         "backend": opened.exporter.name if opened.exporter else None,
@@ -38,9 +39,9 @@ def command(registry: Registry, folder: str, as_json: bool) -> None:
         "float linears": [name for name in view.linears if name not in opened.schemes],
     }
     if as_json:
-        click.echo(json.dumps(told, indent=2))
+        click.echo(json.dumps(contents, indent=2))
         return
-    for key, value in told.items():
+    for key, value in contents.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, list):
@@ -55,5 +56,5 @@ def _linear_bytes(opened: object) -> int:
     return sum(
         stored.nbytes
         for tensor, stored in opened.checkpoint.tensors.items()
-        if tensor.rpartition(".")[0] in opened.view.linears and not tensor.endswith(".bias")
+        if module_of(tensor) in opened.view.linears and not tensor.endswith(".bias")
     )

@@ -1,4 +1,4 @@
-"""The command line. What a command needs is imported when it runs, never for ``--help``."""
+"""The entry point of the command line. A command's module is imported only when it runs."""
 
 from __future__ import annotations
 
@@ -18,54 +18,55 @@ from qplug.errors import OtherProcessError, PluginWarning, QplugError
 from qplug.machine.launch import Launch
 from qplug.registry.registry import Registry
 
-#: Seconds that a process waits for the one that says what is wrong: torchrun ends all as soon as
-#: one has ended, and could end that one before its word is out.
-_LAST_WORD = 3
+#: Seconds that a process waits before it exits with an error. torchrun kills all processes as soon
+#: as one has exited, which could be before the first process has printed the error.
+_EXIT_DELAY = 3
 
-#: The commands of qplug itself: where each is, and what ``qplug --help`` says of it.
+#: The place of each command of qplug itself, and its line in ``qplug --help``, by name.
 COMMANDS = {
     "quantize": ("qplug.cli.quantize:command", "Quantize a checkpoint."),
     "eval": ("qplug.cli.eval:command", "Measure the perplexity of a checkpoint."),
     "config": ("qplug.cli.config:command", "Check and convert recipes and LLMC files."),
     "verify": ("qplug.cli.verify:command", "Check that an engine can load a folder."),
     "serve": ("qplug.cli.serve:command", "Verify a folder, and start the engine on it."),
-    "inspect": ("qplug.cli.inspect:command", "Say what a quantized folder holds."),
-    "report": ("qplug.cli.report:command", "Write a page on a quantized folder."),
-    "compare": ("qplug.cli.compare:command", "Put several folders side by side."),
+    "inspect": ("qplug.cli.inspect:command", "Print the contents of a quantized folder."),
+    "report": ("qplug.cli.report:command", "Write an HTML report on a quantized folder."),
+    "compare": ("qplug.cli.compare:command", "Compare several folders in a table and a plot."),
     "schemes": ("qplug.cli.schemes:command", "List schemes, and which engine runs them."),
-    "plugins": ("qplug.cli.plugins:command", "List, check and describe plugins."),
+    "plugins": ("qplug.cli.plugins:command", "List, check, describe and create plugins."),
 }
 
 
 class Deferred(click.Command):
-    """Stands for a command until it is run: ``--help`` lists it without importing its module."""
+    """A placeholder for a command, so that ``--help`` can list it without importing its module."""
 
     def __init__(self, name: str, target: str, summary: str) -> None:
         super().__init__(name, help=summary)
         self.target = target
 
     def load(self) -> click.Command:
+        """Imports the module of the command, and returns the command."""
         module, _, attribute = self.target.partition(":")
         return cast("click.Command", getattr(import_module(module), attribute))
 
 
 class Qplug(click.Group):
-    """Prints what the user can mend as one line; lets a bug keep its traceback."""
+    """The group of all commands: prints a QplugError as one line, and a bug with its traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Of several processes the first alone prints; a bug's traceback comes from any."""
+        """Runs a command. Only the first of several processes prints; any prints a traceback."""
         if Launch.of().is_first:
             return super().main(*args, **kwargs)
         try:
             with (
-                Path(os.devnull).open("w") as silence,
-                redirect_stdout(silence),
-                redirect_stderr(silence),
+                Path(os.devnull).open("w") as nowhere,
+                redirect_stdout(nowhere),
+                redirect_stderr(nowhere),
             ):
                 return super().main(*args, **kwargs)
         except SystemExit as end:
             if end.code:
-                time.sleep(_LAST_WORD)
+                time.sleep(_EXIT_DELAY)
             raise
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -98,28 +99,29 @@ class Qplug(click.Group):
         except OtherProcessError as error:
             click.echo(f"Error: {error}", err=True)
             if Launch.of().is_first:
-                time.sleep(_LAST_WORD)
+                time.sleep(_EXIT_DELAY)
             raise click.exceptions.Exit(1) from error
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            root = error.__cause__ or error  # a StageError is raised from what broke
+            root = error.__cause__ or error  # the cause of a StageError is the plugin's exception
             plugin = ctx.obj.blame(root) if isinstance(ctx.obj, Registry) else None
             if plugin is not None:
                 removable = not (plugin.ships_with_qplug or plugin.is_file)
-                hint = f" To do without: qplug --no-plugins, or -p no:{plugin.name}"
+                hint = f" To run without it: qplug --no-plugins, or -p no:{plugin.name}"
                 click.echo(f"The error below is from plugin {plugin}.{hint * removable}", err=True)
             raise
 
 
 @contextmanager
 def _plugin_warnings() -> Iterator[None]:
-    """Within it, a warning that a plugin broke is shown as a sentence, without a place in qplug."""
+    """A context that prints a PluginWarning as one sentence, without a file and a line of qplug."""
     with warnings.catch_warnings():
-        warnings.simplefilter("always", PluginWarning)  # a run goes on, whatever -W says
+        # Never an error, whatever -W says: a broken watcher must not stop a run.
+        warnings.simplefilter("always", PluginWarning)
         show = warnings.showwarning
 
-        def say(
+        def print_sentence(
             message: Warning | str,
             category: type[Warning],
             filename: str,
@@ -132,22 +134,23 @@ def _plugin_warnings() -> Iterator[None]:
             else:
                 show(message, category, filename, lineno, file, line)
 
-        warnings.showwarning = say
+        warnings.showwarning = print_sentence
         yield
 
 
-def _blocked(ctx: click.Context, param: click.Parameter, words: tuple[str, ...]) -> list[str]:
-    for word in words:
-        if not (word.startswith("no:") and word[3:]):
-            raise click.BadParameter(f"{word!r}: say no:NAME", ctx, param)
-    return [word[3:] for word in words]
+def _blocked(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[str]:
+    """Returns the names in the values of ``-p``, which have the form ``no:NAME``."""
+    for value in values:
+        if not (value.startswith("no:") and value[3:]):
+            raise click.BadParameter(f"{value!r}: use no:NAME", ctx, param)
+    return [value[3:] for value in values]
 
 
 @click.group(
     cls=Qplug,
     name="qplug",
-    commands=[Deferred(name, *about) for name, about in COMMANDS.items()],
-    epilog="Plugins may add more: qplug plugins list",
+    commands=[Deferred(name, *place_and_summary) for name, place_and_summary in COMMANDS.items()],
+    epilog="Plugins may add more commands: qplug plugins list",
 )
 @click.version_option(__version__, prog_name="qplug", message="%(prog)s %(version)s")
 @click.option(
@@ -156,7 +159,7 @@ def _blocked(ctx: click.Context, param: click.Parameter, words: tuple[str, ...])
     metavar="no:NAME",
     multiple=True,
     callback=_blocked,
-    help="Leave plugin NAME out. May be repeated.",
+    help="Switch plugin NAME off. May be repeated.",
 )
 @click.option(
     "--plugin",
@@ -166,9 +169,11 @@ def _blocked(ctx: click.Context, param: click.Parameter, words: tuple[str, ...])
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Load this file as a plugin. May be repeated.",
 )
-@click.option("--no-plugins", is_flag=True, help="Leave out all that does not ship with qplug.")
+@click.option(
+    "--no-plugins", is_flag=True, help="Switch off all plugins that do not ship with qplug."
+)
 def main(blocked: list[str], files: tuple[Path, ...], no_plugins: bool) -> None:
     """Quantize large language models for SGLang and vLLM."""
-    # Torch's threads otherwise spin while they wait, and a machine that does anything else besides
-    # is six times as slow. It must be said before torch is imported.
+    # By default torch's threads spin while they wait, which makes a run six times as slow on a
+    # machine with other work. The variable must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

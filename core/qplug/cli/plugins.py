@@ -1,4 +1,4 @@
-"""``qplug plugins``: what is installed, whether it works, and what can be set."""
+"""``qplug plugins``: lists, checks, describes and creates plugins."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.group(name="plugins")
 def command() -> None:
-    """List, check and describe plugins."""
+    """List, check, describe and create plugins."""
 
 
 @command.command(name="list")
@@ -44,7 +44,7 @@ def list_(registry: Registry, as_json: bool) -> None:
 @command.command()
 @click.pass_context
 def check(ctx: click.Context) -> None:
-    """Import every plugin, and say what each offers. Fails if one is broken or two clash."""
+    """Import every plugin and print its offers. Fails if a plugin is broken or two clash."""
     registry: Registry = ctx.obj
     registry.load().load_commands()
     print_table(
@@ -70,18 +70,18 @@ def check(ctx: click.Context) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def show(registry: Registry, name: str, as_json: bool) -> None:
-    """Describe what is called NAME: where it comes from, what it does and its parameters."""
-    found = [
+    """Describe the component or command NAME: its plugin, its purpose and its parameters."""
+    descriptions = [
         _description(offers.kind, name, plugin)
         for offers in registry.kinds
         for plugin in offers.owners(name)
     ]
-    if not found:
+    if not descriptions:
         _explain_absence(registry, name)
     if as_json:
-        click.echo(json.dumps(found, indent=2, default=str))
+        click.echo(json.dumps(descriptions, indent=2, default=str))
     else:
-        click.echo("\n\n".join(_prose(description) for description in found))
+        click.echo("\n\n".join(_prose(description) for description in descriptions))
 
 
 @command.command()
@@ -90,12 +90,14 @@ def show(registry: Registry, name: str, as_json: bool) -> None:
     "--kind",
     required=True,
     type=click.Choice(["algorithm", "dataset", "exporter"]),
-    help="What it offers.",
+    help="The kind of component that the plugin offers.",
 )
-@click.option("--folder", type=click.Path(path_type=Path), help="A new one; default: qplug-NAME.")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), help="The folder to create; default: qplug-NAME."
+)
 @click.pass_obj
 def new(registry: Registry, name: str, kind: Kind, folder: Path | None) -> None:
-    """Write a package with a plugin that works, and with its tests, to change into your own."""
+    """Write a package with a working plugin and its tests, as a start for your own."""
     from qplug import __version__
     from qplug.registry.scaffold import write_plugin
 
@@ -104,6 +106,7 @@ def new(registry: Registry, name: str, kind: Kind, folder: Path | None) -> None:
 
 
 def _unused(plugin: Plugin) -> str | None:
+    """Returns why ``plugin`` is not used, None if it is."""
     if plugin.blocked:
         return f"switched off by {plugin.blocked}"
     if plugin.error:
@@ -112,12 +115,13 @@ def _unused(plugin: Plugin) -> str | None:
 
 
 def _offers(plugin: Plugin) -> str:
-    """What it offers, and the hooks by which it takes part in other ways."""
+    """Returns the offers of ``plugin``, and the hooks that it implements without an offer."""
     offers = [f"{kind} {name}" for kind, name in plugin.offers]
     return ", ".join([*offers, *plugin.takes_part])
 
 
 def _clashes(registry: Registry, root: click.Command) -> Iterator[str]:
+    """Yields a sentence for each name that several plugins, or a plugin and qplug, offer."""
     for offers in registry.kinds:
         for name in offers:
             if sentence := offers.clash(name):
@@ -126,10 +130,11 @@ def _clashes(registry: Registry, root: click.Command) -> Iterator[str]:
     for name in registry.commands:
         if name in own:
             for plugin in registry.commands.owners(name):
-                yield f"command {name!r} of {plugin} is never run: qplug has one of that name"
+                yield f"command {name!r} of {plugin} is never run: qplug has a command {name!r}"
 
 
 def _description(kind: str, name: str, plugin: Plugin) -> dict[str, Any]:
+    """Returns the facts about an offer, for JSON."""
     offer = plugin.offers[kind, name]
     is_command = isinstance(offer, click.Command)
     return {
@@ -154,11 +159,12 @@ def _parameter(option: Option) -> dict[str, Any]:
 
 
 def _explain_absence(registry: Registry, name: str) -> None:
+    """Raises the error for a NAME that no plugin offers."""
     for plugin in registry.plugins:
         if plugin.name == name and plugin.error:
             raise PluginError(plugin.name, plugin.source, plugin.error) from plugin.error
         if plugin.name == name and plugin.blocked:
-            raise QplugError(f"plugin {name} offers nothing: it is {_unused(plugin)}")
+            raise QplugError(f"plugin {name} offers nothing: the plugin is {_unused(plugin)}")
         if plugin.name == name:
             raise QplugError(f"plugin {name} offers: {_offers(plugin) or 'nothing'}")
     names = sorted({name for offers in registry.kinds for name in offers})
@@ -167,6 +173,7 @@ def _explain_absence(registry: Registry, name: str) -> None:
 
 
 def _prose(description: dict[str, Any]) -> str:
+    """Formats a description for people."""
     lines = [
         f"{description['kind']} {description['name']}",
         f"from plugin {description['plugin']} ({description['source']})",
@@ -179,5 +186,5 @@ def _prose(description: dict[str, Any]) -> str:
         lines += ["", f"  {parameter['name']}  {parameter['type']}  [{default}]"]
         lines += [f"      {parameter['help']}"]
         if parameter["older_names"]:
-            lines += [f"      Also called: {', '.join(parameter['older_names'])}."]
+            lines += [f"      Older names: {', '.join(parameter['older_names'])}."]
     return "\n".join(lines)

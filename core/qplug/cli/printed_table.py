@@ -1,4 +1,4 @@
-"""Tables on stdout, for people to read and for programs to cut into columns."""
+"""Prints tables on stdout, for people to read and for programs to split into columns."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import click
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Prints ``rows``, a line each, in columns as wide as their widest cell.
+    """Prints a line for each of ``rows``, in columns as wide as their widest cell.
 
-    No cell is cut or wrapped, whatever the width of the terminal: a name can always be copied.
-    A letter that a terminal draws in two places counts as two.
+    No cell is shortened or wrapped to fit the terminal, so that a name can always be copied. A
+    character that a terminal draws at double width counts as two.
     """
     from rich.cells import cell_len
 

@@ -1,4 +1,4 @@
-"""Progress on stderr, so that stdout holds results alone."""
+"""Shows progress on stderr, so that stdout has nothing but results."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 class Bar:
-    """A bar on the terminal. As a plugin of a run it shows how far that has come."""
+    """A progress bar on the terminal. It is also a plugin, which shows the progress of a run."""
 
     def __init__(self, what: str, progress: Progress) -> None:
         self._what, self._progress = what, progress
         self._task = progress.add_task(what, total=None)
 
     def __call__(self, done: int, total: int, name: str, loss: float | None) -> None:
-        """``done`` of ``total`` are done, ``name`` last, with ``loss``."""
-        told = f"{self._what} {name}" + ("" if loss is None else f" (loss {loss:.4f})")
-        self._progress.update(self._task, completed=done, total=total, description=told.strip())
+        """Shows that ``done`` of ``total`` steps are done, and the last one's name and loss."""
+        text = f"{self._what} {name}" + ("" if loss is None else f" (loss {loss:.4f})")
+        self._progress.update(self._task, completed=done, total=total, description=text.strip())
 
     @hookimpl
     def qplug_block_done(self, report: BlockReport) -> None:
@@ -33,7 +33,10 @@ class Bar:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Bar]:
-    """A bar with the time left, gone when it is done; nothing where stderr is not a terminal."""
+    """A context with a progress bar that shows the time left and disappears at the end.
+
+    ``what`` is the text before the bar. Nothing is shown if stderr is not a terminal.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as TimeLeft

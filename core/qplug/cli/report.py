@@ -11,7 +11,7 @@ import click
 from qplug.cli.progress import progress_bar
 from qplug.cli.text_options import TextOptions, text_options
 from qplug.registry.registry import Registry
-from qplug.report.page_file import beside, check_target, write
+from qplug.report.page_file import check_target, default_file, write
 
 if TYPE_CHECKING:
     from qplug.api.events import Result
@@ -20,9 +20,19 @@ if TYPE_CHECKING:
 
 @click.command(name="report")
 @click.argument("folder")
-@click.option("--out", type=click.Path(path_type=Path), help="By default FOLDER.report.html.")
-@click.option("--against", metavar="MODEL", help="The float model; by default as recorded.")
-@click.option("--perplexity", is_flag=True, help="Measure it, and that of the float model.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The HTML file to write; default: FOLDER.report.html.",
+)
+@click.option(
+    "--against",
+    metavar="MODEL",
+    help="The float model to compare with; default: the model that FOLDER names.",
+)
+@click.option(
+    "--perplexity", is_flag=True, help="Measure the perplexities of FOLDER and the float model."
+)
 @text_options
 @click.pass_obj
 def command(
@@ -38,16 +48,17 @@ def command(
     device: str,
     trust_remote_code: bool,
 ) -> None:
-    """Write one HTML file on the quantized FOLDER: sizes, errors, ranges, how to serve it.
+    """Write an HTML report on the quantized FOLDER: sizes, errors, ranges, how to serve it.
 
-    It fetches nothing, and can be mailed. What a run took only qplug quantize --report can tell.
+    The report is a single file that loads nothing else. Only the report of qplug quantize --report
+    contains the time and the memory of the run.
     """
     from qplug.checkpoint.locate import find_model
     from qplug.machine.session import Session
     from qplug.reading.folder import open_folder
     from qplug.reading.verify import find_source
 
-    file = out or beside(find_model(folder))
+    file = out or default_file(find_model(folder))
     check_target(file)
     measured = {}
     if perplexity:
@@ -78,10 +89,11 @@ def write_report(
     measured: Mapping[str, Sequence[Evaluation]] | None = None,
     result: Result | None = None,
 ) -> None:
-    """Read ``folder`` and write the page on it to ``file``.
+    """Reads ``folder`` and writes the report on it to ``file``.
 
-    ``result`` is of the run that wrote the folder, for what it cost. Raises QplugError if the
-    folder cannot be read, or the file cannot be written.
+    ``measured`` are perplexities by model, ``float`` or ``quantized``. ``result`` is the result of
+    the run that wrote the folder, for the costs of its stages. Raises QplugError if the folder
+    cannot be read, or the file cannot be written.
     """
     from qplug.report.examine import examine
     from qplug.report.page import report_page

@@ -8,6 +8,7 @@ import json
 import click
 
 from qplug.api import Capability, ModelView
+from qplug.api.capability import NEWEST
 from qplug.api.limits import DEVICES, Target, row_problem
 from qplug.api.scheme import E4M3_SCALES, E8M0_SCALES, PRESETS, QuantArgs, Scheme
 from qplug.errors import QplugError
@@ -18,6 +19,7 @@ _SCALES = {E4M3_SCALES: " in e4m3 and a global one", E8M0_SCALES: " in e8m0"}
 
 @click.command(name="schemes")
 @click.option("--backend", help="Only this backend.")
+@click.option("--engine-version", metavar="V", help="Of the backend's engine; else the newest.")
 @click.option("--gpu", type=click.Choice(DEVICES), help="Only what is known of this device.")
 @click.option("--model", help="Say which kernels take the shapes of this model.")
 @click.option("--tp", type=click.IntRange(1), help="Of its parts in so many processes.")
@@ -27,6 +29,7 @@ _SCALES = {E4M3_SCALES: " in e4m3 and a global one", E8M0_SCALES: " in e8m0"}
 def command(
     registry: Registry,
     backend: str | None,
+    engine_version: str | None,
     gpu: str | None,
     model: str | None,
     tp: int | None,
@@ -41,16 +44,12 @@ def command(
     """
     if tp is not None and model is None:
         raise QplugError("--tp: parts of what? Say --model")
+    if engine_version is not None and backend is None:
+        raise QplugError("--engine-version: of which engine? Say --backend")
     target = Target("any" if gpu is None else gpu, tp or 1)  # type: ignore[arg-type]
     names = [backend] if backend else list(registry.exporters)
-    tables = {
-        name: [
-            row
-            for row in registry.exporters[name].capabilities()
-            if target.gpu in ("any", *row.devices)
-        ]
-        for name in names
-    }
+    version = engine_version or NEWEST
+    tables = {name: _rows(registry, name, version, target.gpu) for name in names}
     view = None if model is None else _view(model, trust_remote_code)
     if as_json:
         rows = {
@@ -67,6 +66,13 @@ def command(
                     click.echo(f"  {name:<8} {_line(row)}")
                     for problem in _fits(row, view, target).values():
                         click.echo(f"  {'':<8}   {problem or 'takes the model'}")
+
+
+def _rows(registry: Registry, name: str, version: str, gpu: str) -> list[Capability]:
+    """What ``version`` of the engine of backend ``name`` serves on ``gpu``; [] without engine."""
+    engine = registry.exporters[name].engine
+    rows = engine.capabilities(version) if engine is not None else []
+    return [row for row in rows if gpu in ("any", *row.devices)]
 
 
 def _view(model: str, trust_remote_code: bool) -> ModelView:

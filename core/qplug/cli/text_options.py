@@ -1,4 +1,4 @@
-"""The text on which perplexity is measured, as commands take it."""
+"""The options of commands that measure perplexity: the text, and the device."""
 
 from __future__ import annotations
 
@@ -18,19 +18,37 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = (
-    click.option("--dataset", default="demo", show_default=True),
-    click.option("--dataset-opt", "dataset_options", metavar="K=V", multiple=True),
-    click.option("--seq-len", default=512, show_default=True, type=click.IntRange(2)),
-    click.option("--windows", default=64, show_default=True, type=click.IntRange(1)),
+    click.option("--dataset", default="demo", show_default=True, help="The text for perplexity."),
+    click.option(
+        "--dataset-opt",
+        "dataset_options",
+        metavar="K=V",
+        multiple=True,
+        help="An option of the dataset. May be repeated.",
+    ),
+    click.option(
+        "--seq-len",
+        default=512,
+        show_default=True,
+        type=click.IntRange(2),
+        help="Tokens of a window.",
+    ),
+    click.option(
+        "--windows",
+        default=64,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Windows to measure.",
+    ),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, or cuda[:N]."),
     click.option(
-        "--trust-remote-code", is_flag=True, help="Run Python code that the model brings."
+        "--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."
     ),
 )
 
 
 def text_options(command: F) -> F:
-    """Adds the options of ``TextOptions`` to a command."""
+    """Decorates a command with the options of ``TextOptions``."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -38,7 +56,7 @@ def text_options(command: F) -> F:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What the options say."""
+    """The values of the options that ``text_options`` adds."""
 
     dataset: str
     dataset_options: tuple[str, ...]
@@ -48,7 +66,10 @@ class TextOptions:
     trust_remote_code: bool
 
     def measure(self, model: str, registry: Registry) -> Evaluation:
-        """The perplexity of ``model``. Raises QplugError as ``qplug.evaluate``."""
+        """Returns the perplexity of ``model``, and shows progress while it is measured.
+
+        Raises QplugError as ``qplug.evaluate`` does.
+        """
         from qplug.reading.perplexity import evaluate
 
         with progress_bar(f"evaluating {model}") as bar:

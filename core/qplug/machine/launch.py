@@ -1,4 +1,4 @@
-"""Which of several processes this one is, as torchrun says in the environment."""
+"""Reads from the environment which of torchrun's processes this one is."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-#: What torchrun sets. Schedulers set some of these for programs that are one process.
-_SET = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+#: The variables that torchrun sets. Schedulers set some of them for single processes too.
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those of a run.
+    """The place of this process among the processes of a run.
 
-    ``rank`` of ``count`` in the whole run; ``local_rank`` of ``local_count`` on this machine.
+    It is number ``rank``, from 0, of ``count`` in the whole run, and number ``local_rank`` of
+    ``local_count`` on this machine.
     """
 
     rank: int = 0
@@ -24,17 +25,17 @@ class Launch:
 
     @classmethod
     def of(cls, environment: Mapping[str, str] = os.environ) -> Launch:
-        """One process alone, unless everything that torchrun sets is there."""
-        if not all(environment.get(name) for name in _SET):
+        """Returns the place that torchrun set; one process alone if any variable is missing."""
+        if not all(environment.get(name) for name in _VARIABLES):
             return cls()
-        rank, count, local_rank, local_count = (int(environment[name]) for name in _SET[:4])
+        rank, count, local_rank, local_count = (int(environment[name]) for name in _VARIABLES[:4])
         return cls(rank, count, local_rank, local_count)
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """Whether this process is the first one, which alone writes and prints."""
         return self.rank == 0
 
 
-#: A process that was started by itself.
+#: The launch of a process that was started alone.
 ALONE = Launch()

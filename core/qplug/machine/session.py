@@ -1,4 +1,4 @@
-"""What a command works with, whatever it is asked to do: plugins, a device, processes, a clock."""
+"""The session of one command: plugins, a device, processes that share the work, a stopwatch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from qplug.registry.registry import Registry
 
 @dataclass(frozen=True, eq=False)
 class Session:
-    """The surroundings of one piece of work, made at the door and handed on as a whole.
+    """The surroundings of one command. The entry point creates it and passes it to every step.
 
     ``registry`` has the plugins. Tensors are computed on ``device``. ``processes`` share the work.
-    ``clock`` counts what each stage costs. ``trust_remote_code`` allows Python code that a model
-    brings to run.
+    ``clock`` measures the time and memory of each stage. ``trust_remote_code`` allows qplug to run
+    Python code that comes with a model.
     """
 
     registry: Registry
@@ -38,13 +38,14 @@ class Session:
         registry: Registry | None = None,
         trust_remote_code: bool = False,
     ) -> Session:
-        """The session of one process; without ``registry``, of all plugins that are installed.
+        """Returns the session of a process that works alone.
 
-        Raises QplugError if there is no such device.
+        Without ``registry`` it has all installed plugins. Raises QplugError if ``device`` cannot be
+        used.
         """
-        found = find_device(device)
+        usable = find_device(device)
         return cls(
-            registry or Registry.installed(), found, trust_remote_code, clock=Stopwatch(found)
+            registry or Registry.installed(), usable, trust_remote_code, clock=Stopwatch(usable)
         )
 
     @classmethod
@@ -56,12 +57,13 @@ class Session:
         registry: Registry | None = None,
         trust_remote_code: bool = False,
     ) -> Iterator[Session]:
-        """Within it, the session of this process among those that torchrun started with it.
+        """A context with the session of this process, joined to those that torchrun started.
 
-        Raises QplugError as ``alone``; at its end, if another process failed.
+        Without ``registry`` it has all installed plugins. Raises QplugError if ``device`` cannot be
+        used, and, when the context ends, if another process failed.
         """
         launch = Launch.of()
-        found = find_device(device, launch)
+        usable = find_device(device, launch)
         plugins = registry or Registry.installed()
-        with join(launch, found) as processes:
-            yield cls(plugins, found, trust_remote_code, processes, Stopwatch(found))
+        with join(launch, usable) as processes:
+            yield cls(plugins, usable, trust_remote_code, processes, Stopwatch(usable))

@@ -1,4 +1,4 @@
-"""What each stage of a run costs: seconds, and the most memory that was held in it."""
+"""Measures each stage of a run: seconds, and peak memory of the process and of a GPU."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from qplug.api.events import StageCost
 
 
 class Stopwatch:
-    """Called with a stage's name, a context in which time and memory count to that stage.
+    """Measures stages: ``with stopwatch("reading"): ...`` counts to the stage ``reading``.
 
-    Stages may be within one another: time counts to the innermost. A few system calls each, and on
-    a GPU a wait for what was begun, for that too belongs to its stage.
+    Stages may be nested; time then counts to the innermost. A stage costs a few system calls. On a
+    GPU the stopwatch also waits, at both ends of a stage, until the GPU has finished its work, so
+    that this work counts to the stage that started it.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -35,27 +36,28 @@ class Stopwatch:
         sums = self._stages.setdefault(stage, _Sums())
         self._count()
         self._open.append(sums)
-        before = [gauge.peak() for gauge in self._gauges]
-        sums.hold([gauge.now() for gauge in self._gauges])
+        peaks_before = [gauge.peak() for gauge in self._gauges]
+        sums.raise_to([gauge.now() for gauge in self._gauges])
         try:
             yield
         finally:
             self._count()
             self._open.pop()
-            peaks = [
-                (gauge, gauge.peak(), old) for gauge, old in zip(self._gauges, before, strict=True)
-            ]
-            sums.hold([peak if peak > old else gauge.now() for gauge, peak, old in peaks])
+            amounts = []
+            for gauge, peak_before in zip(self._gauges, peaks_before, strict=True):
+                peak = gauge.peak()
+                amounts.append(peak if peak > peak_before else gauge.now())
+            sums.raise_to(amounts)
 
     def costs(self) -> tuple[StageCost, ...]:
-        """Every stage, in the order in which they were first begun."""
+        """Returns the cost of every stage, in the order in which the stages first began."""
         return tuple(
-            StageCost(name, sums.seconds, sums.most[0] or None, sums.most[1] or None)
+            StageCost(name, sums.seconds, sums.peaks[0] or None, sums.peaks[1] or None)
             for name, sums in self._stages.items()
         )
 
     def _count(self) -> None:
-        """Add the time that has gone by to the innermost stage."""
+        """Adds the time since the last call to the innermost open stage."""
         if self._gpu is not None:
             torch.cuda.synchronize(self._gpu)
         now = time.monotonic()
@@ -66,15 +68,18 @@ class Stopwatch:
 
 @dataclass
 class _Sums:
-    seconds: float = 0.0
-    most: list[int] = field(default_factory=lambda: [0, 0])
+    """The seconds of one stage, and its peaks in bytes: of the process, of the GPU."""
 
-    def hold(self, amounts: list[int]) -> None:
-        self.most = [max(pair) for pair in zip(self.most, amounts, strict=True)]
+    seconds: float = 0.0
+    peaks: list[int] = field(default_factory=lambda: [0, 0])
+
+    def raise_to(self, amounts: list[int]) -> None:
+        """Raises each peak to the amount at its place if that is larger."""
+        self.peaks = [max(pair) for pair in zip(self.peaks, amounts, strict=True)]
 
 
 class _Gauge(Protocol):
-    """Bytes of memory: those held now, and the most there ever were."""
+    """Reads one kind of memory, in bytes: the amount now, and the peak since the start."""
 
     def now(self) -> int: ...
 
@@ -82,7 +87,7 @@ class _Gauge(Protocol):
 
 
 class _Resident:
-    """What the process has in memory; where only the peak can be told, that."""
+    """The resident memory of the process; where the system reports only a peak, that peak."""
 
     def __init__(self) -> None:
         self._statm = Path("/proc/self/statm")
@@ -95,7 +100,7 @@ class _Resident:
     def now(self) -> int:
         if not self._page:
             return self.peak()
-        # A file object would be warned of, if Ctrl-C came before it is closed.
+        # Not a file object: if Ctrl-C came before its end, Python would warn that it is not closed.
         file = os.open(self._statm, os.O_RDONLY)
         try:
             return int(os.read(file, 256).split()[1]) * self._page
@@ -112,7 +117,7 @@ class _Resident:
 
 
 class _Allocated:
-    """What torch has allocated on a GPU; 0 without one."""
+    """The memory that torch has allocated on a GPU; 0 without a GPU."""
 
     def __init__(self, gpu: torch.device | None) -> None:
         self._gpu = gpu

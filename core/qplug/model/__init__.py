@@ -1,1 +1,1 @@
-"""What a model is made of, found without its weights."""
+"""The parts of a model (blocks, groups, experts, residual stream), found without its weights."""

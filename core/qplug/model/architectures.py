@@ -1,8 +1,8 @@
-"""What a checkpoint's matrices are: told by a plugin, or found in the module tree.
+"""The view of a checkpoint, from a plugin that knows the architecture or from the module tree.
 
-A plugin teaches an architecture through the hook ``qplug_model_view``. What it says is held against
-the checkpoint, so that a mistake is a sentence that names the plugin, and not a folder that no
-engine loads.
+A plugin teaches an architecture through the hook ``qplug_model_view``. Its view is compared with
+the checkpoint, so that a mistake is an error that names the plugin, not a folder that no engine
+loads.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from qplug.registry.registry import Registry
 def find_view(
     checkpoint: Checkpoint, registry: Registry, *, trust_remote_code: bool = False
 ) -> ModelView:
-    """The skeleton of a float checkpoint. Raises QplugError as ``skeleton.model_view``.
+    """The view of a float checkpoint.
 
-    Also if what a plugin says of the architecture does not fit the checkpoint.
+    Raises QplugError as ``model_view`` does, or if a plugin's view does not fit the checkpoint.
     """
-    told = _told(checkpoint, registry)
-    if told is None:
+    taught = _taught_view(checkpoint, registry)
+    if taught is None:
         return model_view(checkpoint, trust_remote_code=trust_remote_code)
-    plugin, view = told
+    plugin, view = taught
     refuse_quantized(checkpoint)
     for name, shape in view.linears.items():
         stored = checkpoint.tensors.get(f"{name}.weight")
         if stored is None or stored.spec.shape != tuple(shape):
-            found = "is not there" if stored is None else f"is {list(stored.spec.shape)}"
-            raise _mismatch(plugin, f"{name}.weight should be {list(shape)}, but {found}")
+            state = "is not there" if stored is None else f"is {list(stored.spec.shape)}"
+            raise _mismatch(plugin, f"{name}.weight should be {list(shape)}, but {state}")
     return view
 
 
@@ -45,31 +45,31 @@ def find_packed_view(
     *,
     trust_remote_code: bool = False,
 ) -> ModelView:
-    """The skeleton of a folder that holds the linears in ``packed``, of shapes (out, in), as codes.
+    """The view of a folder that holds the linears in ``packed`` as codes.
 
-    Raises QplugError as ``find_view``.
+    ``packed``: shapes ``(out, in)`` by linear. Raises QplugError if a plugin's view has faults.
     """
-    told = _told(checkpoint, registry)
-    if told is None:
+    taught = _taught_view(checkpoint, registry)
+    if taught is None:
         return packed_view(checkpoint, packed, trust_remote_code=trust_remote_code)
-    return told[1]
+    return taught[1]
 
 
 def expected_tensors(
     checkpoint: Checkpoint, registry: Registry, *, trust_remote_code: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """The tensors that a float checkpoint of this architecture has, with their shapes.
+    """The shapes of all tensors that a float checkpoint of this architecture has, by name on disk.
 
-    Of one that a plugin teaches these are its linears alone.
+    For an architecture that a plugin teaches: the weights of its linears only.
     """
-    told = _told(checkpoint, registry)
-    if told is None:
+    taught = _taught_view(checkpoint, registry)
+    if taught is None:
         return float_tensors(checkpoint, trust_remote_code=trust_remote_code)
-    return {f"{name}.weight": shape for name, shape in told[1].linears.items()}
+    return {f"{name}.weight": shape for name, shape in taught[1].linears.items()}
 
 
-def _told(checkpoint: Checkpoint, registry: Registry) -> tuple[Plugin, ModelView] | None:
-    """The first plugin that knows the architecture, and what it says."""
+def _taught_view(checkpoint: Checkpoint, registry: Registry) -> tuple[Plugin, ModelView] | None:
+    """The first plugin that knows the architecture, and its view; None if no plugin does."""
     for plugin, call in registry.implementing("qplug_model_view"):
         try:
             view = call(config=checkpoint.config)
@@ -84,7 +84,7 @@ def _told(checkpoint: Checkpoint, registry: Registry) -> tuple[Plugin, ModelView
 
 
 def _faults(view: object) -> Iterator[str]:
-    """What is wrong with a view, whatever the checkpoint."""
+    """Yields what is wrong with a view by itself."""
     if not isinstance(view, ModelView):
         yield f"it must return a ModelView or None, not {view!r}"
         return

@@ -1,4 +1,4 @@
-"""Models built without memory for their parameters."""
+"""Models without memory for their parameters, which are on the meta device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code
             )
-    except Exception as error:  # transformers checks little: a wrong field raises anything
+    except Exception as error:  # transformers raises anything for a wrong field
         reason = " ".join(str(error).split())[:200]
         raise QplugError(f"{folder / 'config.json'}: unknown architecture: {reason}") from error
     return config
@@ -48,13 +48,13 @@ def build(config: PreTrainedConfig, folder: Path, *, trust_remote_code: bool) ->
 
 @contextmanager
 def _hollow() -> Iterator[None]:
-    """Within it, modules put their parameters on the meta device as they are made."""
+    """Within it, new modules have their parameters on the meta device."""
     register = nn.Module.register_parameter
 
     def register_hollow(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:  # a tied head stays the embedding
+        if param is not None and not param.is_meta:  # a tied head shares the embedding's parameter
             param = nn.Parameter(param.to("meta"), requires_grad=False)
-            param._is_hf_initialized = True  # type: ignore[attr-defined]  # draw no numbers for it
+            param._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers draws no values for it
         register(module, name, param)
 
     nn.Module.register_parameter = register_hollow  # type: ignore[method-assign,assignment]

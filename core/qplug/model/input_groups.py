@@ -1,10 +1,10 @@
-"""What a decoder block is made of, found by running it: who reads one tensor, and who makes it.
+"""The linears of a decoder block that read one tensor, and the operation that makes the tensor.
 
-Linears that are given the same tensor are a group. The operation before a group is whatever can be
-divided by a scale, channel by channel, with the columns of the group multiplied, so that the block
-computes the same: a norm's weight, or rows of an earlier linear (values before the output
-projection, ``up`` before ``down``). It is not looked up but tried: no architecture is named here.
-Experts read some of the tokens of a tensor, and belong to its group.
+Both are found by running the block; no architecture is named here. Linears that are given the same
+tensor form a group. The producer of a group's input is an operation that can be divided by a scale,
+channel by channel, while the columns of the group are multiplied by it, without a change of the
+block's output: a norm's weight, or rows of an earlier linear (values before the output projection,
+``up`` before ``down``). Experts read some of the tokens of a tensor, and belong to its group.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from qplug.checkpoint.names import is_within, local_of
 from qplug.model.experts import Experts
+from qplug.model.hooks import hooked
 
 #: Runs the block on the same small input each time.
 Call = Callable[[], Tensor]
@@ -26,11 +28,11 @@ _RTOL = 1e-3
 
 
 @dataclass(frozen=True)
-class Before:
-    """The operation that makes a group's input. ``rows[c]``: the row behind channel ``c``.
+class Producer:
+    """The operation that makes a group's input. ``rows[c]``, int64: the row behind channel ``c``.
 
-    ``norm`` multiplies by its weight, ``offset-norm`` by one plus its weight (Gemma), ``rows`` is a
-    linear.
+    ``kind``: a ``norm`` multiplies by its weight, an ``offset-norm`` by one plus its weight
+    (Gemma), ``rows`` means a linear. ``module``: its path within the block.
     """
 
     kind: Literal["norm", "offset-norm", "rows"]
@@ -39,64 +41,66 @@ class Before:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Modules that read one tensor, by their names within the block; ``before`` None if unknown.
+class GroupPaths:
+    """Modules that read one tensor, by path within the block; ``producer`` is None if unknown.
 
-    ``linears`` are all that multiply it by a matrix, routers too; ``at`` is a module that is given
-    the whole tensor. ``routed``: those of ``linears`` that read some of its tokens, expert by
-    expert. ``experts``: the module that has the experts of which the reader is one.
+    ``linears``: all modules that multiply the tensor by a matrix, routers too. ``at``: a module
+    that is given the whole tensor. ``by_expert``: the members of ``linears`` that read some of its
+    tokens, for each expert. ``experts``: the module of the experts, if the reader is one of them.
     """
 
     linears: tuple[str, ...]
-    before: Before | None
+    producer: Producer | None
     at: str
-    routed: tuple[tuple[str, ...], ...] = ()
+    by_expert: tuple[tuple[str, ...], ...] = ()
     experts: str | None = None
 
 
-def find_groups(block: nn.Module, call: Call) -> tuple[Group, ...]:
+def find_groups(block: nn.Module, call: Call) -> tuple[GroupPaths, ...]:
     """The groups of ``block``, in the order in which it computes. ``block`` must be float32.
 
-    The block is left as it was. Experts are alike: what is found of one is told of all.
+    The block is left as it was. One expert is examined; the others are taken to be alike.
     """
     seen = _watch(block, call)
-    groups: dict[tuple[int, int], list[str]] = {}
+    readers_of_tensor: dict[tuple[int, int], list[str]] = {}
     for name, tensor in seen.inputs.items():
-        groups.setdefault((tensor.data_ptr(), tensor.shape[-1]), []).append(name)
+        readers_of_tensor.setdefault((tensor.data_ptr(), tensor.shape[-1]), []).append(name)
     mixtures = {n: part for n, part in block.named_modules() if isinstance(part, Experts)}
-    found: list[Group] = []
+    groups: list[GroupPaths] = []
     earlier: list[str] = []
-    told: set[str] = set()
-    for given in groups.values():
-        mixture = next((name for name in mixtures if given[0].startswith(f"{name}.")), None)
+    finished: set[str] = set()
+    for given in readers_of_tensor.values():
+        mixture = next((name for name in mixtures if is_within(name, given[0])), None)
         if mixture is not None:
             experts = mixtures[mixture]
-            if mixture not in told and given[0].endswith(f".{experts.last}"):
-                told.add(mixture)
-                found += _behind_experts(block, call, seen, mixture)
+            if mixture not in finished and given[0].endswith(f".{experts.last}"):
+                finished.add(mixture)
+                groups += _behind_experts(block, call, seen, mixture)
             continue
-        readers, routed = [], []
+        readers, by_expert = [], []
         for name in given:
             if name not in mixtures:
                 readers.append(name)
                 continue
-            routed += _readers_of(name, mixtures[name])
-            readers += [linear for linears in routed for linear in linears]
-        before = _find_before(block, call, seen, readers, given[0], earlier)
-        found.append(Group(tuple(readers), before, given[0], tuple(routed)))
+            by_expert += _readers_of(name, mixtures[name])
+            readers += [linear for linears in by_expert for linear in linears]
+        producer = _find_producer(block, call, seen, readers, given[0], earlier)
+        groups.append(GroupPaths(tuple(readers), producer, given[0], tuple(by_expert)))
         earlier += [name for name in given if name not in mixtures]
-    return tuple(found)
+    return tuple(groups)
 
 
 def _readers_of(mixture: str, experts: Experts) -> list[tuple[str, ...]]:
-    """The linears that read tokens, expert by expert."""
+    """The linears that read tokens, for each expert."""
     return [
         tuple(f"{mixture}.{number}.{local}" for local in experts.readers)
         for number, _ in experts.named_children()
     ]
 
 
-def _behind_experts(block: nn.Module, call: Call, seen: _Seen, mixture: str) -> Iterator[Group]:
+def _behind_experts(
+    block: nn.Module, call: Call, seen: _Seen, mixture: str
+) -> Iterator[GroupPaths]:
     """A group for each expert's last linear."""
     experts = block.get_submodule(mixture)
     assert isinstance(experts, Experts)
@@ -104,21 +108,24 @@ def _behind_experts(block: nn.Module, call: Call, seen: _Seen, mixture: str) -> 
     given = [name for name in lasts if name in seen.inputs]
     most = max(given, key=lambda name: seen.inputs[name].shape[0])
     readers = _readers_of(mixture, experts)
-    before = _find_before(block, call, seen, [most], most, readers[lasts.index(most)])
+    producer = _find_producer(block, call, seen, [most], most, readers[lasts.index(most)])
     for last, linears in zip(lasts, readers, strict=True):
-        own = before
-        if before is not None:
-            local = before.module.rpartition(".")[2]
+        own = producer
+        if producer is not None:
+            local = local_of(producer.module)
             module = next(name for name in linears if name.endswith(f".{local}"))
-            own = replace(before, module=module)
-        yield Group((last,), own, last, experts=mixture)
+            own = replace(producer, module=module)
+        yield GroupPaths((last,), own, last, experts=mixture)
+
+
+# --- one forward pass -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """One forward pass: what linears and experts read, what norms make, in order, and the result.
+    """One forward pass: inputs of linears and experts, outputs of norms, in order; and the result.
 
-    The tensors are kept, so that no address is used twice.
+    The tensors are kept alive, so that no two of them have the same address.
     """
 
     inputs: Mapping[str, Tensor]
@@ -135,16 +142,13 @@ def _watch(block: nn.Module, call: Call) -> _Seen:
             handles.append(module.register_forward_pre_hook(_keep_input(inputs, name)))
         elif is_norm(module):
             handles.append(module.register_forward_hook(_keep_output(outputs, name)))
-    try:
+    with hooked(handles):
         result = call()
-    finally:
-        for handle in handles:
-            handle.remove()
     return _Seen(inputs, outputs, result)
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    """Whether a module multiplies by a matrix: linears do, and routers with ways of their own."""
+    """Whether a module multiplies by a matrix: linears, and routers with classes of their own."""
     weight = getattr(module, "weight", None)
     return isinstance(module, nn.Linear) or (isinstance(weight, Tensor) and weight.ndim == 2)
 
@@ -152,7 +156,7 @@ def _is_matrix(module: nn.Module) -> bool:
 def _keep_input(kept: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
     def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
         weight = getattr(module, "weight", None)
-        # Not a matrix of [in, out], as GPT-2 has them; one that is square is seen by trial.
+        # Matrices [in, out], as in GPT-2, are left out; a square one is found out by trial.
         if weight is None or weight.shape[-1] == inputs[0].shape[-1]:
             kept[name] = inputs[0]
 
@@ -169,20 +173,26 @@ def _keep_output(
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module multiplies by a vector: norms do, and nothing else that has weights."""
+    """Whether a module multiplies by a vector; among modules with weights only norms do."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.ndim == 1
 
 
-def _find_before(
+# --- the producer of a tensor ---------------------------------------------------------------------
+
+
+def _find_producer(
     block: nn.Module,
     call: Call,
     seen: _Seen,
     readers: Sequence[str],
     given: str,
     earlier: Sequence[str],
-) -> Before | None:
-    """What makes the tensor that ``given`` and all ``readers`` read; ``earlier`` are linears."""
+) -> Producer | None:
+    """The producer of the tensor that ``given`` and all ``readers`` read, or None.
+
+    ``earlier``: linears that compute before them.
+    """
     for candidate in _candidates(block, seen, given, earlier):
         if _holds(block, call, seen.result, candidate, readers):
             return candidate
@@ -191,28 +201,28 @@ def _find_before(
 
 def _candidates(
     block: nn.Module, seen: _Seen, given: str, earlier: Sequence[str]
-) -> Iterator[Before]:
+) -> Iterator[Producer]:
     read = seen.inputs[given]
     width = read.shape[-1]
     each = torch.arange(width, device=read.device)
     for name, output in seen.outputs.items():
         same = output.data_ptr() == read.data_ptr() and output.numel() == read.numel()
         if same and output.shape[-1] == width:
-            yield Before("norm", name, each)
-            yield Before("offset-norm", name, each)
+            yield Producer("norm", name, each)
+            yield Producer("offset-norm", name, each)
     for name in reversed(earlier):
         linear = block.get_submodule(name)
         if isinstance(linear, nn.Linear):
             for rows in _sections(linear.out_features, width, read.device):
-                yield Before("rows", name, rows)
+                yield Producer("rows", name, rows)
 
 
 def _sections(out: int, width: int, device: torch.device) -> Iterator[Tensor]:
-    """Ways in which ``width`` channels can come from the ``out`` rows of a linear.
+    """Rows of a linear, of ``out``, that may make ``width`` channels: int64 ``[width]`` each.
 
-    One by one; heads that share values, repeated; and both as the last part of a matrix in which
-    engines or architectures have fused several (qkv, gate-up), or as the last part of each head of
-    it.
+    Each channel has a row of its own, or heads that share values are repeated. The rows are the
+    whole matrix, or its last part where a matrix fuses several (qkv, gate-up), or the last part of
+    each head of such a matrix.
     """
     sizes = [out] if out <= width else []
     if out > width:
@@ -230,63 +240,71 @@ def _sections(out: int, width: int, device: torch.device) -> Iterator[Tensor]:
         for head in _divisors(size):
             yield start.view(-1, 1, head).expand(-1, repeats, -1).reshape(-1)
     if out > width:
-        for count in _divisors(gcd(out, width))[:-1]:  # in a single run they were the last already
+        # Count 1 is skipped: the last rows of the whole matrix are a case above.
+        for count in _divisors(gcd(out, width))[:-1]:
             runs = torch.arange(out, device=device).view(count, -1)
             yield runs[:, -(width // count) :].reshape(-1)
 
 
 def _divisors(size: int) -> list[int]:
-    """The sizes that heads can have, and the counts of them."""
+    """All divisors of ``size``, largest first: possible head sizes, or numbers of heads."""
     return [head for head in range(size, 0, -1) if size % head == 0]
 
 
 def _holds(
-    block: nn.Module, call: Call, result: Tensor, before: Before, readers: Sequence[str]
+    block: nn.Module, call: Call, result: Tensor, producer: Producer, readers: Sequence[str]
 ) -> bool:
-    """Whether scale can be moved from ``before`` to ``readers`` without a change of the result."""
-    source = block.get_submodule(before.module)
-    count = int(before.rows.max()) + 1
+    """Whether the block has the same result after scale moves from ``producer`` to ``readers``."""
+    source = block.get_submodule(producer.module)
+    count = int(producer.rows.max()) + 1
     generator = torch.Generator().manual_seed(0)
-    factors = (torch.rand(count, generator=generator) * 1.5 + 0.5).to(before.rows.device)
-    scale = factors[before.rows]  # [in]
-    made = dict(source.named_parameters(recurse=False))
-    read = [block.get_parameter(f"{name}.weight") for name in readers]
-    touched = [*made.values(), *read]
+    factors = (torch.rand(count, generator=generator) * 1.5 + 0.5).to(producer.rows.device)
+    scale = factors[producer.rows]  # [in]
+    divided_parameters = dict(source.named_parameters(recurse=False))
+    weights = [block.get_parameter(f"{name}.weight") for name in readers]
+    touched = [*divided_parameters.values(), *weights]
     kept = [parameter.detach().clone() for parameter in touched]
     try:
         with torch.no_grad():
-            for weight in read:
+            for weight in weights:
                 weight.mul_(scale)
             disturbed = call()
-            divide(made["weight"], made.get("bias"), before, scale)
+            divide(divided_parameters["weight"], divided_parameters.get("bias"), producer, scale)
             restored = call()
     finally:
         with torch.no_grad():
             for parameter, old in zip(touched, kept, strict=True):
                 parameter.copy_(old)
-    # Compared with what the scale does alone: beside a large residual all changes are small.
+    # Relative to the effect of the scale alone, since a large residual hides any error.
     return bool((restored - result).norm() < _RTOL * (disturbed - result).norm())
 
 
-def divide(weight: Tensor, bias: Tensor | None, before: Before, scale: Tensor) -> None:
-    """Divide what ``before`` makes by ``scale: [in]``, in place, in its ``weight`` and ``bias``."""
-    new_weight, new_bias = divided(weight, bias, before, scale)
+# --- moving scale ---------------------------------------------------------------------------------
+
+
+def divide(weight: Tensor, bias: Tensor | None, producer: Producer, scale: Tensor) -> None:
+    """Divide ``weight`` and ``bias`` of ``producer`` in place: its output, by ``scale: [in]``."""
+    new_weight, new_bias = divided(weight, bias, producer, scale)
     weight.copy_(new_weight)
     if bias is not None and new_bias is not None:
         bias.copy_(new_bias)
 
 
 def divided(
-    weight: Tensor, bias: Tensor | None, before: Before, scale: Tensor
+    weight: Tensor, bias: Tensor | None, producer: Producer, scale: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """What ``divide`` makes of them. Of channels that share a row, the first tells its scale."""
-    if before.kind == "rows":
-        channels = torch.full((len(weight),), -1, device=weight.device)
-        channels[before.rows.flip(0)] = torch.arange(len(before.rows), device=weight.device).flip(0)
+    """The weight and bias that ``divide`` stores, differentiable.
+
+    If several channels share a row, the scale of the first one counts.
+    """
+    if producer.kind == "rows":
+        rows, device = producer.rows, weight.device
+        channels = torch.full((len(weight),), -1, device=device)
+        channels[rows.flip(0)] = torch.arange(len(rows), device=device).flip(0)
         scale = torch.where(channels >= 0, scale.to(weight.dtype)[channels.clamp(min=0)], 1)
-        made = weight / scale[:, None]
-    elif before.kind == "offset-norm":
-        made = (weight + 1) / scale - 1
+        new_weight = weight / scale[:, None]
+    elif producer.kind == "offset-norm":
+        new_weight = (weight + 1) / scale - 1
     else:
-        made = weight / scale
-    return made, None if bias is None else bias / scale
+        new_weight = weight / scale
+    return new_weight, None if bias is None else bias / scale

@@ -1,8 +1,8 @@
-"""Keys and values on their way into the cache: who puts them there, their ranges, their rounding.
+"""Keys and values on their way into the KV cache: which modules store them, their ranges, rounding.
 
-Attention hands them, after rotary embedding and as an engine would store them, to ``update(keys,
-values, layer, ...)`` of an object that it is called with: the interface of transformers' caches. So
-it is enough to be that object; no architecture is named here.
+Attention passes keys and values, after rotary embedding, to ``update(keys, values, layer, ...)`` of
+a cache that it is called with: the interface of transformers' caches. The classes here take the
+place of such a cache, so no architecture is named.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qplug.api.scheme import QuantArgs
 from qplug.api.tensors import Checkpoint
 from qplug.errors import QplugError
 from qplug.model.hollow import build, load_config
+from qplug.model.hooks import hooked
 from qplug.numerics.activations import fake_quantize_activations, input_scale
 
 #: The names of the scales of keys and values, float32 ``[1]``, in a module of attention.
@@ -32,10 +33,10 @@ _PROBE = 4
 
 @dataclass(frozen=True)
 class KVCache:
-    """How keys and values are stored, and where they come from.
+    """How keys and values are stored, and which modules store them.
 
-    ``modules``: the module that fills the cache, by block, by its name within the block.
-    ``argument``: what blocks call the cache that they are given.
+    ``modules``: the module of each block that fills the cache, relative to the block, by block.
+    ``argument``: the name of the argument through which blocks get their cache.
     """
 
     args: QuantArgs
@@ -48,7 +49,7 @@ class KVCache:
 
 
 class PassingCache:
-    """Takes keys and values, keeps none, and gives back what attention shall compute with."""
+    """A cache that stores nothing and returns the keys and values for attention to use."""
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int | None = None, *args: Any, **kwargs: Any
@@ -58,9 +59,9 @@ class PassingCache:
 
 
 class ObservedCache(PassingCache):
-    """Notes the largest magnitudes of keys and of values. ``times``: how often it was given any.
+    """Records the largest magnitudes of keys and of values; ``times`` counts the updates.
 
-    ``real``, bool ``[samples, tokens]``, is false where a sample has ended; None if none has.
+    ``real``, bool ``[samples, tokens]``, is false for padding; None if there is none.
     """
 
     def __init__(self) -> None:
@@ -84,9 +85,9 @@ class ObservedCache(PassingCache):
         return sizes.amax().float()
 
     def scales(self, args: QuantArgs, where: str) -> tuple[Tensor, ...]:
-        """Those of keys and of values that clip nothing, float32 ``[1]``.
+        """The scales of keys and of values that clip nothing, float32 ``[1]``.
 
-        Raises QplugError if what was seen is not finite.
+        Raises QplugError, which names ``where``, if keys or values were not finite.
         """
         if not self.peaks or not all(bool(torch.isfinite(peak)) for peak in self.peaks):
             raise QplugError(f"{where}: its keys or values are not finite on the calibration data")
@@ -94,7 +95,7 @@ class ObservedCache(PassingCache):
 
 
 class RoundedCache(PassingCache):
-    """Rounds keys and values under the two scales, one element each, of a layer."""
+    """Rounds keys and values under the two scales of a layer, each ``[1]``."""
 
     def __init__(self, args: QuantArgs, scales: tuple[Tensor, ...]) -> None:
         self._args, self._scales = args, scales
@@ -109,16 +110,16 @@ class RoundedCache(PassingCache):
         )
 
 
-# --- who fills the cache --------------------------------------------------------------------------
+# --- which modules fill the cache -----------------------------------------------------------------
 
 
 @torch.no_grad()
 def find_cache(
     source: Checkpoint, view: ModelView, args: QuantArgs, *, trust_remote_code: bool = False
 ) -> KVCache:
-    """Watch a hollow model at work: its blocks compute on the meta device, and read no weight.
+    """Find the modules that fill the cache, by running a hollow model on the meta device.
 
-    Raises QplugError if a block gives nothing to the cache.
+    No weight is read. Raises QplugError if a block stores nothing in its cache.
     """
     from transformers import DynamicCache
 
@@ -133,32 +134,33 @@ def find_cache(
                 hollow = torch.zeros((), dtype=torch.float32).expand(parameter.shape)
                 module._parameters[name] = nn.Parameter(hollow, requires_grad=False)
     tokens = torch.zeros(1, _PROBE, dtype=torch.int64)
-    cache: Any = DynamicCache()  # stays empty; it shows by what name blocks are given one
+    cache: Any = DynamicCache()  # stays empty; it shows under which name blocks get a cache
     for name, block in blocks.items():
         block.float().to("meta")
         block.forward = watches[name]
     model.base_model(input_ids=tokens, past_key_values=cache, use_cache=False)
     for name, watch in watches.items():
-        if watch.found is None:
+        if watch.module is None:
             raise QplugError(f"{name}: nothing in it fills a KV cache, so none can be quantized")
     argument = watches[view.blocks[0]].argument
-    return KVCache(args, {n: watch.found or "" for n, watch in watches.items()}, argument)
+    return KVCache(args, {n: watch.module or "" for n, watch in watches.items()}, argument)
 
 
 class _FoundError(Exception):
-    """Ends a forward pass that has shown what was looked for."""
+    """Ends a forward pass once the module that fills the cache is known."""
 
 
 class _Watch:
-    """Stands for the ``forward`` of a block: runs it on the meta device, and notes who calls.
+    """Replaces the ``forward`` of a block: runs it on the meta device to find ``module``.
 
-    What comes out is what went in, so that all outside the blocks computes with real numbers.
+    Returns its input, so that everything outside of the blocks computes with real numbers.
+    ``module``: the path of the module that fills the cache, None if none does.
     """
 
     def __init__(self, block: nn.Module) -> None:
         self._block, self._forward = block, block.forward
         self.argument = ""
-        self.found: str | None = None
+        self.module: str | None = None
 
     def __call__(self, hidden_states: Tensor, **call: Any) -> Tensor:
         from transformers import Cache
@@ -173,31 +175,28 @@ class _Watch:
 
     @contextmanager
     def _watching(self) -> Iterator[PassingCache]:
-        at_work: list[str] = []
+        running: list[str] = []
         handles = []
         watch = self
 
         def enter(name: str, module: nn.Module, inputs: object) -> None:
-            at_work.append(name)
+            running.append(name)
 
         def leave(module: nn.Module, inputs: object, output: object) -> None:
-            at_work.pop()
+            running.pop()
 
         for name, module in self._block.named_modules():
             if name:
                 handles.append(module.register_forward_pre_hook(partial(enter, name)))
                 handles.append(module.register_forward_hook(leave))
 
-        class Noting(PassingCache):
+        class RecordingCache(PassingCache):
             def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-                watch.found = at_work[-1]
-                raise _FoundError  # what comes after may not run on the meta device, as experts
+                watch.module = running[-1]
+                raise _FoundError  # modules behind it, such as experts, may not run on meta
 
-        try:
-            yield Noting()
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles):
+            yield RecordingCache()
 
 
 def _to_meta(value: Any) -> Any:
@@ -214,10 +213,10 @@ def _to_meta(value: Any) -> Any:
 def round_cache(
     model: nn.Module, args: QuantArgs, scales: Mapping[int, tuple[Tensor, ...]]
 ) -> None:
-    """Have ``model``, one of transformers, compute with rounded keys and values from now on.
+    """Make the transformers model ``model`` round keys and values from now on.
 
-    ``scales``: those of each layer, by its number. A cache that the model is called with, or that
-    ``generate`` makes, holds rounded ones.
+    ``scales``: of keys and of values, by number of the layer. Caches that the model is called with,
+    or that ``generate`` makes, then hold rounded keys and values.
     """
     rounding = {layer: RoundedCache(args, pair) for layer, pair in scales.items()}
 
@@ -232,7 +231,7 @@ def round_cache(
             cache.rounds = True
         return inputs, {**call, "past_key_values": cache}
 
-    # Some heads call the decoder inside their base model, others the base model itself.
+    # Some models with a head call the decoder inside their base model, others the base model.
     base: nn.Module = model.base_model  # type: ignore[assignment]
     for part in dict.fromkeys((model, base)):
         part.register_forward_pre_hook(give, with_kwargs=True)

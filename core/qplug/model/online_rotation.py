@@ -1,4 +1,4 @@
-"""Rotations that are done as a model runs: qplug can, engines cannot."""
+"""Rotation of inputs while a model runs; qplug does it, engines do not."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def rotate_inputs(model: nn.Module, linears: Iterable[str]) -> list[RemovableHandle]:
-    """From now on, the inputs of ``linears`` are multiplied by the Hadamard matrix of their width.
+    """Register hooks that multiply the inputs of ``linears`` by the Hadamard matrix of their width.
 
-    Raises QplugError if one of them is no linear of its own in memory, as experts are not.
+    Raises QplugError if one of ``linears`` is no ``nn.Linear`` in memory, such as a fused expert.
     """
     modules = dict(model.named_modules())
     linears = tuple(linears)

@@ -1,4 +1,4 @@
-"""Parameters of modules, set and taken away by name."""
+"""Parameters of modules: set and emptied by name, checked, and passed to a call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from qplug.checkpoint.names import split_name
 from qplug.errors import QplugError
 
 
@@ -23,31 +24,37 @@ def refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def fill_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Set the parameters and buffers of ``module`` named in ``values``."""
     for name, value in values.items():
         set_parameter(module, name, value)
 
 
 def empty_parameters(module: nn.Module, names: Iterable[str]) -> None:
+    """Free the memory of the parameters ``names`` of ``module``: empty ones take their place."""
     for name in names:
         set_parameter(module, name, torch.empty(0, device="meta"))
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    path, _, local = name.rpartition(".")
-    part = module.get_submodule(path)
-    if local in part._buffers:
-        part._buffers[local] = value
+    """Set the parameter or buffer ``name`` of ``module``, of any shape; parameters are frozen."""
+    path, local = split_name(name)
+    owner = module.get_submodule(path)
+    if local in owner._buffers:
+        owner._buffers[local] = value
     else:
-        part._parameters[local] = nn.Parameter(value, requires_grad=False)
+        owner._parameters[local] = nn.Parameter(value, requires_grad=False)
 
 
 def call_block(
-    module: nn.Module, values: Mapping[str, Tensor], batch: Tensor, call: Mapping[str, Any]
+    module: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor, call: Mapping[str, Any]
 ) -> Tensor:
-    """What ``module`` makes of ``batch`` with the parameters ``values``."""
-    return first_tensor(functional_call(module, dict(values), (batch,), dict(call)))
+    """The hidden states that the block ``module`` returns for ``inputs`` with ``parameters``.
+
+    ``inputs`` and the result: ``[samples, tokens, width]``; ``call``: its keyword arguments.
+    """
+    return first_tensor(functional_call(module, dict(parameters), (inputs,), dict(call)))
 
 
 def first_tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The hidden states, of what a block gives back."""
+    """The hidden states in the output of a block, which may be a tuple that starts with them."""
     return output if isinstance(output, Tensor) else output[0]

@@ -1,4 +1,4 @@
-"""Keep transformers from drawing bars and warnings over qplug's own output."""
+"""Progress bars and warnings of transformers, switched off in favour of qplug's own output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Within it, transformers shows errors alone; afterwards it is as it was."""
+    """Within it, transformers prints errors only; afterwards its settings are as before."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,9 +1,9 @@
-"""What faces the residual stream of a model, found by trial on a small random copy.
+"""The tensors that write or read the residual stream, found by trial on a small random copy.
 
-No architecture is named. Hide one direction ``u`` of the stream from all norms: a tensor writes
-into the stream if a change along ``u`` then changes no logit. Hide ``u`` from what a norm gives: a
-tensor reads that norm if a change along ``u`` then changes no logit. Either must change them
-otherwise.
+No architecture is named here. Hide one direction ``u`` of the stream from the inputs of all norms:
+a tensor writes into the stream if changing it along ``u`` then changes no logit. Hide ``u`` from
+the output of one norm: a tensor reads that norm if changing it along ``u`` then changes no logit.
+In both cases the change must have an effect while ``u`` is not hidden.
 """
 
 from __future__ import annotations
@@ -16,34 +16,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qplug.api import Facing, Heads, Stream, StreamNorm, TensorSpec
+from qplug.api import Stream, StreamAxis, StreamNorm, TensorSpec, ValueHeads
+from qplug.checkpoint.names import block_of, module_of, relative_name
 from qplug.errors import QplugError
-from qplug.model.input_groups import Before, find_groups, is_norm
+from qplug.model.hooks import hooked
+from qplug.model.input_groups import Producer, find_groups, is_norm
 from qplug.model.small_copy import Place, SmallCopy, place_of
 
-#: What a hidden change may do to the logits, relative to what it does when it is seen.
+#: The largest effect of a hidden change on the logits, relative to its effect when not hidden.
 _RTOL = 1e-3
 
 
 @dataclass(frozen=True)
 class _Values:
-    """A projection and the rows of the linear behind it, by the names of parameters in memory.
+    """The values of attention and the projection that reads them, by names of parameters in memory.
 
-    ``rows`` says how to find them: ``all``, as many as the projection is ``wide``, the ``rest``
-    that two others leave, or every ``third`` run of ``size``.
+    ``rows`` tells which rows of ``values`` make heads: ``all``, as many as the projection is
+    ``wide``, the ``rest`` behind two other parts, or every ``third`` run of ``size`` rows.
     """
 
-    made: str
+    values: str
     output: str
     rows: str
     size: int
 
 
-class Faces:
-    """What faces the stream of ``copy``; ``stream`` tells it of the copy, or of the whole model."""
+class StreamFinder:
+    """Finds the tensors of ``copy`` that write or read the stream; ``stream`` describes them."""
 
     def __init__(self, copy: SmallCopy) -> None:
-        """Raises QplugError if a norm does what is not known."""
+        """Raises QplugError if a norm is of an unknown kind."""
         self.copy = copy
         self._model: nn.Module = copy.model
         width = copy.width
@@ -53,64 +55,70 @@ class Faces:
             if is_norm(module) and module.get_parameter("weight").shape == (width,)
         }
         hidden = torch.randn(width, generator=torch.Generator().manual_seed(1))
-        self._hidden = hidden / hidden.norm()  # the direction u
-        self._found = dict(self._find())
-        self.read = {norm for _, norm in self._found.values() if norm is not None}
+        self._hidden = hidden / hidden.norm()  # the unit vector u
+        #: The axis of each parameter that faces the stream, and the norm that it reads.
+        self._facing = dict(self._find())
+        self.read = {norm for _, norm in self._facing.values() if norm is not None}
         self.offsets = {name: _offset(name, self._norms[name], width) for name in self.read}
         centred = {
             _centres(self._norms[name], self.offsets[name], width) for name in sorted(self.read)
         }
         if len(centred) > 1:
-            raise QplugError("some norms of this model subtract the mean, and some do not")
+            raise QplugError(
+                "some norms of this model subtract the mean, and some do not; it cannot be rotated"
+            )
         self.centred = centred == {True}
         self.values = tuple(self._find_values())
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """Norms as wide as the stream that no linear reads."""
+        """Norms as wide as the stream whose output no linear reads."""
         return tuple(name for name in self._norms if name not in self.read)
 
-    # --- who writes, who reads -------------------------------------------------------------------
+    # --- writers and readers ----------------------------------------------------------------------
 
     def _find(self) -> Iterator[tuple[str, tuple[int, str | None]]]:
-        """The axis of each parameter that faces the stream, and the norm that it reads."""
-        own = {
+        """Yields each parameter that faces the stream, with its axis and the norm that it reads."""
+        of_norms = {
             f"{name}.{local}"
             for name, norm in self._norms.items()
             for local, _ in norm.named_parameters(recurse=False)
         }
-        sights: dict[str | None, Tensor] = {}
+        hidden: dict[str | None, Tensor] = {}
         for norm in (None, *self._norms):
             with self._hiding(norm):
-                sights[norm] = self._logits()
+                hidden[norm] = self._logits()
         plain = self._logits()
         for name, parameter in self._model.named_parameters():
-            if name in own:
+            if name in of_norms:
                 continue
             for axis in range(parameter.ndim - 1, max(parameter.ndim - 3, -1), -1):
                 if parameter.shape[axis] != self.copy.width:
                     continue
                 with self._changed(parameter, axis):
                     effect = (self._logits() - plain).norm()
-                    norm = self._hidden_by(sights, effect) if effect > 0 else _NOT
-                if norm is not _NOT:
+                    norm = self._hidden_by(hidden, effect) if effect > 0 else _NEITHER
+                if norm is not _NEITHER:
                     yield name, (axis, norm)
                     break
 
-    def _hidden_by(self, sights: Mapping[str | None, Tensor], effect: Tensor) -> Any:
-        """The norm that must hide ``u`` so that a change is not seen; None if all must."""
-        for norm, sight in sights.items():
+    def _hidden_by(self, hidden: Mapping[str | None, Tensor], effect: Tensor) -> Any:
+        """The norm that must hide ``u`` so that the present change has no effect.
+
+        None if all norms must. ``hidden``: logits without the change, by norm that hides ``u``.
+        """
+        for norm, logits in hidden.items():
             with self._hiding(norm):
-                if (self._logits() - sight).norm() <= _RTOL * effect:
+                if (self._logits() - logits).norm() <= _RTOL * effect:
                     return norm
-        return _NOT
+        return _NEITHER
 
     def _logits(self) -> Tensor:
         return self.copy.run().logits
 
     @contextmanager
     def _hiding(self, norm: str | None) -> Iterator[None]:
-        """Direction ``u`` is taken from what ``norm`` gives; None: from what all are given."""
+        """Within it, the output of ``norm`` (if None, the inputs of all norms) have no ``u``."""
         u = self._hidden
         if norm is None:
             handles = [
@@ -125,15 +133,12 @@ class Faces:
                     lambda module, inputs, output: _without(output, u)
                 )
             ]
-        try:
+        with hooked(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def _changed(self, parameter: nn.Parameter, axis: int) -> Iterator[None]:
-        """Random multiples of ``u`` are added along ``axis``."""
+        """Within it, random multiples of ``u`` are added to ``parameter`` along ``axis``."""
         kept = parameter.detach().clone()
         generator = torch.Generator().manual_seed(2)
         shape = [1 if a == axis else n for a, n in enumerate(parameter.shape)]
@@ -151,49 +156,49 @@ class Faces:
         for block in self.copy.blocks:
             module = self._model.get_submodule(block)
             for group in find_groups(module, self._logits):
-                before = group.before
-                if before is None or before.kind != "rows" or len(group.linears) != 1:
+                producer = group.producer
+                if producer is None or producer.kind != "rows" or len(group.linears) != 1:
                     continue
                 output = f"{block}.{group.linears[0]}.weight"
-                made = f"{block}.{before.module}.weight"
-                if self._found.get(output, _NOT)[1] is None and made in self._found:
-                    found = self._turnable(made, output, before)
-                    if found is not None:
-                        yield found
+                values = f"{block}.{producer.module}.weight"
+                writes = self._facing.get(output, _NEITHER)[1] is None
+                if writes and values in self._facing:
+                    heads = self._turnable(values, output, producer)
+                    if heads is not None:
+                        yield heads
 
-    def _turnable(self, made: str, output: str, before: Before) -> _Values | None:
-        """The largest heads that can be turned by any rotation without a change of the logits."""
+    def _turnable(self, values: str, output: str, producer: Producer) -> _Values | None:
+        """The largest heads that any rotation can turn without a change of the logits, or None."""
         parameters = dict(self._model.named_parameters())
-        values, projection = parameters[made], parameters[output]
-        bias = parameters.get(f"{made.removesuffix('weight')}bias")
-        touched = [values, projection, *([bias] if bias is not None else [])]
+        weight, projection = parameters[values], parameters[output]
+        bias = parameters.get(f"{values.removesuffix('weight')}bias")
+        touched = [weight, projection, *([bias] if bias is not None else [])]
         kept = [parameter.detach().clone() for parameter in touched]
         plain = self._logits()
-        distinct = len(torch.unique(before.rows))
+        distinct = len(torch.unique(producer.rows))
         generator = torch.Generator().manual_seed(3)
         for size in range(distinct, 1, -1):
             if distinct % size:
                 continue
             for kind in ("all", "wide", "rest", "third"):
-                rows = value_rows(kind, size, values.shape[0], projection.shape[1])
+                rows = value_rows(kind, size, weight.shape[0], projection.shape[1])
                 if rows is None or rows.numel() != distinct:
                     continue
                 turn = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
-                _turn_heads(
-                    projection.data.T, torch.arange(projection.shape[1]).view(-1, size), turn
-                )
+                columns = torch.arange(projection.shape[1]).view(-1, size)
+                _turn_heads(projection.data.T, columns, turn)
                 alone = self._logits()
-                _turn_heads(values.data, rows, turn)
+                _turn_heads(weight.data, rows, turn)
                 if bias is not None:
                     _turn_heads(bias.data[:, None], rows, turn)
                 both = self._logits()
                 for parameter, old in zip(touched, kept, strict=True):
                     parameter.data.copy_(old)
                 if (both - plain).norm() <= _RTOL * (alone - plain).norm():
-                    return _Values(made, output, kind, size)
+                    return _Values(values, output, kind, size)
         return None
 
-    # --- told ------------------------------------------------------------------------------------
+    # --- for a model of any size -----------------------------------------------------------------
 
     def stream(
         self,
@@ -204,89 +209,102 @@ class Faces:
         *,
         tied: bool,
     ) -> Stream:
-        """What faces the stream of a model that holds ``tensors``, with ``blocks`` of ``kinds``.
+        """The stream of a model that holds ``tensors``, with ``blocks`` of ``kinds``.
 
-        ``tied``: whether the head is the embedding. Raises QplugError if a tensor has not the shape
-        that it should have.
+        ``width``: of its residual stream. ``tied``: whether the head is the embedding. Raises
+        QplugError if a tensor has a wrong shape, or reads a norm outside of its own block.
         """
         by_place: dict[Place, tuple[int, str | None]] = {}
-        for parameter, (axis, norm) in self._found.items():
-            for name, there in self.copy.on_disk(parameter, axis):
-                by_place[self.copy.place(name)] = there, norm
+        for parameter, (axis, norm) in self._facing.items():
+            for name, axis_on_disk in self.copy.on_disk(parameter, axis):
+                by_place[self.copy.place(name)] = axis_on_disk, norm
         copies = self._copies() if tied else {}
         shapes = {name: spec.shape for name, spec in tensors.items()}
         shapes |= {name: shapes[source] for name, source in copies.items()}
         blocks, kinds = tuple(blocks), tuple(kinds)
-
-        def near(block: int | None, parameter: str) -> str:
-            """The tensor that ``parameter`` of the copy is, in block ``block`` of the model."""
-            ((name, _),) = self.copy.on_disk(parameter)
-            kind, _ = self.copy.place(name)
-            return name if kind is None else blocks[block] + name[len(self.copy.blocks[kind]) :]  # type: ignore[index]
-
-        facing: dict[str, Facing] = {}
+        axes: dict[str, StreamAxis] = {}
         readers: dict[tuple[str, str], list[str]] = {}
         for name, shape in shapes.items():
-            kind, local = place_of(name, blocks, kinds)
-            if (kind, local) not in by_place:
+            place = place_of(name, blocks, kinds)
+            if place not in by_place:
                 continue
-            axis, norm = by_place[kind, local]
+            axis, norm = by_place[place]
             if shape[axis] != width:
                 raise QplugError(f"{name}: is {list(shape)}; its axis {axis} should be {width}")
-            block = None if kind is None else _block_of(name, blocks)
+            block = None if place[0] is None else block_of(name, blocks)
             if block is None and norm is not None and norm.startswith(tuple(self.copy.blocks)):
                 raise QplugError(
-                    f"{name}: reads {norm}, a norm within a block: the stream of this model is "
-                    "what norms make, and cannot be rewritten"
+                    f"{name}: reads {norm}, a norm within a block, so the residual stream of this "
+                    "model is the output of norms, and cannot be rewritten"
                 )
             bias = f"{name.removesuffix('weight')}bias"
             has_bias = norm is not None and bias in shapes and bias != name
-            told = None if norm is None else near(block, f"{norm}.weight").removesuffix(".weight")
-            facing[name] = Facing(axis, told, bias if has_bias else None)
-            if told is not None and norm is not None:
-                readers.setdefault((told, norm), []).append(name)
+            norm_name = None
+            if norm is not None:
+                norm_name = module_of(self._in_block(f"{norm}.weight", block, blocks))
+                readers.setdefault((norm_name, norm), []).append(name)
+            axes[name] = StreamAxis(axis, norm_name, bias if has_bias else None)
         norms = {
-            told: StreamNorm(
-                weight=f"{told}.weight",
-                bias=f"{told}.bias" if f"{told}.bias" in shapes else None,
+            name: StreamNorm(
+                weight=f"{name}.weight",
+                bias=f"{name}.bias" if f"{name}.bias" in shapes else None,
                 offset=self.offsets[norm],
-                readers=tuple(names),
+                readers=tuple(tensors_of_norm),
             )
-            for (told, norm), names in readers.items()
+            for (name, norm), tensors_of_norm in readers.items()
         }
-        heads = []
+        heads = tuple(self._value_heads(shapes, blocks, kinds))
+        return Stream(width, self.centred, norms, axes, heads, copies)
+
+    def _value_heads(
+        self, shapes: Mapping[str, tuple[int, ...]], blocks: Sequence[str], kinds: Sequence[int]
+    ) -> Iterator[ValueHeads]:
+        """The heads of all ``blocks``. Raises QplugError if a tensor does not divide into heads."""
         for found in self.values:
-            kind, _ = self.copy.place(found.made)
+            kind, _ = self.copy.place(found.values)
             for block in (number for number, of in enumerate(kinds) if of == kind):
-                made, output = near(block, found.made), near(block, found.output)
-                rows = value_rows(found.rows, found.size, shapes[made][0], shapes[output][1])
+                values = self._in_block(found.values, block, blocks)
+                output = self._in_block(found.output, block, blocks)
+                rows = value_rows(found.rows, found.size, shapes[values][0], shapes[output][1])
                 if rows is None:
-                    raise QplugError(f"{made}: {list(shapes[made])} has no heads of {found.size}")
-                bias = f"{made.removesuffix('weight')}bias"
-                heads.append(
-                    Heads(made, bias if bias in shapes else None, rows, output, found.size)
-                )
-        return Stream(width, self.centred, norms, facing, tuple(heads), copies)
+                    raise QplugError(
+                        f"{values}: {list(shapes[values])} has no heads of {found.size}"
+                    )
+                bias = f"{values.removesuffix('weight')}bias"
+                yield ValueHeads(values, bias if bias in shapes else None, rows, output, found.size)
+
+    def _in_block(self, parameter: str, block: int | None, blocks: Sequence[str]) -> str:
+        """The tensor of the model that ``parameter`` of the copy stands for.
+
+        ``block``: the block it is in, an index of ``blocks``; None outside of blocks.
+        """
+        ((name, _),) = self.copy.on_disk(parameter)
+        kind, _ = self.copy.place(name)
+        if kind is None:
+            return name
+        assert block is not None
+        return f"{blocks[block]}.{relative_name(self.copy.blocks[kind], name)}"
 
     def _copies(self) -> dict[str, str]:
-        """The tensor of the head, and that of the embedding, of which it is to be made."""
+        """The tensor of the embedding, by the tensor of the head, which becomes a copy of it."""
         model: Any = self._model
-        named = {id(parameter): name for name, parameter in model.named_parameters()}
-        head = named[id(model.get_output_embeddings().weight)]
-        words = named[id(model.get_input_embeddings().weight)]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        head = names[id(model.get_output_embeddings().weight)]
+        embedding = names[id(model.get_input_embeddings().weight)]
         ((head_name, _),) = self.copy.on_disk(head)
-        ((words_name, _),) = self.copy.on_disk(words)
-        return {head_name: words_name}
+        ((embedding_name, _),) = self.copy.on_disk(embedding)
+        return {head_name: embedding_name}
 
 
-#: Stands for no norm and not the stream either.
-_NOT: Any = ("nothing", "nothing")
+#: Sentinel: the parameter neither writes the stream nor reads a norm.
+_NEITHER: Any = ("nothing", "nothing")
 
 
 def value_rows(kind: str, size: int, out: int, width: int) -> Tensor | None:
     """The rows of heads of ``size``, int64 ``[heads, size]``, in a weight of ``out`` rows.
 
-    ``width`` is that of the projection that reads them. None if they do not fit.
+    ``kind``: as ``_Values.rows``; ``width``: columns of the projection that reads the heads. None
+    if no such heads fit.
     """
     if kind == "third":
         if out != 3 * width or width % size:
@@ -299,31 +317,28 @@ def value_rows(kind: str, size: int, out: int, width: int) -> Tensor | None:
 
 
 def _turn_heads(matrix: Tensor, rows: Tensor, turn: Tensor) -> None:
-    """Replace each head, rows ``[heads, size]`` of ``matrix``, by ``turnᵀ`` times it."""
+    """Multiply each head, rows ``[heads, size]`` of ``matrix``, by ``turnᵀ`` from the left."""
     matrix[rows] = turn.T @ matrix[rows]
 
 
-def _block_of(name: str, blocks: tuple[str, ...]) -> int:
-    return next(number for number, block in enumerate(blocks) if name.startswith(f"{block}."))
-
-
 def _without(x: Tensor, direction: Tensor) -> Tensor:
+    """``x: [..., width]`` without its part along the unit vector ``direction``."""
     return x - (x @ direction)[..., None] * direction
 
 
 def _offset(name: str, norm: nn.Module, width: int) -> float:
-    """0 for a norm that multiplies by its weight, 1 for one that adds one to it before."""
+    """0 for a norm that multiplies by its weight, 1 for a norm that multiplies by 1 + weight."""
     for offset in (0.0, 1.0):
         if not _unbiased(norm, -offset, _probe(width)).any():
             return offset
-    raise QplugError(f"{name}: is a norm of a kind that is not known")
+    raise QplugError(f"{name}: is a norm of an unknown kind, so the model cannot be rotated")
 
 
 def _centres(norm: nn.Module, offset: float, width: int) -> bool:
-    """Whether the mean of the input is subtracted."""
+    """Whether the norm subtracts the mean of its input."""
     x = _probe(width)
-    one, other = (_unbiased(norm, 1 - offset, each) for each in (x, x + 1))
-    return bool((one - other).norm() <= _RTOL * one.norm())
+    plain, raised = (_unbiased(norm, 1 - offset, values) for values in (x, x + 1))
+    return bool((plain - raised).norm() <= _RTOL * plain.norm())
 
 
 def _probe(width: int) -> Tensor:
@@ -332,7 +347,7 @@ def _probe(width: int) -> Tensor:
 
 @torch.no_grad()
 def _unbiased(norm: nn.Module, weight: float, x: Tensor) -> Tensor:
-    """What ``norm`` makes of ``x`` with the same weight everywhere and no bias."""
+    """The output of ``norm`` for ``x`` with ``weight`` in each channel and no bias."""
     kept = {local: part.detach().clone() for local, part in norm.named_parameters(recurse=False)}
     call: Callable[[Tensor], Tensor] = norm
     try:

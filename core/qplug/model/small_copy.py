@@ -1,12 +1,11 @@
-"""A small random copy of a model, to try on it what shall not change what the model computes.
+"""A small random copy of a model, on which rewrites are tried that must not change its logits.
 
-It is built from the same configuration with smaller sizes, and has one decoder block of each kind.
-Its tensors have the names that they have on disk, whatever transformers makes of them in memory.
+The copy has the configuration of the model with smaller sizes, and one decoder block of each kind.
+Its tensors go by their names on disk, even where transformers fuses or renames them in memory.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qplug.checkpoint.names import kind_of, module_of, split_name
 from qplug.errors import QplugError
 from qplug.model.hollow import build
+from qplug.model.hooks import hooked
 from qplug.model.online_rotation import rotate_inputs
+from qplug.model.parameters import first_tensor
 from qplug.model.quiet import quiet_transformers
 from qplug.model.view import decoder_blocks
 from qplug.numerics.hadamard import hadamard_exists
@@ -27,8 +29,8 @@ from qplug.numerics.hadamard import hadamard_exists
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-#: Where a tensor stands, block by kind: the kind (None outside of blocks), and its name there with
-#: a star for the number of an expert.
+#: The place of a tensor: the kind of its block (None outside of blocks), and its name relative to
+#: the block with a star for the number of an expert.
 Place = tuple["int | None", str]
 
 _HEADS = (4, 8, 16)
@@ -36,8 +38,8 @@ _VOCABULARY = 256
 _EXPERTS = 8
 _TOKENS = 16
 
-# Sizes by the names that configurations have for them. Nothing else is known of an architecture:
-# where a model of these sizes does not run, the copy has the sizes of the model.
+# The fields of configurations that hold sizes. Nothing else is assumed of an architecture: if a
+# model of smaller sizes does not run, the copy has the sizes of the model.
 _INNER = ("intermediate_size", "ffn_dim", "n_inner", "shared_expert_intermediate_size")
 _EXPERT_INNER = "moe_intermediate_size"
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -45,7 +47,7 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 @dataclass(frozen=True)
 class Seen:
-    """One pass: logits ``[tokens, vocabulary]``, and what left each block, ``[tokens, width]``."""
+    """One pass: logits ``[tokens, vocabulary]``, and each block's output ``[tokens, width]``."""
 
     logits: Tensor
     hidden: tuple[Tensor, ...]
@@ -54,8 +56,8 @@ class Seen:
 class SmallCopy:
     """A random model with one block of each kind, in float32 on the CPU, its head untied.
 
-    ``kinds[i]`` is the kind of block ``i`` of the real model, ``first[k]`` the first block of kind
-    ``k``, and ``blocks[k]`` the name of the block here. ``model`` may be changed through ``fill``.
+    ``kinds[i]``: the kind of block ``i`` of the real model. ``first[k]``: the first block of kind
+    ``k``. ``blocks[k]``: the name of that block in the copy. ``width``: of the residual stream.
     """
 
     def __init__(self, config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> None:
@@ -64,25 +66,27 @@ class SmallCopy:
         try:
             self._make(_shrunk(config), folder, trust_remote_code)
             self.run()
-        except Exception:  # sizes that do not go together raise anything
+        except Exception:  # transformers raises anything for sizes that do not fit together
             self._make(_untied(config), folder, trust_remote_code)
             try:
                 self.run()
             except Exception as error:
                 reason = " ".join(str(error).split())[:200]
-                raise QplugError(f"{folder}: a copy of the model does not run: {reason}") from error
+                raise QplugError(
+                    f"{folder}: a random copy of the model does not run: {reason}"
+                ) from error
         self.width = self.model.config.get_text_config().hidden_size
 
     def _make(self, config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> None:
         self.model = build(config, folder, trust_remote_code=trust_remote_code).eval()
         names = decoder_blocks(self.model, folder)
-        parent = names[0].rpartition(".")[0]
+        parent = module_of(names[0])
         kinds: dict[tuple[Any, ...], int] = {}
         modules = [self.model.get_submodule(name) for name in names]
         self.kinds = tuple(kinds.setdefault(_kind(module), len(kinds)) for module in modules)
         self.first = tuple(self.kinds.index(kind) for kind in range(len(kinds)))
         self.blocks = tuple(f"{parent}.{kind}" for kind in range(len(kinds)))
-        path, _, local = parent.rpartition(".")
+        path, local = split_name(parent)
         kept = nn.ModuleList([modules[index] for index in self.first])
         setattr(self.model.get_submodule(path), local, kept)
         text = self.model.config.get_text_config()
@@ -94,10 +98,10 @@ class SmallCopy:
 
     @torch.no_grad()
     def _draw(self) -> None:
-        """Norms stay away from zero, matrices keep the variance of what goes through them."""
+        """Give all parameters random values: norms away from 0, matrices that keep the variance."""
         generator = torch.Generator().manual_seed(0)
         for name, old in list(self.model.named_parameters()):
-            path, _, local = name.rpartition(".")
+            path, local = split_name(name)
             module = self.model.get_submodule(path)
             if old.ndim == 1:
                 value = torch.rand(old.shape, generator=generator) + 0.5
@@ -109,7 +113,7 @@ class SmallCopy:
 
     @torch.no_grad()
     def _trace(self) -> None:
-        """Where each number on disk stands in memory: experts are fused there, and renamed."""
+        """Find the element in memory of each element on disk; experts are fused in memory."""
         from transformers.core_model_loading import revert_weight_conversion
 
         self._parameters = dict(self.model.named_parameters())
@@ -122,21 +126,21 @@ class SmallCopy:
             start = end
         with quiet_transformers():
             self._numbers: dict[str, Tensor] = revert_weight_conversion(self.model, numbers)
-        found = torch.zeros(count, dtype=torch.int8)
+        times_stored = torch.zeros(count, dtype=torch.int8)
         for number in self._numbers.values():
-            found[number.flatten()] += 1
-        if not (found == 1).all():
-            raise QplugError("the tensors on disk are not those in memory, put together otherwise")
+            times_stored[number.flatten()] += 1
+        if not (times_stored == 1).all():
+            raise QplugError("the tensors on disk do not hold each element in memory exactly once")
 
-    # --- tensors, as on disk ---------------------------------------------------------------------
+    # --- tensors by their names on disk ----------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """A copy of every tensor, by its name on disk, float32."""
+        """Copies of all tensors, float32, by name on disk."""
         flat = torch.cat([parameter.flatten() for parameter in self._parameters.values()])
         return {name: flat[numbers] for name, numbers in self._numbers.items()}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compute with ``tensors``, by their names on disk: all of them, or some."""
+        """Set ``tensors``, all or some, by name on disk."""
         flat = torch.cat([parameter.flatten() for parameter in self._parameters.values()])
         for name, value in tensors.items():
             flat[self._numbers[name]] = value
@@ -147,7 +151,10 @@ class SmallCopy:
             start = end
 
     def on_disk(self, parameter: str, axis: int | None = None) -> Iterator[tuple[str, int]]:
-        """The tensors on disk that hold a parameter, and the axis that ``axis`` of it is there."""
+        """The tensors on disk that hold ``parameter``, and where each has the parameter's ``axis``.
+
+        The axis is 0 if no ``axis`` is given.
+        """
         numbers, start = list(self._parameters), 0
         for name in numbers[: numbers.index(parameter)]:
             start += self._parameters[name].numel()
@@ -166,50 +173,44 @@ class SmallCopy:
                     yield name, there
 
     def place(self, name: str) -> Place:
-        """Where the tensor ``name`` of this copy stands."""
+        """The place of the tensor ``name`` of this copy."""
         return place_of(name, self.blocks, range(len(self.blocks)))
 
     # --- running ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     def run(self, online: Sequence[str] = ()) -> Seen:
-        """One pass over a few tokens; inputs of linears in ``online`` are rotated."""
+        """Run a few tokens; inputs of linears in ``online`` are rotated."""
         vocabulary = self.model.config.get_text_config().vocab_size
         tokens = torch.arange(2, 2 + _TOKENS) * 7 % (vocabulary - 1) + 1
         hidden: list[Tensor] = []
         handles = [
-            self.model.get_submodule(name).register_forward_hook(partial(_note, hidden))
+            self.model.get_submodule(name).register_forward_hook(partial(_keep_hidden, hidden))
             for name in self.blocks
         ]
         handles += rotate_inputs(self.model, online)
-        try:
+        with hooked(handles):
             logits = self.model(input_ids=tokens[None], use_cache=False).logits
-        finally:
-            for handle in handles:
-                handle.remove()
         return Seen(logits[0].float(), tuple(hidden))
 
 
 def place_of(name: str, blocks: tuple[str, ...], kinds: tuple[int, ...] | range) -> Place:
-    """Where the tensor ``name`` stands in a model with ``blocks`` of ``kinds``."""
+    """The place of the tensor ``name`` in a model with ``blocks`` of ``kinds``."""
     path = name.split(".")
     for end in range(len(path), 0, -1):
         block = ".".join(path[:end])
         if block in blocks:
-            return kinds[blocks.index(block)], _starred(".".join(path[end:]))
-    return None, _starred(name)
+            return kinds[blocks.index(block)], kind_of(".".join(path[end:]))
+    return None, kind_of(name)
 
 
-def _starred(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
-def _note(hidden: list[Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
-    state = output if isinstance(output, Tensor) else output[0]
+def _keep_hidden(hidden: list[Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
+    state = first_tensor(output)
     hidden.append(state[0] if state.ndim == 3 else state)
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:
+    """The classes and shapes of a block; blocks that have these in common are of one kind."""
     types = sorted({str(type(part)) for part in block.modules()})
     shapes = [(name, tuple(value.shape)) for name, value in block.named_parameters()]
     return (*types, *shapes)
@@ -223,9 +224,9 @@ def _untied(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Few heads, of the size that they have; widths to go with them, few words and experts.
+    """A configuration with few heads of the same size, and few tokens and experts.
 
-    The width is one that has a Hadamard matrix.
+    Widths fit the heads; the width of the stream is one that has a Hadamard matrix.
     """
     config = _untied(config)
     text = config.get_text_config()
@@ -252,8 +253,8 @@ def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
         **dict.fromkeys(_EXPERT_COUNTS, experts),
     }
     for name, limit in most.items():
-        if isinstance(found := getattr(text, name, None), int):
-            setattr(text, name, min(found, limit))
+        if isinstance(size_now := getattr(text, name, None), int):
+            setattr(text, name, min(size_now, limit))
     text.vocab_size = min(text.vocab_size, _VOCABULARY)
     text.pad_token_id = 0 if isinstance(text.pad_token_id, int) else None
     return config

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, for texts of any length.
+    """The tokenizer of ``model`` (a folder, a Hub id, ``qplug:demo``), for texts of any length.
 
-    Raises QplugError if the model has none that loads.
+    Raises QplugError if the tokenizer does not load.
     """
     from transformers import AutoTokenizer
 

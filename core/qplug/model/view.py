@@ -1,8 +1,8 @@
-"""What a checkpoint's matrices are: found from its module tree on the meta device, without weights.
+"""The view of a checkpoint: its linears and blocks, found in its module tree without weights.
 
-No table of architectures: decoder blocks are the largest list of modules, a linear is what the tree
-says it is. Names are those on disk, which engines use too; transformers holds experts fused in
-memory, but on disk each stands alone.
+There is no table of architectures: decoder blocks are the largest list of modules, linears are the
+modules of that class. Names are those on disk, which engines use too; transformers fuses experts in
+memory, but on disk each expert has tensors of its own.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from qplug.errors import QplugError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-from qplug.checkpoint.names import natural_order
+from qplug.checkpoint.names import block_of, natural_order, split_name
 from qplug.model.hollow import build, load_config
 
 _EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
 
-# Linears that choose an expert. Small, and wrong choices cost much: engines keep them in float.
+# Linears that choose an expert. They are small and wrong choices are costly: engines keep floats.
 _ROUTER = re.compile(r"\.(gate|router|shared_expert_gate|router\.(layer|classifier|proj))$")
 
 
 def model_view(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> ModelView:
-    """The skeleton of a float checkpoint.
+    """The view of a float checkpoint.
 
     Raises QplugError if the architecture is unknown, the checkpoint lacks a weight that the
     architecture has, or it is quantized already.
@@ -44,7 +44,7 @@ def model_view(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Mo
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raises QplugError if ``checkpoint`` holds codes."""
+    """Raises QplugError if ``checkpoint`` is quantized already."""
     if "quantization_config" in checkpoint.config or "compression_config" in checkpoint.config:
         raise QplugError(
             f"{checkpoint.folder}: is quantized already; quantize the float model it came from"
@@ -57,11 +57,13 @@ def packed_view(
     *,
     trust_remote_code: bool = False,
 ) -> ModelView:
-    """The skeleton of a folder that holds the linears in ``packed``, of shapes (out, in), as codes.
+    """The view of a folder that holds the linears in ``packed`` as codes.
 
-    A linear of the architecture is in the view whether or not the folder has it.
+    ``packed``: shapes ``(out, in)`` by linear. Linears of the architecture are in the view even if
+    the folder lacks them.
     """
-    return _view(checkpoint, _tree(checkpoint, trust_remote_code), packed)
+    tree = _tree(checkpoint, trust_remote_code)
+    return _view(checkpoint, tree, packed)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class _Tree:
     head: str | None
 
     def in_block(self, name: str) -> bool:
-        return any(name.startswith(block + ".") for block in self.blocks)
+        return block_of(name, self.blocks) is not None
 
 
 def _tree(checkpoint: Checkpoint, trust_remote_code: bool) -> _Tree:
@@ -87,9 +89,9 @@ def _tree(checkpoint: Checkpoint, trust_remote_code: bool) -> _Tree:
 
 
 def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, int]]) -> ModelView:
-    shapes = dict(packed)
+    dtype, shapes = _float_dtype(checkpoint), dict(packed)
     for tensor, stored in checkpoint.tensors.items():
-        name, _, local = tensor.rpartition(".")
+        name, local = split_name(tensor)
         is_matrix = local == "weight" and len(stored.spec.shape) == 2
         if is_matrix and not isinstance(tree.modules.get(name), nn.Embedding):
             shapes.setdefault(name, (stored.spec.shape[0], stored.spec.shape[1]))
@@ -105,7 +107,7 @@ def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, i
     }
     return ModelView(
         config=checkpoint.config,
-        dtype=_float_dtype(checkpoint),
+        dtype=dtype,
         linears={name: shapes[name] for name in natural_order(shapes)},
         quantizable=frozenset(quantizable),
         blocks=tree.blocks,
@@ -114,7 +116,7 @@ def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, i
 
 
 def decoder_blocks(tree: nn.Module, folder: Path) -> tuple[str, ...]:
-    """The names of a model's decoder blocks. Raises QplugError if it has no list of modules."""
+    """The names of the decoder blocks in ``tree``. Raises QplugError if there is no module list."""
     lists = [
         (name, module)
         for name, module in tree.named_modules()
@@ -130,9 +132,9 @@ def decoder_blocks(tree: nn.Module, folder: Path) -> tuple[str, ...]:
 def float_tensors(
     checkpoint: Checkpoint, *, trust_remote_code: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """The tensors that a float checkpoint of this architecture has, with their shapes.
+    """The shapes of all tensors that a float checkpoint of this architecture has, by name on disk.
 
-    Names are those on disk: experts one by one; no head where it is tied.
+    Experts have separate tensors; a head that is tied to the embedding has none.
     """
     return _on_disk(_tree(checkpoint, trust_remote_code))
 

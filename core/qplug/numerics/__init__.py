@@ -1,4 +1,7 @@
-"""Arithmetic that algorithms share: scales, rounding, clips, errors, rotations and learning."""
+"""Arithmetic that algorithms share: scales, rounding, clips, errors, rotations and learning.
+
+The names in ``__all__`` are public; the modules of this package are not.
+"""
 
 from __future__ import annotations
 

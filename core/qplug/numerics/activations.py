@@ -1,4 +1,4 @@
-"""Activations rounded as an engine rounds them while the model runs."""
+"""Rounding of activations as an engine rounds them while the model runs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 def fake_quantize_activations(x: Tensor, args: QuantArgs, scale: Tensor | None = None) -> Tensor:
     """``x: [..., width]`` rounded as an engine rounds it at run time, in the dtype of ``x``.
 
-    One scale a token, or a token and ``group_size`` columns; or, for all of ``x``, the static
-    ``scale`` (one element), which without one given covers ``x``; in NVFP4 both, and the static one
-    is the global scale. Engines divide int8 activations by ``max|x| / 127``, not 127.5 as for
-    weights. Asymmetric ones have the scale and zero point of ``range_scale``, each token its own.
-    Raises QplugError if groups do not divide the width.
+    Each token has one scale, or one for each ``group_size`` columns; or all of ``x`` has the static
+    ``scale``, float32 ``[1]``, and without one a scale that covers ``x``. In NVFP4 ``scale`` is the
+    global scale of the scales of groups. Int8 activations are divided by ``max|x| / 127``, as
+    engines do, not by ``max|x| / 127.5`` like weights. Asymmetric activations have the scale and
+    zero point of ``range_scale``, for each token. Raises QplugError if groups do not divide the
+    width, NotImplementedError for a combination that no scheme has.
     """
     if args.strategy != "tensor" and not args.dynamic:
         raise NotImplementedError(f"activations {args}")
@@ -44,8 +45,8 @@ def fake_quantize_activations(x: Tensor, args: QuantArgs, scale: Tensor | None =
     else:
         peak = groups.abs().amax(-1, keepdim=True)
     if args.two_level:
-        unit = input_scale(peak.amax(), args) if scale is None and x.numel() else scale
-        scale = as_stored(peak / largest_code(args), args, unit)
+        global_scale = input_scale(peak.amax(), args) if scale is None and x.numel() else scale
+        scale = as_stored(peak / largest_code(args), args, global_scale)
     else:
         scale = input_scale(peak, args) if scale is None else scale.float()
     if args.is_float:
@@ -57,7 +58,7 @@ def fake_quantize_activations(x: Tensor, args: QuantArgs, scale: Tensor | None =
 
 
 def _round_from_zero_points(groups: Tensor, args: QuantArgs) -> Tensor:
-    """Float32 ``groups: [..., n]`` rounded asymmetrically, under a scale for each of them."""
+    """Float32 ``groups: [..., n]`` rounded asymmetrically, each under a scale of its own."""
     if args.strategy == "tensor":
         raise NotImplementedError(f"activations {args}")
     low = groups.amin(-1, keepdim=True).clamp_(max=0)
@@ -68,9 +69,10 @@ def _round_from_zero_points(groups: Tensor, args: QuantArgs) -> Tensor:
 
 
 def input_scale(peak: Tensor, args: QuantArgs) -> Tensor:
-    """Float32 scales under which inputs of magnitudes up to ``peak`` are not clipped, positive.
+    """The positive float32 scales under which inputs of magnitudes up to ``peak`` are not clipped.
 
-    In NVFP4, where ``peak`` has one element, the global scale ``[1]``.
+    Shaped like ``peak``. In NVFP4 ``peak`` has one element, and the result is the global scale
+    ``[1]``.
     """
     if args.two_level:
         return covering_global_scale(peak, args)
@@ -78,5 +80,5 @@ def input_scale(peak: Tensor, args: QuantArgs) -> Tensor:
 
 
 def activation_top(args: QuantArgs) -> float:
-    """The code that the largest magnitude of an input gets: 127 of int8, 448 of e4m3."""
+    """The code of the largest magnitude of an input: 127 for int8, 448 for e4m3."""
     return FLOAT_MAX[args.dtype] if args.is_float else args.code_range[1]

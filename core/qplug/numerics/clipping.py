@@ -1,8 +1,9 @@
-"""How far to clip a weight's range, so that the layer's output changes least (public).
+"""A search for the range of a weight under which the layer's output has the least error.
 
-For a group of columns ``g`` of a row, candidate ``ŵ`` and the Gram matrix ``G`` of the input, the
-error over all calibration tokens is ``(w - ŵ)_g G_gg (w - ŵ)_gᵀ``: only diagonal blocks of ``G``
-matter, and no token is needed again. (AWQ, arXiv 2306.00978, section 3.2, clips by such a search.)
+For the columns ``g`` of a row that share a scale, a rounded candidate ``ŵ`` and the Gram matrix
+``G`` of the input, the error over all calibration tokens is ``(w - ŵ)_g G_gg (w - ŵ)_gᵀ``: only
+diagonal blocks of ``G`` matter, and no pass over tokens is needed. AWQ (arXiv 2306.00978, section
+3.2) clips by such a search.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ from qplug.numerics.rounding import nearest, quantize
 from qplug.numerics.scale_formats import SMALLEST
 from qplug.numerics.scales import global_scale_of, range_scale, weight_range
 
-#: Weights whose errors are computed at a time.
+#: Weights in one step of the search.
 _CHUNK = 1 << 26
 
 
 def search_clip(linear: Linear, gram: Tensor, *, steps: int, smallest: float) -> None:
-    """Choose ``linear.scale`` (and ``zero``): the least error on a grid of ranges.
+    """Set ``linear.scale`` and ``linear.zero`` to the range of least error, for each group.
 
-    Ranges go from one that clips nothing to ``smallest`` times the full one, in ``steps`` steps,
-    row by row and group by group. ``gram: [in, in]`` is that of the linear's input. Where rows
-    share a scale (FP8 blocks and tensors) ranges stay full.
+    Candidates go from a range that clips nothing to ``smallest`` times the full one, in ``steps``
+    steps. ``gram: [in, in]``: the sum of ``xᵀx`` of the linear's input. If rows share a scale (FP8
+    blocks and tensors) nothing is set.
     """
     if linear.args.strategy not in ("group", "channel"):
         return
     rows = max(1, _CHUNK // linear.weight.shape[1])
-    unit = global_scale_of(linear)
+    global_scale = global_scale_of(linear)
     scales, zeros = [], []
     for part in linear.weight.split(rows):
-        aim = Linear(linear.name, part, linear.args, global_scale=unit)
-        scale, zero = _search(aim, gram, steps, smallest)
+        trial = Linear(linear.name, part, linear.args, global_scale=global_scale)
+        scale, zero = _search(trial, gram, steps, smallest)
         scales.append(scale)
         zeros.append(zero)
     linear.scale = torch.cat(scales)
@@ -68,8 +69,8 @@ def scaled_difference(
 ) -> Tensor:
     """``Q(W diag(s)) diag(s)⁻¹ - W: [out, in]`` for scales ``s: [in]`` of the linear's input.
 
-    The ranges of ``Q`` are those of ``search_clip``; with no ``steps`` they are the full ones.
-    bfloat16 where a GPU does it in one pass, else float32.
+    ``Q`` rounds to nearest in the ranges that ``search_clip`` finds, or in full ranges if ``steps``
+    is 0. The result is bfloat16 if a GPU computes it in one kernel, else float32.
     """
     weight, args = linear.weight, linear.args
     if weight.is_cuda and not args.is_float and args.group_size in (32, 64, 128):
@@ -92,23 +93,25 @@ def scaled_difference(
 
 
 def scaling_error(group: InputGroup, scale: Tensor, *, steps: int, smallest: float) -> float:
-    """The squared error, over all tokens, of a group's linears if its input has scales ``[in]``.
+    """The squared error of the outputs of a group's linears if its input is divided by ``scale``.
 
-    Of an expert, over those that are routed to it. Weights of fewer than 8 bits are judged in
-    ranges as ``search_clip`` finds them, with no ``steps`` in full ones. Where inputs are rounded
-    too it is the error on ``sample``, for as many tokens as there were.
+    ``scale: [in]``. The sum is over all tokens; for experts, over the tokens routed to them.
+    Weights of fewer than 8 bits are rounded in the ranges of ``search_clip``, or in full ranges if
+    ``steps`` is 0. If inputs are rounded too, the error on ``sample`` is scaled up to all tokens.
     """
     total = 0.0
-    for part in group.parts:
+    for part in group.by_tokens:
         for linear in part.linears if part.tokens else ():
             searched = steps if linear.args.bits < 8 else 0
-            off = scaled_difference(linear, scale, part.gram, steps=searched, smallest=smallest)
+            difference = scaled_difference(
+                linear, scale, part.gram, steps=searched, smallest=smallest
+            )
             if linear.activations is None:
-                total += output_error(off, part.gram)
+                total += output_error(difference, part.gram)
                 continue
             x = part.sample
             rounded = fake_quantize_activations(x / scale, linear.activations) * scale
-            restored = linear.weight + off
+            restored = linear.weight + difference
             error = (rounded @ restored.T - x @ linear.weight.T).square().sum().item()
             total += error * part.tokens / len(x)
     return total
@@ -117,17 +120,17 @@ def scaling_error(group: InputGroup, scale: Tensor, *, steps: int, smallest: flo
 def clip_errors(
     weight: Tensor, scales: Tensor, zeros: Tensor | None, blocks: Tensor, args: QuantArgs
 ) -> Tensor:
-    """``(w - ŵ) G (w - ŵ)ᵀ`` of each group under each candidate: ``[candidates, out, groups]``.
+    """``(w - ŵ) G (w - ŵ)ᵀ`` of each group under each candidate, ``[candidates, out, groups]``.
 
-    ``weight: [out, in]``; ``scales`` and ``zeros``: ``[candidates, out, groups]``; ``blocks:
-    [groups, size, size]``.
+    ``weight: [out, in]``. ``scales``, ``zeros``: ``[candidates, out, groups]``. ``blocks: [groups,
+    size, size]``, from ``diagonal_blocks``.
     """
     if weight.is_cuda and not args.is_float and blocks.shape[1] in (32, 64, 128):
         from qplug.numerics.clipping_kernel import clip_errors_on_gpu
 
         return clip_errors_on_gpu(weight, scales, zeros, blocks, args)
     errors = torch.empty(scales.shape, device=weight.device)
-    halved = blocks.bfloat16() if blocks.is_cuda else blocks  # as in numerics.output_error
+    halved = blocks.bfloat16() if blocks.is_cuda else blocks  # as in output_error
     for number, scale in enumerate(scales):
         zero = None if zeros is None else zeros[number]
         restored = dequantize_with(quantize(weight, scale, zero, args), scale, zero, args)
@@ -141,9 +144,9 @@ def clip_errors(
 
 
 def unclipped_ratio(args: QuantArgs) -> float:
-    """How much wider than ``minmax_scale`` a range must be so that no weight is clipped.
+    """The factor by which a range of ``minmax_scale`` must be wider so that no weight is clipped.
 
-    Symmetric integers reach one step less far above zero than below it; ``minmax_scale`` puts the
+    Symmetric integers reach one step further below zero than above it; ``minmax_scale`` puts the
     largest weight between the two ends.
     """
     if args.is_float or not args.symmetric:

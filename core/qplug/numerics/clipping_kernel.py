@@ -1,4 +1,4 @@
-"""``clip_errors`` in one pass over the weights: each is read once, whatever the candidates."""
+"""GPU kernels for ``clipping``: each weight is read once, for any number of candidates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qplug.api.scheme import QuantArgs
 _ROWS = 64
 
 
-# Triton reads annotations itself and takes no others than its own.
+# Triton accepts no annotations but its own.
 @triton.jit
 def _clip_errors(  # type: ignore[no-untyped-def]
     weight,
@@ -30,7 +30,7 @@ def _clip_errors(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """A program has ``ROWS`` rows of one group, and the group's block of the Gram matrix."""
+    """One program handles ``ROWS`` rows of one group, with the group's block of the Gram matrix."""
     group = tl.program_id(1)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = row < rows
@@ -41,7 +41,7 @@ def _clip_errors(  # type: ignore[no-untyped-def]
     for candidate in range(candidates):
         here = (candidate * rows + row) * groups + group
         scale = tl.load(scales + here, mask=inside, other=1.0)[:, None]
-        # Ties to even, as torch rounds: see the kernel of GPTQ.
+        # Adding and subtracting 1.5 * 2^23 rounds to nearest, ties to even, as torch does.
         ratio = tl.math.div_rn(values, tl.broadcast_to(scale, (ROWS, GROUP)))
         ratio = tl.minimum(tl.maximum(ratio, -4194304.0), 4194304.0)
         code = (ratio + 12582912.0) - 12582912.0
@@ -58,7 +58,7 @@ def _clip_errors(  # type: ignore[no-untyped-def]
 def clip_errors_on_gpu(
     weight: Tensor, scales: Tensor, zeros: Tensor | None, blocks: Tensor, args: QuantArgs
 ) -> Tensor:
-    """``clipping.clip_errors`` as one kernel, its products in TF32."""
+    """``clipping.clip_errors`` as one kernel; products are in TF32."""
     rows, width = weight.shape
     errors = torch.empty(scales.shape, device=weight.device)
     low, high = args.code_range
@@ -102,7 +102,7 @@ def _scaled_differences(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """A program has ``ROWS`` rows of one group. It keeps the range of least error for each row."""
+    """One program finds the range of least error for ``ROWS`` rows of one group."""
     group = tl.program_id(1)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = row < rows
@@ -132,16 +132,16 @@ def _scaled_differences(  # type: ignore[no-untyped-def]
         best_error = tl.where(better, error, best_error)
         best_scale = tl.where(better, scale, best_scale)
         best_zero = tl.where(better, zero, best_zero)
-    found = _difference(values, best_scale, 1.0 / best_scale, best_zero, factor, low, high)
-    tl.store(differences + place, found.to(tl.bfloat16), mask=inside[:, None])
+    best = _difference(values, best_scale, 1.0 / best_scale, best_zero, factor, low, high)
+    tl.store(differences + place, best.to(tl.bfloat16), mask=inside[:, None])
 
 
 @triton.jit
 def _difference(values, scale, inverse, zero, factor, low, high):  # type: ignore[no-untyped-def]
-    """Rounded minus true weights, before the columns were scaled by ``factor``.
+    """Rounded minus true weights, with the columns' ``factor`` divided out again.
 
-    It multiplies by the inverse of a scale: a weight in the middle between two codes may fall on
-    the other one, which is as good for a loss.
+    Multiplies by the inverse of a scale, so a weight half-way between two codes may get the other
+    code, which makes no difference to the error.
     """
     ratio = values * inverse[:, None]
     ratio = tl.minimum(tl.maximum(ratio, -4194304.0), 4194304.0)

@@ -1,4 +1,4 @@
-"""Learning what a float block does: the loop that algorithms share (public)."""
+"""The training loop that algorithms share: a block learns to compute like the float one."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from qplug.api.scheme import E8M0_SCALES, QuantArgs
 from qplug.errors import QplugError
 from qplug.numerics.clipping import search_clip
 
-#: The dtype of a block's matrix products while it is learned; all else is float32.
+#: The dtype of a block's matrix products during training; all else is float32.
 Precision = Literal["float32", "bfloat16"]
 
-#: Batches on which it is judged whether what has been learned is better.
+#: Batches on which the error is measured after each epoch.
 _JUDGED = 8
 
 
 @dataclass(frozen=True)
 class Learned:
-    """Mean square errors of a block's output, before and after."""
+    """Mean square errors of a block's output, before and after training."""
 
     before: float
     after: float
@@ -42,13 +42,14 @@ def learn(
     patience: int | None = None,
     decay: bool = False,
 ) -> Learned:
-    """Fit the ``learned`` tensors, in place, so that the block computes what it is to.
+    """Train the ``learned`` tensors, in place, so that the block's output meets its target.
 
-    ``values`` makes parameters of the block of them, and is differentiable. After each epoch the
-    error is measured on some of the batches, the same ones each time, spread over the data; what
-    was best, or the start, is kept. After ``patience`` epochs without a better one it ends. With
-    ``decay`` the rates of ``optimizer`` fall to 0 in even steps. All processes learn the same.
-    Raises QplugError if the error is not finite to begin with.
+    ``values`` returns parameters of the block as a differentiable function of ``learned``. ``aim``:
+    the target. After each epoch the error is measured on some of the batches, always the same, from
+    all over the data; the tensors of least error, which may be those of the start, are kept.
+    Training ends after ``epochs``, or after ``patience`` epochs without improvement. ``decay``: the
+    rates of ``optimizer`` fall to 0 in even steps. All processes learn the same values. Raises
+    QplugError if the error is not finite at the start.
     """
     steps, judged = reconstruction.steps, min(_JUDGED, reconstruction.steps)
     among = [number * steps // judged for number in range(judged)]
@@ -57,7 +58,7 @@ def learn(
     def error_on(batch: Batch) -> Tensor:
         device = batch.inputs.device.type
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
-            output = reconstruction.compute(made, batch)
+            output = reconstruction.compute(parameters, batch)
         return batch.error(output)
 
     def judge() -> float:
@@ -68,10 +69,10 @@ def learn(
         return float(total) / judged
 
     with torch.no_grad():
-        made = values()
+        parameters = values()
         before = best = judge()
     if not math.isfinite(before):
-        raise QplugError("what the quantized block computes is not finite")
+        raise QplugError("the output of the quantized block is not finite")
     kept = [tensor.detach().clone() for tensor in learned]
     waited = 0
     for epoch in range(epochs):
@@ -81,15 +82,15 @@ def learn(
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * left
             optimizer.zero_grad(set_to_none=True)
-            made = values()
+            parameters = values()
             error_on(batch).backward()
-            for tensor in learned:  # an expert that saw no token here may have seen one elsewhere
+            for tensor in learned:  # an expert without a token here may have one in another process
                 if tensor.grad is None:
                     tensor.grad = torch.zeros_like(tensor)
             reconstruction.total([tensor.grad for tensor in learned if tensor.grad is not None])
             optimizer.step()
         with torch.no_grad():
-            made = values()
+            parameters = values()
             now = judge()
             waited = 0 if now < best else waited + 1
             if now < best:
@@ -104,9 +105,9 @@ def learn(
 
 
 class SignSGD(torch.optim.Optimizer):
-    """Steps of one length, in the direction that the sign of the gradient tells.
+    """Descent by ``lr`` times the sign of the gradient.
 
-    Values stay within ``low`` and ``high``, which groups of parameters can have of their own.
+    Values stay between ``low`` and ``high``, which each group of parameters can set for itself.
     """
 
     def __init__(
@@ -129,16 +130,20 @@ class SignSGD(torch.optim.Optimizer):
 
 
 def learns_ranges(args: QuantArgs) -> bool:
-    """Whether scales of weights can be learned one by one.
+    """Whether the scales of weights can be learned.
 
-    That of a whole tensor is to serve other tensors too, and powers of two have no near neighbours.
+    The scale of a whole tensor also has to serve the tensors that engines merge with it, and scales
+    that are powers of two are too far apart.
     """
     return args.strategy != "tensor" and args.scale_dtype != E8M0_SCALES
 
 
 def start_clips(groups: Iterable[InputGroup], *, steps: int, smallest: float) -> None:
-    """Search clips, of fewer than 8 bits, where no algorithm has chosen any: ranges to begin at."""
-    for part in (part for group in groups for part in group.parts if part.tokens):
+    """Search clips of weights of fewer than 8 bits that have no scale yet, to start learning from.
+
+    ``steps``, ``smallest``: as in ``search_clip``.
+    """
+    for part in (part for group in groups for part in group.by_tokens if part.tokens):
         for linear in part.linears:
             if linear.scale is None and linear.args.bits < 8:
                 search_clip(linear, part.gram, steps=steps, smallest=smallest)

@@ -1,4 +1,4 @@
-"""Errors of quantized weights, and of what they compute."""
+"""Errors of quantized weights, and of the outputs of layers that use them."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
             part -= spread_scales(zero[rows])
         part *= spread_scales(scale[rows])
         norm += groups.square().sum(dtype=torch.float64).item()
-        # What ragged blocks are filled with is no error.
-        off = out_of_groups(part.sub_(groups), codes.shape[1], codes.shape[0])
-        error += off.square_().sum(dtype=torch.float64).item()
+        # Cut to the weight's shape: the padding of ragged blocks is no error.
+        difference = out_of_groups(part.sub_(groups), codes.shape[1], codes.shape[0])
+        error += difference.square_().sum(dtype=torch.float64).item()
     return (error / norm) ** 0.5 if norm else float(error > 0)
 
 
 def relative_output_error(weight: Tensor, quantized: QuantizedWeight, gram: Tensor) -> float:
-    """``||XW'ᵀ - XWᵀ|| / ||XWᵀ||`` over all tokens, of ``gram: [in, in]``, the sum of ``xᵀx``."""
+    """``||XW'ᵀ - XWᵀ|| / ||XWᵀ||`` over all tokens; ``gram: [in, in]`` is the sum of ``xᵀx``."""
     norm = output_error(weight.float(), gram)
     error = output_error(dequantize(quantized).sub_(weight), gram)
     return (max(error, 0.0) / norm) ** 0.5 if norm > 0 else 0.0
 
 
 def output_error(difference: Tensor, gram: Tensor) -> float:
-    """``tr(D G Dᵀ)``: the squared error of a linear's output over all tokens, for errors ``D``.
+    """``tr(D G Dᵀ)``: the squared error of a linear's output over all tokens.
 
-    ``difference: [out, in]``, ``gram: [in, in]``. On a GPU the product is one of bfloat16 numbers
-    summed in float32: what rounding does to 10^8 terms is far below the differences looked for.
+    ``difference: [out, in]``: ``D``, the error of the weight. ``gram: [in, in]``: ``G``. A GPU
+    multiplies in bfloat16 and sums in float32: over 10^8 terms rounding changes the sum far less
+    than the differences of interest.
     """
     halved = gram.bfloat16() if difference.is_cuda else gram
     total = torch.zeros((), dtype=torch.float64, device=difference.device)

@@ -1,7 +1,7 @@
-"""Rounding by the package qtorch, as LLMC has it: for figures to be compared, not for an engine.
+"""Rounding by the package qtorch, as LLMC does it, to compare figures; no engine rounds so.
 
-It rounds ties away from zero, and saturates at the largest value that a format without NaN would
-have: 480 for e4m3. It compiles itself when it is first imported, which takes a minute.
+qtorch rounds ties away from zero, and saturates at the largest value of a format without NaN: 480
+for e4m3. It compiles itself on the first import, which takes a minute.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def require_qtorch() -> None:
-    """Raises QplugError, with what to do, if qtorch is not there or does not compile."""
+    """Raises QplugError with a remedy if qtorch is not installed or does not compile."""
     try:
         import qtorch.quant  # noqa: F401
     except ImportError as error:
@@ -24,7 +24,7 @@ def require_qtorch() -> None:
                 "use_qtorch needs the package qtorch: pip install 'qplug[qtorch]'"
             ) from error
         raise _unusable(error) from error
-    except Exception as error:  # compilers fail in many ways
+    except Exception as error:  # a failing compiler raises anything
         raise _unusable(error) from error
 
 
@@ -37,7 +37,7 @@ def _unusable(error: Exception) -> QplugError:
 
 
 def round_by_qtorch(values: Tensor, exponent: int, mantissa: int) -> Tensor:
-    """Float32 ``values`` on the grid of so many exponent and mantissa bits, float32."""
+    """Float32 ``values`` rounded to ``exponent`` and ``mantissa`` bits, float32."""
     from qtorch.quant import float_quantize
 
     rounded: Tensor = float_quantize(values, exp=exponent, man=mantissa, rounding="nearest")

@@ -1,4 +1,4 @@
-"""Orthogonal matrices to turn vectors by, not written out where there is a faster way (public)."""
+"""Rotations of vectors by orthogonal matrices, some of which are never formed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Rotation(ABC):
         """``x Q`` over the last axis of ``x: [..., size]``, in the dtype of ``x``."""
 
     def along(self, x: Tensor, axis: int) -> Tensor:
-        """``turn`` over another axis."""
+        """``x`` multiplied by ``Q`` over ``axis``, contiguous."""
         return self.turn(x.movedim(axis, -1)).movedim(-1, axis).contiguous()
 
-    def written(self) -> Tensor:
+    def matrix(self) -> Tensor:
         """``Q``, float64 ``[size, size]``."""
         return self.turn(torch.eye(self.size, dtype=torch.float64))
 
@@ -41,7 +41,7 @@ class HadamardRotation(Rotation):
 
 
 class ExplicitRotation(Rotation):
-    """A rotation that is at hand as ``matrix``: orthogonal, ``[size, size]``."""
+    """A rotation given by its orthogonal ``matrix``, ``[size, size]``."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.size, self._matrix = len(matrix), matrix
@@ -51,20 +51,20 @@ class ExplicitRotation(Rotation):
 
 
 class RandomRotation(ExplicitRotation):
-    """Any rotation, each as likely as the other: the ``Q`` of a Gaussian matrix, in float64."""
+    """A uniformly random rotation: the ``Q`` of a Gaussian matrix, in float64."""
 
     def __init__(self, size: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         gaussian = torch.randn(size, size, dtype=torch.float64, generator=generator)
         q, r = torch.linalg.qr(gaussian)
-        super().__init__(q * r.diagonal().sign())  # without the signs, it favours some
+        super().__init__(q * r.diagonal().sign())  # without the signs it is not uniform
 
 
 class KeepingMean(Rotation):
-    """Another rotation, and behind it the reflection that brings the mean back where it was.
+    """Another rotation ``Q``, followed by a reflection that maps the vector ``1`` onto itself.
 
-    Norms that subtract the mean ``x - (x·1/n) 1ᵀ`` still do so in a basis in which ``1`` is what it
-    was: ``1 Q = v``, and ``I - 2 u uᵀ`` with ``u = (v - 1) / |v - 1|`` takes ``v`` to ``1``.
+    Norms that subtract the mean, ``x - (x·1/n) 1ᵀ``, still do so in a basis that keeps ``1``. With
+    ``1 Q = v``, the reflection ``I - 2 u uᵀ`` with ``u = (v - 1) / |v - 1|`` maps ``v`` to ``1``.
     """
 
     def __init__(self, inner: Rotation) -> None:

@@ -1,4 +1,4 @@
-"""The arithmetic that all algorithms share: scales, codes, and back. Everything is float32.
+"""Codes of weights: from weights to codes, and back. All arithmetic is float32.
 
 For an integer grid with codes ``qmin .. qmax`` and a weight ``w`` under scale ``s``::
 
@@ -7,8 +7,8 @@ For an integer grid with codes ``qmin .. qmax`` and a weight ``w`` under scale `
                                                          q = clamp(round(w / s) + z)
 
 and ``w' = (q - z) * s``. A float grid has ``s = max|w| / max(grid)`` and saturates. Rounding is to
-nearest, ties to even. Scales in e4m3 are rounded as multiples of a power of two, ``global_scale``;
-those in e8m0 are powers of two themselves. (Arithmetic in bfloat16 puts 8 to 10 % of int8 codes one
+nearest, ties to even. Scales in e4m3 are multiples of a power of two, ``global_scale``; scales in
+e8m0 are powers of two themselves. (Arithmetic in bfloat16 would put 8 to 10 % of int8 codes one
 step off.)
 """
 
@@ -39,28 +39,32 @@ from qplug.numerics.scale_formats import (
 )
 from qplug.numerics.scales import global_scale_of, scale_of
 
-# The float formats that torch has, narrow ones first. It rounds to them as ``round_floats`` does.
+# The float formats that torch has, narrow ones first. torch rounds to them as ``round_floats``
+# does.
 _FLOAT_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def round_to_nearest(weight: Tensor, args: QuantArgs) -> QuantizedWeight:
     """The nearest codes of ``weight: [out, in]`` under scales that cover its range.
 
-    Raises QplugError if a weight is NaN or infinite, or the group does not divide the width.
+    Raises QplugError if a weight is NaN or infinite, or if groups do not divide the width.
     """
     return nearest(Linear("", weight, args))
 
 
 def nearest(linear: Linear) -> QuantizedWeight:
     """The nearest codes of ``linear`` under ``scale_of(linear)``."""
-    unit = global_scale_of(linear)
-    scale, zero = scale_of(replace(linear, global_scale=unit))
+    global_scale = global_scale_of(linear)
+    scale, zero = scale_of(replace(linear, global_scale=global_scale))
     codes = quantize(linear.weight, scale, zero, linear.args)
-    return QuantizedWeight(codes, scale, zero, linear.args, global_scale=unit)
+    return QuantizedWeight(codes, scale, zero, linear.args, global_scale=global_scale)
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs) -> Tensor:
-    """Nearest codes ``[out, in]`` of ``weight: [out, in]`` under given scales and zero points."""
+    """The nearest codes ``[out, in]`` of ``weight: [out, in]`` under given scales and zero points.
+
+    ``scale`` and ``zero``: ``args.scale_shape``; the result is ``code_dtype(args)``.
+    """
     codes = torch.empty(weight.shape, dtype=code_dtype(args), device=weight.device)
     scale = scale.expand(row_scales(weight, args))
     zeros = None if zero is None else zero.expand(scale.shape)
@@ -82,7 +86,10 @@ def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs
 def round_codes(
     values: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs
 ) -> tuple[Tensor, Tensor]:
-    """Codes of float32 ``values`` under scales of the same shape, and what the codes stand for."""
+    """Codes of float32 ``values`` and the values that the codes stand for, both float32.
+
+    ``scale`` and ``zero`` broadcast to the shape of ``values``.
+    """
     codes = values / scale
     if args.is_float:
         codes = round_floats(codes, args).float()
@@ -96,10 +103,10 @@ def round_codes(
 
 
 def round_floats(values: Tensor, args: QuantArgs) -> Tensor:
-    """The nearest values of a float format, in ``code_dtype(args)``; ``values`` is used up.
+    """The nearest values of a float format, in ``code_dtype(args)``; overwrites ``values``.
 
-    ``values``: float32, of any shape. What is too large saturates. Of two that are equally near,
-    the one with the even mantissa is taken; where a format has no mantissa bit, the larger one, or
+    ``values``: float32, of any shape. Values that are too large saturate. Of two equally near ones
+    the one with the even mantissa is taken; if a format has no mantissa bit, the larger one, or
     zero (IEEE 754-2019, 4.3.1). ``args.use_qtorch`` rounds as qtorch does instead.
     """
     exponent, mantissa = FLOATS[args.dtype]
@@ -115,16 +122,16 @@ def round_floats(values: Tensor, args: QuantArgs) -> Tensor:
 
 
 def float_steps(values: Tensor, args: QuantArgs) -> Tensor:
-    """The distance of neighbouring values of a float format at each of ``values``, float32."""
+    """The distance between neighbours of a float format at each of ``values``, float32."""
     # Without sign and mantissa, a float32 is the power of two at or below its magnitude: 2^M steps.
     step = (values.view(torch.int32) & EXPONENT_BITS).view(torch.float32)
     return step.mul_(2.0 ** -FLOATS[args.dtype][1]).clamp_(min=FLOAT_STEP[args.dtype])
 
 
 def code_dtype(args: QuantArgs) -> torch.dtype:
-    """The dtype of codes: int8 if symmetric, uint8 if not.
+    """The dtype of codes: int8 if symmetric, uint8 if asymmetric.
 
-    Those of floats have the narrowest dtype that holds every value of the format.
+    Codes of float formats have the narrowest dtype that holds every value of the format.
     """
     if not args.is_float:
         return torch.int8 if args.symmetric else torch.uint8
@@ -135,6 +142,3 @@ def code_dtype(args: QuantArgs) -> torch.dtype:
         if fits and FLOAT_STEP[args.dtype] >= FLOAT_STEP[name]:
             return dtype
     return torch.bfloat16
-
-
-# --- groups: every strategy is seen as [row step, rows in it, group, columns in it] ---------------

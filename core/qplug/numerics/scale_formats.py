@@ -1,6 +1,6 @@
 """Scales as files hold them: in a dtype, as multiples of a global scale, or powers of two.
 
-Everything is computed in float32.
+All arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from qplug.api.scheme import E4M3_SCALES, E8M0_SCALES, FLOAT_MAX, FLOAT_STEP, FL
 EXPONENT_BITS = 0x7F800000  # of a float32
 _MANTISSA_BITS = 23
 
-#: The smallest positive scale of each dtype: what an all-zero group gets. Of e4m3, in units of the
-#: global scale.
+#: The smallest positive scale of each dtype, which groups of zeros get. For e4m3 it is in units of
+#: the global scale.
 SMALLEST = {
     "float16": 2.0**-24,
     "bfloat16": 2.0**-126,
@@ -25,52 +25,53 @@ SMALLEST = {
     E8M0_SCALES: 2.0**-126,
 }
 _BIAS = 127
-#: The exponent of the smallest global scale: its products with e4m3 are still normal numbers.
+#: The exponent of the smallest global scale, whose products with e4m3 are still normal numbers.
 _SMALLEST_GLOBAL = -112
 
 
 def largest_code(args: QuantArgs) -> float:
-    """What a scale is multiplied by to reach the end of a symmetric grid."""
+    """The end of a symmetric grid in units of the scale; 127.5 for int8, between its two ends."""
     if args.is_float:
         return FLOAT_MAX[args.dtype]
     low, high = args.code_range
     return (high - low) / 2
 
 
-def as_stored(scale: Tensor, args: QuantArgs, unit: Tensor | None = None) -> Tensor:
-    """Positive scales as ``args.scale_dtype`` holds them, in float32.
+def as_stored(scale: Tensor, args: QuantArgs, global_scale: Tensor | None = None) -> Tensor:
+    """Positive scales rounded to values of ``args.scale_dtype``, float32.
 
-    ``unit``: their global scale, if there is one; by default one that covers all of them.
+    ``global_scale``: ``[1]``, if ``args.two_level``; by default one that covers all scales.
     """
     if args.scale_dtype == E8M0_SCALES:
         return power_of_two(scale * largest_code(args), args)
     if args.two_level:
-        if unit is None:
-            unit = covering_global_scale(scale.amax() * largest_code(args), args)
-        local = (scale / unit).clamp_(max=FLOAT_MAX["e4m3"]).to(torch.float8_e4m3fn).float()
-        return local.clamp_(min=SMALLEST[args.scale_dtype]) * unit
+        if global_scale is None:
+            global_scale = covering_global_scale(scale.amax() * largest_code(args), args)
+        local = (scale / global_scale).clamp_(max=FLOAT_MAX["e4m3"]).to(torch.float8_e4m3fn).float()
+        return local.clamp_(min=SMALLEST[args.scale_dtype]) * global_scale
     stored = scale.to(getattr(torch, args.scale_dtype)).float()
     return stored.clamp_(min=SMALLEST[args.scale_dtype])
 
 
 def covering_global_scale(peak: Tensor, args: QuantArgs) -> Tensor:
-    """The least power of two under which scales in e4m3 reach magnitudes up to ``peak``: ``[1]``.
+    """The least power of two under which scales in e4m3 cover magnitudes up to ``peak``: ``[1]``.
 
-    A power of two is exact as a factor and as a divisor (formats store one or the other), in half
-    precision too, and so are its products with scales.
+    A power of two is exact as a factor and as a divisor (formats store one or the other), also in
+    half precision, and so are its products with scales.
     """
     mantissa, exponent = torch.frexp(peak.float() / (FLOAT_MAX["e4m3"] * largest_code(args)))
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)  # a power of two already
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)  # exactly a power of two
     exponent = exponent.clamp(_SMALLEST_GLOBAL, _BIAS)
     return ((exponent + _BIAS) << _MANTISSA_BITS).view(torch.float32).reshape(1)
 
 
 def power_of_two(peak: Tensor, args: QuantArgs) -> Tensor:
-    """The scale of an MX format for groups whose largest magnitude is ``peak``.
+    """The scales of an MX format for groups whose largest magnitudes are ``peak``, float32.
 
-    It puts the exponent of ``peak``, once that is rounded to the mantissa of the element (up from
-    1.75 times a power of two for e2m1), at the largest exponent of the grid, as compressed-tensors
-    does; OCP MX 1.0 (6.3) never rounds up. Of e2m1, magnitudes up to 7 times the scale saturate.
+    ``peak`` is first rounded to the mantissa of the element (up from 1.75 times a power of two for
+    e2m1); the scale then maps its exponent to the largest exponent of the grid. compressed-tensors
+    does the same; OCP MX 1.0 (6.3) never rounds up. In e2m1, magnitudes up to 7 times the scale
+    saturate.
     """
     mantissa = FLOATS[args.dtype][1]
     half = 1 << (_MANTISSA_BITS - mantissa - 1)

@@ -29,7 +29,7 @@ from qplug.numerics.scale_formats import (
 
 
 def scale_of(linear: Linear) -> tuple[Tensor, Tensor | None]:
-    """The scales that an algorithm chose for ``linear``; if none did, those that cover it."""
+    """The scales and zero points chosen for ``linear``; if there are none, those that cover it."""
     if linear.scale is not None:
         return linear.scale, linear.zero
     return minmax_scale(linear.weight, linear.args, linear.global_scale)
@@ -38,7 +38,7 @@ def scale_of(linear: Linear) -> tuple[Tensor, Tensor | None]:
 def global_scale_of(linear: Linear) -> Tensor | None:
     """The global scale of ``linear``, float32 ``[1]``; None if its scales have one level.
 
-    It is the one that was chosen for it; if none was, the smallest that covers its weight.
+    Where none was chosen, the smallest one that covers the weight.
     """
     if not linear.args.two_level or linear.global_scale is not None:
         return linear.global_scale
@@ -46,21 +46,22 @@ def global_scale_of(linear: Linear) -> Tensor | None:
 
 
 def minmax_scale(
-    weight: Tensor, args: QuantArgs, unit: Tensor | None = None
+    weight: Tensor, args: QuantArgs, global_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Scales, and zero points if ``args`` is asymmetric, that cover ``weight: [out, in]``.
 
-    Scales: float32 ``args.scale_shape``, positive, exact in ``args.scale_dtype`` (if that is e4m3,
-    as multiples of the global scale ``unit``: by default the one that covers ``weight``). Zero
-    points: uint8 of that shape. Raises QplugError as ``round_to_nearest``.
+    Scales: float32 ``args.scale_shape``, positive, exact in ``args.scale_dtype``; e4m3 scales are
+    multiples of ``global_scale``, by default the one that covers ``weight``. Zero points: uint8 of
+    the same shape. Raises QplugError as ``weight_range`` does.
     """
-    return range_scale(*weight_range(weight, args), args, unit)
+    return range_scale(*weight_range(weight, args), args, global_scale)
 
 
 def weight_range(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
-    """The least and the greatest weight under each scale, and zero: float32 ``args.scale_shape``.
+    """The least and the greatest of zero and the weights under each scale.
 
-    Raises QplugError as ``round_to_nearest``.
+    Both are float32 ``args.scale_shape``. Raises QplugError if a weight is NaN or infinite, or if
+    groups do not divide the width.
     """
     check_width(weight.shape[1], args)
     low = torch.empty(row_scales(weight, args), device=weight.device)
@@ -76,26 +77,26 @@ def weight_range(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
 
 
 def range_scale(
-    low: Tensor, high: Tensor, args: QuantArgs, unit: Tensor | None = None
+    low: Tensor, high: Tensor, args: QuantArgs, global_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The scales, and zero points, of ranges from ``low <= 0`` to ``high >= 0``.
+    """The scales and zero points (None if symmetric) of ranges from ``low <= 0`` to ``high >= 0``.
 
-    ``unit``: the global scale, if scales have two levels; by default one that covers all ranges.
+    ``global_scale``: ``[1]``, if scales have two levels; by default one that covers all ranges.
     """
     if args.symmetric:
         peak = torch.maximum(-low, high)
         if args.scale_dtype == E8M0_SCALES:
             return power_of_two(peak, args), None
-        return as_stored(peak / largest_code(args), args, unit), None
+        return as_stored(peak / largest_code(args), args, global_scale), None
     top = args.code_range[1]
     scale = as_stored((high - low) / top, args)
     return scale, (-low / scale).round_().clamp_(0, top).to(torch.uint8)
 
 
 def clip_to_scale(weight: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs) -> Tensor:
-    """``weight: [out, in]``, float32, cut in place to the range that its scales were made for.
+    """``weight: [out, in]``, float32, clipped in place to the ranges of its scales.
 
-    ``minmax_scale`` of the result gives the same scales back where a weight reached the range.
+    ``minmax_scale`` of the result gives the same scales again where a weight reached the range.
     """
     groups, spread = in_groups(weight, args), scale.expand(row_scales(weight, args))
     top = largest_code(args) if args.symmetric else args.code_range[1]
@@ -108,9 +109,9 @@ def clip_to_scale(weight: Tensor, scale: Tensor, zero: Tensor | None, args: Quan
 def column_scales(
     scale: Tensor, zero: Tensor | None, args: QuantArgs, columns: Tensor, rows: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points of each weight in some columns of a matrix with ``rows`` rows.
+    """The scale and zero point of each weight in ``columns`` of a matrix with ``rows`` rows.
 
-    ``columns``: int64 ``[n]``. Gives float32 ``[n, rows]``, a column a run of memory.
+    ``columns``: int64 ``[n]``. Returns float32 ``[n, rows]``, contiguous.
     """
     tall, wide = args.block or (1, args.group_size)
     places = columns // wide if wide else torch.zeros_like(columns)
@@ -131,7 +132,7 @@ def check_width(width: int, args: QuantArgs) -> None:
 
 
 def check_widths(name: str, width: int, scheme: Scheme) -> None:
-    """Raises QplugError if groups of weights or of inputs do not divide the width of a linear."""
+    """Raises QplugError if groups of weights or of inputs do not divide the width of ``name``."""
     for args, advice in (
         (scheme.weights, "choose another --group-size"),
         (scheme.activations, "choose a --scheme without groups of inputs, or --ignore it"),

@@ -1,8 +1,8 @@
-"""Rounding that gradients go through, for what is learned (public).
+"""Rounding with gradients, for algorithms that learn.
 
-The derivative of rounding is taken for 1 (the straight-through estimator, arXiv 1308.3432). So for
+The derivative of rounding is taken to be 1 (the straight-through estimator, arXiv 1308.3432). For
 codes ``q`` of ``w' = (q - z) * s`` that are not clipped, ``dw'/dw = 1`` and
-``dw'/ds = q - z - w / s`` (arXiv 1902.08153, equation 3); where they are, ``dw'/dw = 0`` and
+``dw'/ds = q - z - w / s`` (arXiv 1902.08153, equation 3); for clipped ones, ``dw'/dw = 0`` and
 ``dw'/ds = q - z``.
 """
 
@@ -29,22 +29,21 @@ def fake_quantize(
     args: QuantArgs,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """``weight: [out, in]``, float32, rounded under ``scale`` and ``zero``, and differentiable.
+    """``weight: [out, in]``, float32, rounded under ``scale`` and ``zero``, with gradients for all.
 
     ``scale`` and ``zero``: float32 ``args.scale_shape``; zero points are whole numbers. ``offset:
-    [out, in]`` is added before rounding, in steps of the grid: within half a step it decides
-    whether a weight is rounded up or down. Gradients reach all four. The values are those of
-    ``qplug.numerics.dequantize`` of ``quantize``.
+    [out, in]``, in steps of the grid, is added before rounding: within half a step it decides
+    whether a weight is rounded up or down. Values are equal to ``quantize`` then ``dequantize``.
     """
-    made: Tensor = _FakeQuantize.apply(weight, scale, zero, offset, args)  # type: ignore[no-untyped-call]
-    return made
+    rounded: Tensor = _FakeQuantize.apply(weight, scale, zero, offset, args)  # type: ignore[no-untyped-call]
+    return rounded
 
 
 def range_scale_with_gradients(
-    low: Tensor, high: Tensor, args: QuantArgs, unit: Tensor | None = None
+    low: Tensor, high: Tensor, args: QuantArgs, global_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """``qplug.numerics.range_scale`` with gradients; zero points are float32."""
-    stored, _ = scales.range_scale(low.detach(), high.detach(), args, unit)
+    """``range_scale`` with gradients; zero points are float32."""
+    stored, _ = scales.range_scale(low.detach(), high.detach(), args, global_scale)
     if args.symmetric:
         return _straight(torch.maximum(-low, high) / largest_code(args), stored), None
     top = args.code_range[1]
@@ -58,22 +57,22 @@ def stretched(
     zero: Tensor | None,
     factors: Sequence[Tensor],
     args: QuantArgs,
-    unit: Tensor | None = None,
+    global_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points of ranges whose ends lie ``factors`` times as far out, with gradients.
+    """Scales and zero points of ranges whose ends are multiplied by ``factors``, with gradients.
 
-    ``factors``: that of the low end and that of the high one, or one if ``args`` is symmetric,
-    float32 ``args.scale_shape``. ``unit`` as in ``range_scale``.
+    ``factors``: for the low and the high end, or one for both if ``args`` is symmetric, each
+    float32 ``args.scale_shape``. ``global_scale``: as in ``range_scale``.
     """
     if zero is None:
         end = scale * largest_code(args) * factors[0]
-        return range_scale_with_gradients(-end, end, args, unit)
+        return range_scale_with_gradients(-end, end, args, global_scale)
     low, high = -zero * scale, (args.code_range[1] - zero) * scale
-    return range_scale_with_gradients(low * factors[0], high * factors[-1], args, unit)
+    return range_scale_with_gradients(low * factors[0], high * factors[-1], args, global_scale)
 
 
 def ranges_with_gradients(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
-    """``qplug.numerics.weight_range`` of ``weight: [out, in]``, float32, with gradients."""
+    """``weight_range`` of ``weight: [out, in]``, float32, with gradients."""
     groups = in_groups(weight, args)
     low, high = groups.amin((1, 3)).clamp(max=0), groups.amax((1, 3)).clamp(min=0)
     if args.strategy == "tensor":
@@ -84,13 +83,15 @@ def ranges_with_gradients(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tens
 def round_inputs(
     x: Tensor, args: QuantArgs, scale: Tensor | None = None, *, through_peaks: bool = False
 ) -> Tensor:
-    """``qplug.numerics.fake_quantize_activations`` with a gradient: none where ``x`` is clipped.
+    """``fake_quantize_activations`` with gradients, which are 0 where ``x`` is clipped.
 
-    ``through_peaks``: where the scale is that which covers ``x``, the largest magnitudes also have
-    the gradient of the scale that they make, ``dx'/ds = (x' - x) / s`` for a rounded ``x'``.
+    ``through_peaks``: if the scale covers ``x``, the largest magnitudes also get the gradient of
+    the scale that they determine, ``dx'/ds = (x' - x) / s`` for a rounded ``x'``.
     """
-    made: Tensor = _RoundInputs.apply(x, scale, args, through_peaks)  # type: ignore[no-untyped-call]
-    return made
+    rounded: Tensor = _RoundInputs.apply(  # type: ignore[no-untyped-call]
+        x, scale, args, through_peaks
+    )
+    return rounded
 
 
 def _straight(values: Tensor, rounded: Tensor) -> Tensor:
@@ -143,44 +144,44 @@ class _RoundInputs(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor | None, args: QuantArgs, through_peaks: bool
     ) -> Tensor:
-        made = fake_quantize_activations(x, args, scale)
+        rounded = fake_quantize_activations(x, args, scale)
         ctx.args = args
         if scale is None and through_peaks:
-            ctx.save_for_backward(None, x, made)
+            ctx.save_for_backward(None, x, rounded)
         elif scale is None:  # it covers x
             ctx.save_for_backward(None)
         else:
             low, high = _ends(args)
             ctx.save_for_backward((x >= low * scale) & (x <= high * scale))
-        return made
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inside, *peaked = ctx.saved_tensors
         if peaked:
-            x, made = peaked
-            return grads[0] + _through_peaks(grads[0], x, made, ctx.args), None, None, None
+            x, rounded = peaked
+            return grads[0] + _through_peaks(grads[0], x, rounded, ctx.args), None, None, None
         return grads[0] if inside is None else grads[0] * inside, None, None, None
 
 
-def _through_peaks(grad: Tensor, x: Tensor, made: Tensor, args: QuantArgs) -> Tensor:
-    """What the peaks of ``x`` have of ``grad`` through the scales that they make.
+def _through_peaks(grad: Tensor, x: Tensor, rounded: Tensor, args: QuantArgs) -> Tensor:
+    """The gradient of the peaks of ``x`` through the scales that they determine.
 
     ``s = |x_peak| / c`` gives ``dx'/dx_peak = (x' - x) / x_peak``.
     """
     size = x.numel() if args.strategy == "tensor" else args.group_size or x.shape[-1]
     values = x.float().reshape(-1, size)
-    off = (made.float().reshape(-1, size) - values) * grad.float().reshape(-1, size)
+    products = (rounded.float().reshape(-1, size) - values) * grad.float().reshape(-1, size)
     places = values.abs().argmax(1, keepdim=True)
     peaks = values.gather(1, places)
-    share = torch.where(peaks == 0, peaks, off.sum(1, keepdim=True) / peaks)
+    share = torch.where(peaks == 0, peaks, products.sum(1, keepdim=True) / peaks)
     return torch.zeros_like(values).scatter_(1, places, share).view_as(x).to(grad.dtype)
 
 
 def _codes(
     quotient: Tensor, zeros: Tensor | None, offset: Tensor | None, args: QuantArgs
 ) -> tuple[Tensor, Tensor]:
-    """Codes less zero points, in float32 and groups, and whether each is not clipped."""
+    """Codes minus zero points, float32 in groups, and a mask of codes that are not clipped."""
     moved = quotient
     if offset is not None:
         moved = quotient + in_groups(offset, args) * _steps(quotient, args)
@@ -197,22 +198,23 @@ def _codes(
 
 
 def _steps(quotient: Tensor, args: QuantArgs) -> Tensor | float:
-    """The distance of neighbouring values of the grid at each of ``quotient``."""
+    """The distance between neighbours of the grid at each of ``quotient``."""
     return float_steps(quotient, args) if args.is_float else 1.0
 
 
 def _ends(args: QuantArgs) -> tuple[float, float]:
+    """The least and the greatest code of the grid."""
     if args.is_float:
         return -FLOAT_MAX[args.dtype], FLOAT_MAX[args.dtype]
     return args.code_range
 
 
 def spread_scales(values: Tensor | None, weight: Tensor, args: QuantArgs) -> Any:
-    """Scales or zero points as ``[row step, 1, group, 1]``, to go with groups."""
+    """Scales or zero points as ``[row step, 1, group, 1]``, which broadcasts to groups."""
     return None if values is None else per_row_scale(values.float(), weight, args)
 
 
 def _sum(of_groups: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of ``scale`` from those of its weights, in groups."""
+    """The gradient of ``scale``: the sum of the gradients of its weights, given in groups."""
     summed = of_groups.sum((1, 3))
     return summed.sum().reshape(1, 1) if summed.shape != scale.shape else summed

@@ -1,10 +1,10 @@
-"""A float model in another basis: each tensor that faces the residual stream made anew (public).
+"""A float model in a rotated basis: rewrites of all tensors that face the residual stream.
 
 With ``x' = x Q`` for the residual stream ``x`` and an orthogonal ``Q``, a norm without a weight
-gives ``norm(x') = norm(x) Q``. So weights of norms go into the linears behind them,
-``W <- W diag(g) Q``, and what writes into the stream is turned, ``W <- Qᵀ W``. Values are turned
-head by head, and the output projection with them (QuaRot, arXiv 2404.00456, section 4, stages 1a
-and 1c; R1 and R2 of SpinQuant, arXiv 2405.16406).
+gives ``norm(x') = norm(x) Q``. So weights ``g`` of norms are folded into the linears behind them,
+``W <- W diag(g) Q``, and tensors that write into the stream are rotated, ``W <- Qᵀ W``. Values are
+rotated head by head, and the output projection with them (QuaRot, arXiv 2404.00456, section 4,
+stages 1a and 1c; R1 and R2 of SpinQuant, arXiv 2405.16406).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qplug.api import Facing, Heads, Preparation, Rewrite, Stream, StreamNorm
+from qplug.api import Preparation, Rewrite, Stream, StreamAxis, StreamNorm, ValueHeads
 from qplug.errors import QplugError
 from qplug.numerics.hadamard import hadamard_transform
 from qplug.numerics.rotation import KeepingMean, Rotation
@@ -24,16 +24,16 @@ from qplug.numerics.rotation import KeepingMean, Rotation
 def rotations(
     stream: Stream, make: Callable[[int], Rotation], *, heads: bool
 ) -> tuple[Rotation, dict[str, Rotation]]:
-    """What ``turned`` is given: of the stream, and of each head of values if ``heads``.
+    """Rotations for ``rotated_model``: of the stream, and of value heads by tensor of values.
 
-    ``make`` gives a rotation of a size.
+    ``make`` returns a rotation of a given size. Without ``heads`` no values are rotated.
     """
     turn = make(stream.width)
-    if stream.centred:  # a norm that subtracts the mean finds it where it was
+    if stream.centred:  # norms that subtract the mean need it in its place
         turn = KeepingMean(turn)
-    found = stream.heads if heads else ()
-    by_size = {size: make(size) for size in sorted({each.size for each in found})}
-    return turn, {each.values: by_size[each.size] for each in found}
+    rotated = stream.heads if heads else ()
+    by_size = {size: make(size) for size in sorted({head.size for head in rotated})}
+    return turn, {head.values: by_size[head.size] for head in rotated}
 
 
 def rotated_model(
@@ -42,33 +42,35 @@ def rotated_model(
     heads: Mapping[str, Rotation],
     online: Collection[str] = (),
 ) -> Preparation:
-    """The model with its stream turned by ``turn``: all tensors that face it, each on its own.
+    """The model with its residual stream rotated by ``turn``; each tensor is rewritten on its own.
 
-    ``turn`` keeps the mean where ``stream.centred``. ``heads``: how each head of values is turned,
-    by the name of the tensor that makes them; others stay. What linears in ``online`` read is
-    rotated as the model runs. The rewrites can be differentiated, if the rotations can. Raises
-    QplugError if no norm is there to fold.
+    ``turn`` must keep the mean if ``stream.centred``. ``heads``: the rotation of each value head,
+    by the tensor of values; heads of other tensors stay. ``online``: linears whose inputs are
+    rotated while the model runs. The rewrites are differentiable if the rotations are. Raises
+    QplugError if no norm of the stream is read by linears.
     """
     if not stream.norms:
-        raise QplugError("no norm of the residual stream that linears read was found")
-    values = {each.values: each for each in stream.heads if each.values in heads}
-    outputs = {each.output: heads[name] for name, each in values.items()}
+        raise QplugError(
+            "linears read no norm of this model's residual stream, so it cannot be rotated"
+        )
+    values = {head.values: head for head in stream.heads if head.values in heads}
+    outputs = {head.output: heads[name] for name, head in values.items()}
     rewrites: dict[str, Rewrite] = {}
     for norm in stream.norms.values():
         rewrites |= _norm_rewrites(norm, _folds_bias(norm, stream), turn)
-    for name, facing in stream.tensors.items():
-        made = values.get(name)
+    for name, stream_axis in stream.tensors.items():
+        value_heads = values.get(name)
         make = RotatedTensor(
-            facing.axis,
+            stream_axis.axis,
             turn,
-            offset=stream.norms[facing.norm].offset if facing.norm else None,
-            rows=made.rows if made else None,
-            heads=heads[name] if made else outputs.get(name),
+            offset=stream.norms[stream_axis.norm].offset if stream_axis.norm else None,
+            rows=value_heads.rows if value_heads else None,
+            heads=heads[name] if value_heads else outputs.get(name),
             online=name.removesuffix(".weight") in online,
         )
-        norm_weight = (stream.norms[facing.norm].weight,) if facing.norm else ()
+        norm_weight = (stream.norms[stream_axis.norm].weight,) if stream_axis.norm else ()
         source = stream.copies.get(name, name)
-        # A turn of what a row reads leaves the other rows alone.
+        # A rotation of a row's input leaves the other rows alone.
         rewrites[name] = Rewrite((source, *norm_weight), make, by_row=make.by_row)
     rewrites |= _bias_rewrites(stream, values, heads)
     rewrites |= {
@@ -82,10 +84,11 @@ def rotated_model(
 
 @dataclass(frozen=True)
 class RotatedTensor:
-    """A tensor with ``axis`` in the turned stream.
+    """Makes a tensor whose ``axis`` is the rotated residual stream.
 
-    ``offset`` is that of the norm whose weight is folded in, if one is. ``heads`` turns heads: the
-    ``rows`` of values, or else the columns. ``online``: columns read what is rotated as it runs.
+    ``offset``: of the norm whose weight is folded in, None if none is. ``heads`` rotates value
+    heads: the ``rows`` of values, or the columns if ``rows`` is None. ``online``: the tensor's
+    input is rotated while the model runs.
     """
 
     axis: int
@@ -112,7 +115,7 @@ class RotatedTensor:
 
 
 def _turn_rows(tensor: Tensor, rows: Tensor, heads: Rotation) -> Tensor:
-    """Turn heads that are ``rows: [heads, size]`` of ``tensor``: ``[out, ...]``."""
+    """Rotate the heads in ``rows: [heads, size]`` of ``tensor: [out, ...]``."""
     rows = rows.to(tensor.device)
     turned = tensor.clone()
     turned[rows] = heads.along(tensor[rows], 1)
@@ -123,12 +126,12 @@ def _turn_rows(tensor: Tensor, rows: Tensor, heads: Rotation) -> Tensor:
 
 
 def _folds_bias(norm: StreamNorm, stream: Stream) -> bool:
-    """Whether all that read ``norm`` can take its bias; else it stays in the norm."""
+    """Whether all readers of ``norm`` can take its bias; if not, the bias stays in the norm."""
     return all(stream.tensors[reader].bias is not None for reader in norm.readers)
 
 
 def _norm_rewrites(norm: StreamNorm, folds: bool, turn: Rotation) -> dict[str, Rewrite]:
-    """A norm that multiplies by 1. A bias ``b`` that has to stay is ``(b / g) Q`` then."""
+    """Rewrites of a norm to one that multiplies by 1; a bias that stays becomes ``(b / g) Q``."""
 
     def plain(weight: Tensor) -> Tensor:
         return torch.full_like(weight, 1 - norm.offset)
@@ -136,7 +139,9 @@ def _norm_rewrites(norm: StreamNorm, folds: bool, turn: Rotation) -> dict[str, R
     def kept(bias: Tensor, weight: Tensor) -> Tensor:
         weight = weight + norm.offset
         if ((weight == 0) & (bias != 0)).any():
-            raise QplugError(f"{norm.bias}: has a bias where the weight is zero; it cannot be kept")
+            raise QplugError(
+                f"{norm.bias}: has a bias where the weight is zero, so the model cannot be rotated"
+            )
         return turn.turn(bias / torch.where(weight == 0, torch.ones_like(weight), weight))
 
     rewrites = {norm.weight: Rewrite((norm.weight,), plain)}
@@ -148,29 +153,29 @@ def _norm_rewrites(norm: StreamNorm, folds: bool, turn: Rotation) -> dict[str, R
 
 
 def _bias_rewrites(
-    stream: Stream, values: Mapping[str, Heads], turns: Mapping[str, Rotation]
+    stream: Stream, values: Mapping[str, ValueHeads], turns: Mapping[str, Rotation]
 ) -> dict[str, Rewrite]:
-    """Biases of what reads a norm: they take the norm's bias, and turn with the values."""
+    """Rewrites of biases of readers: they take the norm's bias, and are rotated with the values."""
     rewrites = {}
-    for name, facing in stream.tensors.items():
-        if facing.norm is None or facing.bias is None:
+    for name, stream_axis in stream.tensors.items():
+        if stream_axis.norm is None or stream_axis.bias is None:
             continue
-        norm, heads = stream.norms[facing.norm], values.get(name)
+        norm, heads = stream.norms[stream_axis.norm], values.get(name)
         folds = norm.bias is not None and _folds_bias(norm, stream)
         if not folds and heads is None:
             continue
         rows, turn = (heads.rows, turns[name]) if heads else (None, None)
-        make = RotatedBias(facing, rows, turn)
+        make = RotatedBias(stream_axis, rows, turn)
         more = (name, norm.bias) if folds and norm.bias is not None else ()
-        rewrites[facing.bias] = Rewrite((facing.bias, *more), make)
+        rewrites[stream_axis.bias] = Rewrite((stream_axis.bias, *more), make)
     return rewrites
 
 
 @dataclass(frozen=True)
 class RotatedBias:
-    """The bias of a linear that also gives what its norm's bias gave: ``b + W c``."""
+    """Makes the bias of a linear that takes over the bias ``c`` of its norm: ``b + W c``."""
 
-    facing: Facing
+    stream_axis: StreamAxis
     rows: Tensor | None
     heads: Rotation | None
 
@@ -178,7 +183,7 @@ class RotatedBias:
         self, bias: Tensor, weight: Tensor | None = None, offset: Tensor | None = None
     ) -> Tensor:
         if weight is not None and offset is not None:
-            bias = bias + torch.tensordot(offset, weight, ([0], [self.facing.axis]))
+            bias = bias + torch.tensordot(offset, weight, ([0], [self.stream_axis.axis]))
         if self.rows is not None and self.heads is not None:
             bias = _turn_rows(bias, self.rows, self.heads)
         return bias

@@ -1,7 +1,8 @@
-"""What a run has finished, so that the same command goes on where it was killed.
+"""Records the finished steps of a run on disk, so that the same command can resume a killed run.
 
-One JSON object a line: the fingerprint of the run first, then each finished step with a checksum
-of what it wrote. A line that a kill cut short does not count, nor do those after it.
+Every line is a JSON object: first the fingerprint of the run, then the finished steps, with
+checksums of the tensors they wrote. A line that a kill cut short is ignored, and so are all lines
+after it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from qplug.errors import QplugError
 
 
 class Journal:
-    """The journal of one run, locked while this process has it open."""
+    """The journal of one run, locked while it is open.
+
+    Raises QplugError if another process has it open.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -28,35 +32,38 @@ class Journal:
             raise QplugError(f"{path.parent}: another qplug is writing there") from None
 
     def read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-        """The fingerprint, or None if the journal is new, and the finished steps in order."""
+        """Returns the fingerprint, None in a new journal, and the finished steps in order.
+
+        Truncates the file to its valid lines.
+        """
         self._file.seek(0)
-        entries, whole = [], 0
+        entries, valid_bytes = [], 0
         for line in self._file.read().splitlines(keepends=True):
             entry = _parse(line)
             if entry is None:
                 break
             entries.append(entry)
-            whole += len(line.encode())
-        self._file.truncate(whole)
+            valid_bytes += len(line.encode())
+        self._file.truncate(valid_bytes)
         return (entries[0], entries[1:]) if entries else (None, [])
 
     def restart(self, fingerprint: Mapping[str, Any]) -> None:
-        """Forget everything and begin a run with ``fingerprint``."""
+        """Deletes all entries and begins a run with ``fingerprint``."""
         self._file.truncate(0)
         self.append(fingerprint)
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Add a line; it is on its way to the disk when this returns."""
+        """Adds a line and hands it to the operating system, so that it survives a kill."""
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Closes the file, which releases the lock."""
         self._file.close()
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    """What a line tells; None if a kill cut it short, or a power cut left other bytes there."""
+    """Returns the entry in a line; None if the line is cut short or not a JSON object."""
     try:
         entry = json.loads(line) if line.endswith("\n") else None
     except ValueError:
@@ -65,5 +72,5 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The keys in which two fingerprints differ, for a message."""
+    """Returns the keys in which two fingerprints differ, with commas between them."""
     return ", ".join(sorted(k for k in {*old, *new} if old.get(k) != new.get(k)))

@@ -1,4 +1,4 @@
-"""What a run will write, known to the byte before any weight is read."""
+"""Plans the files of a run: every tensor, its size and its shard, before any weight is read."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from qplug.api import Exporter, ModelView, TensorSpec
 from qplug.api.scheme import Scheme
 from qplug.api.tensors import Checkpoint
-from qplug.checkpoint.names import natural_order
+from qplug.checkpoint.names import is_within, natural_order, split_name
 from qplug.checkpoint.open import INDEX, SINGLE
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is read, worked on and written at one go: a linear, a block, or a tensor to copy.
+    """A unit of work that is read, computed and written at once: a linear, a block, or a copy.
 
-    ``linears`` are quantized, by name; ``others`` are tensors that keep name, dtype and shape;
-    ``cache_scales`` are the scales of a KV cache, which the source does not have. ``outputs`` are
-    the tensors it writes, by their full names.
+    ``linears`` are the schemes of the linears to quantize, by name. ``others`` are the names of
+    tensors that keep name, dtype and shape. ``outputs`` are all tensors to write, by full name.
+    ``cache_scales`` are the full names of the scales of a KV cache, which the source does not have.
     """
 
     name: str
@@ -29,30 +29,31 @@ class Step:
 
     @property
     def nbytes(self) -> int:
+        """The bytes of all outputs."""
         return sum(spec.nbytes for spec in self.outputs.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps in order, and the shard that each one writes to."""
+    """The steps in order, and the file name of the shard that each step writes to."""
 
     steps: tuple[Step, ...]
     shard_of: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         return sum(step.nbytes for step in self.steps)
 
     def shards(self) -> dict[str, dict[str, TensorSpec]]:
-        """The tensors of each file."""
+        """Returns the tensors of each shard, by file name and full name."""
         files: dict[str, dict[str, TensorSpec]] = {}
         for step, file in zip(self.steps, self.shard_of, strict=True):
             files.setdefault(file, {}).update(step.outputs)
         return files
 
     def index(self) -> dict[str, object] | None:
-        """What stands in the index file; None for a single shard, which needs none."""
+        """Returns the content of the index file; None for a single shard, which has no index."""
         if set(self.shard_of) <= {SINGLE}:
             return None
         places = {name: file for file, tensors in self.shards().items() for name in tensors}
@@ -69,25 +70,27 @@ def make_plan(
     by_block: bool,
     cache_scales: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Plan:
-    """Lay out the run: every tensor of ``source`` in natural order, those in ``schemes`` packed.
+    """Returns the plan of a run over all tensors of ``source``, in natural order of their names.
 
-    ``by_block`` makes a step of each decoder block, else every tensor is a step of its own, but for
-    linears that are to share a global scale.
-    ``cache_scales``: the full names of those of each block, float32 ``[1]``.
+    The linears in ``schemes`` are packed by ``exporter``, other tensors are copied. With
+    ``by_block`` each decoder block is a step. Otherwise each tensor is a step, except that linears
+    that must share a global scale are one step together. ``cache_scales`` are the full names of
+    KV cache scales, float32 ``[1]``, by block. A shard has at most ``shard_bytes`` bytes, or a
+    single step.
     """
     two_level = [name for name, scheme in schemes.items() if scheme.weights.two_level]
     first = {name: group[0] for group in exporter.merged(two_level) for name in group}
     steps: dict[str, Step] = {}
     for tensor in natural_order(source.tensors):
-        name, _, local = tensor.rpartition(".")
+        name, local = split_name(tensor)
         scheme = schemes.get(name) if local == "weight" else None
         if scheme is None:
             step = Step(tensor, {}, (tensor,), {tensor: source.tensors[tensor].spec})
         else:
-            packed = exporter.layout(model.linears[name], scheme, model.dtype)
+            packed = exporter.format.layout(model.linears[name], scheme, model.dtype)
             outputs = {f"{name}.{part}": spec for part, spec in packed.items()}
             step = Step(name, {name: scheme}, (), outputs)
-        block = next((b for b in model.blocks if by_block and tensor.startswith(b + ".")), None)
+        block = next((b for b in model.blocks if by_block and is_within(b, tensor)), None)
         key = first.get(step.name, step.name) if block is None else block
         steps[key] = _joined(key, steps[key], step) if key in steps else replace(step, name=key)
     for block, names in (cache_scales or {}).items():
@@ -96,16 +99,18 @@ def make_plan(
     return Plan(tuple(steps.values()), _assign_shards(list(steps.values()), shard_bytes))
 
 
-def _joined(name: str, one: Step, other: Step) -> Step:
+def _joined(name: str, first: Step, second: Step) -> Step:
+    """Returns a step that does the work of two."""
     return Step(
         name,
-        {**one.linears, **other.linears},
-        one.others + other.others,
-        {**one.outputs, **other.outputs},
+        {**first.linears, **second.linears},
+        first.others + second.others,
+        {**first.outputs, **second.outputs},
     )
 
 
 def _assign_shards(steps: list[Step], limit: int) -> tuple[str, ...]:
+    """Returns the file name of each step's shard; shards are filled in order up to ``limit``."""
     numbers, number, filled = [], 1, 0
     for step in steps:
         if filled and filled + step.nbytes > limit:

@@ -50,9 +50,9 @@ def result_files(
     ``online`` are linears whose inputs whoever computes with the folder must rotate.
     """
     config = dict(model.config)
-    quantization = exporter.config(model, schemes)
+    quantization = exporter.format.config(model, schemes)
     if recipe.kv_cache is not None:
-        quantization = exporter.with_cache(quantization, recipe.kv_cache)
+        quantization = exporter.format.with_cache(quantization, recipe.kv_cache)
     if quantization is not None:
         config["quantization_config"] = quantization
     errors = {name: error for report in reports for name, error in report.errors.items()}
@@ -81,7 +81,7 @@ def result_files(
     return {
         "config.json": _json(config),
         MANIFEST: _json(manifest),
-        "README.md": _card(name, recipe, exporter, errors, exporter.serve_arguments(config)),
+        "README.md": _card(name, recipe, exporter, errors, config),
     }
 
 
@@ -113,9 +113,11 @@ def _card(
     recipe: Recipe,
     exporter: Exporter[Any],
     errors: Mapping[str, float],
-    arguments: Sequence[str],
+    config: Mapping[str, Any],
 ) -> str:
-    serve = exporter.serve_command and " ".join([exporter.serve_command.format("."), *arguments])
+    engine, serve = exporter.engine, None
+    if engine is not None and engine.serve_command is not None:
+        serve = " ".join([engine.serve_command.format("."), *engine.serve_arguments(config)])
     return _CARD.substitute(
         tag=recipe.scheme.name.lower(),
         title=f"{name.rstrip('/').rpartition('/')[2]}, {recipe.scheme.name}",
@@ -124,7 +126,7 @@ def _card(
         algorithms="+".join(recipe.algorithms),
         scheme=recipe.scheme.name,
         backend=recipe.backend,
-        made="transformed" if exporter.stores_float else "quantized",
+        made="transformed" if exporter.format.stores_float else "quantized",
         told=_told(errors),
         manifest=MANIFEST,
         serve=f"; serve it with `{serve}`" if serve else "",

@@ -1,4 +1,4 @@
-"""The folder of a run of several processes: the first one has it, the others look through it."""
+"""Gives all processes of a run access to the folder that the first process writes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class SharedWriter:
-    """An ``Writer`` that the first process opens, and that the others know from what it tells."""
+    """The ``Writer`` of a run. The first process opens it; the others receive what it returns."""
 
     def __init__(self, processes: Processes, make: Callable[[], Writer]) -> None:
         self._processes = processes
-        self._output = make() if processes.is_first else None
+        self._writer = make() if processes.is_first else None
 
     def __enter__(self) -> SharedWriter:
         return self
@@ -30,27 +30,36 @@ class SharedWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._output is not None:
-            self._output.__exit__(kind, error, trace)
+        if self._writer is not None:
+            self._writer.__exit__(kind, error, trace)
 
     def finished(self) -> dict[int, dict[str, Any]]:
-        """The steps that earlier runs wrote, with their reports. All processes must ask."""
-        return self._processes.from_first(lambda: self._mine().finished)
+        """Returns the reports of the steps that earlier runs wrote, by number.
+
+        All processes must call this together.
+        """
+        return self._processes.from_first(lambda: self._of_first().finished)
 
     def stored(self, modules: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-        """``Writer.stored`` of each module, by name. All processes must ask."""
+        """Returns ``Writer.stored`` of each module, by name.
+
+        All processes must call this together.
+        """
         return self._processes.from_first(
-            lambda: {module: self._mine().stored(module) for module in modules}
+            lambda: {module: self._of_first().stored(module) for module in modules}
         )
 
     def cached(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """``Writer.cached``. All processes must ask."""
-        return self._processes.from_first(lambda: self._mine().cached(name, make))
+        """Returns ``Writer.cached``, which calls ``make`` in the first process.
+
+        All processes must call this together.
+        """
+        return self._processes.from_first(lambda: self._of_first().cached(name, make))
 
     def write(self, number: int, contents: Mapping[str, Content], report: dict[str, Any]) -> None:
-        """``Writer.write`` on the first process; no other asks for the contents."""
-        if self._output is not None:
-            self._output.write(number, contents, report)
+        """Calls ``Writer.write`` in the first process; the others do not read ``contents``."""
+        if self._writer is not None:
+            self._writer.write(number, contents, report)
 
     def finish(
         self,
@@ -58,10 +67,10 @@ class SharedWriter:
         texts: Mapping[str, str],
         convert: Callable[[Path], None] | None = None,
     ) -> None:
-        """``Writer.finish`` on the first process."""
-        if self._output is not None:
-            self._output.finish(companions, texts, convert)
+        """Calls ``Writer.finish`` in the first process."""
+        if self._writer is not None:
+            self._writer.finish(companions, texts, convert)
 
-    def _mine(self) -> Writer:
-        assert self._output is not None
-        return self._output
+    def _of_first(self) -> Writer:
+        assert self._writer is not None
+        return self._writer

@@ -1,4 +1,4 @@
-"""What a step of a run reports."""
+"""The report on one step of a run, as the journal and qplug.json store it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from qplug.calibration.ranges import InputRange
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a step.
+    """The result of a step, in numbers.
 
-    ``errors``: ``||W' - W|| / ||W||`` by linear; ``losses``: the same of its output on calibration
-    data. ``rewritten``: the tensors that no longer hold what the float model has, codes aside.
-    ``notes``: what algorithms have to tell the user. ``inputs``: what linears read before and after
-    all transforms; ``clips``: the ``clip_counts`` of linears that have clipped scales.
+    ``errors`` are ``||W' - W|| / ||W||`` by linear, where ``W'`` is the dequantized weight.
+    ``losses`` are the relative errors of the linears' outputs on calibration data, by linear.
+    ``rewritten`` are the names of tensors whose float values an algorithm changed. ``notes`` are
+    messages of algorithms to the user. ``inputs`` are the ranges of the linears' inputs, before and
+    after all transforms, by linear. ``clips`` are the ``clip_counts`` of linears with clipped
+    scales.
     """
 
     errors: Mapping[str, float] = field(default_factory=dict)
@@ -28,11 +30,11 @@ class Report:
 
     @property
     def loss(self) -> float | None:
-        """The mean of ``losses``."""
+        """The mean of ``losses``; None if they are empty."""
         return sum(self.losses.values()) / len(self.losses) if self.losses else None
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain form for JSON."""
+        """Returns a mapping for JSON, which ``from_dict`` reads."""
         return {
             "errors": dict(self.errors),
             "losses": dict(self.losses),
@@ -44,7 +46,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Report:
-        """The inverse of ``to_dict``."""
+        """Returns the report that ``to_dict`` wrote as ``plain``."""
         read = InputRange.from_list
         return cls(
             errors=plain["errors"],

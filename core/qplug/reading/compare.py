@@ -15,7 +15,9 @@ from torch.nn.functional import kl_div
 from qplug.calibration.tokens import calibration_tokens
 from qplug.errors import QplugError
 from qplug.machine.session import Session
+from qplug.model.hooks import hooked
 from qplug.model.kv_cache import RoundedCache
+from qplug.model.parameters import first_tensor
 from qplug.reading.folder import Folder, open_folder
 from qplug.reading.streamed import stream_folder
 from qplug.recipe.recipe import Calibration
@@ -164,7 +166,7 @@ class _Stream:
         """Within it, what enters and leaves each block of the float ``model`` is kept."""
 
         def keep(name: str, module: nn.Module, inputs: tuple[Tensor], output: Any) -> None:
-            self._entering[name], self._leaving[name] = inputs[0].cpu(), _first(output).cpu()
+            self._entering[name], self._leaving[name] = inputs[0].cpu(), first_tensor(output).cpu()
 
         with _hooked(model, {name: partial(keep, name) for name in self._names}):
             yield
@@ -209,10 +211,10 @@ class _Stream:
             if self._opened.kv_cache is not None:  # that of the run has this block's keys already
                 cache = RoundedCache(self._opened.kv_cache, scales[number])
                 call = {key: cache if _is_cache(value) else value for key, value in call.items()}
-            alone = _first(module.forward(before, **call))
+            alone = first_tensor(module.forward(before, **call))
             self.blocks[name] = BlockDifference(
                 alone=_ratio(alone - after, after - before, real),
-                total=_ratio(_first(output) - after, after, real),
+                total=_ratio(first_tensor(output) - after, after, real),
             )
 
         hooks = {name: partial(hold, number, name) for number, name in enumerate(self._names)}
@@ -233,21 +235,14 @@ def _hooked(
         model.get_submodule(name).register_forward_hook(hook, prepend=True, with_kwargs=with_kwargs)
         for name, hook in hooks.items()
     ]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _is_cache(value: object) -> bool:
     from transformers import Cache
 
     return isinstance(value, Cache)
-
-
-def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def _ratio(off: Tensor, of: Tensor, real: Tensor) -> float:

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qplug.api import Exporter, ModelView
-from qplug.api.params import fill
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.locate import find_model
-from qplug.checkpoint.names import by_module
-from qplug.checkpoint.open import open_checkpoint, read_json
+from qplug.checkpoint.names import by_module, is_within, split_name
+from qplug.checkpoint.open import open_checkpoint
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.architectures import find_packed_view
 from qplug.model.kv_cache import SCALES
 from qplug.output.manifest import Manifest, read_manifest
-from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,33 +46,33 @@ class Folder:
         """
         packed: dict[str, dict[str, Tensor]] = {}
         for tensor in self.checkpoint.tensors:
-            name, _, local = tensor.rpartition(".")
+            name, local = split_name(tensor)
             if name in self.schemes and local != "bias":
                 packed.setdefault(name, {})[local] = self.checkpoint.read(tensor)
             elif self.kv_cache is None or local not in SCALES:
                 yield tensor, self.checkpoint.read(tensor)
         for name, tensors in packed.items():
-            yield f"{name}.weight", self._computed(name, tensors)
+            yield f"{name}.weight", self._effective(name, tensors)
 
     def dequantized(self, name: str) -> Tensor:
         """The float32 weight ``[out, in]`` that is stored of a quantized linear."""
         assert self.exporter is not None
-        return self.exporter.dequantize(self.packed(name), self.schemes[name])
+        return self.exporter.format.dequantize(self.packed(name), self.schemes[name])
 
-    def _computed(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
+    def _effective(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
         assert self.exporter is not None
-        return self.exporter.computed(tensors, self.schemes[name])
+        return self.exporter.effective_weight(tensors, self.schemes[name])
 
     def holds(self, parameter: str) -> bool:
         """Whether there is a tensor, or codes, for a parameter by its name in a model."""
-        name, _, local = parameter.rpartition(".")
+        name, local = split_name(parameter)
         return parameter in self.checkpoint.tensors or (local == "weight" and name in self.schemes)
 
     def parameter(self, name: str) -> Tensor:
         """A parameter by its name in a model, float32."""
-        linear, _, local = name.rpartition(".")
+        linear, local = split_name(name)
         if local == "weight" and linear in self.schemes:
-            return self._computed(linear, self.packed(linear))
+            return self._effective(linear, self.packed(linear))
         return self.checkpoint.read(name).float()
 
     def packed(self, name: str) -> dict[str, Tensor]:
@@ -98,7 +95,7 @@ class Folder:
             for local in self._stored.get(name, ())
             if local.startswith("input_")
         }
-        scale = self.exporter.input_scale(stored)
+        scale = self.exporter.format.input_scale(stored, self.schemes[name])
         if scale is None:
             raise QplugError(f"{name}: its inputs are static, but no scale of them is there")
         return scale
@@ -111,7 +108,7 @@ class Folder:
         scales = {}
         for number, block in enumerate(self.view.blocks):
             found = [
-                [n for n in self.checkpoint.tensors if n.startswith(block + ".") and n.endswith(e)]
+                [n for n in self.checkpoint.tensors if is_within(block, n) and n.endswith(e)]
                 for e in (f".{local}" for local in SCALES)
             ]
             if any(len(names) != 1 for names in found):
@@ -127,47 +124,21 @@ def open_folder(model: str, session: Session, *, backend: str | None = None) -> 
     sound, or no exporter reads its format.
     """
     folder = find_model(model)
-    registry, trusted = session.registry, session.trust_remote_code
     manifest = read_manifest(folder)
-    checkpoint = _open(folder, manifest, backend, registry)
-    config = checkpoint.config.get("quantization_config")
-    if config is None and manifest is None:
-        view = find_packed_view(checkpoint, {}, registry, trust_remote_code=trusted)
-        return Folder(checkpoint, view, None, None, {}, trust_remote_code=trusted)
-    exporter = _find_exporter(checkpoint, manifest, backend, registry)
-    packed = exporter.stored(checkpoint)
-    view = find_packed_view(checkpoint, packed, registry, trust_remote_code=trusted)
-    if config is not None:
-        schemes, cache = exporter.schemes(config, view), exporter.cache(config)
-    else:
-        schemes = dict(manifest.schemes) if manifest else {}
-        cache = manifest.kv_cache if manifest else None
-    return Folder(checkpoint, view, manifest, exporter, schemes, cache, trusted)
-
-
-def _open(
-    folder: Path, manifest: Manifest | None, backend: str | None, registry: Registry
-) -> Checkpoint:
-    """The checkpoint in ``folder``, also where its exporter has a file of its own."""
-    if manifest is not None and not any(folder.glob("*.safetensors")):
-        name = backend or manifest.backend
-        kind = registry.exporters[name]
-        if kind.file is not None and (folder / kind.file).is_file():
-            config = read_json(folder / "config.json")
-            exporter = kind(fill(kind.Params, {}, f"backend {name}"))
-            return Checkpoint(folder, config, exporter.read(folder / kind.file, config))
-    return open_checkpoint(folder)
-
-
-def _find_exporter(
-    checkpoint: Checkpoint, manifest: Manifest | None, backend: str | None, registry: Registry
-) -> Exporter[Any]:
+    exporters, trusted = session.registry.exporters, session.trust_remote_code
     name = backend or (manifest.backend if manifest else None)
-    if name is None:
-        method = checkpoint.config["quantization_config"].get("quant_method")
-        fitting = [n for n in registry.exporters if registry.exporters[n].quant_method == method]
-        if not fitting:
-            raise QplugError(f"{checkpoint.folder}: no exporter reads quant_method {method!r}")
-        name = fitting[0]
-    exporter = registry.exporters[name]
-    return exporter(fill(exporter.Params, {}, f"backend {name}"))
+    checkpoint = open_checkpoint(folder, exporters[name].format.single_file if name else None)
+    config = checkpoint.config.get("quantization_config")
+    exporter: Exporter[Any] | None = None
+    if manifest is not None or config is not None:
+        method = config.get("quant_method") if config else None
+        exporter = exporters.make(name or session.registry.reader_of(method))
+    packed = exporter.format.stored_shapes(checkpoint) if exporter else {}
+    view = find_packed_view(checkpoint, packed, session.registry, trust_remote_code=trusted)
+    schemes, cache = {}, None
+    if exporter is not None and config is not None:
+        schemes = exporter.format.read_schemes(config, view)
+        cache = exporter.format.read_cache(config)
+    elif manifest is not None:
+        schemes, cache = dict(manifest.schemes), manifest.kv_cache
+    return Folder(checkpoint, view, manifest, exporter, schemes, cache, trusted)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qplug.api.scheme import QuantArgs
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.experts import as_on_disk
@@ -16,7 +14,7 @@ from qplug.model.hollow import build, load_config
 from qplug.model.kv_cache import round_cache
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.quiet import quiet_transformers
-from qplug.numerics.activations import fake_quantize_activations
+from qplug.model.rounding_hooks import InputRounding, round_inputs_of
 from qplug.numerics.qtorch import require_qtorch
 from qplug.numerics.scales import check_widths
 from qplug.registry.registry import Registry
@@ -106,16 +104,9 @@ def _quantize_activations(model: PreTrainedModel, folder: Folder) -> None:
         floats = {f"{name}.weight" for name in folder.schemes}
         as_on_disk(model, folder.view.blocks, floats.union(folder.checkpoint.tensors))
         modules = dict(model.named_modules())
-    for name, args in rounded.items():
+    for name in rounded:
         check_widths(name, folder.view.linears[name][1], folder.schemes[name])
         if not isinstance(modules.get(name), nn.Linear):
             raise QplugError(f"{name}: its activations cannot be quantized here: it is fused")
-        hook = partial(_round_input, args, folder.input_scale(name))
-        modules[name].register_forward_pre_hook(hook)
-
-
-def _round_input(
-    args: QuantArgs, scale: Tensor | None, module: nn.Module, inputs: tuple[Tensor, ...]
-) -> tuple[Tensor]:
-    x = inputs[0]
-    return (fake_quantize_activations(x, args, None if scale is None else scale.to(x.device)),)
+    roundings = {n: InputRounding(args, folder.input_scale(n)) for n, args in rounded.items()}
+    round_inputs_of(model, roundings)

@@ -10,16 +10,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from qplug.api import Exporter, Server
-from qplug.api.params import fill
+from qplug.api import Server
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import read_json
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.output.manifest import read_manifest
 from qplug.reading.folder import open_folder
+from qplug.registry.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,13 @@ def find_serving(
     config = read_json(path / "config.json")
     manifest = read_manifest(path)
     name = backend or (manifest.backend if manifest else None)
-    kind: type[Exporter[Any]] | None = registry.exporters[name] if name else None
-    if kind is None or kind.server is None or name is None:
-        engines = [n for n in registry.exporters if registry.exporters[n].server is not None]
+    engine = registry.exporters[name].engine if name else None
+    if engine is None or engine.server is None or name is None:
+        engines = _names_of_engines(registry)
         told = f"was written for {name}, which is no engine" if name else "does not say for whom"
         raise QplugError(f"{folder}: {told}; say --backend {' or '.join(engines)}")
-    exporter = kind(fill(kind.Params, {}, f"backend {name}"))
-    needed = exporter.serve_arguments(config)
-    found = python or os.environ.get(_variable(kind.server)) or sys.executable
+    needed = engine.serve_arguments(config)
+    found = python or os.environ.get(_variable(engine.server)) or sys.executable
     if session.trust_remote_code:
         needed = (*needed, "--trust-remote-code")
     rules: str | None = name
@@ -112,9 +110,15 @@ def find_serving(
     except QplugError:
         rules = None  # a format of its own, such as GPTQ's, which engines read beside theirs
     else:
-        warnings = tuple(exporter.serve_warnings(opened.schemes, opened.kv_cache))
+        warnings = tuple(engine.serve_warnings(opened.schemes, opened.kv_cache))
     words = (*needed, *arguments)
-    return Serving(path, name, rules, kind.server, found, words, host, port, warnings)
+    return Serving(path, name, rules, engine.server, found, words, host, port, warnings)
+
+
+def _names_of_engines(registry: Registry) -> list[str]:
+    """The backends whose engine has a server that can be started."""
+    engines = {name: registry.exporters[name].engine for name in registry.exporters}
+    return [name for name, engine in engines.items() if engine and engine.server is not None]
 
 
 def _variable(server: Server) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
+from qplug.checkpoint.names import is_within
 from qplug.model.hollow import build, load_config
+from qplug.model.parameters import empty_parameters, set_parameter
 from qplug.reading.folder import Folder
 from qplug.reading.load import compute_as_stored, load_folder
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -40,9 +41,9 @@ def stream_folder(
         inside = [name for name, _ in module.named_parameters()]
         module.register_forward_pre_hook(partial(_fill, folder, block, inside, device))
         module.register_forward_hook(partial(_empty, inside))
-        names = [name for name in names if not name.startswith(f"{block}.")]
+        names = [name for name in names if not is_within(block, name)]
     for name in names:
-        _set(model, name, folder.parameter(name).to(device))
+        set_parameter(model, name, folder.parameter(name).to(device))
     for part in model.modules():
         for name, buffer in part.named_buffers(recurse=False):
             part._buffers[name] = buffer.to(device)
@@ -55,14 +56,8 @@ def _fill(
     folder: Folder, block: str, names: list[str], device: torch.device, module: nn.Module, *_: Any
 ) -> None:
     for name in names:
-        _set(module, name, folder.parameter(f"{block}.{name}").to(device))
+        set_parameter(module, name, folder.parameter(f"{block}.{name}").to(device))
 
 
 def _empty(names: list[str], module: nn.Module, *_: Any) -> None:
-    for name in names:
-        _set(module, name, torch.empty(0, device="meta"))
-
-
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    path, _, local = name.rpartition(".")
-    module.get_submodule(path)._parameters[local] = nn.Parameter(value, requires_grad=False)
+    empty_parameters(module, names)

@@ -10,6 +10,7 @@ import torch
 from qplug.api import Problem
 from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.locate import find_model
+from qplug.checkpoint.names import module_of, split_name
 from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
@@ -61,7 +62,7 @@ def verify(
     if opened.exporter is None:
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
     source_name, source = find_source(opened, against)
-    problems = list(opened.exporter.check(opened.checkpoint, opened.view))
+    problems = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
     problems += _beside_the_weights(opened)
     problems += _architecture_lacks(opened, session)
     errors: dict[str, float] = {}
@@ -125,7 +126,7 @@ def _architecture_lacks(opened: Folder, session: Session) -> list[Problem]:
         opened.checkpoint, session.registry, trust_remote_code=session.trust_remote_code
     )
     for tensor, shape in expected.items():
-        name, _, local = tensor.rpartition(".")
+        name, local = split_name(tensor)
         packed = local == "weight" and name in opened.schemes
         if not packed and tensor not in held:
             problems.append(Problem("missing", tensor, "is in the architecture, but not here"))
@@ -140,7 +141,7 @@ def _floats_differ(opened: Folder, source: Checkpoint) -> list[Problem]:
     held = opened.checkpoint.tensors
     rewritten = opened.manifest.rewritten if opened.manifest else frozenset()
     for tensor, stored in source.tensors.items():
-        name, _, local = tensor.rpartition(".")
+        name, local = split_name(tensor)
         if local == "weight" and name in opened.schemes:
             continue
         if tensor not in held:
@@ -162,7 +163,7 @@ def _strays(opened: Folder, source: Checkpoint) -> list[Problem]:
         Problem("unexpected", tensor, "belongs to no layer, and is not in the float model")
         for tensor in opened.checkpoint.tensors
         if tensor not in known
-        and tensor.rpartition(".")[0] not in opened.schemes
+        and module_of(tensor) not in opened.schemes
         and not (opened.kv_cache and tensor.endswith(SCALES))
     ]
 
@@ -170,11 +171,14 @@ def _strays(opened: Folder, source: Checkpoint) -> list[Problem]:
 def _grown(opened: Folder, source: Checkpoint) -> list[Problem]:
     """A linear in codes is smaller than it was as floats."""
     assert opened.exporter is not None
-    if not opened.exporter.exact or opened.checkpoint.config.get("quantization_config") is None:
+    if (
+        not opened.exporter.format.is_lossless
+        or opened.checkpoint.config.get("quantization_config") is None
+    ):
         return []  # floats are stored
     stored: dict[str, int] = {}
     for tensor, held in opened.checkpoint.tensors.items():
-        name = tensor.rpartition(".")[0]
+        name = module_of(tensor)
         stored[name] = stored.get(name, 0) + held.nbytes
     problems = []
     for name in opened.schemes:
@@ -212,7 +216,7 @@ def _norm(matrix: torch.Tensor) -> float:
 
 def _errors_differ(opened: Folder, errors: Mapping[str, float]) -> list[Problem]:
     """Each layer is as far from the float model as it was when it was written."""
-    if opened.manifest is None or opened.exporter is None or not opened.exporter.exact:
+    if opened.manifest is None or opened.exporter is None or not opened.exporter.format.is_lossless:
         return []
     told, rewritten = opened.manifest.errors, opened.manifest.rewritten
     return [

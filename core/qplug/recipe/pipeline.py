@@ -41,7 +41,7 @@ def check_pipeline(pipeline: Sequence[Algorithm[Any]], schemes: Sequence[Scheme]
     told = f"--algo {'+'.join(algorithm.name for algorithm in pipeline)}"
     _check_order(pipeline, told)
     for one, other in combinations(pipeline, 2):
-        for choice in sorted(one.settles & other.settles):
+        for choice in sorted(one.decides & other.decides):
             raise QplugError(
                 f"{told}: {one.name} and {other.name} both settle {choice}, so the later would "
                 "undo what the earlier chose; leave one out"

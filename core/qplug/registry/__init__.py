@@ -1,4 +1,4 @@
-"""Plugins: found, asked for components, and named in errors; new ones are written."""
+"""Finds plugins, collects what they offer, names them in errors, and writes new ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What plugins offer under names."""
+"""Looks up components and commands by name, and names the plugin in every error."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from typing import Any, Generic, TypeVar
 from qplug.api import Component
 from qplug.api.params import fill
 from qplug.errors import PluginError, QplugError, did_you_mean
-from qplug.registry.plugin import Plugin, _same
+from qplug.registry.plugin import Plugin, same_name
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Component[Any])
 
 
 class Offers(Generic[T]):
-    """What the plugins offer of one kind, by name."""
+    """The offers of one kind, such as ``command``, of all plugins, by name.
+
+    ``load`` is called before each look-up; it makes the plugins state their offers.
+    """
 
     def __init__(self, kind: str, plugins: list[Plugin], load: Callable[[], object]) -> None:
         self.kind, self._plugins, self._load = kind, plugins, load
 
     def owners(self, name: str) -> list[Plugin]:
-        """The plugins that offer ``name``: more than one is a clash."""
+        """Returns the plugins that offer ``name``; more than one of them is a clash."""
         self._load()
         return [p for p in self._plugins if not p.error and (self.kind, name) in p.offers]
 
     def clash(self, name: str) -> str | None:
-        """A sentence, if more than one plugin offers ``name``."""
+        """Returns a sentence if more than one plugin offers ``name``, else None."""
         owners = self.owners(name)
         if len(owners) <= 1:
             return None
@@ -35,14 +38,16 @@ class Offers(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         self._load()
-        names = {n for p in self._plugins if not p.error for k, n in p.offers if k == self.kind}
+        working = (plugin for plugin in self._plugins if not plugin.error)
+        names = {name for plugin in working for kind, name in plugin.offers if kind == self.kind}
         return iter(sorted(names))
 
     def get(self, name: str) -> T | None:
-        """What is called ``name``, or None if no plugin has to do with it.
+        """Returns the offer called ``name``, or None if no plugin offers it.
 
-        Raises QplugError if more than one offers it, and if a plugin that is called so, or a file
-        that the user gave, does not work or is switched off.
+        Raises QplugError if several plugins offer ``name``. If no plugin offers it, raises
+        QplugError if a plugin that is itself called ``name`` is broken or switched off, or if a
+        file that the user passed with ``--plugin`` is broken.
         """
         if sentence := self.clash(name):
             raise QplugError(sentence)
@@ -50,10 +55,10 @@ class Offers(Generic[T]):
             offer: T = owners[0].offers[self.kind, name]
             return offer
         for plugin in self._plugins:
-            named = _same(plugin.name, name)
-            if plugin.error and (named or plugin.is_file):
+            is_namesake = same_name(plugin.name, name)
+            if plugin.error and (is_namesake or plugin.is_file):
                 raise PluginError(plugin.name, plugin.source, plugin.error) from plugin.error
-            if plugin.blocked and named:
+            if plugin.blocked and is_namesake:
                 raise QplugError(f"{self.kind} {name!r} is switched off by {plugin.blocked}")
         return None
 
@@ -71,9 +76,9 @@ class Offers(Generic[T]):
 
 
 class Components(Offers[type[C]], Generic[C]):
-    """The components that the plugins offer of one kind, by name.
+    """The component classes of one kind that plugins offer, by name.
 
-    ``word`` is what the command line calls one: an exporter is a backend.
+    ``word`` is the word for this kind on the command line: ``backend`` for an exporter.
     """
 
     def __init__(
@@ -83,9 +88,10 @@ class Components(Offers[type[C]], Generic[C]):
         self._word = word
 
     def make(self, name: str, options: Mapping[str, Any] | None = None) -> C:
-        """The component called ``name``, with ``options`` in place of defaults.
+        """Returns an instance of the component ``name``; ``options`` replace its defaults.
 
-        Raises QplugError if no plugin offers it, or an option is wrong.
+        Raises QplugError if no plugin offers ``name``, if several do, or if an option is unknown
+        or has a wrong value.
         """
-        kind = self[name]
-        return kind(fill(kind.Params, options or {}, f"{self._word} {name}"))
+        component = self[name]
+        return component(fill(component.Params, options or {}, f"{self._word} {name}"))

@@ -1,4 +1,4 @@
-"""A plugin, and the errors that name it."""
+"""One plugin: where it comes from, why it is not used, and what it offers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pluggy
 
-Named = Callable[[Distribution | None], tuple[str | None, str]]
+#: A function like ``describe_package``.
+DescribePackage = Callable[[Distribution | None], tuple[str | None, str]]
 
 
 @dataclass
 class Plugin:
-    """An object with hooks that can be imported, and what became of it.
+    """A plugin and its state: not imported, imported, switched off, or broken.
 
-    ``blocked`` and ``error`` say why it is not used. ``offers`` are its components and commands by
-    kind and name, once it has been ``asked``; a plugin with an ``error`` has none that count.
+    ``source`` is the package and version, or the file, for messages. ``open`` imports the plugin
+    and returns the object whose methods are hooks. ``blocked`` is the option or environment
+    variable that switches the plugin off, "" if none does. ``error`` is the exception that the
+    plugin raised, None while it works.
+
+    ``offers`` are its component classes and commands, by kind and name. Components are there once
+    ``asked`` is true, commands once ``asked_for_commands`` is. The offers of a plugin with an
+    ``error`` do not count. ``manager`` calls the hooks of this plugin alone.
     """
 
     name: str
@@ -41,27 +48,29 @@ class Plugin:
     asked_for_commands: bool = False
 
     @classmethod
-    def of_entry(cls, entry: EntryPoint, named: Named | None = None) -> Plugin:
-        owner, source = (named or in_quotes)(entry.dist)
+    def of_entry(cls, entry: EntryPoint, describe: DescribePackage | None = None) -> Plugin:
+        """Returns the plugin behind an entry point of an installed package, not yet imported."""
+        package, source = (describe or describe_package)(entry.dist)
         module = entry.value.partition(":")[0]
-        return cls(entry.name, source, module, entry.load, ships_with_qplug=owner == "qplug")
+        return cls(entry.name, source, module, entry.load, ships_with_qplug=package == "qplug")
 
     @classmethod
     def of_file(cls, path: Path) -> Plugin:
+        """Returns the plugin in a single Python file, named after the file, not yet imported."""
         # The prefix keeps a file called torch.py from hiding torch.
         module = f"qplug_file_{path.stem}"
         return cls(path.stem, str(path), module, partial(_import, path, module), is_file=True)
 
     @classmethod
     def of_object(cls, plugged: object, name: str) -> Plugin:
-        """A plugin that is at hand: a module, or an object whose methods are hooks."""
-        kind = plugged if isinstance(plugged, ModuleType) else type(plugged)
-        module = getattr(kind, "__module__", kind.__name__)
+        """Returns a plugin for an object in memory: a module, or one whose methods are hooks."""
+        definition = plugged if isinstance(plugged, ModuleType) else type(plugged)
+        module = getattr(definition, "__module__", definition.__name__)
         return cls(name, "an object", module, lambda: plugged)
 
     @property
     def takes_part(self) -> list[str]:
-        """The hooks it implements beside those that offer something, once it is imported."""
+        """The hooks that it implements without offering anything; empty before the import."""
         if self.manager is None:
             return []
         hooks = ("qplug_model_view", "qplug_block_done", "qplug_run_done")
@@ -69,15 +78,16 @@ class Plugin:
 
     @property
     def status(self) -> str:
+        """``blocked``, ``failed`` or ``ok``; a plugin that is not yet imported is ``ok``."""
         return "blocked" if self.blocked else "failed" if self.error else "ok"
 
     def __str__(self) -> str:
         return f"{self.name} ({self.source})"
 
 
-def in_quotes(package: Distribution | None) -> tuple[str | None, str]:
-    """The name of a package, and its name and version as messages have it."""
-    # A half-removed package has no name, or raises when asked for it.
+def describe_package(package: Distribution | None) -> tuple[str | None, str]:
+    """Returns a package's name, None if it is unknown, and a text for messages: name, version."""
+    # The metadata of a half-removed package have no name, or raise when the name is read.
     with suppress(Exception):
         if package and (name := package.name):
             return name, f"{name} {package.version}"
@@ -100,12 +110,15 @@ def _import(path: Path, name: str) -> ModuleType:
 
 
 def canonical(name: str) -> str:
+    """Returns the spelling of a plugin's name with hyphens instead of underscores."""
     return name.replace("_", "-")
 
 
-def _same(name: str, other: str) -> bool:
-    return canonical(name) == canonical(other)
+def same_name(first: str, second: str) -> bool:
+    """Returns whether two names differ in nothing but hyphens and underscores."""
+    return canonical(first) == canonical(second)
 
 
-def among(name: str, names: Iterable[str]) -> bool:
-    return any(_same(name, other.strip()) for other in names)
+def is_listed(name: str, names: Iterable[str]) -> bool:
+    """Returns whether ``names`` contain ``name``, spaces around them aside."""
+    return any(same_name(name, listed.strip()) for listed in names)

@@ -1,10 +1,10 @@
-"""Find plugins, remember what became of each, and answer "which class is NAME?".
+"""Finds plugins, keeps the error of each broken one, and answers "which class is NAME?".
 
-Finding plugins reads package metadata and imports none of them. The first question for a component
-of any kind imports every plugin and calls all its hooks: only so can two plugins that offer one
-name be told, and one that is broken anywhere be left out whole. This may import torch, which
-whoever asks for a component is about to need; the rest of the command line never asks. Commands
-are asked for apart from components, and need no torch.
+Finding plugins reads package metadata and imports no plugin. The first look-up of a component, of
+any kind, imports every plugin and calls all its component hooks. Only then is it known whether two
+plugins offer the same name, and a plugin with any broken hook can be left out as a whole. This may
+import torch, which the caller is about to need anyway; commands that work without components never
+pay for it. Commands of plugins are collected separately from components, without torch.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from typing import Any
 import click
 import pluggy
 
-from qplug.api import Algorithm, Component, Dataset, Exporter, hookspecs
+from qplug.api import Algorithm, Component, Dataset, Engine, Exporter, Format, hookspecs
 from qplug.api.params import options
 from qplug.errors import QplugError, did_you_mean
 from qplug.registry.offers import Components, Offers
-from qplug.registry.plugin import Plugin, among, canonical, in_quotes
+from qplug.registry.plugin import Plugin, canonical, describe_package, is_listed
 
 GROUP = "qplug"
 
 
 class Registry:
-    """The plugins of one run. Make one and pass it on: there is no global."""
+    """The plugins of one run. Create it once and pass it on: there is no global registry."""
 
     def __init__(self, plugins: Iterable[Plugin]) -> None:
-        # One order everywhere. Of plugins that have one name, a file that the user gave is taken,
-        # then qplug's own; nothing depends on the order in which packages were installed.
+        # One order everywhere. Among plugins of the same name a file that the user passed comes
+        # first, then qplug's own; the order in which packages were installed does not matter.
         self.plugins = sorted(
             plugins,
             key=lambda p: (canonical(p.name), not p.is_file, not p.ships_with_qplug, p.source),
@@ -50,10 +50,10 @@ class Registry:
             first = taken.setdefault(canonical(plugin.name), plugin)
             if first is not plugin:
                 plugin.error = QplugError(f"the name of this plugin is taken by {first}")
-        components = self.plugins, self.load
-        self.algorithms = Components[Algorithm[Any]]("algorithm", *components, "algorithm")
-        self.datasets = Components[Dataset[Any]]("dataset", *components, "dataset")
-        self.exporters = Components[Exporter[Any]]("exporter", *components, "backend")
+        offering = self.plugins, self.load
+        self.algorithms = Components[Algorithm[Any]]("algorithm", *offering, "algorithm")
+        self.datasets = Components[Dataset[Any]]("dataset", *offering, "dataset")
+        self.exporters = Components[Exporter[Any]]("exporter", *offering, "backend")
         self.commands = Offers[click.Command]("command", self.plugins, self.load_commands)
 
     @classmethod
@@ -63,78 +63,102 @@ class Registry:
         only_shipped: bool = False,
         files: Iterable[Path] = (),
     ) -> Registry:
-        """The installed plugins and those in ``files``; none is imported yet.
+        """Returns a registry of the installed plugins and ``files``, without importing any.
 
-        The environment variable QPLUG_PLUGINS names the only ones to use. It and ``only_shipped``
-        leave ``files`` in; ``blocked`` does not. Raises QplugError if there is nothing to block.
+        ``blocked`` are names of plugins to switch off. ``only_shipped`` switches off installed
+        plugins that do not come with qplug. The environment variable QPLUG_PLUGINS, names with
+        commas between them, switches off all other installed plugins. Only ``blocked`` applies to
+        ``files`` too. Raises QplugError if a name in ``blocked`` is no plugin's.
         """
-        named = cache(in_quotes)  # parses metadata: once for each package, not for each plugin
-        plugins = [Plugin.of_entry(entry, named) for entry in entry_points(group=GROUP)]
+        # Parsing metadata is slow: once for a package, not for each of its plugins.
+        describe = cache(describe_package)
+        plugins = [Plugin.of_entry(entry, describe) for entry in entry_points(group=GROUP)]
         allowed = os.environ.get("QPLUG_PLUGINS")
         for plugin in plugins:
             if only_shipped and not plugin.ships_with_qplug:
                 plugin.blocked = "--no-plugins"
-            if allowed is not None and not among(plugin.name, allowed.split(",")):
+            if allowed is not None and not is_listed(plugin.name, allowed.split(",")):
                 plugin.blocked = "QPLUG_PLUGINS"
         plugins += [Plugin.of_file(Path(file)) for file in files]
         names = [plugin.name for plugin in plugins]
         for name in blocked:
-            if not among(name, names):
+            if not is_listed(name, names):
                 raise QplugError(f"-p no:{name}: no such plugin.{did_you_mean(name, names)}")
         for plugin in plugins:
-            if among(plugin.name, blocked):
+            if is_listed(plugin.name, blocked):
                 plugin.blocked = f"-p no:{plugin.name}"
         return cls(plugins)
 
     def with_(self, plugged: object, name: str = "") -> Registry:
-        """This registry and one more plugin: a module, or an object whose methods are hooks.
+        """Returns a new registry with one more plugin: a module, or an object with hook methods.
 
-        ``name`` is what it is called in messages; by default as its class or module is.
+        ``name`` is the plugin's name in messages; by default the name of its module or class.
         """
-        kind = plugged if isinstance(plugged, ModuleType) else type(plugged)
-        name = name or kind.__name__.rpartition(".")[2].lower().replace("_", "-")
+        definition = plugged if isinstance(plugged, ModuleType) else type(plugged)
+        name = name or definition.__name__.rpartition(".")[2].lower().replace("_", "-")
         return Registry([*self.plugins, Plugin.of_object(plugged, name)])
+
+    def reader_of(self, method: object) -> str:
+        """Returns the name of an exporter whose format has the ``quant_method`` of a folder.
+
+        Of exporters that share the format, the one that is called like it has no engine's limits.
+        Raises QplugError if there is none.
+        """
+        fitting = [n for n in self.exporters if self.exporters[n].format.quant_method == method]
+        if method is None or not fitting:
+            raise QplugError(f"no exporter reads quant_method {method!r}")
+        return method if isinstance(method, str) and method in fitting else fitting[0]
 
     @property
     def kinds(self) -> list[Offers[Any]]:
-        """All that plugins can offer."""
+        """The look-ups of everything that plugins can offer."""
         return [self.algorithms, self.datasets, self.exporters, self.commands]
 
     def load(self) -> Registry:
-        """Take the components of every plugin, once. What breaks stops no other plugin."""
+        """Collects the components of every plugin, once, and returns this registry.
+
+        A plugin that fails keeps its error and is left out; the others are not affected.
+        """
         for plugin in self._usable():
             if plugin.asked:
                 continue
             plugin.asked = True
-            with _blaming(plugin):
-                # Nothing is kept until all is checked: a plugin is taken whole or not at all.
-                found: dict[tuple[str, str], type[Component[Any]]] = {}
+            with _keeping_error(plugin):
+                # Checks all offers before it keeps any: a plugin is used as a whole or not at all.
+                components: dict[tuple[str, str], type[Component[Any]]] = {}
                 for kind, base in _BASES.items():
                     for answer in _answers(getattr(_manager(plugin).hook, f"qplug_{kind}s")):
-                        offer = _checked(answer, base)
-                        if (kind, offer.name) in found:
-                            raise ValueError(f"it offers {kind} {offer.name!r} twice")
-                        found[kind, offer.name] = offer
-                plugin.offers.update(found)
+                        component = _checked(answer, base)
+                        if (kind, component.name) in components:
+                            raise ValueError(f"it offers {kind} {component.name!r} twice")
+                        components[kind, component.name] = component
+                plugin.offers.update(components)
         return self
 
     def load_commands(self) -> Registry:
-        """Take the commands of every plugin, once. What breaks stops no other plugin."""
+        """Collects the commands of every plugin, once, and returns this registry.
+
+        A plugin that fails keeps its error and is left out; the others are not affected.
+        """
         for plugin in self._usable():
             if plugin.asked_for_commands:
                 continue
             plugin.asked_for_commands = True
-            with _blaming(plugin):
-                # Each fills a group of its own: in a shared one the last of a name would win.
+            with _keeping_error(plugin):
+                # One group for each plugin: in a shared group, the last command of a name would
+                # replace the others without a word.
                 group = click.Group("qplug")
                 _manager(plugin).hook.qplug_commands(group=group)
                 plugin.offers.update({("command", name): c for name, c in group.commands.items()})
         return self
 
     def implementing(self, hook: str) -> Iterator[tuple[Plugin, pluggy.HookCaller]]:
-        """The plugins that implement ``hook``, each with what calls it alone, by name."""
+        """Yields every plugin that implements ``hook``, with the caller of its implementation.
+
+        Plugins come in the order of their names.
+        """
         for plugin in self._usable():
-            with _blaming(plugin):
+            with _keeping_error(plugin):
                 _manager(plugin)
             if plugin.manager is not None and not plugin.error:
                 call: pluggy.HookCaller = getattr(plugin.manager.hook, hook)
@@ -142,14 +166,17 @@ class Registry:
                     yield plugin, call
 
     def blame(self, error: BaseException) -> Plugin | None:
-        """The plugin whose code ``error`` passed through: the innermost, if there are several."""
+        """Returns the plugin whose code ``error`` passed through, None if there is none.
+
+        If ``error`` passed through several plugins, the one nearest to its origin is returned.
+        """
         packages = {plugin.module.partition(".")[0]: plugin for plugin in self._usable()}
         packages.pop("qplug", None)
-        found = None
+        culprit = None
         for frame, _ in traceback.walk_tb(error.__traceback__):
             package = str(frame.f_globals.get("__name__")).partition(".")[0]
-            found = packages.get(package, found)
-        return found
+            culprit = packages.get(package, culprit)
+        return culprit
 
     def _usable(self) -> list[Plugin]:
         return [plugin for plugin in self.plugins if plugin.status == "ok"]
@@ -163,18 +190,20 @@ _BASES: dict[str, type[Component[Any]]] = {
 
 
 @contextmanager
-def _blaming(plugin: Plugin) -> Iterator[None]:
+def _keeping_error(plugin: Plugin) -> Iterator[None]:
+    """Keeps an error from the ``with`` block in ``plugin.error`` instead of raising it."""
     try:
         yield
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # anything at all, also the SystemExit of a script
+    except BaseException as error:  # a plugin may raise anything, a script even SystemExit
         plugin.error = error
 
 
 def _manager(plugin: Plugin) -> pluggy.PluginManager:
-    # A manager for each plugin: every call is then one plugin's, so that an answer or a failure
-    # has an owner, and no plugin can wrap the hooks of another.
+    """Returns the plugin's manager; imports the plugin and checks its hooks the first time."""
+    # One manager for each plugin: a call reaches that plugin alone, so that the owner of an answer
+    # or an error is known, and no plugin can wrap the hooks of another.
     if plugin.manager is None:
         manager = pluggy.PluginManager(GROUP)
         manager.add_hookspecs(hookspecs)
@@ -197,13 +226,14 @@ def _trace(
     arguments: Any,
 ) -> None:
     if implementations:
-        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         answer = f"raised {outcome.exception!r}" if outcome.exception else outcome.get_result()
-        click.echo(f"{hook}({given}): {plugin}: {answer}", err=True)
+        click.echo(f"{hook}({call}): {plugin}: {answer}", err=True)
 
 
 def _answers(hook: pluggy.HookCaller) -> Iterator[object]:
-    # pluggy leaves None out: what an implementation that forgot its return gives.
+    """Yields what the implementations of ``hook`` return, which must be lists."""
+    # pluggy drops None, which an implementation without a return statement gives.
     results = hook() or [None] * len(hook.get_hookimpls())
     for result in results:
         if not isinstance(result, Iterable):
@@ -212,6 +242,7 @@ def _answers(hook: pluggy.HookCaller) -> Iterator[object]:
 
 
 def _checked(offer: object, base: type[Component[Any]]) -> type[Component[Any]]:
+    """Returns ``offer`` if it is a complete subclass of ``base``; else raises what is wrong."""
     if not (isinstance(offer, type) and issubclass(offer, base)):
         raise TypeError(f"{offer!r} is not a subclass of qplug.{base.__name__}")
     where = offer.__qualname__
@@ -223,4 +254,15 @@ def _checked(offer: object, base: type[Component[Any]]) -> type[Component[Any]]:
     if not (offer.__doc__ or "").strip():
         raise ValueError(f"{where} needs a docstring: users read its first line")
     options(offer.Params)
+    if issubclass(offer, Exporter):
+        _check_parts(offer)
     return offer
+
+
+def _check_parts(offer: type[Exporter[Any]]) -> None:
+    if not isinstance(getattr(offer, "format", None), Format):
+        raise TypeError(f"{offer.__qualname__}.format must be an object of a subclass of Format")
+    if not isinstance(offer.engine, Engine | None):
+        raise TypeError(
+            f"{offer.__qualname__}.engine must be an object of a subclass of Engine, or None"
+        )

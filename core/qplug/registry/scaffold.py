@@ -1,4 +1,4 @@
-"""Write the package of a new plugin, one that works, from the templates of this very qplug."""
+"""Writes the package of a new plugin from the templates of the installed qplug."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qplug.registry.registry import Registry
 
 Kind: TypeAlias = Literal["algorithm", "dataset", "exporter"]
 
-#: How the new plugin is tried out, by kind.
+#: The command in the README of the new plugin that tries it out, by kind.
 _TRIALS: dict[str, str] = {
     "algorithm": "qplug quantize qplug:demo --algo {name} --out out",
     "dataset": "qplug quantize qplug:demo --algo gptq --dataset {name} --out out",
@@ -23,10 +23,10 @@ _TRIALS: dict[str, str] = {
 
 
 def write_plugin(name: str, kind: Kind, folder: Path, registry: Registry, version: str) -> Path:
-    """Write the package ``qplug-NAME`` into the new ``folder``; gives it back.
+    """Writes a working package ``qplug-NAME`` with tests into the new ``folder``; returns it.
 
-    ``version``: of qplug, which the package is pinned to. Raises QplugError if the name or the
-    folder cannot be taken.
+    ``version`` is the version of qplug that the package requires. Raises QplugError if ``name`` is
+    not allowed or is taken, or if ``folder`` exists or its parent does not.
     """
     _check(name, registry)
     if folder.exists():
@@ -40,7 +40,7 @@ def write_plugin(name: str, kind: Kind, folder: Path, registry: Registry, versio
         "kind": kind,
         "package": f"qplug_{module}",
         "module": module,
-        "class_name": "".join(part.capitalize() for part in name.split("-")),
+        "class_name": "".join(word.capitalize() for word in name.split("-")),
         "article": "A" if kind == "dataset" else "An",
         "article_low": "a" if kind == "dataset" else "an",
         "since": f"{major}.{minor}",
@@ -64,6 +64,7 @@ def write_plugin(name: str, kind: Kind, folder: Path, registry: Registry, versio
 
 
 def _check(name: str, registry: Registry) -> None:
+    """Raises QplugError if a new plugin cannot be called ``name``."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         raise QplugError(f"{name!r}: a name is lower case, digits and single hyphens")
     if name.replace("-", "_") in sys.stdlib_module_names:

@@ -1,1 +1,1 @@
-"""A page on what a quantized folder holds, and on what several do side by side."""
+"""Writes HTML pages: a report on one quantized folder, and a comparison of several folders."""

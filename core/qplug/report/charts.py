@@ -1,8 +1,9 @@
-"""Charts as inline SVG: no script, text that can be selected, and a title for those who hear them.
+"""Draws charts as inline SVG, without scripts, with selectable text and titles for screen readers.
 
-A function here computes where everything stands, a ``Figure``; ``templates/chart.html.jinja``
-draws it. Colours are classes (``c0`` ... ``c7``) that the page's style gives a value, one for light
-and one for dark. What differs by colour differs by shape, too.
+The functions here compute the place of every shape and return a ``Figure``, which
+``templates/chart.html.jinja`` renders. Colours are classes (``c0`` ... ``c7``); the style sheet of
+the page gives every class one value for light and one for dark pages. Markers of different colours
+also differ in shape.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
 
 WIDTH = 760
 COLOURS = 8
-_LINE = 12  # pixels from one line of text to the next, at least
-_LETTER = 6.6  # the width of a letter of 12 pixels, about
+_LINE = 12  # least distance of two lines of text, in pixels
+_LETTER = 6.6  # average width of a letter at the font size of 12 pixels
 
 Format = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A part of a row: from ``low`` to ``high``, and where in it a mark stands."""
+    """A bar of a row, from the value ``low`` to ``high``, with a mark at the value ``mark``."""
 
     series: int
     low: float
@@ -38,7 +39,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a scatter plot, and the name that the legend gives it."""
+    """A point of a scatter plot, and its name in the legend."""
 
     x: float
     y: float
@@ -46,7 +47,7 @@ class Point:
     series: int
 
 
-# --- shapes, in pixels from the upper left corner ------------------------------------------------
+# --- shapes; coordinates are pixels from the upper left corner -----------------------------------
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Text:
-    """A line of text on the base line ``y``; ``full`` is its title where ``text`` is shortened."""
+    """A line of text on the base line ``y``; ``full`` is the text before it was shortened."""
 
     kind: ClassVar[str] = "text"
     x: float
@@ -88,19 +89,19 @@ class Box:
 
 @dataclass(frozen=True)
 class Curve:
-    """An SVG path that is stroked."""
+    """A line along ``path``, which is SVG path data."""
 
     kind: ClassVar[str] = "curve"
-    way: str
+    path: str
     colour: int
 
 
 @dataclass(frozen=True)
 class Marker:
-    """An SVG path that is filled."""
+    """A filled shape with the outline ``path``, which is SVG path data."""
 
     kind: ClassVar[str] = "marker"
-    way: str
+    path: str
     colour: int
     title: str
 
@@ -110,7 +111,7 @@ Shape: TypeAlias = Line | Text | Box | Curve | Marker
 
 @dataclass(frozen=True)
 class Figure:
-    """Shapes in the order in which they are drawn, and the keys of the legend above them."""
+    """A chart: its shapes in drawing order, and the markers of the legend above it."""
 
     title: str
     shapes: Sequence[Shape]
@@ -130,28 +131,31 @@ def lines(
     y_label: str,
     format_: Format,
 ) -> Markup:
-    """A line each, over 0, 1, 2 ...; None leaves a gap. Values are none below 0."""
+    """Returns a line chart with a line for each of ``series``, over x = 0, 1, 2 ...
+
+    Values must not be negative; None leaves a gap.
+    """
     count = max(map(len, series.values()))
-    every = [value for values in series.values() for value in values if value is not None]
+    known = [value for values in series.values() for value in values if value is not None]
     left, right, top, bottom = 64, WIDTH - 16, 12, 252
-    room = 0.1 * (max(every) - min(every)) or 0.1 * max(every)
-    ticks = nice_ticks(max(0.0, min(every) - room), max(every) + room)
+    margin = 0.1 * (max(known) - min(known)) or 0.1 * max(known)
+    ticks = nice_ticks(max(0.0, min(known) - margin), max(known) + margin)
     x = _scale(0, max(1, count - 1), left + 12, right - 12)
     y = _scale(ticks[0], ticks[-1], bottom, top)
     shapes: list[Shape] = _grid(ticks, y, left, right, format_)
-    for place in _labelled(count):
-        shapes.append(Text(x(place), bottom + 18, str(place), "middle"))
+    for label in _labelled(count):
+        shapes.append(Text(x(label), bottom + 18, str(label), "middle"))
     shapes.append(Text((left + right) / 2, bottom + 38, x_label, "middle"))
     for number, (name, values) in enumerate(series.items()):
         points = [(x(n), y(v)) for n, v in enumerate(values) if v is not None]
         titles = [f"{name}, {n}: {format_(v)}" for n, v in enumerate(values) if v is not None]
-        way = "".join(
+        path = "".join(
             f"{'L' if n and values[n - 1] is not None else 'M'}{x(n):.1f},{y(v):.1f}"
             for n, v in enumerate(values)
             if v is not None
         )
-        shapes.append(Curve(way, number % COLOURS))
-        shapes += [_marker(number, *at, t) for at, t in zip(points, titles, strict=True)]
+        shapes.append(Curve(path, number % COLOURS))
+        shapes += [_marker(number, *point, t) for point, t in zip(points, titles, strict=True)]
     return _drawn(f"{title}. {y_label}", shapes, bottom + 48, legend=[*series])
 
 
@@ -162,47 +166,50 @@ def rows(
     legend: Sequence[str],
     format_: Format,
 ) -> Markup:
-    """Horizontal bars: of each row some lanes, one below the other, with bars side by side."""
-    every = [bar for lanes in bars.values() for lane in lanes for bar in lane]
-    low = min(0.0, *(bar.low for bar in every))
-    high = max(0.0, *(bar.high for bar in every))
+    """Returns a chart of horizontal bars, in rows by name.
+
+    A row has lanes, one below the other; a lane has bars from left to right.
+    """
+    all_bars = [bar for lanes in bars.values() for lane in lanes for bar in lane]
+    low = min(0.0, *(bar.low for bar in all_bars))
+    high = max(0.0, *(bar.high for bar in all_bars))
     ticks = nice_ticks(low, high)
     left = min(260.0, 20 + _LETTER * max(map(len, bars)))
     right, top, lane_height = WIDTH - 24, 10.0, 14.0
     x = _scale(ticks[0], ticks[-1], left + 8, right)
     shapes: list[Shape] = []
-    at = top
+    y = top
     for name, lanes in bars.items():
         height = max(lane_height * len(lanes), _LINE)
-        shapes.append(Text(left, at + height / 2 + 4, _shortened(name, left), "end", full=name))
+        shapes.append(Text(left, y + height / 2 + 4, _shortened(name, left), "end", full=name))
         for number, lane in enumerate(lanes):
             for bar in lane:
-                shapes += _bar(bar, x, at + lane_height * number, lane_height - 3)
-        at += height + 9
+                shapes += _bar(bar, x, y + lane_height * number, lane_height - 3)
+        y += height + 9
     grid: list[Shape] = []
     for tick in ticks:
-        grid.append(Line(x(tick), x(tick), top, at, "grid"))
-        grid.append(Text(x(tick), at + 16, format_(tick), "middle"))
-    return _drawn(title, [*grid, *shapes], at + 24, legend=legend)
+        grid.append(Line(x(tick), x(tick), top, y, "grid"))
+        grid.append(Text(x(tick), y + 16, format_(tick), "middle"))
+    return _drawn(title, [*grid, *shapes], y + 24, legend=legend)
 
 
 def histogram(title: str, counts: Mapping[str, int], *, x_label: str, series: int = 0) -> Markup:
-    """A column for each count, with what it is of below it."""
+    """Returns a chart with a column for each of ``counts``, and the count's name below it."""
     ticks = nice_ticks(0, max(counts.values()))
     left, right, top, bottom = 72, WIDTH - 16, 12, 190
     y = _scale(0, ticks[-1], bottom, top)
     shapes: list[Shape] = _grid(ticks, y, left, right, lambda tick: f"{tick:,.0f}")
     width = (right - left) / len(counts)
     longest = max(map(len, counts)) * _LETTER + 8
-    every = math.ceil(longest / width)
+    label_step = math.ceil(longest / width)
     for number, (name, count) in enumerate(counts.items()):
-        at = left + number * width
+        x = left + number * width
         height = bottom - y(count)
         shapes.append(
-            Box(at + 1.0, y(count), max(1.0, width - 2), height, series, f"{name}: {count:,}")
+            Box(x + 1.0, y(count), max(1.0, width - 2), height, series, f"{name}: {count:,}")
         )
-        if number % every == 0:
-            shapes.append(Text(at + width / 2, bottom + 17, name, "middle"))
+        if number % label_step == 0:
+            shapes.append(Text(x + width / 2, bottom + 17, name, "middle"))
     shapes.append(Text((left + right) / 2, bottom + 37, x_label, "middle"))
     return _drawn(title, shapes, bottom + 46)
 
@@ -216,12 +223,15 @@ def scatter(
     x_format: Format,
     y_format: Format,
 ) -> Markup:
-    """Points with numbers beside them, and their names in the legend. The x axis begins at 0."""
+    """Returns a scatter plot with a number at every point; the legend has the points' names.
+
+    The x axis begins at 0.
+    """
     left, right, top, bottom = 72, WIDTH - 24, 16, 300
     x_ticks = nice_ticks(0, max(point.x for point in points))
     low, high = min(p.y for p in points), max(p.y for p in points)
-    room = (high - low) * 0.1 or abs(high) * 0.05 or 1.0
-    y_ticks = nice_ticks(low - room, high + room)
+    margin = (high - low) * 0.1 or abs(high) * 0.05 or 1.0
+    y_ticks = nice_ticks(low - margin, high + margin)
     x = _scale(x_ticks[0], x_ticks[-1], left + 8, right - 16)
     y = _scale(y_ticks[0], y_ticks[-1], bottom, top)
     shapes: list[Shape] = _grid(y_ticks, y, left, right, y_format)
@@ -230,19 +240,19 @@ def scatter(
     shapes.append(Text((left + right) / 2, bottom + 38, x_label, "middle"))
     taken: list[tuple[float, float]] = []
     for point in points:
-        said = f"{point.name}: {x_format(point.x)}, {y_format(point.y)}"
-        shapes.append(_marker(point.series, x(point.x), y(point.y), said, size=5.0))
-        beside = _free((x(point.x) + 9, y(point.y) + 4), taken)
-        shapes.append(Text(*beside, str(point.series + 1), "start"))
+        point_title = f"{point.name}: {x_format(point.x)}, {y_format(point.y)}"
+        shapes.append(_marker(point.series, x(point.x), y(point.y), point_title, size=5.0))
+        place = _free((x(point.x) + 9, y(point.y) + 4), taken)
+        shapes.append(Text(*place, str(point.series + 1), "start"))
     legend = [f"{point.series + 1}: {point.name}" for point in points]
     return _drawn(f"{title}. {y_label}", shapes, bottom + 48, legend=legend)
 
 
-# --- parts ---------------------------------------------------------------------------------------
+# --- axes, bars and markers ----------------------------------------------------------------------
 
 
 def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers from below ``low`` to above ``high``, in equal steps."""
+    """Returns round numbers in equal steps that cover ``low`` to ``high``, about ``most``."""
     width = high - low
     if not (math.isfinite(width) and width > 0):
         high, width = low + 1.0, 1.0
@@ -253,13 +263,14 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """From values to pixels."""
+    """Returns a function from values to pixels: ``low`` is at ``start``, ``high`` at ``end``."""
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
 def _grid(
     ticks: Sequence[float], y: Callable[[float], float], left: float, right: float, format_: Format
 ) -> list[Shape]:
+    """Returns horizontal grid lines at ``ticks``, with their values to the left."""
     shapes: list[Shape] = []
     for tick in ticks:
         shapes.append(Line(left, right, y(tick), y(tick), "grid"))
@@ -268,29 +279,30 @@ def _grid(
 
 
 def _labelled(count: int) -> range:
-    """The places on an axis of whole numbers that are labelled."""
+    """Returns which of the numbers 0 ... ``count - 1`` on an axis have labels, 16 at most."""
     return range(0, count, max(1, math.ceil(count / 16)))
 
 
 def _shortened(name: str, width: float) -> str:
-    """The end of a name that is too long: what tells layers apart is there."""
+    """Returns ``name``, or its end if it is too long, since names of layers differ at the end."""
     fitting = int((width - 20) / _LETTER)
     return name if len(name) <= fitting else "…" + name[1 - fitting :]
 
 
 def _bar(bar: Bar, x: Callable[[float], float], top: float, height: float) -> list[Shape]:
+    """Returns the shapes of ``bar``: a box, and a line at its mark."""
     start, end = x(bar.low), x(bar.high)
     width = max(1.0, end - start)
     box = Box(start, top, width, height, bar.series % COLOURS, bar.title)
     if bar.mark is None:
         return [box]
-    at = x(bar.mark)
-    return [box, Line(at, at, top - 1, top + height + 1, "mark")]
+    mark = x(bar.mark)
+    return [box, Line(mark, mark, top - 1, top + height + 1, "mark")]
 
 
 def _marker(series: int, x: float, y: float, title: str, size: float = 3.5) -> Marker:
-    """A circle, square, triangle or diamond."""
-    ways = [
+    """Returns a circle, square, triangle or diamond around ``x``, ``y``."""
+    outlines = [
         f"M{x - size:.1f},{y:.1f}a{size},{size} 0 1 0 {2 * size},0"
         f"a{size},{size} 0 1 0 {-2 * size},0",
         f"M{x - size:.1f},{y - size:.1f}h{2 * size}v{2 * size}h{-2 * size}z",
@@ -298,12 +310,13 @@ def _marker(series: int, x: float, y: float, title: str, size: float = 3.5) -> M
         f"M{x:.1f},{y - size * 1.4:.1f}l{size * 1.4:.1f},{size * 1.4:.1f}"
         f"l{-size * 1.4:.1f},{size * 1.4:.1f}l{-size * 1.4:.1f},{-size * 1.4:.1f}z",
     ]
-    way = ways[(series + series // COLOURS) % len(ways)]  # all differ, of up to 32
-    return Marker(way, series % COLOURS, title)
+    # Up to 32 series differ in colour or shape.
+    outline = outlines[(series + series // COLOURS) % len(outlines)]
+    return Marker(outline, series % COLOURS, title)
 
 
 def _free(place: tuple[float, float], taken: list[tuple[float, float]]) -> tuple[float, float]:
-    """``place``, or the first below it where no text is yet."""
+    """Returns ``place``, or the first place below it without text, and adds it to ``taken``."""
     x, y = place
     while any(abs(x - old_x) < 2.5 * _LETTER and abs(y - old_y) < _LINE for old_x, old_y in taken):
         y += _LINE
@@ -314,6 +327,7 @@ def _free(place: tuple[float, float], taken: list[tuple[float, float]]) -> tuple
 def _drawn(
     title: str, shapes: Sequence[Shape], height: float, *, legend: Sequence[str] = ()
 ) -> Markup:
+    """Renders a figure, with a legend entry for each name in ``legend``."""
     keys = [_marker(number, 8.0, 8.0, name, size=4.0) for number, name in enumerate(legend)]
     figure = Figure(title, shapes, math.ceil(height), keys)
     return render("chart.html.jinja", {"figure": figure})

@@ -1,4 +1,4 @@
-"""Several folders side by side: their sizes, errors and perplexities."""
+"""Compares folders on one page: their sizes, errors and perplexities."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from qplug.reading.perplexity import Evaluation
 
-#: What is said of each folder, in order.
+#: The columns of the table, which has a row for each folder.
 COLUMNS = (
     *("folder", "algorithms", "scheme", "backend", "size", "bits per parameter"),
     *("error of weights", "error of outputs", "perplexity"),
@@ -36,8 +36,8 @@ class Compared:
         return self.overview.folder
 
     def cells(self) -> tuple[str, ...]:
-        """A row under ``COLUMNS``."""
-        overview, found = self.overview, self.evaluation
+        """The row of this folder, with a cell for each of ``COLUMNS``."""
+        overview, evaluation = self.overview, self.evaluation
         return (
             self.name,
             " + ".join(overview.recipe.get("algorithms", ())) or "-",
@@ -47,11 +47,11 @@ class Compared:
             bits(overview.bits_per_parameter),
             number(_mean(overview.errors.values())),
             number(_mean(overview.losses.values())),
-            "-" if found is None else f"{found.perplexity:.4f}",
+            "-" if evaluation is None else f"{evaluation.perplexity:.4f}",
         )
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the same values, unrounded, as a mapping for JSON."""
         overview = self.overview
         return {
             "folder": self.name,
@@ -69,11 +69,11 @@ class Compared:
 
 
 def comparison_page(compared: Sequence[Compared]) -> str:
-    """A whole HTML file: a plot if perplexities were measured, and a table."""
-    measured = [(one, one.evaluation) for one in compared if one.evaluation is not None]
+    """Returns an HTML file with a table, and with a plot if any perplexity was measured."""
+    measured = [(folder, folder.evaluation) for folder in compared if folder.evaluation is not None]
     values = {
         "columns": COLUMNS,
-        "rows": [one.cells() for one in compared],
+        "rows": [folder.cells() for folder in compared],
         "plot": _plot(measured) if measured else None,
         "text": text_of(measured[0][1]) if measured else None,
     }
@@ -82,8 +82,8 @@ def comparison_page(compared: Sequence[Compared]) -> str:
 
 def _plot(measured: Sequence[tuple[Compared, Evaluation]]) -> Markup:
     points = [
-        charts.Point(one.overview.bytes.total, found.perplexity, one.name, place)
-        for place, (one, found) in enumerate(measured)
+        charts.Point(folder.overview.bytes.total, evaluation.perplexity, folder.name, number)
+        for number, (folder, evaluation) in enumerate(measured)
     ]
     return charts.scatter(
         "Size against perplexity",
@@ -96,5 +96,5 @@ def _plot(measured: Sequence[tuple[Compared, Evaluation]]) -> Markup:
 
 
 def _mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return fmean(found) if found else None
+    numbers = list(values)
+    return fmean(numbers) if numbers else None

@@ -1,8 +1,10 @@
-"""Read a folder, and its float model if that can be found, tensor by tensor."""
+"""Reads a quantized folder tensor by tensor and compares it with its float model, if there is one.
+
+The result is plain data (``findings``), which a page shows.
+"""
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from qplug.api.groups import dequantize
 from qplug.api.tensors import Checkpoint
+from qplug.checkpoint.names import block_of, kind_of, module_of, relative_name, split_name
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.reading.folder import Folder, open_folder
@@ -20,18 +23,18 @@ from qplug.reading.verify import find_source, float_weight, relative_distance
 from qplug.registry.registry import Registry
 from qplug.report.findings import BINS_PER_OCTAVE, Bytes, Findings, Layer, Overview, Span
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-
 
 def overview(folder: Folder, name: str) -> Overview:
-    """What the headers of ``folder``, called ``name``, and its ``qplug.json`` tell."""
+    """Returns the facts about ``folder`` in its headers and its qplug.json; reads no weight.
+
+    ``name`` is the folder as the user wrote it.
+    """
     view, manifest, schemes = folder.view, folder.manifest, folder.schemes
     matrices = {n: prod(shape) for n, shape in view.linears.items()}
     tensors = folder.checkpoint.tensors
-    rest = sum(
-        prod(t.spec.shape) for n, t in tensors.items() if n.rpartition(".")[0] not in matrices
-    )
-    serve = folder.exporter.serve_command if folder.exporter else None
+    rest = sum(prod(t.spec.shape) for n, t in tensors.items() if module_of(n) not in matrices)
+    engine = folder.exporter.engine if folder.exporter else None
+    serve = engine.serve_command if engine else None
     return Overview(
         folder=name,
         model=manifest.model if manifest else None,
@@ -59,16 +62,18 @@ def examine(
     trust_remote_code: bool = False,
     watch: Callable[[int, int], None] | None = None,
 ) -> Findings:
-    """Read every quantized weight of the folder ``name``, one at a time.
+    """Returns the findings on the folder ``name``, after reading all its quantized weights.
 
-    ``against`` is the float model; by default the one in ``qplug.json``, if it can be found. Raises
-    QplugError if the folder cannot be opened, or is a float model that qplug did not write.
+    Weights are read one at a time. ``against`` is the float model to compare with; by default the
+    model that qplug.json names, if it can be found. ``watch`` is called after each weight with the
+    numbers of weights read and of all. Raises QplugError if the folder cannot be opened, or if it
+    is a float model that qplug did not write.
     """
     session = Session.alone(registry=registry, trust_remote_code=trust_remote_code)
     folder = open_folder(name, session)
     if folder.exporter is None:
         raise QplugError(f"{name}: is not quantized; there is nothing to report")
-    told = overview(folder, name)
+    summary = overview(folder, name)
     source_name, source = find_source(folder, against)
     layers: list[Layer] = []
     scales: Counter[int] = Counter()
@@ -79,41 +84,41 @@ def examine(
         if watch is not None:
             watch(done, len(folder.schemes))
     return Findings(
-        overview=told,
+        overview=summary,
         layers=tuple(layers),
         scales=dict(sorted(scales.items())),
         against=source_name,
         float_bytes=_bytes(source, folder.view.linears, folder.schemes) if source else None,
-        calibrated=bool(told.losses),
+        calibrated=bool(summary.losses),
     )
 
 
 def _bytes(
     checkpoint: Checkpoint, linears: Mapping[str, object], schemes: Mapping[str, object]
 ) -> Bytes:
-    """Biases are among the others."""
+    """Returns the bytes of quantized linears, other linears, and other tensors such as biases."""
     sums = [0, 0, 0]
     for tensor, stored in checkpoint.tensors.items():
-        part = 0 if _is_of(tensor, schemes) else 1 if _is_of(tensor, linears) else 2
-        sums[part] += stored.nbytes
+        category = 0 if _is_of(tensor, schemes) else 1 if _is_of(tensor, linears) else 2
+        sums[category] += stored.nbytes
     return Bytes(*sums)
 
 
 def _is_of(tensor: str, linears: Mapping[str, object]) -> bool:
-    """Whether a tensor belongs to the weight of one of ``linears``."""
-    name, _, local = tensor.rpartition(".")
+    """Returns whether a tensor belongs to the weight of a linear in ``linears``."""
+    name, local = split_name(tensor)
     return name in linears and local != "bias"
 
 
 def _examined(
     folder: Folder, name: str, source: Checkpoint | None
 ) -> tuple[Layer, Mapping[int, int]]:
-    """One linear, and its scales counted."""
-    exporter, scheme, manifest = folder.exporter, folder.schemes[name], folder.manifest
-    assert exporter is not None
-    packed = folder.packed(name)
-    made = exporter.unpack(packed, scheme) if exporter.exact else None
-    weight = exporter.dequantize(packed, scheme) if made is None else dequantize(made)
+    """Returns the findings on the linear ``name``, and its scales counted by size."""
+    scheme, manifest = folder.schemes[name], folder.manifest
+    assert folder.exporter is not None
+    stored_as, packed = folder.exporter.format, folder.packed(name)
+    codes = stored_as.unpack(packed, scheme) if stored_as.is_lossless else None
+    weight = stored_as.dequantize(packed, scheme) if codes is None else dequantize(codes)
     rewritten = manifest is not None and f"{name}.weight" in manifest.rewritten
     has_float = source is not None and (not rewritten or f"{name}.weight" in source.tensors)
     original = float_weight(source, name, weight.shape) if source and has_float else None
@@ -131,18 +136,19 @@ def _examined(
         weights=(None if original is None else _span(original), _span(weight)),
         inputs=manifest.inputs.get(name) if manifest else None,
         clips=manifest.clips.get(name, ()) if manifest else (),
-        scales=None if made is None else _span(made.scale),
-        scale_count=0 if made is None else made.scale.numel(),
+        scales=None if codes is None else _span(codes.scale),
+        scale_count=0 if codes is None else codes.scale.numel(),
     )
-    return layer, {} if made is None else _counted(made.scale)
+    return layer, {} if codes is None else _counted(codes.scale)
 
 
 def _place(name: str, blocks: tuple[str, ...]) -> tuple[int | None, str]:
-    """The number of the block that a linear is in, and its kind."""
-    for number, block in enumerate(blocks):
-        if name.startswith(f"{block}."):
-            return number, _NUMBER.sub("*", name.removeprefix(f"{block}."))
-    return None, name
+    """Returns the number of a linear's block, None outside the blocks, and the linear's kind.
+
+    The kind is the name within the block, with ``*`` in place of numbers.
+    """
+    number = block_of(name, blocks)
+    return number, name if number is None else kind_of(relative_name(blocks[number], name))
 
 
 def _span(values: Tensor) -> Span:
@@ -151,6 +157,7 @@ def _span(values: Tensor) -> Span:
 
 
 def _counted(scale: Tensor) -> dict[int, int]:
+    """Returns the number of scales by ``floor(log2(scale) * BINS_PER_OCTAVE)``."""
     bins = (scale.double().log2() * BINS_PER_OCTAVE).floor().long()
     numbers, counts = bins.unique(return_counts=True)
     return dict(zip(numbers.tolist(), counts.tolist(), strict=True))

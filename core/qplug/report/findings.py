@@ -1,4 +1,4 @@
-"""What is known of a quantized folder, as plain data: a page is made of it, tests compare it."""
+"""The findings on a quantized folder, as plain data that a page shows and tests compare."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from qplug.calibration.ranges import InputRange
 
-#: Bins of ``Findings.scales`` in one doubling.
+#: The number of bins of ``Findings.scales`` between a scale and its double.
 BINS_PER_OCTAVE = 4
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes of the linears that are quantized, of those that are not, and of all other tensors."""
+    """The bytes of quantized linears, of the other linears, and of all other tensors."""
 
     quantized: int
     linears: int
@@ -27,10 +27,13 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Overview:
-    """What a folder's headers and ``qplug.json`` tell. ``recipe`` is empty without the latter.
+    """The facts about a folder in its headers and its qplug.json; no weight is read for them.
 
-    ``weights`` counts those that are quantized, ``linear_weights`` all of linears, ``parameters``
-    all there are. ``errors`` and ``losses`` are as in ``Report``. ``serve`` is a command.
+    ``schemes`` are the numbers of quantized linears, by scheme. ``recipe`` is as in qplug.json, and
+    empty without it. ``weights`` is the number of quantized weights, ``linear_weights`` of the
+    weights of all linears, ``parameters`` of all parameters. ``errors`` and ``losses`` are by
+    linear, as in ``output.step_report.Report``. ``serve`` is the command that serves the folder,
+    None if no engine does.
     """
 
     folder: str
@@ -51,23 +54,23 @@ class Overview:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Bits of a quantized weight, scales and zero points included."""
+        """The bits of a quantized weight, scales and zero points included."""
         return 8 * self.bytes.quantized / self.weights if self.weights else None
 
     @property
     def bits_per_linear_weight(self) -> float:
-        """The same of all linears, quantized or not."""
+        """The mean bits of a weight of any linear, quantized or not."""
         return 8 * (self.bytes.quantized + self.bytes.linears) / self.linear_weights
 
     @property
     def bits_per_parameter(self) -> float:
-        """The same of all tensors."""
+        """The mean bits of a parameter, in all tensors."""
         return 8 * self.bytes.total / self.parameters
 
 
 @dataclass(frozen=True)
 class Span:
-    """The least and the greatest value."""
+    """The smallest and the largest of some values."""
 
     low: float
     high: float
@@ -75,12 +78,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized linear. ``block`` counts from 0; ``kind`` is its name within the block.
+    """The findings on one quantized linear.
 
-    Experts are of one kind. ``error`` is as told in ``qplug.json``, ``recomputed`` from the files;
-    the latter is None without the float model, or where this holds other weights (``rewritten``).
-    ``weights``: what the float model has, and what the codes mean. ``inputs`` and ``clips`` are as
-    in ``Report``; ``scales``: the least and the greatest, None if the format stores none.
+    ``block`` is the number of its block, from 0, None outside the blocks. ``kind`` is its name
+    within the block, the same for all experts. ``rewritten`` is True if an algorithm changed the
+    float weight before it was quantized. ``error`` is the relative error of the weight in
+    qplug.json; ``recomputed`` is the same from the files, None without the float model or if the
+    weight is rewritten. ``loss`` is the relative error of the output on calibration data.
+
+    ``weights`` are the spans of the float weight, None if it is not available, and of the
+    dequantized weight. ``inputs`` (before and after all transforms) and ``clips`` are as in
+    ``output.step_report.Report``. ``scales`` is the span of the ``scale_count`` scales, None if the
+    format stores none.
     """
 
     name: str
@@ -101,10 +110,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that the files of a folder tell, and its float model where ``against`` names it.
+    """The findings on a folder and, if ``against`` names it, on its float model.
 
-    ``scales`` counts scales by ``floor(log2(scale) * BINS_PER_OCTAVE)``. ``calibrated``: whether
-    there were data, and so ``clips`` of every layer.
+    ``scales`` are the numbers of scales by ``floor(log2(scale) * BINS_PER_OCTAVE)``.
+    ``float_bytes`` are the sizes in the float model. ``calibrated`` is True if the run had
+    calibration data, in which case ``clips`` of all layers are known.
     """
 
     overview: Overview

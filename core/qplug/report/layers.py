@@ -1,4 +1,4 @@
-"""What a report shows of single layers: errors, ranges, scales, clips, as charts and tables."""
+"""Draws the errors, ranges, scales and clips of layers, as charts and as tables for a page."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 _BEFORE, _AFTER = 0, 1
-#: Columns that a histogram of scales has at most.
+#: The largest number of columns of a histogram of scales.
 _COLUMNS = 48
 
 
 @dataclass(frozen=True)
 class Charted:
-    """A chart, and the table of its numbers: the first cell of a row names it."""
+    """A chart, and the table of its numbers; the first cell of a row is the row's name."""
 
     chart: Markup
     head: Sequence[str]
@@ -32,19 +32,19 @@ class Charted:
 
 @dataclass(frozen=True)
 class Errors:
-    """Whether the error of any layer is ``known``, and the errors of those in blocks, if any is."""
+    """The errors of layers: whether any is ``known``, and a chart of those in blocks by depth."""
 
     known: bool
     by_depth: Charted | None
 
 
 def output_errors(findings: Findings) -> Errors:
-    """The relative error of what each layer computes on the calibration data."""
+    """Returns the relative errors of the layers' outputs on the calibration data."""
     return _errors(findings, "Relative error of outputs", lambda layer: layer.loss)
 
 
 def weight_errors(findings: Findings) -> Errors:
-    """The relative error of each layer's weight."""
+    """Returns the relative errors of the layers' weights."""
     return _errors(findings, "Relative error of weights", _error)
 
 
@@ -53,15 +53,17 @@ def _error(layer: Layer) -> float | None:
 
 
 def _errors(findings: Findings, title: str, value: Callable[[Layer], float | None]) -> Errors:
-    """A line for each kind over the blocks, and the numbers. Experts of a block are averaged."""
+    """Returns a line chart with a line for each kind over the blocks; experts are averaged."""
     known = any(value(layer) is not None for layer in findings.layers)
     depth = max((layer.block for layer in findings.layers if layer.block is not None), default=0)
     series: dict[str, list[float | None]] = {}
     for kind in dict.fromkeys(layer.kind for layer in findings.layers if layer.block is not None):
         means: list[float | None] = []
         for block in range(depth + 1):
-            own = [layer for layer in findings.layers if (layer.block, layer.kind) == (block, kind)]
-            errors = [error for layer in own if (error := value(layer)) is not None]
+            here = [
+                layer for layer in findings.layers if (layer.block, layer.kind) == (block, kind)
+            ]
+            errors = [error for layer in here if (error := value(layer)) is not None]
             means.append(fmean(errors) if errors else None)
         if any(mean is not None for mean in means):
             series[kind] = means
@@ -73,7 +75,7 @@ def _errors(findings: Findings, title: str, value: Callable[[Layer], float | Non
 
 
 def weights(findings: Findings) -> Charted | None:
-    """The span of weights by kind: in the float model, and as the codes mean them."""
+    """Returns the spans of weights by kind: in the float model, and dequantized."""
     if not findings.layers:
         return None
     bars, rows = {}, []
@@ -90,18 +92,23 @@ def weights(findings: Findings) -> Charted | None:
 
 
 def inputs(findings: Findings) -> Charted | None:
-    """The span of what layers read by kind: as the model came, and after all transforms."""
+    """Returns the spans of the layers' inputs by kind: before and after all transforms.
+
+    None is returned if no layer has any, since the run had no calibration data.
+    """
     bars, rows = {}, []
     for kind, layers in _kinds(findings):
         known = [layer.inputs for layer in layers if layer.inputs is not None]
         if known:
-            moments = []
+            lanes, cells = [], [kind]
             for moment in (_BEFORE, _AFTER):
                 ranges = [both[moment] for both in known]
-                wide = Span(min(r.low for r in ranges), max(r.high for r in ranges))
-                moments.append((wide, max(r.typical for r in ranges)))
-            bars[kind] = [[_bar(n, wide, mark)] for n, (wide, mark) in enumerate(moments)]
-            rows.append((kind, *(part for w, mark in moments for part in (_span(w), number(mark)))))
+                whole = Span(min(r.low for r in ranges), max(r.high for r in ranges))
+                typical = max(r.typical for r in ranges)
+                lanes.append([_bar(moment, whole, typical)])
+                cells += [_span(whole), number(typical)]
+            bars[kind] = lanes
+            rows.append(cells)
     if not bars:
         return None
     names = ["before", "after transforms"]
@@ -110,56 +117,61 @@ def inputs(findings: Findings) -> Charted | None:
 
 
 def scales(findings: Findings) -> Charted | None:
-    """The number of scales of each size; None for a folder without scales."""
+    """Returns a histogram of the scales; None for a folder without scales."""
     if not findings.scales:
         return None
     rows = []
     for kind, layers in _kinds(findings):
-        wide = _widest(layer.scales for layer in layers)
+        whole = _widest(layer.scales for layer in layers)
         count = sum(layer.scale_count for layer in layers)
-        rows.append((kind, f"{count:,}", *((number(wide.low), number(wide.high)) if wide else ())))
+        ends = (number(whole.low), number(whole.high)) if whole else ()
+        rows.append((kind, f"{count:,}", *ends))
     counts = merged(findings.scales)
     chart = charts.histogram("Scales of weights", counts, x_label="scale, from", series=_BEFORE)
-    return Charted(chart, ["kind", "scales", "least", "greatest"], rows)
+    return Charted(chart, ["kind", "scales", "smallest", "largest"], rows)
 
 
 def merged(counts: Mapping[int, int]) -> dict[str, int]:
-    """``Findings.scales`` with as many columns as can be seen, by the least scale of each."""
+    """Returns ``Findings.scales`` in ``_COLUMNS`` columns or less, by the least scale of each."""
     first, last = min(counts), max(counts)
     step = 1
     while (last - first) // step >= _COLUMNS:
         step *= 2
     columns = dict.fromkeys(range(first // step, last // step + 1), 0)
-    for place, count in counts.items():
-        columns[place // step] += count
-    return {f"{2 ** (at * step / BINS_PER_OCTAVE):.2g}": n for at, n in columns.items()}
+    for bin_, count in counts.items():
+        columns[bin_ // step] += count
+    return {
+        f"{2 ** (column * step / BINS_PER_OCTAVE):.2g}": count for column, count in columns.items()
+    }
 
 
 def clips(findings: Findings) -> Charted | None:
-    """The number of scales by their part of the one that covers the weights; None without clips."""
+    """Returns a histogram of the ratios of scales to the scale that covers all weights.
+
+    None is returned if no scale is smaller than that, or if clips are not known.
+    """
     if not findings.calibrated:
         return None
     totals = [0] * len(CLIP_BINS)
     rows = []
     for kind, layers in _kinds(findings):
-        own = [0] * len(CLIP_BINS)
+        counts = [0] * len(CLIP_BINS)
         for layer in layers:
-            for place, count in enumerate(
-                layer.clips or (*[0] * len(totals[1:]), layer.scale_count)
-            ):
-                own[place] += count
-        totals = [a + b for a, b in zip(totals, own, strict=True)]
-        rows.append((kind, f"{sum(own[:-1]):,}", f"{sum(own):,}"))
+            unclipped = (*[0] * (len(CLIP_BINS) - 1), layer.scale_count)
+            for bin_, count in enumerate(layer.clips or unclipped):
+                counts[bin_] += count
+        totals = [total + count for total, count in zip(totals, counts, strict=True)]
+        rows.append((kind, f"{sum(counts[:-1]):,}", f"{sum(counts):,}"))
     if not sum(totals[:-1]):
         return None
     names = [f"{low:g} to {high:g}" for low, high in pairwise(CLIP_BINS)]
     columns = dict(zip([*names, "not clipped"], totals, strict=True))
-    chart = charts.histogram("Clips", columns, x_label="part of the covering scale", series=_AFTER)
-    return Charted(chart, ["kind", "clipped", "of scales"], rows)
+    chart = charts.histogram("Clips", columns, x_label="ratio to the covering scale", series=_AFTER)
+    return Charted(chart, ["kind", "clipped scales", "all scales"], rows)
 
 
 def every_layer(findings: Findings) -> Iterator[Sequence[str]]:
-    """All numbers of each layer, a row of ten cells each."""
+    """Yields a row of ten cells for each layer, with all its numbers."""
     for layer in findings.layers:
         yield (
             layer.name,
@@ -173,10 +185,11 @@ def every_layer(findings: Findings) -> Iterator[Sequence[str]]:
         )
 
 
-# --- parts ---------------------------------------------------------------------------------------
+# --- spans ---------------------------------------------------------------------------------------
 
 
 def _kinds(findings: Findings) -> list[tuple[str, list[Layer]]]:
+    """Returns the kinds of layers, each with its layers."""
     kinds: dict[str, list[Layer]] = {}
     for layer in findings.layers:
         kinds.setdefault(layer.kind, []).append(layer)
@@ -184,15 +197,16 @@ def _kinds(findings: Findings) -> list[tuple[str, list[Layer]]]:
 
 
 def _widest(spans: Iterable[Span | None]) -> Span | None:
-    known = [found for found in spans if found is not None]
+    """Returns the span that covers all of ``spans``; None if all are None."""
+    known = [values for values in spans if values is not None]
     if not known:
         return None
-    return Span(min(found.low for found in known), max(found.high for found in known))
+    return Span(min(values.low for values in known), max(values.high for values in known))
 
 
-def _bar(series: int, found: Span, mark: float | None = None) -> charts.Bar:
-    return charts.Bar(series, found.low, found.high, span(found.low, found.high), mark)
+def _bar(series: int, values: Span, mark: float | None = None) -> charts.Bar:
+    return charts.Bar(series, values.low, values.high, span(values.low, values.high), mark)
 
 
-def _span(found: Span | None) -> str:
-    return "-" if found is None else span(found.low, found.high)
+def _span(values: Span | None) -> str:
+    return "-" if values is None else span(values.low, values.high)

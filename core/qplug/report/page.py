@@ -1,4 +1,4 @@
-"""The report on one folder, as a page: its numbers; ``report.html.jinja`` has its sentences."""
+"""Renders the report on one folder: numbers come from here, texts from ``report.html.jinja``."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ if TYPE_CHECKING:
     from qplug.api.events import StageCost
     from qplug.reading.perplexity import Evaluation
 
-_PARTS = ("quantized layers", "other linear layers", "embeddings, norms, the rest")
+#: Names of the fields of ``Bytes``, in their order.
+_CATEGORIES = ("quantized layers", "other linear layers", "embeddings, norms, the rest")
 
-#: What is counted to each stage of a run.
+#: Explanations of the stages of a run.
 _STAGES = {
     "reading": "waiting for weights from the disk",
     "statistics": "passing calibration data through the float blocks",
-    "transform": "scales that algorithms move, clips that they choose",
+    "transform": "moving scale between layers, choosing clips",
     "quantize": "computing codes",
-    "errors": "comparing with the float weights and what they compute",
-    "pack": "bringing codes into the backend's format",
+    "errors": "comparing with the float weights and their outputs",
+    "pack": "converting codes to the backend's format",
     "passing on": "passing calibration data through the quantized blocks",
-    "writing": "waiting for the disk to take what is written",
+    "writing": "waiting for the disk to store tensors",
 }
 
 
@@ -39,10 +40,11 @@ def report_page(
     stages: Sequence[StageCost] = (),
     seconds: float | None = None,
 ) -> str:
-    """A whole HTML file.
+    """Returns an HTML file with the report on ``findings``.
 
-    ``measured``: perplexities by what they are of, such as ``float`` and ``quantized``. ``stages``
-    and ``seconds`` are those of the run, if it is known (``Result`` has them).
+    ``measured`` are perplexities by model, which is ``float`` or ``quantized``. ``stages`` and
+    ``seconds`` are the costs of the run that wrote the folder, from its ``Result``, if they are
+    known.
     """
     overview = findings.overview
     values = {
@@ -70,6 +72,7 @@ def report_page(
 def _tiles(
     findings: Findings, measured: Mapping[str, Sequence[Evaluation]]
 ) -> Iterator[tuple[str, str]]:
+    """Yields the most important numbers of the page, with their names."""
     overview = findings.overview
     yield "size", size(overview.bytes.total)
     if findings.float_bytes is not None:
@@ -77,13 +80,14 @@ def _tiles(
     yield "bits per quantized weight", bits(overview.bits_per_weight)
     errors = overview.losses or overview.errors
     if errors:
-        of = "outputs" if overview.losses else "weights"
-        yield f"mean error of {of}", number(sum(errors.values()) / len(errors))
+        compared = "outputs" if overview.losses else "weights"
+        yield f"mean error of {compared}", number(sum(errors.values()) / len(errors))
     if "quantized" in measured:
         yield "perplexity", f"{measured['quantized'][0].perplexity:.4f}"
 
 
 def _recipe(findings: Findings) -> Sequence[tuple[str, str]]:
+    """Returns the rows of the table of the recipe; none if the recipe is not known."""
     overview = findings.overview
     if not overview.recipe:
         return ()
@@ -93,28 +97,30 @@ def _recipe(findings: Findings) -> Sequence[tuple[str, str]]:
 
 
 def _sizes(findings: Findings) -> Charted:
+    """Returns a chart of the bytes by category, of this folder and of the float model."""
     folders = {"this folder": findings.overview.bytes}
     if findings.float_bytes is not None:
         folders = {"float model": findings.float_bytes, **folders}
-    bars = {name: [_stacked(held)] for name, held in folders.items()}
+    bars = {name: [_stacked(sizes)] for name, sizes in folders.items()}
     rows = [
-        (part, *(size(_parts(held)[place]) for held in folders.values()))
-        for place, part in enumerate(_PARTS)
+        (category, *(size(_by_category(sizes)[number]) for sizes in folders.values()))
+        for number, category in enumerate(_CATEGORIES)
     ]
-    rows.append(("all tensors", *(size(held.total) for held in folders.values())))
-    chart = charts.rows("Bytes of tensors", bars, legend=_PARTS, format_=size)
+    rows.append(("all tensors", *(size(sizes.total) for sizes in folders.values())))
+    chart = charts.rows("Bytes of tensors", bars, legend=_CATEGORIES, format_=size)
     return Charted(chart, ["", *folders], rows)
 
 
-def _parts(held: Bytes) -> tuple[int, int, int]:
-    return held.quantized, held.linears, held.others
+def _by_category(sizes: Bytes) -> tuple[int, int, int]:
+    return sizes.quantized, sizes.linears, sizes.others
 
 
-def _stacked(held: Bytes) -> list[charts.Bar]:
+def _stacked(sizes: Bytes) -> list[charts.Bar]:
+    """Returns a bar for each category, one after the other."""
     bars, low = [], 0
-    for series, (part, count) in enumerate(zip(_PARTS, _parts(held), strict=True)):
+    for series, (category, count) in enumerate(zip(_CATEGORIES, _by_category(sizes), strict=True)):
         if count:
-            title = f"{part}: {size(count)}"
+            title = f"{category}: {size(count)}"
             bars.append(charts.Bar(series, float(low), float(low + count), title))
         low += count
     return bars
@@ -123,15 +129,17 @@ def _stacked(held: Bytes) -> list[charts.Bar]:
 def _perplexities(
     measured: Mapping[str, Sequence[Evaluation]],
 ) -> Iterator[tuple[str, str, str, str]]:
-    before = {text_of(e): e.perplexity for e in measured.get("float", ())}
+    """Yields rows of model, perplexity, change against the float model, and text."""
+    floats = {text_of(e): e.perplexity for e in measured.get("float", ())}
     for model, evaluations in measured.items():
-        for found in evaluations:
-            base = before.get(text_of(found))
-            change = "-" if base is None else f"{found.perplexity / base - 1:+.2%}"
-            yield model, f"{found.perplexity:.4f}", change, text_of(found)
+        for evaluation in evaluations:
+            base = floats.get(text_of(evaluation))
+            change = "-" if base is None else f"{evaluation.perplexity / base - 1:+.2%}"
+            yield model, f"{evaluation.perplexity:.4f}", change, text_of(evaluation)
 
 
 def _stages(stages: Sequence[StageCost], seconds: float) -> Charted:
+    """Returns a chart of the seconds by stage, of a run that took ``seconds`` in all."""
     bars = {
         stage.name: [[charts.Bar(0, 0.0, stage.seconds, f"{stage.seconds:.2f} s")]]
         for stage in stages
@@ -147,7 +155,7 @@ def _stages(stages: Sequence[StageCost], seconds: float) -> Charted:
         )
         for stage in stages
     ]
-    other = "checks, calibration text, what comes before the first block"
+    other = "checks, calibration text, work before the first block"
     rows.append(("all else", f"{rest:.2f} s", "-", "-", other))
     rows.append(("all", f"{seconds:.2f} s", *_most(stages), ""))
     chart = charts.rows("Seconds by stage", bars, legend=(), format_=lambda tick: f"{tick:.4g} s")
@@ -159,6 +167,7 @@ def _memory(count: int | None) -> str:
 
 
 def _most(stages: Sequence[StageCost]) -> tuple[str, str]:
+    """Returns the largest memory and GPU memory of all stages."""
     memory = [stage.memory for stage in stages if stage.memory is not None]
     gpu_memory = [stage.gpu_memory for stage in stages if stage.gpu_memory is not None]
     return _memory(max(memory, default=None)), _memory(max(gpu_memory, default=None))

@@ -1,4 +1,4 @@
-"""Pages and charts are rendered from the templates in this folder; every value is escaped."""
+"""Renders pages and charts from the templates of this package; every value is escaped."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from qplug.report.words import bits
 
 
 def render(template: str, values: Mapping[str, object]) -> Markup:
-    """``template``, a file in ``templates``, filled with ``values``.
+    """Returns ``template``, a file in ``templates``, filled with ``values``.
 
-    A value that is not ``Markup`` is text, and is escaped, in attributes too. Raises
-    ``jinja2.UndefinedError`` if the template reads a value that is not there.
+    A value that is not ``Markup`` is text; it is escaped, also in attributes. Raises
+    ``jinja2.UndefinedError`` if the template reads a value that is missing.
     """
     return Markup(environment().get_template(template).render(values))  # noqa: S704 (it escapes)
 
 
 @cache
 def environment() -> Environment:
-    """The templates, with what each of them may use."""
-    made = Environment(
+    """Returns the environment of the templates, with the filters and globals that they use."""
+    templates = Environment(
         loader=PackageLoader("qplug.report"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -32,11 +32,11 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters.update(px=_px, bits=bits)
-    made.globals["version"] = __version__
-    return made
+    templates.filters.update(px=_px, bits=bits)
+    templates.globals["version"] = __version__
+    return templates
 
 
 def _px(value: float) -> str:
-    """A coordinate to a tenth of a pixel."""
+    """Formats a coordinate to a tenth of a pixel."""
     return f"{value:.1f}".removesuffix(".0")

@@ -1,4 +1,4 @@
-"""Numbers and recipes in the words of a page."""
+"""Formats numbers and recipes for people."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def size(count: float) -> str:
-    """Bytes, in decimal units."""
+    """Formats a number of bytes in decimal units: ``1.5 MB``."""
     if abs(count) >= 1e9:
         return f"{count / 1e9:,.2f} GB"
     if not count:
@@ -23,22 +23,23 @@ def size(count: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four digits; a dash for None."""
+    """Formats a number with four digits; None as a dash."""
     return "-" if value is None else f"{value:.4g}"
 
 
 def bits(value: float | None) -> str:
-    """Three digits behind the point, as ``qplug inspect`` has them."""
+    """Formats a number with three decimals, as ``qplug inspect`` does; None as a dash."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def span(low: float, high: float) -> str:
+    """Formats the smallest and the largest of some values."""
     return f"{low:.4g} … {high:.4g}"
 
 
-def text_of(found: Evaluation) -> str:
-    """The text that a perplexity was measured on."""
-    return f"{found.windows} windows of {found.seq_len} tokens of {found.dataset}"
+def text_of(result: Evaluation) -> str:
+    """Describes the text that a perplexity was measured on."""
+    return f"{result.windows} windows of {result.seq_len} tokens of {result.dataset}"
 
 
 def recipe_rows(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""A calibrated run, block by block: statistics, transform, quantize, pass on."""
+"""Runs with calibration data, block by block: gather statistics, transform, quantize, pass on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from qplug.api.scheme import Scheme
 from qplug.calibration.ranges import input_ranges
 from qplug.calibration.walk import Walk
-from qplug.checkpoint.names import by_module
+from qplug.checkpoint.names import by_module, module_of, relative_name, split_name
 from qplug.model.kv_cache import KVCache
 from qplug.output.plan import Step
 from qplug.output.shared_writer import SharedWriter
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 def start_walk(
     steps: Steps, schemes: Mapping[str, Scheme], tokens: Tensor, cache: KVCache | None
 ) -> Walk:
-    """The calibration ``tokens``, int64 ``[samples, length]``, in front of the first block."""
+    """Returns a walk of ``tokens``, int64 ``[samples, length]``, that stands at the first block.
+
+    ``cache`` are the modules that fill a KV cache, if its scales are to be stored.
+    """
     stages, prepared, session = steps.stages, steps.prepared, steps.session
     data = stages.recipe.calibration
     assert data is not None
@@ -47,72 +50,73 @@ def start_walk(
 def calibrated(
     steps: Steps, walk: Walk, output: SharedWriter, done: Collection[int]
 ) -> Iterator[Finished]:
-    """Every step that is not ``done``, in order, as the tokens walk through the blocks."""
+    """Yields every step that is not ``done``, in order, as the tokens walk through the blocks."""
     for number, step in enumerate(steps.plan.steps):
         if step.name in steps.prepared.view.blocks:
             if number in done:
-                walk.replay(step.name, _written(steps, step, output))
+                walk.skip(step.name, _written(steps, step, output))
             else:
                 yield _block(steps, walk, number)
-        elif number not in done and step.linears:  # a head: nothing is known of what it reads
+        elif number not in done and step.linears:  # a head, whose inputs have no statistics
             yield steps.quantized(number, steps.weights(step), steps.stages.quantize_apart)
         elif number not in done:
             yield steps.copied(number)
 
 
 def _block(steps: Steps, walk: Walk, number: int) -> Finished:
-    """Gather the statistics of a block, transform it, quantize it, and pass the tokens on."""
+    """Gathers the statistics of a block, transforms it, quantizes it, and passes the tokens on."""
     step, stages, clock = steps.plan.steps[number], steps.stages, steps.session.clock
     with clock("statistics"):
-        block = walk.enter(step.name)
+        block = walk.gather(step.name)
     inputs = input_ranges(block)
     codes = stages.quantize(block)  # all transforms, then the codes
-    if stages.exporter.stores_float:
+    if stages.exporter.format.stores_float:
         block.clip()
     changed = {*block.rewritten(), *steps.rewritten(step)}
     report = stages.report(block, codes, tuple(sorted(changed)), inputs)
     packed = stages.pack(codes, step, steps.prepared.view.dtype)
-    floats = block.others(step.others)
-    parameters = block.served(codes, floats, walk.dtype)
+    floats = block.stored_floats(step.others)
+    parameters = block.effective_parameters(codes, floats, walk.dtype)
     steps.watchers.block_done(step.name, report, block, codes)
-    del block, codes  # on a GPU, most of what the block holds
-    if not stages.exporter.exact:  # what is stored is not quite what the codes say
+    del block, codes  # frees most of the GPU memory of the block
+    if not stages.exporter.format.is_lossless:  # stored weights differ from the codes' meaning
         parameters |= _unpacked(steps, step, packed)
     with clock("passing on"):
         scales = walk.cache_scales(step.name, parameters)
-        walk.leave(step.name, parameters | scales)
-    # Old checkpoints have tensors in their blocks that are no parameters: masks, tables.
+        walk.advance(step.name, parameters | scales)
+    # Blocks of old checkpoints contain tensors that are not parameters, such as masks and tables.
     copies = steps.copies([name for name in step.others if name not in floats])
     cache = {f"{step.name}.{local}": scale for local, scale in scales.items()}
     return Finished(number, {**packed, **floats, **copies, **cache}, report)
 
 
 def _unpacked(steps: Steps, step: Step, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights and scales of inputs that packed ``tensors``, by full name, stand for.
+    """Returns the parameters that packed ``tensors`` stand for, by their names in the block.
 
-    They are by their names in the block.
+    These are dequantized weights and, if they are static, scales of inputs. ``tensors`` are by full
+    name.
     """
     parameters, exporter = {}, steps.stages.exporter
     stored = by_module(tensors)
     for name, scheme in step.linears.items():
         packed = {n: tensors[f"{name}.{n}"] for n in stored.get(name, ()) if n != "bias"}
-        local = name.removeprefix(f"{step.name}.")
-        parameters[f"{local}.weight"] = exporter.dequantize(packed, scheme)
-        scale = exporter.input_scale(packed)
+        local = relative_name(step.name, name)
+        parameters[f"{local}.weight"] = exporter.format.dequantize(packed, scheme)
+        scale = exporter.format.input_scale(packed, scheme)
         if scale is not None:
             parameters[f"{local}.input_scale"] = scale
     return parameters
 
 
 def _written(steps: Steps, step: Step, output: SharedWriter) -> dict[str, Tensor]:
-    """The parameters of a block that an earlier run wrote, by their names in the block."""
+    """Returns the parameters of a block that an earlier run wrote, by their names in the block."""
     floats = (*step.others, *step.cache_scales)
-    stored = output.stored([*step.linears, *(name.rpartition(".")[0] for name in floats)])
+    stored = output.stored([*step.linears, *(module_of(name) for name in floats)])
     tensors = {
         f"{name}.{local}": tensor for name in step.linears for local, tensor in stored[name].items()
     }
     parameters = _unpacked(steps, step, tensors)
     for name in floats:
-        path, _, local = name.rpartition(".")
-        parameters[name.removeprefix(f"{step.name}.")] = stored[path][local]
+        path, local = split_name(name)
+        parameters[relative_name(step.name, name)] = stored[path][local]
     return parameters

@@ -1,4 +1,4 @@
-"""What algorithms learn on the whole float model, once for all runs of a command."""
+"""Lets algorithms learn on the whole float model, once, even if the run is resumed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qplug.api import Algorithm, Checkpoint, FloatModel
 from qplug.api.scheme import Scheme
-from qplug.calibration.whole_model import HeldModel
+from qplug.calibration.whole_model import InMemoryModel
 from qplug.machine.session import Session
 from qplug.output.shared_writer import SharedWriter
 from qplug.run.stages import Stages
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class LearnOnce:
-    """Called with an algorithm and a model, gives what the algorithm learned on the model.
+    """A function that returns the tensors that an algorithm learned on a model, by name.
 
-    The first process learns on ``tokens``, int64 ``[samples, length]``. What was learned is kept
-    with the unfinished output, so that a resumed run has the same numbers.
+    The first process learns on ``tokens``, int64 ``[samples, length]``. The learned tensors are
+    stored with the unfinished output, so that a resumed run uses the same numbers.
     """
 
     stages: Stages
@@ -37,7 +37,7 @@ class LearnOnce:
         calibration = self.stages.recipe.calibration
 
         def learn() -> Mapping[str, Tensor]:
-            whole = HeldModel(
+            whole = InMemoryModel(
                 source,
                 model.view,
                 self.schemes,

@@ -165,7 +165,7 @@ class _Work:
         recipe = self._job.recipe_for(export)
         if recipe.calibration is None or recorded.calibration is None:
             return replace(recipe, calibration=None)
-        if self._registry.exporters[recipe.backend].stores_float:
+        if self._registry.exporters[recipe.backend].format.stores_float:
             return replace(recipe, calibration=replace(recipe.calibration, propagate="float"))
         return recipe
 

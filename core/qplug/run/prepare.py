@@ -1,4 +1,4 @@
-"""The first stage of a run: algorithms rewrite the float model, and it is tried that they may."""
+"""The first stage of a run: algorithms rewrite the float model, tested on a small copy first."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 from qplug.api import Algorithm, FloatModel, ModelView, Preparation, TensorSpec
 from qplug.api.tensors import Checkpoint
-from qplug.checkpoint.names import natural_order
+from qplug.checkpoint.names import is_within, natural_order, relative_name, split_name
 from qplug.checkpoint.rewritten import apply, rewritten
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.hollow import load_config
-from qplug.model.residual_stream import Faces
+from qplug.model.residual_stream import StreamFinder
 from qplug.model.small_copy import SmallCopy, place_of
 from qplug.output.manifest import read_manifest
 from qplug.run.stages import Stages
@@ -24,18 +24,19 @@ from qplug.run.stages import Stages
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: What an algorithm learns on the model that a checkpoint is.
+#: A function that returns the tensors that an algorithm learns on the model of a checkpoint.
 Learn = Callable[[Algorithm[Any], FloatModel, Checkpoint], "Mapping[str, Tensor]"]
 
-#: How far the logits of a rewritten copy may be from what they were, in float32.
+#: The largest relative change of a small copy's logits by a rewrite, in float32.
 _RTOL = 1e-4
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model as algorithms rewrote it: a checkpoint to read from, and its skeleton.
+    """A rewritten model: a checkpoint that computes rewritten tensors as they are read, its view.
 
-    ``online`` are the linears whose inputs are to be rotated as it runs.
+    ``online`` are the names of the linears whose inputs must be rotated while the model runs.
+    ``notes`` are messages of algorithms to the user.
     """
 
     checkpoint: Checkpoint
@@ -52,12 +53,13 @@ def prepare(
     *,
     learn: Learn | None = None,
 ) -> Prepared:
-    """What the algorithms of ``stages`` make of ``source``, one after the other.
+    """Returns ``source`` as the algorithms of ``stages`` rewrite it, one after the other.
 
-    Tensors are made on the session's device as they are read. Without ``learn``, no weight is read
-    yet, and each algorithm is tried on a small random copy of the model. Raises QplugError if the
-    copy would compute anything else, or if the exporter cannot store what the algorithm asks for.
-    With ``learn`` these checks have been made; algorithms that learn do so, names and shapes stay.
+    Rewritten tensors are computed on the session's device when they are read. Without ``learn`` no
+    weight is read yet: each algorithm is tried on a small random copy of the model. Raises
+    QplugError if the rewritten copy computes other logits, or if the exporter cannot store the
+    rotations of the algorithm. With ``learn`` each algorithm that learns does so first. This does
+    not change names and shapes, so that the checks of the call without ``learn`` are not repeated.
     """
     manifest = read_manifest(source.folder)
     prepared = Prepared(source, view, manifest.online if manifest else ())
@@ -66,8 +68,8 @@ def prepare(
         return prepared
     if prepared.online:
         raise QplugError(
-            f"{source.folder}: inputs of its linears are rotated as it runs, so "
-            f"{stages.preparing[0].name} cannot rewrite it"
+            f"{source.folder}: the inputs of its linears are rotated while the model runs, so "
+            f"{stages.preparing[0].name} cannot rewrite it; use the original model"
         )
     with _one_thread() if learn is None else nullcontext():
         return _prepare(stages, prepared, session, learn)
@@ -75,7 +77,7 @@ def prepare(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Matrices of a small copy are done before other threads have woken up."""
+    """A context in which torch uses one thread, which is faster for a small copy's matrices."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -94,43 +96,45 @@ def _prepare(
     trusted = session.trust_remote_code
     config = load_config(source.folder, trust_remote_code=trusted)
     copy = SmallCopy(config, source.folder, trusted)
-    faces = Faces(copy)
+    finder = StreamFinder(copy)
     tied = bool(view.config.get("tie_word_embeddings", config.tie_word_embeddings))
     width = config.get_text_config().hidden_size
     for algorithm in stages.preparing:
-        specs = {name: held.spec for name, held in prepared.checkpoint.tensors.items()}
-        stream = faces.stream(specs, view.blocks, copy.kinds, width, tied=tied)
+        specs = {name: tensor.spec for name, tensor in prepared.checkpoint.tensors.items()}
+        stream = finder.stream(specs, view.blocks, copy.kinds, width, tied=tied)
         model = FloatModel(prepared.view, specs, stream)
-        if learn is not None and algorithm.learns_whole():
+        if learn is not None and algorithm.learns_rewrite():
             model = replace(model, learned=learn(algorithm, model, prepared.checkpoint))
-        made = stages.prepare(algorithm, model)
+        preparation = stages.prepare(algorithm, model)
         if learn is None:
-            _check_online(made.online, stages)
-            _try_on(copy, faces, stages, algorithm, prepared.view, view.blocks, tied=tied)
-        tied = bool(made.config.get("tie_word_embeddings", tied))
-        checkpoint = rewritten(prepared.checkpoint, made, session.device)
+            _check_online(preparation.online, stages)
+            _try_on(copy, finder, stages, algorithm, prepared.view, view.blocks, tied=tied)
+        tied = bool(preparation.config.get("tie_word_embeddings", tied))
+        checkpoint = rewritten(prepared.checkpoint, preparation, session.device)
         prepared = Prepared(
             checkpoint,
-            _seen(checkpoint, prepared.view, made),
-            prepared.online + made.online,
-            prepared.notes + made.notes,
+            _rewritten_view(checkpoint, prepared.view, preparation),
+            prepared.online + preparation.online,
+            prepared.notes + preparation.notes,
         )
     return prepared
 
 
 def _check_online(online: Sequence[str], stages: Stages) -> None:
-    if online and not stages.exporter.rotates_online:
+    """Raises QplugError if inputs must be rotated online and the engine does not support it."""
+    engine = stages.exporter.engine
+    if online and engine is not None and not engine.rotates_online:
         raise QplugError(
-            f"{stages.exporter.name}: does not rotate the inputs of linears as the model runs, "
-            f"as those of {online[0]} are to be; it can be measured with --backend fake"
+            f"{stages.exporter.name}: does not rotate inputs of linears while the model runs, "
+            f"which {online[0]} needs; measure such a model with --backend fake"
         )
 
 
-def _seen(checkpoint: Checkpoint, view: ModelView, made: Preparation) -> ModelView:
-    """The skeleton of the rewritten checkpoint: a head that was tied is a linear of its own."""
+def _rewritten_view(checkpoint: Checkpoint, view: ModelView, preparation: Preparation) -> ModelView:
+    """Returns the view of the rewritten checkpoint, in which a head that was tied is a linear."""
     linears = dict(view.linears)
-    for tensor in made.rewrites:
-        name, _, local = tensor.rpartition(".")
+    for tensor in preparation.rewrites:
+        name, local = split_name(tensor)
         shape = checkpoint.tensors[tensor].spec.shape
         if local == "weight" and name == view.head and len(shape) == 2:
             linears[name] = (shape[0], shape[1])
@@ -140,7 +144,7 @@ def _seen(checkpoint: Checkpoint, view: ModelView, made: Preparation) -> ModelVi
 
 def _try_on(
     copy: SmallCopy,
-    faces: Faces,
+    finder: StreamFinder,
     stages: Stages,
     algorithm: Algorithm[Any],
     view: ModelView,
@@ -148,49 +152,51 @@ def _try_on(
     *,
     tied: bool,
 ) -> None:
-    """Try ``algorithm`` on ``copy`` of a model with ``view`` and ``blocks``."""
+    """Tries ``algorithm`` on ``copy``, a small copy of a model with ``view`` and ``blocks``."""
     small = copy.tensors()
-    stream = faces.stream(_specs(small), copy.blocks, _each(copy), copy.width, tied=tied)
+    stream = finder.stream(_specs(small), copy.blocks, _each(copy), copy.width, tied=tied)
     view_of_small = _view_of(copy, view, _specs(small))
-    tried = stages.prepare(algorithm, FloatModel(view_of_small, _specs(small), stream))
-    # What is tied in the model is two tensors in the copy.
-    small |= {head: small[words].clone() for head, words in stream.copies.items()}
-    _try(algorithm.name, tried, small, copy, faces, blocks)
+    preparation = stages.prepare(algorithm, FloatModel(view_of_small, _specs(small), stream))
+    # Tensors that are tied in the model are separate in the copy.
+    small |= {head: small[embedding].clone() for head, embedding in stream.copies.items()}
+    _check_logits(algorithm.name, preparation, small, copy, finder, blocks)
 
 
-def _try(
+def _check_logits(
     name: str,
-    made: Preparation,
+    preparation: Preparation,
     tensors: Mapping[str, Tensor],
     copy: SmallCopy,
-    faces: Faces,
+    finder: StreamFinder,
     blocks: Sequence[str],
 ) -> None:
-    """Raises QplugError if ``copy`` computes other logits with ``tensors`` as ``made`` makes them.
+    """Raises QplugError if ``copy`` computes other logits with its ``tensors`` rewritten.
 
-    ``blocks`` are those of the real model.
+    The error names the first block, of the ``blocks`` of the real model, that computes something
+    else, and its norms that no linear reads. ``name`` is the algorithm's.
     """
     copy.fill(tensors)
     before = copy.run()
-    copy.fill(apply(made, tensors))
-    after = copy.run(made.online)
+    copy.fill(apply(preparation, tensors))
+    after = copy.run(preparation.online)
     copy.fill(tensors)
     if _distance(before.logits, after.logits) <= _RTOL:
         return
-    outside = [norm for norm in faces.unread if not norm.startswith(copy.blocks)]
-    for kind, (one, other) in enumerate(zip(before.hidden, after.hidden, strict=True)):
-        # The angles between tokens stay as they are in any basis.
-        if not _distance(one @ one.T, other @ other.T) <= _RTOL:
-            inner = f"{copy.blocks[kind]}."
-            within = [n.removeprefix(inner) for n in faces.unread if n.startswith(inner)]
-            norms = " and ".join(within or outside)
-            why = f": no linear reads what comes of {norms}" if norms else ""
-            raise QplugError(f"{name}: {blocks[copy.first[kind]]}: cannot be turned{why}")
-    raise QplugError(f"{name}: the head cannot be turned, or the norm before it")
+    outside = [norm for norm in finder.unread if not norm.startswith(copy.blocks)]
+    for kind, (old, new) in enumerate(zip(before.hidden, after.hidden, strict=True)):
+        # Inner products of tokens do not change under a rotation.
+        if not _distance(old @ old.T, new @ new.T) <= _RTOL:
+            block = copy.blocks[kind]
+            inside = [relative_name(block, n) for n in finder.unread if is_within(block, n)]
+            norms = " and ".join(inside or outside)
+            why = f": no linear reads the output of {norms}" if norms else ""
+            raise QplugError(f"{name}: {blocks[copy.first[kind]]}: cannot be rotated{why}")
+    raise QplugError(f"{name}: the head, or the norm before it, cannot be rotated")
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / one.norm())
+def _distance(old: Tensor, new: Tensor) -> float:
+    """Returns ``||new - old|| / ||old||``."""
+    return float((old - new).norm() / old.norm())
 
 
 def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
@@ -198,12 +204,12 @@ def _specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
 
 
 def _each(copy: SmallCopy) -> range:
-    """The kinds of the blocks of ``copy``: all different."""
+    """Returns the kinds of the blocks of ``copy``, which are all different."""
     return range(len(copy.blocks))
 
 
 def _view_of(copy: SmallCopy, view: ModelView, specs: dict[str, TensorSpec]) -> ModelView:
-    """The skeleton of ``copy``, as far as it is that of ``view``."""
+    """Returns ``view`` with the names and shapes of the small copy."""
     kinds = copy.kinds
     quantizable = {place_of(f"{name}.weight", view.blocks, kinds) for name in view.quantizable}
     linears = {

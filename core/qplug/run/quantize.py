@@ -103,7 +103,7 @@ def run(
         prepared = prepare(stages, source, view, session)  # tensors are rewritten as they are read
     schemes = servable(assign(recipe, prepared.view), prepared.view, exporter)
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
-    coded = {} if exporter.stores_float else schemes
+    coded = {} if exporter.format.stores_float else schemes
     plan = make_plan(  # every byte of the result has its place
         prepared.checkpoint,
         prepared.view,
@@ -119,7 +119,7 @@ def run(
         return Result(out, {}, {}, (), source_bytes, plan.nbytes, 0.0, 0, dry_run=True)
 
     mark = fingerprint(source, recipe, session, shard_bytes, tokens)
-    spare = plan.nbytes if exporter.file else 0  # both forms are there for a moment
+    spare = plan.nbytes if exporter.format.single_file else 0  # both forms are there for a moment
     with SharedWriter(
         session.processes, lambda: Writer(out, plan, mark, overwrite=overwrite, spare=spare)
     ) as output:

@@ -1,4 +1,4 @@
-"""What a run refuses before any weight is read: files, schemes and caches that cannot be served."""
+"""Refuses models, schemes and KV caches that an exporter cannot store, before weights are read."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from qplug.numerics.scales import check_widths
 
 
 def open_source(model: str, out: Path, exporter: Exporter[Any], session: Session) -> Checkpoint:
-    """Open the checkpoint of ``model``. All processes must ask.
+    """Returns the checkpoint of ``model``, opened. All processes must call this together.
 
-    Raises QplugError if it is no checkpoint, lies in ``out``, or has files that the exporter
-    cannot store.
+    Raises QplugError if ``model`` is not a checkpoint, lies in ``out``, or has files that the
+    exporter cannot store.
     """
     source = open_checkpoint(session.processes.from_first(lambda: find_model(model)))
     if source.folder.resolve().is_relative_to(out.resolve()):
-        raise QplugError(f"{out}: is or holds the model itself; choose another folder")
-    sentence = exporter.refuses_files(source.folder)
+        raise QplugError(f"{out}: is or contains the model itself; choose another folder")
+    file = exporter.format.single_file
+    sentence = file.refuses(source.folder) if file is not None else None
     if sentence is not None:
         raise QplugError(f"{exporter.name}: {sentence}")
     return source
@@ -35,14 +36,15 @@ def open_source(model: str, out: Path, exporter: Exporter[Any], session: Session
 def servable(
     schemes: Mapping[str, Scheme], view: ModelView, exporter: Exporter[Any]
 ) -> dict[str, Scheme]:
-    """Give the schemes of linears the dtype in which the exporter stores scales.
+    """Returns ``schemes`` with the dtype in which the exporter stores scales.
 
-    Raises QplugError if a group does not divide the width of a linear, or the exporter refuses.
+    Raises QplugError if a group does not divide the width of a linear, if qtorch is needed and not
+    installed, or if the exporter refuses a scheme.
     """
     for name, scheme in schemes.items():
         check_widths(name, view.linears[name][1], scheme)
     if any(scheme.uses_qtorch for scheme in schemes.values()):
-        if exporter.served and not exporter.stores_float:
+        if exporter.engine is not None:
             raise QplugError(
                 f"{exporter.name}: use_qtorch: engines do not round as qtorch does; "
                 "measure it with --backend fake"
@@ -52,7 +54,7 @@ def servable(
     if sentence is not None:
         raise QplugError(f"{exporter.name}: {sentence}")
     return {
-        name: scheme.with_scale_dtype(exporter.scale_dtype(scheme, view.dtype))
+        name: scheme.with_scale_dtype(exporter.format.scale_dtype(scheme, view.dtype))
         for name, scheme in schemes.items()
     }
 
@@ -64,9 +66,9 @@ def servable_cache(
     exporter: Exporter[Any],
     session: Session,
 ) -> KVCache | None:
-    """Find the modules that fill the KV cache; None if no scales are to be stored for one.
+    """Returns the modules that fill the KV cache; None if ``args`` is None.
 
-    Raises QplugError if the exporter refuses to store them.
+    Raises QplugError if the exporter cannot store the scales of such a cache.
     """
     if args is None:
         return None

@@ -1,4 +1,4 @@
-"""The pipeline of one run at work on a block: transform, quantize, pack, and say who broke."""
+"""Runs the algorithms of a recipe and its exporter on a block, and names them in errors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from qplug.api import (
 )
 from qplug.api.scheme import Scheme
 from qplug.calibration.observers import find_observer
-from qplug.calibration.ranges import InputRange, clip_counts, input_ranges, short
+from qplug.calibration.ranges import InputRange, clip_counts, four_digits, input_ranges
 from qplug.calibration.shared_scales import (
     fix_input_scales,
     share_global_scales,
     share_tensor_scales,
 )
-from qplug.checkpoint.names import by_module
+from qplug.checkpoint.names import by_module, module_of, split_name
 from qplug.checkpoint.open import INDEX, open_checkpoint
 from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
 from qplug.machine.session import Session
@@ -44,10 +44,16 @@ from qplug.output.step_report import Report
 
 
 class Stages:
-    """The algorithms of a recipe, one of which quantizes, and its exporter."""
+    """The stages of a run: the algorithms of a recipe, of which one quantizes, and the exporter.
+
+    ``recipe`` is the recipe without settings that these stages do not use.
+    """
 
     def __init__(self, recipe: Recipe, session: Session) -> None:
-        """Raises QplugError if a name or an option is wrong, or algorithms do not go together."""
+        """Creates the components of ``recipe``.
+
+        Raises QplugError if a name or an option is wrong, or if algorithms cannot be combined.
+        """
         registry = self._registry = session.registry
         self._clock = session.clock
         self.exporter = registry.exporters.make(recipe.backend, recipe.backend_options)
@@ -63,28 +69,28 @@ class Stages:
         self.recipe = self._settled(recipe)
 
     def _settled(self, recipe: Recipe) -> Recipe:
-        """``recipe`` without what these stages have no use for."""
+        """Returns ``recipe`` without settings that these stages do not use."""
         if not self.needs_data:
             return replace(recipe, calibration=None)
-        if recipe.calibration and self.exporter.stores_float:
-            # The stored weights compute what the float model does, and a resumed run has no others.
+        if recipe.calibration and self.exporter.format.stores_float:
+            # The exporter stores float weights; a resumed run has no others to pass data through.
             return replace(recipe, calibration=replace(recipe.calibration, propagate="float"))
         return recipe
 
     @property
     def needs_data(self) -> bool:
-        """Whether any algorithm reads statistics, or scales of them are to be stored."""
+        """Whether an algorithm reads statistics, or scales are stored that come from them."""
         return self._stores_ranges or any(algorithm.needs_data for algorithm in self.pipeline)
 
     @property
     def needs_drift(self) -> bool:
-        """Whether any algorithm reads how far inputs are from those of the float model."""
+        """Whether an algorithm reads the drift, the distance of inputs from the float model's."""
         return any(algorithm.needs_drift for algorithm in self.pipeline)
 
     @property
     def learns(self) -> bool:
-        """Whether any algorithm computes whole blocks, to learn what the float ones do."""
-        return any(algorithm.learns for algorithm in self.pipeline)
+        """Whether an algorithm computes outputs of whole blocks, to learn the float blocks'."""
+        return any(algorithm.learns_blocks for algorithm in self.pipeline)
 
     @property
     def preparing(self) -> list[Algorithm[Any]]:
@@ -92,33 +98,36 @@ class Stages:
         return [algorithm for algorithm in self.pipeline if algorithm.prepares()]
 
     def prepare(self, algorithm: Algorithm[Any], model: FloatModel) -> Preparation:
-        """What ``algorithm`` makes of ``model``."""
+        """Returns how ``algorithm`` rewrites the float model."""
         with self._naming_in_errors(algorithm, algorithm.name):
             return algorithm.prepare(model)
 
     @property
     def learns_whole(self) -> bool:
-        """Whether any algorithm learns on the whole model how to rewrite it."""
-        return any(algorithm.learns_whole() for algorithm in self.pipeline)
+        """Whether an algorithm learns on the whole model how to rewrite the model."""
+        return any(algorithm.learns_rewrite() for algorithm in self.pipeline)
 
     def learn(
         self, algorithm: Algorithm[Any], model: FloatModel, whole: WholeModel
     ) -> Mapping[str, Tensor]:
-        """What ``algorithm`` learns on ``whole``."""
+        """Returns the tensors that ``algorithm`` learns on ``whole``, under its own names."""
         with self._clock("learning"), self._naming_in_errors(algorithm, algorithm.name):
-            return algorithm.learn(model, whole)
+            return algorithm.learn_rewrite(model, whole)
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
-        """Run all stages on ``block``: codes by linear. None where float weights are stored."""
+        """Runs all algorithms on ``block``; returns codes by linear, {} if floats are stored."""
         for algorithm in self.pipeline:
             with self._clock("transform"), self._naming_in_errors(algorithm, block.name):
                 algorithm.transform(block)
-        if self.exporter.stores_float:
+        if self.exporter.format.stores_float:
             return {}
         return self._codes(block, self.quantizer)
 
     def quantize_apart(self, block: Block) -> Mapping[str, QuantizedWeight]:
-        """Codes of what no decoder block holds, a head: nobody has statistics of it."""
+        """Returns the codes of linears outside the decoder blocks, such as a head.
+
+        There are no statistics of their inputs, so that they are rounded to nearest.
+        """
         return self._codes(block, self._default)
 
     def _codes(self, block: Block, quantizer: Algorithm[Any]) -> Mapping[str, QuantizedWeight]:
@@ -127,9 +136,9 @@ class Stages:
         share_global_scales(block, self.exporter.merged([linear.name for linear in block.linears]))
         with self._clock("quantize"), self._naming_in_errors(quantizer, block.name):
             codes = quantizer.quantize(block)
-            wanted = {linear.name for linear in block.linears}
-            if set(codes) != wanted:
-                raise ValueError(f"it gave codes for {sorted(codes)}, not {sorted(wanted)}")
+            names = {linear.name for linear in block.linears}
+            if set(codes) != names:
+                raise ValueError(f"it gave codes for {sorted(codes)}, not {sorted(names)}")
         block.notes.extend(_unseen(block))
         return {
             linear.name: replace(
@@ -147,9 +156,10 @@ class Stages:
         rewritten: tuple[str, ...] = (),
         inputs: Mapping[str, InputRange] | None = None,
     ) -> Report:
-        """What became of ``block``, numbers to four digits; errors against its float weights.
+        """Returns the report on ``block``: its errors against the float weights, to four digits.
 
-        ``inputs``: as they were before.
+        ``rewritten`` are the names of changed float tensors, ``inputs`` the ranges of inputs before
+        the transforms.
         """
         with self._clock("errors"):
             return self._report(block, codes, rewritten, inputs or {})
@@ -162,25 +172,25 @@ class Stages:
         inputs: Mapping[str, InputRange],
     ) -> Report:
         errors = {
-            linear.name: short(relative_error(block.original(linear), codes[linear.name]))
+            linear.name: four_digits(relative_error(block.original(linear), codes[linear.name]))
             for linear in block.linears
             if linear.name in codes
         }
         read = [
             (group, linear)
             for whole in block.groups
-            for group in whole.parts
+            for group in whole.by_tokens
             for linear in group.linears
             if linear.name in codes and group.tokens
         ]
 
-        def loss(pair: tuple[InputGroup, Linear]) -> float:
+        def loss_of(pair: tuple[InputGroup, Linear]) -> float:
             group, linear = pair
-            made = codes[linear.name]
-            return short(relative_output_error(block.original(linear), made, group.gram))
+            weight = codes[linear.name]
+            return four_digits(relative_output_error(block.original(linear), weight, group.gram))
 
-        found = block.spread(read, loss, cost=lambda pair: _products(*pair))
-        losses = {linear.name: loss for (_, linear), loss in zip(read, found, strict=True)}
+        in_order = block.spread(read, loss_of, cost=lambda pair: _products(*pair))
+        losses = {linear.name: loss for (_, linear), loss in zip(read, in_order, strict=True)}
         after = input_ranges(block)
         clips = {linear.name: clip_counts(linear, codes[linear.name]) for _, linear in read}
         return Report(
@@ -195,10 +205,13 @@ class Stages:
     def pack(
         self, codes: Mapping[str, QuantizedWeight], step: Step, dtype: str
     ) -> dict[str, Tensor]:
-        """The tensors of the linears of ``step``, by full name, checked against the plan."""
+        """Returns the packed tensors of the linears in ``step``, by full name.
+
+        Raises StageError if they differ from the plan in name, dtype or shape.
+        """
         packed: dict[str, Tensor] = {}
-        kept = {*step.others}
-        planned = by_module(name for name in step.outputs if name not in kept)
+        copied = {*step.others}
+        planned = by_module(name for name in step.outputs if name not in copied)
         for name, weight in codes.items():
             with self._clock("pack"), self._naming_in_errors(self.exporter, name):
                 tensors = self._packed(weight, step.linears[name], dtype)
@@ -208,17 +221,18 @@ class Stages:
         return packed
 
     def _packed(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
-        tensors = self.exporter.pack(weight, scheme, dtype)
+        tensors = self.exporter.format.pack(weight, scheme, dtype)
         return {local: tensor.cpu() for local, tensor in tensors.items()}
 
     def convert(self, folder: Path, model: ModelView, schemes: Mapping[str, Scheme]) -> None:
-        """Put the exporter's own file, if it has one, in the place of what ``folder`` holds."""
-        if self.exporter.file is None:
+        """Replaces the shards in ``folder`` by the format's own file, if it has one."""
+        file = self.exporter.format.single_file
+        if file is None:
             return
         finished = open_checkpoint(folder)
-        path = folder / self.exporter.file
-        with self._naming_in_errors(self.exporter, self.exporter.file):
-            self.exporter.write(finished, model, schemes, path)
+        path = folder / file.name
+        with self._naming_in_errors(self.exporter, file.name):
+            file.write(finished, model, schemes, path)
             if not path.is_file():
                 raise ValueError(f"write left no {path.name}")
         for replaced in (*finished.shards, folder / INDEX):
@@ -228,11 +242,11 @@ class Stages:
     def _naming_in_errors(
         self, component: Algorithm[Any] | Exporter[Any], where: str
     ) -> Iterator[None]:
-        """Names the layer in an error, and the plugin too if the error is a bug."""
+        """A context that adds ``where`` to a QplugError, and the plugin too to any other error."""
         try:
             yield
         except (OtherProcessError, RelayedError):
-            raise  # it has been said where
+            raise  # already names the place
         except QplugError as error:
             raise QplugError(f"{where}: {error}") from error
         except Exception as error:
@@ -242,25 +256,30 @@ class Stages:
 
 
 def _check(tensor: str, packed: Mapping[str, Tensor], step: Step) -> None:
-    """Raises ValueError if ``tensor`` is not as ``step`` has it."""
+    """Raises ValueError if ``tensor`` is missing, or differs from its spec in ``step``."""
     spec = step.outputs[tensor]
     if tensor not in packed:
-        raise ValueError(f"pack gave no {tensor}, but layout said so")
-    found = packed[tensor]
-    if (str(found.dtype).removeprefix("torch."), tuple(found.shape)) != (spec.dtype, spec.shape):
-        raise ValueError(f"pack gave {tensor} as {found.dtype} {list(found.shape)}: {spec}")
+        raise ValueError(f"pack gave no {tensor}, which layout promised")
+    value = packed[tensor]
+    if (str(value.dtype).removeprefix("torch."), tuple(value.shape)) != (spec.dtype, spec.shape):
+        raise ValueError(
+            f"pack gave {tensor} as {value.dtype} {list(value.shape)}, but layout promised "
+            f"{spec.dtype} {list(spec.shape)}"
+        )
 
 
 def _unseen(block: Block) -> Iterator[str]:
-    """A note for each layer of which some experts were given no calibration token."""
+    """Yields a note for each layer with experts that received no calibration token."""
     unseen: dict[str, list[str]] = {}
-    for group in (part for whole in block.groups for part in whole.routed if not part.tokens):
-        layer, _, number = group.linears[0].name.rpartition(".")[0].rpartition(".")
-        unseen.setdefault(layer, []).append(number)
+    for whole in block.groups:
+        for group in whole.by_expert:
+            if not group.tokens:
+                layer, number = split_name(module_of(group.linears[0].name))
+                unseen.setdefault(layer, []).append(number)
     for layer, numbers in unseen.items():
         yield f"{layer}: no token reached {', '.join(numbers)}; rounded to nearest"
 
 
 def _products(group: InputGroup, linear: Linear) -> float:
-    """What a matrix product of the weight with the Gram matrix costs."""
+    """Returns the number of products in ``weight @ gram``, as a measure of its cost."""
     return linear.weight.numel() * len(group.gram)

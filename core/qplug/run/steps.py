@@ -1,4 +1,4 @@
-"""The steps of a run, and what those become that need no calibration data."""
+"""Computes the steps of a run that need no calibration data, and the tensors that are copied."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from qplug.run.watchers import Watchers
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: How the codes of a block are found: those of each linear, by name.
+#: A function that returns the codes of a block, by linear.
 Quantize = Callable[[Block], Mapping[str, QuantizedWeight]]
 
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """A computed step: its number, the tensors to write, and the report to leave in the journal."""
+    """A computed step: its number, the tensors to write by full name, and its report."""
 
     number: int
     contents: Mapping[str, Content]
@@ -34,7 +34,7 @@ class Finished:
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """The steps of ``plan``, which ``stages`` make of the model that is ``prepared``."""
+    """The steps of ``plan``, which ``stages`` compute from the ``prepared`` model."""
 
     stages: Stages
     plan: Plan
@@ -43,11 +43,11 @@ class Steps:
     session: Session
 
     def weights(self, step: Step) -> list[Tensor]:
-        """Read the weights of the linears of ``step``, ``[out, in]`` each, in their order."""
+        """Returns the weights ``[out, in]`` of the linears in ``step``, in their order."""
         return [self.prepared.checkpoint.read(f"{name}.weight") for name in step.linears]
 
     def quantized(self, number: int, weights: Sequence[Tensor], quantize: Quantize) -> Finished:
-        """Quantize ``weights``, those of the linears of step ``number``, without statistics."""
+        """Quantizes step ``number`` without statistics; ``weights`` are those of its linears."""
         step = self.plan.steps[number]
         linears = tuple(
             Linear(name, weight.to(self.session.device), scheme.weights, scheme.activations)
@@ -60,17 +60,17 @@ class Steps:
         return Finished(number, self.stages.pack(codes, step, self.prepared.view.dtype), report)
 
     def copied(self, number: int) -> Finished:
-        """Copy the tensors of step ``number``, which has nothing to quantize."""
+        """Copies the tensors of step ``number``, which has no linears to quantize."""
         step = self.plan.steps[number]
         report = Report(rewritten=self.rewritten(step))
         self.watchers.block_done(step.name, report)
         return Finished(number, self.copies(step.others), report)
 
     def copies(self, names: Sequence[str]) -> dict[str, Content]:
-        """The bytes of tensors that the result has as the prepared model has them."""
+        """Returns the bytes of tensors of the prepared model, by full name, to be written as is."""
         return {name: self.prepared.checkpoint.tensors[name].chunks() for name in names}
 
     def rewritten(self, step: Step) -> tuple[str, ...]:
-        """The tensors of ``step`` that preparation made anew."""
+        """Returns the names of the tensors in ``step`` that preparation rewrote."""
         names = [*(f"{name}.weight" for name in step.linears), *step.others]
         return rewritten_names(self.prepared.checkpoint, names)

@@ -1,4 +1,4 @@
-"""A run without calibration data: one tensor at a time, the next read while this one is rounded."""
+"""Runs without calibration data: rounds one tensor while the next one is read from disk."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from qplug.run.steps import Finished, Steps
 
 
 def streamed(steps: Steps, done: Collection[int]) -> Iterator[Finished]:
-    """Every step that is not ``done``, in order.
+    """Yields every step that is not ``done``, in order, computed.
 
-    No step needs another, and most of the time goes into files, so the first process does all.
+    The first process does all the work, since most of the time goes into reading and writing.
     """
     if not steps.session.processes.is_first:
         return
-    left = [number for number in range(len(steps.plan.steps)) if number not in done]
+    todo = [number for number in range(len(steps.plan.steps)) if number not in done]
     with ThreadPoolExecutor(1, "qplug-reader") as reader:
-        reading = reader.submit(steps.weights, steps.plan.steps[left[0]]) if left else None
-        for number, after in zip_longest(left, left[1:]):
+        reading = reader.submit(steps.weights, steps.plan.steps[todo[0]]) if todo else None
+        for number, following in zip_longest(todo, todo[1:]):
             assert reading is not None
             with steps.session.clock("reading"):
                 weights = reading.result()
-            if after is not None:
-                reading = reader.submit(steps.weights, steps.plan.steps[after])
+            if following is not None:
+                reading = reader.submit(steps.weights, steps.plan.steps[following])
             if weights:
                 yield steps.quantized(number, weights, steps.stages.quantize)
             else:

@@ -1,6 +1,6 @@
-"""Call those who watch a run. A plugin that breaks is named in a warning, and not called again.
+"""Calls the plugins that watch a run; one that fails gets a warning and is not called again.
 
-A plugin that only looks on must not cost anyone a run of hours.
+A failure of a plugin that only watches must not stop a run of hours.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from qplug.errors import PluginWarning
 from qplug.machine.session import Session
 from qplug.output.step_report import Report
 
-#: Called for each written step: its number from 1, the number of steps, its name, and the mean loss
-#: of its linears if it was calibrated.
+#: A function that is called for each written step with its number from 1, the number of all steps,
+#: its name, and the mean loss of its linears, None without calibration data.
 Watcher = Callable[[int, int, str, "float | None"], None]
 
 
 class Watchers:
-    """Those who watch one run: plugins through hooks, and the caller through ``watch``.
+    """The watchers of one run: plugins with hooks, and the caller's function ``watch``.
 
-    Of several processes the first alone calls them.
+    Only the first of several processes calls them.
     """
 
     def __init__(
         self, session: Session, count: int, done: int, watch: Watcher = lambda *_: None
     ) -> None:
-        """The run has ``count`` steps, ``done`` of which an earlier run finished."""
+        """``count`` is the number of all steps, ``done`` of those that an earlier run finished."""
         self._registry, self._count, self._done = session.registry, count, done
         self._written, self._watch = done, watch
         self._silent = not session.processes.is_first
@@ -43,7 +43,10 @@ class Watchers:
         block: Block | None = None,
         codes: Mapping[str, QuantizedWeight] | None = None,
     ) -> None:
-        """Call ``qplug_block_done`` for a step that is computed, and not yet written."""
+        """Calls ``qplug_block_done`` for a step that is computed and not yet written.
+
+        ``block`` and ``codes`` are None for a step that only copies tensors.
+        """
         self._done += 1
         event = BlockReport(
             name=name,
@@ -60,13 +63,13 @@ class Watchers:
         self._since = time.monotonic()
 
     def step_written(self, name: str, report: Report) -> None:
-        """Call the caller's ``watch`` for a step whose tensors are on their way to the disk."""
+        """Calls ``watch`` for a step whose tensors are queued for writing."""
         self._written += 1
         if not self._silent:
             self._watch(self._written, self._count, name, report.loss)
 
     def run_done(self, result: Result) -> None:
-        """Call ``qplug_run_done``, when the folder of the run is there."""
+        """Calls ``qplug_run_done``, after the folder of the run is complete."""
         self._call("qplug_run_done", result=result)
 
     def _call(self, hook: str, **event: object) -> None:
@@ -77,8 +80,8 @@ class Watchers:
                 call(**event)
             except KeyboardInterrupt:
                 raise
-            except BaseException as error:  # anything at all, also the SystemExit of a script
+            except BaseException as error:  # a plugin may raise anything, a script even SystemExit
                 self._broken.add(plugin.name)
                 reason = f"{type(error).__name__}: {error}"
-                sentence = f"plugin {plugin}: {hook}: {reason}; it is told nothing more"
+                sentence = f"plugin {plugin}: {hook}: {reason}; it no longer watches this run"
                 warnings.warn(sentence, PluginWarning, stacklevel=2)

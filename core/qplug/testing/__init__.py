@@ -1,12 +1,12 @@
-"""Tests that every plugin must pass, and what to test it with. It needs pytest.
+"""Contracts, the tests that every plugin must pass, and small models to test with; needs pytest.
 
-Subclass a contract in a test of your own::
+Subclass a contract in your own tests::
 
     class TestMine(AlgorithmContract):
         algorithm = Mine
 
-Each check fails with a sentence that says what to mend. New checks come in minor releases alone,
-and the release notes name them.
+Every check fails with a sentence that says what to correct. New checks are added in minor releases
+only, and the release notes name them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every algorithm must keep."""
+"""The contract of algorithms."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Codes = Mapping[str, QuantizedWeight]
 
 
 class AlgorithmContract(ComponentContract):
-    """Subclass it as ``class TestMine(AlgorithmContract): algorithm = Mine``.
+    """The tests of an algorithm: ``class TestMine(AlgorithmContract): algorithm = Mine``.
 
-    ``schemes``: names of those to test with; those of groups have 16 columns in one.
-    ``worst_ratio``: how much larger the error of outputs on calibration data may be than that of
-    rounding to nearest, for an algorithm that reads such data. ``whole_run``: the scheme of a run
-    from checkpoint to folder, of 8-bit weights.
+    ``schemes`` are the names of the schemes to test with; groups have 16 columns. ``worst_ratio``
+    is the largest allowed ratio of the algorithm's output error on calibration data to the output
+    error of rounding to nearest; it is tested for algorithms that need data. ``whole_run`` is the
+    name of a scheme with 8-bit weights, for the test of a run from checkpoint to folder.
     """
 
     algorithm: ClassVar[type[Algorithm[Any]]]
@@ -58,29 +58,29 @@ class AlgorithmContract(ComponentContract):
 
     def test_same_input_same_codes(self) -> None:
         for scheme in self._schemes():
-            one, other = (self._run(self._block(scheme)) for _ in range(2))
-            for name in one:
-                for part in ("codes", "scale", "zero"):
+            first, second = (self._run(self._block(scheme)) for _ in range(2))
+            for name in first:
+                for field in ("codes", "scale", "zero"):
                     demand(
-                        same(getattr(one[name], part), getattr(other[name], part)),
-                        f"{self._who}: two runs on the same block give other {part}: draw random "
-                        "numbers from a generator with a fixed seed",
+                        same(getattr(first[name], field), getattr(second[name], field)),
+                        f"{self._who}: two runs on the same block give different {field}: draw "
+                        "random numbers from a generator with a fixed seed",
                     )
 
     def test_the_block_is_left_as_it_was(self) -> None:
         for scheme in self._schemes():
             block = tiny_block(scheme, movable=False)
             weights = {linear.name: linear.weight.clone() for linear in block.linears}
-            known = [_tensors(group) for group in block.groups]
-            kept = [{name: t.clone() for name, t in tensors.items()} for tensors in known]
+            statistics = [_tensors(group) for group in block.groups]
+            copies = [{name: t.clone() for name, t in tensors.items()} for tensors in statistics]
             self._run(block)
             for linear in block.linears:
                 demand(
                     same(block.original(linear), weights[linear.name]),
-                    f"{self._who} changes the weight of {linear.name} in place: clone it, or say "
-                    "block.replace(linear, weight) if another one is meant",
+                    f"{self._who} changes the weight of {linear.name} in place: clone it, or call "
+                    "block.replace(linear, weight) to give the linear another weight",
                 )
-            for before, after in zip(kept, known, strict=True):
+            for before, after in zip(copies, statistics, strict=True):
                 for name, tensor in before.items():
                     demand(
                         same(tensor, after[name]),
@@ -98,15 +98,15 @@ class AlgorithmContract(ComponentContract):
                 for linear in block.linears
             }
             for linear in block.linears:
-                # Clones: an algorithm may change those of the block in place.
+                # Clones: an algorithm may change the tensors of the block in place.
                 scale, zero = chosen[linear.name]
                 linear.scale, linear.zero = scale.clone(), None if zero is None else zero.clone()
-            for name, made in self._quantize(block).items():
+            for name, quantized in self._quantize(block).items():
                 scale, zero = chosen[name]
                 demand(
-                    same(made.scale, scale) and same(made.zero, zero),
-                    f"{self._who}.quantize drops the scale that an algorithm before chose: take "
-                    "qplug.numerics.scales.scale_of(linear), so that awq+... composes",
+                    same(quantized.scale, scale) and same(quantized.zero, zero),
+                    f"{self._who}.quantize ignores the scale that an earlier algorithm chose: use "
+                    "qplug.numerics.scale_of(linear), so that awq+... composes",
                 )
 
     # --- what real models have -------------------------------------------------------------------
@@ -119,11 +119,11 @@ class AlgorithmContract(ComponentContract):
             self._check(scheme, block, self._run(block), " with a dead channel and a row of zeros")
 
     def test_a_block_that_no_token_reached(self) -> None:
-        if self.algorithm.learns:
-            return  # what it learns from are the tokens that go through the block
+        if self.algorithm.learns_blocks:
+            return  # it learns from the tokens that go through the block
         for scheme in self._schemes():
             block = tiny_block(scheme, tokens=0)
-            for group in block.groups:  # what nothing was seen of has no extremes
+            for group in block.groups:  # as qplug sets the extremes of inputs without tokens
                 group.low.zero_()
                 group.high.zero_()
             self._check(scheme, block, self._run(block), " that no token reached")
@@ -151,42 +151,42 @@ class AlgorithmContract(ComponentContract):
         for scheme in self._schemes():
             plain, block = tiny_block(scheme), tiny_block(scheme)
             rounded = {linear.name: nearest(linear) for linear in plain.linears}
-            made = self._run(block)
+            quantized = self._run(block)
             limit = _output_error(plain, rounded) * self.worst_ratio
-            error = _output_error(block, made)
+            error = _output_error(block, quantized)
             demand(
                 error <= limit * (1 + 1e-4),
                 f"{self._who}: with {scheme.name} the error of outputs on calibration data is "
-                f"{error / limit:.3f} times what it may be (rounding to nearest, times "
+                f"{error / limit:.3f} times the limit (the error of rounding to nearest, times "
                 f"worst_ratio = {self.worst_ratio})",
             )
 
     def test_a_whole_run(self, tmp_path: Path) -> None:
         from qplug.run.quantize import quantize
 
-        kind = self.algorithm
-        registry = registry_with(kind)
+        name = self.algorithm.name
+        registry = registry_with(self.algorithm)
         model = write_tiny_model(tmp_path / "model")
-        with demanding(f"{self._who}: a run with --algo {kind.name} fails"):
+        with demanding(f"{self._who}: a run with --algo {name} fails"):
             result = quantize(
                 str(model),
                 tmp_path / "out",
-                algo=kind.name,
+                algo=name,
                 scheme=self.whole_run,
                 group_size=32 if preset(self.whole_run).weights.strategy == "group" else None,
                 backend="fake",
                 dataset=KitText.name,
                 samples=4,
                 seq_len=16,
-                algorithm_options={kind.name: dict(self.options)},
+                algorithm_options={name: dict(self.options)},
                 device="cpu",
                 registry=registry,
             )
         worst = max(result.errors.values())
         demand(
             worst < 0.5,
-            f"{self._who}: 8-bit weights are off by {worst:.0%}: codes and scales do not belong "
-            "together",
+            f"{self._who}: 8-bit weights have an error of {worst:.0%}: codes and scales do not "
+            "belong together",
         )
 
     # --- how -------------------------------------------------------------------------------------
@@ -196,9 +196,9 @@ class AlgorithmContract(ComponentContract):
         return self.algorithm.__qualname__
 
     def _schemes(self) -> list[Scheme]:
-        found = [preset(name) for name in self.schemes]
-        demand(found, f"{type(self).__qualname__}.schemes names none to test {self._who} with")
-        return [s.with_group_size(16) if s.weights.strategy == "group" else s for s in found]
+        schemes = [preset(name) for name in self.schemes]
+        demand(schemes, f"{type(self).__qualname__}.schemes names none to test {self._who} with")
+        return [s.with_group_size(16) if s.weights.strategy == "group" else s for s in schemes]
 
     def _runs_without_data(self) -> bool:
         return not self.algorithm.needs_data
@@ -207,84 +207,89 @@ class AlgorithmContract(ComponentContract):
         return tiny_linear(scheme) if self._runs_without_data() else tiny_block(scheme)
 
     def _transform(self, block: Block) -> Algorithm[Any]:
-        made: Algorithm[Any] = self.make()
+        algorithm: Algorithm[Any] = self.make()
         with demanding(f"{self._who}.transform fails on {block.name}"):
-            made.transform(block)
-        return made
+            algorithm.transform(block)
+        return algorithm
 
-    def _quantize(self, block: Block, made: Algorithm[Any] | None = None) -> Codes:
-        made = made or self.make()
-        if not made.quantizes():
+    def _quantize(self, block: Block, algorithm: Algorithm[Any] | None = None) -> Codes:
+        algorithm = algorithm or self.make()
+        if not algorithm.quantizes():
             return {linear.name: nearest(linear) for linear in block.linears}
-        return made.quantize(block)
+        return algorithm.quantize(block)
 
     def _run(self, block: Block) -> Codes:
-        """All stages; codes are the nearest if the algorithm leaves them to another."""
+        """Returns codes by linear after all stages; nearest codes if the algorithm gives none."""
         return self._quantize(block, self._transform(block))
 
     def _check(self, scheme: Scheme, block: Block, codes: Codes, of: str = "") -> None:
+        """Demands that ``codes`` are complete and valid; ``of`` describes the block in messages."""
         who, args = f"{self._who}: {scheme.name}{of}", scheme.weights
-        wanted = {linear.name: linear for linear in block.linears}
+        linears = {linear.name: linear for linear in block.linears}
         demand(
-            set(codes) == set(wanted),
-            f"{who}: quantize must give codes for {sorted(wanted)}, and gave {sorted(codes)}",
+            set(codes) == set(linears),
+            f"{who}: quantize must give codes for {sorted(linears)}, and gave {sorted(codes)}",
         )
-        for name, linear in wanted.items():
-            made, shape = codes[name], linear.weight.shape
+        for name, linear in linears.items():
+            quantized, shape = codes[name], linear.weight.shape
             demand(
-                made.codes.shape == shape and made.codes.dtype == code_dtype(args),
+                quantized.codes.shape == shape and quantized.codes.dtype == code_dtype(args),
                 f"{who}: codes of {name} must be {code_dtype(args)} {list(shape)}, not "
-                f"{made.codes.dtype} {list(made.codes.shape)}",
+                f"{quantized.codes.dtype} {list(quantized.codes.shape)}",
             )
             low, high = args.code_range
             demand(
-                low <= int(made.codes.min()) and int(made.codes.max()) <= high,
+                low <= int(quantized.codes.min()) and int(quantized.codes.max()) <= high,
                 f"{who}: codes of {name} leave the range {low} to {high}: clamp them",
             )
-            scales = args.scale_shape((shape[0], shape[1]))
+            scale = quantized.scale
+            scale_shape = args.scale_shape((shape[0], shape[1]))
             demand(
-                tuple(made.scale.shape) == scales and made.scale.dtype == torch.float32,
-                f"{who}: scales of {name} must be float32 {list(scales)}, not "
-                f"{made.scale.dtype} {list(made.scale.shape)}",
+                tuple(scale.shape) == scale_shape and scale.dtype == torch.float32,
+                f"{who}: scales of {name} must be float32 {list(scale_shape)}, not "
+                f"{scale.dtype} {list(scale.shape)}",
             )
             demand(
-                torch.isfinite(made.scale).all() and (made.scale > 0).all(),
+                torch.isfinite(scale).all() and (scale > 0).all(),
                 f"{who}: scales of {name} must be positive and finite, also where weights are zero",
             )
-            stored = made.scale.to(getattr(torch, args.scale_dtype)).float()
+            stored = scale.to(getattr(torch, args.scale_dtype)).float()
             demand(
-                same(stored, made.scale),
-                f"{who}: scales of {name} cannot be stored as {args.scale_dtype}: round them by "
-                "qplug.numerics.rounding.as_stored before codes are computed",
+                same(stored, scale),
+                f"{who}: scales of {name} cannot be stored as {args.scale_dtype}: round them with "
+                "qplug.numerics.as_stored before codes are computed",
             )
-            zero = made.zero
+            zero = quantized.zero
             demand(
                 (zero is None) if args.symmetric else (zero is not None),
-                f"{who}: zero points of {name} are for asymmetric schemes, and for those alone",
+                f"{who}: {name} must have zero points if the scheme is asymmetric, and only then",
             )
             demand(
-                zero is None or (zero.dtype == torch.uint8 and zero.shape == made.scale.shape),
+                zero is None or (zero.dtype == torch.uint8 and zero.shape == scale.shape),
                 f"{who}: zero points of {name} must be uint8, shaped like scales",
             )
 
 
 def _tensors(group: InputGroup) -> dict[str, Tensor]:
+    """Returns the statistics of ``group`` that are tensors, by name."""
     values = {field.name: getattr(group, field.name) for field in fields(group)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def _output_error(block: Block, codes: Codes) -> float:
-    """The mean squared relative error of what linears give for the sample of their inputs.
+    """Returns the mean over linears of the squared relative error of their outputs.
 
-    Inputs are rounded as the scheme says; wanted is what the float weights give.
+    The outputs are those for the sample of the linears' inputs, with dequantized weights and with
+    inputs rounded as the scheme says. They are compared with the outputs of float weights and
+    inputs.
     """
     errors = []
     for group in block.groups:
         for linear in group.linears:
-            x = wanted = group.sample
+            x = group.sample
+            float_output = x @ block.original(linear).T
             if linear.activations is not None:
                 x = fake_quantize_activations(x, linear.activations)
-            wanted = wanted @ block.original(linear).T
-            off = x @ dequantize(codes[linear.name]).T - wanted
-            errors.append((off.square().sum() / wanted.square().sum()).item())
+            difference = x @ dequantize(codes[linear.name]).T - float_output
+            errors.append((difference.square().sum() / float_output.square().sum()).item())
     return sum(errors) / len(errors)

@@ -1,4 +1,4 @@
-"""A decoder block of a few thousand weights, with statistics, as algorithms are given one."""
+"""A decoder block of a few thousand weights with statistics, as algorithms receive blocks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.reconstruction import Data, LiveReconstruction
 from qplug.calibration.statistics import Statistics
 from qplug.machine.processes import ALONE
-from qplug.model.input_groups import Before, Group
+from qplug.model.hooks import hooked
+from qplug.model.input_groups import GroupPaths, Producer
 
 _INNER = 48
 _CPU = torch.device("cpu")
 
 
 class _TinyMLP(nn.Module):
-    """Norm, two linears that read it, and one that reads their product; no residual."""
+    """A norm, two linears that read it, and a linear that reads their product; no residual."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -47,12 +48,13 @@ def tiny_block(
     dead_channel: bool = False,
     seed: int = 0,
 ) -> LiveBlock:
-    """A block of three linears in ``scheme``: ``gate`` and ``up`` read a norm, ``down`` the rest.
+    """Returns a block of three linears in ``scheme``, with statistics of ``tokens`` tokens.
 
-    Weights ``[48, width]``, ``[48, width]`` and ``[width, 48]``, float32; some channels of the
-    input are far larger than others, as in real models. Scale can be moved out of both inputs if
-    ``movable``. ``dead_channel``: channel 3 of the first input is always zero. ``tokens`` 0 is a
-    block that no token reached.
+    ``gate`` and ``up`` read a norm, ``down`` reads ``silu(gate) * up``. Their float32 weights are
+    ``[48, width]``, ``[48, width]`` and ``[width, 48]``. A few channels of the input are far larger
+    than the others, as in real models. If ``movable``, both inputs have a producer that algorithms
+    can move scale into. With ``dead_channel`` channel 3 of the block's input is always zero. With
+    0 ``tokens`` no token reached the block.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, width, generator=generator)
@@ -64,9 +66,9 @@ def tiny_block(
     for name in ("gate", "up", "down"):
         shape = module.get_parameter(f"{name}.weight").shape
         weights[f"{name}.weight"] = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-    first = Before("norm", "norm", torch.arange(width)) if movable else None
-    second = Before("rows", "up", torch.arange(_INNER)) if movable else None
-    structure = (Group(("gate", "up"), first, "gate"), Group(("down",), second, "down"))
+    first = Producer("norm", "norm", torch.arange(width)) if movable else None
+    second = Producer("rows", "up", torch.arange(_INNER)) if movable else None
+    structure = (GroupPaths(("gate", "up"), first, "gate"), GroupPaths(("down",), second, "down"))
     observe = partial(_observe, module, x)
     block = LiveBlock(
         "block",
@@ -95,37 +97,42 @@ def _observe(
     float_values: Mapping[str, Tensor],
     rounded: Sequence[str],
 ) -> dict[str, Statistics]:
-    """Statistics of the two inputs; what inputs drifted from the float block's too."""
-    seen = [_inputs(module, parameters, x) for parameters in (values, float_values)]
-    found = {}
-    for name, computed, ideal in zip(("gate", "down"), *seen, strict=True):
+    """Returns statistics of the inputs of ``gate`` and ``down``, with their drift.
+
+    ``values`` are the block's parameters, ``float_values`` those of the float block. Inputs are not
+    rounded, whatever is in ``rounded``.
+    """
+    inputs = [_inputs(module, parameters, x) for parameters in (values, float_values)]
+    statistics = {}
+    for name, computed, in_float in zip(("gate", "down"), *inputs, strict=True):
         width = computed.shape[1]
-        found[name] = Statistics(width, _CPU, 128, by_window=True, with_drift=True)
+        statistics[name] = Statistics(width, _CPU, 128, by_window=True, with_drift=True)
         if len(computed):
-            found[name].observe_windows(computed, 128, len(computed), ideal=ideal)
-    return found
+            statistics[name].observe_windows(computed, 128, len(computed), float_x=in_float)
+    return statistics
 
 
 def _inputs(module: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) -> list[Tensor]:
+    """Returns the inputs of ``gate`` and ``down``, ``[tokens, channels]``, for the input ``x``."""
     inputs: list[Tensor] = []
     handles = [
         module.get_submodule(name).register_forward_pre_hook(
-            lambda _, given: inputs.append(given[0])
+            lambda _, arguments: inputs.append(arguments[0])
         )
         for name in ("gate", "down")
     ]
-    try:
+    with hooked(handles):
         functional_call(module, {n: p for n, p in parameters.items() if "input_scale" not in n}, x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return inputs
 
 
 def tiny_linear(
     scheme: Scheme, *, rows: int = 48, width: int = 64, dtype: str = "float32"
 ) -> Block:
-    """One weight ``[rows, width]`` in ``dtype`` without statistics: a step of a data-free run."""
+    """Returns a block with one random weight ``[rows, width]`` in ``dtype``, without statistics.
+
+    This is what an algorithm receives in a step of a data-free run.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, width, generator=generator).to(getattr(torch, dtype))
     return Block("linear", (Linear("linear", weight, scheme.weights, scheme.activations),))

@@ -1,4 +1,4 @@
-"""How contracts fail: with one sentence that tells the author what to mend."""
+"""The checks that contracts share; each fails with a sentence that says what to correct."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from qplug.api import Component
 from qplug.api.params import fill, options
 from qplug.errors import QplugError
 
-#: What the face of a plugin must not import: everyone who lists plugins would wait for it.
+#: Packages that the ``__init__.py`` of a plugin must not import, since listing plugins would then
+#: be slow for everyone.
 HEAVY = ("torch", "transformers", "datasets")
 
 
@@ -33,7 +34,7 @@ def demand(condition: object, sentence: str) -> None:
 
 @contextmanager
 def demanding(sentence: str) -> Iterator[None]:
-    """Within it, an error is a failure: ``sentence``, and what was raised."""
+    """A context that turns an exception into an AssertionError that begins with ``sentence``."""
     try:
         yield
     except AssertionError:
@@ -43,78 +44,78 @@ def demanding(sentence: str) -> Iterator[None]:
 
 
 class ComponentContract:
-    """What every component must keep, whatever its kind. Subclass one of the three others."""
+    """The tests of every component. Subclass the contract of one kind instead of this class."""
 
-    #: Parameters to test with, as a user would give them; the rest have their defaults.
+    #: Parameters to test with, as a user would pass them; other parameters have their defaults.
     options: Mapping[str, Any] = {}
 
     def component(self) -> type[Component[Any]]:
-        """The class under test."""
+        """Returns the class under test."""
         raise NotImplementedError
 
     def make(self) -> Any:
-        """A component with ``options``."""
-        kind = self.component()
-        with demanding(f"{kind.__qualname__} cannot be made with {dict(self.options)}"):
-            return kind(fill(kind.Params, self.options, kind.__qualname__))
+        """Returns an instance of the class under test, with ``options``."""
+        component = self.component()
+        with demanding(f"{component.__qualname__} cannot be created with {dict(self.options)}"):
+            return component(fill(component.Params, self.options, component.__qualname__))
 
     def test_is_well_named(self) -> None:
-        kind = self.component()
-        name = getattr(kind, "name", None)
+        component = self.component()
+        name = getattr(component, "name", None)
         demand(
             isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9-]*", name),
-            f"{kind.__qualname__}.name is what users type: lower case, digits and hyphens, "
+            f"{component.__qualname__}.name is what users type: lower case, digits and hyphens, "
             f"not {name!r}",
         )
 
     def test_is_described(self) -> None:
-        kind = self.component()
-        own = kind.__doc__ or ""
-        line = inspect.cleandoc(own).partition("\n")[0]
+        component = self.component()
+        docstring = component.__doc__ or ""
+        line = inspect.cleandoc(docstring).partition("\n")[0]
         demand(
             line.endswith("."),
-            f"{kind.__qualname__} needs a docstring whose first line is one whole sentence: "
+            f"{component.__qualname__} needs a docstring whose first line is one whole sentence: "
             f"qplug plugins show prints it; it is {line!r}",
         )
 
     def test_parameters_are_options(self) -> None:
-        kind = self.component()
-        with demanding(f"{kind.__qualname__}.Params cannot be offered to users"):
-            found = options(kind.Params)
-        for option in found:
+        component = self.component()
+        with demanding(f"{component.__qualname__}.Params cannot be offered to users"):
+            parameters = options(component.Params)
+        for parameter in parameters:
             demand(
-                option.param.help.endswith("."),
-                f"{kind.__qualname__}.Params.{option.name}: its Param needs help that ends with a "
-                "full stop",
+                parameter.param.help.endswith("."),
+                f"{component.__qualname__}.Params.{parameter.name}: its Param needs help that "
+                "ends with a full stop",
             )
         self.make()
 
     def test_parameters_without_default_are_given(self) -> None:
-        kind = self.component()
-        for field in dataclasses.fields(kind.Params):
-            bare = field.default is dataclasses.MISSING
+        component = self.component()
+        for field in dataclasses.fields(component.Params):
+            has_default = field.default is not dataclasses.MISSING
             demand(
-                not bare or field.name in self.options,
-                f"{kind.__qualname__}.Params.{field.name} has no default: give it one, or give "
-                "this contract a value in options",
+                has_default or field.name in self.options,
+                f"{component.__qualname__}.Params.{field.name} has no default: give it one, or "
+                "give this contract a value in options",
             )
 
     def test_the_face_imports_nothing_heavy(self) -> None:
         package, _, inner = self.component().__module__.partition(".")
         if not inner:
-            return  # one module is all there is; a package has a face
+            return  # the plugin is a single module, without an __init__.py
         heavy = imported_by(package) & set(HEAVY)
         demand(
             not heavy,
-            f"import {package} imports {', '.join(sorted(heavy))}: qplug plugins list would wait "
-            "for it; import it within the hook, or in the module that needs it",
+            f"import {package} imports {', '.join(sorted(heavy))}, which makes qplug plugins list "
+            "slow; import it inside the hook, or in the module that needs it",
         )
 
 
 def imported_by(package: str) -> set[str]:
-    """The top-level modules that a fresh interpreter has after ``import package``."""
-    face = importlib.import_module(package)
-    roots = [str(Path(path).parent) for path in face.__path__]
+    """Returns the top-level modules that a new interpreter has loaded after ``import package``."""
+    module = importlib.import_module(package)
+    roots = [str(Path(path).parent) for path in module.__path__]
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-c", f"import sys, {package}; print(*sys.modules)"],
         capture_output=True,
@@ -126,18 +127,22 @@ def imported_by(package: str) -> set[str]:
     return {name.partition(".")[0] for name in done.stdout.split()}
 
 
-def same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two tensors agree in dtype, shape and every bit."""
-    if one is None or other is None:
-        return one is other
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+def same(first: Tensor | None, second: Tensor | None) -> bool:
+    """Returns whether two tensors agree in dtype, shape and every bit, or both are None."""
+    if first is None or second is None:
+        return first is second
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    pair = [each.detach().clone(memory_format=torch.contiguous_format) for each in (one, other)]
-    return torch.equal(*(each.view(-1).view(torch.uint8) for each in pair))
+    return torch.equal(_bytes_of(first), _bytes_of(second))
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    contiguous = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return contiguous.view(-1).view(torch.uint8)
 
 
 def refusal(action: Any) -> QplugError | None:
-    """The QplugError that ``action`` raises, if it does; other errors pass."""
+    """Returns the QplugError that calling ``action`` raises, or None; other errors pass through."""
     try:
         action()
     except QplugError as error:

@@ -1,4 +1,4 @@
-"""What every dataset must keep."""
+"""The contract of datasets."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from qplug.testing.models import ByteTokenizer
 from qplug.text import windows
 
 _SPLITS: tuple[Split, ...] = ("calibration", "evaluation")
-_LENGTH, _COUNT, _SOME = 16, 8, 50
+#: Tokens of a sample, number of samples, and the number of documents to look at.
+_LENGTH, _COUNT, _DOCUMENTS = 16, 8, 50
 
 
 class DatasetContract(ComponentContract):
-    """Subclass it as ``class TestMine(DatasetContract): dataset = Mine``.
+    """The tests of a dataset: ``class TestMine(DatasetContract): dataset = Mine``.
 
-    ``options`` name text that is there without a network: a file that the tests bring, say.
-    ``random``: whether samples are drawn by the seed, or always the same ones.
+    ``options`` must name text that can be read without a network, such as a file of the tests.
+    ``random`` is False for a dataset that gives the same samples for every seed.
     """
 
     dataset: ClassVar[type[Dataset[Any]]]
@@ -43,23 +44,23 @@ class DatasetContract(ComponentContract):
 
     def test_documents_are_text_in_one_order(self) -> None:
         for split in _SPLITS:
-            first, again = (self._documents(split) for _ in range(2))
+            first, second = (self._documents(split) for _ in range(2))
             demand(any(text.strip() for text in first), f"{self._who}: no text in {split!r}")
             demand(
                 all(isinstance(text, str) for text in first),
                 f"{self._who}.documents must give strings",
             )
             demand(
-                first == again,
-                f"{self._who}.documents({split!r}) gives another order each time: sort what a "
-                "folder or a set gives",
+                first == second,
+                f"{self._who}.documents({split!r}) changes its order from call to call: sort the "
+                "files of a folder and the items of a set",
             )
 
     def test_samples_are_as_asked_for(self) -> None:
         samples = self._samples(0)
         demand(
             len(samples) == _COUNT,
-            f"{self._who}.samples must give {_COUNT} of them, and gave {len(samples)}",
+            f"{self._who}.samples must give {_COUNT} samples, and gave {len(samples)}",
         )
         for sample in samples:
             demand(
@@ -68,35 +69,34 @@ class DatasetContract(ComponentContract):
             )
             demand(
                 0 < len(sample) <= _LENGTH,
-                f"{self._who}.samples gave one of {len(sample)} tokens, {_LENGTH} were asked for",
+                f"{self._who}.samples gave a sample of {len(sample)} tokens, not of 1 to {_LENGTH}",
             )
             demand(
                 int(sample.min()) >= 0 and int(sample.max()) < ByteTokenizer.size,
-                f"{self._who}.samples gave tokens that the tokenizer does not have: tokenise by "
-                "the one that is given",
+                f"{self._who}.samples gave tokens that the tokenizer does not have: use the "
+                "tokenizer that is passed",
             )
 
     def test_the_seed_decides(self) -> None:
-        one, again, other = self._samples(0), self._samples(0), self._samples(1)
+        first, repeated, reseeded = self._samples(0), self._samples(0), self._samples(1)
         demand(
-            _equal(one, again),
+            _equal(first, repeated),
             f"{self._who}.samples: the same seed must give the same samples",
         )
         demand(
-            not self.random or not _equal(one, other),
-            f"{self._who}.samples ignores the seed; if it is meant to, say random = False",
+            not self.random or not _equal(first, reseeded),
+            f"{self._who}.samples ignores the seed; if that is intended, set random = False",
         )
 
     def test_without_text_it_says_so(self) -> None:
-        """With the network off and nothing at hand, it works or says what is missing."""
-        kind = self.dataset
+        """Without a network and with default options, it works or raises a QplugError."""
         try:
-            made = kind(kind.Params())
+            dataset = self.dataset(self.dataset.Params())
         except TypeError:
             return  # it has a parameter that users must give
         with demanding(f"{self._who}: without a network, raise a QplugError that says what to do"):
             try:
-                next(iter(made.documents("calibration")))
+                next(iter(dataset.documents("calibration")))
             except QplugError as error:
                 demand(str(error).strip(), f"{self._who}: its QplugError says nothing")
 
@@ -105,20 +105,20 @@ class DatasetContract(ComponentContract):
         return self.dataset.__qualname__
 
     def _documents(self, split: Split) -> list[str]:
-        made: Dataset[Any] = self.make()
+        dataset: Dataset[Any] = self.make()
         with demanding(f"{self._who}.documents({split!r}) fails"):
-            return list(islice(made.documents(split), _SOME))
+            return list(islice(dataset.documents(split), _DOCUMENTS))
 
     def _samples(self, seed: int) -> list[Tensor]:
-        made: Dataset[Any] = self.make()
+        dataset: Dataset[Any] = self.make()
         with demanding(f"{self._who}.samples fails"):
             return list(
                 windows.sample(
-                    made, ByteTokenizer(), "dataset", length=_LENGTH, count=_COUNT, seed=seed
+                    dataset, ByteTokenizer(), "dataset", length=_LENGTH, count=_COUNT, seed=seed
                 )
             )
 
 
-def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
-    pairs = zip(one, other, strict=False)
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in pairs)
+def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    pairs = zip(first, second, strict=False)
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in pairs)

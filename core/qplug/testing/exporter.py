@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qplug.api import Exporter, ModelView, QuantizedWeight
+from qplug.api import Engine, Exporter, Format, ModelView, QuantizedWeight
 from qplug.api.groups import dequantize
 from qplug.api.scheme import PRESETS, Scheme
 from qplug.checkpoint.tensor_file import tensor_bytes
@@ -49,6 +49,30 @@ class ExporterContract(ComponentContract):
         """The model of the whole run, which may be written into ``folder``: a tiny Llama."""
         return str(write_tiny_model(folder))
 
+    def test_names_a_format_and_an_engine(self) -> None:
+        kind = self.exporter
+        demand(
+            isinstance(getattr(kind, "format", None), Format),
+            f"{kind.__qualname__}.format must be an object of a subclass of qplug.Format",
+        )
+        demand(
+            isinstance(kind.engine, Engine | None),
+            f"{kind.__qualname__}.engine must be an object of a subclass of qplug.Engine, or None",
+        )
+
+    def test_the_engine_tells_what_it_serves(self) -> None:
+        engine = self.exporter.engine
+        if engine is None:
+            return
+        with demanding(f"{type(engine).__qualname__}.capabilities fails"):
+            rows = engine.capabilities()
+        for row in rows:
+            demand(
+                row.engine in engine.releases,
+                f"{type(engine).__qualname__}.capabilities must name a release of its table in "
+                f"engine, not {row.engine!r}",
+            )
+
     def test_refuses_by_a_sentence(self) -> None:
         made: Exporter[Any] = self.make()
         accepted = 0
@@ -68,89 +92,106 @@ class ExporterContract(ComponentContract):
 
     def test_unpack_is_the_inverse_of_pack(self) -> None:
         for label, scheme, dtype, weight in self._weights():
-            made: Exporter[Any] = self.make()
-            if not made.exact:
+            made = self._format()
+            if not made.is_lossless:
                 continue
-            with demanding(f"{self._who}: packing and unpacking {label} fails"):
+            with demanding(f"{self._format_name}: packing and unpacking {label} fails"):
                 back = made.unpack(made.pack(weight, scheme, dtype), scheme)
             for part in ("codes", "scale", "zero", "input_scale", "global_scale"):
                 demand(
                     same(getattr(back, part), getattr(weight, part)),
-                    f"{self._who}: unpack(pack(w)) has other {part} than w, for {label} of a "
-                    f"{dtype} model; if what it stores is not exact, say exact = False",
+                    f"{self._format_name}: unpack(pack(w)) has other {part} than w, for {label} of "
+                    f"a {dtype} model; if it stores less than codes, say is_lossless = False",
                 )
 
     def test_stored_tensors_stand_for_the_weight(self) -> None:
         for label, scheme, dtype, weight in self._weights():
             made: Exporter[Any] = self.make()
-            with demanding(f"{self._who}.dequantize or computed fails for {label}"):
-                stored = made.pack(weight, scheme, dtype)
-                found = made.dequantize(stored, scheme)
-                read = made.computed(stored, scheme)
+            with demanding(f"{self._who}: dequantize or effective_weight fails for {label}"):
+                stored = made.format.pack(weight, scheme, dtype)
+                found = made.format.dequantize(stored, scheme)
+                read = made.effective_weight(stored, scheme)
             meant = dequantize(weight)
             off = (found - meant).norm() / meant.norm()
             demand(
                 found.dtype == torch.float32 and found.shape == meant.shape and off < 0.01,
-                f"{self._who}.dequantize must give the float32 weight back that was packed; for "
-                f"{label} it is off by {float(off):.2g}",
+                f"{self._format_name}.dequantize must give the float32 weight back that was "
+                f"packed; for {label} it is off by {float(off):.2g}",
             )
             demand(
                 read.dtype == torch.float32 and read.shape == meant.shape,
-                f"{self._who}.computed must give a float32 weight of the shape that was packed; "
-                f"for {label} it gives {read.dtype} {list(read.shape)}",
+                f"{self._who}: effective_weight must give a float32 weight of the shape that was "
+                f"packed; for {label} it gives {read.dtype} {list(read.shape)}",
+            )
+
+    def test_scales_of_inputs_are_read_back(self) -> None:
+        for label, scheme, dtype, weight in self._weights():
+            if weight.input_scale is None:
+                continue
+            made = self._format()
+            with demanding(f"{self._format_name}.input_scale fails for {label}"):
+                read = made.input_scale(made.pack(weight, scheme, dtype), scheme)
+            demand(
+                same(read, weight.input_scale),
+                f"{self._format_name}.input_scale must give the scale of static inputs back that "
+                f"was packed; for {label} it gives {read}",
             )
 
     def test_layout_is_what_pack_gives(self) -> None:
         for label, scheme, dtype, weight in self._weights():
-            made: Exporter[Any] = self.make()
-            with demanding(f"{self._who}: layout or pack fails for {label}"):
+            made = self._format()
+            with demanding(f"{self._format_name}: layout or pack fails for {label}"):
                 planned = made.layout(self.shape, scheme, dtype)
                 packed = made.pack(weight, scheme, dtype)
             told = {name: (spec.dtype, tuple(spec.shape)) for name, spec in planned.items()}
             given = {n: (str(t.dtype)[6:], tuple(t.shape)) for n, t in packed.items()}
             demand(
                 told == given,
-                f"{self._who}: layout says {told} for {label}, but pack gives {given}",
+                f"{self._format_name}: layout says {told} for {label}, but pack gives {given}",
             )
             demand(
                 not any("." in name for name in packed),
-                f"{self._who}.pack must give local names, such as weight_packed: {list(packed)}",
+                f"{self._format_name}.pack must give local names, such as weight_packed: "
+                f"{list(packed)}",
             )
 
     def test_pack_leaves_its_input_alone(self) -> None:
         for label, scheme, dtype, weight in self._weights():
             kept = {n: t.clone() for n, t in _tensors(weight).items()}
-            packed = self.make().pack(weight, scheme, dtype)
+            packed = self._format().pack(weight, scheme, dtype)
             for name, tensor in _tensors(weight).items():
                 demand(
                     same(tensor, kept[name]),
-                    f"{self._who}.pack changes the {name} it is given, for {label}: clone first",
+                    f"{self._format_name}.pack changes the {name} it is given, for {label}: clone "
+                    "first",
                 )
             stored = {name: tensor.clone() for name, tensor in packed.items()}
-            refusal(lambda p=packed, s=scheme: self.make().unpack(p, s))
+            refusal(lambda p=packed, s=scheme: self._format().unpack(p, s))
             demand(
                 all(same(packed[name], stored[name]) for name in stored),
-                f"{self._who}.unpack changes the tensors it is given, for {label}: clone first",
+                f"{self._format_name}.unpack changes the tensors it is given, for {label}: clone "
+                "first",
             )
 
     def test_config_is_json_and_is_understood(self) -> None:
-        made: Exporter[Any] = self.make()
+        made = self._format()
         for label, scheme in self._accepted():
-            with demanding(f"{self._who}.config fails for {label}"):
+            with demanding(f"{self._format_name}.config fails for {label}"):
                 config = made.config(self._view(), {_NAME: scheme})
             if config is None:
                 continue
-            with demanding(f"{self._who}.config must be JSON; for {label} it is not"):
+            with demanding(f"{self._format_name}.config must be JSON; for {label} it is not"):
                 read = json.loads(json.dumps(config))
             demand(
-                read == config, f"{self._who}.config is another after JSON: use lists and strings"
+                read == config,
+                f"{self._format_name}.config is another after JSON: use lists and strings",
             )
-            with demanding(f"{self._who}.schemes fails on its own config for {label}"):
-                told = made.schemes(read, self._view())
+            with demanding(f"{self._format_name}.read_schemes fails on its own config for {label}"):
+                told = made.read_schemes(read, self._view())
             demand(
                 set(told) == {_NAME},
-                f"{self._who}.schemes must find {[_NAME]} in its own config for {label}, and "
-                f"found {sorted(told)}",
+                f"{self._format_name}.read_schemes must find {[_NAME]} in its own config for "
+                f"{label}, and found {sorted(told)}",
             )
 
     def test_what_is_on_disk_does_not_change(self) -> None:
@@ -161,12 +202,12 @@ class ExporterContract(ComponentContract):
                 continue
             compared.add(label)
             digest = hashlib.sha256()
-            for name, tensor in sorted(self.make().pack(weight, scheme, dtype).items()):
+            for name, tensor in sorted(self._format().pack(weight, scheme, dtype).items()):
                 digest.update(name.encode() + bytes(tensor_bytes(tensor)))
             demand(
                 digest.hexdigest().startswith(wanted),
-                f"{self._who}: what pack gives for {label} has changed: users have such files. If "
-                f"it is meant, say digests = {{{label!r}: {digest.hexdigest()[:16]!r}}}",
+                f"{self._format_name}: what pack gives for {label} has changed: users have such "
+                f"files. If it is meant, say digests = {{{label!r}: {digest.hexdigest()[:16]!r}}}",
             )
         for label in self.digests:
             demand(
@@ -194,7 +235,7 @@ class ExporterContract(ComponentContract):
                 device="cpu",
                 registry=registry,
             ).out
-        if self.exporter.stores_float:
+        if self.exporter.format.stores_float:
             return
         with demanding(f"{self._who}: the folder it wrote cannot be opened"):
             found = verify(str(out), registry=registry)
@@ -208,6 +249,14 @@ class ExporterContract(ComponentContract):
     def _who(self) -> str:
         return self.exporter.__qualname__
 
+    @property
+    def _format_name(self) -> str:
+        return type(self.exporter.format).__qualname__
+
+    def _format(self) -> Format:
+        exporter: Exporter[Any] = self.make()
+        return exporter.format
+
     def _view(self) -> ModelView:
         return ModelView(
             config=self.model_config,
@@ -220,7 +269,7 @@ class ExporterContract(ComponentContract):
 
     def _accepted(self) -> Iterator[tuple[str, Scheme]]:
         made: Exporter[Any] = self.make()
-        if not made.stores_float:
+        if not made.format.stores_float:
             for label, scheme in _schemes():
                 if made.refuses(self._view(), {_NAME: scheme}) is None:
                     yield label, scheme
@@ -230,7 +279,7 @@ class ExporterContract(ComponentContract):
         made: Exporter[Any] = self.make()
         for label, scheme in self._accepted():
             for dtype in ("bfloat16", "float16"):
-                stored = scheme.with_scale_dtype(made.scale_dtype(scheme, dtype))
+                stored = scheme.with_scale_dtype(made.format.scale_dtype(scheme, dtype))
                 yield label, stored, dtype, _random(self.shape, stored)
 
 

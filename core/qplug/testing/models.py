@@ -1,4 +1,4 @@
-"""A model and a tokenizer of a few thousand numbers, made in memory: nothing is downloaded."""
+"""A model and a tokenizer of a few thousand numbers, created in memory without a download."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qplug.model.quiet import quiet_transformers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-#: Characters that are tokens; what is none of them is token 0.
+#: The characters that have a token each; every other character is token 0.
 _CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 _SIZES: dict[str, Any] = {
     "vocab_size": 1 + len(_CHARACTERS),
@@ -27,7 +27,7 @@ _SIZES: dict[str, Any] = {
 
 
 class ByteTokenizer:
-    """A token a byte of UTF-8: all that datasets need of a tokenizer, and fast."""
+    """A fast tokenizer with a token for each byte of UTF-8; it has the methods datasets call."""
 
     size = 256
 
@@ -37,7 +37,7 @@ class ByteTokenizer:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a character of ASCII, 97 in all."""
+    """Returns a tokenizer with a token for each printable ASCII character, 97 tokens in all."""
     from tokenizers import Regex, Tokenizer
     from tokenizers.decoders import Fuse
     from tokenizers.models import WordLevel
@@ -52,7 +52,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(seed: int = 0, dtype: str = "float32") -> PreTrainedModel:
-    """A random Llama of two blocks, 64 wide, with the vocabulary of ``tiny_tokenizer``."""
+    """Returns a random Llama of two blocks, 64 wide, with the vocabulary of ``tiny_tokenizer``.
+
+    The same ``seed`` gives the same weights. ``dtype`` is torch's name of their dtype.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     generator = torch.random.fork_rng(devices=[])
@@ -64,7 +67,7 @@ def tiny_model(seed: int = 0, dtype: str = "float32") -> PreTrainedModel:
 
 
 def write_tiny_model(folder: Path, seed: int = 0, dtype: str = "bfloat16") -> Path:
-    """Both in ``folder``, which must not exist; gives it back."""
+    """Writes ``tiny_model`` and ``tiny_tokenizer`` into the new ``folder``; returns it."""
     with quiet_transformers():
         tiny_model(seed, dtype).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random Llama of two blocks and its tokenizer, to read, not to change."""
+    """A folder with a random Llama of two blocks and its tokenizer; tests must not change it."""
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a character."""
+    """A tokenizer with a token for each printable ASCII character."""
     return make_tokenizer()
 
 
 @pytest.fixture
 def registry() -> Registry:
-    """It discovers nothing; ``registry.with_(plugin)`` has one plugin more."""
+    """A registry without plugins; ``registry.with_(plugin)`` is a registry with one."""
     return bare_registry()

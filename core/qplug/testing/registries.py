@@ -1,4 +1,4 @@
-"""Registries that hold what a test gives them, whatever is installed."""
+"""Registries with the plugins that a test passes, whatever plugins are installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qplug.registry.registry import Registry
 
 
 class KitText(Dataset[NoParams]):
-    """A few lines to calibrate on, in no time."""
+    """A few lines of text, for fast calibration in tests."""
 
     name = "kit-text"
 
@@ -21,21 +21,24 @@ class KitText(Dataset[NoParams]):
 
 
 def bare_registry(*plugged: object) -> Registry:
-    """A registry that discovers nothing: it has the given plugins, modules or objects, alone."""
+    """Returns a registry of the given plugins alone; each is a module or an object with hooks."""
     registry = Registry([])
-    for number, each in enumerate(plugged):
-        registry = registry.with_(each, f"plugin-{number}")
+    for number, plugin in enumerate(plugged):
+        registry = registry.with_(plugin, f"plugin-{number}")
     return registry
 
 
 def registry_with(*kinds: type[Component[Any]]) -> Registry:
-    """What ships with qplug, KitText, and ``kinds`` in the place of any of the same name."""
+    """Returns a registry of the components ``kinds``, KitText, and the plugins of qplug.
+
+    A plugin of qplug that offers a component with the name of one in ``kinds`` is left out.
+    """
     shipped = Registry.installed(only_shipped=True)
-    kept: list[Plugin] = []
+    others: list[Plugin] = []
     for plugin in shipped.load().plugins:
         if not any(_offers(plugin, kind) for kind in kinds):
-            kept.append(plugin)
-    return Registry(kept).with_(Offering(*kinds, KitText), "under-test")
+            others.append(plugin)
+    return Registry(others).with_(Offering(*kinds, KitText), "under-test")
 
 
 def _offers(plugin: Plugin, kind: type[Component[Any]]) -> bool:
@@ -49,13 +52,13 @@ def _hook_of(kind: type[Component[Any]]) -> str:
 
 
 class Offering:
-    """A plugin that offers components that are at hand."""
+    """A plugin that offers the given component classes."""
 
     def __init__(self, *kinds: type[Component[Any]]) -> None:
         self._kinds = kinds
 
-    def _of(self, wanted: str) -> list[Any]:
-        return [kind for kind in self._kinds if _hook_of(kind) == wanted]
+    def _of(self, hook: str) -> list[Any]:
+        return [kind for kind in self._kinds if _hook_of(kind) == hook]
 
     @hookimpl
     def qplug_algorithms(self) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What datasets share: windows of tokens, and text from the Hub."""
+"""The public functions for datasets: windows of tokens, and text from the Hub."""
 
 from __future__ import annotations
 

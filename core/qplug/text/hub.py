@@ -1,6 +1,6 @@
-"""Text from the Hugging Face Hub, or from a local copy of what is there.
+"""Reads text from a dataset on the Hugging Face Hub, or from a local copy of the dataset.
 
-Needs the package ``datasets``, which turns files of any size into rows that are read from disk.
+This needs the package ``datasets``, which reads single rows of files of any size from disk.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 #: Seconds to wait for the Hub's first answer.
-_PATIENCE = 10.0
+_TIMEOUT = 10.0
 
 _INSTALL = "pip install 'qplug[datasets]'"
 
 
 @dataclass(frozen=True)
 class HubParams:
-    """The options of a dataset that lives on the Hub."""
+    """The options of a dataset on the Hub."""
 
     path: Annotated[
         Path | None,
         Param(
-            "A folder to read instead of the Hub: the downloaded repository, or what "
+            "A folder to read instead of the Hub: the downloaded repository, or a folder that "
             "`save_to_disk` of the package datasets wrote."
         ),
     ] = None
@@ -37,10 +37,10 @@ class HubParams:
 
 @dataclass(frozen=True)
 class HubText:
-    """A column of text in one file of a dataset on the Hub.
+    """A text column in one file of a dataset on the Hub.
 
-    ``file`` is its path in the repository ``repo``, parquet or (compressed) JSON lines. ``split``
-    is what a saved copy of the whole dataset calls these rows.
+    ``file`` is the path of the file in the repository ``repo``; it is parquet or JSON lines, plain
+    or compressed. ``split`` is the name that these rows have in a saved copy of the whole dataset.
     """
 
     repo: str
@@ -49,11 +49,11 @@ class HubText:
     column: str = "text"
 
     def rows(self, path: Path | None = None) -> Sequence[str]:
-        """The text of every row, each read from disk when it is asked for.
+        """Returns the text of every row; a row is read from disk when it is accessed.
 
-        ``path``: a local copy; without one the file is taken from the Hub's cache on this machine,
-        or downloaded into it. Raises QplugError if that cannot be done, within seconds if there
-        is no network.
+        ``path`` is a local copy of the dataset. Without it the file comes from the Hub's cache on
+        this machine, or is downloaded into that cache. Raises QplugError if the file cannot be
+        read or downloaded (without a network within seconds), or if it has no such column.
         """
         table = self._file(self._download()) if path is None else self._local(path.expanduser())
         if self.column not in table.column_names:
@@ -63,6 +63,7 @@ class HubText:
         return cast("Sequence[str]", table[self.column])
 
     def _local(self, folder: Path) -> Any:
+        """Returns the rows in a local copy, as a ``datasets.Dataset``."""
         if (folder / self.file).is_file():
             return self._file(folder / self.file)
         if not folder.is_dir():
@@ -70,7 +71,7 @@ class HubText:
         datasets = _datasets()
         try:
             saved = datasets.load_from_disk(str(folder))
-        except Exception as error:  # as in _file
+        except Exception as error:  # datasets raises anything, as in _file
             raise QplugError(
                 f"{folder}: neither a copy of {self.repo} (it has no {self.file}) nor a folder "
                 f"that save_to_disk wrote ({_first_line(error)})"
@@ -84,11 +85,12 @@ class HubText:
         raise QplugError(f"{folder}: no split {self.split!r}; its splits: {', '.join(saved)}")
 
     def _file(self, path: Path) -> Any:
+        """Returns the rows of one file, as a ``datasets.Dataset``."""
         table = _datasets().Dataset
         read = table.from_parquet if path.suffix == ".parquet" else table.from_json
         try:
             return read(str(path))
-        except Exception as error:  # on a broken file datasets lets anything out, StopIteration too
+        except Exception as error:  # for a broken file datasets raises anything, even StopIteration
             hint = ""
             if path.suffix == ".zst" and find_spec("zstandard") is None:
                 hint = f": the package zstandard is needed: {_INSTALL}"
@@ -97,7 +99,8 @@ class HubText:
             ) from error
 
     def _download(self) -> Path:
-        _datasets()  # a missing package is better heard of before hundreds of megabytes come
+        """Returns the file in the Hub's cache, after downloading it if it is not there."""
+        _datasets()  # reports a missing package before the download of hundreds of megabytes
         from huggingface_hub import (
             get_hf_file_metadata,
             hf_hub_download,
@@ -109,20 +112,21 @@ class HubText:
         if isinstance(cached, str):
             return Path(cached)
         try:
-            # hf_hub_download tries for half a minute where there is no network; this tries once.
+            # Without a network hf_hub_download retries for half a minute; this request fails once.
             get_hf_file_metadata(
-                hf_hub_url(self.repo, self.file, repo_type="dataset"), timeout=_PATIENCE
+                hf_hub_url(self.repo, self.file, repo_type="dataset"), timeout=_TIMEOUT
             )
             return Path(hf_hub_download(self.repo, self.file, repo_type="dataset"))
         except Exception as error:  # the HTTP library, and so its exceptions, changed twice
             raise QplugError(
-                f"{self.repo} cannot be had from the Hub ({_first_line(error)}). Give a local "
-                "copy: --dataset-opt path=FOLDER, with the downloaded repository or what "
-                "save_to_disk wrote"
+                f"{self.repo}: cannot be downloaded from the Hub ({_first_line(error)}). Give a "
+                "local copy: --dataset-opt path=FOLDER, with the downloaded repository or a folder "
+                "that save_to_disk wrote"
             ) from error
 
 
 def _datasets() -> Any:
+    """Returns the module ``datasets``. Raises QplugError if it is not installed."""
     try:
         import datasets
     except ImportError as error:
@@ -131,5 +135,6 @@ def _datasets() -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    first = str(error).strip().partition("\n")[0].rstrip(".")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    """Returns the type of ``error`` and the first line of its message."""
+    line = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

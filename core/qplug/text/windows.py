@@ -1,7 +1,7 @@
-"""From documents to windows of tokens: what is calibrated on, and what perplexity is measured on.
+"""Cuts documents into windows of tokens, for calibration and for perplexity.
 
-No window has special tokens. Each function draws from a generator of its own, so that the same
-seed gives the same windows on any machine and whatever else was drawn before.
+No window has special tokens. Every function creates its own random generator, so that a seed gives
+the same windows on any machine, whatever random numbers were drawn before.
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ if TYPE_CHECKING:
 
     from qplug.api import Dataset, Split, Tokenizer
 
-#: Characters that are tried first; their tokens tell how many more are needed.
+#: Characters to tokenise first; the number of their tokens tells how many more to tokenise.
 _BEGINNING = 1 << 15
-#: Other parts of the text may have so many times fewer tokens.
+#: The rest of the text may have fewer tokens a character, by up to this factor.
 _SPARE = 1.1
-#: Tokens at the end of a part that may not be those of the whole text.
+#: Tokens at the end of a cut text that may differ from those of the whole text.
 _CUT_OFF = 128
-#: The longest text, in characters, whose tokens are kept for the next run of this process.
-_KEPT = 1 << 22
+#: The longest text, in characters, whose tokens are cached for the next run of this process.
+_LONGEST_CACHED = 1 << 22
 
 
 def random_windows(
     dataset: Dataset[Any], tokenizer: Tokenizer, *, length: int, count: int, seed: int
 ) -> Iterator[Tensor]:
-    """``count`` windows of ``length`` tokens, int64, from anywhere in the calibration text.
+    """Returns ``count`` windows, int64 ``[length]``, drawn from the whole calibration text.
 
-    They may overlap. Raises QplugError at once if the text is shorter than one window.
+    The documents are joined; windows begin at random tokens and may overlap. Raises QplugError,
+    before the first window, if the text is shorter than one window.
     """
     ids = _text_tokens(dataset, tokenizer, length, "calibration")
-    rng = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
+    rng = random.Random(seed)  # noqa: S311 - must be reproducible, not secret
     starts = [rng.randrange(len(ids) - length + 1) for _ in range(count)]
     return (_window(ids, start, length) for start in starts)
 
@@ -48,11 +49,12 @@ def random_windows(
 def sample(
     dataset: Dataset[Any], tokenizer: Tokenizer, how: str, *, length: int, count: int, seed: int
 ) -> Iterator[Tensor]:
-    """``count`` windows of ``length`` tokens, int64, for calibration.
+    """Returns ``count`` windows of up to ``length`` tokens for calibration, int64 ``[length]``.
 
-    ``how``: ``dataset``, as the dataset has it; ``windows``, from anywhere in the joined text;
-    ``documents`` and ``leading``, each from another document, from anywhere in it or its start;
-    ``packed``, from short documents one after another.
+    ``how`` is one of: ``dataset``, the dataset's own ``samples``, or ``windows`` if it has none;
+    ``windows``, as ``random_windows``; ``documents``, as ``document_windows`` from a random token
+    of each document; ``leading``, the same from the first token; ``packed``, as
+    ``packed_windows``. Raises QplugError if the text is too short.
     """
     if how == "dataset" and dataset.cuts_windows():
         return dataset.samples(tokenizer, length=length, count=count, seed=seed)
@@ -70,35 +72,37 @@ def sample(
 def packed_windows(
     documents: Sequence[str], tokenizer: Tokenizer, *, length: int, count: int, seed: int
 ) -> Iterator[Tensor]:
-    """``count`` windows of ``length`` tokens, int64, side by side in a row of short documents.
+    """Returns ``count`` windows, int64 ``[length]``, cut from short documents in sequence.
 
-    As AWQ's authors sample: documents in a random order, those longer than a window passed over,
-    the others put one after another. Raises QplugError at once if they end too soon.
+    AWQ's authors sample like this: documents in a random order, without those longer than a
+    window, are joined to one sequence of tokens, which is cut into windows. Raises QplugError,
+    before the first window, if there are too few tokens.
     """
-    rng = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
+    rng = random.Random(seed)  # noqa: S311 - must be reproducible, not secret
     order = list(range(len(documents)))
     rng.shuffle(order)
-    row: list[int] = []
+    sequence: list[int] = []
     for index in order:
-        if len(row) >= count * length:
+        if len(sequence) >= count * length:
             break
         ids = tokenizer.encode(documents[index].strip(), add_special_tokens=False)
-        row.extend(ids if len(ids) <= length else ())
-    if len(row) < count * length:
+        sequence.extend(ids if len(ids) <= length else ())
+    if len(sequence) < count * length:
         raise QplugError(
-            f"the {len(documents)} documents of up to {length} tokens fill "
-            f"{len(row) // length} windows, {count} are needed: ask for fewer or shorter samples"
+            f"of the {len(documents)} documents, those of up to {length} tokens fill "
+            f"{len(sequence) // length} windows, {count} are needed: ask for fewer or shorter "
+            "samples"
         )
-    return (_window(row, number * length, length) for number in range(count))
+    return (_window(sequence, number * length, length) for number in range(count))
 
 
 def first_windows(
     dataset: Dataset[Any], tokenizer: Tokenizer, *, length: int, count: int, split: Split
 ) -> Tensor:
-    """The first windows of the text side by side, int64 ``[n, length]``.
+    """Returns the first windows of the joined text, without overlap, int64 ``[n, length]``.
 
-    ``n`` is ``count``, or less where the text ends before; what is left over at its end is not
-    used. Raises QplugError if the text is shorter than one window.
+    ``n`` is ``count``, or less if the text ends before; tokens at its end that do not fill a
+    window are not used. Raises QplugError if the text is shorter than one window.
     """
     ids = _text_tokens(dataset, tokenizer, length, split, first=count * length)
     n = min(count, len(ids) // length)
@@ -114,14 +118,15 @@ def document_windows(
     seed: int,
     start: Literal["random", "leading"] = "random",
 ) -> Iterator[Tensor]:
-    """``count`` windows of ``length`` tokens, int64, each from another document.
+    """Returns ``count`` windows, int64 ``[length]``, each from a different document.
 
-    For corpora too large to be read as one text: documents are tried in a random order, those
-    shorter than a window are passed over, and no more are tokenised than are needed. A window
-    begins anywhere in its document (``random``) or where the document does (``leading``). Raises
-    QplugError at once if there are not ``count`` documents of that length.
+    This suits corpora that are too large to be joined: documents are tried in a random order,
+    documents shorter than a window are skipped, and no more documents are tokenised than needed.
+    With ``start="random"`` a window begins at a random token of its document, with ``"leading"``
+    at the first token. Raises QplugError, before the first window, if fewer than ``count``
+    documents are long enough.
     """
-    rng = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
+    rng = random.Random(seed)  # noqa: S311 - must be reproducible, not secret
     order = list(range(len(documents)))
     rng.shuffle(order)
     windows: list[Tensor] = []
@@ -147,10 +152,14 @@ def _text_tokens(
     split: Split,
     first: int | None = None,
 ) -> list[int]:
-    """The tokens of the joined text, or its ``first`` ones: of a long text more are not made."""
+    """Returns the tokens of the joined text, or the ``first`` of them.
+
+    With ``first`` a long text is tokenised only as far as needed. Raises QplugError if the text is
+    shorter than a window of ``length`` tokens.
+    """
     text = dataset.separator.join(dataset.documents(split))
     if first is not None and len(text) > _BEGINNING:
-        # The tokens of the last words may be others where a text is cut off, no others are.
+        # Cutting the text changes the tokens of the last words before the cut, but no others.
         wanted, size = first + _CUT_OFF, _BEGINNING
         while size < len(text):
             ids = tokenizer.encode(text[:size], add_special_tokens=False)
@@ -161,25 +170,26 @@ def _text_tokens(
     if len(ids) < length:
         raise QplugError(
             f"dataset {dataset.name}: its {split} text has {len(ids)} tokens, fewer than one "
-            f"window of {length}: ask for shorter windows or give it more text"
+            f"window of {length}: ask for shorter windows, or use more text"
         )
     return ids
 
 
 def _encoded(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of ``text``, which are not computed again for a text that was met a moment ago.
+    """Returns the tokens of ``text``; those of the last two texts are cached.
 
-    Only tokenizers of the tokenizers library can be compared; the tokens of others are not kept.
+    Tokens of a tokenizer that is not from the tokenizers library are not cached, since there is no
+    way to compare such tokenizers.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or len(text) > _KEPT:
+    if backend is None or len(text) > _LONGEST_CACHED:
         return tokenizer.encode(text, add_special_tokens=False)
     return _tokens_of(_Encoding(text, type(tokenizer), backend.to_str(), tokenizer))
 
 
 @dataclass(frozen=True)
 class _Encoding:
-    """A text to tokenize. Two are equal if their tokens are."""
+    """A text and its tokenizer, as a key of the cache: equal keys have equal tokens."""
 
     text: str
     kind: type

@@ -1,56 +1,31 @@
-"""``model.gguf``: all that llama.cpp needs in one file."""
+"""GGUF for llama.cpp: the format, the engine, and the exporter that names both."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import ClassVar
 
-import gguf
-import numpy as np
-import torch
 from torch import Tensor
 
 from qplug import (
     Capability,
-    Checkpoint,
+    Engine,
     Exporter,
-    FileTensor,
+    Format,
     ModelView,
     NoParams,
-    QplugError,
     QuantizedWeight,
     Scheme,
-    StoredTensor,
     TensorSpec,
 )
 from qplug_gguf.blocks import WIDTH, block_bytes, from_bytes, to_bytes
-from qplug_gguf.tokens import Vocabulary, read_vocabulary
-
-_TYPES = {8: gguf.GGMLQuantizationType.Q8_0, 4: gguf.GGMLQuantizationType.Q4_0}
-_FILE_TYPES = {8: gguf.LlamaFileType.MOSTLY_Q8_0, 4: gguf.LlamaFileType.MOSTLY_Q4_0}
-_FLOATS = {
-    "bfloat16": gguf.GGMLQuantizationType.BF16,
-    "float16": gguf.GGMLQuantizationType.F16,
-    "float32": gguf.GGMLQuantizationType.F32,
-}
-_DTYPES = {kind: dtype for dtype, kind in _FLOATS.items()}
+from qplug_gguf.file import GGUFFile
 
 
-class GGUF(Exporter[NoParams]):
-    """One file that llama.cpp runs: Q8_0 and Q4_0, for models of Llama's architecture."""
+class GGUFBlocks(Format):
+    """Weights as the bytes of Q8_0 or Q4_0, in a file for models of Llama's architecture."""
 
-    name = "gguf"
-    file = "model.gguf"
-    serve_command = "llama-server --model {}/model.gguf"
-
-    @classmethod
-    def capabilities(cls) -> list[Capability]:
-        return [
-            Capability("W8A16", "Q8_0", True, (WIDTH,), 1, WIDTH, "llama.cpp on a CPU"),
-            Capability("W4A16", "Q4_0", True, (WIDTH,), 1, WIDTH, "llama.cpp on a CPU"),
-        ]
+    single_file = GGUFFile()
 
     def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
         if model.config.get("model_type") != "llama":
@@ -61,16 +36,8 @@ class GGUF(Exporter[NoParams]):
         if rope.get("rope_type", "default") != "default":
             return f"does not write rotary embeddings of type {rope['rope_type']}"
         for scheme in schemes.values():
-            args = scheme.weights
-            if scheme.name not in ("W8A16", "W4A16") or args.group_size != WIDTH:
+            if scheme.name not in ("W8A16", "W4A16") or scheme.weights.group_size != WIDTH:
                 return f"stores W8A16 and W4A16 in groups of {WIDTH}: --group-size {WIDTH}"
-        return None
-
-    def refuses_files(self, folder: Path) -> str | None:
-        try:
-            read_vocabulary(folder, 1 << 20)
-        except QplugError as error:
-            return str(error)
         return None
 
     def scale_dtype(self, scheme: Scheme, model_dtype: str) -> str:
@@ -78,169 +45,32 @@ class GGUF(Exporter[NoParams]):
 
     def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
         out, width = shape
-        return {"weight": TensorSpec("uint8", (out, width // WIDTH * block_bytes(_bits(scheme))))}
+        row = width // WIDTH * block_bytes(scheme.weights.bits)
+        return {"weight": TensorSpec("uint8", (out, row))}
 
     def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
-        return {"weight": to_bytes(weight.codes, weight.scale, _bits(scheme))}
+        return {"weight": to_bytes(weight.codes, weight.scale, scheme.weights.bits)}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-        codes, scale = from_bytes(tensors["weight"], _bits(scheme))
-        args = scheme.with_scale_dtype("float16").weights
-        return QuantizedWeight(codes, scale, None, args)
-
-    def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any] | None:
-        return None
-
-    # --- the file --------------------------------------------------------------------------------
-
-    def write(
-        self, finished: Checkpoint, model: ModelView, schemes: Mapping[str, Scheme], path: Path
-    ) -> None:
-        names, turned = _names(model.config), _turned(model.config)
-        writer = gguf.GGUFWriter(path, "llama")
-        vocabulary = read_vocabulary(finished.folder, model.config["vocab_size"])
-        _describe(writer, finished.folder, model.config, vocabulary)
-        if schemes:
-            writer.add_file_type(_FILE_TYPES[min(_bits(s) for s in schemes.values())])
-        for name, stored in finished.tensors.items():
-            spec, linear = stored.spec, name.removesuffix(".weight")
-            kind = _TYPES[_bits(schemes[linear])] if linear in schemes else _kind(spec)
-            shape = (*spec.shape[:-1], _row_bytes(spec, kind))
-            size = int(np.prod(shape))
-            writer.add_tensor_info(names[name], shape, np.dtype(np.uint8), size, kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, stored in finished.tensors.items():
-            tensor = stored.read()
-            if name in turned:
-                tensor = _interleaved(tensor, turned[name])
-            if tensor.ndim == 1:
-                tensor = tensor.float()
-            writer.write_tensor_data(tensor.contiguous().view(torch.uint8).numpy())
-        writer.close()
-
-    def read(self, path: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
-        try:
-            reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError) as error:
-            raise QplugError(f"{path}: not a sound GGUF file: {error}") from error
-        ours = {theirs: name for name, theirs in _names(config).items()}
-        turned, dtype = _turned(config), str(config.get("dtype") or config["torch_dtype"])
-        tensors: dict[str, StoredTensor] = {}
-        for tensor in reader.tensors:
-            name = ours.get(tensor.name)
-            if name is None:
-                raise QplugError(f"{path}: {tensor.name} is no tensor of this model")
-            shape = tuple(int(n) for n in reversed(tensor.shape))
-            start, stored = int(tensor.data_offset), _DTYPES.get(tensor.tensor_type)
-            if stored is None:
-                lying = TensorSpec("uint8", (shape[0], int(tensor.n_bytes) // shape[0]))
-                meant = lying
-            else:
-                lying = TensorSpec(stored, shape)
-                meant = TensorSpec(dtype if len(shape) == 1 else stored, shape)
-            raw = FileTensor(path, lying, start)
-            tensors[name] = _Tensor(meant, raw, turned.get(name, 0))
-        return tensors
+        codes, scale = from_bytes(tensors["weight"], scheme.weights.bits)
+        return QuantizedWeight(codes, scale, None, scheme.with_scale_dtype("float16").weights)
 
 
-@dataclass(frozen=True)
-class _Tensor(StoredTensor):
-    """A tensor as the float model has it, of what lies in the file as ``raw``.
+class LlamaCpp(Engine):
+    """llama.cpp, on a CPU."""
 
-    ``heads``: how many heads have their rows interleaved there; 0 if none.
-    """
-
-    spec: TensorSpec
-    raw: FileTensor
-    heads: int
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        return self.raw.paths
-
-    def read(self) -> Tensor:
-        tensor = self.raw.read().to(getattr(torch, self.spec.dtype))
-        return _in_halves(tensor, self.heads) if self.heads else tensor
-
-    def chunks(self) -> Iterator[bytes]:
-        yield self.read().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _bits(scheme: Scheme) -> int:
-    return scheme.weights.bits
-
-
-def _kind(spec: TensorSpec) -> gguf.GGMLQuantizationType:
-    """Of a float tensor; llama.cpp wants vectors in float32."""
-    return _FLOATS["float32" if len(spec.shape) == 1 else spec.dtype]
-
-
-def _row_bytes(spec: TensorSpec, kind: gguf.GGMLQuantizationType) -> int:
-    if spec.dtype == "uint8":
-        return spec.shape[-1]
-    return spec.shape[-1] * gguf.GGML_QUANT_SIZES[kind][1]
-
-
-def _names(config: Mapping[str, Any]) -> dict[str, str]:
-    """The names of GGUF, by those of the float model."""
-    count = config["num_hidden_layers"]
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, count)
-    parts = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
-    parts += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    parts += ["input_layernorm", "post_attention_layernorm"]
-    modules = [f"model.layers.{layer}.{part}" for layer in range(count) for part in parts]
-    modules += ["model.embed_tokens", "model.norm", "lm_head"]
-    return {f"{module}.weight": f"{table.get_name(module)}.weight" for module in modules}
-
-
-def _turned(config: Mapping[str, Any]) -> dict[str, int]:
-    """The tensors whose heads llama.cpp rotates in pairs of rows, with the number of heads."""
-    heads = config["num_attention_heads"]
-    counts = {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads}
-    return {
-        f"model.layers.{layer}.self_attn.{part}.weight": count
-        for layer in range(config["num_hidden_layers"])
-        for part, count in counts.items()
+    releases: ClassVar = {
+        "llama.cpp": (
+            Capability("W8A16", "Q8_0", True, (WIDTH,), 1, WIDTH, "run on a CPU", ("cpu",)),
+            Capability("W4A16", "Q4_0", True, (WIDTH,), 1, WIDTH, "run on a CPU", ("cpu",)),
+        )
     }
+    serve_command = "llama-server --model {}/model.gguf"
 
 
-def _interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Rows of each head in the order of llama.cpp: one of the first half, one of the second."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+class GGUF(Exporter[NoParams]):
+    """One file that llama.cpp runs: Q8_0 and Q4_0, for models of Llama's architecture."""
 
-
-def _in_halves(rows: Tensor, heads: int) -> Tensor:
-    """The inverse of ``_interleaved``."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def _describe(
-    writer: gguf.GGUFWriter, folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary
-) -> None:
-    heads = config["num_attention_heads"]
-    size = config.get("head_dim") or config["hidden_size"] // heads
-    rope = config.get("rope_parameters") or {}
-    writer.add_name(folder.name)
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_key_length(size)
-    writer.add_value_length(size)
-    writer.add_rope_dimension_count(size)
-    writer.add_rope_freq_base(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.cutter)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
-    for kind, number in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id)):
-        if isinstance(token := config.get(f"{kind}_token_id"), int):
-            number(token)
-    writer.add_add_bos_token(vocabulary.begins)
+    name = "gguf"
+    format = GGUFBlocks()
+    engine = LlamaCpp()

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from qplug_gguf.blocks import to_bytes
-from qplug_gguf.exporter import GGUF, _interleaved
+from qplug_gguf.exporter import GGUF
+from qplug_gguf.file import _interleaved
 
 import qplug
 from qplug.testing import ExporterContract, registry_with, write_tiny_model

@@ -1,14 +1,14 @@
 """MagR (Zhang et al., arXiv 2406.00800), on the Gram matrices of input groups.
 
-Inputs of a layer are nearly of low rank, so many weights give nearly the same outputs. Of those,
-the one whose ranges are smallest is rounded best: for each row ``w`` of the float weight, and each
-group ``g`` of columns that share a scale, minimise::
+The inputs of a layer are nearly of low rank, so many weights give nearly the same outputs. Among
+these, the weight with the smallest ranges has the smallest rounding errors. So for each row ``w``
+of the float weight, with groups ``g`` of columns that share a scale, MagR minimises::
 
     1/2 (v - w) G (v - w)ᵀ + alpha * sum_g max|v_g|
 
 with ``G = xᵀx`` scaled to a largest eigenvalue of 1 (equation 5 of the paper, where a row is one
-group). This is done by proximal gradient steps of length 1 (algorithm 1); the proximal operator of
-``max|.|`` takes off what is left of a projection onto an l1 ball.
+group), by proximal gradient steps of length 1 (algorithm 1). The proximal operator of ``max|.|``
+subtracts the projection onto an l1 ball.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ class MagR(Algorithm[Params]):
 
 
 def _scaled(group: InputGroup) -> Tensor | None:
-    """The Gram matrix with a largest eigenvalue of 1; None if no token was seen."""
+    """The Gram matrix divided by its largest eigenvalue; None if it is zero."""
     largest = torch.linalg.eigvalsh(group.gram.double())[-1]
     return group.gram / largest.float() if largest > 0 else None
 
 
 def shrink(weight: Tensor, gram: Tensor, alpha: float, steps: int, width: int) -> Tensor:
-    """The weight ``[out, in]`` of least cost, near ``weight``; ``gram``: ``[in, in]``.
+    """The weight ``[out, in]`` of least cost near ``weight``.
 
-    ``width``: columns in a group; ``gram`` has no eigenvalue above 1.
+    ``gram: [in, in]``, with no eigenvalue above 1. ``width``: columns of a group.
     """
-    found = weight.clone()
+    smaller = weight.clone()
     for _ in range(steps):
-        found = found - (found - weight) @ gram
-        found = less_range(found.unflatten(1, (-1, width)), alpha).flatten(1)
-    return found
+        smaller = smaller - (smaller - weight) @ gram
+        smaller = less_range(smaller.unflatten(1, (-1, width)), alpha).flatten(1)
+    return smaller
 
 
 def less_range(values: Tensor, price: float) -> Tensor:

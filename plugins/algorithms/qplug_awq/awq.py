@@ -1,4 +1,4 @@
-"""AWQ (Lin et al., arXiv 2306.00978), searched on Gram matrices instead of forward passes.
+"""AWQ (Lin et al., arXiv 2306.00978), with a search on Gram matrices instead of forward passes.
 
 For scales ``s`` of a group's input, the error over all tokens is ``tr(D G Dᵀ)`` with
 ``D = W - Q(W diag(s)) diag(s)⁻¹`` (equation 4 of the paper), summed over the linears of the group.
@@ -42,7 +42,7 @@ class AWQ(Algorithm[Params]):
     needs_data = True
 
     @property
-    def settles(self) -> frozenset[str]:
+    def decides(self) -> frozenset[str]:
         return frozenset({"the scales of inputs"} if self.params.scale else ())
 
     def transform(self, block: Block) -> None:
@@ -54,51 +54,54 @@ class AWQ(Algorithm[Params]):
     def _scale(self, block: Block) -> None:
         """Give each group the scale of least loss.
 
-        A group's loss depends on nothing that another group's scale changes, so all are judged
-        first, in any order.
+        The scale of one group does not change the loss of another, so all candidates of all groups
+        are tried first, in any order.
         """
         steps = self.params.ratios
-        tried: list[float | None] = [None, *(step / steps for step in range(steps))]
+        ratios: list[float | None] = [None, *(step / steps for step in range(steps))]
         groups = [group for group in block.groups if group.scalable]
-        candidates = [(group, ratio) for group in groups for ratio in tried]
+        candidates = [(group, ratio) for group in groups for ratio in ratios]
 
-        def judge(candidate: tuple[InputGroup, float | None]) -> float:
+        def loss(candidate: tuple[InputGroup, float | None]) -> float:
             group, ratio = candidate
             return self._loss(group, self._candidate(block, group, ratio))
 
-        losses = block.spread(candidates, judge, cost=lambda candidate: _products(candidate[0]))
+        losses = block.spread(candidates, loss, cost=lambda candidate: _products(candidate[0]))
         for number, group in enumerate(groups):
-            own = losses[number * len(tried) : (number + 1) * len(tried)]
-            best = tried[own.index(min(own))]
+            own = losses[number * len(ratios) : (number + 1) * len(ratios)]
+            best = ratios[own.index(min(own))]
             block.smooth(group, self._candidate(block, group, best))
 
     def _clip_all(self, block: Block) -> None:
         params = self.params
-        read = [
+        clipped = [
             (group, linear)
             for whole in block.groups
-            for group in whole.parts
+            for group in whole.by_tokens
             for linear in group.linears
             if self._clips(linear) and group.tokens
         ]
 
         def search(pair: tuple[InputGroup, Linear]) -> tuple[Tensor | None, Tensor | None]:
             group, linear = pair
-            clipped = replace(linear)
-            search_clip(clipped, group.gram, steps=params.clip_steps, smallest=params.clip_smallest)
-            return clipped.scale, clipped.zero
+            trial = replace(linear)
+            search_clip(trial, group.gram, steps=params.clip_steps, smallest=params.clip_smallest)
+            return trial.scale, trial.zero
 
-        found = block.spread(read, search, cost=lambda pair: _clip_cost(pair[1]))
-        for (_, linear), clip in zip(read, found, strict=True):
+        clips = block.spread(clipped, search, cost=lambda pair: _clip_cost(pair[1]))
+        for (_, linear), clip in zip(clipped, clips, strict=True):
             linear.scale, linear.zero = clip
 
     def _clips(self, linear: Linear) -> bool:
-        """Whether its range is to be clipped; of 8 bits a range has enough for its largest."""
+        """Whether the range of ``linear`` is clipped; with 8 bits the full range is fine enough."""
         return self.params.clip and linear.args.bits < 8
 
     def _candidate(self, block: Block, group: InputGroup, ratio: float | None) -> Tensor:
-        """``[in]``, with the geometric middle of its extremes at 1; None is no scale at all."""
-        if ratio is None:  # ratio 0 of v2, tried in v1 too
+        """The scale ``[in]`` for ``ratio``, the geometric mean of its extremes being 1.
+
+        ``ratio`` None gives ones.
+        """
+        if ratio is None:  # the same as ratio 0 of v2; also tried in v1
             return torch.ones_like(group.mean_abs)
         scale = group.mean_abs.pow(ratio)
         if self.params.version == "v1":
@@ -112,7 +115,7 @@ class AWQ(Algorithm[Params]):
 
 
 def _products(group: InputGroup) -> float:
-    """What the matrix products of the linears' errors with the Gram matrix cost."""
+    """The cost of multiplying the errors of a group's linears by the Gram matrix."""
     return len(group.gram) * sum(linear.weight.numel() for linear in group.linears)
 
 
@@ -121,7 +124,7 @@ def _clip_cost(linear: Linear) -> float:
 
 
 def _relative_weight(linears: tuple[Linear, ...]) -> Tensor:
-    """The mean over rows of ``|w|`` as a part of the largest of its group, ``[in]``."""
+    """The mean over rows of ``|w| / max|w|``, the maximum taken over its group, ``[in]``."""
     parts = []
     for linear in linears:
         size = linear.args.group_size or linear.weight.shape[1]

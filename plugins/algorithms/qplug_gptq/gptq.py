@@ -1,6 +1,6 @@
 """GPTQ (Frantar et al., arXiv 2210.17323), on the Gram matrices of input groups.
 
-Rows are independent, so linears that read one tensor are solved together, with one factorisation.
+Linears that read one tensor share its Gram matrix, so they are solved with one factorisation.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ class Params:
         int, Param("Columns between updates of the rest.", 1, also=("blocksize",))
     ] = 128
     true_sequential: Annotated[
-        bool, Param("Groups see what became of the groups before them in the block.")
+        bool, Param("Groups see the quantized outputs of the groups before them in the block.")
     ] = False
     correct: Annotated[
-        float, Param("How much of what inputs drifted from the float model's is made good.", 0, 1)
+        float, Param("The part of the inputs' drift from the float model that is corrected.", 0, 1)
     ] = 0.0
     clip: Annotated[
-        bool, Param("Search clips first, of fewer than 8 bits, where no algorithm before has.")
+        bool,
+        Param("Search clips of weights of fewer than 8 bits that no earlier algorithm clipped."),
     ] = True
     clip_steps: Annotated[int, Param("Steps of the clip search.", 1)] = 20
     clip_smallest: Annotated[float, Param("The smallest range, of the full one.", 0.05, 1)] = 0.6
@@ -62,23 +63,23 @@ class GPTQ(Algorithm[Params]):
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         codes: dict[str, QuantizedWeight] = {}
-        in_turn = [[*alike] for _, alike in groupby(block.groups, lambda g: g.experts or id(g))]
-        for groups in in_turn if self.params.true_sequential else [block.groups]:
+        in_order = [[*same] for _, same in groupby(block.groups, lambda g: g.experts or id(g))]
+        for groups in in_order if self.params.true_sequential else [block.groups]:
             if codes:
-                block.advance(codes)
-            parts = [part for group in groups for part in group.parts]
+                block.use_codes(codes)
+            parts = [part for group in groups for part in group.by_tokens]
             for solved in block.spread(parts, self._solve, cost=_cost):
                 codes.update(solved.codes)
                 block.notes.extend(solved.notes)
         for linear in block.linears:
-            if linear.name not in codes:  # nothing was seen to enter it
+            if linear.name not in codes:  # it is in no input group
                 codes[linear.name] = nearest(linear)
                 block.notes.append(f"{linear.name}: no token reached it; rounded to nearest")
         return codes
 
     def _solve(self, group: InputGroup) -> _Solved:
         params = self.params
-        if not group.tokens:  # an expert that none was routed to
+        if not group.tokens:  # an expert without tokens
             return _Solved({linear.name: nearest(linear) for linear in group.linears}, [])
         order = torch.argsort(group.gram.diagonal(), descending=True, stable=True)
         if not params.act_order:
@@ -94,20 +95,20 @@ class GPTQ(Algorithm[Params]):
             if params.correct and group.drift is not None:
                 weight = corrected(weight, group.drift, factor, order, params.correct)
             scale, zero = self._scale(linear, weight, group.gram)
-            made = solve(weight, scale, zero, linear.args, factor, order, params.block_size)
-            codes[linear.name] = QuantizedWeight(made, scale, zero, linear.args)
+            solution = solve(weight, scale, zero, linear.args, factor, order, params.block_size)
+            codes[linear.name] = QuantizedWeight(solution, scale, zero, linear.args)
         return _Solved(codes, notes)
 
     def _scale(self, linear: Linear, weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scales that were chosen for ``linear``, or those for ``weight``, its correction."""
+        """The scales chosen for ``linear``, or else scales for ``weight``, which is corrected."""
         params = self.params
         if linear.scale is not None:
             return scale_of(linear)
         if params.clip and linear.args.bits < 8:
-            aim = Linear(linear.name, weight, linear.args, global_scale=linear.global_scale)
-            search_clip(aim, gram, steps=params.clip_steps, smallest=params.clip_smallest)
-            return scale_of(aim)
-        # An error that the later columns make good is cheaper than one at a range's end.
+            trial = Linear(linear.name, weight, linear.args, global_scale=linear.global_scale)
+            search_clip(trial, gram, steps=params.clip_steps, smallest=params.clip_smallest)
+            return scale_of(trial)
+        # Do not clip: GPTQ compensates rounding errors, but not clipping errors.
         low, high = weight_range(weight, linear.args)
         ratio = unclipped_ratio(linear.args)
         return range_scale(low * ratio, high * ratio, linear.args, linear.global_scale)
@@ -115,13 +116,13 @@ class GPTQ(Algorithm[Params]):
 
 @dataclass(frozen=True)
 class _Solved:
-    """What became of an input group: codes by linear, and what the user is told."""
+    """The result for an input group: codes by linear, and notes for the user."""
 
     codes: dict[str, QuantizedWeight]
     notes: list[str]
 
 
 def _cost(group: InputGroup) -> float:
-    """A factorisation, and the push of every column onto all later ones."""
+    """The cost of a factorisation, and of pushing every column's error onto all later ones."""
     width = len(group.gram)
     return width**3 + width**2 * sum(len(linear.weight) for linear in group.linears)

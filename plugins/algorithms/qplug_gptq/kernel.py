@@ -1,4 +1,4 @@
-"""A block of GPTQ's columns in one launch: a thread holds all columns of a row in registers."""
+"""A GPU kernel for a block of GPTQ's columns; a thread holds all columns of a row in registers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from qplug import FLOAT_MAX, QuantArgs
 
-_ROWS = 32  # rows of the weight in one program: a warp of one row a thread
+_ROWS = 32  # rows of the weight in one program: a warp with one row per thread
 
 
-# Triton reads annotations itself and takes no others than its own.
+# Triton accepts no annotations but its own.
 @triton.jit
 def _round_block(  # type: ignore[no-untyped-def]
     work,
@@ -46,8 +46,8 @@ def _round_block(  # type: ignore[no-untyped-def]
             code = tl.minimum(tl.maximum(ratio, low), high).to(tl.float8e4nv).to(tl.float32)
             restored = code * scale
         else:
-            # Adding and subtracting 1.5 * 2^23 rounds to nearest, ties to even; what is so large
-            # that it would not is out of range on either side.
+            # Adding and subtracting 1.5 * 2^23 rounds to nearest, ties to even. It fails for
+            # large values, but these are out of the range of codes anyway.
             ratio = tl.minimum(tl.maximum(ratio, -4194304.0), 4194304.0)
             code = (ratio + 12582912.0) - 12582912.0
             if HAS_ZERO:
@@ -68,7 +68,7 @@ def _round_block(  # type: ignore[no-untyped-def]
 def round_columns_on_gpu(
     work: Tensor, scales: Tensor, zeros: Tensor | None, factor: Tensor, args: QuantArgs
 ) -> tuple[Tensor, Tensor]:
-    """``solver.round_columns`` as one kernel. ``work`` is left as it is."""
+    """``solver.round_columns`` as one kernel; it leaves ``work`` unchanged."""
     columns, rows = work.shape
     codes, errors = torch.empty_like(work), torch.empty_like(work)
     low, high = args.code_range if not args.is_float else (-FLOAT_MAX["e4m3"], FLOAT_MAX["e4m3"])

@@ -11,12 +11,12 @@ from torch import Tensor
 from qplug import QplugError, QuantArgs
 from qplug.numerics import code_dtype, column_scales, round_codes
 
-#: ``round_columns`` or what does the same.
+#: ``round_columns``, or a kernel with the same arguments and results.
 Rounder: TypeAlias = Callable[
     [Tensor, Tensor, "Tensor | None", Tensor, QuantArgs], tuple[Tensor, Tensor]
 ]
 
-#: Damping is raised tenfold until the matrix can be factored, at most to this.
+#: The largest damping; it is raised tenfold until the matrix can be factored.
 _MOST_DAMP = 10.0
 #: Rows of a matrix that are factored at a time.
 _PANEL = 1024
@@ -25,13 +25,14 @@ _PANEL = 1024
 def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> tuple[Tensor, float]:
     """Upper ``U: [in, in]`` with ``UᵀU = (G + damp * mean(diag G) I)⁻¹``, and the damping used.
 
-    ``G`` is ``gram: [in, in]`` with its columns in ``order``. One Cholesky factorisation from the
-    last row to the first and one triangular inverse, both in the place of one matrix: the inverse
-    of ``G`` is never formed. Columns that no token excites are given a diagonal of one, which
-    leaves them to nearest rounding. Raises QplugError if no damping helps.
+    ``G`` is ``gram: [in, in]`` with its columns in ``order``. The Cholesky factorisation goes from
+    the last row to the first, and is followed by a triangular inverse, both in the memory of one
+    matrix; the inverse of ``G`` is never formed. Columns that are zero in all tokens get the mean
+    as their diagonal, so they are rounded to nearest. Raises QplugError if the matrix cannot be
+    factored with any damping.
     """
     diagonal = gram.diagonal()[order]
-    if not torch.isfinite(diagonal).all():  # no entry is larger than those on the diagonal
+    if not torch.isfinite(diagonal).all():  # the largest entries are on the diagonal
         raise QplugError("the inputs of this layer are not finite")
     mean = diagonal.mean() if diagonal.any() else torch.ones((), device=gram.device)
     while damp <= _MOST_DAMP:
@@ -48,7 +49,7 @@ def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> tuple[Tensor, fl
 
 
 def _factor(matrix: Tensor) -> bool:
-    """Put upper ``R`` with ``R Rᵀ = matrix`` in its place. False if it is not positive definite."""
+    """Replace ``matrix`` by upper ``R``, ``R Rᵀ = matrix``; False if not positive definite."""
     for start in reversed(range(0, len(matrix), _PANEL)):
         panel = slice(start, start + _PANEL)
         corner, above = matrix[panel, panel], matrix[:start, panel]
@@ -59,14 +60,14 @@ def _factor(matrix: Tensor) -> bool:
         if start:
             above.copy_(torch.linalg.solve_triangular(corner.T, above, upper=False, left=False))
             matrix[panel, :start] = 0
-        for row in range(0, start, _PANEL):  # the upper half is enough
+        for row in range(0, start, _PANEL):  # only the upper half is used
             rows = slice(row, row + _PANEL)
             matrix[rows, row:start].addmm_(above[rows], above[row:].T, alpha=-1)
     return True
 
 
 def _invert(upper: Tensor) -> None:
-    """Put the inverse of a matrix that is zero below its diagonal in its place."""
+    """Replace a matrix that is zero below its diagonal by its inverse."""
     for start in range(0, len(upper), _PANEL):
         panel = slice(start, start + _PANEL)
         corner, above = upper[panel, panel], upper[:start, panel]
@@ -79,11 +80,12 @@ def _invert(upper: Tensor) -> None:
 
 
 def corrected(weight: Tensor, drift: Tensor, factor: Tensor, order: Tensor, part: float) -> Tensor:
-    """The weight that makes good ``part`` of the drift of its inputs (GPTAQ, arXiv 2504.02692).
+    """The weight that corrects ``part`` of the drift of its inputs (GPTAQ, arXiv 2504.02692).
 
-    ``W + part * W driftᵀ (G + damp I)⁻¹``: at 1, on inputs ``x``, it computes what ``weight: [out,
-    in]`` computes on ``y``, as far as a linear can. ``factor`` is that of ``inverse_factor`` for
-    columns in ``order``; ``drift: [in, in]``, the sum of ``xᵀ(y - x)``.
+    ``W + part * W driftᵀ (G + damp I)⁻¹``: for ``part`` 1 its outputs on inputs ``x`` are as close,
+    in least squares, to the outputs of ``weight: [out, in]`` on the float model's ``y`` as
+    possible. ``factor``: from ``inverse_factor``, for columns in ``order``. ``drift: [in, in]``:
+    the sum of ``xᵀ(y - x)``.
     """
     pull = (weight @ drift.T)[:, order] @ factor.T @ factor
     return weight.index_add(1, order, pull, alpha=part)
@@ -100,28 +102,29 @@ def solve(
 ) -> Tensor:
     """Codes ``[out, in]`` of ``weight: [out, in]`` under given scales (static groups).
 
-    ``factor`` is that of ``inverse_factor`` for columns in ``order``; codes are in the weight's.
+    ``factor``: from ``inverse_factor``, for columns in ``order``. Codes are in the order of the
+    weight.
     """
-    work = weight.T[order]  # [in, out]: a column is a run of memory
+    work = weight.T[order]  # [in, out]: columns are contiguous
     codes = torch.empty(work.shape, dtype=code_dtype(args), device=work.device)
     round_columns = _rounder(work, args, block_size)
     for start in range(0, len(work), block_size):
         stop = min(start + block_size, len(work))
         columns = order[start:stop]
         scales, zeros = column_scales(scale, zero, args, columns, work.shape[1])
-        made, errors = round_columns(
+        rounded, errors = round_columns(
             work[start:stop], scales, zeros, factor[start:stop, start:stop], args
         )
-        codes[columns] = made.to(codes.dtype)
+        codes[columns] = rounded.to(codes.dtype)
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return codes.T.contiguous()
 
 
 def _rounder(work: Tensor, args: QuantArgs, block_size: int) -> Rounder:
-    """What rounds a block of columns: one kernel on a GPU, plain torch elsewhere."""
-    # The kernel has these grids, and registers for so many columns.
-    rounds_so = not args.is_float or (args.dtype == "e4m3" and not args.use_qtorch)
-    if work.is_cuda and block_size <= 128 and rounds_so:
+    """The function that rounds a block of columns: one kernel on a GPU, plain torch elsewhere."""
+    # The kernel knows these grids, and has registers for 128 columns.
+    has_kernel = not args.is_float or (args.dtype == "e4m3" and not args.use_qtorch)
+    if work.is_cuda and block_size <= 128 and has_kernel:
         from qplug_gptq.kernel import round_columns_on_gpu
 
         return round_columns_on_gpu
@@ -131,10 +134,10 @@ def _rounder(work: Tensor, args: QuantArgs, block_size: int) -> Rounder:
 def round_columns(
     work: Tensor, scales: Tensor, zeros: Tensor | None, factor: Tensor, args: QuantArgs
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scaled errors ``[columns, out]`` of a block of columns, one after the other.
+    """Codes and scaled errors, ``[columns, out]``, of a block of columns, rounded in order.
 
-    ``work: [columns, out]`` is used up. ``scales`` and ``zeros``: ``[columns, out]``. ``factor:
-    [columns, columns]``, upper. A column's error is pushed onto the later columns of the block.
+    Overwrites ``work: [columns, out]``. ``scales`` and ``zeros``: ``[columns, out]``. ``factor:
+    [columns, columns]``, upper. Each column's error is pushed onto the later columns of the block.
     """
     codes, errors = torch.empty_like(work), torch.empty_like(work)
     for column in range(len(work)):

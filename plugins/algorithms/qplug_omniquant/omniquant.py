@@ -1,8 +1,8 @@
 """OmniQuant (Shao et al., arXiv 2308.13137): clips and scales learned block by block.
 
-Learnable weight clipping (section 3.2) has a part of each range to learn, and learnable equivalent
-transformation (section 3.3) scales and offsets of the inputs of linears. Both begin at what a
-search finds, or what algorithms before have found.
+Learnable weight clipping (section 3.2) learns which part of each range to keep; learnable
+equivalent transformation (section 3.3) learns scales and offsets of the inputs of linears. Both
+start from the results of a search, or of earlier algorithms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qplug.numerics import (
     unclipped_ratio,
 )
 
-#: How much wider than one that clips nothing a range can become.
+#: The widest range that can be learned, relative to one that clips nothing.
 _WIDEST = 1.25
 
 
@@ -41,16 +41,16 @@ class Params:
     ] = True
     lwc_lr: Annotated[float, Param("The first step of clips.", 0)] = 1e-2
     let_lr: Annotated[float, Param("The first step of scales and offsets.", 0)] = 5e-3
-    weight_decay: Annotated[float, Param("Of AdamW.", 0, also=("wd",))] = 0.0
+    weight_decay: Annotated[float, Param("Weight decay of AdamW.", 0, also=("wd",))] = 0.0
     epochs: Annotated[int, Param("Passes over the calibration data, at most.", 1)] = 5
     patience: Annotated[
-        int | None, Param("Passes without a better result, until it ends; none: never.", 1)
+        int | None, Param("Passes without a better result before it stops; none: never.", 1)
     ] = None
     aug_loss: Annotated[
         bool, Param("Match the float block on the same inputs too, not the float model alone.")
     ] = False
     dtype: Annotated[
-        Literal["float32", "bfloat16"], Param("Of the matrix products while learning.")
+        Literal["float32", "bfloat16"], Param("Dtype of the matrix products while learning.")
     ] = "float32"
     alpha: Annotated[float, Param("The largest exponent of scales to begin at.", 0, 1)] = 0.5
     clip_steps: Annotated[int, Param("Steps of the clip search to begin at.", 1)] = 20
@@ -60,7 +60,7 @@ class Params:
 
     def __post_init__(self) -> None:
         if not (self.lwc or self.let):
-            raise QplugError("omniquant has nothing to learn: neither lwc nor let")
+            raise QplugError("omniquant has nothing to learn: set lwc or let")
 
 
 class OmniQuant(Algorithm[Params]):
@@ -69,12 +69,12 @@ class OmniQuant(Algorithm[Params]):
     name = "omniquant"
     Params = Params
     needs_data = True
-    learns = True
+    learns_blocks = True
 
     def transform(self, block: Block) -> None:
         params = self.params
         if block.reconstruction is None:
-            raise QplugError("omniquant learns from calibration data, and here is none")
+            raise QplugError("omniquant learns from calibration data, but this run has none")
         scalable = [group for group in block.groups if group.scalable] if params.let else []
         for group in scalable:
             self._start(block, group)
@@ -84,7 +84,7 @@ class OmniQuant(Algorithm[Params]):
         of_moves = [tensor for move in moves for tensor in move.learned()]
         of_clips = [tensor for clip in clips for tensor in clip.learned()]
         if not (of_moves or of_clips):
-            block.notes.append(f"{block.name}: has nothing that omniquant could learn")
+            block.notes.append(f"{block.name}: has nothing that omniquant can learn")
             return
         learning = _Learning(block, block.reconstruction, moves, clips)
         optimizer = torch.optim.AdamW(
@@ -95,7 +95,7 @@ class OmniQuant(Algorithm[Params]):
             ],
             weight_decay=params.weight_decay,
         )
-        found = learn(
+        errors = learn(
             block.reconstruction,
             learning.values,
             [*of_moves, *of_clips],
@@ -108,11 +108,11 @@ class OmniQuant(Algorithm[Params]):
         )
         learning.apply()
         block.notes.append(
-            f"{block.name}: error of its output {found.before:.4g}, {found.after:.4g} once learned"
+            f"{block.name}: output error {errors.before:.4g}, after learning {errors.after:.4g}"
         )
 
     def _start(self, block: Block, group: InputGroup) -> None:
-        """Give ``group`` the scale of least error of a few; none at all may be best."""
+        """Give ``group`` the best of a few scales; no scale at all may be the best."""
 
         def error(scale: Tensor) -> float:
             return scaling_error(group, scale, steps=5, smallest=self.params.clip_smallest)
@@ -152,10 +152,10 @@ class _Move:
 
 
 class _Clip:
-    """The part of a weight's range that is kept, at its low and its high end: ``scale_shape``.
+    """The parts of a weight's range that are kept at its low and its high end: ``scale_shape``.
 
-    One for both ends, if weights are symmetric. Each is a logit: ``widest * sigmoid``. Where scales
-    cannot be learned, a weight that scale is moved into has its full range.
+    Symmetric weights have one part for both ends. A part is ``widest * sigmoid(logit)``. If scales
+    cannot be learned, a weight that scale is moved into gets its full range.
     """
 
     def __init__(self, linear: Linear, *, learned: bool) -> None:
@@ -173,8 +173,8 @@ class _Clip:
         return [x for x in self._logits if x.requires_grad and not self._fixed]
 
     def weight(self, weight: Tensor) -> Tensor:
-        """``weight`` as it would be stored, with gradients."""
-        # A weight that nothing is moved into keeps its extremes.
+        """``weight`` rounded, with gradients."""
+        # The extremes of a weight that no scale is moved into do not change.
         args, moved = self.linear.args, weight is not self.linear.weight
         if self._fixed and not moved:
             return fake_quantize(weight, *scale_of(self.linear), args)
@@ -201,7 +201,7 @@ class _Clip:
 
 
 class _Learning:
-    """All that is learned of a block."""
+    """Everything that is learned for a block."""
 
     def __init__(
         self, block: Block, reconstruction: Reconstruction, moves: list[_Move], clips: list[_Clip]
@@ -210,20 +210,20 @@ class _Learning:
         self._moves, self._clips = moves, clips
 
     def values(self) -> dict[str, Tensor]:
-        """The parameters of the block, moved and rounded."""
-        made = self._reconstruction.parameters
+        """The parameters of the block, with scale and offsets moved, and weights rounded."""
+        values = self._reconstruction.parameters
         for move in self._moves:
             if move.offset is not None:
-                made = self._reconstruction.shifted(made, move.group, move.offset)
-            made = self._reconstruction.smoothed(made, move.group, move.scale(self._block))
+                values = self._reconstruction.shifted(values, move.group, move.offset)
+            values = self._reconstruction.smoothed(values, move.group, move.scale(self._block))
         for clip in self._clips:
             name = f"{clip.linear.name}.weight"
-            made[name] = clip.weight(made[name])
-        return made
+            values[name] = clip.weight(values[name])
+        return values
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Let the block have what was learned."""
+        """Change the block as was learned."""
         for move in self._moves:
             if move.offset is not None:
                 self._block.shift(move.group, move.offset)

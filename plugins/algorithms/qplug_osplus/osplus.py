@@ -12,7 +12,7 @@ from torch import Tensor
 from qplug import Algorithm, Block, InputGroup, Param, Scheme
 from qplug.numerics import dequantize, fake_quantize_activations, round_to_nearest
 
-#: Thresholds that are judged at one go: what they are compared with is computed once.
+#: Thresholds that are tried in one run, for which the target is computed once.
 _RUN = 10
 
 
@@ -33,15 +33,15 @@ class OSPlus(Algorithm[Params]):
     needs_data = True
 
     @property
-    def settles(self) -> frozenset[str]:
+    def decides(self) -> frozenset[str]:
         return frozenset({"the scales of inputs"})
 
     def refuses(self, schemes: Sequence[Scheme]) -> str | None:
         if any(scheme.activations is not None for scheme in schemes):
             return None
         return (
-            f"makes inputs easy to round, and {schemes[0].name} leaves them as they are; "
-            "awq is for such schemes"
+            f"makes inputs easy to round, but {schemes[0].name} does not round them; "
+            "use awq for such schemes"
         )
 
     def transform(self, block: Block) -> None:
@@ -56,19 +56,19 @@ class OSPlus(Algorithm[Params]):
         self._smooth(block, groups)
 
     def _smooth(self, block: Block, groups: list[InputGroup]) -> None:
-        """Of thresholds ``t``, the scale ``max(1, max|x| / t)`` of least error (equation 8).
+        """Choose the threshold ``t`` whose scale ``max(1, max|x| / t)`` has least error (eq. 8).
 
-        A group's error depends on nothing that another group's scale changes, so all are judged
-        first, in any order.
+        The scale of one group does not change the error of another, so all thresholds of all groups
+        are tried first, in any order.
         """
         steps = range(self.params.steps)
         runs = [steps[start : start + _RUN] for start in range(0, len(steps), _RUN)]
         parts = [(group, run) for group in groups for run in runs]
 
-        def judge(part: tuple[InputGroup, range]) -> list[float]:
+        def errors(part: tuple[InputGroup, range]) -> list[float]:
             group, run = part
             losses = [0.0] * len(run)
-            for same in group.parts:
+            for same in group.by_tokens:
                 if same.tokens:
                     target = [same.sample @ linear.weight.T for linear in same.linears]
                     for number, step in enumerate(run):
@@ -76,17 +76,19 @@ class OSPlus(Algorithm[Params]):
                         losses[number] += _loss(same, scale, target)
             return losses
 
-        found = block.spread(parts, judge, cost=lambda part: _weights(part[0]) * len(part[1]))
+        losses_of_runs = block.spread(
+            parts, errors, cost=lambda part: _weights(part[0]) * len(part[1])
+        )
         for number, group in enumerate(groups):
-            own = found[number * len(runs) : (number + 1) * len(runs)]
+            own = losses_of_runs[number * len(runs) : (number + 1) * len(runs)]
             losses = [loss for run in own for loss in run]
             block.smooth(group, self._candidate(block, group, losses.index(min(losses))))
 
     def _candidate(self, block: Block, group: InputGroup, step: int) -> Tensor:
-        """``[in]``, of thresholds from the greatest peak down to the median one."""
+        """The scale ``[in]`` of a threshold from the greatest peak (step 0) to the median peak."""
         peaks = torch.maximum(group.high, -group.low)
         top, bottom = float(peaks.max()), float(peaks.median())
-        if not top:  # inputs that are all zero stay
+        if not top:  # inputs that are all zero are not scaled
             return torch.ones_like(peaks)
         threshold = top * (bottom / top) ** (step / (self.params.steps - 1)) if bottom else top
         return block.shared(group, (peaks / threshold).clamp(min=1))
@@ -97,12 +99,15 @@ def _weights(group: InputGroup) -> float:
 
 
 def _loss(group: InputGroup, scale: Tensor, target: list[Tensor]) -> float:
-    """The squared error over all tokens, as far as the sample tells."""
+    """The squared error over all tokens, estimated on the sample.
+
+    ``target``: the float outputs of the linears on the sample.
+    """
     total = 0.0
-    for linear, wanted in zip(group.linears, target, strict=True):
+    for linear, output in zip(group.linears, target, strict=True):
         inputs = group.sample / scale
         if linear.activations is not None:
             inputs = fake_quantize_activations(inputs, linear.activations)
         weight = dequantize(round_to_nearest(linear.weight * scale, linear.args))
-        total += (inputs @ weight.T - wanted).square().sum().item()
+        total += (inputs @ weight.T - output).square().sum().item()
     return total * group.tokens / len(group.sample)

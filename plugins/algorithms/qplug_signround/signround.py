@@ -26,17 +26,17 @@ from qplug.numerics import (
 class Params:
     epochs: Annotated[int, Param("Passes over the calibration data.", 1)] = 6
     offset_lr: Annotated[
-        float | None, Param("The first step of offsets; none: so that all add up to a half.", 0)
+        float | None, Param("The first step of offsets; none: all steps add up to a half.", 0)
     ] = None
     range_lr: Annotated[
         float | None,
-        Param("The first step of ranges, of 1; none: as for offsets.", 0, also=("minmax_lr",)),
+        Param("The first step of ranges, relative; none: as offsets.", 0, also=("minmax_lr",)),
     ] = None
     aug_loss: Annotated[
         bool, Param("Match the float block on the same inputs too, not the float model alone.")
     ] = False
     dtype: Annotated[
-        Literal["float32", "bfloat16"], Param("Of the matrix products while learning.")
+        Literal["float32", "bfloat16"], Param("Dtype of the matrix products while learning.")
     ] = "float32"
     clip_steps: Annotated[int, Param("Steps of the clip search.", 1)] = 20
     clip_smallest: Annotated[float, Param("The smallest range, of the full one.", 0.05, 1)] = 0.6
@@ -48,12 +48,12 @@ class SignRound(Algorithm[Params]):
     name = "signround"
     Params = Params
     needs_data = True
-    learns = True
+    learns_blocks = True
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         params = self.params
         if block.reconstruction is None:
-            raise QplugError("signround learns from calibration data, and here is none")
+            raise QplugError("signround learns from calibration data, but this run has none")
         start_clips(block.groups, steps=params.clip_steps, smallest=params.clip_smallest)
         learned = {linear.name: _Rounding(linear) for linear in block.linears}
 
@@ -61,9 +61,8 @@ class SignRound(Algorithm[Params]):
             return {f"{name}.weight": rounding.weight() for name, rounding in learned.items()}
 
         steps = params.epochs * block.reconstruction.steps
-        lr = (
-            1 / (steps + 1) if params.offset_lr is None else params.offset_lr
-        )  # falling to 0, steps add up
+        # With rates that fall to 0, the steps of 1 / (steps + 1) add up to a half.
+        lr = 1 / (steps + 1) if params.offset_lr is None else params.offset_lr
         range_lr = lr if params.range_lr is None else params.range_lr
         offsets = [rounding.offset for rounding in learned.values()]
         factors = [factor for rounding in learned.values() for factor in rounding.factors]
@@ -74,7 +73,7 @@ class SignRound(Algorithm[Params]):
             ],
             lr,
         )
-        found = learn(
+        errors = learn(
             block.reconstruction,
             weights,
             [*offsets, *factors],
@@ -85,21 +84,21 @@ class SignRound(Algorithm[Params]):
             decay=True,
         )
         block.notes.append(
-            f"{block.name}: error of its output {found.before:.4g}, {found.after:.4g} once learned"
+            f"{block.name}: output error {errors.before:.4g}, after learning {errors.after:.4g}"
         )
         return {name: rounding.codes() for name, rounding in learned.items()}
 
 
 class _Rounding:
-    """What is learned of one linear.
+    """The tensors that are learned for one linear.
 
-    ``offset: [out, in]`` is added before rounding, in steps. ``factors``: the range's low and high
-    end (one, if it is symmetric), as a part of those that it started with, ``args.scale_shape``.
+    ``offset: [out, in]``, in steps of the grid, is added before rounding. ``factors``: the low and
+    the high end of the range (one factor if symmetric) relative to the start, ``args.scale_shape``.
     """
 
     def __init__(self, linear: Linear) -> None:
         self._weight, self._args = linear.weight, linear.args
-        self._unit = linear.global_scale
+        self._global_scale = linear.global_scale
         scale, zero = scale_of(linear)
         self._scale, self._zero = scale, None if zero is None else zero.float()
         self.offset = torch.zeros_like(linear.weight, requires_grad=True)
@@ -107,16 +106,16 @@ class _Rounding:
         self.factors = [torch.ones_like(scale, requires_grad=True) for _ in range(ends)]
 
     def weight(self) -> Tensor:
-        """What the codes stand for, with gradients."""
+        """The rounded weight, with gradients."""
         return fake_quantize(self._weight, *self._range(), self._args, self.offset)
 
     @torch.no_grad()
     def codes(self) -> QuantizedWeight:
         args = self._args
         scale, zero = self._range()
-        made = fake_quantize(self._weight, scale, zero, args, self.offset)
+        rounded = fake_quantize(self._weight, scale, zero, args, self.offset)
         return QuantizedWeight(
-            quantize(made, scale, zero, args),
+            quantize(rounded, scale, zero, args),
             scale,
             None if zero is None else zero.to(torch.uint8),
             args,
@@ -125,4 +124,4 @@ class _Rounding:
     def _range(self) -> tuple[Tensor, Tensor | None]:
         if not self.factors:
             return self._scale, self._zero
-        return stretched(self._scale, self._zero, self.factors, self._args, self._unit)
+        return stretched(self._scale, self._zero, self.factors, self._args, self._global_scale)

@@ -25,15 +25,15 @@ class SmoothQuant(Algorithm[Params]):
     needs_data = True
 
     @property
-    def settles(self) -> frozenset[str]:
+    def decides(self) -> frozenset[str]:
         return frozenset({"the scales of inputs"})
 
     def refuses(self, schemes: Sequence[Scheme]) -> str | None:
         if any(scheme.activations is not None for scheme in schemes):
             return None
         return (
-            f"makes inputs easy to round, and {schemes[0].name} leaves them as they are; "
-            "awq is for such schemes"
+            f"makes inputs easy to round, but {schemes[0].name} does not round them; "
+            "use awq for such schemes"
         )
 
     def transform(self, block: Block) -> None:

@@ -1,10 +1,10 @@
 """SpinQuant (Liu et al., arXiv 2405.16406): R1 and R2, learned and put into the weights.
 
-R1 turns the residual stream, an R2 for each layer turns the heads of its values: what QuaRot draws
-at random. Learned they are by descent on the orthogonal matrices (section 3.2), on what the whole
-model predicts with inputs and weights rounded. The paper leaves weights float where GPTQ follows
-(section 3.3): ``weights=false``. The loss is the divergence from what the float model predicts,
-whose gradients are less noisy than those of the paper's cross-entropy with the text.
+R1 rotates the residual stream, and an R2 for each layer rotates the heads of its values; QuaRot
+draws these at random. SpinQuant learns them by descent on the orthogonal matrices (section 3.2), on
+the predictions of the whole model with rounded inputs and weights. The paper leaves weights float
+if GPTQ follows (section 3.3): ``weights=false``. The loss is the divergence from the float model's
+predictions, whose gradients are less noisy than those of the paper's cross-entropy with the text.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from qplug.numerics import (
 )
 from qplug_spinquant.stiefel import CayleySGD, orthogonal
 
-#: Batches on which it is judged whether what has been learned is better.
+#: Batches on which the loss is measured to choose the best rotations.
 _JUDGED = 8
-#: How often it is judged.
+#: How often that loss is measured during the descent.
 _TIMES = 5
 
 
 @dataclass(frozen=True)
 class Params:
     steps: Annotated[int, Param("Steps of the descent, a batch each.", 1)] = 100
-    lr: Annotated[float, Param("How far the first step turns an axis, in radians.", 0, 1)] = 0.03
-    momentum: Annotated[float, Param("Of the descent.", 0, 0.99)] = 0.9
+    lr: Annotated[float, Param("The angle of an axis in the first step, in radians.", 0, 1)] = 0.03
+    momentum: Annotated[float, Param("Momentum of the descent.", 0, 0.99)] = 0.9
     heads: Annotated[bool, Param("Rotate the values of each head too (R2).")] = True
     weights: Annotated[bool, Param("Round weights too, to nearest, while learning.")] = True
     dtype: Annotated[
-        Literal["float32", "bfloat16"], Param("Of the matrix products while learning.")
+        Literal["float32", "bfloat16"], Param("Dtype of the matrix products while learning.")
     ] = "float32"
-    seed: Annotated[int, Param("Of the rotations that it starts from.", 0)] = 0
+    seed: Annotated[int, Param("Seed of the rotations at the start.", 0)] = 0
 
 
 class SpinQuant(Algorithm[Params]):
@@ -64,23 +64,25 @@ class SpinQuant(Algorithm[Params]):
     needs_data = True
 
     @property
-    def settles(self) -> frozenset[str]:
+    def decides(self) -> frozenset[str]:
         return frozenset({"the rotation of the stream"})
 
     def refuses(self, schemes: Sequence[Scheme]) -> str | None:
         if any(scheme.activations is not None for scheme in schemes):
             return None
         return (
-            f"learns from what is lost by rounding inputs, and {schemes[0].name} leaves them as "
-            "they are; quarot rotates without learning"
+            f"learns from the errors of rounded inputs, but {schemes[0].name} does not round them; "
+            "use quarot, which rotates without learning"
         )
 
     def prepare(self, model: FloatModel) -> Preparation:
-        """By the start, as long as nothing has been learned."""
+        """Rotate by the learned matrices; by the start if nothing has been learned."""
         stream, learned = model.stream, model.learned
         notes: tuple[str, ...] = ()
         if stream.copies:
-            notes += ("spinquant: the head is no longer tied to the embedding, but a tensor more",)
+            notes += (
+                "spinquant: the head is no longer tied to the embedding; it is stored in addition",
+            )
         turn, heads = self._start(stream)
         if learned is not None:
             turn, heads = (
@@ -90,20 +92,20 @@ class SpinQuant(Algorithm[Params]):
             before, after = (float(loss) for loss in learned["losses"])
             notes += (
                 "spinquant: divergence from the float model's predictions: "
-                f"{before:.4g}, {after:.4g} once learned",
+                f"{before:.4g}, after learning {after:.4g}",
             )
         return replace(rotated_model(stream, turn, heads), notes=notes)
 
-    def learn(self, model: FloatModel, whole: WholeModel) -> Mapping[str, Tensor]:
-        """``R1``; R2 by the name of the tensor of values; ``losses``: before and after."""
+    def learn_rewrite(self, model: FloatModel, whole: WholeModel) -> Mapping[str, Tensor]:
+        """The learned ``R1``, each R2 by its tensor of values, and ``losses`` before and after."""
         params, stream = self.params, model.stream
         turn, heads = self._start(stream)
-        matrices = {"R1": turn, **heads}
+        rotations_by_name = {"R1": turn, **heads}
         learned = {
-            name: each.written().float().to(whole.device).requires_grad_()
-            for name, each in matrices.items()
+            name: rotation.matrix().float().to(whole.device).requires_grad_()
+            for name, rotation in rotations_by_name.items()
         }
-        made = rotated_model(
+        rotated = rotated_model(
             stream,
             ExplicitRotation(learned["R1"]),
             {name: ExplicitRotation(learned[name]) for name in heads},
@@ -121,7 +123,7 @@ class SpinQuant(Algorithm[Params]):
         def loss(batch: int) -> Tensor:
             kind = whole.device.type
             with torch.autocast(kind, torch.bfloat16, enabled=params.dtype == "bfloat16"):
-                return whole.loss(made, batch, weights=params.weights)
+                return whole.loss(rotated, batch, weights=params.weights)
 
         @torch.no_grad()
         def judge() -> float:
@@ -131,7 +133,7 @@ class SpinQuant(Algorithm[Params]):
 
         before = best = judge()
         if not before < float("inf"):
-            raise QplugError("what the model computes with rounded inputs is not finite")
+            raise QplugError("the predictions with rounded inputs are not finite")
         kept = {name: matrix.detach().clone() for name, matrix in learned.items()}
         order = torch.randperm(
             whole.count, generator=torch.Generator().manual_seed(params.seed)
@@ -151,7 +153,7 @@ class SpinQuant(Algorithm[Params]):
         return {**{name: orthogonal(q).cpu() for name, q in kept.items()}, "losses": losses}
 
     def _start(self, stream: Stream) -> tuple[Rotation, dict[str, Rotation]]:
-        """The rotation of the stream, and those of heads by the name of the tensor of values."""
+        """Rotations to start from: of the stream, and of heads by tensor of values."""
 
         def hadamard_or_random(size: int) -> Rotation:
             return (HadamardRotation if hadamard_exists(size) else RandomRotation)(

@@ -1,9 +1,9 @@
-"""Descent on the orthogonal matrices, the square case of the Stiefel manifold, by Cayley's map.
+"""Gradient descent on the orthogonal matrices by Cayley's map.
 
 With the gradient ``G`` of a loss at ``Q``, ``A = Qᵀ G - Gᵀ Q`` is skew, and for any skew ``S``
 ``(I - S)⁻¹ (I + S)`` is orthogonal: ``Q <- Q (I - S)⁻¹ (I + S)`` with ``S = -t/2 A`` is a step
-downhill that stays on the manifold (Li, Li and Todorovic, arXiv 2002.01113, equation 2; SpinQuant,
-arXiv 2405.16406, section 3.2).
+downhill that stays orthogonal (Li, Li and Todorovic, arXiv 2002.01113, equation 2; SpinQuant, arXiv
+2405.16406, section 3.2). Orthogonal matrices are the square case of the Stiefel manifold.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: A part of the gradient as small as this is what rounding left of none.
+#: A skew part below this share of the gradient is taken to be a rounding error.
 _NOTHING = 1e-6
 
 
 class CayleySGD(torch.optim.Optimizer):
-    """Steps that turn the axes of orthogonal matrices ``[n, n]`` downhill, with momentum.
+    """Rotates orthogonal matrices ``[n, n]`` downhill, with momentum.
 
-    ``lr`` is how far an axis is turned on average, in radians, whatever the length of the gradient.
-    ``fixed``, ``[n]`` or None, is a row that the matrices leave as it is: ``fixed Q`` stays.
+    ``lr``: the mean angle by which a step turns an axis, in radians, for any length of the
+    gradient. ``fixed``: ``[n]`` or None; the product ``fixed Q`` stays the same.
     """
 
     def __init__(
@@ -51,27 +51,27 @@ class CayleySGD(torch.optim.Optimizer):
         heading = state.get("heading", torch.zeros_like(skew)).mul_(momentum).add_(skew / length)
         state["heading"] = heading
         half = heading * (-lr / 2 * len(q) ** 0.5 / heading.norm())
-        if fixed is not None:  # what rounding left of a large part is large beside a small rest
+        if fixed is not None:  # the rounding error of the removed part may be large for the rest
             half = _leaving(half, fixed @ q)
         one = torch.eye(len(q), device=q.device, dtype=q.dtype)
         q.copy_(_nearer(q @ torch.linalg.solve(one - half, one + half)))
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The orthogonal matrix next to one that nearly is, float64."""
-    made = matrix.double()
+    """The orthogonal matrix nearest to ``matrix``, which is nearly orthogonal, float64."""
+    nearest = matrix.double()
     for _ in range(4):
-        made = _nearer(made)
-    return made
+        nearest = _nearer(nearest)
+    return nearest
 
 
 def _nearer(matrix: Tensor) -> Tensor:
-    """Newton and Schulz's step to the next orthogonal matrix: what rounding adds does not grow."""
+    """One Newton-Schulz step to the nearest orthogonal matrix, so rounding errors do not grow."""
     return 1.5 * matrix - 0.5 * matrix @ (matrix.T @ matrix)
 
 
 def _leaving(skew: Tensor, row: Tensor) -> Tensor:
-    """``skew`` without what turns ``row``: ``P A P``, ``P`` projecting beside it."""
+    """``skew`` without the part that turns ``row``: ``P A P``, where ``P`` projects it out."""
     u = row / row.norm()
     along = torch.outer(skew @ u, u)
-    return skew - (along - along.T)  # skew to the last bit
+    return skew - (along - along.T)  # exactly skew

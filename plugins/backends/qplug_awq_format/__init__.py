@@ -10,6 +10,6 @@ from qplug import Exporter, hookimpl
 
 @hookimpl
 def qplug_exporters() -> Iterable[type[Exporter[Any]]]:
-    from qplug_awq_format.exporter import AWQFormat
+    from qplug_awq_format.exporter import AWQExporter
 
-    return [AWQFormat]
+    return [AWQExporter]

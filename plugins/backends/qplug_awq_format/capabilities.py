@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from qplug import Capability
 
-_VLLM, _VLLM_CPU, _SGLANG = "vLLM 0.26", "vLLM 0.32", "SGLang 0.5.16"
 _SM90, _OTHERS, _CPU = ("sm90",), ("sm80", "sm89", "sm100"), ("cpu",)
 _GROUPS = (32, 64, 128, -1)
 _H100 = "run on H100, 2026-11-25, groups of 128"
@@ -15,11 +14,17 @@ _NO_CPU = "SGLang asks CUDA for the device while it loads a quantized model"
 
 # Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence.
 # A folder is for both engines, so the multiples are those of SGLang, which does not pad.
-CAPABILITIES = (
-    Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _H100, _VLLM, _SM90),
-    Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _READ, _VLLM, _OTHERS),
-    Capability("W4A16_ASYM", "int4 of the CPU", True, _GROUPS, 64, 128, _ON_CPU, _VLLM_CPU, _CPU),
-    Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _H100, _SGLANG, _SM90),
-    Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _BUILT, _SGLANG, _OTHERS),
-    Capability("W4A16_ASYM", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-)
+RELEASES = {
+    "vLLM 0.32": (
+        Capability("W4A16_ASYM", "int4 of the CPU", True, _GROUPS, 64, 128, _ON_CPU, _CPU),
+    ),
+    "vLLM 0.26": (
+        Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _H100, _SM90),
+        Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _READ, _OTHERS),
+    ),
+    "SGLang 0.5.16": (
+        Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _H100, _SM90),
+        Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _BUILT, _OTHERS),
+        Capability("W4A16_ASYM", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+    ),
+}

@@ -10,6 +10,6 @@ from qplug import Exporter, hookimpl
 
 @hookimpl
 def qplug_exporters() -> Iterable[type[Exporter[Any]]]:
-    from qplug_compressed_tensors.exporter import CompressedTensors
+    from qplug_compressed_tensors.exporter import CompressedTensorsExporter
 
-    return [CompressedTensors]
+    return [CompressedTensorsExporter]

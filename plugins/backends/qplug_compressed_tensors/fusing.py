@@ -5,7 +5,9 @@ Engines do this by name; so does this table, the only place that knows them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+
+from qplug import Problem, Scheme
 
 _FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -42,6 +44,21 @@ def fused_groups(names: Iterable[str]) -> list[list[str]]:
             others.append(name)
     stacked = [group for group in experts.values() if len(group) > 1]
     return merged_matrices(others) + stacked
+
+
+def divided_groups(names: Iterable[str], schemes: Mapping[str, Scheme]) -> Iterator[list[str]]:
+    """The groups of ``names`` that engines fuse, but that have not one scheme, or no scheme."""
+    for group in fused_groups(names):
+        if len({schemes.get(name) for name in group}) > 1:
+            yield group
+
+
+def fused_problems(names: Iterable[str], schemes: Mapping[str, Scheme]) -> Iterator[Problem]:
+    """A problem for each of the groups that have not one scheme."""
+    for group in divided_groups(names, schemes):
+        found = {schemes.get(name) for name in group}
+        kinds = " and ".join(sorted(scheme.name if scheme else "float" for scheme in found))
+        yield Problem("fused", ", ".join(group[:3]), f"are merged, but are {kinds}")
 
 
 def with_merged_names(names: Iterable[str]) -> list[str]:

@@ -5,8 +5,17 @@ Done on bytes, two codes at a time: seven times as fast as shifts on int32.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+
+from qplug import QuantArgs
+
+
+def stored_args(args: QuantArgs, scale: Tensor) -> QuantArgs:
+    """``args`` with the dtype in which ``scale`` is stored."""
+    return replace(args, scale_dtype=str(scale.dtype).removeprefix("torch."))
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:

@@ -1,18 +1,26 @@
-"""What a loader of compressed-tensors folders demands, rule by rule, read from the files alone.
+"""The rules of compressed-tensors folders and of their loaders, read from the files alone.
 
 Each rule is a function that yields the problems it finds; a problem carries the rule's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from qplug import Exporter, ModelView, Problem, QuantArgs, Scheme, Target, shape_problem
+from qplug import (
+    Capability,
+    Format,
+    ModelView,
+    Problem,
+    QuantArgs,
+    Scheme,
+    kernel_problems,
+)
 from qplug_compressed_tensors.configuration import (
     FLOAT_QUANTIZED,
     INT_QUANTIZED,
@@ -23,7 +31,7 @@ from qplug_compressed_tensors.configuration import (
     cache_of,
     format_of,
 )
-from qplug_compressed_tensors.fusing import fused_groups
+from qplug_compressed_tensors.fusing import fused_problems
 
 if TYPE_CHECKING:
     from qplug import Checkpoint
@@ -37,12 +45,16 @@ _CACHE = QuantArgs("e4m3", "tensor")
 
 @dataclass(frozen=True)
 class Case:
-    """A folder under examination, and what its configuration says of each linear."""
+    """A folder under examination, and what its configuration says of each linear.
+
+    ``kernels``: of the engine whose loader is meant; empty where its limits are not asked.
+    """
 
     folder: Checkpoint
     model: ModelView
     config: Configuration
-    exporter: Exporter[Any]
+    format: Format
+    kernels: Sequence[Capability] = ()
 
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
@@ -79,7 +91,7 @@ def codes_are_laid_out(case: Case) -> Iterator[Problem]:
     """A quantized linear has just the tensors of its layout, in dtype and shape."""
     for name, scheme in case.schemes.items():
         found = case.present.get(name, {})
-        layout = case.exporter.layout(case.model.linears[name], scheme, case.model.dtype)
+        layout = case.format.layout(case.model.linears[name], scheme, case.model.dtype)
         for local in sorted(layout.keys() - found.keys()):
             yield Problem("missing", name, f"there is no {local}")
         for local in sorted(found.keys() - layout.keys()):
@@ -122,20 +134,12 @@ def float_linears_are_ignored(case: Case) -> Iterator[Problem]:
 
 def fused_linears_agree(case: Case) -> Iterator[Problem]:
     """Linears that engines merge have one scheme, or are all float."""
-    for group in fused_groups(case.model.linears):
-        found = {case.schemes.get(name) for name in group}
-        if len(found) > 1:
-            kinds = " and ".join(sorted(s.name if s else "float" for s in found))
-            yield Problem("fused", ", ".join(group[:3]), f"are merged, but are {kinds}")
+    yield from fused_problems(case.model.linears, case.schemes)
 
 
 def kernels_take_the_shapes(case: Case) -> Iterator[Problem]:
     """Every weight is inside the limits of the kernel that will run it."""
-    table = case.exporter.capabilities()
-    for name, scheme in case.schemes.items() if table else ():
-        sentence = shape_problem(table, name, case.model, scheme, Target())
-        if sentence is not None:
-            yield Problem("kernel", name, sentence)
+    yield from kernel_problems(case.model, case.schemes, case.kernels)
 
 
 def head_and_embedding_are_float(case: Case) -> Iterator[Problem]:
@@ -210,15 +214,17 @@ def one_format(case: Case) -> Iterator[Problem]:
             yield Problem("format", ", ".join(group.targets), "a format of its own is not read")
 
 
-#: In the order in which a loader would stumble.
-RULES: tuple[Rule, ...] = (
+#: Of the format: what is stored is what the configuration says.
+FORMAT_RULES: tuple[Rule, ...] = (
     known_format,
-    float_linears_are_ignored,
-    fused_linears_agree,
-    head_and_embedding_are_float,
     codes_are_laid_out,
     floats_are_float,
-    kernels_take_the_shapes,
     numbers_are_sound,
     cache_scales_are_whole,
+)
+#: Of every engine, in the order in which a loader would stumble.
+LOADER_RULES: tuple[Rule, ...] = (
+    float_linears_are_ignored,
+    fused_linears_agree,
+    kernels_take_the_shapes,
 )

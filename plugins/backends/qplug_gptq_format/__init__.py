@@ -10,6 +10,6 @@ from qplug import Exporter, hookimpl
 
 @hookimpl
 def qplug_exporters() -> Iterable[type[Exporter[Any]]]:
-    from qplug_gptq_format.exporter import GPTQFormat
+    from qplug_gptq_format.exporter import GPTQExporter
 
-    return [GPTQFormat]
+    return [GPTQExporter]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from qplug import Capability
 
-_VLLM, _VLLM_CPU, _SGLANG = "vLLM 0.26", "vLLM 0.32", "SGLang 0.5.16"
 _SM90, _OTHERS, _ALL = ("sm90",), ("sm80", "sm89", "sm100"), ("sm80", "sm89", "sm90", "sm100")
 _CPU = ("cpu",)
 _GROUPS = (32, 64, 128, -1)
@@ -19,20 +18,26 @@ _NO_CPU = "SGLang asks CUDA for the device while it loads a quantized model"
 
 # Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence.
 # A folder is for both engines, so the multiples are those of SGLang, which does not pad.
-CAPABILITIES = (
-    Capability("W4A16", "Machete or Marlin", True, _GROUPS, 64, 128, _H100, _VLLM, _SM90),
-    Capability("W4A16", "Marlin", True, _GROUPS, 64, 128, _READ, _VLLM, _OTHERS),
-    Capability("W4A16", "int4 of the CPU", True, _GROUPS, 64, 128, _ON_CPU, _VLLM_CPU, _CPU),
-    Capability("W4A16", "Marlin", True, _GROUPS, 64, 128, _H100, _SGLANG, _SM90),
-    Capability("W4A16", "Marlin", True, _GROUPS, 64, 128, _BUILT, _SGLANG, _OTHERS),
-    Capability("W4A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("W4A16_ASYM", _NO_ASYM_VLLM, False, (), 1, 1, _READ, _VLLM, _ALL),
-    Capability("W4A16_ASYM", _NO_ASYM_VLLM, False, (), 1, 1, _ON_CPU, _VLLM_CPU, _CPU),
-    Capability("W4A16_ASYM", _NO_ASYM_SGLANG, False, (), 1, 1, _BUILT, _SGLANG, _ALL),
-    Capability("W8A16", "Machete or Marlin", True, _GROUPS, 64, 128, _H100, _VLLM, _SM90),
-    Capability("W8A16", "Marlin", True, _GROUPS, 64, 128, _READ, _VLLM, _OTHERS),
-    Capability("W8A16", _ONLY_4_BITS, False, (), 1, 1, _ON_CPU, _VLLM_CPU, _CPU),
-    Capability("W8A16", "Marlin", True, _GROUPS, 64, 128, _H100, _SGLANG, _SM90),
-    Capability("W8A16", "Marlin", True, _GROUPS, 64, 128, _BUILT, _SGLANG, _OTHERS),
-    Capability("W8A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-)
+RELEASES = {
+    "vLLM 0.32": (
+        Capability("W4A16", "int4 of the CPU", True, _GROUPS, 64, 128, _ON_CPU, _CPU),
+        Capability("W4A16_ASYM", _NO_ASYM_VLLM, False, (), 1, 1, _ON_CPU, _CPU),
+        Capability("W8A16", _ONLY_4_BITS, False, (), 1, 1, _ON_CPU, _CPU),
+    ),
+    "vLLM 0.26": (
+        Capability("W4A16", "Machete or Marlin", True, _GROUPS, 64, 128, _H100, _SM90),
+        Capability("W4A16", "Marlin", True, _GROUPS, 64, 128, _READ, _OTHERS),
+        Capability("W4A16_ASYM", _NO_ASYM_VLLM, False, (), 1, 1, _READ, _ALL),
+        Capability("W8A16", "Machete or Marlin", True, _GROUPS, 64, 128, _H100, _SM90),
+        Capability("W8A16", "Marlin", True, _GROUPS, 64, 128, _READ, _OTHERS),
+    ),
+    "SGLang 0.5.16": (
+        Capability("W4A16", "Marlin", True, _GROUPS, 64, 128, _H100, _SM90),
+        Capability("W4A16", "Marlin", True, _GROUPS, 64, 128, _BUILT, _OTHERS),
+        Capability("W4A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+        Capability("W4A16_ASYM", _NO_ASYM_SGLANG, False, (), 1, 1, _BUILT, _ALL),
+        Capability("W8A16", "Marlin", True, _GROUPS, 64, 128, _H100, _SM90),
+        Capability("W8A16", "Marlin", True, _GROUPS, 64, 128, _BUILT, _OTHERS),
+        Capability("W8A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+    ),
+}

@@ -1,41 +1,21 @@
-"""Symmetric integers in the layout of AutoGPTQ and GPTQModel, version 1."""
+"""The gptq backend: GPTQ folders for vLLM and SGLang."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
-
-import torch
-from torch import Tensor
-
-from qplug import (
-    PRESETS,
-    Capability,
-    Exporter,
-    ModelView,
-    Problem,
-    QplugError,
-    QuantizedWeight,
-    Scheme,
-    Target,
-    TensorSpec,
-    beyond_limits,
-)
-from qplug_compressed_tensors.configuration import patterns
-from qplug_compressed_tensors.fusing import fused_groups, with_merged_names
-from qplug_compressed_tensors.packing import pack_words, unpack_words
-from qplug_gptq_format.capabilities import CAPABILITIES
-from qplug_gptq_format.rules import problems
-
-if TYPE_CHECKING:
-    from qplug import Checkpoint
-
-_BITS = {4: "W4A16", 8: "W8A16"}
+from qplug import Exporter, Target
+from qplug_compressed_tensors.engine import MergingEngine
+from qplug_gptq_format.capabilities import RELEASES
+from qplug_gptq_format.format import GPTQ
 
 
-class GPTQFormat(Exporter[Target]):
+class GPTQLoader(MergingEngine):
+    """vLLM and SGLang, as they load GPTQ folders."""
+
+    releases = RELEASES
+    serve_command = "vllm serve {}"
+
+
+class GPTQExporter(Exporter[Target]):
     """The GPTQ format: int4 or int8 weights, symmetric, columns in their own order.
 
     One scheme serves a whole folder. Zero points are all the middle code, stored less one.
@@ -43,108 +23,5 @@ class GPTQFormat(Exporter[Target]):
 
     name = "gptq"
     Params = Target
-    quant_method: ClassVar[str | None] = "gptq"
-    serve_command = "vllm serve {}"
-
-    @classmethod
-    def capabilities(cls) -> Sequence[Capability]:
-        return CAPABILITIES
-
-    def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
-        kinds = sorted({scheme.name for scheme in schemes.values()})
-        if len(set(schemes.values())) > 1:
-            return f"the format has one scheme in a folder, not {' and '.join(kinds)}"
-        for name in schemes:
-            if name not in model.quantizable:
-                return f"{name}: the format keeps heads and routers float"
-        for group in fused_groups(model.linears):
-            if len({name in schemes for name in group}) > 1:
-                return f"engines fuse {', '.join(group[:3])}, so all or none are quantized"
-        return beyond_limits(CAPABILITIES, model, schemes, self.params)
-
-    def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
-        out, width = shape
-        args = scheme.weights
-        words, groups = 32 // args.bits, args.scale_shape(shape)[1]
-        return {
-            "qweight": TensorSpec("int32", (-(-width // words), out)),
-            "qzeros": TensorSpec("int32", (groups, -(-out // words))),
-            "scales": TensorSpec(args.scale_dtype, (groups, out)),
-            "g_idx": TensorSpec("int32", (width,)),
-        }
-
-    def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
-        args, middle = weight.args, 2 ** (weight.args.bits - 1)
-        codes = weight.codes.view(torch.uint8) + middle  # bytes wrap as they should
-        zeros = torch.full_like(weight.scale.T, middle - 1, dtype=torch.uint8)
-        return {
-            "qweight": pack_words(codes, args.bits).T.contiguous(),
-            "qzeros": pack_words(zeros, args.bits),
-            "scales": weight.scale.T.to(getattr(torch, args.scale_dtype)).contiguous(),
-            "g_idx": group_of_columns(weight.codes.shape[1], scheme).to(codes.device),
-        }
-
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-        stored = tensors["scales"]
-        args = replace(scheme.weights, scale_dtype=str(stored.dtype).removeprefix("torch."))
-        words = tensors["qweight"].T
-        codes = unpack_words(words, args.bits, len(tensors["g_idx"])) - 2 ** (args.bits - 1)
-        return QuantizedWeight(codes.view(torch.int8), stored.T.float(), None, args)
-
-    def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
-        (args,) = {scheme.weights for scheme in schemes.values()}
-        floats = [n for n in model.linears if n not in schemes and n != model.head]
-        merged = with_merged_names(floats)
-        # Engines match the names of merged linears, of which each block has its own.
-        entries = patterns(merged, [*with_merged_names(schemes), *merged], model.blocks)
-        return {
-            "quant_method": "gptq",
-            "bits": args.bits,
-            "group_size": args.group_size or -1,
-            "desc_act": False,
-            "sym": True,
-            "lm_head": False,
-            "checkpoint_format": "gptq",
-            "pack_dtype": "int32",
-            "dynamic": {f"-:{_expression(entry)}": {} for entry in entries},
-        }
-
-    def stored(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
-        shapes = {}
-        for tensor, held in folder.tensors.items():
-            name, _, local = tensor.rpartition(".")
-            columns = folder.tensors.get(f"{name}.g_idx")
-            if local == "qweight" and columns is not None and len(held.spec.shape) == 2:
-                shapes[name] = (held.spec.shape[1], columns.spec.shape[0])
-        return shapes
-
-    def schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
-        bits, size = config.get("bits"), config.get("group_size")
-        if bits not in _BITS or not isinstance(size, int):
-            raise QplugError(f"gptq of {bits} bits in groups of {size} is not read")
-        if config.get("desc_act") or not config.get("sym", True):
-            raise QplugError("gptq with desc_act, or asymmetric: engines refuse it")
-        scheme = PRESETS[_BITS[bits]].with_group_size(size)
-        skipped = [entry[2:] for entry in config.get("dynamic") or {} if entry.startswith("-:")]
-        return {
-            name: scheme
-            for name in model.linears
-            if name != model.head and not any(re.match(entry, name) for entry in skipped)
-        }
-
-    def check(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
-        config = folder.config.get("quantization_config")
-        if config is None:
-            yield Problem("format", "config.json", "has no quantization_config")
-            return
-        yield from problems(folder, model, self.schemes(config, model), self)
-
-
-def group_of_columns(width: int, scheme: Scheme) -> Tensor:
-    """``g_idx``: the group that each of ``width`` columns is in, int32 ``[width]``."""
-    size = scheme.weights.group_size or width
-    return torch.arange(width, dtype=torch.int32) // size
-
-
-def _expression(entry: str) -> str:
-    return entry[3:] if entry.startswith("re:") else re.escape(entry) + "$"
+    format = GPTQ()
+    engine = GPTQLoader()

@@ -10,6 +10,6 @@ from qplug import Exporter, hookimpl
 
 @hookimpl
 def qplug_exporters() -> Iterable[type[Exporter[Any]]]:
-    from qplug_sglang.engine import SGLang
+    from qplug_sglang.exporter import SGLangExporter
 
-    return [SGLang]
+    return [SGLangExporter]

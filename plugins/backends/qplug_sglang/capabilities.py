@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from qplug import Capability
 
-_SGLANG = "SGLang 0.5.16"
 _SM90, _OTHERS, _CPU = ("sm90",), ("sm80", "sm89", "sm100"), ("cpu",)
 _ALL = ("sm80", "sm89", "sm90", "sm100")
 _GROUPS = (32, 64, 128, -1)
@@ -29,40 +28,42 @@ _NVFP4_MARLIN = "Marlin, inputs stay as they are; serve with --fp4-gemm-backend 
 
 # Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence.
 # SGLang does not pad: a shape outside Marlin's tiles passes its checks and breaks later.
-CAPABILITIES = (
-    Capability("W4A16", "Marlin", True, _GROUPS, 64, 128, _H100_ALL, _SGLANG, _SM90),
-    Capability("W4A16", "Marlin", True, _GROUPS, 64, 128, _READ, _SGLANG, _OTHERS),
-    Capability("W4A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _H100_128, _SGLANG, _SM90),
-    Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _READ, _SGLANG, _OTHERS),
-    Capability("W4A16_ASYM", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("W8A16", "Marlin", True, _GROUPS, 64, 128, _H100_ROW, _SGLANG, _SM90),
-    Capability("W8A16", "Marlin", True, _GROUPS, 64, 128, _READ, _SGLANG, _OTHERS),
-    Capability("W8A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("W8A8", "int8_scaled_mm", True, (), 8, 16, _H100, _SGLANG, _SM90),
-    Capability("W8A8", "int8_scaled_mm", True, (), 8, 16, _READ, _SGLANG, ("sm80", "sm89")),
-    Capability("W8A8", _INT8_SM100, False, (), 1, 1, _READ, _SGLANG, ("sm100",)),
-    Capability("W8A8", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("W8A8_STATIC", _NO_STATIC_INT8, False, (), 1, 1, _H200, _SGLANG, _SM90),
-    Capability("W8A8_STATIC", _NO_STATIC_INT8, False, (), 1, 1, _READ, _SGLANG, _OTHERS),
-    Capability("W8A8_STATIC", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("FP8", "fp8_scaled_mm", True, (), 16, 16, _H100, _SGLANG, _SM90),
-    Capability("FP8", "fp8_scaled_mm", True, (), 16, 16, _READ, _SGLANG, ("sm89", "sm100")),
-    Capability("FP8", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("FP8_DYNAMIC", "fp8_scaled_mm", True, (), 16, 16, _H100, _SGLANG, _SM90),
-    Capability("FP8_DYNAMIC", "fp8_scaled_mm", True, (), 16, 16, _READ, _SGLANG, ("sm89", "sm100")),
-    Capability("FP8_DYNAMIC", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("FP8_BLOCK", "Triton fp8", True, (), 128, 128, _H100, _SGLANG, _SM90),
-    Capability("FP8_BLOCK", "Triton fp8", True, (), 128, 128, _READ, _SGLANG, ("sm89", "sm100")),
-    Capability("FP8_BLOCK", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("W4AFP8", _EXPERTS_ALONE, False, (), 1, 1, _H200, _SGLANG, _SM90),
-    Capability("W4AFP8", _EXPERTS_ALONE, False, (), 1, 1, _READ, _SGLANG, _OTHERS),
-    Capability("W4AFP8", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("NVFP4A16", _WITH_INPUTS, False, (), 1, 1, _READ, _SGLANG, _ALL),
-    Capability("NVFP4A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("NVFP4", _NVFP4_MARLIN, True, (), 64, 128, _H100, _SGLANG, _SM90),
-    Capability("NVFP4", "Cutlass or FlashInfer fp4", True, (), 64, 128, _READ, _SGLANG, ("sm100",)),
-    Capability("NVFP4", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-    Capability("MXFP4A16", _GPT_OSS, False, (), 1, 1, _READ, _SGLANG, _ALL),
-    Capability("MXFP4A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _SGLANG, _CPU),
-)
+RELEASES = {
+    "SGLang 0.5.16": (
+        Capability("W4A16", "Marlin", True, _GROUPS, 64, 128, _H100_ALL, _SM90),
+        Capability("W4A16", "Marlin", True, _GROUPS, 64, 128, _READ, _OTHERS),
+        Capability("W4A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+        Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _H100_128, _SM90),
+        Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _READ, _OTHERS),
+        Capability("W4A16_ASYM", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+        Capability("W8A16", "Marlin", True, _GROUPS, 64, 128, _H100_ROW, _SM90),
+        Capability("W8A16", "Marlin", True, _GROUPS, 64, 128, _READ, _OTHERS),
+        Capability("W8A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+        Capability("W8A8", "int8_scaled_mm", True, (), 8, 16, _H100, _SM90),
+        Capability("W8A8", "int8_scaled_mm", True, (), 8, 16, _READ, ("sm80", "sm89")),
+        Capability("W8A8", _INT8_SM100, False, (), 1, 1, _READ, ("sm100",)),
+        Capability("W8A8", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+        Capability("W8A8_STATIC", _NO_STATIC_INT8, False, (), 1, 1, _H200, _SM90),
+        Capability("W8A8_STATIC", _NO_STATIC_INT8, False, (), 1, 1, _READ, _OTHERS),
+        Capability("W8A8_STATIC", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+        Capability("FP8", "fp8_scaled_mm", True, (), 16, 16, _H100, _SM90),
+        Capability("FP8", "fp8_scaled_mm", True, (), 16, 16, _READ, ("sm89", "sm100")),
+        Capability("FP8", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+        Capability("FP8_DYNAMIC", "fp8_scaled_mm", True, (), 16, 16, _H100, _SM90),
+        Capability("FP8_DYNAMIC", "fp8_scaled_mm", True, (), 16, 16, _READ, ("sm89", "sm100")),
+        Capability("FP8_DYNAMIC", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+        Capability("FP8_BLOCK", "Triton fp8", True, (), 128, 128, _H100, _SM90),
+        Capability("FP8_BLOCK", "Triton fp8", True, (), 128, 128, _READ, ("sm89", "sm100")),
+        Capability("FP8_BLOCK", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+        Capability("W4AFP8", _EXPERTS_ALONE, False, (), 1, 1, _H200, _SM90),
+        Capability("W4AFP8", _EXPERTS_ALONE, False, (), 1, 1, _READ, _OTHERS),
+        Capability("W4AFP8", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+        Capability("NVFP4A16", _WITH_INPUTS, False, (), 1, 1, _READ, _ALL),
+        Capability("NVFP4A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+        Capability("NVFP4", _NVFP4_MARLIN, True, (), 64, 128, _H100, _SM90),
+        Capability("NVFP4", "Cutlass or FlashInfer fp4", True, (), 64, 128, _READ, ("sm100",)),
+        Capability("NVFP4", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+        Capability("MXFP4A16", _GPT_OSS, False, (), 1, 1, _READ, _ALL),
+        Capability("MXFP4A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+    )
+}

@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qplug import (
-    Capability,
-    ModelView,
-    Problem,
-    QuantArgs,
-    QuantizedWeight,
-    Scheme,
-    Server,
-    Target,
-    TensorSpec,
-)
+from qplug import Format, ModelView, Problem, QuantArgs, Scheme, Server, Target
 from qplug_compressed_tensors.configuration import format_of
-from qplug_compressed_tensors.exporter import CompressedTensors, half_precision
-from qplug_compressed_tensors.rules import no_cache_scales, one_format
+from qplug_compressed_tensors.engine import CompressedTensorsLoader, half_precision
+from qplug_compressed_tensors.rules import Case, no_cache_scales, one_format
 from qplug_compressed_tensors.silent import (
     int8_experts_have_no_kernel,
     merged_matrices_are_named,
 )
-from qplug_sglang import modelopt
-from qplug_sglang.capabilities import CAPABILITIES
+from qplug_sglang.capabilities import RELEASES
+from qplug_sglang.modelopt import NVFP4, ModelOptNVFP4, loader_problems
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from qplug import Checkpoint
 
 
-class SGLang(CompressedTensors):
-    """Folders that SGLang serves, and vLLM too. NVFP4 is stored as ModelOpt does."""
+def nvfp4_is_stored_as_modelopt_does(case: Case) -> Iterator[Problem]:
+    """No linear has NVFP4 in a compressed-tensors folder: SGLang runs it on few GPUs alone."""
+    for name, scheme in case.schemes.items():
+        if scheme == NVFP4:
+            yield Problem("format", name, "SGLang loads NVFP4 as ModelOpt stores it")
 
-    name = "sglang"
-    Params = Target
-    quant_method = None
+
+class SGLang(CompressedTensorsLoader):
+    """SGLang, as it loads compressed-tensors folders, and ModelOpt's NVFP4."""
+
+    releases = RELEASES
     serve_command = "python -m sglang.launch_server --model-path {}"
     server = Server(
         "sglang",
@@ -47,18 +40,17 @@ class SGLang(CompressedTensors):
     )
     ignores_substrings = True
     rules = (
-        *CompressedTensors.rules,
+        *CompressedTensorsLoader.rules,
         one_format,
         no_cache_scales,
         int8_experts_have_no_kernel,
         merged_matrices_are_named,
+        nvfp4_is_stored_as_modelopt_does,
     )
 
-    @classmethod
-    def capabilities(cls) -> Sequence[Capability]:
-        return CAPABILITIES
-
-    def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
+    def refuses(
+        self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
+    ) -> str | None:
         outside = next((name for name in schemes if name not in model.quantizable), None)
         if outside is not None:
             return f"{outside}: SGLang loads a quantized head or router, and serves garbage"
@@ -68,7 +60,7 @@ class SGLang(CompressedTensors):
         for name, scheme in schemes.items():
             if ".experts." in name and scheme.activations and scheme.activations.dtype == "int8":
                 return f"{name}: SGLang runs no experts in {scheme.name}; try FP8_DYNAMIC or W4A16"
-        return super().refuses(model, schemes)
+        return super().refuses(model, schemes, target)
 
     def refuses_cache(self, cache: QuantArgs) -> str | None:
         return (
@@ -76,45 +68,13 @@ class SGLang(CompressedTensors):
             "with --kv-cache-dtype fp8_e4m3, which works with scales of 1"
         )
 
-    def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
-        if scheme == modelopt.NVFP4:
-            return modelopt.layout(shape, scheme)
-        return super().layout(shape, scheme, dtype)
-
-    def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
-        if scheme == modelopt.NVFP4:
-            return modelopt.pack(weight)
-        return super().pack(weight, scheme, dtype)
-
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-        if "weight_scale_2" in tensors:
-            return modelopt.unpack(tensors, scheme)
-        return super().unpack(tensors, scheme)
-
-    def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
-        if modelopt.NVFP4 in schemes.values():
-            return modelopt.config(model, schemes)
-        return super().config(model, schemes)
-
-    def cache(self, config: Mapping[str, Any]) -> QuantArgs | None:
-        return None if config.get("quant_method") == modelopt.METHOD else super().cache(config)
-
-    def stored(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
-        if folder.config.get("quantization_config", {}).get("quant_method") != modelopt.METHOD:
-            return super().stored(folder)
-        return modelopt.stored(folder)
-
-    def schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
-        if config.get("quant_method") == modelopt.METHOD:
-            return modelopt.schemes(config, model)
-        return super().schemes(config, model)
-
-    def check(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
+    def check_folder(
+        self, folder: Checkpoint, model: ModelView, format: Format
+    ) -> Iterator[Problem]:
+        yield from super().check_folder(folder, model, format)
         config = folder.config.get("quantization_config") or {}
-        if config.get("quant_method") == modelopt.METHOD:
-            yield from modelopt.check(folder, model, self)
-        else:
-            yield from super().check(folder, model)
+        if config.get("quant_method") == ModelOptNVFP4.quant_method:
+            yield from loader_problems(folder, model, format.read_schemes(config, model))
 
     def serve_arguments(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Marlin for NVFP4, which runs where others do not; no float32, which few kernels take."""

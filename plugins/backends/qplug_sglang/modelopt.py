@@ -7,18 +7,17 @@ factors, where ``weight_global_scale`` and ``input_global_scale`` are divisors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qplug import (
     PRESETS,
-    Exporter,
+    Format,
     ModelView,
     Problem,
     QplugError,
     QuantizedWeight,
     Scheme,
     TensorSpec,
-    loading_problems,
 )
 from qplug_compressed_tensors import fp4
 from qplug_compressed_tensors.fusing import merged_matrices, with_merged_names
@@ -28,98 +27,92 @@ if TYPE_CHECKING:
 
     from qplug import Checkpoint
 
-METHOD = "modelopt"
 NVFP4 = PRESETS["NVFP4"]
-_SCALES = ("weight_scale", "weight_scale_2", "input_scale")
 
 
-def layout(shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
-    """The tensors of a weight ``shape`` (out, in), by local name."""
-    args = scheme.weights
-    return {
-        "weight": TensorSpec("uint8", (shape[0], shape[1] // 2)),
-        "weight_scale": TensorSpec(args.scale_dtype, args.scale_shape(shape)),
-        "weight_scale_2": TensorSpec("float32", ()),
-        "input_scale": TensorSpec("float32", ()),
-    }
+class ModelOptNVFP4(Format):
+    """NVFP4 in ModelOpt's tensors; one scheme in a folder."""
+
+    quant_method: ClassVar[str | None] = "modelopt"
+    scales = ("weight_scale", "weight_scale_2", "input_scale")
+
+    def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
+        other = next((scheme for scheme in schemes.values() if scheme != NVFP4), None)
+        return None if other is None else f"the format holds NVFP4 alone, not {other.name}"
+
+    def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
+        args = scheme.weights
+        return {
+            "weight": TensorSpec("uint8", (shape[0], shape[1] // 2)),
+            "weight_scale": TensorSpec(args.scale_dtype, args.scale_shape(shape)),
+            "weight_scale_2": TensorSpec("float32", ()),
+            "input_scale": TensorSpec("float32", ()),
+        }
+
+    def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
+        local = fp4.local_scale(weight)
+        if weight.input_scale is None or weight.global_scale is None:
+            raise ValueError("NVFP4 needs an input_scale")
+        return {
+            "weight": fp4.pack_e2m1(weight.codes),
+            "weight_scale": local,
+            "weight_scale_2": weight.global_scale.reshape(()),
+            "input_scale": weight.input_scale.reshape(()),
+        }
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        unit = tensors["weight_scale_2"].float().reshape(1)
+        return QuantizedWeight(
+            fp4.unpack_e2m1(tensors["weight"]),
+            tensors["weight_scale"].float() * unit,
+            None,
+            scheme.weights,
+            self.input_scale(tensors, scheme),
+            unit,
+        )
+
+    def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+        """Every float module by its name, and by the name of the matrix it is merged into.
+
+        SGLang takes ``ignore`` of config.json, and ``exclude_modules`` of ModelOpt's own file.
+        """
+        floats = [name for name in model.linears if name not in schemes]
+        if model.head is not None and model.head not in model.linears:
+            floats.append(model.head)
+        ignore = sorted(with_merged_names(floats))
+        return {
+            "quant_method": self.quant_method,
+            "quant_algo": "NVFP4",
+            "kv_cache_quant_algo": None,
+            "group_size": NVFP4.weights.group_size,
+            "ignore": ignore,
+            "exclude_modules": ignore,
+            "producer": {"name": "modelopt", "version": "0.33"},
+        }
+
+    def read_schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
+        if config.get("quant_algo") != "NVFP4" or config.get("group_size") != 16:
+            raise QplugError(f"quant_algo {config.get('quant_algo')!r} of modelopt is not read")
+        ignored = set(config.get("ignore") or ())
+        return {name: NVFP4 for name in model.linears if name not in ignored}
+
+    def stored_shapes(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
+        return {
+            tensor.removesuffix(".weight"): fp4.unpacked_shape(held.spec)
+            for tensor, held in folder.tensors.items()
+            if tensor.endswith(".weight") and held.spec.dtype == "uint8"
+        }
 
 
-def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of ``layout``."""
-    local = fp4.local_scale(weight)
-    if weight.input_scale is None or weight.global_scale is None:
-        raise ValueError("NVFP4 needs an input_scale")
-    return {
-        "weight": fp4.pack_e2m1(weight.codes),
-        "weight_scale": local,
-        "weight_scale_2": weight.global_scale.reshape(()),
-        "input_scale": weight.input_scale.reshape(()),
-    }
-
-
-def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-    """The exact inverse of ``pack``."""
-    unit = tensors["weight_scale_2"].float().reshape(1)
-    return QuantizedWeight(
-        fp4.unpack_e2m1(tensors["weight"]),
-        tensors["weight_scale"].float() * unit,
-        None,
-        scheme.weights,
-        tensors["input_scale"].float().reshape(1),
-        unit,
-    )
-
-
-def config(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
-    """``quantization_config``: every float module by its name, and by that of what it is merged in.
-
-    SGLang takes ``ignore`` of config.json, and ``exclude_modules`` of ModelOpt's own file.
-    """
-    floats = [name for name in model.linears if name not in schemes]
-    if model.head is not None and model.head not in model.linears:
-        floats.append(model.head)
-    ignore = sorted(with_merged_names(floats))
-    return {
-        "quant_method": METHOD,
-        "quant_algo": "NVFP4",
-        "kv_cache_quant_algo": None,
-        "group_size": NVFP4.weights.group_size,
-        "ignore": ignore,
-        "exclude_modules": ignore,
-        "producer": {"name": "modelopt", "version": "0.33"},
-    }
-
-
-def schemes(config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
-    """What a ``quantization_config`` says of each linear. Raises QplugError for no NVFP4."""
-    if config.get("quant_algo") != "NVFP4" or config.get("group_size") != 16:
-        raise QplugError(f"quant_algo {config.get('quant_algo')!r} of modelopt is not read")
-    ignored = set(config.get("ignore") or ())
-    return {name: NVFP4 for name in model.linears if name not in ignored}
-
-
-def stored(folder: Checkpoint) -> dict[str, tuple[int, int]]:
-    """The linears that ``folder`` holds as codes, with the shapes (out, in) they unpack to."""
-    return {
-        tensor.removesuffix(".weight"): fp4.unpacked_shape(held.spec)
-        for tensor, held in folder.tensors.items()
-        if tensor.endswith(".weight") and held.spec.dtype == "uint8"
-    }
-
-
-def check(folder: Checkpoint, model: ModelView, exporter: Exporter[Any]) -> Iterator[Problem]:
+def loader_problems(
+    folder: Checkpoint, model: ModelView, schemes: Mapping[str, Scheme]
+) -> Iterator[Problem]:
     """The rules of SGLang's loader for ModelOpt's NVFP4 that ``folder`` breaks."""
-    found = schemes(folder.config["quantization_config"], model)
-    yield from loading_problems(folder, model, found, exporter, scales=_SCALES)
-    for name in found:
+    for name in schemes:
         if name not in model.quantizable:
             yield Problem("head", name, "is a head or a router, and must stay float")
-    yield from _units_differ(folder, found)
-
-
-def _units_differ(folder: Checkpoint, found: Mapping[str, Scheme]) -> Iterator[Problem]:
-    """What is merged has one ``weight_scale_2``: SGLang keeps the largest, and rounds nothing."""
-    for group in merged_matrices(found):
+    # SGLang keeps the largest weight_scale_2 of what it merges, and rounds nothing.
+    for group in merged_matrices(schemes):
         tensors = [f"{name}.weight_scale_2" for name in group]
         if all(tensor in folder.tensors for tensor in tensors):
             values = {folder.read(tensor).item() for tensor in tensors}

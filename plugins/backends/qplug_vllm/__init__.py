@@ -10,6 +10,6 @@ from qplug import Exporter, hookimpl
 
 @hookimpl
 def qplug_exporters() -> Iterable[type[Exporter[Any]]]:
-    from qplug_vllm.engine import VLLM
+    from qplug_vllm.exporter import VLLMExporter
 
-    return [VLLM]
+    return [VLLMExporter]

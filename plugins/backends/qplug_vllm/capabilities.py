@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from qplug import Capability
 
-_GPU, _CPU = "vLLM 0.26", "vLLM 0.32"
 _SM90, _OTHERS = ("sm90",), ("sm80", "sm89", "sm100")
-_NO_CPU = ("cpu",)
+_CPU = ("cpu",)
 _GROUPS = (32, 64, 128, -1)
 
 _H100 = "run on H100, 2026-11-26"
@@ -25,51 +24,53 @@ _MARLIN_FP8 = "Marlin, inputs stay as they are"
 
 # Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence.
 # The multiples are those of the CPU's int4 kernel and of Cutlass; Marlin pads to its tiles.
-CAPABILITIES = (
-    Capability("W4A16", "Machete or Marlin", True, _GROUPS, 32, 32, _H100_ALL, _GPU, _SM90),
-    Capability("W4A16", "Marlin", True, _GROUPS, 32, 32, _READ, _GPU, _OTHERS),
-    Capability("W4A16", "int4 of the CPU", True, _GROUPS, 32, 32, _ON_CPU, _CPU, _NO_CPU),
-    Capability("W4A16_ASYM", "Machete or Marlin", True, _GROUPS, 32, 32, _H100_128, _GPU, _SM90),
-    Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 32, 32, _READ, _GPU, _OTHERS),
-    Capability("W4A16_ASYM", "int4 of the CPU", True, _GROUPS, 32, 32, _ON_CPU, _CPU, _NO_CPU),
-    Capability("W8A16", "Machete or Marlin", True, _GROUPS, 32, 32, _H100_ROW, _GPU, _SM90),
-    Capability("W8A16", "Marlin", True, _GROUPS, 32, 32, _READ, _GPU, _OTHERS),
-    Capability("W8A16", _ONLY_4_BITS, False, (), 1, 1, _ON_CPU, _CPU, _NO_CPU),
-    Capability("W8A8", "Cutlass int8", True, (), 16, 16, _H100, _GPU, _SM90),
-    Capability("W8A8", "Cutlass int8", True, (), 16, 16, _READ, _GPU, ("sm80", "sm89")),
-    Capability("W8A8", _INT8_SM100, False, (), 1, 1, _READ, _GPU, ("sm100",)),
-    Capability("W8A8", "oneDNN int8", True, (), 16, 16, _ON_CPU, _CPU, _NO_CPU),
-    Capability("W8A8_STATIC", "Cutlass int8", True, (), 16, 16, _H100, _GPU, _SM90),
-    Capability("W8A8_STATIC", "Cutlass int8", True, (), 16, 16, _READ, _GPU, ("sm80", "sm89")),
-    Capability("W8A8_STATIC", _INT8_SM100, False, (), 1, 1, _READ, _GPU, ("sm100",)),
-    Capability("W8A8_STATIC", "oneDNN int8", True, (), 16, 16, _ON_CPU, _CPU, _NO_CPU),
-    Capability("FP8", "Cutlass fp8", True, (), 16, 16, _H100, _GPU, _SM90),
-    Capability("FP8", "Cutlass fp8", True, (), 16, 16, _READ, _GPU, ("sm89", "sm100")),
-    Capability("FP8", _MARLIN_FP8, True, (), 16, 16, _READ, _GPU, ("sm80",)),
-    Capability("FP8", _NO_FP8_OP, False, (), 1, 1, _ON_CPU, _CPU, _NO_CPU),
-    Capability("FP8_DYNAMIC", "Cutlass fp8", True, (), 16, 16, _H100, _GPU, _SM90),
-    Capability("FP8_DYNAMIC", "Cutlass fp8", True, (), 16, 16, _READ, _GPU, ("sm89", "sm100")),
-    Capability("FP8_DYNAMIC", _MARLIN_FP8, True, (), 16, 16, _READ, _GPU, ("sm80",)),
-    Capability("FP8_DYNAMIC", "oneDNN fp8", True, (), 16, 16, _ON_CPU, _CPU, _NO_CPU),
-    Capability("FP8_BLOCK", "Cutlass or Triton fp8", True, (), 128, 128, _H100, _GPU, _SM90),
-    Capability(
-        "FP8_BLOCK", "Cutlass or Triton fp8", True, (), 128, 128, _READ, _GPU, ("sm89", "sm100")
-    ),
-    Capability("FP8_BLOCK", _MARLIN_FP8, True, (), 128, 128, _READ, _GPU, ("sm80",)),
-    Capability("FP8_BLOCK", "its CPU kernel needs AMX", False, (), 1, 1, _ON_CPU, _CPU, _NO_CPU),
-    Capability("W4AFP8", "Cutlass int4 x fp8", True, (128,), 128, 128, _H100, _GPU, _SM90),
-    Capability("W4AFP8", _SM90_ALONE, False, (), 1, 1, _READ, _GPU, _OTHERS),
-    Capability("W4AFP8", _SM90_ALONE, False, (), 1, 1, _ON_CPU, _CPU, _NO_CPU),
-    Capability("NVFP4A16", "Marlin", True, (), 64, 128, _H100, _GPU, _SM90),
-    Capability("NVFP4A16", "Marlin", True, (), 64, 128, _READ, _GPU, _OTHERS),
-    Capability("NVFP4A16", _NO_FP4_CPU, False, (), 1, 1, _ON_CPU, _CPU, _NO_CPU),
-    Capability("NVFP4", "Marlin, inputs stay as they are", True, (), 64, 128, _H100, _GPU, _SM90),
-    Capability(
-        "NVFP4", "Marlin, inputs stay as they are", True, (), 64, 128, _READ, _GPU, ("sm80", "sm89")
-    ),
-    Capability("NVFP4", "FlashInfer or Cutlass fp4", True, (), 64, 128, _READ, _GPU, ("sm100",)),
-    Capability("NVFP4", _NO_FP4_CPU, False, (), 1, 1, _ON_CPU, _CPU, _NO_CPU),
-    Capability("MXFP4A16", "Marlin", True, (), 64, 128, _H100, _GPU, _SM90),
-    Capability("MXFP4A16", "Marlin", True, (), 64, 128, _READ, _GPU, _OTHERS),
-    Capability("MXFP4A16", _NO_FP4_CPU, False, (), 1, 1, _ON_CPU, _CPU, _NO_CPU),
+VLLM_0_32 = (
+    Capability("W4A16", "int4 of the CPU", True, _GROUPS, 32, 32, _ON_CPU, _CPU),
+    Capability("W4A16_ASYM", "int4 of the CPU", True, _GROUPS, 32, 32, _ON_CPU, _CPU),
+    Capability("W8A16", _ONLY_4_BITS, False, (), 1, 1, _ON_CPU, _CPU),
+    Capability("W8A8", "oneDNN int8", True, (), 16, 16, _ON_CPU, _CPU),
+    Capability("W8A8_STATIC", "oneDNN int8", True, (), 16, 16, _ON_CPU, _CPU),
+    Capability("FP8", _NO_FP8_OP, False, (), 1, 1, _ON_CPU, _CPU),
+    Capability("FP8_DYNAMIC", "oneDNN fp8", True, (), 16, 16, _ON_CPU, _CPU),
+    Capability("FP8_BLOCK", "its CPU kernel needs AMX", False, (), 1, 1, _ON_CPU, _CPU),
+    Capability("W4AFP8", _SM90_ALONE, False, (), 1, 1, _ON_CPU, _CPU),
+    Capability("NVFP4A16", _NO_FP4_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+    Capability("NVFP4", _NO_FP4_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+    Capability("MXFP4A16", _NO_FP4_CPU, False, (), 1, 1, _ON_CPU, _CPU),
 )
+VLLM_0_26 = (
+    Capability("W4A16", "Machete or Marlin", True, _GROUPS, 32, 32, _H100_ALL, _SM90),
+    Capability("W4A16", "Marlin", True, _GROUPS, 32, 32, _READ, _OTHERS),
+    Capability("W4A16_ASYM", "Machete or Marlin", True, _GROUPS, 32, 32, _H100_128, _SM90),
+    Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 32, 32, _READ, _OTHERS),
+    Capability("W8A16", "Machete or Marlin", True, _GROUPS, 32, 32, _H100_ROW, _SM90),
+    Capability("W8A16", "Marlin", True, _GROUPS, 32, 32, _READ, _OTHERS),
+    Capability("W8A8", "Cutlass int8", True, (), 16, 16, _H100, _SM90),
+    Capability("W8A8", "Cutlass int8", True, (), 16, 16, _READ, ("sm80", "sm89")),
+    Capability("W8A8", _INT8_SM100, False, (), 1, 1, _READ, ("sm100",)),
+    Capability("W8A8_STATIC", "Cutlass int8", True, (), 16, 16, _H100, _SM90),
+    Capability("W8A8_STATIC", "Cutlass int8", True, (), 16, 16, _READ, ("sm80", "sm89")),
+    Capability("W8A8_STATIC", _INT8_SM100, False, (), 1, 1, _READ, ("sm100",)),
+    Capability("FP8", "Cutlass fp8", True, (), 16, 16, _H100, _SM90),
+    Capability("FP8", "Cutlass fp8", True, (), 16, 16, _READ, ("sm89", "sm100")),
+    Capability("FP8", _MARLIN_FP8, True, (), 16, 16, _READ, ("sm80",)),
+    Capability("FP8_DYNAMIC", "Cutlass fp8", True, (), 16, 16, _H100, _SM90),
+    Capability("FP8_DYNAMIC", "Cutlass fp8", True, (), 16, 16, _READ, ("sm89", "sm100")),
+    Capability("FP8_DYNAMIC", _MARLIN_FP8, True, (), 16, 16, _READ, ("sm80",)),
+    Capability("FP8_BLOCK", "Cutlass or Triton fp8", True, (), 128, 128, _H100, _SM90),
+    Capability("FP8_BLOCK", "Cutlass or Triton fp8", True, (), 128, 128, _READ, ("sm89", "sm100")),
+    Capability("FP8_BLOCK", _MARLIN_FP8, True, (), 128, 128, _READ, ("sm80",)),
+    Capability("W4AFP8", "Cutlass int4 x fp8", True, (128,), 128, 128, _H100, _SM90),
+    Capability("W4AFP8", _SM90_ALONE, False, (), 1, 1, _READ, _OTHERS),
+    Capability("NVFP4A16", "Marlin", True, (), 64, 128, _H100, _SM90),
+    Capability("NVFP4A16", "Marlin", True, (), 64, 128, _READ, _OTHERS),
+    Capability("NVFP4", "Marlin, inputs stay as they are", True, (), 64, 128, _H100, _SM90),
+    Capability(
+        "NVFP4", "Marlin, inputs stay as they are", True, (), 64, 128, _READ, ("sm80", "sm89")
+    ),
+    Capability("NVFP4", "FlashInfer or Cutlass fp4", True, (), 64, 128, _READ, ("sm100",)),
+    Capability("MXFP4A16", "Marlin", True, (), 64, 128, _H100, _SM90),
+    Capability("MXFP4A16", "Marlin", True, (), 64, 128, _READ, _OTHERS),
+)
+#: Nothing of 0.32 was run on a GPU yet: what holds there is the table of 0.26.
+RELEASES = {"vLLM 0.32": VLLM_0_32, "vLLM 0.26": VLLM_0_26}

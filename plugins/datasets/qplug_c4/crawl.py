@@ -1,4 +1,4 @@
-"""C4's first shard of each kind, read the way GPTQ reads it."""
+"""Reads the first shard of each split of C4, as GPTQ's authors do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _TRAIN = HubText("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "train")
 _VALIDATION = HubText("allenai/c4", "en/c4-validation.00000-of-00008.json.gz", "validation")
 
-#: Published perplexities are of the first 1100 pages.
+#: Published perplexities are measured on the first 1100 pages.
 _EVALUATION_PAGES = 1100
 
 
@@ -37,7 +37,7 @@ class C4(Dataset[HubParams]):
     def samples(
         self, tokenizer: Tokenizer, *, length: int, count: int, seed: int
     ) -> Iterator[Tensor]:
-        # Imports torch, which listing datasets does not need.
+        # This imports torch, which listing datasets does not need.
         from qplug.text import document_windows
 
         pages = _TRAIN.rows(self.params.path)

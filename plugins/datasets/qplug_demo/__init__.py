@@ -1,4 +1,4 @@
-"""The text that every Python carries: no network, no files, always there."""
+"""Text that comes with every Python, so that a first run needs no network and no files."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""English prose and Python code from the interpreter itself: the language reference and modules.
+"""Reads English prose and Python code from Python itself: the language reference and modules.
 
-Both come with every full installation, so that the first command works with no network and no
-file. A few hundred thousand tokens of technical text: enough to try things out and to test with,
-no match for a broad corpus such as pileval.
+Every full installation of Python has both, so that the first command needs no network and no
+file. They are a few hundred thousand tokens of technical text, which is enough for trials and
+tests, but no substitute for a broad corpus such as pileval.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from qplug import Split
 
-#: Modules of one file: every Python since 3.10 has them.
+#: Modules that are a single file and that every Python since 3.10 has.
 _MODULES = (
     *("argparse", "base64", "calendar", "cmd", "configparser", "contextlib", "csv", "dataclasses"),
     *("difflib", "fileinput", "fractions", "functools", "gettext", "heapq", "mimetypes", "pprint"),
@@ -26,14 +26,14 @@ _MODULES = (
     *("tokenize", "wave", "weakref"),
 )
 
-#: One document in so many is kept for evaluation.
-_HELD_OUT = 8
+#: One document in this many is for evaluation, the others for calibration.
+_EVALUATION_SHARE = 8
 
 
 class Demo(Dataset[NoParams]):
-    """Ships with qplug: prose and code that every Python carries (about 1 MB).
+    """Prose and code that come with every Python (about 1 MB, nothing to download).
 
-    The text is the same wherever the version of Python is the same, patch release included.
+    The text depends on the version of Python, patch release included, and on nothing else.
     """
 
     name = "demo"
@@ -41,14 +41,15 @@ class Demo(Dataset[NoParams]):
     def documents(self, split: Split) -> Iterator[str]:
         evaluation = split == "evaluation"
         for number, (_, text) in enumerate(sorted([*_prose(), *_code()])):
-            if (number % _HELD_OUT == _HELD_OUT - 1) == evaluation:
+            if (number % _EVALUATION_SHARE == _EVALUATION_SHARE - 1) == evaluation:
                 yield text
 
 
 def _prose() -> Iterator[tuple[str, str]]:
-    """The language reference by topic. What several topics say is left in the first only.
+    """Yields the topics of the language reference with their titles.
 
-    Topics quote one another at length, and what is evaluated on must not be calibrated on.
+    A paragraph that several topics share is kept in the first topic only: topics quote one another
+    at length, and evaluation text must not be calibrated on.
     """
     try:
         from pydoc_data.topics import topics
@@ -62,25 +63,26 @@ def _prose() -> Iterator[tuple[str, str]]:
             if words and words not in seen:
                 paragraphs.append(paragraph)
                 seen.add(words)
-        if len(paragraphs) > 1:  # more than a heading is left
+        if len(paragraphs) > 1:  # a single paragraph is a heading alone
             yield f"{name} (reference)", "\n\n".join(paragraphs).strip("\n")
 
 
 def _code() -> Iterator[tuple[str, str]]:
-    # Read from the library's folder, not through the import system: a user's own random.py in the
-    # working directory must not become calibration text.
+    """Yields the source of modules of the standard library with their titles."""
+    # Reads the library's folder instead of importing: a user's own random.py in the working
+    # directory must not become calibration text.
     library = Path(sysconfig.get_path("stdlib"))
     files = [library / f"{name}.py" for name in _MODULES]
-    # A later Python may have dropped one.
-    there = [file for file in files if file.is_file()]
-    if not there:
+    # A later Python may have removed some modules.
+    existing = [file for file in files if file.is_file()]
+    if not existing:
         raise _no_text("the source of its library")
-    for file in there:
+    for file in existing:
         yield f"{file.stem} (module)", file.read_text("utf-8")
 
 
 def _no_text(what: str) -> QplugError:
     return QplugError(
         f"dataset demo: this Python comes without {what}: install the full standard library, or "
-        "use text of your own: --dataset text --dataset-opt path=FILE"
+        "use your own text: --dataset text --dataset-opt path=FILE"
     )

@@ -1,4 +1,4 @@
-"""The Pile's validation split, read the way AWQ and SmoothQuant read it."""
+"""Reads the validation split of The Pile, as the authors of AWQ and SmoothQuant do."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 _VALIDATION = HubText("mit-han-lab/pile-val-backup", "val.jsonl.zst", "validation")
 
-#: As many as for C4: all 214,670 would take hours.
+#: As many documents as for C4; all 214,670 would take hours.
 _EVALUATION_DOCUMENTS = 1100
 
 
 class PileVal(Dataset[HubParams]):
     """The Pile, validation split: prose, code, papers and mail (470 MB to download).
 
-    There is no other split: calibration draws from the documents that evaluation reads the first
-    of. Of the whole split that is one document in two hundred; of a small copy it is more.
+    There is no other split: calibration draws from all documents, evaluation reads the first 1100
+    of them. In the whole split that is one document in two hundred; in a small copy it is more.
     """
 
     name = "pileval"
@@ -38,7 +38,7 @@ class PileVal(Dataset[HubParams]):
     def samples(
         self, tokenizer: Tokenizer, *, length: int, count: int, seed: int
     ) -> Iterator[Tensor]:
-        # Imports torch, which listing datasets does not need.
+        # This imports torch, which listing datasets does not need.
         from qplug.text import document_windows
 
         rows = _VALIDATION.rows(self.params.path)

@@ -1,4 +1,4 @@
-"""Files of the user's own, read as they are: nothing is stripped and no newline is translated."""
+"""Reads the user's own files unchanged: no blank is stripped, no newline is translated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from qplug import Split, Tokenizer
 
-#: What is read from a folder. A .json file is read only if ``path`` names it: most are no text.
+#: Suffixes of the files to read in a folder. A .json file is read only if ``path`` names it, since
+#: most .json files are not text.
 _SUFFIXES = (".txt", ".md", ".jsonl")
 
 
@@ -27,21 +28,21 @@ class Params:
     path: Annotated[
         Path,
         Param(
-            "A file, read as one document if it is not .jsonl or .json; or a folder, of which all "
-            ".txt, .md and .jsonl files are read in the order of their names."
+            "A file or a folder. A file is one document, unless it is .jsonl or .json. In a "
+            "folder all .txt, .md and .jsonl files are read, in the order of their names."
         ),
     ]
     order: Annotated[
         Literal["random", "sequential"],
-        Param("Where samples are taken: anywhere in the text, or side by side from its start."),
+        Param("Take samples at random places of the text, or in sequence from its start."),
     ] = "random"
     field: Annotated[
-        str, Param("What holds the text in the objects of .jsonl and .json files.")
+        str, Param("The key of the text in the objects of .jsonl and .json files.")
     ] = "text"
 
 
 class TextFiles(Dataset[Params]):
-    """Text of your own: a txt, md, jsonl or json file, or a folder of them.
+    """Your own text: a txt, md, jsonl or json file, or a folder of such files.
 
     Calibration and evaluation read the same text.
     """
@@ -59,7 +60,7 @@ class TextFiles(Dataset[Params]):
     def samples(
         self, tokenizer: Tokenizer, *, length: int, count: int, seed: int
     ) -> Iterator[Tensor]:
-        # Imports torch, which listing datasets does not need.
+        # This imports torch, which listing datasets does not need.
         from qplug.text import first_windows, random_windows
 
         if self.params.order == "random":
@@ -74,6 +75,7 @@ class TextFiles(Dataset[Params]):
 
 
 def _files(path: Path) -> list[Path]:
+    """Returns the files to read in ``path``: the file itself, or text files in the folder."""
     if not path.exists():
         raise QplugError(f"{path}: no such file or folder")
     if not path.is_dir():
@@ -91,10 +93,12 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read(file: Path, field: str) -> Iterator[str]:
+    """Yields the documents in ``file``; in objects of JSON the text is under ``field``."""
     text = _decode(file)
     suffix = file.suffix.lower()
     if suffix == ".jsonl":
-        # Only a line feed ends a line: a JSON string may hold the others that splitlines knows.
+        # Only a line feed ends a line: splitlines would also split at characters that may stand
+        # inside a JSON string.
         for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
             if line.strip():
                 where = f"{file}:{number}"
@@ -129,6 +133,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _text_of(item: Any, field: str, where: str) -> str:
+    """Returns the text of a string, or of an object under ``field``."""
     if isinstance(item, dict):
         if field not in item:
             has = ", ".join(map(repr, item)) or "none"

@@ -1,4 +1,4 @@
-"""WikiText-2: Wikipedia articles, on which the field compares perplexities."""
+"""WikiText-2: Wikipedia articles, the usual text to compare perplexities on."""
 
 from __future__ import annotations
 

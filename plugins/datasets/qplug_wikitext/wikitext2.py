@@ -1,6 +1,6 @@
-"""WikiText-2 as GPTQ and those after it read it: every row, empty ones too, joined by a blank line.
+"""Reads WikiText-2 as GPTQ and later papers do: all rows, even empty, joined by blank lines.
 
-Perplexities are comparable with published ones only if the text is put together like this.
+Perplexities can be compared with published ones only if the text is joined in this way.
 """
 
 from __future__ import annotations

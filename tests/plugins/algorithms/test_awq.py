@@ -335,7 +335,7 @@ def test_values_that_are_shared_by_heads_are_scaled_alike(
 ) -> None:
     """The best of the scales that are averaged over query heads of one key-value head."""
     walk = start_walk(family(name), make_tokens(6, 20))
-    block = walk.enter(next(iter(walk._blocks)))
+    block = walk.gather(walk._view.blocks[0])
     group = block.groups[1]
     heads, head = (2, 24) if name == "llama" else (2, 16) if name == "phi3" else (4, 16)
     x = group.sample.clone()
@@ -368,10 +368,10 @@ def test_the_error_of_the_group_is_less_for_it(
     """On a real block, measured by the block's own output."""
     tokens = make_tokens(6, 20)
     walk = start_walk(family("llama"), tokens)
-    plain = walk.enter("model.layers.0")
+    plain = walk.gather("model.layers.0")
     errors = [group_error(group) for group in plain.groups]
-    walk.leave("model.layers.0", {})
-    block = start_walk(family("llama"), tokens).enter("model.layers.0")
+    walk.advance("model.layers.0", {})
+    block = start_walk(family("llama"), tokens).gather("model.layers.0")
     awq().transform(block)
     assert all(
         group_error(group) <= error for group, error in zip(block.groups, errors, strict=True)
@@ -517,7 +517,7 @@ def stored_codes(folder: Path) -> dict[str, QuantizedWeight]:
             for tensor in opened.checkpoint.tensors
             if tensor.rpartition(".")[0] == name and not tensor.endswith("bias")
         }
-        found[name] = opened.exporter.unpack(tensors, scheme)
+        found[name] = opened.exporter.format.unpack(tensors, scheme)
     return found
 
 

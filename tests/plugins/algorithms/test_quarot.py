@@ -59,12 +59,12 @@ TIED = {
 HEADLESS = {"gpt2", "deepseek-v3"}
 #: Families that are refused, and what is said of them.
 REFUSED = {
-    "gemma2": "model.layers.0: cannot be turned: no linear reads what comes of "
+    "gemma2": "model.layers.0: cannot be rotated: no linear reads the output of "
     "post_attention_layernorm and post_feedforward_layernorm",
-    "gemma3": "model.layers.0: cannot be turned: no linear reads what comes of "
+    "gemma3": "model.layers.0: cannot be rotated: no linear reads the output of "
     "post_attention_layernorm and post_feedforward_layernorm",
-    "olmo2": "model.layers.0: cannot be turned",
-    "bloom": "transformer.h.0: cannot be turned: no linear reads what comes of "
+    "olmo2": "model.layers.0: cannot be rotated",
+    "bloom": "transformer.h.0: cannot be rotated: no linear reads the output of "
     "transformer.word_embeddings_layernorm",
     "opt, norm after": "lm_head.weight: reads model.decoder.layers.0.final_layer_norm, a norm",
 }
@@ -361,7 +361,7 @@ def llama(folder: Path, **changes: Any) -> Path:
 )
 def test_a_width_without_a_matrix(changes: dict[str, int], width: int, tmp_path: Path) -> None:
     source = llama(tmp_path / "model", **changes)
-    with pytest.raises(QplugError, match=rf"width {width}; say -o quarot.rotation=random"):
+    with pytest.raises(QplugError, match=rf"width {width}; use -o quarot.rotation=random"):
         rotated(source)
     prepared = rotated(source, rotation="random")
     assert any(isinstance(t, RewrittenTensor) for t in prepared.checkpoint.tensors.values())
@@ -377,7 +377,7 @@ def test_what_comes_before(algo: str, tmp_path: Path, family: Family) -> None:
 @pytest.mark.parametrize("backend", ["sglang", "vllm", "compressed-tensors"])
 def test_engines_do_not_rotate(backend: str, tmp_path: Path, family: Family) -> None:
     options = {"quarot": {"online": True}}
-    with pytest.raises(QplugError, match=f"{backend}: does not rotate the inputs of linears"):
+    with pytest.raises(QplugError, match=f"{backend}: does not rotate inputs of linears"):
         qplug.quantize(
             str(family("llama")),
             tmp_path / "out",
@@ -413,7 +413,7 @@ def test_a_rewrite_that_changes_what_is_computed_is_refused(family: Family) -> N
         exporter=stages().exporter,
         prepare=lambda algorithm, model: algorithm.prepare(model),
     )
-    with pytest.raises(QplugError, match=r"wrong: model\.layers\.0: cannot be turned"):
+    with pytest.raises(QplugError, match=r"wrong: model\.layers\.0: cannot be rotated"):
         prepare(wrong, source, model_view(source), Session(Registry([])))
 
 

@@ -31,7 +31,7 @@ from qplug import (
     preset,
 )
 from qplug.calibration import whole_model as whole_model_module
-from qplug.calibration.whole_model import As, HeldModel
+from qplug.calibration.whole_model import InMemoryModel, Variant
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.rewritten import apply
@@ -89,26 +89,28 @@ def known(folder: Path) -> FloatModel:
 def anything(model: FloatModel) -> dict[str, Tensor]:
     """Rotations as they might be learned: another in each layer; the mean stays, if it must."""
     stream = model.stream
-    start = RandomRotation(stream.width, 1).written()
+    start = RandomRotation(stream.width, 1).matrix()
     if stream.centred:
         descent = CayleySGD([matrix := torch.eye(stream.width, dtype=torch.float64)], 0.5)
         descent.param_groups[0]["fixed"] = torch.ones(stream.width, dtype=torch.float64)
         for seed in range(4):
-            matrix.grad = RandomRotation(stream.width, seed).written()
+            matrix.grad = RandomRotation(stream.width, seed).matrix()
             descent.step()
         start = matrix
     heads = {
-        each.values: RandomRotation(each.size, seed).written()
+        each.values: RandomRotation(each.size, seed).matrix()
         for seed, each in enumerate(stream.heads)
     }
     return {"R1": start, **heads, "losses": torch.tensor([2.0, 1.5])}
 
 
-def held(folder: Path, tokens: Tensor, scheme: Scheme | None = W4A4, **options: Any) -> HeldModel:
+def held(
+    folder: Path, tokens: Tensor, scheme: Scheme | None = W4A4, **options: Any
+) -> InMemoryModel:
     source = open_checkpoint(folder)
     view = model_view(source)
     schemes = dict.fromkeys(view.quantizable, scheme) if scheme else {}
-    return HeldModel(source, view, schemes, tokens, device=CPU, **options)
+    return InMemoryModel(source, view, schemes, tokens, device=CPU, **options)
 
 
 def reference(folder: Path) -> PreTrainedModel:
@@ -148,7 +150,7 @@ def test_steps_stay_orthogonal(size: int, lr: float, keeps: bool, seed: int) -> 
 def test_a_step_is_the_textbooks() -> None:
     """``Q' = (I + t/2 W)⁻¹ (I - t/2 W) Q`` with ``W = G Qᵀ - Q Gᵀ`` (2002.01113, equation 2)."""
     size, lr = 6, 0.3
-    start = RandomRotation(size, 0).written()
+    start = RandomRotation(size, 0).matrix()
     gradient = torch.randn(size, size, generator=torch.Generator().manual_seed(1)).double()
     q = start.clone()
     q.grad = gradient
@@ -163,7 +165,7 @@ def test_descent_finds_the_nearest_rotation() -> None:
     """Of ``||A Q - B||`` it is known: that of the polar decomposition of ``Aᵀ B`` (Procrustes)."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(50, 8, generator=generator).double()
-    wanted = RandomRotation(8, 5).written()
+    wanted = RandomRotation(8, 5).matrix()
     wanted[0] *= torch.linalg.det(wanted).sign()  # Cayley's map turns, it does not mirror
     q = torch.eye(8).double().requires_grad_()
     descent = CayleySGD([q], 0.3, momentum=0.5)
@@ -192,7 +194,7 @@ def test_the_float_model_computes_what_it_did(
     made = SpinQuant(Params()).prepare(replace(model, learned=learned))
     with torch.no_grad():
         wanted = reference(folder)(tokens).logits
-        found = held(folder, tokens).predictions(As(made, inputs=False), tokens)
+        found = held(folder, tokens).predictions(Variant(made, inputs=False), tokens)
     torch.testing.assert_close(found, wanted.log_softmax(-1), rtol=1e-4, atol=1e-4)
 
     prepared = prepared_by(SpinQuant(Params()), folder, lambda *_: learned)
@@ -276,13 +278,13 @@ def test_a_tied_head_that_stays_tied(family: Family, make_tokens: MakeTokens) ->
     folder, tokens = family("llama, tied"), make_tokens(2, 8)
     with torch.no_grad():
         wanted = reference(folder)(tokens).logits.log_softmax(-1)
-        found = held(folder, tokens).predictions(As(Preparation({}), inputs=False), tokens)
+        found = held(folder, tokens).predictions(Variant(Preparation({}), inputs=False), tokens)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_that_cannot_be_followed(family: Family, make_tokens: MakeTokens) -> None:
     """A calibrated run could not go on with them either."""
-    with pytest.raises(QplugError, match="this architecture's blocks take arguments"):
+    with pytest.raises(QplugError, match="this architecture calls its blocks with positional arguments"):
         held(family("gpt2"), make_tokens(2, 8)).loss(Preparation({}), 0)
 
 
@@ -337,7 +339,7 @@ def quantize(source: Path, out: Path, algo: str = "spinquant", **options: Any) -
 
 def losses(notes: tuple[str, ...]) -> tuple[float, ...]:
     (note,) = [note for note in notes if note.startswith("spinquant: divergence")]
-    found = re.fullmatch(r".*: (\S+), (\S+) once learned", note)
+    found = re.fullmatch(r".*: (\S+), after learning (\S+)", note)
     assert found is not None
     return tuple(map(float, found.groups()))
 
@@ -381,7 +383,7 @@ def test_a_killed_run_does_not_learn_again(
     quantize(small, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         quantize(small, tmp_path / "out", watch=stop)
-    monkeypatch.setattr(SpinQuant, "learn", lambda *_: pytest.fail("learns again"))
+    monkeypatch.setattr(SpinQuant, "learn_rewrite", lambda *_: pytest.fail("learns again"))
     assert quantize(small, tmp_path / "out").resumed > 0
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -404,7 +406,7 @@ def test_another_run_learns_anew(small: Path, tmp_path: Path) -> None:
 
 
 def test_what_rounds_no_inputs_is_refused(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(QplugError, match="spinquant: learns from what is lost by rounding inputs"):
+    with pytest.raises(QplugError, match="spinquant: learns from the errors of rounded inputs"):
         quantize(small, tmp_path / "out", scheme="W4A16")
     assert not list(tmp_path.iterdir())
 
@@ -412,6 +414,6 @@ def test_what_rounds_no_inputs_is_refused(small: Path, tmp_path: Path) -> None:
 def test_nothing_is_learned_by_a_dry_run(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SpinQuant, "learn", lambda *_: pytest.fail("learns"))
+    monkeypatch.setattr(SpinQuant, "learn_rewrite", lambda *_: pytest.fail("learns"))
     quantize(small, tmp_path / "out", dry_run=True)
     assert not list(tmp_path.iterdir())

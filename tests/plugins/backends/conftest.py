@@ -9,13 +9,15 @@ import pytest
 import torch
 
 import qplug
-from qplug_compressed_tensors.exporter import CompressedTensors
-from qplug_sglang.engine import SGLang
-from qplug_vllm.engine import VLLM
+from qplug_compressed_tensors.exporter import CompressedTensorsExporter
+from qplug_sglang.exporter import SGLangExporter
+from qplug_vllm.exporter import VLLMExporter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from qplug import Exporter
 
     Quantized = Callable[..., Path]
 
@@ -62,7 +64,9 @@ def narrow_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=[CompressedTensors, VLLM, SGLang], ids=lambda kind: kind.name)
-def exporter(request: pytest.FixtureRequest) -> CompressedTensors:
-    kind: type[CompressedTensors] = request.param
+@pytest.fixture(
+    params=[CompressedTensorsExporter, VLLMExporter, SGLangExporter], ids=lambda kind: kind.name
+)
+def exporter(request: pytest.FixtureRequest) -> Exporter[Any]:
+    kind: type[Exporter[Any]] = request.param
     return kind(kind.Params())

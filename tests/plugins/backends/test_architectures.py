@@ -20,7 +20,6 @@ from qplug.checkpoint.locate import find_model
 from qplug.machine.session import Session
 from qplug.model.hollow import build
 from qplug.reading.folder import open_folder
-from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -193,7 +192,7 @@ def test_everything_but_the_codes_is_copied(
 ) -> None:
     before = load_file(source(family) / "model.safetensors")
     after = load_file(written(family) / "model.safetensors")
-    schemes = open_folder(str(written(family)), Registry.installed()).schemes
+    schemes = open_folder(str(written(family)), Session.alone()).schemes
     copied = before.keys() - {f"{name}.weight" for name in schemes}
     parts = ("weight_packed", "weight_scale", "weight_shape")
     assert after.keys() == copied | {f"{name}.{part}" for name in schemes for part in parts}

@@ -24,18 +24,16 @@ from hypothesis import strategies as st
 import qplug
 from qplug import Linear, ModelView, QplugError, QuantArgs, preset
 from qplug.api.groups import dequantize
-from qplug.api.limits import Target
 from qplug.machine.session import Session
 from qplug.numerics.activations import fake_quantize_activations
 from qplug.numerics.rounding import nearest, round_to_nearest
 from qplug.numerics.scale_formats import covering_global_scale
 from qplug.numerics.scales import global_scale_of, minmax_scale
 from qplug.reading.folder import open_folder
-from qplug.registry.registry import Registry
 from qplug_compressed_tensors.configuration import write_config
 from qplug_compressed_tensors.fp4 import pack_e2m1, unpack_e2m1
-from qplug_sglang.engine import SGLang
-from qplug_vllm.engine import VLLM
+from qplug_sglang.exporter import SGLangExporter
+from qplug_vllm.exporter import VLLMExporter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,7 +93,7 @@ def test_scales_and_codes_are_those_of_compressed_tensors(scheme: str, weight: T
         "nvfp4-pack-quantized" if args.two_level else "mxfp4-pack-quantized"
     )
     stored = compressor.compress(state, theirs)
-    packed = VLLM(Target()).pack(replace(made, input_scale=torch.ones(1)), preset(scheme), "")
+    packed = VLLMExporter.format.pack(replace(made, input_scale=torch.ones(1)), preset(scheme), "")
     # A weight that rounds to zero keeps its sign here, and not there.
     assert torch.equal(unpack_e2m1(stored["weight_packed"]).float(), made.codes.float())
     assert torch.equal(
@@ -132,8 +130,10 @@ def test_zeros_and_tiny_weights_have_scales_that_can_be_stored() -> None:
             made = round_to_nearest(weight, args)
             assert (made.scale > 0).all()
             assert torch.isfinite(dequantize(made)).all()
-            packed = VLLM(Target()).pack(replace(made, input_scale=torch.ones(1)), preset(name), "")
-            back = VLLM(Target()).unpack(packed, preset(name))
+            packed = VLLMExporter.format.pack(
+                replace(made, input_scale=torch.ones(1)), preset(name), ""
+            )
+            back = VLLMExporter.format.unpack(packed, preset(name))
             assert torch.equal(back.scale, made.scale), name
     with pytest.raises(QplugError, match="NaN or infinite"):
         round_to_nearest(torch.full((2, 96), torch.nan), preset("NVFP4").weights)
@@ -187,19 +187,19 @@ def test_nibbles_are_in_the_order_of_columns() -> None:
     assert torch.equal(pack_e2m1(unpack_e2m1(every)), every)
 
 
-@pytest.mark.parametrize("exporter", [VLLM(Target()), SGLang(Target())], ids=lambda e: e.name)
-def test_unpack_is_the_inverse_of_pack(exporter: VLLM | SGLang) -> None:
+@pytest.mark.parametrize("exporter", [VLLMExporter, SGLangExporter], ids=lambda kind: kind.name)
+def test_unpack_is_the_inverse_of_pack(exporter: type[VLLMExporter | SGLangExporter]) -> None:
     scheme = preset("NVFP4")
     made = replace(round_to_nearest(random_weight(0), scheme.weights), input_scale=torch.ones(1))
-    packed = exporter.pack(made, scheme, "bfloat16")
-    layout = exporter.layout((8, 96), scheme, "bfloat16")
+    packed = exporter.format.pack(made, scheme, "bfloat16")
+    layout = exporter.format.layout((8, 96), scheme, "bfloat16")
     assert {n: (str(t.dtype)[6:], tuple(t.shape)) for n, t in packed.items()} == {
         name: (spec.dtype, spec.shape) for name, spec in layout.items()
     }
-    back = exporter.unpack(packed, scheme)
+    back = exporter.format.unpack(packed, scheme)
     assert torch.equal(back.codes.view(torch.uint8), made.codes.view(torch.uint8))
     assert torch.equal(back.scale, made.scale)
-    assert torch.equal(exporter.dequantize(packed, scheme), dequantize(made))
+    assert torch.equal(exporter.format.dequantize(packed, scheme), dequantize(made))
     for ours, theirs in ((back.global_scale, made.global_scale), (back.input_scale, torch.ones(1))):
         assert ours is not None
         assert theirs is not None
@@ -210,9 +210,9 @@ def test_scales_of_another_global_scale_are_not_packed() -> None:
     scheme = preset("NVFP4A16")
     made = round_to_nearest(random_weight(0), scheme.weights)
     with pytest.raises(ValueError, match="need a global scale"):
-        VLLM(Target()).pack(replace(made, global_scale=None), scheme, "")
+        VLLMExporter.format.pack(replace(made, global_scale=None), scheme, "")
     with pytest.raises(ValueError, match="no multiples"):
-        VLLM(Target()).pack(replace(made, global_scale=torch.full((1,), 0.7)), scheme, "")
+        VLLMExporter.format.pack(replace(made, global_scale=torch.full((1,), 0.7)), scheme, "")
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_folders_are_those_of_compressed_tensors(
 
 def test_what_engines_merge_has_one_global_scale(quantized: Quantized) -> None:
     """Also in a run that reads tensor by tensor."""
-    folder = open_folder(str(quantized("NVFP4A16", backend="vllm")), Registry.installed())
+    folder = open_folder(str(quantized("NVFP4A16", backend="vllm")), Session.alone())
     scales = {
         name: folder.checkpoint.read(f"{name}.weight_global_scale").item()
         for name in folder.schemes
@@ -269,8 +269,8 @@ def test_what_engines_merge_has_one_global_scale(quantized: Quantized) -> None:
 
 
 def test_modelopt_holds_what_compressed_tensors_holds(quantized: Quantized) -> None:
-    ours = open_folder(str(quantized("NVFP4", backend="sglang")), Registry.installed())
-    theirs = open_folder(str(quantized("NVFP4", backend="vllm")), Registry.installed())
+    ours = open_folder(str(quantized("NVFP4", backend="sglang")), Session.alone())
+    theirs = open_folder(str(quantized("NVFP4", backend="vllm")), Session.alone())
     config = ours.checkpoint.config["quantization_config"]
     assert (config["quant_method"], config["quant_algo"]) == ("modelopt", "NVFP4")
     assert config["ignore"] == config["exclude_modules"] == ["lm_head"]
@@ -291,7 +291,7 @@ def test_modelopt_holds_what_compressed_tensors_holds(quantized: Quantized) -> N
 def test_modelopt_names_what_float_linears_are_merged_into() -> None:
     linears = {f"layers.0.{n}": (128, 128) for n in ("q_proj", "k_proj", "v_proj", "up", "gate")}
     view = ModelView({}, "bfloat16", linears, frozenset(linears), ("layers.0",), "lm_head")
-    config = SGLang(Target()).config(view, {"layers.0.up": preset("NVFP4")})
+    config = SGLangExporter.format.config(view, {"layers.0.up": preset("NVFP4")})
     local = {name.removeprefix("layers.0.") for name in config["ignore"]}
     assert local == {"q_proj", "k_proj", "v_proj", "qkv_proj", "gate", "lm_head"}
 
@@ -323,7 +323,7 @@ def test_a_group_size_cannot_be_chosen() -> None:
     for name in FP4:
         with pytest.raises(QplugError, match="has no group size to choose"):
             preset(name).with_group_size(32)
-    with pytest.raises(QplugError, match="those of groups of floats"):
+    with pytest.raises(QplugError, match="go with groups of floats alone"):
         QuantArgs("int4", "group", 16, scale_dtype="float8_e4m3fn")
 
 
@@ -355,4 +355,4 @@ def test_parsed_back(quantized: Quantized) -> None:
     view = ModelView({}, "bfloat16", linears, frozenset(linears), ("layers.0",), None)
     written = write_config(view, {"layers.0.up": preset("NVFP4")})
     assert written["config_groups"] == told["quantization_config"]["config_groups"]
-    assert VLLM(Target()).schemes(written, view) == {"layers.0.up": preset("NVFP4")}
+    assert VLLMExporter.format.read_schemes(written, view) == {"layers.0.up": preset("NVFP4")}

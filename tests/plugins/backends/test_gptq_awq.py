@@ -19,8 +19,8 @@ from qplug.machine.session import Session
 from qplug.numerics.rounding import round_to_nearest
 from qplug.reading.folder import open_folder
 from qplug.registry.registry import Registry
-from qplug_awq_format.exporter import AWQFormat
-from qplug_gptq_format.exporter import GPTQFormat
+from qplug_awq_format.exporter import AWQExporter
+from qplug_gptq_format.exporter import GPTQExporter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Quantized = Callable[..., Path]
 
-GPTQ, AWQ = GPTQFormat(Target()), AWQFormat(Target())
+GPTQ, AWQ = GPTQExporter(Target()), AWQExporter(Target())
 CASES = [
     (GPTQ, "W4A16", 32),
     (GPTQ, "W4A16", -1),
@@ -89,25 +89,25 @@ def read(tensors: Mapping[str, Tensor], scheme: str) -> Tensor:
 
 @every_case
 def test_a_reader_of_the_format_gets_the_weight(
-    exporter: GPTQFormat | AWQFormat, scheme: str, size: int
+    exporter: GPTQExporter | AWQExporter, scheme: str, size: int
 ) -> None:
     weight, kind = made(scheme, size), preset(scheme).with_group_size(size)
-    packed = exporter.pack(weight, kind, "bfloat16")
+    packed = exporter.format.pack(weight, kind, "bfloat16")
     assert torch.equal(read(packed, scheme), dequantize(weight))
 
 
 @every_case
 def test_unpack_is_the_inverse_of_pack(
-    exporter: GPTQFormat | AWQFormat, scheme: str, size: int
+    exporter: GPTQExporter | AWQExporter, scheme: str, size: int
 ) -> None:
     weight, kind = made(scheme, size), preset(scheme).with_group_size(size)
-    packed = exporter.pack(weight, kind, "bfloat16")
-    layout = exporter.layout((40, 128), kind.with_scale_dtype("bfloat16"), "bfloat16")
+    packed = exporter.format.pack(weight, kind, "bfloat16")
+    layout = exporter.format.layout((40, 128), kind.with_scale_dtype("bfloat16"), "bfloat16")
     assert {n: (str(t.dtype)[6:], tuple(t.shape)) for n, t in packed.items()} == {
         name: (spec.dtype, spec.shape) for name, spec in layout.items()
     }
     assert all(tensor.is_contiguous() for tensor in packed.values())
-    back = exporter.unpack(packed, kind)
+    back = exporter.format.unpack(packed, kind)
     assert back.args == weight.args
     assert torch.equal(back.codes, weight.codes)
     assert torch.equal(back.scale, weight.scale)
@@ -118,7 +118,7 @@ def test_unpack_is_the_inverse_of_pack(
 
 def test_zero_points_of_gptq_are_stored_less_one() -> None:
     for scheme, word in (("W4A16", 0x77777777), ("W8A16", 0x7F7F7F7F)):
-        packed = GPTQ.pack(made(scheme, 32), preset(scheme).with_group_size(32), "bfloat16")
+        packed = GPTQ.format.pack(made(scheme, 32), preset(scheme).with_group_size(32), "bfloat16")
         assert (packed["qzeros"] == word).all()
     assert packed["g_idx"].tolist() == [column // 32 for column in range(128)]
 
@@ -142,7 +142,7 @@ def test_folders(quantized: Quantized, backend: str, scheme: str) -> None:
         assert torch.equal(read(stored, scheme), folder.dequantized(name))
     assert qplug.verify(str(out)).ok
     # Without the manifest, by the name of the method alone.
-    assert Registry.installed().exporters[backend].quant_method == backend
+    assert Registry.installed().exporters[backend].format.quant_method == backend
 
 
 def view(blocks: int = 2) -> ModelView:
@@ -158,7 +158,7 @@ def test_what_stays_float_is_named_as_engines_match_it() -> None:
     """By the names of merged linears too, and those of no other block."""
     model = view()
     kept = {n: preset("W4A16") for n in sorted(model.quantizable) if "layers.1.mlp" not in n}
-    config = GPTQ.config(model, kept)
+    config = GPTQ.format.config(model, kept)
     rules = [rule.removeprefix("-:") for rule in config["dynamic"]]
 
     def skipped(name: str) -> bool:
@@ -169,13 +169,13 @@ def test_what_stays_float_is_named_as_engines_match_it() -> None:
     assert skipped("m.layers.0.moe.gate")
     for name in ("mlp.gate_up_proj", "attn.qkv_proj", "mlp.gate_proj", "attn.q_proj"):
         assert not skipped(f"m.layers.0.{name}"), name
-    assert GPTQ.schemes(config, model) == kept
+    assert GPTQ.format.read_schemes(config, model) == kept
 
     kept = {name: preset("W4A16_ASYM") for name in kept}
-    config = AWQ.config(model, kept)
+    config = AWQ.format.config(model, kept)
     assert "m.layers.1.mlp.gate_up_proj" in config["modules_to_not_convert"]
     assert "head" in config["modules_to_not_convert"]
-    assert AWQ.schemes(config, model) == kept
+    assert AWQ.format.read_schemes(config, model) == kept
 
 
 def test_awq_refuses_names_that_would_take_others_with_them() -> None:
@@ -192,8 +192,8 @@ def test_awq_refuses_names_that_would_take_others_with_them() -> None:
 @pytest.mark.parametrize(
     ("exporter", "schemes", "sentence"),
     [
-        (GPTQ, ("W4A16_ASYM",) * 5, "vLLM refuses asymmetric GPTQ: use --backend awq"),
-        (GPTQ, ("W8A8",) * 5, "no kernel for W8A8 is known"),
+        (GPTQ, ("W4A16_ASYM",) * 5, "--backend awq holds W4A16_ASYM), not W4A16_ASYM"),
+        (GPTQ, ("W8A8",) * 5, "the format holds symmetric integers (W4A16, W8A16; "),
         (GPTQ, ("W4A16",) * 3 + ("W8A16",) * 2, "one scheme in a folder, not W4A16 and W8A16"),
         (GPTQ, ("W4A16",) * 2, "engines fuse m.layers.0.attn.q_proj"),
         (AWQ, ("W4A16",) * 5, "use W4A16_ASYM, not W4A16"),
@@ -201,7 +201,7 @@ def test_awq_refuses_names_that_would_take_others_with_them() -> None:
     ],
 )
 def test_refusals(
-    exporter: GPTQFormat | AWQFormat, schemes: tuple[str, ...], sentence: str
+    exporter: GPTQExporter | AWQExporter, schemes: tuple[str, ...], sentence: str
 ) -> None:
     model = view(blocks=1)
     names = [name for name in model.linears if name in model.quantizable]
@@ -231,10 +231,10 @@ def test_shapes_outside_the_tiles_are_refused() -> None:
     ],
 )
 def test_configs_that_engines_refuse(
-    exporter: GPTQFormat | AWQFormat, config: dict[str, Any]
+    exporter: GPTQExporter | AWQExporter, config: dict[str, Any]
 ) -> None:
     with pytest.raises(QplugError):
-        exporter.schemes(config, view())
+        exporter.format.read_schemes(config, view())
 
 
 UP = "model.layers.1.mlp.up_proj"
@@ -267,5 +267,7 @@ def test_folders_that_engines_would_not_load(
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     folder = open_folder(str(out), Session.alone())
     assert folder.exporter is not None
-    found = {problem.check for problem in folder.exporter.check(folder.checkpoint, folder.view)}
+    found = {
+        problem.check for problem in folder.exporter.check_folder(folder.checkpoint, folder.view)
+    }
     assert found == {check}

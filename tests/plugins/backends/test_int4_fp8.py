@@ -12,7 +12,7 @@ from qplug.api.groups import dequantize
 from qplug.machine.session import Session
 from qplug.numerics.rounding import round_to_nearest
 from qplug.reading.folder import open_folder
-from qplug_vllm.engine import VLLM
+from qplug_vllm.exporter import VLLMExporter
 from qplug_vllm.int4_fp8 import multiplied
 
 
@@ -55,7 +55,7 @@ def test_the_reader_takes_what_the_engine_multiplies_with(tmp_path: Path) -> Non
     folder = open_folder(str(tmp_path / "out"), Session.alone())
     name = "model.layers.0.mlp.up_proj"
     tensors, scheme = folder.packed(name), folder.schemes[name]
-    wanted = VLLM(VLLM.Params()).computed(tensors, scheme)
+    wanted = VLLMExporter(VLLMExporter.Params()).effective_weight(tensors, scheme)
     assert torch.equal(folder.parameter(f"{name}.weight"), wanted)
     assert torch.equal(dict(folder.weights())[f"{name}.weight"], wanted)
     assert not torch.equal(folder.dequantized(name), wanted)

@@ -11,11 +11,11 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from hypothesis import given, settings
 from torch import Tensor
 
-from qplug import PRESETS, NoParams, QuantArgs, QuantizedWeight, Scheme
-from qplug_compressed_tensors.exporter import CompressedTensors
+from qplug import PRESETS, QuantArgs, QuantizedWeight, Scheme
+from qplug_compressed_tensors.format import CompressedTensors
 from qplug_compressed_tensors.packing import pack_words, unpack_words
 
-EXPORTER = CompressedTensors(NoParams())
+FORMAT = CompressedTensors()
 
 SCHEMES = [
     # Codes of four-bit floats have tests of their own, beside this file.
@@ -37,7 +37,7 @@ def weights(draw: st.DrawFn) -> tuple[QuantizedWeight, Scheme, str]:
     """Any codes and scales at all, of any shape, with the scheme and the model's dtype."""
     scheme = draw(st.sampled_from(SCHEMES))
     dtype = draw(st.sampled_from(["bfloat16", "float16", "float32"]))
-    scheme = scheme.with_scale_dtype(EXPORTER.scale_dtype(scheme, dtype))
+    scheme = scheme.with_scale_dtype(FORMAT.scale_dtype(scheme, dtype))
     args = scheme.weights
     rows, columns = draw(st.integers(1, 40)), draw(st.integers(1, 150))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -72,7 +72,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
 @given(weights())
 def test_unpack_is_the_inverse_of_pack(drawn: tuple[QuantizedWeight, Scheme, str]) -> None:
     weight, scheme, dtype = drawn
-    back = EXPORTER.unpack(EXPORTER.pack(weight, scheme, dtype), scheme)
+    back = FORMAT.unpack(FORMAT.pack(weight, scheme, dtype), scheme)
     assert same(back.codes, weight.codes)
     assert same(back.scale, weight.scale)
     assert same(back.zero, weight.zero)
@@ -85,8 +85,8 @@ def test_unpack_is_the_inverse_of_pack(drawn: tuple[QuantizedWeight, Scheme, str
 def test_layout_is_what_pack_gives(drawn: tuple[QuantizedWeight, Scheme, str]) -> None:
     weight, scheme, dtype = drawn
     rows, columns = weight.codes.shape
-    planned = EXPORTER.layout((rows, columns), scheme, dtype)
-    packed = EXPORTER.pack(weight, scheme, dtype)
+    planned = FORMAT.layout((rows, columns), scheme, dtype)
+    packed = FORMAT.pack(weight, scheme, dtype)
     assert {name: (spec.dtype, spec.shape) for name, spec in planned.items()} == {
         name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for name, tensor in packed.items()
@@ -106,9 +106,9 @@ def test_neither_pack_nor_unpack_changes_its_input(
         scale=weight.scale.clone(),
         zero=None if weight.zero is None else weight.zero.clone(),
     )
-    packed = EXPORTER.pack(weight, scheme, dtype)
+    packed = FORMAT.pack(weight, scheme, dtype)
     stored = {name: tensor.clone() for name, tensor in packed.items()}
-    EXPORTER.unpack(packed, scheme)
+    FORMAT.unpack(packed, scheme)
     assert same(weight.codes, before.codes)
     assert same(weight.scale, before.scale)
     assert same(weight.zero, before.zero)
@@ -119,7 +119,7 @@ def test_neither_pack_nor_unpack_changes_its_input(
 @given(weights())
 def test_words_are_those_of_compressed_tensors(drawn: tuple[QuantizedWeight, Scheme, str]) -> None:
     weight, scheme, dtype = drawn
-    packed = EXPORTER.pack(weight, scheme, dtype)
+    packed = FORMAT.pack(weight, scheme, dtype)
     if "weight_packed" not in packed:
         return
     # compressed-tensors counts codes from the middle of the range, symmetric or not.

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import qplug
-from qplug import PRESETS, ModelView, NoParams, QplugError, QuantArgs, Scheme, preset
+from qplug import PRESETS, Exporter, ModelView, NoParams, QplugError, QuantArgs, Scheme, preset
 from qplug.api.limits import DEVICES, Target, shard_shape
 from qplug.api.scheme import CACHES
-from qplug_compressed_tensors.exporter import CompressedTensors
+from qplug_compressed_tensors.exporter import CompressedTensorsExporter
 from qplug_compressed_tensors.fusing import fused_groups
-from qplug_sglang.engine import SGLang
-from qplug_vllm.engine import VLLM
+from qplug_sglang.exporter import SGLangExporter
+from qplug_vllm.exporter import VLLMExporter
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-CT, VLLM_, SGLANG = CompressedTensors(NoParams()), VLLM(Target()), SGLang(Target())
+CT, VLLM = CompressedTensorsExporter(NoParams()), VLLMExporter(Target())
+SGLANG = SGLangExporter(Target())
 W4, W8 = preset("W4A16"), preset("W8A16")
 
 
@@ -29,7 +30,7 @@ def view(**linears: tuple[int, int]) -> ModelView:
     return ModelView({}, "bfloat16", named, frozenset(named), ("layers.0",), None)
 
 
-def refusal(exporter: CompressedTensors, model: ModelView, *schemes: Scheme | None) -> str | None:
+def refusal(exporter: Exporter[Any], model: ModelView, *schemes: Scheme | None) -> str | None:
     """What is said to ``schemes``, one for each linear; None leaves a linear float."""
     assert len(schemes) == len(model.linears)
     pairs = zip(model.linears, schemes, strict=True)
@@ -47,18 +48,18 @@ def refusal(exporter: CompressedTensors, model: ModelView, *schemes: Scheme | No
         (SGLANG, "W8A8", (64, 24), "in_features in multiples of 16, not 24"),
         (SGLANG, "FP8_DYNAMIC", (24, 64), "out_features in multiples of 16, not 24"),
         (SGLANG, "FP8_BLOCK", (192, 256), "out_features in multiples of 128, not 192"),
-        (VLLM_, "W4A16", (48, 128), "out_features in multiples of 32, not 48"),
-        (VLLM_, "W8A16", (64, 48), "in_features in multiples of 32, not 48"),
+        (VLLM, "W4A16", (48, 128), "out_features in multiples of 32, not 48"),
+        (VLLM, "W8A16", (64, 48), "in_features in multiples of 32, not 48"),
         (SGLANG, "FP8", (64, 24), "in_features in multiples of 16, not 24"),
-        (VLLM_, "W8A8", (24, 64), "out_features in multiples of 16, not 24"),
-        (VLLM_, "W8A8_STATIC", (24, 64), "out_features in multiples of 16, not 24"),
-        (VLLM_, "FP8", (64, 24), "in_features in multiples of 16, not 24"),
-        (VLLM_, "FP8_DYNAMIC", (64, 24), "in_features in multiples of 16, not 24"),
-        (VLLM_, "FP8_BLOCK", (128, 200), "in_features in multiples of 128, not 200"),
+        (VLLM, "W8A8", (24, 64), "out_features in multiples of 16, not 24"),
+        (VLLM, "W8A8_STATIC", (24, 64), "out_features in multiples of 16, not 24"),
+        (VLLM, "FP8", (64, 24), "in_features in multiples of 16, not 24"),
+        (VLLM, "FP8_DYNAMIC", (64, 24), "in_features in multiples of 16, not 24"),
+        (VLLM, "FP8_BLOCK", (128, 200), "in_features in multiples of 128, not 200"),
     ],
 )
 def test_shapes_that_no_kernel_takes(
-    exporter: CompressedTensors, scheme: str, shape: tuple[int, int], side: str
+    exporter: Exporter[Any], scheme: str, shape: tuple[int, int], side: str
 ) -> None:
     found = preset(scheme)
     if found.weights.strategy == "group":
@@ -71,8 +72,9 @@ def test_shapes_that_no_kernel_takes(
 
 
 @pytest.mark.parametrize("scheme", PRESETS)
-def test_the_multiples_are_enough(exporter: CompressedTensors, scheme: str) -> None:
-    rows = [row for row in exporter.capabilities() if row.scheme == scheme]
+def test_the_multiples_are_enough(exporter: Exporter[Any], scheme: str) -> None:
+    assert exporter.engine is not None
+    rows = [row for row in exporter.engine.capabilities() if row.scheme == scheme]
     if not rows:
         assert exporter.name == "compressed-tensors"
         return
@@ -87,25 +89,23 @@ def test_the_multiples_are_enough(exporter: CompressedTensors, scheme: str) -> N
             assert refusal(exporter, view(up=(row.out_multiple, wide)), found) is None
 
 
-@pytest.mark.parametrize("exporter", [VLLM_, SGLANG], ids=lambda exporter: exporter.name)
+@pytest.mark.parametrize("exporter", [VLLM, SGLANG], ids=lambda exporter: exporter.name)
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16"])
 @pytest.mark.parametrize("size", [16, 256])
-def test_groups_that_no_kernel_takes(exporter: CompressedTensors, scheme: str, size: int) -> None:
+def test_groups_that_no_kernel_takes(exporter: Exporter[Any], scheme: str, size: int) -> None:
     sentence = refusal(exporter, view(up=(256, 256)), preset(scheme).with_group_size(size))
     assert sentence is not None
     assert f"takes groups of 32, 64, 128, -1, not {size}" in sentence
     assert refusal(CT, view(up=(256, 256)), preset(scheme).with_group_size(size)) is None
 
 
-@pytest.mark.parametrize("exporter", [VLLM_, SGLANG], ids=lambda exporter: exporter.name)
-def test_every_device_has_just_one_row(exporter: CompressedTensors) -> None:
-    cells = [
-        (row.scheme, device, row.engine)
-        for row in exporter.capabilities()
-        for device in row.devices
-    ]
+@pytest.mark.parametrize("exporter", [VLLM, SGLANG], ids=lambda exporter: exporter.name)
+def test_every_device_has_just_one_row(exporter: Exporter[Any]) -> None:
+    assert exporter.engine is not None
+    rows = exporter.engine.capabilities()
+    cells = [(row.scheme, device) for row in rows for device in row.devices]
     assert len(set(cells)) == len(cells)
-    for row in exporter.capabilities():
+    for row in rows:
         assert row.devices
         assert set(row.devices) <= set(DEVICES)
         assert row.evidence.startswith(("run on ", "not run; "))
@@ -119,9 +119,9 @@ def test_a_device_has_limits_of_its_own() -> None:
         ("sm90", None),
         ("any", None),
     ):
-        found = refusal(VLLM(Target(gpu=gpu)), model, preset("W4AFP8"))  # type: ignore[arg-type]
+        found = refusal(VLLMExporter(Target(gpu=gpu)), model, preset("W4AFP8"))  # type: ignore[arg-type]
         assert found == sentence
-    found = refusal(SGLang(Target(gpu="sm80")), model, preset("NVFP4"))
+    found = refusal(SGLangExporter(Target(gpu="sm80")), model, preset("NVFP4"))
     assert found == "layers.0.up: no kernel for NVFP4 is known on sm80"
 
 
@@ -149,12 +149,12 @@ def test_parts_of_weights(
 
 def test_groups_have_to_divide_the_part_of_a_row() -> None:
     model = view(down_proj=(512, 1152))
-    assert refusal(VLLM_, model, W4) is None
-    sentence = refusal(VLLM(Target(tp=2)), model, W4)
+    assert refusal(VLLM, model, W4) is None
+    sentence = refusal(VLLMExporter(Target(tp=2)), model, W4)
     assert sentence == (
         "layers.0.down_proj: groups of 128 do not divide in_features, 576 in each of 2 processes"
     )
-    assert refusal(VLLM(Target(tp=2)), model, W4.with_group_size(64)) is None
+    assert refusal(VLLMExporter(Target(tp=2)), model, W4.with_group_size(64)) is None
 
 
 def test_parts_are_refused_before_a_weight_is_read(tmp_path: Path) -> None:
@@ -173,16 +173,16 @@ def test_only_vllm_takes_a_head() -> None:
     linears = {"layers.0.up": (128, 128), "lm_head": (256, 128)}
     model = ModelView({}, "bfloat16", linears, frozenset(["layers.0.up"]), ("layers.0",), "lm_head")
     schemes = {"layers.0.up": W4, "lm_head": W8}
-    assert VLLM_.refuses(model, schemes) is None
+    assert VLLM.refuses(model, schemes) is None
     assert SGLANG.refuses(model, schemes) == (
         "lm_head: SGLang loads a quantized head or router, and serves garbage"
     )
     fp4 = {"layers.0.up": W4, "lm_head": preset("NVFP4A16")}
-    assert VLLM_.refuses(model, fp4) == (
+    assert VLLM.refuses(model, fp4) == (
         "lm_head: vLLM takes a head in W4A16, W8A16 or W8A8, not NVFP4A16"
     )
     router = replace(model, head=None)
-    assert VLLM_.refuses(router, schemes) == "lm_head: vLLM keeps routers float"
+    assert VLLM.refuses(router, schemes) == "lm_head: vLLM keeps routers float"
 
 
 def test_two_formats_are_refused_by_sglang_alone() -> None:
@@ -190,13 +190,13 @@ def test_two_formats_are_refused_by_sglang_alone() -> None:
     schemes = (W4, preset("W8A8"))
     sentence = refusal(SGLANG, model, *schemes)
     assert sentence == "SGLang reads one format in a folder, not int-quantized and pack-quantized"
-    assert refusal(VLLM_, model, *schemes) is None
+    assert refusal(VLLM, model, *schemes) is None
     assert refusal(CT, model, *schemes) is None
 
 
 def test_scales_of_a_cache_are_refused_where_they_would_be_dropped(tmp_path: Path) -> None:
     cache = CACHES["fp8"]
-    assert VLLM_.refuses_cache(cache) is None
+    assert VLLM.refuses_cache(cache) is None
     assert CT.refuses_cache(cache) is None
     assert "--kv-cache-dtype fp8_e4m3" in str(SGLANG.refuses_cache(cache))
     with pytest.raises(QplugError, match="--kv-cache: sglang: SGLang drops the scales"):
@@ -204,7 +204,7 @@ def test_scales_of_a_cache_are_refused_where_they_would_be_dropped(tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
-def test_two_widths_in_one_format_are_served(exporter: CompressedTensors) -> None:
+def test_two_widths_in_one_format_are_served(exporter: Exporter[Any]) -> None:
     assert refusal(exporter, view(up=(128, 128), down=(128, 128)), W4, W8) is None
 
 
@@ -222,7 +222,7 @@ def test_two_widths_in_one_format_are_served(exporter: CompressedTensors) -> Non
     ],
 )
 def test_linears_that_are_merged_share_a_scheme(
-    exporter: CompressedTensors, linears: tuple[str, ...], schemes: tuple[Scheme | None, ...]
+    exporter: Exporter[Any], linears: tuple[str, ...], schemes: tuple[Scheme | None, ...]
 ) -> None:
     model = view(**dict.fromkeys(linears, (128, 128)))
     sentence = refusal(exporter, model, *schemes)
@@ -261,14 +261,14 @@ TOKEN_FP8 = QuantArgs("e4m3", "token", dynamic=True)
     ],
     ids=lambda scheme: scheme.name,
 )
-def test_schemes_without_a_layout(exporter: CompressedTensors, scheme: Scheme) -> None:
+def test_schemes_without_a_layout(exporter: Exporter[Any], scheme: Scheme) -> None:
     sentence = refusal(exporter, view(up=(128, 128)), scheme)
     assert sentence == f"the format has no layout for {scheme.name} ({scheme.weights.dtype})"
 
 
 def test_schemes_without_a_kernel() -> None:
     scheme = Scheme("W8A16_ASYM", QuantArgs("int8", "group", 128, symmetric=False))
-    for exporter in (VLLM_, SGLANG):
+    for exporter in (VLLM, SGLANG):
         sentence = refusal(exporter, view(up=(128, 128)), scheme)
         assert sentence == "layers.0.up: no kernel for W8A16_ASYM is known"
     assert refusal(CT, view(up=(128, 128)), scheme) is None

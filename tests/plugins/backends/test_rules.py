@@ -18,7 +18,7 @@ from qplug.reading.folder import open_folder
 from qplug_compressed_tensors import rules, silent
 from qplug_compressed_tensors.configuration import Configuration
 from qplug_compressed_tensors.rules import Case
-from qplug_sglang.engine import SGLang
+from qplug_sglang.engine import SGLang, nvfp4_is_stored_as_modelopt_does
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +36,15 @@ Q_PROJ = "model.layers.1.self_attn.q_proj"
 INPUT, ONE = f"{O_PROJ}.input_scale", torch.ones(1)
 K_SCALE = "model.layers.1.self_attn.k_scale"
 DOWN = "model.layers.0.mlp.down_proj"
+#: Every linear of the demo model.
+LINEARS = [
+    f"model.layers.{block}.{part}_proj"
+    for block in range(4)
+    for part in (
+        *(f"self_attn.{letter}" for letter in "qkvo"),
+        *(f"mlp.{word}" for word in ("gate", "up", "down")),
+    )
+]
 
 
 # --- sound folders -------------------------------------------------------------------------------
@@ -567,15 +576,16 @@ FAULTS += [
         "static int8 on SGLang",
         rules.kernels_take_the_shapes,
         nothing,
-        {
-            ("kernel", f"model.layers.{block}.{part}_proj")
-            for block in range(4)
-            for part in (
-                *(f"self_attn.{each}" for each in "qkvo"),
-                *(f"mlp.{each}" for each in ("gate", "up", "down")),
-            )
-        },
+        {("kernel", name) for name in LINEARS},
         scheme="W8A8_STATIC",
+        made={"backend": "vllm"},
+    ),
+    Fault(
+        "NVFP4 that is not ModelOpt's, on SGLang",
+        nvfp4_is_stored_as_modelopt_does,
+        nothing,
+        {("format", name) for name in LINEARS},
+        scheme="NVFP4",
         made={"backend": "vllm"},
     ),
 ]
@@ -583,7 +593,7 @@ FAULTS += [
 
 def test_every_rule_has_a_fault() -> None:
     experts = silent.int8_experts_have_no_kernel  # has its test where there are experts
-    assert {experts, *(fault.rule for fault in FAULTS)} == set(SGLang.rules)
+    assert {experts, *(fault.rule for fault in FAULTS)} == {*rules.FORMAT_RULES, *SGLang.rules}
 
 
 @pytest.fixture
@@ -620,7 +630,10 @@ def test_the_rule_names_the_fault(damaged: Any, fault: Fault) -> None:
         folder.checkpoint.config["quantization_config"],
         ignores_substrings=fault.backend == "sglang",
     )
-    seen = list(fault.rule(Case(folder.checkpoint, folder.view, config, folder.exporter)))
+    stored_as, engine = folder.exporter.format, folder.exporter.engine
+    assert engine is not None
+    case = Case(folder.checkpoint, folder.view, config, stored_as, engine.capabilities())
+    seen = list(fault.rule(case))
     assert seen
     assert set(seen) <= set(problems)
 

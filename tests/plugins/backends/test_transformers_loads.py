@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 import qplug
+from qplug.model.rounding_hooks import round_inputs_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,7 +102,8 @@ def test_int8_activations_differ_by_their_divisor_alone(
         scale = x.abs().amax(-1, keepdim=True) / 127.5
         return (x / scale).round().clamp(-128, 127) * scale
 
-    monkeypatch.setattr("qplug.reading.load.fake_quantize_activations", with_their_divisor)
+    rounding_so = partial(round_inputs_of, function=with_their_divisor)
+    monkeypatch.setattr("qplug.reading.load.round_inputs_of", rounding_so)
     assert torch.equal(reference, ours(out, "float32"))
 
 

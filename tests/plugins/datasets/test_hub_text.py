@@ -292,7 +292,7 @@ def test_what_is_downloaded_once_is_there_without_a_network(hub: str, tmp_path: 
 
 def test_a_file_the_hub_does_not_have(hub: str, tmp_path: Path) -> None:
     told = run(FAIL, tmp_path / "home", HF_ENDPOINT=hub)
-    assert told.startswith("someone/something cannot be had from the Hub (")
+    assert told.startswith("someone/something: cannot be downloaded from the Hub (")
     assert told.endswith(" True\n")
 
 

@@ -1,0 +1,98 @@
+"""The decoder blocks of a model without weights, which compute with parameters given by call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qplug.api import ModelView
+from qplug.api.scheme import Scheme
+from qplug.api.tensors import Checkpoint
+from qplug.calibration.batches import passing_dtype
+from qplug.model.experts import as_on_disk
+from qplug.model.hollow import build, load_config
+from qplug.model.online_rotation import rotate_inputs
+from qplug.model.parameters import call_block
+from qplug.model.rounding_hooks import InputRounding, rounding_inputs
+
+
+class BlockModules:
+    """The blocks of a hollow model of ``source``, by full name; linears are named as on disk.
+
+    ``parameters``: the names of each block's parameters, relative to the block.
+    ``dtype``: what blocks compute in.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        view: ModelView,
+        schemes: Mapping[str, Scheme],
+        device: torch.device,
+        *,
+        online: Sequence[str] = (),
+        trust_remote_code: bool = False,
+    ) -> None:
+        """``online``: linears whose inputs are rotated while the model runs."""
+        config = load_config(source.folder, trust_remote_code=trust_remote_code)
+        self.model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
+        rotate_inputs(self.model, online)
+        as_on_disk(self.model, view.blocks, source.tensors)
+        self.modules = {name: self.model.get_submodule(name) for name in view.blocks}
+        self.parameters = {
+            name: [
+                local
+                for local, value in block.state_dict(keep_vars=True).items()
+                if isinstance(value, nn.Parameter) or f"{name}.{local}" in source.tensors
+            ]
+            for name, block in self.modules.items()
+        }
+        self.device, self.dtype = device, passing_dtype(device, getattr(torch, view.dtype))
+        self._schemes = schemes
+        self._buffers = {n for block in self.modules.values() for n, _ in block.named_buffers()}
+
+    def computable(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``values`` on the device and in the dtype of blocks; buffers keep their own dtype."""
+        return {
+            name: value.to(self.device, None if name in self._buffers else self.dtype)
+            for name, value in values.items()
+        }
+
+    def parameters_of(self, block: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters of ``block`` among ``values`` (by relative names), ``computable``."""
+        return self.computable({local: values[local] for local in self.parameters[block]})
+
+    def compute(
+        self,
+        block: str,
+        parameters: Mapping[str, Tensor],
+        inputs: Tensor,
+        call: Mapping[str, Any],
+    ) -> Tensor:
+        """The output of ``block`` for ``inputs``, both ``[samples, tokens, width]``.
+
+        ``call``: the other arguments of the block.
+        """
+        return call_block(self.modules[block], parameters, inputs, call)
+
+    def rounding_inputs(
+        self, block: str, weights: Sequence[str], values: Mapping[str, Tensor]
+    ) -> AbstractContextManager[None]:
+        """Within it, the linears of ``weights`` read inputs that are rounded as by their schemes.
+
+        ``weights`` and ``values`` go by names relative to ``block``; ``values`` holds the scales of
+        static inputs, as ``input_scale`` of their linears.
+        """
+        roundings = {}
+        for local in weights:
+            path = local.removesuffix(".weight")
+            scheme = self._schemes.get(f"{block}.{path}")
+            if scheme is not None and scheme.activations is not None:
+                scale = values.get(f"{path}.input_scale")
+                scale = None if scale is None else scale.to(self.device)
+                roundings[path] = InputRounding(scheme.activations, scale)
+        return rounding_inputs(self.modules[block], roundings)

@@ -1,0 +1,54 @@
+"""The scales of keys and values in the KV cache, from the calibration tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from qplug.calibration.block_modules import BlockModules
+from qplug.errors import QplugError
+from qplug.machine.processes import Processes
+from qplug.model.kv_cache import SCALES, KVCache, ObservedCache, RoundedCache
+
+#: Inputs of a block, its other arguments, and a mask of real tokens (None: all are real).
+CalledBatch = tuple[Tensor, Mapping[str, Any], "Tensor | None"]
+
+
+def find_cache_scales(
+    cache: KVCache,
+    blocks: BlockModules,
+    block: str,
+    effective: Mapping[str, Tensor],
+    batches: Iterable[CalledBatch],
+    processes: Processes,
+) -> dict[str, Tensor]:
+    """The scales of keys and values of ``block``, float32 ``[1]``, by name within the block.
+
+    They cover the keys and values that the quantized block computes from ``batches`` with the
+    parameters ``effective``. Raises QplugError if these are not finite, or if the block fills the
+    cache more than once.
+    """
+    observer, count = ObservedCache(), 0
+    parameters = blocks.parameters_of(block, effective)
+    with blocks.rounding_inputs(block, blocks.parameters[block], effective):
+        for inputs, call, real in batches:
+            observer.real = real
+            blocks.compute(block, parameters, inputs, {**call, cache.argument: observer})
+            count += 1
+    if observer.times != count:
+        raise QplugError(
+            f"{block}: fills its KV cache several times in a pass, so one scale does not fit it; "
+            "leave out --kv-cache"
+        )
+    processes.reduce(most=observer.peaks)
+    attention = cache.modules[block]
+    scales = observer.scales(cache.args, f"{block}.{attention}")
+    return {f"{attention}.{local}": scale for local, scale in zip(SCALES, scales, strict=True)}
+
+
+def rounded_cache(cache: KVCache, block: str, effective: Mapping[str, Tensor]) -> RoundedCache:
+    """A cache that rounds keys and values under the scales of ``block`` in ``effective``."""
+    scales = (effective[f"{cache.modules[block]}.{local}"] for local in SCALES)
+    return RoundedCache(cache.args, tuple(scales))

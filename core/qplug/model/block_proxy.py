@@ -1,0 +1,32 @@
+"""A module that takes the place of a decoder block in its model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from qplug.errors import QplugError
+
+
+class BlockProxy(nn.Module):
+    """Has the attributes of ``block``, without its parameters, and is called in its place."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not registered, so its parameters are not the proxy's
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+
+def refuse_positional(args: tuple[Any, ...]) -> None:
+    """Raises QplugError if a block gets other positional arguments than the hidden states."""
+    if args:
+        raise QplugError(
+            "this architecture calls its blocks with positional arguments, which qplug cannot "
+            "follow; take an algorithm that needs no calibration data"
+        )

@@ -1,0 +1,66 @@
+"""What engines have in common that merge linears, and that load compressed-tensors folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qplug import Engine, Format, ModelView, Problem, Scheme, Target
+from qplug_compressed_tensors.configuration import Configuration
+from qplug_compressed_tensors.format import CompressedTensors
+from qplug_compressed_tensors.fusing import divided_groups, fused_problems, merged_matrices
+from qplug_compressed_tensors.rules import LOADER_RULES, Case, Rule, head_and_embedding_are_float
+from qplug_compressed_tensors.silent import SILENT
+
+if TYPE_CHECKING:
+    from qplug import Checkpoint
+
+
+class MergingEngine(Engine):
+    """An engine that makes one matrix of q, k and v, and stacks experts, as it loads a model."""
+
+    def refuses(
+        self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
+    ) -> str | None:
+        for group in divided_groups(model.linears, schemes):
+            names = ", ".join(group[:3])
+            return f"engines fuse {names} into one matrix, so they must have one scheme"
+        return super().refuses(model, schemes, target)
+
+    def merged(self, names: Sequence[str]) -> list[list[str]]:
+        return merged_matrices(names)
+
+    def check_folder(
+        self, folder: Checkpoint, model: ModelView, format: Format
+    ) -> Iterator[Problem]:
+        yield from super().check_folder(folder, model, format)
+        config = folder.config.get("quantization_config")
+        if config is not None:
+            yield from fused_problems(model.linears, format.read_schemes(config, model))
+
+
+class CompressedTensorsLoader(MergingEngine):
+    """What every engine demands of a compressed-tensors folder; engines add rules of theirs."""
+
+    #: What the loader demands of a folder, beside the rules of the format.
+    rules: ClassVar[tuple[Rule, ...]] = (*LOADER_RULES, head_and_embedding_are_float, *SILENT)
+    #: Whether plain entries of ``ignore`` also match as parts of a name.
+    ignores_substrings: ClassVar[bool] = False
+
+    def check_folder(
+        self, folder: Checkpoint, model: ModelView, format: Format
+    ) -> Iterator[Problem]:
+        config = folder.config.get("quantization_config") or {}
+        if config.get("quant_method") != CompressedTensors.quant_method:
+            yield from super().check_folder(folder, model, format)
+            return
+        parsed = Configuration.parse(config, ignores_substrings=self.ignores_substrings)
+        case = Case(folder, model, parsed, format, self.capabilities())
+        for rule in self.rules:
+            yield from rule(case)
+
+
+def half_precision(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The option that serves a float32 checkpoint in bfloat16: engines would take float16."""
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return ("--dtype", "bfloat16") if stated == "float32" else ()

@@ -1,0 +1,161 @@
+"""The compressed-tensors format: its tensors, and what config.json says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qplug import Format, ModelView, Problem, QuantArgs, QuantizedWeight, Scheme, TensorSpec
+from qplug_compressed_tensors import fp4
+from qplug_compressed_tensors.configuration import (
+    PACK_QUANTIZED,
+    Configuration,
+    args_to_json,
+    cache_of,
+    format_of,
+    write_config,
+)
+from qplug_compressed_tensors.packing import pack_words, stored_args, unpack_words
+from qplug_compressed_tensors.rules import FORMAT_RULES, Case
+
+if TYPE_CHECKING:
+    from qplug import Checkpoint
+
+
+@dataclass(frozen=True)
+class CompressedTensors(Format):
+    """Codes as compressed-tensors stores them.
+
+    ``ignores_substrings``: whether plain entries of ``ignore`` also match as parts of a name when
+    the configuration is read, as SGLang matches them.
+    """
+
+    ignores_substrings: bool = False
+
+    quant_method: ClassVar[str | None] = "compressed-tensors"
+
+    def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
+        for scheme in schemes.values():
+            if format_of(scheme) is None:
+                return f"the format has no layout for {scheme.name} ({scheme.weights.dtype})"
+        return None
+
+    def scale_dtype(self, scheme: Scheme, model_dtype: str) -> str:
+        # Engines hold scales of packed integers in the model's dtype, whatever the inputs.
+        packed = format_of(scheme) == PACK_QUANTIZED
+        return model_dtype if packed else super().scale_dtype(scheme, model_dtype)
+
+    def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
+        out, width = shape
+        args = scheme.weights
+        if args.fixes_scales:
+            return fp4.layout(shape, scheme)
+        scales = args.scale_shape(shape)
+        scale = TensorSpec(args.scale_dtype, (1,) if args.strategy == "tensor" else scales)
+        if format_of(scheme) != PACK_QUANTIZED:
+            code = "float8_e4m3fn" if args.is_float else "int8"
+            packed = {"weight": TensorSpec(code, shape), "weight_scale": scale}
+            if scheme.static_inputs:
+                packed["input_scale"] = TensorSpec("float32", (1,))
+            return packed
+        words = 32 // args.bits
+        packed = {
+            "weight_packed": TensorSpec("int32", (out, -(-width // words))),
+            "weight_scale": scale,
+            "weight_shape": TensorSpec("int64", (2,)),
+        }
+        if not args.symmetric:
+            packed["weight_zero_point"] = TensorSpec("int32", (-(-out // words), scales[1]))
+        return packed
+
+    def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
+        args, codes = weight.args, weight.codes
+        if args.fixes_scales:
+            return fp4.pack(weight, scheme)
+        scale = weight.scale.to(getattr(torch, args.scale_dtype))
+        if args.strategy == "tensor":
+            scale = scale.reshape(1)
+        if format_of(scheme) != PACK_QUANTIZED:
+            packed = {"weight": codes, "weight_scale": scale}
+            if scheme.static_inputs:
+                if weight.input_scale is None:
+                    raise ValueError(f"{scheme.name} needs an input_scale")
+                packed["input_scale"] = weight.input_scale
+            return packed
+        if args.symmetric:  # words hold codes counted from 0; bytes wrap as they should
+            codes = codes.view(torch.uint8) + 2 ** (args.bits - 1)
+        packed = {
+            "weight_packed": pack_words(codes, args.bits),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(weight.codes.shape),
+        }
+        if weight.zero is not None:
+            packed["weight_zero_point"] = pack_words(weight.zero.T, args.bits).T.contiguous()
+        return packed
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        if scheme.weights.fixes_scales:
+            return fp4.unpack(tensors, scheme)
+        stored = tensors["weight_scale"]
+        args = stored_args(scheme.weights, stored)
+        scale = stored.float()
+        if args.strategy == "tensor":
+            scale = scale.reshape(1, 1)
+        if format_of(scheme) != PACK_QUANTIZED:
+            inputs = self.input_scale(tensors, scheme)
+            return QuantizedWeight(tensors["weight"], scale, None, args, inputs)
+        out, width = tensors["weight_shape"].tolist()
+        codes = unpack_words(tensors["weight_packed"], args.bits, width)
+        if args.symmetric:
+            codes = (codes - 2 ** (args.bits - 1)).view(torch.int8)
+            return QuantizedWeight(codes, scale, None, args)
+        zero = unpack_words(tensors["weight_zero_point"].T, args.bits, out).T.contiguous()
+        return QuantizedWeight(codes, scale, zero, args)
+
+    def input_scale(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor | None:
+        if scheme.weights.fixes_scales:
+            return fp4.input_scale(tensors)
+        return super().input_scale(tensors, scheme)
+
+    def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+        return write_config(model, schemes)
+
+    def refuses_cache(self, cache: QuantArgs) -> str | None:
+        return None
+
+    def with_cache(self, config: dict[str, Any] | None, cache: QuantArgs) -> dict[str, Any] | None:
+        return None if config is None else {**config, "kv_cache_scheme": args_to_json(cache)}
+
+    def read_cache(self, config: Mapping[str, Any]) -> QuantArgs | None:
+        return cache_of(config)
+
+    def stored_shapes(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
+        shapes = {}
+        for tensor, stored in folder.tensors.items():
+            name, _, local = tensor.rpartition(".")
+            # What is no shape at all is left to the rules, which say so.
+            if local == "weight_shape" and stored.spec == TensorSpec("int64", (2,)):
+                out, width = folder.read(tensor).tolist()
+                shapes[name] = (out, width)
+            elif local == "weight_packed" and stored.spec.dtype == "uint8":
+                shapes[name] = fp4.unpacked_shape(stored.spec)
+        return shapes
+
+    def read_schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
+        parsed = Configuration.parse(config, ignores_substrings=self.ignores_substrings)
+        groups = {name: parsed.group(name) for name in model.linears}
+        return {name: group.scheme for name, group in groups.items() if group is not None}
+
+    def check_folder(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
+        config = folder.config.get("quantization_config")
+        if config is None:
+            yield Problem("format", "config.json", "has no quantization_config")
+            return
+        parsed = Configuration.parse(config, ignores_substrings=self.ignores_substrings)
+        case = Case(folder, model, parsed, self)
+        for rule in FORMAT_RULES:
+            yield from rule(case)

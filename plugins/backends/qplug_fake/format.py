@@ -1,0 +1,38 @@
+"""Dequantized weights in a plain float checkpoint: to measure what no engine serves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qplug import Format, QplugError, QuantArgs, QuantizedWeight, Scheme, TensorSpec
+from qplug.numerics import dequantize
+
+
+class DequantizedFloat(Format):
+    """Float weights whose values are those of the codes; scales of static inputs beside them."""
+
+    is_lossless = False
+
+    def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
+        packed = {"weight": TensorSpec(dtype, shape)}
+        if scheme.static_inputs:  # loaders ignore it; qplug's reader rounds with it
+            packed["input_scale"] = TensorSpec("float32", (1,))
+        return packed
+
+    def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
+        packed = {"weight": dequantize(weight).to(getattr(torch, dtype))}
+        if weight.input_scale is not None:
+            packed["input_scale"] = weight.input_scale
+        return packed
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        raise QplugError("a fake-quantized weight holds no codes")
+
+    def dequantize(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
+        return tensors["weight"].float()
+
+    def refuses_cache(self, cache: QuantArgs) -> str | None:
+        return None

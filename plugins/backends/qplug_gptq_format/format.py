@@ -1,0 +1,142 @@
+"""Symmetric integers in the layout of AutoGPTQ and GPTQModel, version 1."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qplug import (
+    PRESETS,
+    ModelView,
+    Problem,
+    QplugError,
+    QuantizedWeight,
+    Scheme,
+    TensorSpec,
+)
+from qplug_compressed_tensors.configuration import patterns
+from qplug_compressed_tensors.fusing import with_merged_names
+from qplug_compressed_tensors.one_scheme import OneSchemeFormat
+from qplug_compressed_tensors.packing import pack_words, stored_args, unpack_words
+
+if TYPE_CHECKING:
+    from qplug import Checkpoint
+
+_BITS = {4: "W4A16", 8: "W8A16"}
+
+
+class GPTQ(OneSchemeFormat):
+    """The GPTQ format: int4 or int8 weights, symmetric, columns in their own order.
+
+    Zero points are all the middle code, stored less one.
+    """
+
+    quant_method: ClassVar[str | None] = "gptq"
+    held = tuple(_BITS.values())
+    holds = "symmetric integers (W4A16, W8A16; --backend awq holds W4A16_ASYM)"
+
+    def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
+        out, width = shape
+        args = scheme.weights
+        words, groups = 32 // args.bits, args.scale_shape(shape)[1]
+        return {
+            "qweight": TensorSpec("int32", (-(-width // words), out)),
+            "qzeros": TensorSpec("int32", (groups, -(-out // words))),
+            "scales": TensorSpec(args.scale_dtype, (groups, out)),
+            "g_idx": TensorSpec("int32", (width,)),
+        }
+
+    def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
+        args, middle = weight.args, 2 ** (weight.args.bits - 1)
+        codes = weight.codes.view(torch.uint8) + middle  # bytes wrap as they should
+        zeros = torch.full_like(weight.scale.T, middle - 1, dtype=torch.uint8)
+        return {
+            "qweight": pack_words(codes, args.bits).T.contiguous(),
+            "qzeros": pack_words(zeros, args.bits),
+            "scales": weight.scale.T.to(getattr(torch, args.scale_dtype)).contiguous(),
+            "g_idx": group_of_columns(weight.codes.shape[1], scheme).to(codes.device),
+        }
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        stored = tensors["scales"]
+        args = stored_args(scheme.weights, stored)
+        words = tensors["qweight"].T
+        codes = unpack_words(words, args.bits, len(tensors["g_idx"])) - 2 ** (args.bits - 1)
+        return QuantizedWeight(codes.view(torch.int8), stored.T.float(), None, args)
+
+    def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+        (args,) = {scheme.weights for scheme in schemes.values()}
+        floats = [n for n in model.linears if n not in schemes and n != model.head]
+        merged = with_merged_names(floats)
+        # Engines match the names of merged linears, of which each block has its own.
+        entries = patterns(merged, [*with_merged_names(schemes), *merged], model.blocks)
+        return {
+            "quant_method": "gptq",
+            "bits": args.bits,
+            "group_size": args.group_size or -1,
+            "desc_act": False,
+            "sym": True,
+            "lm_head": False,
+            "checkpoint_format": "gptq",
+            "pack_dtype": "int32",
+            "dynamic": {f"-:{_expression(entry)}": {} for entry in entries},
+        }
+
+    def stored_shapes(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
+        shapes = {}
+        for tensor, held in folder.tensors.items():
+            name, _, local = tensor.rpartition(".")
+            columns = folder.tensors.get(f"{name}.g_idx")
+            if local == "qweight" and columns is not None and len(held.spec.shape) == 2:
+                shapes[name] = (held.spec.shape[1], columns.spec.shape[0])
+        return shapes
+
+    def read_schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
+        bits, size = config.get("bits"), config.get("group_size")
+        if bits not in _BITS or not isinstance(size, int):
+            raise QplugError(f"gptq of {bits} bits in groups of {size} is not read")
+        if config.get("desc_act") or not config.get("sym", True):
+            raise QplugError("gptq with desc_act, or asymmetric: engines refuse it")
+        scheme = PRESETS[_BITS[bits]].with_group_size(size)
+        skipped = [entry[2:] for entry in config.get("dynamic") or {} if entry.startswith("-:")]
+        return {
+            name: scheme
+            for name in model.linears
+            if name != model.head and not any(re.match(entry, name) for entry in skipped)
+        }
+
+    def check_folder(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
+        found = list(super().check_folder(folder, model))
+        yield from found
+        broken = {problem.where for problem in found}
+        config = folder.config.get("quantization_config")
+        schemes = {} if config is None else self.read_schemes(config, model)
+        for name, scheme in schemes.items():
+            if name not in broken:
+                yield from _number_problems(folder, name, model.linears[name], scheme)
+
+
+def group_of_columns(width: int, scheme: Scheme) -> Tensor:
+    """``g_idx``: the group that each of ``width`` columns is in, int32 ``[width]``."""
+    size = scheme.weights.group_size or width
+    return torch.arange(width, dtype=torch.int32) // size
+
+
+def _expression(entry: str) -> str:
+    return entry[3:] if entry.startswith("re:") else re.escape(entry) + "$"
+
+
+def _number_problems(
+    folder: Checkpoint, name: str, shape: tuple[int, int], scheme: Scheme
+) -> Iterator[Problem]:
+    """Columns are in order, and zero points where the kernels take them to be."""
+    if not torch.equal(folder.read(f"{name}.g_idx"), group_of_columns(shape[1], scheme)):
+        yield Problem("g_idx", name, "its columns are reordered: engines refuse it (desc_act)")
+    bits = scheme.weights.bits
+    zeros = unpack_words(folder.read(f"{name}.qzeros"), bits, shape[0])
+    if not (zeros == 2 ** (bits - 1) - 1).all():
+        yield Problem("zero", name, "qzeros is not the middle code less one: kernels ignore it")

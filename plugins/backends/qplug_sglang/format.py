@@ -1,0 +1,79 @@
+"""The two formats that SGLang loads: ModelOpt's for NVFP4, compressed-tensors for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from qplug import Format, ModelView, Problem, QuantArgs, QuantizedWeight, Scheme, TensorSpec
+from qplug_compressed_tensors.format import CompressedTensors
+from qplug_sglang.modelopt import NVFP4, ModelOptNVFP4
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qplug import Checkpoint
+
+_MODELOPT = ModelOptNVFP4()
+_COMPRESSED_TENSORS = CompressedTensors(ignores_substrings=True)
+
+
+class SGLangFormat(Format):
+    """The format that holds the scheme of a weight, or that config.json names."""
+
+    def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
+        return _COMPRESSED_TENSORS.refuses(model, schemes)
+
+    def refuses_cache(self, cache: QuantArgs) -> str | None:
+        return _COMPRESSED_TENSORS.refuses_cache(cache)
+
+    def scale_dtype(self, scheme: Scheme, model_dtype: str) -> str:
+        return _of_scheme(scheme).scale_dtype(scheme, model_dtype)
+
+    def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
+        return _of_scheme(scheme).layout(shape, scheme, dtype)
+
+    def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
+        return _of_scheme(scheme).pack(weight, scheme, dtype)
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        return _of_stored(tensors, scheme).unpack(tensors, scheme)
+
+    def input_scale(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor | None:
+        return _of_stored(tensors, scheme).input_scale(tensors, scheme)
+
+    def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any] | None:
+        one = next(iter(schemes.values()), None)  # SGLang refuses two formats in a folder
+        return _of_scheme(one).config(model, schemes)
+
+    def with_cache(self, config: dict[str, Any] | None, cache: QuantArgs) -> dict[str, Any] | None:
+        return _of_config(config).with_cache(config, cache)
+
+    def read_schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
+        return _of_config(config).read_schemes(config, model)
+
+    def read_cache(self, config: Mapping[str, Any]) -> QuantArgs | None:
+        return _of_config(config).read_cache(config)
+
+    def stored_shapes(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
+        return _of_config(folder.config.get("quantization_config")).stored_shapes(folder)
+
+    def check_folder(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
+        return _of_config(folder.config.get("quantization_config")).check_folder(folder, model)
+
+
+def _of_scheme(scheme: Scheme | None) -> Format:
+    """The format that qplug writes ``scheme`` in."""
+    return _MODELOPT if scheme == NVFP4 else _COMPRESSED_TENSORS
+
+
+def _of_config(config: Mapping[str, Any] | None) -> Format:
+    """The format that a ``quantization_config`` names."""
+    named = (config or {}).get("quant_method")
+    return _MODELOPT if named == _MODELOPT.quant_method else _COMPRESSED_TENSORS
+
+
+def _of_stored(tensors: Mapping[str, Tensor], scheme: Scheme) -> Format:
+    """The format of a linear's ``tensors``: folders of another backend have NVFP4 in the second."""
+    of_the_second = {"weight_packed", "input_global_scale"} & tensors.keys()
+    return _COMPRESSED_TENSORS if of_the_second else _of_scheme(scheme)
