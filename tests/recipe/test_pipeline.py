@@ -48,7 +48,7 @@ def test_what_goes_together(algo: str, scheme: str) -> None:
         ("gptq+hqq", "W4A16", "gptq and hqq both choose codes"),
         ("gptq+awq", "W4A16", "--algo gptq+awq: gptq chooses codes, so it comes after awq"),
         ("awq+quarot", "W8A8", "quarot rewrites the float model, so it comes before awq"),
-        ("smoothquant", "W4A16", "smoothquant: makes inputs easy to round, but W4A16 does not round"),
+        ("smoothquant", "W4A16", "smoothquant: makes inputs easy to round, but W4A16 does not"),
         ("osplus+gptq", "W8A16", "osplus: makes inputs easy to round, but W8A16 does not round"),
         ("quarot+spinquant", "W4A4", "both settle the rotation of the stream"),
         ("spinquant+gptq", "W4A16", "spinquant: learns from the errors of rounded inputs"),
