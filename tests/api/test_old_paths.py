@@ -15,7 +15,7 @@ import qplug.text
 from qplug.api.old_paths import MOVED, RENAMED
 
 #: What the documentation of 0.1 called public and what its plugins imported, by module. Only
-#: ``laid_out.loading_problems`` is gone: it took an exporter of before format and engine were apart.
+#: ``laid_out.loading_problems`` is gone: its exporter is divided into a format and an engine now.
 OLD = {
     "checkpoint": "Checkpoint",
     "clipping": "scaling_error search_clip unclipped_ratio",
