@@ -14,13 +14,14 @@ import qplug.numerics
 import qplug.text
 from qplug.api.old_paths import MOVED, RENAMED
 
-#: What the documentation of 0.1 called public and what its plugins imported, by module.
+#: What the documentation of 0.1 called public and what its plugins imported, by module. Only
+#: ``laid_out.loading_problems`` is gone: its exporter is divided into a format and an engine now.
 OLD = {
     "checkpoint": "Checkpoint",
     "clipping": "scaling_error search_clip unclipped_ratio",
     "hadamard": "exists matrix transform",
     "hub_text": "HubParams HubText",
-    "laid_out": "layout_problems loading_problems",
+    "laid_out": "layout_problems",
     "learning": "Learned SignSGD learn learns_ranges start_clips",
     "limits": "DEVICES Target beyond_limits shape_problem",
     "numerics": "per_column",
