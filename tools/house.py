@@ -31,17 +31,14 @@ FOLDERS = {"Folder", "Checkpoint", "Manifest"}
 
 
 def import_graph() -> nx.DiGraph:
-    """Core's modules and their imports; faces of packages, which only hand names on, are left out.
-
-    Imports for annotations alone do not count.
-    """
+    """Core's modules and their imports. Imports for annotations alone do not count."""
     found = grimp.build_graph("qplug", exclude_type_checking_imports=True)
     imports = nx.DiGraph()
     imports.add_nodes_from(found.modules)
     for module in found.modules:
         for imported in found.find_modules_directly_imported_by(module):
             imports.add_edge(module, imported)
-    imports.remove_nodes_from([m for m in found.modules if found.find_children(m)])
+    imports.remove_node("qplug")  # the face of all: it imports what every plugin needs
     return imports
 
 
@@ -59,10 +56,10 @@ def floors(imports: nx.DiGraph) -> dict[str, int]:
     return {m: height[ring] for ring, data in rings.nodes(data=True) for m in data["members"]}
 
 
-def route(words: list[str], start: str, carries: Callable[[Any], bool]) -> list[str]:
+def route(words: list[str], start: str, end: str, carries: Callable[[Any], bool]) -> list[str]:
     """The modules of core that ``qplug WORDS`` enters with an argument that ``carries``, in order.
 
-    They are noted while the function called ``start`` runs.
+    They are noted while the function called ``start`` runs, until the module ``end`` is entered.
     """
     entered: list[str] = []
     running: list[FrameType] = []
@@ -73,7 +70,8 @@ def route(words: list[str], start: str, carries: Callable[[Any], bool]) -> list[
             if code.co_name == start:
                 running.append(frame)
             names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-            if running and any(carries(frame.f_locals.get(name)) for name in names):
+            arrived = bool(entered) and entered[-1].endswith(end)
+            if running and not arrived and any(carries(frame.f_locals.get(name)) for name in names):
                 entered.append(".".join(path.relative_to(CORE.parent).with_suffix("").parts))
         elif event == "return" and running and frame is running[-1]:
             running.pop()
@@ -115,12 +113,14 @@ def main() -> None:
         modules = route(
             ["quantize", "--config", str(file)],
             "main",
+            ".stages",
             lambda value: is_path(value, file) or type(value).__name__ in RECIPES,
         )
-        tell("a recipe, from --config to the exporter", modules, height)
+        tell("a recipe, from --config to the stages that make the exporter", modules, height)
         modules = route(
             ["inspect", str(out)],
             "open_folder",
+            ".none",
             lambda value: is_path(value, out) or type(value).__name__ in FOLDERS,
         )
         tell("a folder, in open_folder", modules, height)
