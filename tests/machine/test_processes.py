@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import qplug
 from qplug.machine.devices import find_device
+from qplug.machine.exchange import join
 from qplug.machine.launch import ALONE, Launch
-from qplug.machine.processes import Processes, join, shares_of
+from qplug.machine.processes import Processes, shares_of
 
 if TYPE_CHECKING:
     from conftest import Starter
@@ -23,7 +24,7 @@ EXCHANGES = """
 import torch
 from qplug import PRESETS, QuantizedWeight
 from qplug.machine.launch import Launch
-from qplug.machine.processes import join
+from qplug.machine.exchange import join
 
 launch = Launch.of()
 rank, count = launch.rank, launch.count
@@ -99,7 +100,7 @@ import torch
 from qplug import QplugError
 from qplug.errors import OtherProcessError, RelayedError
 from qplug.machine.launch import Launch
-from qplug.machine.processes import join
+from qplug.machine.exchange import join
 
 launch = Launch.of()
 rank = launch.rank

@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -47,9 +48,9 @@ class Param:
     None if the field has no key of its own), ``spelling`` the form of its value, ``inline`` says
     that the keys of a part stand beside those of the whole. As words on the command line and in
     Python: ``word`` is the keyword (by default the name), ``flag`` the option (by default
-    ``--word``), ``metavar`` its value; ``adds`` says that a value is added to the earlier one.
-    ``of`` names the field whose component the value belongs to: another component starts from the
-    default. ``heading`` is the part of ``--help`` in which the option stands.
+    the keyword after two hyphens), ``metavar`` its value; ``adds`` says that a value is added to
+    the earlier one. ``of`` names the field whose component the value belongs to: another component
+    starts from the default. ``heading`` is the part of ``--help`` in which the option stands.
     """
 
     help: str
@@ -92,10 +93,15 @@ class Field:
         return self.param.flag or f"--{self.word.replace('_', '-')}"
 
 
-def fields_of(kind: type) -> list[Field]:
+def fields_of(kind: type) -> tuple[Field, ...]:
     """The fields of a dataclass, in order. Raises TypeError for one without a Param."""
+    return _fields(kind)
+
+
+@cache
+def _fields(kind: Any) -> tuple[Field, ...]:
     hints = typing.get_type_hints(kind, include_extras=True)
-    return [_field(kind, field, hints[field.name]) for field in dataclasses.fields(kind)]
+    return tuple(_field(kind, field, hints[field.name]) for field in dataclasses.fields(kind))
 
 
 def _field(kind: type, field: dataclasses.Field[Any], hint: Any) -> Field:

@@ -19,10 +19,9 @@ _KEY = "qplug.recipe"
 
 def recipe_options(command: F) -> F:
     """Adds the options of a recipe to a command, which finds with ``said`` what was typed."""
-    known = list(words())
-    headings = list(dict.fromkeys(word.heading for word in known))  # each stands once in --help
-    known.sort(key=lambda word: headings.index(word.heading))
-    for word in reversed(known):
+    headings = list(dict.fromkeys(word.heading for word in words()))  # each once in --help
+    ordered = sorted(words(), key=lambda word: headings.index(word.heading))
+    for word in reversed(ordered):
         command = _option(word)(command)
     return command
 

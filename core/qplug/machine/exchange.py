@@ -22,7 +22,7 @@ from torch import Tensor
 from qplug.errors import OtherProcessError
 from qplug.machine.launch import Launch
 from qplug.machine.messages import Announcement, Failure, Message, Packed, pack, unpack
-from qplug.machine.processes import Processes, shares_of
+from qplug.machine.processes import ALONE, Processes, shares_of
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -32,6 +32,11 @@ R = TypeVar("R")
 
 #: How long a process may work while the others wait. One that ends is noticed at once.
 _PATIENCE = timedelta(hours=12)
+
+
+def join(launch: Launch, device: torch.device) -> Processes:
+    """The processes that were launched together, as a context manager."""
+    return ALONE if launch.count == 1 else JoinedProcesses(launch, device)
 
 
 class JoinedProcesses(Processes):

@@ -6,10 +6,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from qplug.machine.launch import Launch
-
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 T = TypeVar("T")
@@ -74,15 +71,6 @@ class Processes:
 
 #: A run of one process.
 ALONE = Processes()
-
-
-def join(launch: Launch, device: torch.device) -> Processes:
-    """The processes that were launched together, as a context manager."""
-    if launch.count == 1:
-        return ALONE
-    from qplug.machine.exchange import JoinedProcesses
-
-    return JoinedProcesses(launch, device)
 
 
 def shares_of(costs: Sequence[float], count: int) -> list[list[int]]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from qplug.machine.devices import find_device
+from qplug.machine.exchange import join
 from qplug.machine.launch import Launch
-from qplug.machine.processes import ALONE, Processes, join
+from qplug.machine.processes import ALONE, Processes
 from qplug.machine.stopwatch import Stopwatch
 from qplug.registry.registry import Registry
 

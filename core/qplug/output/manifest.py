@@ -1,4 +1,4 @@
-"""What is said of a run beside its weights: config.json, ``qplug.json``, and the model card."""
+"""Reads ``qplug.json``, the record of a run in the folder that it wrote."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from qplug.api.scheme import QuantArgs, Scheme
 from qplug.calibration.ranges import InputRange
 from qplug.checkpoint.open import read_json
 from qplug.errors import QplugError
-from qplug.recipe.recipe import Recipe
 
 MANIFEST = "qplug.json"
 
@@ -21,7 +20,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``qplug.json`` of a folder says. ``recipe`` is as ``Recipe.to_dict`` gives it.
+    """The contents of the ``qplug.json`` of a folder. ``recipe`` is a ``Recipe.to_dict``.
 
     ``losses``, ``inputs`` and ``clips`` are there where calibration data told them.
     """
@@ -49,28 +48,29 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     if not (folder / MANIFEST).exists():
         return None
-    told = read_json(folder / MANIFEST)
-    version = told.get("version", VERSION)
+    record = read_json(folder / MANIFEST)
+    version = record.get("version", VERSION)
     if version != VERSION:
         raise QplugError(
             f"{folder / MANIFEST}: has format {version}, and this qplug reads {VERSION}; "
             "install the qplug that wrote the folder"
         )
     try:
-        kinds = [Scheme.from_dict(plain) for plain in told["schemes"]]
-        layers, recipe = told["layers"], Recipe.from_dict(told["recipe"])
+        kinds = [Scheme.from_dict(plain) for plain in record["schemes"]]
+        layers, recipe = record["layers"], record["recipe"]
+        cache = recipe["kv_cache"]
         read = InputRange.from_list
         return Manifest(
-            model=told["model"],
-            backend=recipe.backend,
-            algorithms=recipe.algorithms,
-            versions=told["versions"],
+            model=record["model"],
+            backend=recipe["backend"],
+            algorithms=tuple(recipe["algorithms"]),
+            versions=record["versions"],
             schemes={name: kinds[layer["scheme"]] for name, layer in layers.items()},
             errors={name: layer["error"] for name, layer in layers.items()},
-            rewritten=frozenset(told["rewritten"]),
-            kv_cache=recipe.kv_cache,
-            online=tuple(told.get("online", ())),
-            recipe=told["recipe"],
+            rewritten=frozenset(record["rewritten"]),
+            kv_cache=QuantArgs.from_dict(cache) if cache else None,
+            online=tuple(record.get("online", ())),
+            recipe=recipe,
             losses={n: layer["loss"] for n, layer in layers.items() if layer["loss"] is not None},
             inputs={
                 name: (read(layer["inputs"]["before"]), read(layer["inputs"]["after"]))
@@ -78,7 +78,7 @@ def read_manifest(folder: Path) -> Manifest | None:
                 if "inputs" in layer
             },
             clips={n: tuple(layer["clips"]) for n, layer in layers.items() if "clips" in layer},
-            notes=tuple(told["notes"]),
+            notes=tuple(record["notes"]),
         )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise QplugError(f"{folder / MANIFEST}: cannot be understood: {error!r}") from error

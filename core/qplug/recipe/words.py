@@ -68,13 +68,17 @@ class Word:
         return self.key.field.param
 
 
-def words(kind: type = Recipe, above: str = "", heading: str = "") -> Iterator[Word]:
+def words() -> tuple[Word, ...]:
     """All words for a recipe, in the order of its fields."""
+    return _WORDS
+
+
+def _words(kind: type, above: str = "", heading: str = "") -> Iterator[Word]:
     for field in fields_of(kind):
         key, under = key_of(kind, field), field.param.heading or heading
         place = "" if field.param.key is None else above + key.name
         if is_dataclass(key.kind):
-            yield from words(cast("type", key.kind), f"{place}.", under)
+            yield from _words(cast("type", key.kind), f"{place}.", under)
             continue
         yield Word(key, place, under)
         parts = [cast("type", part) for part in get_args(key.kind) if is_dataclass(part)]
@@ -84,6 +88,9 @@ def words(kind: type = Recipe, above: str = "", heading: str = "") -> Iterator[W
                     yield Word(key_of(part, inner), f"{place}.{inner.name}", under)
 
 
+_WORDS = tuple(_words(Recipe))
+
+
 def changed(recipe: Recipe, said: RecipeWords) -> Recipe:
     """``recipe`` with all that is ``said`` in place of what it has.
 
@@ -91,6 +98,8 @@ def changed(recipe: Recipe, said: RecipeWords) -> Recipe:
     another component starts without any. Raises QplugError for a wrong value, TypeError for a word
     that there is not.
     """
+    if not said:
+        return recipe
     values: Mapping[str, Any] = said
     unknown = values.keys() - {word.name for word in words()}
     if unknown:
