@@ -122,8 +122,10 @@ def _prepare(
 
 def _check_online(online: Sequence[str], stages: Stages) -> None:
     """Raises QplugError if inputs must be rotated online and the engine does not support it."""
+    if not online:
+        return
     engine = stages.exporter.engine
-    if online and engine is not None and not engine.rotates_online:
+    if engine is not None and not engine.rotates_online:
         raise QplugError(
             f"{stages.exporter.name}: does not rotate inputs of linears while the model runs, "
             f"which {online[0]} needs; measure such a model with --backend fake"
