@@ -45,7 +45,7 @@ def test_a_block_of_columns_is_rounded_to_the_same_codes(
     scale, zero = minmax_scale(weight, args)
     order = torch.arange(shape[1])
     factor, _ = solver.inverse_factor(gram, order, 0.05)
-    scales, zeros = solver.per_column(scale, zero, args, order[:128], shape[0])
+    scales, zeros = solver.column_scales(scale, zero, args, order[:128], shape[0])
     work, corner = weight.T[:128].contiguous(), factor[:128, :128]
     assert solver._rounder(work.cuda(), args, 128) is round_columns_on_gpu
     on_gpu = round_columns_on_gpu(
