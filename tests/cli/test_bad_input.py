@@ -373,7 +373,7 @@ def test_usage(words: list[str], llama: Path, refused: Refused) -> None:
 def test_a_model_must_be_named(cli: Callable[..., Result]) -> None:
     result = cli("quantize", "--out", "x")
     assert result.exit_code == 2
-    message = "Error: Missing MODEL: give it, or a recipe with --config."
+    message = "Error: Missing MODEL: give MODEL, or a recipe with --config."
     assert result.stderr.splitlines()[-1] == message
 
 
