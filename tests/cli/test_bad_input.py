@@ -326,9 +326,9 @@ def test_fused_layers_with_two_schemes(llama: Path, refused: Refused) -> None:
     ("words", "complaint"),
     [
         (["--algo", "rnt"], "no algorithm 'rnt'. Did you mean 'rtn'?"),
-        (["--algo", ""], "--algo : say one algorithm"),
-        (["--algo", "rtn+"], "--algo rtn+: say one algorithm"),
-        (["--algo", "rtn+rtn"], "--algo rtn+rtn: say one algorithm"),
+        (["--algo", ""], "--algo : name one algorithm"),
+        (["--algo", "rtn+"], "--algo rtn+: name one algorithm"),
+        (["--algo", "rtn+rtn"], "--algo rtn+rtn: name one algorithm"),
         (["--scheme", "W9A16"], "no scheme 'W9A16'. There are: W4A16"),
         (["--backend", "sgland"], "no exporter 'sgland'. Did you mean 'sglang'?"),
         (["-o", "rtn.bits=4"], "algorithm rtn has no option 'bits'"),
