@@ -316,7 +316,7 @@ def test_two_formats_in_one_folder_for_sglang(llama: Path, refused: Refused) -> 
 def test_fused_layers_with_two_schemes(llama: Path, refused: Refused) -> None:
     message = refused(llama, "--override", "*.q_proj=W8A16")
     assert "q_proj" in message
-    assert message.endswith("so they must have one scheme")
+    assert message.endswith("so they must share one scheme")
 
 
 # --- what was asked for --------------------------------------------------------------------------

@@ -485,7 +485,7 @@ def spoil(tensor: Tensor) -> None:
         (lambda: True, "must return None or a sentence"),
         (lambda: " ", "must return None or a sentence"),
         (lambda: "no\nno", "one line"),
-        (lambda: "no", "refuses every scheme"),
+        (lambda: "no", "refuses every preset"),
         (lambda: {}["scheme"], "must return a sentence: KeyError"),
     ],
 )

@@ -25,7 +25,7 @@ E4M3 = "{quant_type: float-quant, bit: e4m3, symmetric: True, granularity: %s, u
 
 def told(read: ReadJob) -> tuple[str, ...]:
     """The warnings, but not that there is no data: few files here have any."""
-    return tuple(warning for warning in read.warnings if "has no calib section" not in warning)
+    return tuple(warning for warning in read.warnings if "no calib section" not in warning)
 
 
 # --- schemes --------------------------------------------------------------------------------------
@@ -124,10 +124,10 @@ def test_ranges_are_those_of_the_format(read_text: Read, llmc: Llmc) -> None:
         ("{bit: '4', symmetric: True, granularity: per_channel}", "weight.bit: '4' is wrong"),
         ("{bit: 48, symmetric: True, granularity: per_channel}", "two levels of scales"),
         ("{bit: 4, symmetric: 1, granularity: per_channel}", "symmetric: 1 is wrong; allowed: Tr"),
-        ("{bit: 4, granularity: per_channel}", "weight: has no 'symmetric'"),
+        ("{bit: 4, granularity: per_channel}", "weight: the required key 'symmetric'"),
         ("{bit: 4, symmetric: True, granularity: per_row}", "'per_row' is wrong.* allowed: per_"),
         ("{bit: 4, symmetric: True, granularity: per_head}", "'per_head' is not supported here"),
-        ("{bit: 4, symmetric: True, granularity: per_group}", "has no 'group_size'"),
+        ("{bit: 4, symmetric: True, granularity: per_group}", "the required key 'group_size'"),
         (
             "{bit: 4, symmetric: True, granularity: per_group, group_size: -1}",
             "group_size: -1 is wrong; allowed: a whole number of 1 or more",
@@ -146,7 +146,7 @@ def test_ranges_are_those_of_the_format(read_text: Read, llmc: Llmc) -> None:
         ),
         (
             "{bit: 4, symmetric: True, granularity: per_channel, calib_algo: mse}",
-            "rtn searches no ranges",
+            "rtn searches no clips",
         ),
     ],
 )
@@ -161,7 +161,7 @@ def test_wrong_weights(read_text: Read, llmc: Llmc, weight: str, complaint: str)
     [
         (TOKEN8.replace("per_token", "per_tensor"), "one scale for all tokens"),
         (TOKEN8.replace("per_token", "per_token, static: True"), "does not go with static: True"),
-        (TOKEN8.replace("}", ", quant_attn: True}"), "qplug rounds inputs of linear layers"),
+        (TOKEN8.replace("}", ", quant_attn: True}"), "qplug rounds only inputs of linear layers"),
     ],
 )
 def test_wrong_inputs(read_text: Read, llmc: Llmc, act: str, complaint: str) -> None:
@@ -226,7 +226,7 @@ def test_methods_that_are_not_there(read_text: Read, llmc: Llmc) -> None:
     ) as e:
         read_text(llmc(method="SpQR"))
     assert "OWQ" not in str(e.value)  # of LLMC's methods, those that there are
-    with pytest.raises(QplugError, match="quant: has no 'method'"):
+    with pytest.raises(QplugError, match="quant: the required key 'method'"):
         read_text("quant:\n    weight: {bit: 4}\n")
 
 
@@ -599,7 +599,7 @@ def test_where_folders_lie(
 def test_one_folder_serves_both_engines(read_text: Read, llmc: Llmc) -> None:
     read = read_text(llmc(save="save_sgl: True\nsave_vllm: True\nsave_path: x"))
     assert read.job.exports == (Export(Path("x"), "sglang"),)
-    assert "the folder for SGLang is one that vLLM loads too" in read.warnings[0]
+    assert "vLLM loads the folder for SGLang too" in read.warnings[0]
 
 
 def test_formats_that_are_not_there(read_text: Read, llmc: Llmc) -> None:

@@ -120,7 +120,10 @@ def test_an_export_has_the_backend_of_the_recipe_unless_it_names_one(read_text: 
         ("pipeline:\n- algorithm: awq\n  options: {clp: 1}", r":2: pipeline\[0\]: .* 'clp'. Did"),
         ("pipeline: [4]", r"pipeline\[0\]: 4 is wrong; allowed: a string or a mapping of algor"),
         ("scheme: W4", ":1: scheme: no scheme 'W4'"),
-        ("scheme: {preset: W4A16, weights: {dtype: int4, strategy: group}}", "needs either preset or"),
+        (
+            "scheme: {preset: W4A16, weights: {dtype: int4, strategy: group}}",
+            "needs either preset or",
+        ),
         ("scheme: {weights: {dtype: int4}}", "weights: the required key 'strategy' is missing"),
         (
             "scheme: {weights: {dtype: int4, strategy: row}}",

@@ -193,7 +193,7 @@ def test_awq_refuses_names_that_would_take_others_with_them() -> None:
     ("exporter", "schemes", "sentence"),
     [
         (GPTQ, ("W4A16_ASYM",) * 5, "--backend awq holds W4A16_ASYM), not W4A16_ASYM"),
-        (GPTQ, ("W8A8",) * 5, "the format holds symmetric integers (W4A16, W8A16; "),
+        (GPTQ, ("W8A8",) * 5, "the format stores symmetric integers (W4A16, W8A16; "),
         (GPTQ, ("W4A16",) * 3 + ("W8A16",) * 2, "one scheme in a folder, not W4A16 and W8A16"),
         (GPTQ, ("W4A16",) * 2, "engines fuse m.layers.0.attn.q_proj"),
         (AWQ, ("W4A16",) * 5, "use W4A16_ASYM, not W4A16"),

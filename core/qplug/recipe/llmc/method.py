@@ -25,7 +25,7 @@ METHODS = {
     "GPTBRECQ": "signround",
 }
 
-#: Keys whose values do not matter: memory, files between steps, and choices that are fixed in qplug.
+#: Keys whose values do not matter: memory, files between steps, and choices that qplug has fixed.
 _SILENT = (
     *("awq_bs", "save_mem", "chunk_num", "reduce_memory", "clip_path", "scale_path", "fp32_had"),
     *("clip_version", "do_gqa_trans", "search_clip_init", "quant_type", "n_outs"),
