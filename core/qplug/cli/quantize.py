@@ -13,7 +13,7 @@ import click
 from qplug.cli.config import tell
 from qplug.cli.headed import HeadedCommand, HeadedOption
 from qplug.cli.progress import progress_bar
-from qplug.cli.recipe_options import recipe_options, said
+from qplug.cli.recipe_options import recipe_options, typed_words
 from qplug.cli.report import write_report
 from qplug.machine.launch import Launch
 from qplug.registry.registry import Registry
@@ -92,7 +92,7 @@ def command(
     from qplug.run.perform import RunOptions
 
     options = RunOptions(device, int(shard_size * 1e9), overwrite, trust_remote_code)
-    words, registry = said(ctx), ctx.obj
+    words, registry = typed_words(ctx), ctx.obj
     if config is not None:
         done = _from_file(config, words, model, out, options, registry, dry_run, report)
         if as_json:

@@ -18,7 +18,7 @@ _KEY = "qplug.recipe"
 
 
 def recipe_options(command: F) -> F:
-    """Add the options of a recipe to ``command``, which reads their values with ``said``."""
+    """Add the options of a recipe to ``command``, which reads their values with ``typed_words``."""
     headings = list(dict.fromkeys(word.heading for word in words()))  # once each in --help
     ordered = sorted(words(), key=lambda word: headings.index(word.heading))
     for word in reversed(ordered):
@@ -26,7 +26,7 @@ def recipe_options(command: F) -> F:
     return command
 
 
-def said(ctx: click.Context) -> RecipeWords:
+def typed_words(ctx: click.Context) -> RecipeWords:
     """The recipe options that the user typed, by keyword; defaults are left out."""
     return cast("RecipeWords", ctx.meta.get(_KEY, {}))
 

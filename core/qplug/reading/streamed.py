@@ -22,7 +22,7 @@ def stream_folder(
 ) -> PreTrainedModel:
     """Load ``folder`` as a float32 model on ``device`` that reads each block when it computes.
 
-    The model computes the same as that of ``load_folder``, but memory contains only the embedding,
+    The model computes the same as after ``load_folder``, but memory contains only the embedding,
     the head, and one block. Each forward pass reads every block from disk again. If transformers
     fuses the model's experts, the whole model is loaded: 4 bytes per parameter.
     """

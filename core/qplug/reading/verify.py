@@ -66,7 +66,7 @@ def verify(
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
     source_name, source = find_source(opened, against)
     problems = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
-    problems += _beside_the_weights(opened)
+    problems += _tokenizer_missing(opened)
     problems += _architecture_lacks(opened, session)
     errors: dict[str, float] = {}
     rewritten = opened.manifest.rewritten if opened.manifest else frozenset()
@@ -113,7 +113,7 @@ def find_source(opened: Folder, against: str | None) -> tuple[str | None, Checkp
         return None, None  # the folder may have come from another machine
 
 
-def _beside_the_weights(opened: Folder) -> list[Problem]:
+def _tokenizer_missing(opened: Folder) -> list[Problem]:
     """A problem if the folder has no tokenizer, which servers need."""
     folder = opened.checkpoint.folder
     tokenizers = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")

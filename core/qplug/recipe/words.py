@@ -94,20 +94,20 @@ def _words(kind: type, above: str = "", heading: str = "") -> Iterator[Word]:
 _WORDS = tuple(_words(Recipe))
 
 
-def changed(recipe: Recipe, said: RecipeWords) -> Recipe:
-    """A copy of ``recipe`` with the values that ``said`` gives.
+def changed(recipe: Recipe, given: RecipeWords) -> Recipe:
+    """A copy of ``recipe`` with the values of the ``given`` keywords.
 
     Patterns are added to the recipe's patterns. Options are merged with the options of the same
     component; a different component starts without options. Raises QplugError for a wrong value,
     TypeError for an unknown keyword.
     """
-    if not said:
+    if not given:
         return recipe
-    values: Mapping[str, Any] = said
+    values: Mapping[str, Any] = given
     unknown = values.keys() - {word.name for word in words()}
     if unknown:
         raise TypeError(f"a recipe has no field for {', '.join(sorted(unknown))}")
-    scheme = parse_scheme(said.get("scheme") or recipe.scheme, said.get("group_size"))
+    scheme = parse_scheme(given.get("scheme") or recipe.scheme, given.get("group_size"))
     calibration = recipe.calibration or Calibration()
     return replace(
         recipe,
@@ -117,7 +117,7 @@ def changed(recipe: Recipe, said: RecipeWords) -> Recipe:
 
 
 def changed_job(
-    job: Job, said: RecipeWords, *, model: str | None = None, out: Path | None = None
+    job: Job, given: RecipeWords, *, model: str | None = None, out: Path | None = None
 ) -> Job:
     """A copy of ``job`` with its recipe ``changed``, and with ``model`` and ``out`` if given.
 
@@ -125,7 +125,7 @@ def changed_job(
     several folders.
     """
     recipe, exports = job.recipe, job.exports
-    if out is not None or said.get("backend") or said.get("backend_options"):
+    if out is not None or given.get("backend") or given.get("backend_options"):
         if len(exports) > 1:
             raise QplugError(
                 "--out, --backend: the file names several folders to write; change them"
@@ -134,18 +134,18 @@ def changed_job(
             raise QplugError("--backend needs a folder to write: give --out")
         export = exports[0] if exports else Export(out or Path())
         recipe, exports = job.recipe_for(export), (Export(out or export.out),)
-    return replace(job, model=model or job.model, recipe=changed(recipe, said), exports=exports)
+    return replace(job, model=model or job.model, recipe=changed(recipe, given), exports=exports)
 
 
-def _changes(owner: Any, said: Mapping[str, Any]) -> dict[str, Any]:
-    """The new values of fields of ``owner``: those in ``said``, and options of a new component.
+def _changes(owner: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The new values of fields of ``owner``: those in ``given``, and options of a new component.
 
     The options of a component come after the field that names the component, so ``changes`` already
     contains a new component.
     """
     changes: dict[str, Any] = {}
     for field in fields_of(type(owner)):
-        value, earlier = said.get(field.word), getattr(owner, field.name)
+        value, earlier = given.get(field.word), getattr(owner, field.name)
         component = changes.get(field.param.of)
         if component is not None and component != getattr(owner, field.param.of):
             changes[field.name] = earlier = _of_another(component, field, earlier)

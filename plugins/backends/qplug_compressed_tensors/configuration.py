@@ -132,9 +132,9 @@ def patterns(names: Iterable[str], among: Iterable[str], blocks: tuple[str, ...]
     Names that occur in every block become one expression. A name that is part of another name
     becomes an expression too, since SGLang matches plain names as parts of names.
     """
-    wanted, others = set(names), set(among)
+    wanted, present = set(names), set(among)
     inside: dict[str, set[str]] = {}
-    for name in others:
+    for name in present:
         block = next((block for block in blocks if name.startswith(block + ".")), None)
         if block is not None:
             inside.setdefault(_any_number(name.removeprefix(block + ".")), set()).add(name)
@@ -142,11 +142,11 @@ def patterns(names: Iterable[str], among: Iterable[str], blocks: tuple[str, ...]
     for local, members in inside.items():
         entry = rf"re:.*\.{local}$"
         # The expression for `proj` would match `attn.proj` too.
-        if members <= wanted and not any(matches(entry, other) for other in others - wanted):
+        if members <= wanted and not any(matches(entry, name) for name in present - wanted):
             entries.append(entry)
             covered |= members
     for name in wanted - covered:
-        alone = not any(name in other for other in others if other != name)
+        alone = not any(name in longer for longer in present - {name})
         entries.append(name if alone else f"re:{re.escape(name)}$")
     return sorted(entries)
 

@@ -53,7 +53,10 @@ class SGLang(CompressedTensorsLoader):
     ) -> str | None:
         outside = next((name for name in schemes if name not in model.quantizable), None)
         if outside is not None:
-            return f"{outside}: SGLang serves garbage for a quantized head or router; ignore it"
+            return (
+                f"{outside}: SGLang serves garbage for a quantized head or router; "
+                f"add --ignore {outside}"
+            )
         formats = sorted({layout for s in schemes.values() if (layout := format_of(s))})
         if len(formats) > 1:
             return f"SGLang reads one format in a folder, not {' and '.join(formats)}"

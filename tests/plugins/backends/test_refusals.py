@@ -175,7 +175,7 @@ def test_only_vllm_takes_a_head() -> None:
     schemes = {"layers.0.up": W4, "lm_head": W8}
     assert VLLM.refuses(model, schemes) is None
     assert SGLANG.refuses(model, schemes) == (
-        "lm_head: SGLang serves garbage for a quantized head or router; ignore it"
+        "lm_head: SGLang serves garbage for a quantized head or router; add --ignore lm_head"
     )
     fp4 = {"layers.0.up": W4, "lm_head": preset("NVFP4A16")}
     assert VLLM.refuses(model, fp4) == (

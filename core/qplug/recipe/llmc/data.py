@@ -93,48 +93,48 @@ def read_measurements(node: Node, warnings: list[str]) -> list[tuple[Measurement
     """
     return [
         measurement
-        for section in _sections(node)
-        for measurement in _measurements(Section(section, warnings))
+        for item in _items(node)
+        for measurement in _measurements(Section(item, warnings))
     ]
 
 
-def _sections(node: Node) -> tuple[Node, ...]:
+def _items(node: Node) -> tuple[Node, ...]:
     return (node,) if isinstance(node.value, dict) else node.items()
 
 
-def _measurements(part: Section) -> list[tuple[Measurement, str]]:
-    part.leave(*_MEMORY, "load_from_txt")
-    kind, stages = part.get("type"), _stages(part)
-    names = part.need("name").items()
-    length, path = part.whole("seq_len", least=2), part.get("path")
+def _measurements(section: Section) -> list[tuple[Measurement, str]]:
+    section.leave(*_MEMORY, "load_from_txt")
+    kind, stages = section.get("type"), _stages(section)
+    names = section.need("name").items()
+    length, path = section.whole("seq_len", least=2), section.get("path")
     if kind is not None and kind.word() != "ppl":
         warning = f"left out: qplug measures perplexity (ppl), not {kind.word()}"
-        part.warn("type", warning)
-        part.leave("num_samples", "num_eval_tokens", "max_new_tokens", "apply_chat_template")
-        part.leave("res_path", "format_tabs", "instruction", "add_chat_temp")
+        section.warn("type", warning)
+        section.leave("num_samples", "num_eval_tokens", "max_new_tokens", "apply_chat_template")
+        section.leave("res_path", "format_tabs", "instruction", "add_chat_temp")
         stages = ()
     for key in ("tasks", "eval_token_consist"):
-        if key in part:
-            part.warn(key, "no effect: qplug measures perplexity")
+        if key in section:
+            section.warn(key, "no effect: qplug measures perplexity")
     measurements = []
     for name in names if stages else ():
         under = path if len(names) == 1 or path is None else _below(path, name.word())
-        text = _text(part, name, own_field="question", path=under)
+        text = _text(section, name, own_field="question", path=under)
         windows = 256 if text.dataset == "c4" else None  # as in published perplexities of C4
         measurement = Measurement(stages, text.dataset, text.options, length or 2048, windows)
-        measurements.append((measurement, str(part.place)))
-    part.warn_of_rest()
+        measurements.append((measurement, str(section.place)))
+    section.warn_of_rest()
     return measurements
 
 
-def _stages(part: Section) -> tuple[Stage, ...]:
+def _stages(section: Section) -> tuple[Stage, ...]:
     stages: list[Stage] = []
-    node = part.need("eval_pos")
+    node = section.need("eval_pos")
     for item in node.items():
         stage = STAGES.get(item.word())
         if stage is None:
             warning = f"{item.word()!r} is left out; allowed: {', '.join(STAGES)}"
-            part.warnings.append(f"{item.place}: {warning}")
+            section.warnings.append(f"{item.place}: {warning}")
         elif stage not in stages:
             stages.append(stage)
     return tuple(stages)
@@ -144,18 +144,18 @@ def _below(path: Node, name: str) -> Node:
     return Node(path.place, str(Path(path.word()) / name))
 
 
-def _text(part: Section, name: Node, *, own_field: str, path: Node | None = None) -> Text:
+def _text(section: Section, name: Node, *, own_field: str, path: Node | None = None) -> Text:
     """The dataset called ``name``, read from ``path`` unless the section says to download it."""
     given = name.word()
     if given in _NOT_TEXT:
         raise name.place.error(f"{given!r} contains more than text, but qplug reads only text")
     dataset = _ALIASES.get(given, given)
-    path, download = path or part.get("path"), part.switch("download")
+    path, download = path or section.get("path"), section.switch("download")
     if path is None or download:
         return Text(dataset, {})
     place = Path(path.word()).expanduser()
     if not place.exists():
-        part.warnings.append(f"{path.place}: {place}: no such file or folder")
+        section.warnings.append(f"{path.place}: {place}: no such file or folder")
     if given in _OWN:
         listed = place / "samples.json" if place.is_dir() else place
         if listed.suffix == ".json":
