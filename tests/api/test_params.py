@@ -233,5 +233,5 @@ def test_pairs_are_split_at_the_first_equals_sign(pairs: dict[str, str]) -> None
 
 @pytest.mark.parametrize("word", ["bits", "=4", "="])
 def test_a_word_that_is_no_pair(word: str) -> None:
-    with pytest.raises(QplugError, match=f"^--dataset-opt {word}: say KEY=VALUE$"):
+    with pytest.raises(QplugError, match=f"^--dataset-opt {word}: write KEY=VALUE$"):
         parse_pairs([word], "--dataset-opt")

@@ -316,7 +316,7 @@ def test_two_formats_in_one_folder_for_sglang(llama: Path, refused: Refused) -> 
 def test_fused_layers_with_two_schemes(llama: Path, refused: Refused) -> None:
     message = refused(llama, "--override", "*.q_proj=W8A16")
     assert "q_proj" in message
-    assert message.endswith("so they must have one scheme")
+    assert message.endswith("so they must share one scheme")
 
 
 # --- what was asked for --------------------------------------------------------------------------
@@ -326,15 +326,15 @@ def test_fused_layers_with_two_schemes(llama: Path, refused: Refused) -> None:
     ("words", "complaint"),
     [
         (["--algo", "rnt"], "no algorithm 'rnt'. Did you mean 'rtn'?"),
-        (["--algo", ""], "--algo : say one algorithm"),
-        (["--algo", "rtn+"], "--algo rtn+: say one algorithm"),
-        (["--algo", "rtn+rtn"], "--algo rtn+rtn: say one algorithm"),
+        (["--algo", ""], "--algo : name one algorithm"),
+        (["--algo", "rtn+"], "--algo rtn+: name one algorithm"),
+        (["--algo", "rtn+rtn"], "--algo rtn+rtn: name one algorithm"),
         (["--scheme", "W9A16"], "no scheme 'W9A16'. There are: W4A16"),
         (["--backend", "sgland"], "no exporter 'sgland'. Did you mean 'sglang'?"),
         (["-o", "rtn.bits=4"], "algorithm rtn has no option 'bits'"),
         (["-o", "gptq.bits=4"], "-o gptq...: gptq is not in --algo"),
         (["--backend-opt", "x=1"], "backend sglang has no option 'x'"),
-        (["--backend-opt", "x"], "--backend-opt x: say KEY=VALUE"),
+        (["--backend-opt", "x"], "--backend-opt x: write KEY=VALUE"),
         (["--group-size", "0"], "group_size must be positive, not 0"),
         (["--group-size", "64", "--scheme", "FP8_BLOCK"], "FP8_BLOCK has no group size to choose"),
         (["--ignore", "*.q_prj"], "--ignore *.q_prj: matches no linear layer of the model"),
@@ -342,7 +342,7 @@ def test_fused_layers_with_two_schemes(llama: Path, refused: Refused) -> None:
         (["--ignore", "*"], "nothing is left to quantize"),
         (["--override", "*.x=W8A16"], "--override *.x: matches no linear layer of the model"),
         (["--override", "*=W9A9"], "no scheme 'W9A9'"),
-        (["--override", "W8A16"], "--override W8A16: say KEY=VALUE"),
+        (["--override", "W8A16"], "--override W8A16: write KEY=VALUE"),
         (["--device", "nonsense"], "--device nonsense: "),
         (["--device", "cpu:x"], "--device cpu:x: "),
         (["--device", "cuda:99"], "--device cuda:99: "),
@@ -373,7 +373,7 @@ def test_usage(words: list[str], llama: Path, refused: Refused) -> None:
 def test_a_model_must_be_named(cli: Callable[..., Result]) -> None:
     result = cli("quantize", "--out", "x")
     assert result.exit_code == 2
-    message = "Error: Missing MODEL: give it, or a recipe with --config."
+    message = "Error: Missing MODEL: give MODEL, or a recipe with --config."
     assert result.stderr.splitlines()[-1] == message
 
 

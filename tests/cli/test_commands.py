@@ -115,7 +115,7 @@ def test_a_resumed_run_says_so(
         assert cli("quantize", llama, "--out", tmp_path / "out").exit_code == 1
     result = cli("quantize", llama, "--out", tmp_path / "out")
     assert " s, " in result.stdout
-    assert result.stdout.splitlines()[0].endswith(" steps of them done before")
+    assert result.stdout.splitlines()[0].endswith(" steps done by an earlier run")
 
 
 def test_in_a_process_of_its_own(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_verify_without_the_float_model(cli: Cli, demo: Path, tmp_path: Path) ->
     edit_json(demo / "qplug.json", lambda told: told.update(model=str(tmp_path / "gone")))
     result = cli("verify", demo)
     assert result.exit_code == 0
-    assert result.stdout.splitlines()[1].startswith("not compared: the float model is not at hand")
+    assert result.stdout.splitlines()[1].startswith("not compared: the float model was not found")
     against = cli("verify", demo, "--against", "qplug:demo")
     assert "relative error against qplug:demo" in against.stdout
     assert cli("verify", demo, "--against", tmp_path / "gone").exit_code == 1
@@ -277,7 +277,7 @@ def test_many_problems_are_not_all_listed(cli: Cli, demo: Path) -> None:
     result = cli("verify", demo)
     lines = result.stdout.splitlines()
     assert len(lines) == 22
-    assert lines[-2] == f"... and {28 - 20} problems more"
+    assert lines[-2] == f"... and {28 - 20} more problems"
     assert len(json.loads(cli("verify", demo, "--json").stdout)["problems"]) == 28
 
 
@@ -385,7 +385,7 @@ def test_schemes_of_one_release(cli: Cli) -> None:
     assert (
         "no table for version '0.1'; there are: vLLM 0.32, vLLM 0.26" in cli(*words, "0.1").stderr
     )
-    assert "of which engine? Say --backend" in cli("schemes", "--engine-version", "0.26").stderr
+    assert "name its backend with --backend" in cli("schemes", "--engine-version", "0.26").stderr
 
 
 def test_schemes_that_take_a_model_in_parts(cli: Cli) -> None:
@@ -403,7 +403,9 @@ def test_schemes_that_take_a_model_in_parts(cli: Cli) -> None:
     text = cli(*words[:-1], "--tp", 2).stdout
     assert "takes the model" in text
     assert parts["FP8_BLOCK"] in text
-    assert cli("schemes", "--tp", 2).stderr == "Error: --tp: parts of what? Say --model\n"
+    assert cli("schemes", "--tp", 2).stderr == (
+        "Error: --tp splits a model over processes: name the model with --model\n"
+    )
 
 
 def test_what_the_table_serves_is_not_refused(cli: Cli, tmp_path: Path) -> None:

@@ -485,7 +485,7 @@ def spoil(tensor: Tensor) -> None:
         (lambda: True, "must return None or a sentence"),
         (lambda: " ", "must return None or a sentence"),
         (lambda: "no\nno", "one line"),
-        (lambda: "no", "refuses every scheme"),
+        (lambda: "no", "refuses every preset"),
         (lambda: {}["scheme"], "must return a sentence: KeyError"),
     ],
 )
@@ -502,18 +502,18 @@ def test_packing_that_loses() -> None:
     contract = exporter(unpack=unpack)
     said = trips(contract, "test_unpack_is_the_inverse_of_pack")
     assert "has other scale than w" in said
-    assert "it is off by" in trips(contract, "test_stored_tensors_stand_for_the_weight")
+    assert "its relative error is" in trips(contract, "test_stored_tensors_stand_for_the_weight")
 
 
 def test_scales_of_inputs_that_get_lost() -> None:
     contract = exporter(input_scale=lambda self, tensors, scheme: None)
     said = trips(contract, "test_scales_of_inputs_are_read_back")
-    assert "must give the scale of static inputs back" in said
+    assert "must return the packed scale of static inputs" in said
 
 
 def test_a_layout_that_is_not_kept() -> None:
     more = exporter(pack=packing(lambda weight, packed: {**packed, "more": weight.scale}))
-    assert "but pack gives" in trips(more, "test_layout_is_what_pack_gives")
+    assert "but pack returns" in trips(more, "test_layout_is_what_pack_gives")
     dotted = exporter(
         pack=packing(lambda weight, packed: {f"w.{n}": t for n, t in packed.items()}),
         layout=lambda self, shape, scheme, dtype: {
@@ -521,7 +521,7 @@ def test_a_layout_that_is_not_kept() -> None:
             for name, spec in CompressedTensors.layout(self, shape, scheme, dtype).items()
         },
     )
-    assert "must give local names" in trips(dotted, "test_layout_is_what_pack_gives")
+    assert "must return local names" in trips(dotted, "test_layout_is_what_pack_gives")
 
 
 def test_tensors_changed_in_place() -> None:
@@ -540,7 +540,7 @@ def test_tensors_changed_in_place() -> None:
     ("change", "sentence"),
     [
         (lambda config: {**config, "shape": torch.ones(1)}, "must be JSON"),
-        (lambda config: {**config, "shape": (1, 2)}, "is another after JSON"),
+        (lambda config: {**config, "shape": (1, 2)}, "differs after JSON"),
         (lambda config: {**config, "config_groups": 3}, "fails on its own config"),
         (lambda config: {**config, "ignore": ["re:.*"]}, "must find"),
     ],

@@ -196,7 +196,7 @@ def test_dry_run(cli: Cli, folder: Callable[..., Path], this_cpu: Callable[..., 
         *("--served-model-name", "demo-small", "--host", "127.0.0.1", "--port", "8123"),
         *("--kv-cache-dtype", "fp8", "--max-model-len", "64"),
     ]
-    words = shlex.split(curl.removeprefix("when it is ready: "))
+    words = shlex.split(curl.removeprefix("when the server is ready: "))
     assert words[:2] == ["curl", "http://127.0.0.1:8123/v1/completions"]
     assert json.loads(words[-1])["model"] == "demo-small"
 
@@ -268,7 +268,7 @@ def test_an_engine_that_is_not_installed_is_one_line(
 def test_a_backend_that_is_no_engine_is_one_line(cli: Cli, folder: Callable[..., Path]) -> None:
     result = cli("serve", folder(scheme="W4A16", backend="compressed-tensors"))
     assert result.exit_code == 1
-    assert "compressed-tensors, which is no engine; say --backend sglang or vllm" in result.stderr
+    assert "compressed-tensors, which is no engine; name one with --backend" in result.stderr
 
 
 def test_serve_becomes_the_engine(
@@ -283,7 +283,9 @@ def test_serve_becomes_the_engine(
     assert ended.stderr == "ValueError: this engine cannot load it\n"
     assert saw()["arguments"][-3:] == ["--tp", "2", "--break"]
     assert saw()["pid"] == started.ids[0]
-    assert ended.stdout.splitlines()[1].startswith("when it is ready: curl http://127.0.0.1:8000/")
+    assert ended.stdout.splitlines()[1].startswith(
+        "when the server is ready: curl http://127.0.0.1:8000/"
+    )
 
 
 # --- verify --engine ------------------------------------------------------------------------------

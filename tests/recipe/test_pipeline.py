@@ -43,14 +43,14 @@ def test_what_goes_together(algo: str, scheme: str) -> None:
 @pytest.mark.parametrize(
     ("algo", "scheme", "reason"),
     [
-        ("smoothquant+awq", "W8A8", "smoothquant and awq both settle the scales of inputs"),
-        ("awq+osplus+gptq", "W8A8", "awq and osplus both settle the scales of inputs"),
+        ("smoothquant+awq", "W8A8", "smoothquant and awq both decide the scales of inputs"),
+        ("awq+osplus+gptq", "W8A8", "awq and osplus both decide the scales of inputs"),
         ("gptq+hqq", "W4A16", "gptq and hqq both choose codes"),
         ("gptq+awq", "W4A16", "--algo gptq+awq: gptq chooses codes, so it comes after awq"),
         ("awq+quarot", "W8A8", "quarot rewrites the float model, so it comes before awq"),
         ("smoothquant", "W4A16", "smoothquant: makes inputs easy to round, but W4A16 does"),
         ("osplus+gptq", "W8A16", "osplus: makes inputs easy to round, but W8A16 does"),
-        ("quarot+spinquant", "W4A4", "both settle the rotation of the stream"),
+        ("quarot+spinquant", "W4A4", "both decide the rotation of the stream"),
         ("spinquant+gptq", "W4A16", "spinquant: learns from the errors of rounded inputs"),
         ("hqq", "FP8_BLOCK", "hqq: solves for integer grids"),
     ],
@@ -89,7 +89,7 @@ def test_what_others_say_counts() -> None:
             return "does not like it" if schemes[0].name == "W8A16" else None
 
     awq = make_pipeline(["awq"], {}, [preset("W4A16")], Registry.installed())
-    with pytest.raises(QplugError, match="awq and mine both settle the scales of inputs"):
+    with pytest.raises(QplugError, match="awq and mine both decide the scales of inputs"):
         check_pipeline([*awq, Mine(NoParams())], [preset("W4A16")])
     with pytest.raises(QplugError, match=r"^mine: does not like it$"):
         check_pipeline([Mine(NoParams())], [preset("W8A16")])

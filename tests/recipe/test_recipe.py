@@ -46,7 +46,7 @@ def test_algorithms(text: str, names: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("text", ["", "+", "rtn+", "+rtn", "a++b", "rtn+rtn", " "])
 def test_algorithms_that_are_none(text: str) -> None:
-    with pytest.raises(QplugError, match="say one algorithm, or several"):
+    with pytest.raises(QplugError, match="name one algorithm, or several"):
         parse_algorithms(text)
 
 

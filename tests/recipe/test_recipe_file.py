@@ -94,7 +94,7 @@ def test_an_observer_where_older_recipes_have_it(read_text: Read) -> None:
     new = read_text("seed: 1\ncalibration: {samples: 4, observer: histogram}")
     assert old.job == new.job
     assert [warning.partition("f.yml:")[2] for warning in old.warnings] == [
-        "2: observer: say it in calibration: {observer: histogram}"
+        "2: observer: move it: calibration: {observer: histogram}"
     ]
     assert read_text("observer: histogram").job.recipe.calibration.observer == "histogram"
     with pytest.raises(QplugError, match=":1: observer: 'mean' is wrong; allowed: minmax, mov"):
@@ -113,15 +113,18 @@ def test_an_export_has_the_backend_of_the_recipe_unless_it_names_one(read_text: 
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("pipline: [awq]", r":1: pipline: no such key. Did you mean 'pipeline'\?; allowed: model,"),
+        ("pipline: [awq]", r":1: pipline: unknown key. Did you mean 'pipeline'\?; allowed: model,"),
         ("pipeline: awq", ":1: pipeline: 'awq' is wrong; allowed: a list"),
         ("pipeline: [awq, awq]", ":1: pipeline: --algo awq"),
         ("pipeline:\n- awq\n- quip", r":3: pipeline\[1\]: no algorithm 'quip'"),
         ("pipeline:\n- algorithm: awq\n  options: {clp: 1}", r":2: pipeline\[0\]: .* 'clp'. Did"),
         ("pipeline: [4]", r"pipeline\[0\]: 4 is wrong; allowed: a string or a mapping of algor"),
         ("scheme: W4", ":1: scheme: no scheme 'W4'"),
-        ("scheme: {preset: W4A16, weights: {dtype: int4, strategy: group}}", "say preset, or we"),
-        ("scheme: {weights: {dtype: int4}}", "weights: has no 'strategy', which it needs"),
+        (
+            "scheme: {preset: W4A16, weights: {dtype: int4, strategy: group}}",
+            "needs either preset or",
+        ),
+        ("scheme: {weights: {dtype: int4}}", "weights: the required key 'strategy' is missing"),
         (
             "scheme: {weights: {dtype: int4, strategy: row}}",
             "strategy: 'row' is wrong; allowed: te",
@@ -136,7 +139,7 @@ def test_an_export_has_the_backend_of_the_recipe_unless_it_names_one(read_text: 
         ),
         ("calibration: {sampling: all}", "sampling: 'all' is wrong; allowed: dataset, windows"),
         ("calibration: {dataset: c5}", ":1: calibration: no dataset 'c5'. There are: c4"),
-        ("export:\n- {backend: vllm}", r":2: export\[0\]: has no 'out', which it needs"),
+        ("export:\n- {backend: vllm}", r":2: export\[0\]: the required key 'out' is missing"),
         ("export:\n- {out: x, backend: trt}", r":2: export\[0\]: no exporter 'trt'"),
         ("eval:\n- {at: [later]}", r":2: eval\[0\].at\[0\]: 'later' is wrong; allowed: pretrain,"),
         ("eval:\n- {at: quantized}", "at: 'quantized' is wrong; allowed: a list"),
@@ -381,7 +384,7 @@ def test_another_group_or_backend(read_text: Read) -> None:
     one = replace(job, exports=(Export(Path("x"), "vllm", {"tp": 2}),))
     other = changed_job(one, {"backend": "sglang"})
     assert (other.recipe.backend, other.recipe.backend_options) == ("sglang", {})
-    with pytest.raises(QplugError, match="say with --out where to write"):
+    with pytest.raises(QplugError, match="needs a folder to write: give --out"):
         changed_job(job, {"backend": "vllm"})
     with pytest.raises(QplugError, match="names several folders"):
         changed_job(read_text(WHOLE).job, {}, out=Path("x"))

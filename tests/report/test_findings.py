@@ -181,7 +181,7 @@ def test_without_the_float_model(rtn: Path, tmp_path: Path, float_model: Path) -
     named = examine(str(alone), registry, against=str(float_model))
     assert named.against == str(float_model)
     assert all(layer.recomputed for layer in named.layers)
-    with pytest.raises(QplugError, match="another shape; it is another model"):
+    with pytest.raises(QplugError, match="another shape; it is a different model"):
         examine(str(alone), registry, against="qplug:demo")
 
 

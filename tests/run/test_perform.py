@@ -261,8 +261,8 @@ def test_a_snippet_with_the_rest_on_the_command_line(
 ) -> None:
     snippet = llmc()
     nothing = run(snippet)
-    assert "no model is said: give MODEL" in nothing.output
-    assert "nothing is to be written or measured: give --out" in run(snippet, "qplug:demo").output
+    assert "the job names no model: give MODEL" in nothing.output
+    assert "the job writes and measures nothing: give --out" in run(snippet, "qplug:demo").output
     result = run(snippet, "qplug:demo", "--out", tmp_path / "out", "--group-size", "64")
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
@@ -407,4 +407,4 @@ def test_help(cli: Cli) -> None:
         assert name in cli("config", "--help").output
     missing = cli("quantize", "--out", "x")
     assert missing.exit_code == 2
-    assert "Missing MODEL: give it, or a recipe with --config" in missing.output
+    assert "Missing MODEL: give MODEL, or a recipe with --config" in missing.output

@@ -1,8 +1,8 @@
-"""A component's options: one frozen dataclass, filled from the command line, YAML or Python.
+"""Options of a component: a frozen dataclass, filled from the command line, YAML or Python.
 
 A field is ``name: Annotated[type, Param("What it does.")] = default``. Types: ``bool``, ``int``,
-``float``, ``str``, ``Path``, ``Literal[...]``, and any of them ``| None``. Recipes, whose fields
-have more types, are read by ``qplug.recipe.fields`` from the same annotation.
+``float``, ``str``, ``Path``, ``Literal[...]``, and any of them ``| None``. The fields of recipes
+have more types: ``qplug.recipe.fields`` reads them from the same annotation.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ _SCALARS = (bool, int, float, str, Path)
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a field is said where its type is none that files have.
+    """How a field is written in files and on the command line, if its type is no type of files.
 
-    ``kind`` is the type in files. ``read`` makes of such a value the values of fields, by name.
-    ``write`` makes it of the dataclass that has the fields. ``parse`` makes the field's value of
-    the word that the command line or Python gives. ``read`` and ``parse`` raise QplugError.
+    ``kind`` is the type in files. ``read`` converts a value of that type into values of fields, by
+    name. ``write`` converts the dataclass with the fields back into a value of that type. ``parse``
+    converts a word of the command line or Python into the field's value. ``read`` and ``parse``
+    raise QplugError for a wrong value.
     """
 
     kind: Any
@@ -42,15 +43,19 @@ class Spelling:
 
 @dataclass(frozen=True)
 class Param:
-    """The meaning of a field, the bounds of a number, and older names that it also answers to.
+    """What a field means, the bounds of its number, and the other names that files may use for it.
 
-    The rest is for qplug's own recipe. In files: ``key`` is the key (by default the field's name;
-    None if the field has no key of its own), ``spelling`` the form of its value, ``inline`` says
-    that the keys of a part stand beside those of the whole. As words on the command line and in
-    Python: ``word`` is the keyword (by default the name), ``flag`` the option (by default
-    the keyword after two hyphens), ``metavar`` its value; ``adds`` says that a value is added to
-    the earlier one. ``of`` names the field whose component the value belongs to: another component
-    starts from the default. ``heading`` is the part of ``--help`` in which the option stands.
+    ``help`` is a sentence for users. ``min`` and ``max`` are bounds, inclusive. ``also`` lists
+    further names, such as older ones.
+
+    The other attributes are for qplug's own recipe. In files: ``key`` is the key (by default the
+    field's name; None if the field has no key), ``spelling`` the form of the value, and ``inline``
+    says that the keys of the field's dataclass appear at the level of the field itself. On the
+    command line and in Python: ``word`` is the keyword (by default the name), ``flag`` the option
+    (by default ``--`` and the keyword), ``metavar`` the placeholder of its value; ``adds`` says
+    that a value is appended to the earlier one. ``of`` names the field with the component that the
+    value belongs to: if that component changes, the value returns to its default. ``heading`` is
+    the section of ``--help`` that lists the option.
     """
 
     help: str
@@ -71,7 +76,10 @@ class Param:
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a dataclass, with its type and its Param. ``default`` may be MISSING."""
+    """One field of a dataclass, with its type and its Param.
+
+    ``default`` is ``dataclasses.MISSING`` for a required field.
+    """
 
     name: str
     type: Any
@@ -80,6 +88,7 @@ class Field:
 
     @property
     def required(self) -> bool:
+        """Whether the field has no default."""
         return self.default is dataclasses.MISSING
 
     @property
@@ -94,7 +103,10 @@ class Field:
 
 
 def fields_of(kind: type) -> tuple[Field, ...]:
-    """The fields of a dataclass, in order. Raises TypeError for one without a Param."""
+    """The fields of the dataclass ``kind``, in order.
+
+    Raises TypeError for a field without a Param.
+    """
     return _fields(kind)
 
 
@@ -116,7 +128,7 @@ def _field(kind: type, field: dataclasses.Field[Any], hint: Any) -> Field:
 
 
 def check_fields(owner: Any) -> None:
-    """Raises QplugError for a field of ``owner`` that is out of bounds or none of its choices."""
+    """Raise QplugError if a field of ``owner`` is out of bounds, or none of its choices."""
     for field in fields_of(type(owner)):
         value, least = getattr(owner, field.name), field.param.min
         choices = get_args(field.type) if get_origin(field.type) is Literal else ()
@@ -129,7 +141,11 @@ def check_fields(owner: Any) -> None:
 
 @dataclass(frozen=True)
 class Option:
-    """One field of a ``Params`` dataclass, taken apart."""
+    """One field of a ``Params`` dataclass, as an option.
+
+    ``kind`` is bool, int, float, str or Path. ``choices`` are the values of a ``Literal``, empty
+    for other types. ``optional`` says that the value may be None.
+    """
 
     name: str
     kind: type
@@ -140,11 +156,12 @@ class Option:
 
     @property
     def required(self) -> bool:
+        """Whether the option has no default."""
         return self.default is dataclasses.MISSING
 
     @property
     def type_name(self) -> str:
-        """The type as users read it: ``int >= 1``, ``v1|v2``."""
+        """The type in words for users, such as ``int >= 1`` or ``v1|v2``."""
         none = " or none" if self.optional else ""
         if self.choices:
             return "|".join(str(choice) for choice in self.choices) + none
@@ -155,14 +172,17 @@ class Option:
 
 
 def options(params: type) -> list[Option]:
-    """The fields of ``params``, checked. Raises TypeError for what cannot be an option."""
+    """The options that the fields of ``params`` describe, in order.
+
+    Raises TypeError if ``params`` is no frozen dataclass, or if a field cannot be an option.
+    """
     if not (dataclasses.is_dataclass(params) and params.__dataclass_params__.frozen):  # type: ignore[attr-defined]
         raise TypeError(f"{params.__qualname__} must be a frozen dataclass")
-    found = [_option(params, field) for field in fields_of(params)]
-    names = [_plain(name) for option in found for name in (option.name, *option.param.also)]
+    known = [_option(params, field) for field in fields_of(params)]
+    names = [_plain(name) for option in known for name in (option.name, *option.param.also)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise TypeError(f"{params.__qualname__}: {', '.join(twice)} names two options")
-    return found
+    return known
 
 
 def _option(params: type, field: Field) -> Option:
@@ -192,21 +212,25 @@ def _option(params: type, field: Field) -> Option:
 
 
 def parse_pairs(pairs: typing.Iterable[str], flag: str) -> dict[str, str]:
-    """``KEY=VALUE`` words, as a mapping. Raises QplugError for a word without ``=``."""
+    """Parse ``KEY=VALUE`` words into a mapping from keys to values.
+
+    Raises QplugError, whose message names ``flag``, for a word without ``=``.
+    """
     values = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not (key and equals):
-            raise QplugError(f"{flag} {pair}: say KEY=VALUE")
+            raise QplugError(f"{flag} {pair}: write KEY=VALUE")
         values[key] = value
     return values
 
 
 def fill(params: type[T], values: Mapping[str, Any], owner: str) -> T:
-    """Make ``params`` of ``values``, which may be strings, numbers, or what YAML gave.
+    """Create an object of the dataclass ``params`` from ``values``.
 
-    ``owner`` ("algorithm awq") begins the message of the QplugError that an unknown key, a missing
-    one, or a wrong value raises.
+    Values may be strings, numbers, booleans or None, as they come from the command line, YAML or
+    Python. Raises QplugError, whose message begins with ``owner`` ("algorithm awq"), for an unknown
+    key, a missing key, or a wrong value.
     """
     known = options(params)
     by_name = by_all_names(known)
@@ -227,7 +251,7 @@ def fill(params: type[T], values: Mapping[str, Any], owner: str) -> T:
 
 
 def by_all_names(known: typing.Iterable[Option]) -> dict[str, Option]:
-    """Options by their names and older names, in the spelling with underscores."""
+    """Options by all their names, older names included, with underscores instead of hyphens."""
     return {_plain(name): o for o in known for name in (o.name, *o.param.also)}
 
 
@@ -236,7 +260,10 @@ def _plain(name: str) -> str:
 
 
 def convert(option: Option, value: Any, where: str) -> Any:
-    """``value`` as ``option`` has it. Raises QplugError, which begins with ``where``."""
+    """Convert ``value`` into the type of ``option``.
+
+    Raises QplugError, whose message begins with ``where``, for a wrong value.
+    """
     if option.optional and (value is None or str(value).lower() in ("none", "null")):
         return None
     if option.choices:
@@ -247,13 +274,13 @@ def convert(option: Option, value: Any, where: str) -> Any:
         none = " or none" if option.optional else ""
         raise QplugError(f"{where}: must be one of {names}{none}")
     try:
-        made = _scalar(option.kind, value)
+        converted = _scalar(option.kind, value)
     except (ValueError, TypeError):
         raise QplugError(f"{where}: must be {option.type_name}") from None
     low, high = option.param.min, option.param.max
-    if (low is not None and made < low) or (high is not None and made > high):
+    if (low is not None and converted < low) or (high is not None and converted > high):
         raise QplugError(f"{where}: must be {option.type_name}")
-    return made
+    return converted
 
 
 def _scalar(kind: type, value: Any) -> Any:
@@ -267,7 +294,7 @@ def _scalar(kind: type, value: Any) -> Any:
         raise ValueError
     if kind is int and isinstance(value, float) and not value.is_integer():
         raise ValueError
-    made = kind(value)
-    if isinstance(made, float) and math.isnan(made):
+    converted = kind(value)
+    if isinstance(converted, float) and math.isnan(converted):
         raise ValueError
-    return made
+    return converted

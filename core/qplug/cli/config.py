@@ -1,4 +1,4 @@
-"""``qplug config``: what files say, without running them."""
+"""``qplug config``: checks and converts recipe files without running them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def command() -> None:
 @_FILE
 @click.pass_obj
 def check(registry: Registry, file: Path) -> None:
-    """Check FILE as far as it can be without the model.
+    """Check everything in FILE that can be checked without the model.
 
-    Keys that change nothing are told on stderr, with their lines. Exit status 1 for wrong values,
-    and for algorithms that make no sense together or for the scheme.
+    Warnings on stderr name the keys without effect and their lines. The exit status is 1 if FILE
+    has a wrong value, or if its algorithms do not fit each other or the scheme.
     """
     from qplug.recipe.check import check as check_job
     from qplug.recipe.files import read_job
@@ -34,7 +34,7 @@ def check(registry: Registry, file: Path) -> None:
     job, recipe = read.job, read.job.recipe
     check_job(job, registry)
     folders = [f"{e.out} ({job.recipe_for(e).backend})" for e in job.exports]
-    stages = dict.fromkeys(stage for told in job.measurements for stage in told.at)
+    stages = dict.fromkeys(stage for measurement in job.measurements for stage in measurement.at)
     click.echo(
         f"{file}: valid {read.kind}: {'+'.join(recipe.algorithms)}, {recipe.scheme.name}; "
         f"writes {', '.join(folders) or 'nothing'}; measures {', '.join(stages) or 'nothing'}"
@@ -45,7 +45,7 @@ def check(registry: Registry, file: Path) -> None:
 @_FILE
 @click.pass_obj
 def convert(registry: Registry, file: Path) -> None:
-    """Print the native recipe that does what FILE asks for."""
+    """Print the native recipe for the job in FILE."""
     from qplug.recipe.check import check_names
     from qplug.recipe.files import read_job
     from qplug.recipe.recipe_file import write_recipe
@@ -65,6 +65,6 @@ def schema() -> None:
 
 
 def tell(warnings: tuple[str, ...]) -> None:
-    """Warnings go to stderr, each on a line."""
+    """Print each warning on a line of stderr."""
     for warning in warnings:
         click.echo(f"Warning: {warning}", err=True)

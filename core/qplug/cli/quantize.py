@@ -13,7 +13,7 @@ import click
 from qplug.cli.config import tell
 from qplug.cli.headed import HeadedCommand, HeadedOption
 from qplug.cli.progress import progress_bar
-from qplug.cli.recipe_options import recipe_options, said
+from qplug.cli.recipe_options import recipe_options, typed_words
 from qplug.cli.report import write_report
 from qplug.machine.launch import Launch
 from qplug.registry.registry import Registry
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qplug.api.events import Result
     from qplug.reading.perplexity import Evaluation
     from qplug.recipe.words import RecipeWords
-    from qplug.run.perform import Done, How
+    from qplug.run.perform import JobResult, RunOptions
 
 _run_option = partial(click.option, cls=HeadedOption)
 _result_option = partial(click.option, cls=HeadedOption, heading="Result")
@@ -36,7 +36,7 @@ _result_option = partial(click.option, cls=HeadedOption, heading="Result")
     cls=HeadedOption,
     heading="Recipe",
     type=click.Path(path_type=Path),
-    help="A recipe, or an LLMC YAML file as it is; options given beside it win.",
+    help="A recipe or an unchanged LLMC YAML file; options on the command line win over it.",
 )
 @recipe_options
 @_result_option(
@@ -54,17 +54,17 @@ _result_option = partial(click.option, cls=HeadedOption, heading="Result")
 @_result_option(
     "--overwrite",
     is_flag=True,
-    help="Replace a model that is at --out.",
+    help="Replace the model in the folder --out.",
 )
 @_result_option(
     "--report",
     metavar="[FILE]",
     is_flag=False,
     flag_value="",
-    help="Write a page on the result; by default OUT.report.html.",
+    help="Write an HTML report on the result to FILE, by default OUT.report.html.",
 )
 @_run_option("--device", default="auto", show_default=True, help="auto, cpu, or cuda[:N].")
-@_run_option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
+@_run_option("--trust-remote-code", is_flag=True, help="Run Python code from the model's folder.")
 @_run_option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @_run_option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
@@ -84,17 +84,17 @@ def command(
     """Quantize MODEL into the new folder --out.
 
     MODEL is a folder in Hugging Face's layout, a Hub id, or qplug:demo, a small Llama that ships
-    with qplug. A run that was killed goes on when the same command is given again. Started by
-    torchrun -m qplug, several processes share a calibrated run, each on a GPU of its own.
+    with qplug. If a run was killed, the same command continues it. Started by torchrun -m qplug,
+    several processes share a calibrated run, each on its own GPU.
 
     A PATTERN is a glob over module names, or re: and a regular expression.
     """
-    from qplug.run.perform import How
+    from qplug.run.perform import RunOptions
 
-    how = How(device, int(shard_size * 1e9), overwrite, trust_remote_code)
-    words, registry = said(ctx), ctx.obj
+    options = RunOptions(device, int(shard_size * 1e9), overwrite, trust_remote_code)
+    words, registry = typed_words(ctx), ctx.obj
     if config is not None:
-        done = _from_file(config, words, model, out, how, registry, dry_run, report)
+        done = _from_file(config, words, model, out, options, registry, dry_run, report)
         if as_json:
             click.echo(json.dumps(_plain(done), indent=2))
         else:
@@ -102,10 +102,10 @@ def command(
         return
     for value, name in ((model, "MODEL"), (out, "--out")):
         if value is None:
-            raise click.UsageError(f"Missing {name}: give it, or a recipe with --config.")
+            raise click.UsageError(f"Missing {name}: give {name}, or a recipe with --config.")
     assert model is not None
     assert out is not None
-    result = _from_words(words, model, out, how, registry, dry_run, report)
+    result = _from_words(words, model, out, options, registry, dry_run, report)
     if as_json:
         click.echo(json.dumps(_plain_result(result), indent=2))
     else:
@@ -116,12 +116,12 @@ def _from_words(
     words: RecipeWords,
     model: str,
     out: Path,
-    how: How,
+    options: RunOptions,
     registry: Registry,
     dry_run: bool,
     report: str | None,
 ) -> Result:
-    """Quantize ``model`` into ``out`` as ``words`` say."""
+    """Quantize ``model`` into ``out`` by the recipe that ``words`` describe."""
     from qplug.run.quantize import quantize
 
     if report is not None:
@@ -130,18 +130,18 @@ def _from_words(
         result = quantize(
             model,
             out,
-            shard_bytes=how.shard_bytes,
-            device=how.device,
-            overwrite=how.overwrite,
+            shard_bytes=options.shard_bytes,
+            device=options.device,
+            overwrite=options.overwrite,
             dry_run=dry_run,
-            trust_remote_code=how.trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
             registry=registry.with_(bar, "progress-bar"),
             **words,
         )
     if report is not None and not dry_run and Launch.of().is_first:
         file = report_file(report, out)
         write_report(
-            str(out), file, registry, result=result, trust_remote_code=how.trust_remote_code
+            str(out), file, registry, result=result, trust_remote_code=options.trust_remote_code
         )
     return result
 
@@ -151,14 +151,15 @@ def _from_file(
     words: RecipeWords,
     model: str | None,
     out: Path | None,
-    how: How,
+    options: RunOptions,
     registry: Registry,
     dry_run: bool,
     report: str | None,
-) -> Done:
-    """Perform the job in ``file``, changed by what was typed; defaults do not count.
+) -> JobResult:
+    """Run the job in ``file``, changed by the options that the user typed, and return its results.
 
-    ``report`` asks for a page on each folder that was written: "" or a file, where there is one.
+    Unless ``report`` is None, a report is written for each folder: to the file that ``report``
+    names, or next to the folder if ``report`` is "".
     """
     from qplug.recipe.files import read_job
     from qplug.recipe.words import changed_job
@@ -172,37 +173,37 @@ def _from_file(
     with progress_bar("") as bar:
         done = perform(
             job,
-            device=how.device,
-            shard_bytes=how.shard_bytes,
-            overwrite=how.overwrite,
+            device=options.device,
+            shard_bytes=options.shard_bytes,
+            overwrite=options.overwrite,
             dry_run=dry_run,
-            trust_remote_code=how.trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
             registry=registry,
             watch=lambda what, n, total, name, loss: bar(n, total, f"{what} {name}", loss),
         )
     if report is not None and not dry_run and Launch.of().is_first:
-        _write_reports(done, report, how, registry)
+        _write_reports(done, report, options, registry)
     return done
 
 
-def _write_reports(done: Done, report: str, how: How, registry: Registry) -> None:
-    """A page on each folder, with what was measured of the model before and after."""
+def _write_reports(done: JobResult, report: str, options: RunOptions, registry: Registry) -> None:
+    """Write a report for each folder, with the perplexities that the job measured."""
     stages = {"pretrain": "float", "transformed": "transformed", "quantized": "quantized"}
     measured: dict[str, list[Evaluation]] = {}
-    for found in done.measured:
-        measured.setdefault(stages[found.at], []).append(found.evaluation)
+    for measurement in done.measured:
+        measured.setdefault(stages[measurement.at], []).append(measurement.evaluation)
     for result in done.results:
         write_report(
             str(result.out),
             report_file(report, result.out),
             registry,
-            trust_remote_code=how.trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
             measured=measured,
             result=result,
         )
 
 
-def _plain(done: Done) -> dict[str, object]:
+def _plain(done: JobResult) -> dict[str, object]:
     return {
         "results": [_plain_result(result) for result in done.results],
         "measured": [
@@ -217,35 +218,37 @@ def _plain_result(result: Result) -> dict[str, object]:
     return {**dataclasses.asdict(result), "out": str(result.out)}
 
 
-def _tell_all(done: Done) -> None:
-    """What became of a job, in a few lines for each folder and measurement."""
+def _tell_all(done: JobResult) -> None:
+    """Print the results of a job: a few lines for each folder, one for each measurement."""
     for folder in done.kept:
         click.echo(f"{folder}: was written by an earlier run")
     for result in done.results:
         _tell(result)
     for measured in done.measured:
-        found = measured.evaluation
-        told = f"{found.windows} windows of {found.seq_len} tokens of {found.dataset}"
-        click.echo(f"{measured.at}: perplexity {found.perplexity:.4f} ({told})")
+        evaluation = measured.evaluation
+        text = (
+            f"{evaluation.windows} windows of {evaluation.seq_len} tokens of {evaluation.dataset}"
+        )
+        click.echo(f"{measured.at}: perplexity {evaluation.perplexity:.4f} ({text})")
 
 
 def _tell(result: Result) -> None:
-    """What became of a run, in a few lines."""
+    """Print the result of one run in a few lines."""
     out = result.out
     sizes = f"{result.source_bytes / 1e6:,.1f} MB -> {result.bytes / 1e6:,.1f} MB"
     if result.dry_run:
         click.echo(f"{out}: would be written: {sizes}")
         return
     if not result.errors:
-        click.echo(f"{out}: float, nothing is quantized, {sizes}, {result.seconds:.1f} s")
+        click.echo(f"{out}: float weights, no layer quantized, {sizes}, {result.seconds:.1f} s")
         return
     losses = result.losses or result.errors
     worst = max(losses, key=lambda name: losses[name])
     mean = sum(losses.values()) / len(losses)
-    resumed = f", {result.resumed} steps of them done before" if result.resumed else ""
+    resumed = f", {result.resumed} steps done by an earlier run" if result.resumed else ""
     click.echo(f"{out}: {len(result.errors)} layers, {sizes}, {result.seconds:.1f} s{resumed}")
     of_what = "outputs on the calibration data" if result.losses else "weights"
-    told = f"mean {mean:.4f}, worst {losses[worst]:.4f} ({worst})"
-    click.echo(f"relative error of {of_what}: {told}")
+    summary = f"mean {mean:.4f}, worst {losses[worst]:.4f} ({worst})"
+    click.echo(f"relative error of {of_what}: {summary}")
     for note in result.notes:
         click.echo(f"note: {note}")

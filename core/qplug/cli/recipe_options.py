@@ -1,4 +1,4 @@
-"""The options that say a recipe, made from the fields of ``Recipe``."""
+"""The command line options of a recipe, derived from the fields of ``Recipe``."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _KEY = "qplug.recipe"
 
 
 def recipe_options(command: F) -> F:
-    """Adds the options of a recipe to a command, which finds with ``said`` what was typed."""
-    headings = list(dict.fromkeys(word.heading for word in words()))  # each once in --help
+    """Add the options of a recipe to ``command``, which reads their values with ``typed_words``."""
+    headings = list(dict.fromkeys(word.heading for word in words()))  # once each in --help
     ordered = sorted(words(), key=lambda word: headings.index(word.heading))
     for word in reversed(ordered):
         command = _option(word)(command)
     return command
 
 
-def said(ctx: click.Context) -> RecipeWords:
-    """What the user typed of a recipe, by keyword; an option that was not typed is left out."""
+def typed_words(ctx: click.Context) -> RecipeWords:
+    """The recipe options that the user typed, by keyword; defaults are left out."""
     return cast("RecipeWords", ctx.meta.get(_KEY, {}))
 
 
@@ -53,7 +53,7 @@ def _option(word: Word) -> Callable[[F], F]:
 
 
 def _bare(kind: Any) -> Any:
-    """The type without None, and the first of several ways to say it."""
+    """The first type of a union that is not None; a type that is no union is returned as it is."""
     if get_origin(kind) in (Union, types.UnionType):
         return next(member for member in get_args(kind) if member is not type(None))
     return kind
@@ -68,7 +68,7 @@ def _click_type(kind: Any, least: float | None) -> Any:
 
 
 def _remember(word: Word) -> Callable[[click.Context, click.Parameter, Any], None]:
-    """A callback that keeps the value of an option that was typed."""
+    """A click callback that stores the value of ``word`` if the user typed the option."""
 
     def remember(ctx: click.Context, _: click.Parameter, value: Any) -> None:
         if ctx.get_parameter_source(word.name) is not click.core.ParameterSource.DEFAULT:
@@ -78,7 +78,7 @@ def _remember(word: Word) -> Callable[[click.Context, click.Parameter, Any], Non
 
 
 def _value(word: Word, value: Any) -> Any:
-    """The value in the form that Python gives it."""
+    """The value of an option in the form of the same keyword of ``qplug.quantize``."""
     flag, metavar = word.key.field.flag, word.param.metavar or ""
     if metavar.startswith("ALGO."):
         return _by_algorithm(value, flag)
@@ -92,6 +92,6 @@ def _by_algorithm(pairs: Iterable[str], flag: str) -> dict[str, dict[str, str]]:
     for key, value in parse_pairs(pairs, flag).items():
         algorithm, dot, option = key.partition(".")
         if not (dot and option):
-            raise click.BadParameter(f"{key}={value}: say ALGO.PARAM=V", param_hint=flag)
+            raise click.BadParameter(f"{key}={value}: write ALGO.PARAM=V", param_hint=flag)
         options.setdefault(algorithm, {})[option] = value
     return options

@@ -19,11 +19,11 @@ _SCALES = {E4M3_SCALES: " in e4m3 and a global one", E8M0_SCALES: " in e8m0"}
 
 @click.command(name="schemes")
 @click.option("--backend", help="Only this backend.")
-@click.option("--engine-version", metavar="V", help="Of the backend's engine; else the newest.")
-@click.option("--gpu", type=click.Choice(DEVICES), help="Only what is known of this device.")
+@click.option("--engine-version", metavar="V", help="Version of its engine; default: the newest.")
+@click.option("--gpu", type=click.Choice(DEVICES), help="Only the kernels for this device.")
 @click.option("--model", help="Say which kernels take the shapes of this model.")
-@click.option("--tp", type=click.IntRange(1), help="Of its parts in so many processes.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
+@click.option("--tp", type=click.IntRange(1), help="Split the model over this many processes.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the tables as JSON.")
 @click.pass_obj
 def command(
@@ -38,14 +38,15 @@ def command(
 ) -> None:
     """List the schemes, and which engine runs each with which kernel on which device.
 
-    Others can be measured: quantize --backend fake, then eval. They are W<weights>A<inputs>, each 2
-    to 8 (bits of an integer) or E<e>M<m> (a float, 1 to 8 bits of exponent and 0 to 7 of mantissa),
-    or A16 where inputs stay as they are: W3A16, W4A4, WE2M1A16, WE5M2AE5M2.
+    No engine runs the other schemes, but qplug can measure them: quantize --backend fake, then
+    eval. Their names are W<weights>A<inputs>. Both are 2 to 8 (bits of an integer) or E<e>M<m> (a
+    float, 1 to 8 bits of exponent and 0 to 7 of mantissa); A16 keeps inputs as they are. Examples:
+    W3A16, W4A4, WE2M1A16, WE5M2AE5M2.
     """
     if tp is not None and model is None:
-        raise QplugError("--tp: parts of what? Say --model")
+        raise QplugError("--tp splits a model over processes: name the model with --model")
     if engine_version is not None and backend is None:
-        raise QplugError("--engine-version: of which engine? Say --backend")
+        raise QplugError("--engine-version needs an engine: name its backend with --backend")
     target = Target("any" if gpu is None else gpu, tp or 1)  # type: ignore[arg-type]
     names = [backend] if backend else list(registry.exporters)
     version = engine_version or NEWEST
@@ -69,7 +70,7 @@ def command(
 
 
 def _rows(registry: Registry, name: str, version: str, gpu: str) -> list[Capability]:
-    """What ``version`` of the engine of backend ``name`` serves on ``gpu``; [] without engine."""
+    """The kernels of an engine version on ``gpu`` ("any": on all); [] if the backend has none."""
     engine = registry.exporters[name].engine
     rows = engine.capabilities(version) if engine is not None else []
     return [row for row in rows if gpu in ("any", *row.devices)]
@@ -84,7 +85,10 @@ def _view(model: str, trust_remote_code: bool) -> ModelView:
 
 
 def _fits(row: Capability, view: ModelView | None, target: Target) -> dict[str, str | None]:
-    """``{"problem": ...}``: the first linear that a kernel does not take; empty without a model."""
+    """``{"problem": sentence}`` about the first linear whose shape the kernel does not take.
+
+    The sentence is None if the kernel takes all of them; the dict is empty without a model.
+    """
     if view is None or not row.served:
         return {}
     scheme = PRESETS[row.scheme]
@@ -105,7 +109,7 @@ def _line(row: Capability) -> str:
 
 
 def limits(row: Capability) -> str:
-    """``, groups 32, 64, -1, out % 64, in % 128``."""
+    """The shapes that a kernel takes, as in ``, groups 32, 64, -1, out % 64, in % 128``."""
     sizes = ", ".join(map(str, row.group_sizes))
     groups = f", groups {sizes}" if sizes else ""
     return f"{groups}, out % {row.out_multiple}, in % {row.in_multiple}"
@@ -116,10 +120,10 @@ def _plain() -> dict[str, object]:
 
 
 def describe(scheme: Scheme) -> str:
-    """``int4 weights a group of 128; int8 inputs a token``."""
+    """A scheme in words: ``int4, a scale each group of 128, weights; int8, ..., inputs``."""
     inputs = scheme.activations
-    told = f"{_args(scheme.weights, of_weights=True)} weights"
-    return told + (f"; {_args(inputs, of_weights=False)} inputs" if inputs else "")
+    weights = f"{_args(scheme.weights, of_weights=True)} weights"
+    return weights + (f"; {_args(inputs, of_weights=False)} inputs" if inputs else "")
 
 
 def _args(args: QuantArgs, *, of_weights: bool) -> str:

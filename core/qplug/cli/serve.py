@@ -17,13 +17,13 @@ _SHOWN = 20
 @click.command(name="serve")
 @click.argument("folder")
 @click.argument("arguments", metavar="[-- ENGINE ARGS]", nargs=-1, type=click.UNPROCESSED)
-@click.option("--backend", help="The engine: vllm or sglang; by default as written for.")
+@click.option("--backend", help="The engine, vllm or sglang; default: the one FOLDER is for.")
 @click.option("--python", metavar="PATH", help="The Python that has the engine.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
-@click.option("--no-verify", is_flag=True, help="Start at once: it was verified before.")
-@click.option("--dry-run", is_flag=True, help="Verify, say what would be started, and end.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
+@click.option("--no-verify", is_flag=True, help="Start the engine without verifying FOLDER.")
+@click.option("--dry-run", is_flag=True, help="Verify FOLDER, print the command, and end.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's folder.")
 @click.pass_obj
 def command(
     registry: Registry,
@@ -39,9 +39,9 @@ def command(
 ) -> None:
     """Verify FOLDER, then serve it with SGLang or vLLM and the options that it needs.
 
-    What comes after -- is passed to the engine. The engine is looked for in this Python, in that
-    which QPLUG_VLLM_PYTHON or QPLUG_SGLANG_PYTHON names, or in --python. Exit status 1 if the
-    folder is not sound, or the engine is not installed.
+    Arguments after -- are passed to the engine. The engine must be installed for the Python that
+    --python names, or QPLUG_VLLM_PYTHON or QPLUG_SGLANG_PYTHON, or else for the Python that runs
+    qplug. The exit status is 1 if FOLDER has a problem, or if the engine is not installed.
     """
     from qplug.machine.session import Session
     from qplug.reading.server import find_serving
@@ -76,7 +76,7 @@ def command(
     for warning in serving.warnings:
         click.echo(f"Warning: {warning}", err=True)
     click.echo(shlex.join(serving.command))
-    click.echo(f"when it is ready: {serving.curl}")
+    click.echo(f"when the server is ready: {serving.curl}")
     if not dry_run:
         sys.stdout.flush()
         os.execvp(serving.command[0], serving.command)  # noqa: S606 - signals reach the engine

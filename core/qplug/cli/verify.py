@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from qplug.reading.verify import Verification
 
 _SHOWN = 20
-#: What ``--engine`` without a name stands for.
+#: The value of ``--engine`` without a name.
 _OWN = "as written for"
 
 
 @click.command(name="verify")
 @click.argument("folder")
 @click.argument("arguments", metavar="[-- ENGINE ARGS]", nargs=-1, type=click.UNPROCESSED)
-@click.option("--against", metavar="MODEL", help="Compare what it computes with this float model.")
-@click.option("--backend", help="Whose rules apply; by default those it was written for.")
+@click.option("--against", metavar="MODEL", help="Compare outputs with this float model.")
+@click.option("--backend", help="Check by its rules; default: the backend that wrote FOLDER.")
 @click.option(
     "--engine",
     is_flag=False,
@@ -37,12 +37,12 @@ _OWN = "as written for"
 @click.option("--python", metavar="PATH", help="The Python that has the engine.")
 @click.option("--windows", default=4, show_default=True, type=click.IntRange(1))
 @click.option("--seq-len", default=256, show_default=True, type=click.IntRange(2))
-@click.option("--dataset", default="demo", show_default=True, help="The text that is compared on.")
+@click.option("--dataset", default="demo", show_default=True, help="The text to compare on.")
 @click.option("--dataset-opt", "dataset_options", metavar="K=V", multiple=True)
-@click.option("--max-kl", default=0.3, show_default=True, help="The divergence allowed, in nats.")
-@click.option("--min-top1", default=0.7, show_default=True, help="The agreement wanted, 0 to 1.")
+@click.option("--max-kl", default=0.3, show_default=True, help="Largest mean divergence, in nats.")
+@click.option("--min-top1", default=0.7, show_default=True, help="Least agreement, 0 to 1.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, or cuda[:N].")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_obj
 def command(
@@ -63,13 +63,13 @@ def command(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Check that an engine can load FOLDER, and that it is the model it came from.
+    """Check that an engine can load FOLDER, and that FOLDER still is its float model.
 
-    Every rule of the backend's loader is checked on the files; then the codes are unpacked and
-    compared with the float model that is recorded. --against runs both models on a few calibration
-    windows, one block in memory at a time, and compares the blocks' outputs and the predictions.
-    --engine serves the folder for a moment, and compares the log-probabilities of some text; what
-    comes after -- is passed to the engine. Exit status 1 if anything is wrong.
+    qplug checks every rule of the backend's loader on the files, then unpacks the codes and
+    compares them with the float model that FOLDER records. --against runs both models on a few
+    calibration windows, one block in memory at a time, and compares the outputs of the blocks and
+    the predictions. --engine serves FOLDER for a moment and compares the log-probabilities of some
+    text; arguments after -- are passed to the engine. The exit status is 1 if a check fails.
     """
     from qplug.reading.verify import verify
 
@@ -122,16 +122,15 @@ def command(
         )
         if not as_json:
             _tell_engine(served)
-    found = [part for part in (result, comparison, served) if part is not None]
-    ok = all(part.ok for part in found)
+    ok = all(check.ok for check in (result, comparison, served) if check is not None)
     if as_json:
-        told = {
+        report = {
             **dataclasses.asdict(result),
             "comparison": comparison and dataclasses.asdict(comparison),
             "engine": served and dataclasses.asdict(served),
             "ok": ok,
         }
-        click.echo(json.dumps(told, indent=2))
+        click.echo(json.dumps(report, indent=2))
     if not ok:
         raise click.exceptions.Exit(1)
 
@@ -140,7 +139,7 @@ def _tell(result: Verification, *, compared: bool) -> None:
     for problem in result.problems[:_SHOWN]:
         click.echo(str(problem))
     if len(result.problems) > _SHOWN:
-        click.echo(f"... and {len(result.problems) - _SHOWN} problems more")
+        click.echo(f"... and {len(result.problems) - _SHOWN} more problems")
     click.echo(_verdict(result.ok, result.backend, result.linears, len(result.problems)))
     if result.errors:
         worst = max(result.errors, key=lambda name: result.errors[name])
@@ -150,10 +149,12 @@ def _tell(result: Verification, *, compared: bool) -> None:
             f"mean {mean:.4f}, worst {result.errors[worst]:.4f} ({worst})"
         )
     if result.rewritten and not compared:
-        told = f"{result.rewritten} layers hold rewritten weights"
-        click.echo(f"{told}: compare what they compute with --against {result.against or 'MODEL'}")
+        click.echo(
+            f"{result.rewritten} layers have rewritten weights: compare their outputs with "
+            f"--against {result.against or 'MODEL'}"
+        )
     elif result.ok and not result.errors and not compared:
-        click.echo("not compared: the float model is not at hand; name it with --against")
+        click.echo("not compared: the float model was not found; name it with --against")
 
 
 def _verdict(ok: bool, backend: str, linears: int, problems: int) -> str:
@@ -162,28 +163,29 @@ def _verdict(ok: bool, backend: str, linears: int, problems: int) -> str:
     return f"not sound: {problems} problems for {backend}"
 
 
-def _tell_comparison(found: Comparison) -> None:
-    verdict = "computes alike" if found.ok else "does not compute alike"
+def _tell_comparison(comparison: Comparison) -> None:
+    verdict = "computes alike" if comparison.ok else "does not compute alike"
     click.echo(
-        f"{verdict}: on {found.tokens} tokens, KL divergence {found.kl:.4f} (up to "
-        f"{found.max_kl:g}), top-1 agreement {found.top1:.3f} (from {found.min_top1:g})"
+        f"{verdict}: on {comparison.tokens} tokens, KL divergence {comparison.kl:.4f} (up to "
+        f"{comparison.max_kl:g}), top-1 agreement {comparison.top1:.3f} "
+        f"(from {comparison.min_top1:g})"
     )
-    if found.note:
-        click.echo(found.note)
-    for name in found.worst():
-        block = found.blocks[name]
+    if comparison.note:
+        click.echo(comparison.note)
+    for name in comparison.worst():
+        block = comparison.blocks[name]
         click.echo(
-            f"  {name}: off by {block.alone:.4f} of what it adds; "
-            f"hidden states behind it by {block.total:.4f}"
+            f"  {name}: block error {block.alone:.4f} (relative to its own contribution); "
+            f"error of the hidden states after it {block.total:.4f}"
         )
 
 
-def _tell_engine(found: EngineCheck) -> None:
-    for warning in found.warnings:
+def _tell_engine(check: EngineCheck) -> None:
+    for warning in check.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    verdict = "serves alike" if found.ok else "does not serve alike"
+    verdict = "serves alike" if check.ok else "does not serve alike"
     click.echo(
-        f"{found.engine} {verdict}: on {found.tokens} tokens, log-probabilities differ by "
-        f"{found.difference:.4f} (up to {found.limit:.3g}); perplexity {found.perplexity:.4f}, "
-        f"qplug's reader {found.perplexity_read:.4f}"
+        f"{check.engine} {verdict}: on {check.tokens} tokens, log-probabilities differ by "
+        f"{check.difference:.4f} (up to {check.limit:.3g}); perplexity {check.perplexity:.4f}, "
+        f"qplug's reader {check.perplexity_read:.4f}"
     )

@@ -1,4 +1,4 @@
-"""What decides the bytes of a run, to tell whether a stopped run can go on."""
+"""Identifies everything that decides the bytes of a run, so that a stopped run can continue."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ def fingerprint(
     shard_bytes: int,
     tokens: Tensor | None,
 ) -> dict[str, Any]:
-    """All that decides the bytes of a run, part by part, to tell whether a run can go on.
+    """A record of everything that decides the bytes of a run, by name of the part.
 
-    Sums over tokens depend on the number of processes that share them.
+    A stopped run continues only if its record is equal; a message names the part that differs.
+    ``shard_bytes`` is the size of a weight file in bytes, ``tokens`` the calibration tokens, int64
+    ``[samples, length]``, or None. The number of processes counts for a run with tokens, because
+    sums over tokens depend on how processes share them.
     """
     processes = session.processes.count
     model = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
@@ -48,7 +51,7 @@ def fingerprint(
 
 
 def versions(recipe: Recipe, registry: Registry) -> dict[str, str]:
-    """The versions of what computed: qplug, torch, and the packages of the plugins used."""
+    """The versions of qplug, torch, and the packages of the plugins that ``recipe`` uses."""
     used = [plugin for name in recipe.algorithms for plugin in registry.algorithms.owners(name)]
     used += registry.exporters.owners(recipe.backend)
     plugins = dict(_version(plugin) for plugin in used)
@@ -57,7 +60,7 @@ def versions(recipe: Recipe, registry: Registry) -> dict[str, str]:
 
 
 def _version(plugin: Plugin) -> tuple[str, str]:
-    """The package of a plugin and its version; for a file, its name and what it holds."""
+    """The package of a plugin and its version; for a plugin file, its name and a hash of it."""
     if plugin.is_file:
         return plugin.name, hashlib.sha256(Path(plugin.source).read_bytes()).hexdigest()[:16]
     package, _, number = plugin.source.rpartition(" ")

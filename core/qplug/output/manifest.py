@@ -14,15 +14,19 @@ from qplug.errors import QplugError
 
 MANIFEST = "qplug.json"
 
-#: The version of the format of ``qplug.json``. Files without one are older, and read the same.
+#: The version of the format of ``qplug.json``. Older files have no version, but the same format.
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of the ``qplug.json`` of a folder. ``recipe`` is a ``Recipe.to_dict``.
+    """The contents of the ``qplug.json`` of a folder.
 
-    ``losses``, ``inputs`` and ``clips`` are there where calibration data told them.
+    ``recipe`` is a ``Recipe.to_dict``. By name of the linear: ``schemes``, ``errors``, ``losses``,
+    ``inputs`` (the range of its inputs in the float model, and in the quantized model) and
+    ``clips``. The last three exist only for linears that calibration data measured. ``rewritten``
+    names tensors that an algorithm rewrote, ``online`` linears whose inputs must be rotated as the
+    model runs.
     """
 
     model: str
@@ -42,9 +46,9 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of ``folder``; None if qplug did not write it.
+    """Read the manifest of ``folder``; None if qplug did not write the folder.
 
-    Raises QplugError if the file is there but makes no sense.
+    Raises QplugError if the file exists but is damaged, or if another version of qplug wrote it.
     """
     if not (folder / MANIFEST).exists():
         return None
@@ -52,7 +56,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     version = record.get("version", VERSION)
     if version != VERSION:
         raise QplugError(
-            f"{folder / MANIFEST}: has format {version}, and this qplug reads {VERSION}; "
+            f"{folder / MANIFEST}: has format {version}, but this qplug reads {VERSION}; "
             "install the qplug that wrote the folder"
         )
     try:
@@ -81,4 +85,4 @@ def read_manifest(folder: Path) -> Manifest | None:
             notes=tuple(record["notes"]),
         )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise QplugError(f"{folder / MANIFEST}: cannot be understood: {error!r}") from error
+        raise QplugError(f"{folder / MANIFEST}: is damaged: {error!r}") from error

@@ -24,9 +24,9 @@ tags:
 ---
 # $title
 
-$model $made by qplug $version: `$algorithms`, scheme `$scheme`, for `$backend`.
+$model $action by qplug $version: `$algorithms`, scheme `$scheme`, for `$backend`.
 
-$told
+$summary
 `$manifest` has the recipe, the versions, and the error of each layer.
 
 Check this folder with `qplug verify .`$serve.
@@ -45,9 +45,11 @@ def result_files(
     online: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> dict[str, str]:
-    """The text files of a finished run, by file name. They say nothing of when or how long.
+    """Write the text files of a finished run; returns their contents by file name.
 
-    ``online`` are linears whose inputs whoever computes with the folder must rotate.
+    The contents do not depend on time. ``name`` is the model as the user named it, ``schemes`` has
+    the scheme of each quantized linear, ``reports`` the reports of all steps, in order. ``online``
+    names the linears whose inputs must be rotated as the model runs.
     """
     config = dict(model.config)
     quantization = exporter.format.config(model, schemes)
@@ -86,22 +88,22 @@ def result_files(
 
 
 def _ranges(reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
-    """What reports tell of inputs and clips, by linear; nothing of those they do not mention."""
-    told: dict[str, dict[str, Any]] = {}
+    """The input ranges and clips that ``reports`` contain, as JSON values by name of the linear."""
+    plain: dict[str, dict[str, Any]] = {}
     for report in reports:
         for name, (before, after) in report.inputs.items():
             ranges = {"before": before.to_list(), "after": after.to_list()}
-            told.setdefault(name, {})["inputs"] = ranges
+            plain.setdefault(name, {})["inputs"] = ranges
         for name, counts in report.clips.items():
-            told.setdefault(name, {})["clips"] = list(counts)
-    return told
+            plain.setdefault(name, {})["clips"] = list(counts)
+    return plain
 
 
 def _json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _told(errors: Mapping[str, float]) -> str:
+def _summary(errors: Mapping[str, float]) -> str:
     if not errors:
         return "Its weights are float, as the algorithms transformed them; none is quantized."
     mean = sum(errors.values()) / len(errors)
@@ -126,8 +128,8 @@ def _card(
         algorithms="+".join(recipe.algorithms),
         scheme=recipe.scheme.name,
         backend=recipe.backend,
-        made="transformed" if exporter.format.stores_float else "quantized",
-        told=_told(errors),
+        action="transformed" if exporter.format.stores_float else "quantized",
+        summary=_summary(errors),
         manifest=MANIFEST,
         serve=f"; serve it with `{serve}`" if serve else "",
     )

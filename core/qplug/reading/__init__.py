@@ -1,1 +1,1 @@
-"""Folders read back: opened, loaded, verified, compared, measured and served."""
+"""Reads folders back: opens, loads, verifies, compares, measures and serves them."""

@@ -1,4 +1,4 @@
-"""Does a quantized folder still compute what the float model does? Blocks, and predictions."""
+"""Compares a quantized folder with its float model: outputs of blocks, and predictions."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ from qplug.registry.registry import Registry
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Past these a folder is taken to be broken. The demo model rounded to int4 is at 0.12 and 0.81.
+#: A folder outside these bounds counts as broken. The demo model in int4 has 0.12 and 0.81.
 MAX_KL, MIN_TOP1 = 0.3, 0.7
 
-#: Tokens whose probabilities are compared at a time: they are as wide as the vocabulary.
+#: Tokens compared at a time: their probabilities are as wide as the vocabulary.
 _CHUNK = 256
-#: How well one embedding must be a linear image of the other: that in bfloat16 is off by 0.002.
+#: Largest relative error of the rotation between two embeddings; bfloat16 causes 0.002.
 _SAME_STREAM = 0.02
 
 
 @dataclass(frozen=True)
 class BlockDifference:
-    """``alone``: what the block makes of the float model's input, in relation to what that adds.
+    """The errors of a quantized block, ``||x' - x|| / ||x||`` over all tokens.
 
-    ``total``: the hidden states behind it, with all that comes before, in relation to the float
-    ones. Both are ``||x' - x|| / ||x||``.
+    ``alone``: both blocks read the float model's hidden states; ``x`` is what the float block adds
+    to them. ``total``: the quantized block reads the hidden states of the quantized model, which
+    contain the errors of the blocks before it; ``x`` is the hidden states after the float block.
     """
 
     alone: float
@@ -49,11 +50,12 @@ class BlockDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a folder is from its float model on some tokens.
+    """The difference between ``folder`` and its float model ``against`` on ``tokens`` tokens.
 
-    ``kl``: the mean divergence of its next-token probabilities from the float ones, in nats;
-    ``top1``: how often both find the same token likeliest. ``blocks`` is empty where the hidden
-    states of the two cannot be compared; ``note`` says why.
+    ``kl``: the mean KL divergence of the folder's next-token probabilities from the float model's,
+    in nats. ``top1``: the share of tokens, 0 to 1, for which both models predict the same token.
+    ``blocks``: the errors of each block by name; empty if the hidden states of the two models
+    cannot be compared, and then ``note`` says why.
     """
 
     folder: str
@@ -69,10 +71,10 @@ class Comparison:
     @property
     def ok(self) -> bool:
         """Whether both measures are within their bounds."""
-        return self.kl <= self.max_kl and self.top1 >= self.min_top1  # not where either is NaN
+        return self.kl <= self.max_kl and self.top1 >= self.min_top1  # False for NaN
 
     def worst(self, count: int = 3) -> list[str]:
-        """The blocks that alone are furthest off."""
+        """The names of the ``count`` blocks with the largest ``alone`` error, largest first."""
         return sorted(self.blocks, key=lambda name: -self.blocks[name].alone)[:count]
 
 
@@ -92,16 +94,17 @@ def compare(
     trust_remote_code: bool = False,
     registry: Registry | None = None,
 ) -> Comparison:
-    """Run ``folder`` and the float model ``against`` on calibration windows, in float32.
+    """Run ``folder`` and the float model ``against`` on calibration windows, and compare them.
 
-    In memory are one block, embedding and head, the hidden states behind every block, and the
-    logits of both. Raises QplugError for what the user can mend.
+    Both compute in float32 on ``windows`` windows of ``seq_len`` tokens of ``dataset``. Memory
+    contains one block, the embedding, the head, the hidden states after every block, and the logits
+    of both models. Raises QplugError for mistakes that the user can mend.
     """
     session = Session.alone(device, registry=registry, trust_remote_code=trust_remote_code)
     opened = open_folder(folder, session, backend=backend)
     source = open_folder(against, session)
     if source.view.blocks != opened.view.blocks:
-        raise QplugError(f"{against}: has other blocks than {folder}; it is another model")
+        raise QplugError(f"{against}: has other blocks than {folder}; it is a different model")
     tokens = calibration_tokens(
         Calibration(dataset, dataset_options or {}, windows, seq_len),
         against,
@@ -109,49 +112,52 @@ def compare(
         session,
         seed=seed,
     )
-    real = tokens >= 0  # a sample that is shorter is filled up behind its end
+    real = tokens >= 0  # shorter samples are padded on the right with -1
     stream = _Stream(source, opened)
     with torch.inference_mode():
         model = stream_folder(source, session.device)
         with stream.recording(model):
-            wanted = _logits(model, tokens, real)
+            float_logits = _logits(model, tokens, real)
         embedding = _embedding(model)
         del model
         model = stream_folder(opened, session.device)
         note = stream.align(embedding, _embedding(model))
         with stream.comparing(model, real):
-            found = _logits(model, tokens, real)
-    kl, top1 = _divergence(wanted, found)
+            logits = _logits(model, tokens, real)
+    kl, top1 = _divergence(float_logits, logits)
     return Comparison(
         folder, against, int(real.sum()), kl, top1, stream.blocks, note, max_kl, min_top1
     )
 
 
 def _embedding(model: PreTrainedModel) -> Tensor:
-    """``[vocabulary, width]``."""
+    """The embedding of ``model``, ``[vocabulary, width]``, on the CPU."""
     module = model.get_input_embeddings()
     assert isinstance(module, nn.Embedding)
     return module.weight.cpu()
 
 
 def _logits(model: PreTrainedModel, tokens: Tensor, real: Tensor) -> Tensor:
-    """Those of all ``real`` tokens, ``[tokens, vocabulary]``."""
+    """The float32 logits of all ``real`` tokens, ``[tokens, vocabulary]``, on the CPU."""
     logits: Tensor = model(input_ids=tokens.clamp(min=0).to(model.device), use_cache=False).logits
     return logits.float().cpu()[real]
 
 
-def _divergence(wanted: Tensor, found: Tensor) -> tuple[float, float]:
-    """Mean KL divergence of ``found`` from ``wanted``, and how often the likeliest is the same."""
+def _divergence(float_logits: Tensor, logits: Tensor) -> tuple[float, float]:
+    """The mean KL divergence in nats, and the share of tokens with the same most likely token.
+
+    Both arguments are ``[tokens, vocabulary]``.
+    """
     total = 0.0
-    for one, other in zip(wanted.split(_CHUNK), found.split(_CHUNK), strict=True):
-        p, q = one.log_softmax(-1), other.log_softmax(-1)
+    for float_chunk, chunk in zip(float_logits.split(_CHUNK), logits.split(_CHUNK), strict=True):
+        p, q = float_chunk.log_softmax(-1), chunk.log_softmax(-1)
         total += kl_div(q, p, reduction="sum", log_target=True).item()
-    agreed = (wanted.argmax(-1) == found.argmax(-1)).double().mean().item()
-    return total / len(wanted), agreed
+    agreed = (float_logits.argmax(-1) == logits.argmax(-1)).double().mean().item()
+    return total / len(float_logits), agreed
 
 
 class _Stream:
-    """The hidden states of a float model, and how far those of a quantized one are from them."""
+    """Records the hidden states of a float model, and compares a quantized model's with them."""
 
     def __init__(self, source: Folder, opened: Folder) -> None:
         self._names, self._opened = source.view.blocks, opened
@@ -163,7 +169,7 @@ class _Stream:
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
-        """Within it, what enters and leaves each block of the float ``model`` is kept."""
+        """Within the context, record what enters and leaves each block of the float ``model``."""
 
         def keep(name: str, module: nn.Module, inputs: tuple[Tensor], output: Any) -> None:
             self._entering[name], self._leaving[name] = inputs[0].cpu(), first_tensor(output).cpu()
@@ -171,33 +177,34 @@ class _Stream:
         with _hooked(model, {name: partial(keep, name) for name in self._names}):
             yield
 
-    def align(self, embedding: Tensor, other: Tensor) -> str | None:
-        """Find what turns the float stream into the other; a sentence if nothing does.
+    def align(self, embedding: Tensor, quantized: Tensor) -> str | None:
+        """Find the rotation from the float residual stream to the quantized model's.
 
-        Algorithms that rotate the residual stream multiply embeddings, ``[vocabulary, width]``, by
-        the same matrix as all that is added to it.
+        Arguments: the float model's and the quantized model's embedding, ``[vocabulary, width]``.
+        Algorithms that rotate the residual stream multiply the embedding by the rotation, so least
+        squares finds it. Returns a note for the user, None if the embeddings are equal.
         """
-        if torch.equal(embedding, other):
+        if torch.equal(embedding, quantized):
             return None
         self._comparable = False
-        if embedding.shape != other.shape or len(embedding) < embedding.shape[1]:
-            return "blocks are not compared: the embedding is another one"
-        one, two = embedding.double(), other.double()
-        turn = torch.linalg.lstsq(one.mT @ one, one.mT @ two).solution
-        if not (one @ turn - two).norm() <= _SAME_STREAM * two.norm():
-            return "blocks are not compared: the embedding is another one"
+        if embedding.shape != quantized.shape or len(embedding) < embedding.shape[1]:
+            return "blocks are not compared: the embeddings differ by more than a rotation"
+        source, target = embedding.double(), quantized.double()
+        turn = torch.linalg.lstsq(source.mT @ source, source.mT @ target).solution
+        if not (source @ turn - target).norm() <= _SAME_STREAM * target.norm():
+            return "blocks are not compared: the embeddings differ by more than a rotation"
         self._turn, self._comparable = turn.float(), True
-        return "blocks are compared after the rotation that turns one embedding into the other"
+        return "blocks are compared after the rotation between the two embeddings"
 
     @contextmanager
     def comparing(self, model: nn.Module, real: Tensor) -> Iterator[None]:
-        """Within it, each block of the quantized ``model`` is held against the float one."""
+        """Within the context, compare each block of the quantized ``model`` with the float."""
         if not self._comparable:
             yield
             return
         scales = self._opened.cache_scales() if self._opened.kv_cache else {}
 
-        def hold(
+        def measure(
             number: int,
             name: str,
             module: nn.Module,
@@ -206,9 +213,11 @@ class _Stream:
             output: Any,
         ) -> None:
             before, after = (
-                self._turned(kept.pop(name), inputs[0]) for kept in (self._entering, self._leaving)
+                self._turned(states.pop(name), inputs[0])
+                for states in (self._entering, self._leaving)
             )
-            if self._opened.kv_cache is not None:  # that of the run has this block's keys already
+            # The run's own cache already contains this block's keys: use a fresh cache.
+            if self._opened.kv_cache is not None:
                 cache = RoundedCache(self._opened.kv_cache, scales[number])
                 call = {key: cache if _is_cache(value) else value for key, value in call.items()}
             alone = first_tensor(module.forward(before, **call))
@@ -217,7 +226,7 @@ class _Stream:
                 total=_ratio(first_tensor(output) - after, after, real),
             )
 
-        hooks = {name: partial(hold, number, name) for number, name in enumerate(self._names)}
+        hooks = {name: partial(measure, number, name) for number, name in enumerate(self._names)}
         with _hooked(model, hooks, with_kwargs=True):
             yield
 
@@ -230,7 +239,7 @@ class _Stream:
 def _hooked(
     model: nn.Module, hooks: Mapping[str, Any], *, with_kwargs: bool = False
 ) -> Iterator[None]:
-    """Within it, blocks call their hook before they lose their weights."""
+    """Within the context, blocks call their hook before the streaming hooks drop their weights."""
     handles = [
         model.get_submodule(name).register_forward_hook(hook, prepend=True, with_kwargs=with_kwargs)
         for name, hook in hooks.items()
@@ -245,6 +254,9 @@ def _is_cache(value: object) -> bool:
     return isinstance(value, Cache)
 
 
-def _ratio(off: Tensor, of: Tensor, real: Tensor) -> float:
-    one, other = (part[real.to(part.device)].double().norm().item() for part in (off, of))
-    return float(one / max(other, torch.finfo().tiny))
+def _ratio(error: Tensor, reference: Tensor, real: Tensor) -> float:
+    """``||error|| / ||reference||`` over the ``real`` tokens, ``[batch, length, width]``."""
+    above, below = (
+        states[real.to(states.device)].double().norm().item() for states in (error, reference)
+    )
+    return float(above / max(below, torch.finfo().tiny))

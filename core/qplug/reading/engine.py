@@ -1,4 +1,4 @@
-"""Start the real engine on a folder, and ask it how likely it finds the tokens of some text."""
+"""Starts the real engine on a folder, and compares its log-probabilities with qplug's reader."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ from qplug.reading.server import Serving, find_serving
 from qplug.reading.streamed import stream_folder
 from qplug.registry.registry import Registry
 
-#: The mean |difference| of log-probabilities that is allowed. Engines compute in bfloat16, which
-#: alone makes 0.01 to 0.02; where activations are rounded, each may fall to the other side.
+#: The largest mean |difference| of log-probabilities, in nats. Engines compute in bfloat16, which
+#: alone causes 0.01 to 0.02; rounded activations may be rounded up here and down there.
 WEIGHTS_ONLY, WITH_ACTIVATIONS = 0.03, 0.1
-#: How much further than the reader's rounding of activations an engine's may move them.
+#: How much more an engine's rounding of activations may change the result than the reader's does.
 OWN_ROUNDING = 1.1
 
-#: Seconds until a server that was started must answer, and until one that was asked has ended.
+#: Seconds until a started server must answer, and until a terminated server must have ended.
 _READY, _GRACE = 900, 20
 
 
 @dataclass(frozen=True)
 class EngineCheck:
-    """What an engine made of a folder.
+    """The comparison of an engine with qplug's reader on the same folder and tokens.
 
-    ``difference``: the mean of ``|log p - log q|`` over all tokens, ``p`` being the engine's
-    probability and ``q`` that of qplug's reader, which rounds no activations: where the engine's
-    fall to is chance. ``limit`` is what it must be below: where rounding moves the reader itself
-    further than ``WITH_ACTIVATIONS``, ``OWN_ROUNDING`` times that, for the engine does round. The
-    perplexities are of the same tokens. ``warnings``: what the engine is known to compute worse on
-    this machine.
+    ``difference``: the mean of ``|log p - log q|`` over all tokens, in nats, where ``p`` is the
+    engine's probability and ``q`` the reader's. The reader rounds no activations, because small
+    differences decide at random in which direction the engine rounds them. ``limit``: the bound for
+    ``difference``, from the constants of this module. If rounding the activations changes the
+    reader's own result by more than ``WITH_ACTIVATIONS``, the bound is ``OWN_ROUNDING`` times that
+    change. ``perplexity`` is the engine's, ``perplexity_read`` the reader's. ``warnings``: known
+    faults of the engine on this machine.
     """
 
     folder: str
@@ -62,7 +63,8 @@ class EngineCheck:
 
     @property
     def ok(self) -> bool:
-        return self.difference < self.limit  # not where it is NaN
+        """Whether ``difference`` is below ``limit``."""
+        return self.difference < self.limit  # False for NaN
 
 
 def check_engine(
@@ -79,10 +81,12 @@ def check_engine(
     trust_remote_code: bool = False,
     registry: Registry | None = None,
 ) -> EngineCheck:
-    """Serve ``folder`` on a free port of this machine, and compare with qplug's reader.
+    """Serve ``folder`` on a free port of this machine, and compare the engine with qplug's reader.
 
-    ``backend``, ``python`` and ``arguments`` are those of ``qplug serve``. Raises QplugError if the
-    engine is not installed, or does not get ready; then with the end of what it said.
+    ``backend``, ``python`` and ``arguments`` mean the same as in ``qplug serve``. Both compute the
+    log-probabilities of ``windows`` windows of ``seq_len`` tokens of ``dataset``. Raises QplugError
+    if the engine is not installed, or if it ends or does not answer; the message then quotes the
+    engine's log.
     """
     session = Session.alone(device, registry=registry, trust_remote_code=trust_remote_code)
     serving = find_serving(folder, session, backend=backend, python=python, port=free_port())
@@ -127,8 +131,9 @@ def check_engine(
     )
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    return (one - other).abs().mean().item()
+def _distance(logprobs: Tensor, read: Tensor) -> float:
+    """The mean ``|logprobs - read|`` in nats; both are ``[windows, seq_len - 1]``."""
+    return (logprobs - read).abs().mean().item()
 
 
 def _perplexity(logprobs: Tensor) -> float:
@@ -136,6 +141,7 @@ def _perplexity(logprobs: Tensor) -> float:
 
 
 def free_port() -> int:
+    """A port of 127.0.0.1 that no server listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -147,9 +153,10 @@ def free_port() -> int:
 
 @contextmanager
 def serve(serving: Serving) -> Iterator[str]:
-    """Within it, the server of ``serving`` answers at the address that is given.
+    """Start the server of ``serving``; within the context it answers at the URL that is yielded.
 
-    It is stopped by its own process id, whatever happens. Raises QplugError if it ends too soon.
+    The server is stopped at the end, also after an error. Raises QplugError if the server ends or
+    does not answer in time.
     """
     with tempfile.TemporaryDirectory(prefix="qplug-") as scratch:
         log = Path(scratch) / "log.txt"
@@ -158,7 +165,7 @@ def serve(serving: Serving) -> Iterator[str]:
                 serving.command,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # its workers are of its group, and of no other
+                start_new_session=True,  # a process group of its own, for its workers too
             )
         try:
             url = f"http://{serving.host}:{serving.port}"
@@ -173,48 +180,50 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path, engine: str) ->
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise QplugError(f"{engine} ended while it started: {_last_words(log)}")
-        with suppress(OSError), urlopen(url, timeout=5):  # noqa: S310 - it is ours
+        with suppress(OSError), urlopen(url, timeout=5):  # noqa: S310 - the URL is ours
             return
         time.sleep(0.5)
     raise QplugError(f"{engine} does not answer after {_READY} s: {_last_words(log)}")
 
 
 def _last_words(log: Path) -> str:
-    """The last line of a log that names an error, else its last line."""
+    """The last line of ``log`` that contains "Error", else its last line."""
     lines = [line for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line]
-    return (errors or lines or ["it said nothing"])[-1].strip()[-400:]
+    return (errors or lines or ["its log is empty"])[-1].strip()[-400:]
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the server to end, then make it; its engine may run in other processes of its group."""
+    """Terminate the server, kill it after a grace period, and kill the rest of its group."""
     process.terminate()
     try:
         process.wait(_GRACE)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    with suppress(ProcessLookupError):  # as it should be: nothing is left of the group
+    with suppress(ProcessLookupError):  # the group has already ended
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def prompt_logprobs(url: str, model: str, tokens: Sequence[int]) -> list[float]:
-    """The log-probability of each of ``tokens`` but the first, as a server of OpenAI's API has it.
+    """The log-probability in nats of each of ``tokens`` but the first.
 
-    Raises QplugError if it refuses.
+    ``url`` is the address of a server with OpenAI's API. Raises QplugError if the server refuses
+    or does not answer.
     """
-    asked = {"prompt": list(tokens), "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
-    answer = post_json(f"{url}/v1/completions", {"model": model, **asked})
-    found: list[float] = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(tokens)]
-    return found
+    body = {"prompt": list(tokens), "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+    answer = post_json(f"{url}/v1/completions", {"model": model, **body})
+    logprobs: list[float] = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(tokens)]
+    return logprobs
 
 
 def post_json(url: str, body: dict[str, Any]) -> Any:
+    """Post ``body`` to an engine and return its JSON answer. Raises QplugError if it refuses."""
     request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
     try:
-        with urlopen(request, timeout=600) as response:  # noqa: S310 - it is ours
+        with urlopen(request, timeout=600) as response:  # noqa: S310 - the URL is ours
             return json.load(response)
     except HTTPError as error:
-        raise QplugError(f"the engine refuses: {error.read().decode()[:300]}") from error
+        raise QplugError(f"the engine refuses {url}: {error.read().decode()[:300]}") from error
     except URLError as error:
-        raise QplugError(f"the engine does not answer: {error.reason}") from error
+        raise QplugError(f"the engine does not answer at {url}: {error.reason}") from error

@@ -1,4 +1,4 @@
-"""Read a folder back with qplug's own code, and make a model that computes with its codes."""
+"""Opens a float or quantized folder, and reads its tensors with the format of its backend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Folder:
-    """A model's folder, opened: float or quantized."""
+    """An open model folder, float or quantized.
+
+    ``schemes``: the scheme of each quantized linear by module name, empty for a float folder.
+    ``kv_cache``: how the folder says that keys and values are stored, None for float.
+    ``exporter`` is None for a float folder, ``manifest`` if qplug did not write the folder.
+    """
 
     checkpoint: Checkpoint
     view: ModelView
@@ -37,12 +42,13 @@ class Folder:
 
     @cached_property
     def _stored(self) -> dict[str, list[str]]:
-        return by_module(self.checkpoint.tensors)  # which may be a hundred thousand
+        return by_module(self.checkpoint.tensors)  # cached: there may be a hundred thousand
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor as a float checkpoint would have it, by name.
+        """Yield every tensor by its name in a float checkpoint.
 
-        Of codes it is what an engine multiplies with, float32.
+        A quantized linear is yielded as its effective weight: the float32 weight ``[out, in]`` that
+        an engine multiplies with.
         """
         packed: dict[str, dict[str, Tensor]] = {}
         for tensor in self.checkpoint.tensors:
@@ -55,7 +61,7 @@ class Folder:
             yield f"{name}.weight", self._effective(name, tensors)
 
     def dequantized(self, name: str) -> Tensor:
-        """The float32 weight ``[out, in]`` that is stored of a quantized linear."""
+        """The dequantized weight of the quantized linear ``name``, float32 ``[out, in]``."""
         assert self.exporter is not None
         return self.exporter.format.dequantize(self.packed(name), self.schemes[name])
 
@@ -64,19 +70,19 @@ class Folder:
         return self.exporter.effective_weight(tensors, self.schemes[name])
 
     def holds(self, parameter: str) -> bool:
-        """Whether there is a tensor, or codes, for a parameter by its name in a model."""
+        """Whether the folder stores ``parameter``, a name in the model, as a tensor or as codes."""
         name, local = split_name(parameter)
         return parameter in self.checkpoint.tensors or (local == "weight" and name in self.schemes)
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter by its name in a model, float32."""
+        """The parameter ``name`` of the model, float32; a quantized weight as it is multiplied."""
         linear, local = split_name(name)
         if local == "weight" and linear in self.schemes:
             return self._effective(linear, self.packed(linear))
         return self.checkpoint.read(name).float()
 
     def packed(self, name: str) -> dict[str, Tensor]:
-        """What is stored of a quantized linear, its bias aside, by local name."""
+        """The stored tensors of a quantized linear without its bias, by local name."""
         return {
             local: self.checkpoint.read(f"{name}.{local}")
             for local in self._stored.get(name, ())
@@ -84,9 +90,9 @@ class Folder:
         }
 
     def input_scale(self, name: str) -> Tensor | None:
-        """The scale of a linear's static inputs, float32 ``[1]``; None if they have none.
+        """The scale of the static inputs of linear ``name``, float32 ``[1]``.
 
-        Raises QplugError if the scheme wants one that is not there.
+        None if the scheme has no static inputs. Raises QplugError if the folder lacks the scale.
         """
         if self.exporter is None or not self.schemes[name].static_inputs:
             return None
@@ -97,31 +103,32 @@ class Folder:
         }
         scale = self.exporter.format.input_scale(stored, self.schemes[name])
         if scale is None:
-            raise QplugError(f"{name}: its inputs are static, but no scale of them is there")
+            raise QplugError(f"{name}: its inputs are static, but the folder has no scale for them")
         return scale
 
     def cache_scales(self) -> dict[int, tuple[Tensor, ...]]:
-        """The scales of keys and of values, float32 ``[1]``, by the number of the block.
+        """The scales of keys and of values, each float32 ``[1]``, by the number of the block.
 
-        Raises QplugError if those of a block are not there.
+        Raises QplugError for a block that has not exactly one scale of keys and one of values.
         """
         scales = {}
         for number, block in enumerate(self.view.blocks):
-            found = [
+            stored = [
                 [n for n in self.checkpoint.tensors if is_within(block, n) and n.endswith(e)]
                 for e in (f".{local}" for local in SCALES)
             ]
-            if any(len(names) != 1 for names in found):
-                raise QplugError(f"{block}: has not just one {' and one '.join(SCALES)}")
-            scales[number] = tuple(self.checkpoint.read(n).float().reshape(1) for (n,) in found)
+            if any(len(names) != 1 for names in stored):
+                raise QplugError(f"{block}: needs exactly one {' and one '.join(SCALES)}")
+            scales[number] = tuple(self.checkpoint.read(n).float().reshape(1) for (n,) in stored)
         return scales
 
 
 def open_folder(model: str, session: Session, *, backend: str | None = None) -> Folder:
-    """Open a float or quantized model, without reading weights.
+    """Open a float or quantized model without reading its weights.
 
-    ``backend`` reads the folder as another exporter would. Raises QplugError if the folder is not
-    sound, or no exporter reads its format.
+    ``model`` is a folder, a Hub id, or ``qplug:demo``. ``backend`` names the exporter that reads
+    the folder; by default it is the one that wrote it. Raises QplugError if files are missing or
+    damaged, or if no exporter reads the folder's format.
     """
     folder = find_model(model)
     manifest = read_manifest(folder)

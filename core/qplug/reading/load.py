@@ -1,4 +1,4 @@
-"""A folder as a transformers model that computes as an engine does."""
+"""Loads a folder as a transformers model that computes as an engine does."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def load(
     quantize_activations: bool = True,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A float or quantized folder as a transformers model that computes in ``dtype``.
+    """Load a float or quantized model as a transformers model that computes in ``dtype``.
 
-    Weights are dequantized; inputs of linears are rounded as the scheme says, and keys and values
-    as the KV cache has them, unless ``quantize_activations`` is false. Raises QplugError as
-    ``open_folder``.
+    ``model`` is a folder, a Hub id, or ``qplug:demo``; ``dtype`` a name such as "bfloat16". Weights
+    are dequantized. Unless ``quantize_activations`` is false, the model rounds the inputs of
+    linears by their scheme, and keys and values by the scheme of the KV cache. Raises QplugError if
+    files are missing or damaged, or if no exporter reads the folder's format.
     """
     session = Session.alone(registry=registry, trust_remote_code=trust_remote_code)
     folder = open_folder(model, session)
@@ -46,7 +47,7 @@ def load(
 def load_folder(
     folder: Folder, *, dtype: str = "float32", quantize_activations: bool = True
 ) -> PreTrainedModel:
-    """``load``, of a folder that is open already."""
+    """Like ``load``, for an open folder."""
     inputs = [scheme.activations for scheme in folder.schemes.values() if scheme.activations]
     if quantize_activations and any(args.use_qtorch for args in inputs):
         require_qtorch()
@@ -57,7 +58,7 @@ def load_folder(
         del config.quantization_config
     kind = type(build(config, path, trust_remote_code=folder.trust_remote_code))
     state = {name: tensor.to(target) for name, tensor in folder.weights()}
-    # What is amiss comes back in `loading`; transformers would draw random numbers for it.
+    # transformers fills missing tensors with random numbers; `loading` lists them.
     try:
         with quiet_transformers():
             loaded: Any = kind.from_pretrained(
@@ -71,12 +72,12 @@ def load_folder(
     except RuntimeError as error:
         if "conversion of the weights" not in str(error):
             raise
-        raise QplugError(f"{path}: its experts are not all there, or differ in shape") from error
+        raise QplugError(f"{path}: experts are missing, or differ in shape") from error
     model: PreTrainedModel = loaded[0]
     loading: dict[str, Any] = loaded[1]
-    amiss = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
-    if amiss:
-        raise QplugError(f"{path}: {min(amiss)} is not there, or not in the shape it should have")
+    faulty = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    if faulty:
+        raise QplugError(f"{path}: {min(faulty)} is missing, or has the wrong shape")
     model.eval()
     compute_as_stored(model, folder, quantize_activations=quantize_activations)
     return model
@@ -85,12 +86,13 @@ def load_folder(
 def compute_as_stored(
     model: PreTrainedModel, folder: Folder, *, quantize_activations: bool = True
 ) -> None:
-    """Have ``model`` rotate and round what its linears read, and its KV cache, as ``folder`` says.
+    """Make ``model`` rotate and round the inputs of its linears, and round its KV cache.
 
-    Raises QplugError if it has no scales, or no modules, to do so.
+    The manifest of ``folder`` names the rotated inputs, its schemes say how to round. Raises
+    QplugError if ``folder`` lacks a scale, or if ``model`` has fused a linear away.
     """
     if folder.manifest is not None:
-        rotate_inputs(model, folder.manifest.online)  # before they are rounded
+        rotate_inputs(model, folder.manifest.online)  # rotation comes before rounding
     if quantize_activations:
         _quantize_activations(model, folder)
         if folder.kv_cache is not None:
@@ -100,13 +102,13 @@ def compute_as_stored(
 def _quantize_activations(model: PreTrainedModel, folder: Folder) -> None:
     rounded = {n: s.activations for n, s in folder.schemes.items() if s.activations is not None}
     modules = dict(model.named_modules())
-    if any(name not in modules for name in rounded):  # experts, which transformers fuses
+    if any(name not in modules for name in rounded):  # transformers fuses experts
         floats = {f"{name}.weight" for name in folder.schemes}
         as_on_disk(model, folder.view.blocks, floats.union(folder.checkpoint.tensors))
         modules = dict(model.named_modules())
     for name in rounded:
         check_widths(name, folder.view.linears[name][1], folder.schemes[name])
         if not isinstance(modules.get(name), nn.Linear):
-            raise QplugError(f"{name}: its activations cannot be quantized here: it is fused")
+            raise QplugError(f"{name}: transformers fuses it, so qplug cannot round its inputs")
     roundings = {n: InputRounding(args, folder.input_scale(n)) for n, args in rounded.items()}
     round_inputs_of(model, roundings)

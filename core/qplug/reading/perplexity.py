@@ -1,4 +1,4 @@
-"""Perplexity: how surprised a model is by a text."""
+"""Measures the perplexity of a model on a text."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from qplug.text.windows import first_windows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Tokens that one forward pass takes: logits are as wide as the vocabulary, in float32.
+#: Tokens in one forward pass: their float32 logits are as wide as the vocabulary.
 _TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The perplexity of a model, and on what."""
+    """The perplexity of ``model`` on ``windows`` windows of ``seq_len`` tokens of ``dataset``."""
 
     model: str
     perplexity: float
@@ -52,11 +52,13 @@ def evaluate(
     registry: Registry | None = None,
     watch: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity over the first ``windows`` windows of ``seq_len`` tokens of a text, or all.
+    """Measure the perplexity of ``model`` on the first ``windows`` windows of a text.
 
-    The text is tokenised once, without special tokens, and cut into windows that do not overlap;
-    each token but the first of a window is predicted, in float32. Codes are dequantized, and
-    activations rounded as the scheme says. Raises QplugError for what the user can mend.
+    ``windows=None`` takes the whole text. qplug tokenizes the text once, without special tokens,
+    and cuts it into windows of ``seq_len`` tokens that do not overlap. The model predicts each
+    token of a window but the first, in float32. Codes are dequantized, and activations rounded by
+    their scheme. ``watch`` is called with the windows done and all windows after each batch. Raises
+    QplugError for mistakes that the user can mend.
     """
     session = Session.alone(device, registry=registry, trust_remote_code=trust_remote_code)
     tokens = evaluation_tokens(
@@ -82,7 +84,11 @@ def evaluation_tokens(
     seq_len: int,
     windows: int | None,
 ) -> Tensor:
-    """What ``evaluate`` reads, int64 ``[windows, seq_len]``. Raises QplugError as it does."""
+    """The tokens that ``evaluate`` reads, int64 ``[windows, seq_len]``.
+
+    Raises QplugError if ``dataset`` or its options are wrong, or if a window is longer than the
+    model allows.
+    """
     source = session.registry.datasets.make(dataset, dataset_options)
     limit = read_json(find_model(model) / "config.json").get("max_position_embeddings")
     if isinstance(limit, int) and seq_len > limit:
@@ -94,7 +100,10 @@ def evaluation_tokens(
 
 @torch.inference_mode()
 def mean_loss(model: PreTrainedModel, tokens: Tensor, watch: Callable[[int, int], None]) -> float:
-    """Mean cross-entropy in nats over ``tokens: [windows, length]``, each window on its own."""
+    """The mean cross-entropy in nats over ``tokens: [windows, length]``.
+
+    Windows do not see each other. ``watch`` is called with the windows done and all windows.
+    """
     total, count = 0.0, 0
     done = 0
     for batch in tokens.split(max(1, _TOKENS // tokens.shape[1])):

@@ -1,4 +1,4 @@
-"""Which command serves a folder: the engine's own server, with the options this folder needs."""
+"""Finds the command that serves a folder: the engine's server with the options it needs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from qplug.registry.registry import Registry
 
 @dataclass(frozen=True)
 class Serving:
-    """A server that can be started: what to run, and where it will answer.
+    """A server that can be started: its command, and the address at which it will answer.
 
-    ``rules``: the backend whose rules the folder is checked by, None for the one that wrote it.
-    ``warnings``: what the engine gets wrong in silence on this machine.
+    ``rules``: the backend by whose rules ``verify`` checks the folder; None for the backend that
+    wrote it. ``warnings``: silent faults of the engine on this machine, as sentences.
     """
 
     folder: Path
@@ -41,36 +41,36 @@ class Serving:
 
     @property
     def name(self) -> str:
-        """What clients call the model."""
+        """The name of the model in requests of clients."""
         return self.folder.resolve().name
 
     @property
     def command(self) -> list[str]:
-        """The words of the command. What the user passes comes last, and wins."""
+        """The words of the command; the user's arguments come last, so they win."""
         address = ["--host", self.host, "--port", str(self.port)]
         named = [self.server.folder_option, str(self.folder), "--served-model-name", self.name]
         return [self.python, "-m", self.server.module, *named, *address, *self.arguments]
 
     @property
     def curl(self) -> str:
-        """A line for the shell that asks the server for some text."""
+        """A shell command that asks the server for some text."""
         body = json.dumps({"model": self.name, "prompt": "Once upon a time", "max_tokens": 32})
         url = f"http://{self.host}:{self.port}/v1/completions"
         header = "Content-Type: application/json"
         return shlex.join(["curl", url, "-H", header, "-d", body])
 
     def require_engine(self) -> None:
-        """Raises QplugError if the engine is not installed for ``python``."""
+        """Raise QplugError if the engine is not installed for ``python``."""
         package = self.server.package
         code = f"import importlib.util as u, sys; sys.exit(u.find_spec({package!r}) is None)"
         try:
-            found = subprocess.run([self.python, "-c", code], check=False).returncode == 0  # noqa: S603
+            installed = subprocess.run([self.python, "-c", code], check=False).returncode == 0  # noqa: S603
         except OSError:
-            found = False
-        if not found:
+            installed = False
+        if not installed:
             raise QplugError(
                 f"{package} is not installed for {self.python}: install it there, or name the "
-                f"python of the environment that has it with --python or {_variable(self.server)}"
+                f"Python that has {package} with --python or {_variable(self.server)}"
             )
 
 
@@ -84,10 +84,12 @@ def find_serving(
     port: int = 8000,
     arguments: Sequence[str] = (),
 ) -> Serving:
-    """How ``folder`` is served by ``backend``, by default the one that it was written for.
+    """Find the command that serves ``folder`` with the engine of ``backend``.
 
-    ``python``: that of the engine's environment; by default what QPLUG_<ENGINE>_PYTHON names, or
-    this one. Raises QplugError if no engine goes with the backend.
+    By default ``backend`` is the one that wrote the folder. ``python`` is the interpreter that has
+    the engine; by default the one that QPLUG_<ENGINE>_PYTHON names, else the one that runs qplug.
+    ``arguments`` are passed on to the engine. Raises QplugError if the backend has no engine with a
+    server.
     """
     registry = session.registry
     path = find_model(folder)
@@ -97,10 +99,10 @@ def find_serving(
     engine = registry.exporters[name].engine if name else None
     if engine is None or engine.server is None or name is None:
         engines = _names_of_engines(registry)
-        told = f"was written for {name}, which is no engine" if name else "does not say for whom"
-        raise QplugError(f"{folder}: {told}; say --backend {' or '.join(engines)}")
+        why = f"was written for {name}, which is no engine" if name else "names no engine"
+        raise QplugError(f"{folder}: {why}; name one with --backend {' or '.join(engines)}")
     needed = engine.serve_arguments(config)
-    found = python or os.environ.get(_variable(engine.server)) or sys.executable
+    interpreter = python or os.environ.get(_variable(engine.server)) or sys.executable
     if session.trust_remote_code:
         needed = (*needed, "--trust-remote-code")
     rules: str | None = name
@@ -108,15 +110,15 @@ def find_serving(
     try:
         opened = open_folder(folder, session, backend=name)
     except QplugError:
-        rules = None  # a format of its own, such as GPTQ's, which engines read beside theirs
+        rules = None  # another backend's format, such as GPTQ, which the engine reads too
     else:
         warnings = tuple(engine.serve_warnings(opened.schemes, opened.kv_cache))
     words = (*needed, *arguments)
-    return Serving(path, name, rules, engine.server, found, words, host, port, warnings)
+    return Serving(path, name, rules, engine.server, interpreter, words, host, port, warnings)
 
 
 def _names_of_engines(registry: Registry) -> list[str]:
-    """The backends whose engine has a server that can be started."""
+    """The names of the backends whose engine has a server."""
     engines = {name: registry.exporters[name].engine for name in registry.exporters}
     return [name for name, engine in engines.items() if engine and engine.server is not None]
 

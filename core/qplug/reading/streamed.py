@@ -1,4 +1,4 @@
-"""A folder as a model whose blocks have weights only while they compute: one at a time."""
+"""Loads a folder as a model whose blocks have weights only while they compute, one at a time."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 def stream_folder(
     folder: Folder, device: torch.device, *, quantize_activations: bool = True
 ) -> PreTrainedModel:
-    """``folder`` as a float32 model that computes with its codes, as ``load_folder`` gives it.
+    """Load ``folder`` as a float32 model on ``device`` that reads each block when it computes.
 
-    In memory are the embedding, the head, and one block. Each forward pass reads every block anew.
-    Models that transformers fuses experts of are loaded whole: 4 bytes a parameter.
+    The model computes the same as after ``load_folder``, but memory contains only the embedding,
+    the head, and one block. Each forward pass reads every block from disk again. If transformers
+    fuses the model's experts, the whole model is loaded: 4 bytes per parameter.
     """
     path = folder.checkpoint.folder
     config = load_config(path, trust_remote_code=folder.trust_remote_code)
@@ -44,9 +45,9 @@ def stream_folder(
         names = [name for name in names if not is_within(block, name)]
     for name in names:
         set_parameter(model, name, folder.parameter(name).to(device))
-    for part in model.modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            part._buffers[name] = buffer.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
     model.tie_weights()
     compute_as_stored(model, folder, quantize_activations=quantize_activations)
     return model

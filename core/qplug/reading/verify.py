@@ -1,4 +1,4 @@
-"""Is a folder what it says it is? By the backend's own rules, and against the float model."""
+"""Checks a folder by the rules of its backend, and compares it with the float model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from qplug.registry.registry import Registry
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found. ``errors``: ``||W' - W|| / ||W||`` of each linear, if there is a source.
+    """The result of ``verify``.
 
-    ``rewritten``: the linears that hold other weights than the source, with operations around them
-    that make up for it; they have no error of their own.
+    ``linears``: the number of quantized linears. ``against``: the float model, None if it was not
+    found. ``errors``: ``||W' - W|| / ||W||`` by name of the linear, empty without a float model.
+    ``rewritten``: the number of linears whose weights an algorithm rewrote, together with the
+    operations around them; ``errors`` leaves them out.
     """
 
     folder: str
@@ -39,7 +41,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether the loader would take the folder: no problem was found."""
+        """Whether no check found a problem, so that the loader takes the folder."""
         return not self.problems
 
 
@@ -52,10 +54,11 @@ def verify(
     registry: Registry | None = None,
     watch: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Check ``folder`` as the loader of ``backend`` (that which wrote it) would, and unpack it.
+    """Check ``folder`` by the rules of the loader of ``backend``, and unpack its codes.
 
-    ``against`` is the float model; by default the one in ``qplug.json``, if it can be found.
-    Raises QplugError if the folder cannot be opened at all, or is not quantized.
+    By default ``backend`` is the one that wrote the folder, and ``against`` the float model that
+    ``qplug.json`` names, if it is found. ``watch`` is called with the linears done and all linears.
+    Raises QplugError if the folder cannot be opened, or is not quantized.
     """
     session = Session.alone(registry=registry, trust_remote_code=trust_remote_code)
     opened = open_folder(folder, session, backend=backend)
@@ -63,7 +66,7 @@ def verify(
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
     source_name, source = find_source(opened, against)
     problems = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
-    problems += _beside_the_weights(opened)
+    problems += _tokenizer_missing(opened)
     problems += _architecture_lacks(opened, session)
     errors: dict[str, float] = {}
     rewritten = opened.manifest.rewritten if opened.manifest else frozenset()
@@ -94,9 +97,10 @@ def verify(
 
 
 def find_source(opened: Folder, against: str | None) -> tuple[str | None, Checkpoint | None]:
-    """The float model called ``against``, else the one that is recorded, if it can be found.
+    """Find the float model of a folder: its name and its checkpoint, or None and None.
 
-    Raises QplugError if ``against`` is given and is none.
+    The model is ``against``, or by default the one that the manifest records. Raises QplugError if
+    ``against`` is given and is no model.
     """
     if against is not None:
         return against, open_checkpoint(find_model(against))
@@ -109,8 +113,8 @@ def find_source(opened: Folder, against: str | None) -> tuple[str | None, Checkp
         return None, None  # the folder may have come from another machine
 
 
-def _beside_the_weights(opened: Folder) -> list[Problem]:
-    """A server needs a tokenizer, and a tensor for every weight that is not a linear's."""
+def _tokenizer_missing(opened: Folder) -> list[Problem]:
+    """A problem if the folder has no tokenizer, which servers need."""
     folder = opened.checkpoint.folder
     tokenizers = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((folder / name).exists() for name in tokenizers):
@@ -119,44 +123,51 @@ def _beside_the_weights(opened: Folder) -> list[Problem]:
 
 
 def _architecture_lacks(opened: Folder, session: Session) -> list[Problem]:
-    """Every tensor that the architecture has is there, float or packed: norms, experts, head."""
+    """A problem for each tensor of the architecture that is missing or has the wrong shape.
+
+    Tensors may be float or packed; the check covers norms, experts and the head too.
+    """
     problems = []
-    held, linears = opened.checkpoint.tensors, opened.view.linears
+    tensors, linears = opened.checkpoint.tensors, opened.view.linears
     expected = expected_tensors(
         opened.checkpoint, session.registry, trust_remote_code=session.trust_remote_code
     )
     for tensor, shape in expected.items():
         name, local = split_name(tensor)
         packed = local == "weight" and name in opened.schemes
-        if not packed and tensor not in held:
+        if not packed and tensor not in tensors:
             problems.append(Problem("missing", tensor, "is in the architecture, but not here"))
-        elif (found := linears[name] if packed else held[tensor].spec.shape) != shape:
-            problems.append(Problem("shape", tensor, f"is {list(found)}, not {list(shape)}"))
+        elif (stored := linears[name] if packed else tensors[tensor].spec.shape) != shape:
+            problems.append(Problem("shape", tensor, f"is {list(stored)}, not {list(shape)}"))
     return problems
 
 
 def _floats_differ(opened: Folder, source: Checkpoint) -> list[Problem]:
-    """What is not quantized is there, in shape; bit for bit where no algorithm rewrites it."""
+    """A problem for each float tensor that is missing, has another shape, or has changed.
+
+    Tensors that an algorithm rewrote may differ from the float model; all others must be equal to
+    the bit.
+    """
     problems = []
-    held = opened.checkpoint.tensors
+    tensors = opened.checkpoint.tensors
     rewritten = opened.manifest.rewritten if opened.manifest else frozenset()
     for tensor, stored in source.tensors.items():
         name, local = split_name(tensor)
         if local == "weight" and name in opened.schemes:
             continue
-        if tensor not in held:
+        if tensor not in tensors:
             problems.append(Problem("missing", tensor, "is in the float model, but not here"))
-        elif held[tensor].spec.shape != stored.spec.shape:
+        elif tensors[tensor].spec.shape != stored.spec.shape:
             problems.append(Problem("shape", tensor, f"is not {list(stored.spec.shape)}"))
         elif tensor in rewritten:
             continue
-        elif tensor_bytes(held[tensor].read()) != tensor_bytes(stored.read()):
+        elif tensor_bytes(tensors[tensor].read()) != tensor_bytes(stored.read()):
             problems.append(Problem("changed", tensor, "differs from the float model"))
     return problems
 
 
 def _strays(opened: Folder, source: Checkpoint) -> list[Problem]:
-    """Tensors that belong to nothing: buffers of algorithms, at which engines stop."""
+    """A problem for each tensor that belongs to no module: engines refuse such folders."""
     rewritten = opened.manifest.rewritten if opened.manifest else frozenset()
     known = {*source.tensors, *rewritten}
     return [
@@ -169,60 +180,60 @@ def _strays(opened: Folder, source: Checkpoint) -> list[Problem]:
 
 
 def _grown(opened: Folder, source: Checkpoint) -> list[Problem]:
-    """A linear in codes is smaller than it was as floats."""
+    """A problem for each linear whose codes take more bytes than its float weight."""
     assert opened.exporter is not None
     if (
         not opened.exporter.format.is_lossless
         or opened.checkpoint.config.get("quantization_config") is None
     ):
-        return []  # floats are stored
+        return []  # the folder stores float weights
     stored: dict[str, int] = {}
-    for tensor, held in opened.checkpoint.tensors.items():
+    for tensor, packed in opened.checkpoint.tensors.items():
         name = module_of(tensor)
-        stored[name] = stored.get(name, 0) + held.nbytes
+        stored[name] = stored.get(name, 0) + packed.nbytes
     problems = []
     for name in opened.schemes:
         before = source.tensors.get(f"{name}.weight")
         if before is not None and stored[name] > before.nbytes:
-            told = f"takes {stored[name]} bytes, more than the {before.nbytes} it took before"
-            problems.append(Problem("size", name, told))
+            what = f"takes {stored[name]} bytes, more than the {before.nbytes} of its float weight"
+            problems.append(Problem("size", name, what))
     return problems
 
 
 def float_weight(source: Checkpoint, name: str, shape: Sequence[int]) -> torch.Tensor:
-    """The weight ``[out, in]`` of a linear in the float model, float32.
+    """The weight of the linear ``name`` in the float model, float32 ``[out, in]``.
 
-    Raises QplugError if there is none of this ``shape``.
+    Raises QplugError if the float model has no such weight, or if its shape is not ``shape``.
     """
     tensor = f"{name}.weight"
     if tensor not in source.tensors:
-        raise QplugError(f"{source.folder}: has no {tensor}; it is not the model this came from")
+        raise QplugError(f"{source.folder}: has no {tensor}; it is a different model")
     weight = source.read(tensor).float()
     if tuple(weight.shape) != tuple(shape):
-        raise QplugError(f"{source.folder}: {tensor} has another shape; it is another model")
+        raise QplugError(f"{source.folder}: {tensor} has another shape; it is a different model")
     return weight
 
 
 def relative_distance(restored: torch.Tensor, weight: torch.Tensor) -> float:
-    """``||W' - W|| / ||W||`` (Frobenius) of float32 matrices."""
+    """The relative error ``||W' - W|| / ||W||`` (Frobenius norm) of two float32 matrices."""
     return _norm(restored - weight) / max(_norm(weight), torch.finfo().tiny)
 
 
 def _norm(matrix: torch.Tensor) -> float:
-    """In float64: summed in float32, that of a large matrix is off by half a percent."""
+    """The Frobenius norm, summed in float64: float32 is wrong by half a percent on large ones."""
     norm: float = torch.linalg.vector_norm(matrix, dtype=torch.float64).item()
     return norm
 
 
 def _errors_differ(opened: Folder, errors: Mapping[str, float]) -> list[Problem]:
-    """Each layer is as far from the float model as it was when it was written."""
+    """A problem for each linear whose error differs from the error that the manifest records."""
     if opened.manifest is None or opened.exporter is None or not opened.exporter.format.is_lossless:
         return []
-    told, rewritten = opened.manifest.errors, opened.manifest.rewritten
+    recorded, rewritten = opened.manifest.errors, opened.manifest.rewritten
     return [
-        Problem("error", name, f"is {error:.4g} off the float model, not {told[name]:.4g} as told")
+        Problem("error", name, f"has error {error:.4g}, but qplug.json says {recorded[name]:.4g}")
         for name, error in errors.items()
         if f"{name}.weight" not in rewritten
-        and name in told
-        and not abs(error - told[name]) <= 0.01 * told[name] + 1e-6  # NaN too
+        and name in recorded
+        and not abs(error - recorded[name]) <= 0.01 * recorded[name] + 1e-6  # a problem for NaN
     ]

@@ -1,1 +1,1 @@
-"""What a run is asked to do, and the files that say so."""
+"""Recipes and jobs as data, the files that contain them, and checks of them."""

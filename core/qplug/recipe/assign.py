@@ -1,4 +1,4 @@
-"""The scheme of each linear of a model, as a recipe has it."""
+"""Assigns the schemes of a recipe to the linears of a model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from qplug.recipe.recipe import Recipe
 
 
 def assign(recipe: Recipe, model: ModelView) -> dict[str, Scheme]:
-    """The scheme of every linear that is to be quantized, in the model's order.
+    """The scheme of every linear that ``recipe`` quantizes, by name, in the model's order.
 
     A pattern is a glob over module names, or ``re:`` and a regular expression for the whole name.
-    Later overrides win. Raises QplugError if a pattern matches nothing, or nothing is left.
+    Later overrides win; ``ignore`` wins over all overrides. Raises QplugError if a pattern matches
+    no linear, or if no linear is quantized.
     """
     ignored = _matching(recipe.ignore, model.linears, "--ignore")
     schemes = {n: recipe.scheme for n in model.linears if n in model.quantizable - ignored}
@@ -24,22 +25,25 @@ def assign(recipe: Recipe, model: ModelView) -> dict[str, Scheme]:
         for name in _matching([pattern], model.linears, "--override") - ignored:
             schemes[name] = scheme
     if not schemes:
-        raise QplugError("nothing is left to quantize: the model has no linear layers for it")
+        raise QplugError("nothing is left to quantize: every linear layer of the model stays float")
     return {name: recipe.rounding(schemes[name]) for name in model.linears if name in schemes}
 
 
 def _matching(patterns: Iterable[str], names: Iterable[str], flag: str) -> set[str]:
-    found: set[str] = set()
+    matching: set[str] = set()
     for pattern in patterns:
         hits = {name for name in names if matches(pattern, name)}
         if not hits:
             raise QplugError(f"{flag} {pattern}: matches no linear layer of the model")
-        found |= hits
-    return found
+        matching |= hits
+    return matching
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a module's name fits a glob, or a whole regular expression after ``re:``."""
+    """Whether the module ``name`` matches ``pattern``: a glob, or ``re:`` and a regular expression.
+
+    A regular expression must match the whole name. Raises QplugError if it is malformed.
+    """
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], name) is not None

@@ -1,4 +1,4 @@
-"""What is wrong with a job, as far as the model need not be known, and where in its file."""
+"""Checks a job without its model, and names the place of a mistake in the job's file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ C = TypeVar("C", bound=Component[Any])
 
 
 def check(job: Job, registry: Registry) -> None:
-    """Raises QplugError for all that is known to be wrong without the model, with its place.
+    """Raise QplugError, with its place in the file, for a mistake that shows without the model.
 
-    Such are names and options that no plugin has, and a pipeline or a recipe that makes no sense.
-    Widths and names of layers are not checked.
+    The checks cover names and options that no plugin has, algorithms that do not fit each other or
+    a scheme, and fields that contradict each other. Widths and names of layers need the model, so
+    they are not checked.
     """
     recipe = job.recipe
     _placed(job, "algorithms", refuse_strangers, recipe.algorithms, recipe.algorithm_options)
@@ -30,9 +31,9 @@ def check(job: Job, registry: Registry) -> None:
 
 
 def check_names(job: Job, registry: Registry) -> list[Algorithm[Any]]:
-    """The algorithms of ``job``, which may not go together.
+    """Create the algorithms of ``job``, in order, without checking that they fit each other.
 
-    Raises QplugError for a name or an option that no plugin has, with its place.
+    Raises QplugError, with its place in the file, for a name or an option that no plugin has.
     """
 
     def make(place: str, offers: Components[C], name: str, options: Mapping[str, Any]) -> C:
@@ -57,7 +58,7 @@ def check_names(job: Job, registry: Registry) -> list[Algorithm[Any]]:
 
 
 def _placed(job: Job, place: str, call: Callable[..., T], *arguments: Any) -> T:
-    """The result of ``call``; its QplugError begins with the place in the file, if it is known."""
+    """The result of ``call(*arguments)``; its QplugError names the place in the file, if known."""
     try:
         return call(*arguments)
     except QplugError as error:

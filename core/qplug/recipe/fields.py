@@ -1,10 +1,10 @@
-"""Recipes and their parts in files and in ``qplug.json``: read, written, described as JSON Schema.
+"""Reads and writes recipes in files and in ``qplug.json``, and describes them as JSON Schema.
 
 The schema is the dataclass itself: fields ``name: Annotated[type, Param("what it means")]``. Types:
 ``str``, ``int``, ``float``, ``bool``, ``Path``, ``Literal[...]``, another such dataclass,
 ``tuple[T, ...]``, ``Mapping[str, T]``, and unions of them. A union is read as the first member that
 fits the shape: a mapping as a dataclass, a list as a tuple, a scalar by its type. A field of any
-other type has a ``Spelling``.
+other type needs a ``Spelling``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One key of a file, and the field that it fills. ``default`` is plain, or MISSING."""
+    """One key of a file, and the field that it fills.
+
+    ``kind`` is the type of the value in files. ``default`` is a plain value as in files, or
+    ``dataclasses.MISSING``.
+    """
 
     name: str
     field: Field
@@ -33,11 +37,12 @@ class Key:
 
     @property
     def required(self) -> bool:
+        """Whether a file must have the key."""
         return self.default is dataclasses.MISSING
 
 
 def keys(kind: type) -> Iterator[Key]:
-    """The keys of a file that holds ``kind``."""
+    """Yield the keys of a file that contains the dataclass ``kind``, in the order of its fields."""
     for field in fields_of(kind):
         if field.param.inline:
             yield from keys(field.type)
@@ -46,7 +51,7 @@ def keys(kind: type) -> Iterator[Key]:
 
 
 def key_of(kind: type, field: Field) -> Key:
-    """The key of one field of ``kind``."""
+    """The key that fills ``field`` of the dataclass ``kind``."""
     spelling, name = field.param.spelling, field.param.key or field.name
     if spelling is None:
         default = field.default if field.required else plain(field.default)
@@ -59,18 +64,18 @@ def key_of(kind: type, field: Field) -> Key:
 
 
 def read(kind: type[T], node: Node) -> T:
-    """The dataclass ``kind`` that ``node`` spells.
+    """Read an object of the dataclass ``kind`` from ``node``.
 
-    Raises QplugError, with the line, for an unknown key, a missing one, or a wrong value.
+    Raises QplugError, with file and line, for an unknown key, a missing key, or a wrong value.
     """
     entries, known = node.entries(), {key.name: key for key in keys(kind)}
     for name, inner in entries.items():
         if name not in known:
-            raise inner.place.error(f"no such key.{did_you_mean(name, known)}", known)
+            raise inner.place.error(f"unknown key.{did_you_mean(name, known)}", known)
     for key in known.values():
         if key.required and key.name not in entries:
             help_ = key.field.param.help
-            raise node.place.error(f"has no {key.name!r}, which it needs: {help_}")
+            raise node.place.error(f"the required key {key.name!r} is missing: {help_}")
     return _filled(kind, node, entries)
 
 
@@ -145,10 +150,10 @@ def _member(members: tuple[Any, ...], node: Node) -> Any:
             return type(node.value) in _EXACT[kind]
         return node.value is not None and not dataclasses.is_dataclass(kind)
 
-    found = next((kind for kind in members if fits(kind)), None)
-    if found is None:
+    member = next((kind for kind in members if fits(kind)), None)
+    if member is None:
         raise node.place.error(f"{node.plain()!r} is wrong", " or ".join(map(_named, members)))
-    return found
+    return member
 
 
 _EXACT: dict[Any, tuple[type, ...]] = {
@@ -178,7 +183,7 @@ _GENERIC: dict[Any, Callable[[tuple[Any, ...], Node], Any]] = {
 
 
 def _named(kind: Any) -> str:
-    """A type in the words of a message."""
+    """A type in words, for messages."""
     if dataclasses.is_dataclass(kind):
         return f"a mapping of {', '.join(key.name for key in keys(cast('type', kind)))}"
     if get_origin(kind) is Literal:
@@ -191,7 +196,7 @@ def _named(kind: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Plain values for a file; keys that have their default are left out."""
+    """``value`` as plain values for a file; keys with their default value are left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dict(_entries(value))
     if isinstance(value, Mapping):
@@ -217,7 +222,7 @@ def _entries(owner: Any) -> Iterator[tuple[str, Any]]:
 
 
 def to_dict(value: Any) -> Any:
-    """A plain form for JSON, in which every field is said; ``from_dict`` reads it back."""
+    """``value`` as plain values for JSON, with every field; ``from_dict`` reads it back."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         own = getattr(value, "to_dict", None)
         return own() if own else all_fields(value)
@@ -229,14 +234,14 @@ def to_dict(value: Any) -> Any:
 
 
 def all_fields(value: Any) -> dict[str, Any]:
-    """The fields of a dataclass, each in its plain form."""
+    """Every field of the dataclass object ``value`` as a plain value, by name."""
     return {field.name: to_dict(getattr(value, field.name)) for field in fields_of(type(value))}
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
-    """The dataclass ``kind`` of its plain form; a field that is not said has its default.
+    """Create an object of the dataclass ``kind`` from the plain ``values`` of its fields.
 
-    Raises KeyError or TypeError for anything else.
+    Missing fields get their default. Raises KeyError or TypeError if ``values`` do not fit.
     """
     known = {field.name: field for field in fields_of(kind)}
     return kind(**{name: _from_plain(known[name].type, value) for name, value in values.items()})
@@ -248,7 +253,7 @@ def _from_plain(kind: Any, value: Any) -> Any:
         return value if value is None or len(members) > 1 else _from_plain(members[0], value)
     if get_origin(kind) is tuple:
         inner = members[:1] * len(value) if Ellipsis in members else members
-        return tuple(_from_plain(each, item) for each, item in zip(inner, value, strict=True))
+        return tuple(_from_plain(type_, item) for type_, item in zip(inner, value, strict=True))
     if get_origin(kind) is Mapping:
         return {key: _from_plain(members[1], item) for key, item in value.items()}
     own = getattr(kind, "from_dict", None)
@@ -261,7 +266,7 @@ def _from_plain(kind: Any, value: Any) -> Any:
 
 
 def json_schema(kind: type, title: str) -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of files that ``read`` takes."""
+    """The JSON Schema (draft 2020-12) of files that ``read`` reads as ``kind``."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": title,

@@ -1,4 +1,4 @@
-"""Read a job from a file, whichever kind it is."""
+"""Reads a job from a file: a native recipe or an LLMC file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qplug.registry.registry import Registry
 
 @dataclass(frozen=True)
 class ReadJob:
-    """A job, the kind of its file, and what the file says in vain."""
+    """A job, the kind of its file in words, and warnings about keys without effect."""
 
     job: Job
     kind: str
@@ -22,10 +22,10 @@ class ReadJob:
 
 
 def read_job(path: Path, registry: Registry) -> ReadJob:
-    """The job in a native recipe or an LLMC file.
+    """Read the job in ``path``, a native recipe or an LLMC file.
 
-    Raises QplugError, with file and line, for wrong values. ``qplug.recipe.check`` finds names that
-    no plugin has, once the command line has completed the job.
+    Raises QplugError, with file and line, for wrong values. Names that no plugin has are no error
+    here: the command line may change them before the job runs, and then the run checks them.
     """
     root = read_yaml(path)
     warnings: list[str] = []

@@ -1,4 +1,7 @@
-"""The algorithms of a run, in order, and whether they make sense together: by what each says."""
+"""Creates the algorithms of a run, and checks that they fit each other and the schemes.
+
+The checks ask the algorithms: what they decide, whether they rewrite the model or choose codes.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ def make_pipeline(
     schemes: Sequence[Scheme],
     registry: Registry,
 ) -> list[Algorithm[Any]]:
-    """The algorithms called ``names``, for a recipe that has ``schemes``.
+    """Create the algorithms called ``names``, in order, for a recipe with ``schemes``.
 
-    Raises QplugError if a name or an option is wrong, or if they make no sense together or for
-    these schemes.
+    ``options`` has the options of each algorithm by its name. Raises QplugError if a name or an
+    option is wrong, or if the algorithms do not fit each other or the schemes.
     """
     refuse_strangers(names, options)
     pipeline = [registry.algorithms.make(name, options.get(name)) for name in names]
@@ -30,21 +33,21 @@ def make_pipeline(
 
 
 def refuse_strangers(names: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises QplugError if there are ``options`` for an algorithm that is not in the pipeline."""
+    """Raise QplugError if ``options`` name an algorithm that is not in the pipeline."""
     for name in options:
         if name not in names:
             raise QplugError(f"-o {name}...: {name} is not in --algo")
 
 
 def check_pipeline(pipeline: Sequence[Algorithm[Any]], schemes: Sequence[Scheme]) -> None:
-    """Raises QplugError if algorithms make no sense together or for ``schemes``."""
-    told = f"--algo {'+'.join(algorithm.name for algorithm in pipeline)}"
-    _check_order(pipeline, told)
-    for one, other in combinations(pipeline, 2):
-        for choice in sorted(one.decides & other.decides):
+    """Raise QplugError if the algorithms do not fit each other or ``schemes``."""
+    flag = f"--algo {'+'.join(algorithm.name for algorithm in pipeline)}"
+    _check_order(pipeline, flag)
+    for earlier, later in combinations(pipeline, 2):
+        for choice in sorted(earlier.decides & later.decides):
             raise QplugError(
-                f"{told}: {one.name} and {other.name} both settle {choice}, so the later would "
-                "undo what the earlier chose; leave one out"
+                f"{flag}: {earlier.name} and {later.name} both decide {choice}, so {later.name} "
+                f"would undo what {earlier.name} chose; leave one of them out"
             )
     for algorithm in pipeline:
         sentence = algorithm.refuses(schemes)
@@ -52,19 +55,19 @@ def check_pipeline(pipeline: Sequence[Algorithm[Any]], schemes: Sequence[Scheme]
             raise QplugError(f"{algorithm.name}: {sentence}")
 
 
-def _check_order(pipeline: Sequence[Algorithm[Any]], told: str) -> None:
-    """First what rewrites the float model, last what chooses codes: one at most."""
+def _check_order(pipeline: Sequence[Algorithm[Any]], flag: str) -> None:
+    """Check that algorithms that rewrite the model come first, and one that chooses codes last."""
     for earlier, later in pairwise(pipeline):
         if later.prepares() and not earlier.prepares():
             raise QplugError(
-                f"{told}: {later.name} rewrites the float model, so it comes before {earlier.name}"
+                f"{flag}: {later.name} rewrites the float model, so it comes before {earlier.name}"
             )
     quantizers = [algorithm.name for algorithm in pipeline if algorithm.quantizes()]
     if len(quantizers) > 1:
         names = " and ".join(quantizers)
-        raise QplugError(f"{names} both choose codes; a pipeline can have one that does")
+        raise QplugError(f"{names} both choose codes; a pipeline has at most one such algorithm")
     for earlier, later in pairwise(pipeline):
         if earlier.quantizes():
             raise QplugError(
-                f"{told}: {earlier.name} chooses codes, so it comes after {later.name}"
+                f"{flag}: {earlier.name} chooses codes, so it comes after {later.name}"
             )

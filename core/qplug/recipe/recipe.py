@@ -1,7 +1,8 @@
-"""What a run shall do, as data. The fields of ``Recipe`` are its options, keys and records.
+"""Recipes and jobs: what a run does, as data.
 
-From these fields come the options of ``qplug quantize``, the keywords of ``qplug.quantize``, the
-keys of recipe files, ``recipe`` in ``qplug.json``, the rows of the report and the reference page.
+qplug derives from the fields of ``Recipe`` the options of ``qplug quantize``, the keywords of
+``qplug.quantize``, the keys of recipe files, ``recipe`` in ``qplug.json``, the rows of the report
+and the reference page.
 """
 
 from __future__ import annotations
@@ -17,29 +18,32 @@ from qplug.errors import QplugError
 from qplug.recipe.fields import all_fields, from_dict
 from qplug.recipe.spellings import CACHE, OVERRIDES, PIPELINE, SCHEME, Options
 
-#: Who quantizes where no algorithm of the pipeline does.
+#: The algorithm that chooses codes if no algorithm of the pipeline does.
 DEFAULT_QUANTIZER = "rtn"
 
-#: How windows are cut from the documents of a dataset: see ``qplug.text``.
+#: How qplug cuts windows from the documents of a dataset: see ``qplug.text``.
 Sampling: TypeAlias = Literal["dataset", "windows", "documents", "leading", "packed"]
 SAMPLINGS: tuple[Sampling, ...] = get_args(Sampling)
 
-#: What feeds a block in calibration.
+#: Whether the inputs of a block come from quantized or float blocks in calibration.
 Propagation: TypeAlias = Literal["quantized", "float"]
 
-#: The names of observers, which find the ranges of static inputs.
+#: The names of observers, which determine the ranges of static inputs.
 ObserverName: TypeAlias = Literal["minmax", "moving-average", "histogram"]
 
-#: When a model is measured: as it came, after all transforms, and quantized.
+#: The stages at which a model can be measured: the float model, after all transforms, quantized.
 Stage: TypeAlias = Literal["pretrain", "transformed", "quantized"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The data of a run, and what is made of it. Raises QplugError for a value out of bounds."""
+    """The calibration data of a run, and how the run uses it.
 
-    dataset: Annotated[str, Param("What to calibrate on: a dataset plugin.")] = "demo"
+    Raises QplugError for a value out of bounds.
+    """
+
+    dataset: Annotated[str, Param("The dataset plugin to calibrate on.")] = "demo"
     options: Annotated[
         Options,
         Param(
@@ -53,22 +57,22 @@ class Calibration:
     seq_len: Annotated[int, Param("Tokens in a window.", min=1)] = 512
     propagate: Annotated[
         Propagation,
-        Param("What feeds a block: the blocks before it as they became, or as they were."),
+        Param("Whether the inputs of a block come from the quantized or the float blocks before."),
     ] = "quantized"
-    observer: Annotated[ObserverName, Param("How the ranges of static inputs are found.")] = (
+    observer: Annotated[ObserverName, Param("How to determine the ranges of static inputs.")] = (
         "minmax"
     )
     observer_options: Annotated[
         Options, Param("Options of the observer.", flag="--observer-opt", of="observer")
     ] = field(default_factory=dict)
     batch_size: Annotated[
-        int | None, Param("Samples in one forward pass; by default as many as fit.", min=1)
+        int | None, Param("Samples in one forward pass; default: as many as fit.", min=1)
     ] = None
     sampling: Annotated[
         Sampling,
         Param(
-            "How windows are cut: as the dataset has it; anywhere in the joined text; anywhere in "
-            "a document; from a document's start; from short documents one after another.",
+            "Where windows begin: as the dataset prefers; anywhere in the joined text; anywhere in "
+            "a document; at the start of a document; or short documents are joined into windows.",
             of="dataset",
         ),
     ] = "dataset"
@@ -87,7 +91,7 @@ CALIBRATION = Spelling(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A pipeline of algorithms, a scheme with its exceptions, and a backend.
+    """How to quantize a model: algorithms, a scheme with its exceptions, a backend, and data.
 
     ``calibration`` is None in the record of a run that needed no data.
     """
@@ -95,7 +99,7 @@ class Recipe:
     algorithms: Annotated[
         tuple[str, ...],
         Param(
-            "An algorithm, or A+B in order; at most one chooses codes.",
+            "An algorithm, or several in order as A+B; at most one of them chooses codes.",
             key="pipeline",
             spelling=PIPELINE,
             word="algo",
@@ -110,7 +114,7 @@ class Recipe:
     overrides: Annotated[
         tuple[tuple[str, Scheme], ...],
         Param(
-            "Use SCHEME for matching layers; the last that fits counts.",
+            "Use SCHEME for matching layers; the last match wins.",
             spelling=OVERRIDES,
             flag="--override",
             metavar="PATTERN=SCHEME",
@@ -145,7 +149,7 @@ class Recipe:
     calibration: Annotated[
         Calibration | None,
         Param(
-            "The data that algorithms and observers see.",
+            "The data for algorithms and observers.",
             spelling=CALIBRATION,
             heading="Calibration",
         ),
@@ -158,50 +162,54 @@ class Recipe:
         bool,
         Param("Round floats as qtorch does, for a backend that only measures.", heading="Recipe"),
     ] = False
-    seed: Annotated[int, Param("Seed of everything that is drawn.", heading="Recipe")] = 0
+    seed: Annotated[int, Param("Seed of all random choices.", heading="Recipe")] = 0
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
-        """The scheme of the model and those of overrides, as they round."""
+        """The scheme of the model and the schemes of overrides, each as ``rounding`` returns it."""
         return tuple(map(self.rounding, (self.scheme, *(scheme for _, scheme in self.overrides))))
 
     def rounding(self, scheme: Scheme) -> Scheme:
-        """``scheme`` with its floats rounded as this recipe says."""
+        """``scheme``, with floats rounded as qtorch does if ``use_qtorch`` is set."""
         return scheme.with_qtorch() if self.use_qtorch else scheme
 
     @property
     def stores_ranges(self) -> bool:
-        """Whether scales of computed values are stored, which calibration data decides."""
-        return self.kv_cache is not None or any(each.static_inputs for each in self.schemes)
+        """Whether the result stores ranges of inputs or of a KV cache, which needs data."""
+        return self.kv_cache is not None or any(scheme.static_inputs for scheme in self.schemes)
 
     @property
     def uses_qtorch(self) -> bool:
-        """Whether the package qtorch rounds anything."""
+        """Whether the run needs the package qtorch to round."""
         return any(scheme.uses_qtorch for scheme in self.schemes)
 
     def check(self) -> None:
-        """Raises QplugError if fields contradict each other."""
+        """Raise QplugError if fields contradict each other."""
         if self.use_qtorch and not self.uses_qtorch:
-            raise QplugError(f"use_qtorch: {self.scheme.name} has no float format to round")
+            name = self.scheme.name
+            raise QplugError(f"use_qtorch: {name} has no float format to round; leave it out")
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain form for JSON, in which every field is said; ``from_dict`` reads it back."""
+        """Every field as a plain value for JSON; ``from_dict`` reads them back."""
         return all_fields(self)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:
-        """The recipe of its plain form. Raises KeyError or TypeError for anything else."""
+        """Create a recipe from the result of ``to_dict``; missing fields get their default.
+
+        Raises KeyError or TypeError if ``plain`` is no such result.
+        """
         return from_dict(cls, plain)
 
 
 @dataclass(frozen=True)
 class Export:
-    """A folder to write, for the recipe's backend or for another one."""
+    """A folder to write, for the recipe's backend or for a backend of its own."""
 
     out: Annotated[Path, Param("A new folder.")]
     backend: Annotated[
         str | None,
-        Param("Another backend than the recipe's; hf writes transformed float weights."),
+        Param("A backend instead of the recipe's; hf writes transformed float weights."),
     ] = None
     options: Annotated[Options, Param("See qplug plugins show BACKEND.", of="backend")] = field(
         default_factory=dict
@@ -210,42 +218,42 @@ class Export:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The perplexity at some stages. ``windows`` None is all of the text."""
+    """A perplexity to measure at some stages. ``windows=None`` reads the whole text."""
 
-    at: Annotated[tuple[Stage, ...], Param("When the model is measured.")]
+    at: Annotated[tuple[Stage, ...], Param("The stages at which to measure the model.")]
     dataset: Annotated[str, Param("A dataset plugin.")] = "demo"
     options: Annotated[Options, Param("See qplug plugins show DATASET.")] = field(
         default_factory=dict
     )
     seq_len: Annotated[int, Param("Tokens in a window.", min=2)] = 512
-    windows: Annotated[int | None, Param("The first so many; none is all of the text.", min=1)] = (
-        None
-    )
+    windows: Annotated[
+        int | None, Param("Number of windows, from the start of the text; none is all.", min=1)
+    ] = None
 
 
 @dataclass(frozen=True)
 class Job:
     """A recipe for one model, the folders to write and the perplexities to measure.
 
-    It may write several folders (LLMC's ``save_trans`` beside ``save_vllm``) and measure the model
-    before, between and after. ``places`` say where in a file a part stands (``algorithms``,
-    ``exports.0``), for errors.
+    A job may write several folders (LLMC's ``save_trans`` and ``save_vllm``) and measure the model
+    at several stages. ``places`` maps parts of the job (``algorithms``, ``exports.0``) to their
+    places in the job's file, for error messages.
     """
 
     model: Annotated[str | None, Param("A folder, a Hub id, or qplug:demo.")] = None
-    recipe: Annotated[Recipe, Param("How the model is quantized.", inline=True)] = field(
+    recipe: Annotated[Recipe, Param("How to quantize the model.", inline=True)] = field(
         default_factory=Recipe
     )
     exports: Annotated[tuple[Export, ...], Param("The folders to write.", key="export")] = ()
     measurements: Annotated[
         tuple[Measurement, ...], Param("Perplexities to measure.", key="eval")
     ] = ()
-    places: Annotated[Mapping[str, str], Param("Where parts stand in a file.", key=None)] = field(
+    places: Annotated[Mapping[str, str], Param("Places of parts in a file.", key=None)] = field(
         default_factory=dict, compare=False, repr=False
     )
 
     def recipe_for(self, export: Export) -> Recipe:
-        """The recipe with the backend of ``export``, and the options that belong to it."""
+        """The recipe with the backend of ``export`` and the options for that backend."""
         backend = export.backend or self.recipe.backend
         options = self.recipe.backend_options if backend == self.recipe.backend else {}
         return replace(self.recipe, backend=backend, backend_options={**options, **export.options})

@@ -1,4 +1,4 @@
-"""The native recipe: a job as a YAML file, read and written."""
+"""Reads and writes native recipes: jobs as YAML files."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def schema() -> dict[str, Any]:
 
 
 def read_recipe(root: Node, warnings: list[str]) -> Job:
-    """The job that a native recipe asks for. Raises QplugError, with the line.
+    """Read the job in a native recipe. Raises QplugError, with file and line, for a mistake.
 
-    A key that stands where an older version had it is read, and warned of.
+    A key in the place of an older version is read too; a warning about it goes into ``warnings``.
     """
     root = _observer_moved(root, warnings)
     return replace(read(Job, root), places=_places(root.entries()))
 
 
 def _observer_moved(root: Node, warnings: list[str]) -> Node:
-    """``root`` with ``observer`` in ``calibration``; it was a key of its own."""
+    """``root`` with ``observer`` moved into ``calibration``; older files have it at the top."""
     top = dict(root.entries())
     observer = top.pop("observer", None)
     if observer is None:
         return root
-    warnings.append(f"{observer.place}: say it in calibration: {{observer: {observer.plain()}}}")
+    warnings.append(f"{observer.place}: move it: calibration: {{observer: {observer.plain()}}}")
     inner = top["calibration"].entries() if "calibration" in top else {}
     place = top["calibration"].place if "calibration" in top else observer.place
     top["calibration"] = Node(place, {"observer": observer, **inner})
@@ -41,7 +41,7 @@ def _observer_moved(root: Node, warnings: list[str]) -> Node:
 
 
 def _places(top: Mapping[str, Node]) -> dict[str, str]:
-    """Where each part stands that plugins have a say in."""
+    """The place of each part of a file that plugins check, by the names of ``Job.places``."""
     places = {"algorithms": str(top["pipeline"].place)} if "pipeline" in top else {}
     for step in top["pipeline"].items() if "pipeline" in top else ():
         name = step.value["algorithm"].value if isinstance(step.value, dict) else step.value
@@ -55,8 +55,8 @@ def _places(top: Mapping[str, Node]) -> dict[str, str]:
 
 
 def write_recipe(job: Job) -> str:
-    """The native recipe of ``job``, as YAML; keys that have their default are left out."""
-    # The pipeline and the scheme decide most: they are said even if they are the default.
+    """Write ``job`` as a native recipe in YAML; keys with their default value are left out."""
+    # The pipeline and the scheme decide most, so the file names them even if they are the default.
     entries = {"pipeline": ["rtn"], "scheme": "W4A16", **plain(job)}
     order = [name for name in schema()["properties"] if name in entries]
     return yaml.safe_dump(

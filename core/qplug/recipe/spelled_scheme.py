@@ -1,4 +1,4 @@
-"""From how numbers are stored to a scheme: the preset that says the same, or one spelled out."""
+"""Finds the scheme for given weights and inputs: a preset, or a scheme with a systematic name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from qplug.errors import QplugError
 
 
 def spelled(weights: QuantArgs, activations: QuantArgs | None) -> Scheme:
-    """The scheme that stores so, by the name it goes by.
+    """The scheme that stores ``weights`` and rounds ``activations``, under its usual name.
 
-    Raises QplugError for inputs that are rounded in no way that qplug computes.
+    ``activations`` is None if inputs stay float. Raises QplugError if qplug cannot round inputs in
+    the way that ``activations`` describes.
     """
     _check_inputs(activations)
     for known in PRESETS.values():
@@ -22,10 +23,11 @@ def spelled(weights: QuantArgs, activations: QuantArgs | None) -> Scheme:
     name = f"W{_letters(weights)}A{_letters(activations) if activations else '16'}"
     if _grid_is_known(weights) and _grid_is_known(activations):
         name += _asymmetric(weights, activations)
-        # Engines have no kernel for groups beside rounded inputs: their tables go by the name.
+        # No engine has kernels for groups with rounded inputs; the suffix keeps such a scheme out
+        # of their tables, which look schemes up by name.
         name += f"_G{weights.group_size}" if activations and weights.group_size else ""
         return Scheme(name, weights, activations)
-    # A grid of its own: qplug has it if it has a scheme of that name.
+    # Other float formats exist only in schemes that qplug knows by name.
     return Scheme(preset(name).name, weights, activations)
 
 
@@ -33,15 +35,19 @@ def _check_inputs(args: QuantArgs | None) -> None:
     if args is None:
         return
     if args.dynamic and args.strategy not in ("token", "group"):
-        raise QplugError(f"a dynamic scale a {args.strategy}; inputs have one a token or a group")
+        raise QplugError(
+            f"inputs have one dynamic scale per token or per group, not per {args.strategy}"
+        )
     if not args.dynamic:
         name = "FP8" if args.is_float else "W8A8_STATIC"
         if preset(name).activations != args:
-            raise QplugError(f"a static scale: as that of {name}, one for the whole tensor")
+            raise QplugError(
+                f"inputs with a static scale must be as in {name}, with one scale for the tensor"
+            )
 
 
 def _grouped_alike(known: QuantArgs, given: QuantArgs) -> bool:
-    """Whether they differ in the size of groups alone, a whole row being one size."""
+    """Whether both differ at most in the group size; a whole row counts as a group size."""
     rows = ("group", "channel")
     alike = (known.dtype, known.symmetric, known.scale_dtype) == (
         given.dtype,

@@ -1,4 +1,4 @@
-"""How pipelines, schemes, exceptions to them and caches are said: in files, and as words."""
+"""How files and the command line write pipelines, schemes, overrides and KV caches."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ CacheName: TypeAlias = Literal["fp8"]
 
 @dataclass(frozen=True)
 class ArgsPart:
-    dtype: Annotated[str, Param("int2 to int8, or e4m3, e5m2 and the like.")]
-    strategy: Annotated[Strategy, Param("What shares a scale.")]
-    group_size: Annotated[int | None, Param("Columns of a row, for the strategy group.")] = None
-    block: Annotated[tuple[int, ...] | None, Param("Rows and columns, for block.")] = None
+    """Weights or inputs in a scheme that a file spells out."""
+
+    dtype: Annotated[str, Param("int2 to int8, or a float format such as e4m3 or e5m2.")]
+    strategy: Annotated[Strategy, Param("Which numbers share a scale.")]
+    group_size: Annotated[int | None, Param("Columns in a group, for strategy group.")] = None
+    block: Annotated[
+        tuple[int, ...] | None, Param("Rows and columns of a block, for strategy block.")
+    ] = None
     symmetric: Annotated[bool, Param("No zero point.")] = True
-    dynamic: Annotated[bool, Param("Scales that the engine finds as it runs.")] = False
+    dynamic: Annotated[bool, Param("The engine computes the scales as it runs.")] = False
 
     def args(self) -> QuantArgs:
-        """The QuantArgs that the part spells. Raises QplugError if it contradicts itself."""
+        """The QuantArgs with these values. Raises QplugError if they contradict each other."""
         block = None if self.block is None else (self.block[0], self.block[-1])
         return QuantArgs(
             self.dtype, self.strategy, self.group_size, block, self.symmetric, self.dynamic
@@ -36,6 +40,7 @@ class ArgsPart:
 
     @classmethod
     def of(cls, args: QuantArgs) -> ArgsPart:
+        """The part of a file that ``args`` reads back."""
         return cls(
             args.dtype, args.strategy, args.group_size, args.block, args.symmetric, args.dynamic
         )
@@ -43,31 +48,35 @@ class ArgsPart:
 
 @dataclass(frozen=True)
 class SchemePart:
-    """Either ``preset``, with another ``group_size`` if need be, or ``weights`` spelled out."""
+    """A scheme in a file: a ``preset`` with an optional ``group_size``, or ``weights``."""
 
     preset: Annotated[str | None, Param("A scheme's name: see qplug schemes.")] = None
     group_size: Annotated[
         int | None, Param("Columns that share a scale; -1 is a whole row.", word="group_size")
     ] = None
-    weights: Annotated[ArgsPart | None, Param("How weights are stored.")] = None
-    activations: Annotated[ArgsPart | None, Param("How inputs are rounded, if they are.")] = None
+    weights: Annotated[ArgsPart | None, Param("How to store weights.")] = None
+    activations: Annotated[
+        ArgsPart | None, Param("How to round inputs; without it they stay float.")
+    ] = None
 
     def scheme(self) -> Scheme:
-        """The scheme that the part spells. Raises QplugError if it contradicts itself."""
+        """The scheme with these values. Raises QplugError if they contradict each other."""
         if (self.preset is None) == (self.weights is None):
-            raise QplugError("say preset, or weights")
+            raise QplugError("a scheme needs either preset or weights")
         if self.preset is not None:
             if self.activations is not None:
-                raise QplugError("a preset says itself what becomes of activations")
+                raise QplugError("a preset already decides the activations; remove activations")
             return parse_scheme(self.preset, self.group_size)
         assert self.weights is not None
         if self.group_size is not None:
-            raise QplugError("group_size belongs into weights")
+            raise QplugError("group_size goes with preset; move it into weights")
         return spelled(self.weights.args(), self.activations.args() if self.activations else None)
 
 
 @dataclass(frozen=True)
 class Step:
+    """An algorithm with options in a file's pipeline."""
+
     algorithm: Annotated[str, Param("See qplug plugins list.")]
     options: Annotated[Options, Param("See qplug plugins show ALGORITHM.")] = field(
         default_factory=dict
@@ -78,10 +87,10 @@ class Step:
 
 
 def parse_algorithms(text: str) -> tuple[str, ...]:
-    """``"quarot+gptq"`` as names in order. Raises QplugError for an empty or repeated name."""
+    """The names in ``"quarot+gptq"``, in order. Raises QplugError for an empty or repeated name."""
     names = tuple(part.strip() for part in text.split("+"))
     if not all(names) or len(set(names)) < len(names):
-        raise QplugError(f"--algo {text}: say one algorithm, or several as in quarot+gptq")
+        raise QplugError(f"--algo {text}: name one algorithm, or several as in quarot+gptq")
     return names
 
 
@@ -109,7 +118,11 @@ PIPELINE = Spelling(
 
 
 def parse_scheme(name: str | Scheme, group_size: int | None = None) -> Scheme:
-    """The scheme, by its name or as it is, with another group size if one is given."""
+    """The scheme called ``name`` (or ``name`` itself, if it is a Scheme) with ``group_size``.
+
+    Without ``group_size`` the scheme keeps its own. Raises QplugError for an unknown name, or if
+    the scheme cannot have this group size.
+    """
     scheme = preset(name) if isinstance(name, str) else name
     return scheme if group_size is None else scheme.with_group_size(group_size)
 
@@ -133,7 +146,7 @@ def _write_scheme(owner: Any) -> str | SchemePart:
         if named is not None and named.with_group_size(size) == scheme:
             return SchemePart(preset=scheme.name, group_size=size)
     except QplugError:
-        pass  # it has no groups to choose
+        pass  # the scheme has no group size to choose
     inputs = scheme.activations
     return SchemePart(
         weights=ArgsPart.of(scheme.weights),
@@ -149,8 +162,10 @@ SCHEME = Spelling(str | SchemePart, read=_read_scheme, write=_write_scheme, pars
 
 @dataclass(frozen=True)
 class OverridePart:
-    pattern: Annotated[str, Param("A glob over module names, or re: and an expression.")]
-    scheme: Annotated[Scheme, Param("What these layers get.", spelling=SCHEME)]
+    """An override in a file: a pattern of module names, and the scheme of matching layers."""
+
+    pattern: Annotated[str, Param("A glob over module names, or re: and a regular expression.")]
+    scheme: Annotated[Scheme, Param("The scheme of these layers.", spelling=SCHEME)]
 
 
 def _parse_overrides(schemes: Mapping[str, str | Scheme]) -> tuple[tuple[str, Scheme], ...]:
@@ -169,11 +184,14 @@ OVERRIDES = Spelling(
 
 
 def parse_cache(name: str | None) -> QuantArgs | None:
-    """How a KV cache called ``name`` is stored; None for none."""
+    """How the KV cache format called ``name`` stores numbers; None if ``name`` is None.
+
+    Raises QplugError for an unknown name.
+    """
     if name is None:
         return None
     if name not in CACHES:
-        raise QplugError(f"--kv-cache {name}: there is {', '.join(CACHES)}")
+        raise QplugError(f"--kv-cache {name}: must be one of {', '.join(CACHES)}")
     return CACHES[name]
 
 

@@ -1,4 +1,4 @@
-"""What is said on the command line and in Python: the words for a recipe, and what they change."""
+"""The keywords for a recipe on the command line and in Python, and how they change a recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class RecipeWords(TypedDict, total=False):
     """The keywords of ``qplug.quantize`` that make a recipe; a test compares them with ``words``.
 
     ``algo`` is one algorithm or several (``"awq+gptq"``). ``group_size`` replaces the group size of
-    ``scheme``. ``overrides`` maps patterns of module names to schemes. None says nothing.
+    ``scheme``. ``overrides`` maps patterns of module names to schemes. None means the same as
+    leaving the keyword out.
     """
 
     algo: str
@@ -49,9 +50,10 @@ class RecipeWords(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Word:
-    """A keyword and option that fills ``key``.
+    """A keyword of Python, which is also an option of the command line, and the key that it fills.
 
-    ``place`` is where it stands in a file, "" for nowhere.
+    ``place`` is the path of the key in a file (``calibration.samples``), "" if files have no such
+    key. ``heading`` is the section of ``--help``.
     """
 
     key: Key
@@ -65,11 +67,12 @@ class Word:
 
     @property
     def param(self) -> Param:
+        """The Param of the field that the keyword fills."""
         return self.key.field.param
 
 
 def words() -> tuple[Word, ...]:
-    """All words for a recipe, in the order of its fields."""
+    """All keywords for a recipe, in the order of its fields."""
     return _WORDS
 
 
@@ -91,20 +94,20 @@ def _words(kind: type, above: str = "", heading: str = "") -> Iterator[Word]:
 _WORDS = tuple(_words(Recipe))
 
 
-def changed(recipe: Recipe, said: RecipeWords) -> Recipe:
-    """``recipe`` with all that is ``said`` in place of what it has.
+def changed(recipe: Recipe, given: RecipeWords) -> Recipe:
+    """A copy of ``recipe`` with the values of the ``given`` keywords.
 
-    Patterns are added to those of the recipe. Options are merged with those of the same component;
-    another component starts without any. Raises QplugError for a wrong value, TypeError for a word
-    that there is not.
+    Patterns are added to the recipe's patterns. Options are merged with the options of the same
+    component; a different component starts without options. Raises QplugError for a wrong value,
+    TypeError for an unknown keyword.
     """
-    if not said:
+    if not given:
         return recipe
-    values: Mapping[str, Any] = said
+    values: Mapping[str, Any] = given
     unknown = values.keys() - {word.name for word in words()}
     if unknown:
         raise TypeError(f"a recipe has no field for {', '.join(sorted(unknown))}")
-    scheme = parse_scheme(said.get("scheme") or recipe.scheme, said.get("group_size"))
+    scheme = parse_scheme(given.get("scheme") or recipe.scheme, given.get("group_size"))
     calibration = recipe.calibration or Calibration()
     return replace(
         recipe,
@@ -114,33 +117,35 @@ def changed(recipe: Recipe, said: RecipeWords) -> Recipe:
 
 
 def changed_job(
-    job: Job, said: RecipeWords, *, model: str | None = None, out: Path | None = None
+    job: Job, given: RecipeWords, *, model: str | None = None, out: Path | None = None
 ) -> Job:
-    """``job`` with another model or folder if one is given, and its recipe ``changed``.
+    """A copy of ``job`` with its recipe ``changed``, and with ``model`` and ``out`` if given.
 
-    Raises QplugError as ``changed``, and if it is not clear which folder is meant.
+    Raises QplugError for a wrong value, or if ``out`` or a backend is given and the job writes
+    several folders.
     """
     recipe, exports = job.recipe, job.exports
-    if out is not None or said.get("backend") or said.get("backend_options"):
+    if out is not None or given.get("backend") or given.get("backend_options"):
         if len(exports) > 1:
             raise QplugError(
                 "--out, --backend: the file names several folders to write; change them"
             )
         if not exports and out is None:
-            raise QplugError("--backend: say with --out where to write")
+            raise QplugError("--backend needs a folder to write: give --out")
         export = exports[0] if exports else Export(out or Path())
         recipe, exports = job.recipe_for(export), (Export(out or export.out),)
-    return replace(job, model=model or job.model, recipe=changed(recipe, said), exports=exports)
+    return replace(job, model=model or job.model, recipe=changed(recipe, given), exports=exports)
 
 
-def _changes(owner: Any, said: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ``owner`` that words are said for, and those that belong to another component.
+def _changes(owner: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The new values of fields of ``owner``: those in ``given``, and options of a new component.
 
-    A field stands behind the one that names its component.
+    The options of a component come after the field that names the component, so ``changes`` already
+    contains a new component.
     """
     changes: dict[str, Any] = {}
     for field in fields_of(type(owner)):
-        value, earlier = said.get(field.word), getattr(owner, field.name)
+        value, earlier = given.get(field.word), getattr(owner, field.name)
         component = changes.get(field.param.of)
         if component is not None and component != getattr(owner, field.param.of):
             changes[field.name] = earlier = _of_another(component, field, earlier)
@@ -153,7 +158,7 @@ def _changes(owner: Any, said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_another(component: Any, field: Field, earlier: Any) -> Any:
-    """What of ``earlier`` means something to another component: to algorithms, their options."""
+    """The part of ``earlier`` that a new ``component`` keeps: the options of its algorithms."""
     if isinstance(component, tuple):
         return {name: options for name, options in earlier.items() if name in component}
     return field.default

@@ -1,4 +1,4 @@
-"""A YAML file as values that know their lines. Nothing in it is run, whatever tags it has."""
+"""Reads a YAML file into values that know their lines; tags never run code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Scalar: TypeAlias = "str | int | float | bool | None"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value stands: ``recipe.yml:12: quant.weight.bit``."""
+    """The place of a value in a file, such as ``recipe.yml:12: quant.weight.bit``."""
 
     file: str
     line: int
@@ -26,26 +26,30 @@ class Place:
         return f"{self.file}:{self.line}: {self.path}" if self.path else f"{self.file}:{self.line}"
 
     def error(self, what: str, allowed: Iterable[object] | str = ()) -> QplugError:
-        """The error to raise: where, what is wrong, and what is allowed."""
+        """The QplugError to raise: it names this place, the mistake, and the allowed values."""
         names = allowed if isinstance(allowed, str) else ", ".join(map(str, allowed))
         return QplugError(f"{self}: {what}" + (f"; allowed: {names}" if names else ""))
 
 
 @dataclass(frozen=True)
 class Node:
-    """A scalar, a list or a mapping."""
+    """A scalar, a list or a mapping, with its place in the file.
+
+    The methods return the value as one type; they raise QplugError, with the place, for others.
+    """
 
     place: Place
     value: Scalar | tuple[Node, ...] | dict[str, Node]
 
     def scalar(self) -> Scalar:
+        """The value, which must be neither a list nor a mapping."""
         if isinstance(self.value, (tuple, dict)):
             kind = "a list" if isinstance(self.value, tuple) else "a mapping"
-            raise self.place.error(f"is {kind}, where one value is meant")
+            raise self.place.error(f"is {kind}, but must be a single value")
         return self.value
 
     def word(self, allowed: Iterable[str] = ()) -> str:
-        """A string; one of ``allowed``, if any are given."""
+        """The value as a string, which must be one of ``allowed`` if any are given."""
         value, allowed = self.scalar(), list(allowed)
         if not isinstance(value, str) or (allowed and value not in allowed):
             hint = did_you_mean(str(value), allowed)
@@ -55,6 +59,7 @@ class Node:
         return value
 
     def whole(self, least: int | None = None) -> int:
+        """The value as an integer, which must be at least ``least``."""
         value = self.scalar()
         fits = isinstance(value, int) and not isinstance(value, bool)
         if not fits or (least is not None and int(value or 0) < least):
@@ -64,8 +69,9 @@ class Node:
         return value
 
     def number(self) -> float:
+        """The value as a float."""
         value = self.scalar()
-        try:  # YAML 1.1 takes 1e-4, without a point, for a string
+        try:  # YAML 1.1 reads 1e-4, without a point, as a string
             if isinstance(value, bool) or value is None:
                 raise ValueError
             return float(value)
@@ -73,24 +79,26 @@ class Node:
             raise self.place.error(f"{value!r} is wrong", "a number") from None
 
     def switch(self) -> bool:
+        """The value as a boolean."""
         value = self.scalar()
         if not isinstance(value, bool):
             raise self.place.error(f"{value!r} is wrong", "True, False")
         return value
 
     def items(self) -> tuple[Node, ...]:
-        """The members of a list; a value alone is a list of one."""
+        """The members of a list; a scalar counts as a list with one member."""
         if isinstance(self.value, dict):
-            raise self.place.error("is a mapping, where a list is meant")
+            raise self.place.error("is a mapping, but must be a list")
         return self.value if isinstance(self.value, tuple) else (self,)
 
     def entries(self) -> dict[str, Node]:
+        """The entries of a mapping."""
         if not isinstance(self.value, dict):
             raise self.place.error(f"{self.plain()!r} is wrong", "a mapping")
         return self.value
 
     def plain(self) -> Any:
-        """The value without places."""
+        """The value as plain Python values, without places."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         if isinstance(self.value, tuple):
@@ -99,9 +107,9 @@ class Node:
 
 
 class Section:
-    """A mapping that is read key by key; what nobody asked for is warned of in the end.
+    """A mapping that is read key by key; ``warn_of_rest`` warns about keys that nobody read.
 
-    ``warnings`` are shared by all sections of a file. A key without a value counts as not there.
+    All sections of a file share ``warnings``. A key without a value counts as missing.
     """
 
     def __init__(self, node: Node, warnings: list[str]) -> None:
@@ -115,41 +123,48 @@ class Section:
         return iter(self._entries)
 
     def get(self, *keys: str) -> Node | None:
-        """The value of the first of ``keys`` that is there."""
+        """The value of the first of ``keys`` that the mapping has, else None."""
         self._known.update(keys)
         return next((self._entries[key] for key in keys if key in self), None)
 
     def need(self, *keys: str) -> Node:
+        """Like ``get``, but raises QplugError if the mapping has none of ``keys``."""
         node = self.get(*keys)
         if node is None:
-            raise self.place.error(f"has no {keys[0]!r}, which it needs")
+            raise self.place.error(f"the required key {keys[0]!r} is missing")
         return node
 
     def section(self, *keys: str) -> Section | None:
+        """The value of the first of ``keys`` as a section, else None."""
         node = self.get(*keys)
         return None if node is None else Section(node, self.warnings)
 
     def word(self, key: str, allowed: Iterable[str] = ()) -> str | None:
+        """The value of ``key`` as a string, one of ``allowed`` if any are given, else None."""
         node = self.get(key)
         return None if node is None else node.word(allowed)
 
     def whole(self, key: str, least: int | None = None) -> int | None:
+        """The value of ``key`` as an integer of at least ``least``, else None."""
         node = self.get(key)
         return None if node is None else node.whole(least)
 
     def switch(self, key: str, default: bool = False) -> bool:
+        """The value of ``key`` as a boolean, else ``default``."""
         node = self.get(key)
         return default if node is None else node.switch()
 
     def leave(self, *keys: str) -> None:
-        """Keys that mean nothing to qplug, and need no word."""
+        """Ignore ``keys`` without a warning."""
         self._known.update(keys)
 
     def warn(self, key: str, what: str) -> None:
+        """Add the warning ``what`` about ``key``, which must exist."""
         self._known.add(key)
         self.warnings.append(f"{self._entries[key].place}: {what}")
 
     def warn_of_rest(self) -> None:
+        """Add a warning for each key that no method has read."""
         for key, node in self._entries.items():
             if key not in self._known:
                 hint = did_you_mean(key, self._known)
@@ -157,7 +172,10 @@ class Section:
 
 
 def read_yaml(path: Path) -> Node:
-    """The one document of a file. Raises QplugError if it is not YAML, or has a key twice."""
+    """Read the document in ``path``.
+
+    Raises QplugError if the file cannot be read, is empty, is not YAML, or repeats a key.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -178,6 +196,8 @@ def read_yaml(path: Path) -> Node:
 
 
 class _Composed:
+    """Turns the nodes of PyYAML into nodes with places."""
+
     def __init__(self, file: str, loader: yaml.SafeLoader) -> None:
         self._file, self._loader = file, loader
         self._above: list[int] = []
@@ -185,7 +205,7 @@ class _Composed:
     def node(self, node: yaml.Node, path: str) -> Node:
         place = Place(self._file, node.start_mark.line + 1, path)
         if id(node) in self._above:
-            raise place.error("holds itself")
+            raise place.error("contains itself")
         self._above.append(id(node))
         try:
             return Node(place, self._value(node, place))
@@ -199,7 +219,7 @@ class _Composed:
             return self._entries(node, place)
         value = self._loader.construct_object(node)
         plain = value is None or isinstance(value, (str, int, float))
-        return value if plain else node.value  # a date is what it is written as
+        return value if plain else node.value  # a date stays the text in the file
 
     def _entries(self, node: yaml.MappingNode, place: Place) -> dict[str, Node]:
         own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -214,8 +234,8 @@ class _Composed:
             inner = self.node(value, f"{place.path}.{name}" if place.path else name)
             if name in entries and own.count(name) > 1:
                 line = key.start_mark.line + 1
-                raise Place(self._file, line, inner.place.path).error("stands here twice")
-            # The line of the key: that of an alias's value is where its anchor is.
+                raise Place(self._file, line, inner.place.path).error("is repeated; remove one")
+            # The line of the key, since the value of an alias has the line of its anchor.
             line = key.start_mark.line + 1
             entries[name] = Node(Place(self._file, line, inner.place.path), inner.value)
         return entries

@@ -1,4 +1,4 @@
-"""Carry out a job: check all of it, then measure, write, and measure again."""
+"""Runs a job: checks all of it, measures the model, writes the folders, and measures them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ from qplug.recipe.recipe import Export, Job, Measurement, Recipe, Stage
 from qplug.registry.registry import Registry
 from qplug.run.quantize import SHARD_BYTES, quantize
 
-#: Told what is being done, and of each step of it as ``qplug.run.quantize.Watcher`` is.
+#: Called after each step of a job: activity, steps done, steps in all, name of the step, its loss.
 Watcher = Callable[[str, int, int, str, "float | None"], None]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A perplexity, and the stage of the model that has it."""
+    """A perplexity, and the stage at which the model was measured."""
 
     at: Stage
     evaluation: Evaluation
 
 
 @dataclass(frozen=True)
-class Done:
-    """What became of a job. ``kept``: folders that an earlier run of it had finished."""
+class JobResult:
+    """The results of a job.
+
+    ``results`` has one entry for each folder that this run wrote, ``measured`` one for each
+    perplexity. ``kept``: folders that an earlier run of the same job had finished.
+    """
 
     results: tuple[Result, ...]
     measured: tuple[Measured, ...]
@@ -40,8 +44,11 @@ class Done:
 
 
 @dataclass(frozen=True)
-class How:
-    """What a run is told beside the job: where, and how carefully."""
+class RunOptions:
+    """The options of a run that are not part of the job: they do not change the weights.
+
+    ``device`` is "auto", "cpu" or "cuda[:N]"; ``shard_bytes`` the size of a weight file in bytes.
+    """
 
     device: str = "auto"
     shard_bytes: int = SHARD_BYTES
@@ -59,34 +66,35 @@ def perform(
     trust_remote_code: bool = False,
     registry: Registry | None = None,
     watch: Watcher | None = None,
-) -> Done:
-    """Write every folder that ``job`` asks for, and measure what it asks to be measured.
+) -> JobResult:
+    """Write every folder that ``job`` asks for, and measure the perplexities that it asks for.
 
-    A stage that is measured and not written is made in a hidden folder, and removed. Folders that
-    an earlier run of this job finished are kept, if others are missing. Raises QplugError as
-    ``quantize``, before any work where that can be known.
+    A stage that the job measures but does not write goes into a hidden folder, which is removed
+    afterwards. If an earlier run of this job finished some of the folders, they are kept and only
+    the others are written. Raises QplugError for mistakes that the user can mend, before any work
+    is done if they can be detected then.
     """
-    how = How(device, shard_bytes, overwrite, trust_remote_code)
-    work = _Work(job, how, registry or Registry.installed(), watch or (lambda *_: None))
-    return work.dry_run() if dry_run else work()
+    options = RunOptions(device, shard_bytes, overwrite, trust_remote_code)
+    runner = _JobRunner(job, options, registry or Registry.installed(), watch or (lambda *_: None))
+    return runner.dry_run() if dry_run else runner()
 
 
-class _Work:
-    def __init__(self, job: Job, how: How, registry: Registry, watch: Watcher) -> None:
+class _JobRunner:
+    def __init__(self, job: Job, options: RunOptions, registry: Registry, watch: Watcher) -> None:
         if job.model is None:
-            raise QplugError("no model is said: give MODEL")
+            raise QplugError("the job names no model: give MODEL")
         if not (job.exports or job.measurements):
-            raise QplugError("nothing is to be written or measured: give --out")
-        self._model, self._job, self._how, self._registry = job.model, job, how, registry
+            raise QplugError("the job writes and measures nothing: give --out")
+        self._model, self._job, self._options, self._registry = job.model, job, options, registry
         self._watch = watch
         self._folders = _folders(job)
 
-    def dry_run(self) -> Done:
-        """Every check that can be made without the work."""
+    def dry_run(self) -> JobResult:
+        """Run every check that needs no weights, and return the results of the dry runs."""
         results = self._checked(self._job.exports)
-        return Done(tuple(results), ())
+        return JobResult(tuple(results), ())
 
-    def __call__(self) -> Done:
+    def __call__(self) -> JobResult:
         kept = self._kept()
         todo = [export for export in self._job.exports if export.out not in kept]
         self._checked(todo)
@@ -99,15 +107,15 @@ class _Work:
                     stack.callback(shutil.rmtree, export.out, ignore_errors=True)
                     self._quantize(export)
                 measured += self._measured(stage, str(export.out))
-        return Done(tuple(results), tuple(measured), tuple(kept))
+        return JobResult(tuple(results), tuple(measured), tuple(kept))
 
     def _is_hidden(self, export: Export) -> bool:
         return export not in self._job.exports
 
     def _checked(self, exports: Sequence[Export]) -> list[Result]:
-        """Dry runs of ``exports``, after all other checks.
+        """Run all checks, and return the results of dry runs of ``exports``.
 
-        Raises QplugError, with its place in the file if it is known.
+        Raises QplugError for the first mistake, with its place in the file if that is known.
         """
         hidden = list(filter(self._is_hidden, self._folders.values()))
         try:
@@ -119,7 +127,7 @@ class _Work:
                 self._quantize(export, dry_run=True)
             return [self._quantize(export, dry_run=True) for export in exports]
         except QplugError:
-            check(self._job, self._registry)  # finds the same, and says where it stands
+            check(self._job, self._registry)  # raises the same error with its place in the file
             raise
 
     # --- writing ---------------------------------------------------------------------------------
@@ -129,27 +137,32 @@ class _Work:
             return self._run(export, dry_run=dry_run)
 
     def _run(self, export: Export, *, dry_run: bool) -> Result:
-        how = self._how
+        options = self._options
         return quantize(
             self._model,
             export.out,
             self._job.recipe_for(export),
-            shard_bytes=how.shard_bytes,
-            device=how.device,
-            overwrite=how.overwrite or self._is_hidden(export),
+            shard_bytes=options.shard_bytes,
+            device=options.device,
+            overwrite=options.overwrite or self._is_hidden(export),
             dry_run=dry_run,
-            trust_remote_code=how.trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
             registry=self._registry,
             watch=lambda *step: self._watch("quantizing", *step),
         )
 
     def _kept(self) -> list[Path]:
-        """Folders that a run of this job wrote, if it was stopped before it wrote all."""
-        done = [e.out for e in self._job.exports if not self._how.overwrite and self._is_done(e)]
+        """The folders that an earlier, interrupted run of this job finished.
+
+        None of them if that run finished all folders: then this run starts again.
+        """
+        done = [
+            e.out for e in self._job.exports if not self._options.overwrite and self._is_done(e)
+        ]
         return done if len(done) < len(self._job.exports) else []
 
     def _is_done(self, export: Export) -> bool:
-        """Whether ``export.out`` was made of this model by this very recipe."""
+        """Whether ``export.out`` was written from this model by an equal recipe."""
         manifest = read_manifest(export.out)
         if manifest is None or manifest.model != self._model:
             return False
@@ -157,10 +170,10 @@ class _Work:
         return recorded.to_dict() == self._as_recorded(export, recorded).to_dict()
 
     def _as_recorded(self, export: Export, recorded: Recipe) -> Recipe:
-        """The recipe for ``export`` as its run records it.
+        """The recipe for ``export`` as a run records it in ``qplug.json``.
 
-        A run records no data where it needs none, and the same recipe needs the same. Float folders
-        are fed by float blocks.
+        A run that needs no calibration data records None instead of the data. A run that exports
+        float weights records ``propagate="float"``, since no block is quantized.
         """
         recipe = self._job.recipe_for(export)
         if recipe.calibration is None or recorded.calibration is None:
@@ -174,7 +187,7 @@ class _Work:
     def _check_text(self, measurement: Measurement) -> None:
         evaluation_tokens(
             self._model,
-            Session(self._registry, trust_remote_code=self._how.trust_remote_code),
+            Session(self._registry, trust_remote_code=self._options.trust_remote_code),
             dataset=measurement.dataset,
             dataset_options=measurement.options,
             seq_len=measurement.seq_len,
@@ -182,7 +195,7 @@ class _Work:
         )
 
     def _measured(self, stage: Stage, folder: str) -> list[Measured]:
-        found = []
+        measured = []
         for measurement in self._job.measurements:
             if stage in measurement.at:
                 evaluation = evaluate(
@@ -191,50 +204,50 @@ class _Work:
                     dataset_options=measurement.options,
                     seq_len=measurement.seq_len,
                     windows=measurement.windows,
-                    device=self._how.device,
-                    trust_remote_code=self._how.trust_remote_code,
+                    device=self._options.device,
+                    trust_remote_code=self._options.trust_remote_code,
                     registry=self._registry,
                     watch=lambda done, total: self._watch(
                         f"measuring {stage}", done, total, "", None
                     ),
                 )
-                found.append(Measured(stage, replace(evaluation, model=folder)))
-        return found
+                measured.append(Measured(stage, replace(evaluation, model=folder)))
+        return measured
 
 
 def _folders(job: Job) -> dict[Stage, Export]:
-    """Where the model of each stage that is measured is: a folder that is written, or a hidden one.
+    """The folder in which the model of each measured stage lies: an export, or a hidden folder.
 
-    What an engine loads holds the codes, so the perplexity of its folder is that of the codes.
+    The stage "quantized" is measured on an engine's folder, since that folder contains the codes.
     """
     wanted = {stage for measurement in job.measurements for stage in measurement.at}
     floats = [export for export in job.exports if job.recipe_for(export).backend == "hf"]
     coded = [export for export in job.exports if export not in floats]
-    beside = job.exports[0].out if job.exports else Path("qplug")
+    first = job.exports[0].out if job.exports else Path("qplug")
     folders: dict[Stage, Export] = {}
     if "transformed" in wanted:
-        hidden = Export(beside.with_name(f".{beside.name}.transformed"), "hf")
+        hidden = Export(first.with_name(f".{first.name}.transformed"), "hf")
         folders["transformed"] = floats[0] if floats else hidden
     if "quantized" in wanted:
-        hidden = Export(beside.with_name(f".{beside.name}.measured"), "fake")
+        hidden = Export(first.with_name(f".{first.name}.measured"), "fake")
         folders["quantized"] = coded[0] if coded else hidden
     return folders
 
 
 @contextmanager
 def _parents(out: Path) -> Iterator[None]:
-    """Makes the folders above ``out`` that are missing; removes those that are empty in the end."""
-    made = []
+    """Create the missing parent folders of ``out``; on leaving, remove the ones that are empty."""
+    created = []
     for parent in (*reversed(out.absolute().parents[:-1]), out.absolute().parent):
         if not parent.is_dir():
             try:
                 parent.mkdir()
             except OSError as error:
-                raise QplugError(f"{parent}: cannot be made: {error.strerror}") from error
-            made.append(parent)
+                raise QplugError(f"{parent}: cannot be created: {error.strerror}") from error
+            created.append(parent)
     try:
         yield
     finally:
-        for parent in reversed(made):
-            with suppress(OSError):  # not empty: it is used
+        for parent in reversed(created):
+            with suppress(OSError):  # the folder is not empty
                 parent.rmdir()

@@ -1,4 +1,4 @@
-"""One run, from a checkpoint to a quantized folder: the story on a page."""
+"""One run, from a checkpoint to a quantized folder, step by step."""
 
 from __future__ import annotations
 
@@ -54,14 +54,17 @@ def quantize(
     """Quantize ``model`` (a folder, a Hub id, or ``qplug:demo``) into the new folder ``out``.
 
     ``recipe`` says how, and ``words`` change it: see ``RecipeWords``. ``algo`` is one algorithm or
-    several (``"awq+gptq"``). Algorithms that need data are given ``samples`` windows of ``seq_len``
-    tokens of ``dataset``; block by block, the tokens go on through the quantized block
-    (``propagate="quantized"``) or through the float one. The ranges of static inputs, which
-    ``observer`` finds, and the scales of ``kv_cache="fp8"`` need data too.
+    several (``"awq+gptq"``). Algorithms that need data receive ``samples`` windows of ``seq_len``
+    tokens of ``dataset``. The hidden states that enter the next block come from the quantized block
+    (``propagate="quantized"``) or from the float block (``propagate="float"``). The ranges of
+    static inputs, which ``observer`` determines, and the scales of ``kv_cache="fp8"`` need data
+    too.
 
-    A run that was killed goes on when it is called again. Raises QplugError for what the user can
-    mend, before the work where that can be known, and leaves nothing behind. Called in each process
-    that torchrun starts, all share the work of a calibrated run; the first one writes.
+    Returns the folder, its size in bytes, the error of each layer and the seconds that the run
+    took. If a run was killed, the same call continues it. Raises QplugError for mistakes that the
+    user can mend, before any work if they can be detected then; a refused run leaves no files
+    behind. If every process that torchrun started makes the same call, the processes share the work
+    of a calibrated run, and the first process writes the folder.
     """
     recipe = changed(recipe or Recipe(), words)
     recipe.check()
@@ -89,9 +92,9 @@ def run(
     dry_run: bool,
     watch: Watcher,
 ) -> Result:
-    """Quantize ``model`` into ``out`` as ``recipe`` says: the whole story, in order.
+    """Quantize ``model`` into ``out`` as ``recipe`` says, and return the result.
 
-    Everything that can be refused is refused before a weight is read and a file is written.
+    Raises QplugError. All checks come before the first weight is read and the first file written.
     """
     began, clock = time.monotonic(), session.clock
     stages = Stages(recipe, session)
@@ -100,11 +103,11 @@ def run(
     source = open_source(model, out, exporter, session)
     with clock("opening"):
         view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
-        prepared = prepare(stages, source, view, session)  # tensors are rewritten as they are read
+        prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
     schemes = servable(assign(recipe, prepared.view), prepared.view, exporter)
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
     coded = {} if exporter.format.stores_float else schemes
-    plan = make_plan(  # every byte of the result has its place
+    plan = make_plan(  # fixes the position of every byte of the result
         prepared.checkpoint,
         prepared.view,
         coded,
@@ -119,7 +122,8 @@ def run(
         return Result(out, {}, {}, (), source_bytes, plan.nbytes, 0.0, 0, dry_run=True)
 
     mark = fingerprint(source, recipe, session, shard_bytes, tokens)
-    spare = plan.nbytes if exporter.format.single_file else 0  # both forms are there for a moment
+    # A single file is converted from the folder: both are on disk for a moment.
+    spare = plan.nbytes if exporter.format.single_file else 0
     with SharedWriter(
         session.processes, lambda: Writer(out, plan, mark, overwrite=overwrite, spare=spare)
     ) as output:
@@ -133,7 +137,7 @@ def run(
         if tokens is None:
             finished = streamed(steps, done)
         else:
-            # The walk has no name here: a traceback that is kept would keep its hidden states.
+            # The walk is not a local here: a stored traceback would keep its hidden states alive.
             finished = calibrated(steps, start_walk(steps, schemes, tokens, cache), output, done)
         for step in finished:
             with clock("writing"):

@@ -1,4 +1,4 @@
-"""What every exporter must keep."""
+"""The tests that every exporter must pass."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ _NAME = "model.layers.0.mlp.down_proj"
 
 
 class ExporterContract(ComponentContract):
-    """Subclass it as ``class TestMine(ExporterContract): exporter = Mine``.
+    """Tests an exporter. Subclass it as ``class TestMine(ExporterContract): exporter = Mine``.
 
-    ``shape`` is that of the weights that are packed, (out, in), and ``model_config`` the
-    config.json of the model that they are said to be of. ``served``: a scheme and a group size, or
-    None, that it takes of ``model``, for a whole run; None makes no run. ``digests``: the first
-    digits of the SHA-256 of what ``pack`` gives for the kit's weight, by scheme: what is on users'
-    disks must not change unseen.
+    ``shape``: the shape (out, in) of the weights that the tests pack. ``model_config``: the
+    config.json of the model that the weights belong to. ``served``: a scheme and a group size (or
+    None) that the exporter takes for ``model``; the tests quantize ``model`` with them, unless
+    ``served`` is None. ``digests``: the first digits of the SHA-256 of the tensors that ``pack``
+    returns for the kit's weight, by scheme, so that the format on users' disks cannot change
+    unnoticed.
     """
 
     exporter: ClassVar[type[Exporter[Any]]]
@@ -46,7 +47,7 @@ class ExporterContract(ComponentContract):
         return self.exporter
 
     def model(self, folder: Path) -> str:
-        """The model of the whole run, which may be written into ``folder``: a tiny Llama."""
+        """The model that the whole run quantizes: by default a tiny Llama written to ``folder``."""
         return str(write_tiny_model(folder))
 
     def test_names_a_format_and_an_engine(self) -> None:
@@ -74,11 +75,11 @@ class ExporterContract(ComponentContract):
             )
 
     def test_refuses_by_a_sentence(self) -> None:
-        made: Exporter[Any] = self.make()
+        exporter: Exporter[Any] = self.make()
         accepted = 0
         for label, scheme in _schemes():
             with demanding(f"{self._who}.refuses fails for {label}; it must return a sentence"):
-                sentence = made.refuses(self._view(), {_NAME: scheme})
+                sentence = exporter.refuses(self._view(), {_NAME: scheme})
             accepted += sentence is None
             demand(
                 sentence is None or (isinstance(sentence, str) and sentence.strip()),
@@ -88,132 +89,135 @@ class ExporterContract(ComponentContract):
                 sentence is None or "\n" not in sentence,
                 f"{self._who}.refuses: users get one line; for {label} it returned several",
             )
-        demand(accepted, f"{self._who}.refuses refuses every scheme that qplug has a name for")
+        demand(accepted, f"{self._who}.refuses refuses every preset of qplug")
 
     def test_unpack_is_the_inverse_of_pack(self) -> None:
         for label, scheme, dtype, weight in self._weights():
-            made = self._format()
-            if not made.is_lossless:
+            format_ = self._format()
+            if not format_.is_lossless:
                 continue
             with demanding(f"{self._format_name}: packing and unpacking {label} fails"):
-                back = made.unpack(made.pack(weight, scheme, dtype), scheme)
-            for part in ("codes", "scale", "zero", "input_scale", "global_scale"):
+                back = format_.unpack(format_.pack(weight, scheme, dtype), scheme)
+            for field in ("codes", "scale", "zero", "input_scale", "global_scale"):
                 demand(
-                    same(getattr(back, part), getattr(weight, part)),
-                    f"{self._format_name}: unpack(pack(w)) has other {part} than w, for {label} of "
-                    f"a {dtype} model; if it stores less than codes, say is_lossless = False",
+                    same(getattr(back, field), getattr(weight, field)),
+                    f"{self._format_name}: unpack(pack(w)) has other {field} than w, for {label} "
+                    f"of a {dtype} model; if the format cannot store codes, set is_lossless = "
+                    "False",
                 )
 
     def test_stored_tensors_stand_for_the_weight(self) -> None:
         for label, scheme, dtype, weight in self._weights():
-            made: Exporter[Any] = self.make()
+            exporter: Exporter[Any] = self.make()
             with demanding(f"{self._who}: dequantize or effective_weight fails for {label}"):
-                stored = made.format.pack(weight, scheme, dtype)
-                found = made.format.dequantize(stored, scheme)
-                read = made.effective_weight(stored, scheme)
-            meant = dequantize(weight)
-            off = (found - meant).norm() / meant.norm()
+                stored = exporter.format.pack(weight, scheme, dtype)
+                restored = exporter.format.dequantize(stored, scheme)
+                effective = exporter.effective_weight(stored, scheme)
+            packed = dequantize(weight)
+            error = (restored - packed).norm() / packed.norm()
             demand(
-                found.dtype == torch.float32 and found.shape == meant.shape and off < 0.01,
-                f"{self._format_name}.dequantize must give the float32 weight back that was "
-                f"packed; for {label} it is off by {float(off):.2g}",
+                restored.dtype == torch.float32 and restored.shape == packed.shape and error < 0.01,
+                f"{self._format_name}.dequantize must return the packed weight in float32; for "
+                f"{label} its relative error is {float(error):.2g}",
             )
             demand(
-                read.dtype == torch.float32 and read.shape == meant.shape,
-                f"{self._who}: effective_weight must give a float32 weight of the shape that was "
-                f"packed; for {label} it gives {read.dtype} {list(read.shape)}",
+                effective.dtype == torch.float32 and effective.shape == packed.shape,
+                f"{self._who}: effective_weight must return a float32 weight of the packed shape; "
+                f"for {label} it returns {effective.dtype} {list(effective.shape)}",
             )
 
     def test_scales_of_inputs_are_read_back(self) -> None:
         for label, scheme, dtype, weight in self._weights():
             if weight.input_scale is None:
                 continue
-            made = self._format()
+            format_ = self._format()
             with demanding(f"{self._format_name}.input_scale fails for {label}"):
-                read = made.input_scale(made.pack(weight, scheme, dtype), scheme)
+                read = format_.input_scale(format_.pack(weight, scheme, dtype), scheme)
             demand(
                 same(read, weight.input_scale),
-                f"{self._format_name}.input_scale must give the scale of static inputs back that "
-                f"was packed; for {label} it gives {read}",
+                f"{self._format_name}.input_scale must return the packed scale of static inputs; "
+                f"for {label} it returns {read}",
             )
 
     def test_layout_is_what_pack_gives(self) -> None:
         for label, scheme, dtype, weight in self._weights():
-            made = self._format()
+            format_ = self._format()
             with demanding(f"{self._format_name}: layout or pack fails for {label}"):
-                planned = made.layout(self.shape, scheme, dtype)
-                packed = made.pack(weight, scheme, dtype)
-            told = {name: (spec.dtype, tuple(spec.shape)) for name, spec in planned.items()}
-            given = {n: (str(t.dtype)[6:], tuple(t.shape)) for n, t in packed.items()}
+                layout = format_.layout(self.shape, scheme, dtype)
+                packed = format_.pack(weight, scheme, dtype)
+            planned = {name: (spec.dtype, tuple(spec.shape)) for name, spec in layout.items()}
+            written = {n: (str(t.dtype)[6:], tuple(t.shape)) for n, t in packed.items()}
             demand(
-                told == given,
-                f"{self._format_name}: layout says {told} for {label}, but pack gives {given}",
+                planned == written,
+                f"{self._format_name}: layout says {planned} for {label}, but pack returns "
+                f"{written}",
             )
             demand(
                 not any("." in name for name in packed),
-                f"{self._format_name}.pack must give local names, such as weight_packed: "
+                f"{self._format_name}.pack must return local names, such as weight_packed, not "
                 f"{list(packed)}",
             )
 
     def test_pack_leaves_its_input_alone(self) -> None:
         for label, scheme, dtype, weight in self._weights():
-            kept = {n: t.clone() for n, t in _tensors(weight).items()}
+            before = {n: t.clone() for n, t in _tensors(weight).items()}
             packed = self._format().pack(weight, scheme, dtype)
             for name, tensor in _tensors(weight).items():
                 demand(
-                    same(tensor, kept[name]),
-                    f"{self._format_name}.pack changes the {name} it is given, for {label}: clone "
-                    "first",
+                    same(tensor, before[name]),
+                    f"{self._format_name}.pack changes the {name} of its argument for {label}: "
+                    "clone it first",
                 )
             stored = {name: tensor.clone() for name, tensor in packed.items()}
             refusal(lambda p=packed, s=scheme: self._format().unpack(p, s))
             demand(
                 all(same(packed[name], stored[name]) for name in stored),
-                f"{self._format_name}.unpack changes the tensors it is given, for {label}: clone "
-                "first",
+                f"{self._format_name}.unpack changes the tensors of its argument for {label}: "
+                "clone them first",
             )
 
     def test_config_is_json_and_is_understood(self) -> None:
-        made = self._format()
+        format_ = self._format()
         for label, scheme in self._accepted():
             with demanding(f"{self._format_name}.config fails for {label}"):
-                config = made.config(self._view(), {_NAME: scheme})
+                config = format_.config(self._view(), {_NAME: scheme})
             if config is None:
                 continue
             with demanding(f"{self._format_name}.config must be JSON; for {label} it is not"):
                 read = json.loads(json.dumps(config))
             demand(
                 read == config,
-                f"{self._format_name}.config is another after JSON: use lists and strings",
+                f"{self._format_name}.config differs after JSON: use lists and strings",
             )
             with demanding(f"{self._format_name}.read_schemes fails on its own config for {label}"):
-                told = made.read_schemes(read, self._view())
+                schemes = format_.read_schemes(read, self._view())
             demand(
-                set(told) == {_NAME},
+                set(schemes) == {_NAME},
                 f"{self._format_name}.read_schemes must find {[_NAME]} in its own config for "
-                f"{label}, and found {sorted(told)}",
+                f"{label}, and found {sorted(schemes)}",
             )
 
     def test_what_is_on_disk_does_not_change(self) -> None:
         compared = set()
         for label, scheme, dtype, weight in self._weights():
-            wanted = self.digests.get(label)
-            if not wanted or dtype != "bfloat16":
+            expected = self.digests.get(label)
+            if not expected or dtype != "bfloat16":
                 continue
             compared.add(label)
             digest = hashlib.sha256()
             for name, tensor in sorted(self._format().pack(weight, scheme, dtype).items()):
                 digest.update(name.encode() + bytes(tensor_bytes(tensor)))
             demand(
-                digest.hexdigest().startswith(wanted),
-                f"{self._format_name}: what pack gives for {label} has changed: users have such "
-                f"files. If it is meant, say digests = {{{label!r}: {digest.hexdigest()[:16]!r}}}",
+                digest.hexdigest().startswith(expected),
+                f"{self._format_name}: pack returns other bytes for {label} than in the files that "
+                f"users have. If that is intended, set digests = "
+                f"{{{label!r}: {digest.hexdigest()[:16]!r}}}",
             )
         for label in self.digests:
             demand(
                 label in compared,
-                f"{type(self).__qualname__}.digests[{label!r}] is compared with nothing: give the "
-                f"digits, for a scheme that {self._who} takes",
+                f"{type(self).__qualname__}.digests[{label!r}] is compared with nothing: it needs "
+                f"digits, and a scheme that {self._who} takes",
             )
 
     def test_a_whole_run(self, tmp_path: Path) -> None:
@@ -238,12 +242,14 @@ class ExporterContract(ComponentContract):
         if self.exporter.format.stores_float:
             return
         with demanding(f"{self._who}: the folder it wrote cannot be opened"):
-            found = verify(str(out), registry=registry)
-        told = "; ".join(map(str, found.problems))
-        demand(not found.problems, f"{self._who}: qplug verify finds faults in its folder: {told}")
-        demand(found.errors, f"{self._who}: none of the linears in its folder can be told")
+            verified = verify(str(out), registry=registry)
+        faults = "; ".join(map(str, verified.problems))
+        demand(
+            not verified.problems, f"{self._who}: qplug verify finds faults in its folder: {faults}"
+        )
+        demand(verified.errors, f"{self._who}: qplug verify finds no linear in its folder")
 
-    # --- how -------------------------------------------------------------------------------------
+    # --- the exporter, and weights for it --------------------------------------------------------
 
     @property
     def _who(self) -> str:
@@ -268,28 +274,29 @@ class ExporterContract(ComponentContract):
         )
 
     def _accepted(self) -> Iterator[tuple[str, Scheme]]:
-        made: Exporter[Any] = self.make()
-        if not made.format.stores_float:
+        """The schemes that the exporter takes, with names for messages."""
+        exporter: Exporter[Any] = self.make()
+        if not exporter.format.stores_float:
             for label, scheme in _schemes():
-                if made.refuses(self._view(), {_NAME: scheme}) is None:
+                if exporter.refuses(self._view(), {_NAME: scheme}) is None:
                     yield label, scheme
 
     def _weights(self) -> Iterator[tuple[str, Scheme, str, QuantizedWeight]]:
-        """A random weight in each scheme that is not refused, of models of each dtype."""
-        made: Exporter[Any] = self.make()
+        """A random weight in each accepted scheme, for a model in each dtype."""
+        exporter: Exporter[Any] = self.make()
         for label, scheme in self._accepted():
             for dtype in ("bfloat16", "float16"):
-                stored = scheme.with_scale_dtype(made.format.scale_dtype(scheme, dtype))
+                stored = scheme.with_scale_dtype(exporter.format.scale_dtype(scheme, dtype))
                 yield label, stored, dtype, _random(self.shape, stored)
 
 
 def _schemes() -> Iterator[tuple[str, Scheme]]:
-    """Every preset, and those of groups in other sizes, with names for messages."""
+    """Every preset, and presets with groups also in other sizes, with names for messages."""
     for name, scheme in PRESETS.items():
         yield name, scheme
         if scheme.weights.strategy == "group":
             for size in (32, 64, -1):
-                with suppress(QplugError):  # some have no size to choose
+                with suppress(QplugError):  # some presets fix the size
                     yield f"{name} in groups of {size}", scheme.with_group_size(size)
 
 

@@ -1,4 +1,4 @@
-"""The AWQ format, as vLLM and SGLang load it."""
+"""The plugin of the AWQ format, which vLLM and SGLang load."""
 
 from __future__ import annotations
 

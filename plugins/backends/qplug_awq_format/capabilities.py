@@ -1,4 +1,4 @@
-"""Who serves AWQ folders, and where. Data; nothing is decided here."""
+"""The kernels that run AWQ folders, by engine release and device: a table, without logic."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _READ = "not run; read in the source of 0.32"
 _BUILT = "not run; by what the kernel is built for"
 _NO_CPU = "SGLang asks CUDA for the device while it loads a quantized model"
 
-# Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence.
-# A folder is for both engines, so the multiples are those of SGLang, which does not pad.
+# Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence,
+# devices. A folder is for both engines, so the multiples are SGLang's: SGLang does not pad.
 RELEASES = {
     "vLLM 0.32": (
         Capability("W4A16_ASYM", "int4 of the CPU", True, _GROUPS, 64, 128, _ON_CPU, _CPU),

@@ -1,4 +1,4 @@
-"""The awq backend: AWQ folders for vLLM and SGLang."""
+"""The awq backend writes AWQ folders for vLLM and SGLang."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qplug_compressed_tensors.fusing import with_merged_names
 
 
 class AWQLoader(MergingEngine):
-    """vLLM and SGLang, as they load AWQ folders."""
+    """The rules by which vLLM and SGLang load AWQ folders."""
 
     releases = RELEASES
     serve_command = "vllm serve {}"
@@ -25,9 +25,9 @@ class AWQLoader(MergingEngine):
 
 
 class AWQExporter(Exporter[Target]):
-    """The AWQ format: int4 weights with zero points, outputs packed in AWQ's order.
+    """Writes the AWQ format: int4 weights with zero points, outputs packed in AWQ's order.
 
-    One scheme serves a whole folder.
+    All quantized layers of a folder share one scheme.
     """
 
     name = "awq"
@@ -37,9 +37,9 @@ class AWQExporter(Exporter[Target]):
 
 
 def _float_name_within_another(model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
-    """A sentence if the name of a float linear is a part of a quantized linear's name."""
+    """A refusal if the name of a float linear is part of a quantized linear's name, else None."""
     for entry in names_of_floats(model, schemes):
         hit = next((name for name in with_merged_names(schemes) if entry in name), None)
         if hit is not None:
-            return f"{entry} is to stay float, but engines would take {hit} for it too"
+            return f"{entry} is to stay float, but then engines would load {hit} as float too"
     return None

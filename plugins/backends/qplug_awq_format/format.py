@@ -1,4 +1,4 @@
-"""Asymmetric int4 in AWQ's layout, version ``gemm``."""
+"""The AWQ format: asymmetric int4 in the layout of version ``gemm``."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from qplug_compressed_tensors.packing import pack_words, stored_args, unpack_wor
 if TYPE_CHECKING:
     from qplug import Checkpoint
 
-#: Which of eight neighbouring outputs each nibble of a word holds, lowest bits first.
+#: The output, among eight neighbours, that each nibble of a word contains, lowest bits first.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACES = tuple(ORDER.index(place) for place in range(8))
 
 
 class AWQ(OneSchemeFormat):
-    """The AWQ format: int4 weights with zero points, outputs packed in AWQ's order."""
+    """Stores int4 weights with zero points, outputs packed in AWQ's order."""
 
     quant_method: ClassVar[str | None] = "awq"
-    held = ("W4A16_ASYM",)
-    holds = "int4 with zero points: use W4A16_ASYM"
+    presets = ("W4A16_ASYM",)
+    stores = "int4 with zero points (use W4A16_ASYM)"
 
     def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
         out, width = shape
@@ -73,17 +73,20 @@ class AWQ(OneSchemeFormat):
 
     def stored_shapes(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
         return {
-            tensor.removesuffix(".qweight"): (8 * held.spec.shape[1], held.spec.shape[0])
-            for tensor, held in folder.tensors.items()
-            if tensor.endswith(".qweight") and len(held.spec.shape) == 2
+            tensor.removesuffix(".qweight"): (8 * stored.spec.shape[1], stored.spec.shape[0])
+            for tensor, stored in folder.tensors.items()
+            if tensor.endswith(".qweight") and len(stored.spec.shape) == 2
         }
 
     def read_schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
         bits, size, version = config.get("bits"), config.get("group_size"), config.get("version")
         if bits != 4 or not isinstance(size, int) or version != "gemm":
-            raise QplugError(f"awq of {bits} bits in groups of {size}, {version}, is not read")
+            raise QplugError(
+                f"qplug reads awq of 4 bits in version gemm, not of {bits} bits in groups of "
+                f"{size} in version {version}"
+            )
         if not config.get("zero_point", True):
-            raise QplugError("awq without zero points: engines have no kernel")
+            raise QplugError("engines have no kernel for awq without zero points")
         scheme = PRESETS["W4A16_ASYM"].with_group_size(size)
         floats = config.get("modules_to_not_convert") or ()
         return {
@@ -94,7 +97,10 @@ class AWQ(OneSchemeFormat):
 
 
 def names_of_floats(model: ModelView, schemes: Mapping[str, Scheme]) -> list[str]:
-    """What stays float, by whole names: engines take any module whose name contains one."""
+    """The full names of modules that stay float, merged matrices included, sorted.
+
+    Engines load every module as float whose name contains one of these names.
+    """
     floats = [name for name in model.linears if name not in schemes]
     if model.head is not None and model.head not in model.linears:
         floats.append(model.head)
@@ -102,14 +108,14 @@ def names_of_floats(model: ModelView, schemes: Mapping[str, Scheme]) -> list[str
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """uint8 ``[rows, out]`` as int32 ``[rows, out / 8]``."""
+    """Pack uint8 codes ``[rows, out]`` into int32 ``[rows, out / 8]``."""
     rows = codes.shape[0]
     ordered = codes.unflatten(1, (-1, 8))[..., list(ORDER)]
     return pack_words(ordered.reshape(rows, -1), 4)
 
 
 def _unpack(words: Tensor) -> Tensor:
-    """The inverse: int32 ``[rows, out / 8]`` as uint8 ``[rows, out]``."""
+    """Unpack int32 ``[rows, out / 8]`` into uint8 codes ``[rows, out]``."""
     ordered = unpack_words(words, 4, 8 * words.shape[1])
     codes: Tensor = ordered.unflatten(1, (-1, 8))[..., list(_PLACES)].flatten(1)
     return codes

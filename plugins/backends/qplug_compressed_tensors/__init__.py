@@ -1,4 +1,4 @@
-"""The compressed-tensors format, as SGLang, vLLM and transformers load it."""
+"""The plugin of the compressed-tensors format, which SGLang, vLLM and transformers load."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""``quantization_config``: what is written into config.json, and how engines read it back.
+"""Writes ``quantization_config`` into config.json, and reads it as engines do.
 
 A config group gives a scheme to its ``targets``; ``ignore`` takes modules out. Entries are module
-names, class names (``Linear``), or ``re:`` and an expression that must match from the start.
+names, class names (``Linear``), or ``re:`` and a regular expression that must match from the start.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FP8_TOKEN = PRESETS["W4AFP8"].activations
 
 
 def format_of(scheme: Scheme) -> str | None:
-    """The name of the layout that holds ``scheme``; None if there is none."""
+    """The name of the layout that stores ``scheme``; None if no layout can."""
     weights, activations = scheme.weights, scheme.activations
     if weights.fixes_scales:
         return _FP4.get((weights, activations))
@@ -52,7 +52,7 @@ def format_of(scheme: Scheme) -> str | None:
     return None
 
 
-#: How dtypes of scales are called that are part of a format; e8m0 is stored as bare exponents.
+#: The names of scale dtypes that belong to a format; e8m0 scales are stored as bare exponents.
 _SCALE_DTYPES = {E4M3_SCALES: "torch.float8_e4m3fn", E8M0_SCALES: "torch.uint8"}
 
 
@@ -65,16 +65,16 @@ def write_config(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, A
     formats = {format_of(scheme) for scheme in kinds}
     groups = {}
     for number, scheme in enumerate(kinds):
-        members = {name for name, other in schemes.items() if other == scheme}
+        members = {name for name, assigned in schemes.items() if assigned == scheme}
         targets = ["Linear"] if len(kinds) == 1 else _entries(members, schemes, model)
-        if model.head in members and len(kinds) == 1:  # a head is no Linear to engines
+        if model.head in members and len(kinds) == 1:  # engines do not class a head as Linear
             targets.append(rf"re:.*{re.escape(model.head)}$")
         groups[f"group_{number}"] = _group(scheme, targets)
         if len(formats) > 1:
             groups[f"group_{number}"]["format"] = format_of(scheme)
     floats = [name for name in model.linears if name not in schemes]
     if model.head is not None and model.head not in model.linears:
-        floats.append(model.head)  # a tied head has no tensor, but is a module to loaders
+        floats.append(model.head)  # a tied head has no tensor, but loaders have a module for it
     ignore = _entries(floats, [*schemes, *floats], model)
     return {
         "quant_method": "compressed-tensors",
@@ -87,9 +87,9 @@ def write_config(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, A
 
 
 def _entries(names: Iterable[str], among: Iterable[str], model: ModelView) -> list[str]:
-    """Entries for ``names``, and for the matrices that engines merge them into.
+    """Entries that match ``names`` and the matrices that engines merge them into, not ``among``.
 
-    SGLang asks for ``qkv_proj`` itself: of most models it does not know of what that is made.
+    SGLang looks up ``qkv_proj`` itself, because for most models it does not know its members.
     """
     return patterns(with_merged_names(names), with_merged_names(among), model.blocks)
 
@@ -105,7 +105,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 
 def args_to_json(args: QuantArgs) -> dict[str, Any]:
-    """``args`` as the fields of compressed-tensors' QuantizationArgs."""
+    """The fields of compressed-tensors' QuantizationArgs for ``args``."""
     plain: dict[str, Any] = {
         "num_bits": args.bits,
         "type": "float" if args.is_float else "int",
@@ -118,7 +118,7 @@ def args_to_json(args: QuantArgs) -> dict[str, Any]:
         "observer": None if args.dynamic else "minmax",
         "observer_kwargs": {},
     }
-    if args.two_level:  # of inputs, the global scale is static, and those of groups are not
+    if args.two_level:  # for inputs, the global scale is static and the group scales are dynamic
         plain |= {"strategy": "tensor_group", "dynamic": "local" if args.dynamic else False}
         plain["observer"] = "minmax"
     if args.fixes_scales:
@@ -127,32 +127,32 @@ def args_to_json(args: QuantArgs) -> dict[str, Any]:
 
 
 def patterns(names: Iterable[str], among: Iterable[str], blocks: tuple[str, ...]) -> list[str]:
-    """A short list of entries that match ``names`` and nothing else of ``among``.
+    """A short list of entries that match all of ``names`` and no other name in ``among``.
 
-    What is alike in every block becomes one expression. A name that is a part of another one is
-    made an expression too: SGLang takes plain names as parts of names.
+    Names that occur in every block become one expression. A name that is part of another name
+    becomes an expression too, since SGLang matches plain names as parts of names.
     """
-    wanted, others = set(names), set(among)
+    wanted, present = set(names), set(among)
     inside: dict[str, set[str]] = {}
-    for name in others:
+    for name in present:
         block = next((block for block in blocks if name.startswith(block + ".")), None)
         if block is not None:
             inside.setdefault(_any_number(name.removeprefix(block + ".")), set()).add(name)
     entries, covered = [], set()
     for local, members in inside.items():
         entry = rf"re:.*\.{local}$"
-        # Of `proj` and `attn.proj` the expression for the first would match both.
-        if members <= wanted and not any(matches(entry, other) for other in others - wanted):
+        # The expression for `proj` would match `attn.proj` too.
+        if members <= wanted and not any(matches(entry, name) for name in present - wanted):
             entries.append(entry)
             covered |= members
     for name in wanted - covered:
-        alone = not any(name in other for other in others if other != name)
+        alone = not any(name in longer for longer in present - {name})
         entries.append(name if alone else f"re:{re.escape(name)}$")
     return sorted(entries)
 
 
 def _any_number(local: str) -> str:
-    """A name within a block as an expression in which an expert's number may be any."""
+    """An expression for a name within a block, in which any number may replace an expert's."""
     return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in local.split("."))
 
 
@@ -161,7 +161,7 @@ def _any_number(local: str) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """One config group: which modules, and how they are stored."""
+    """One config group: its modules, their scheme, and the name of their layout."""
 
     targets: tuple[str, ...]
     scheme: Scheme
@@ -170,7 +170,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Configuration:
-    """A ``quantization_config``, parsed."""
+    """A parsed ``quantization_config``.
+
+    ``ignores_substrings``: whether plain entries of ``ignore`` also match as parts of a name.
+    """
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
@@ -178,9 +181,12 @@ class Configuration:
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], *, ignores_substrings: bool = False) -> Configuration:
-        """Raises QplugError for what no engine takes."""
+        """Parse ``config``. Raises QplugError for a configuration that no engine takes."""
         if config.get("quant_method") != "compressed-tensors":
-            raise QplugError(f"quant_method {config.get('quant_method')!r} is another format's")
+            raise QplugError(
+                f"quant_method {config.get('quant_method')!r} is another format's, not "
+                "compressed-tensors"
+            )
         try:
             groups = tuple(
                 Group(
@@ -191,7 +197,7 @@ class Configuration:
                 for group in config["config_groups"].values()
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise QplugError(f"quantization_config is not whole: {error!r}") from error
+            raise QplugError(f"quantization_config is damaged: {error!r}") from error
         return cls(groups, tuple(config.get("ignore") or ()), ignores_substrings)
 
     def ignored(self, name: str) -> bool:
@@ -203,7 +209,7 @@ class Configuration:
         )
 
     def group(self, name: str) -> Group | None:
-        """The group that a linear belongs to: by its name, else by its class."""
+        """The group of the linear ``name``, by its name, else by its class; None if float."""
         if self.ignored(name):
             return None
         for group in self.groups:
@@ -213,7 +219,7 @@ class Configuration:
 
 
 def matches(entry: str, name: str) -> bool:
-    """Whether an entry of ``targets`` or ``ignore`` is or matches the name of a module."""
+    """Whether ``entry`` of ``targets`` or ``ignore`` equals or matches the module ``name``."""
     if entry.startswith("re:"):
         return re.match(entry[3:], name) is not None
     return entry == name
@@ -234,12 +240,15 @@ def _scheme(group: Mapping[str, Any]) -> Scheme:
 
 
 def cache_of(config: Mapping[str, Any]) -> QuantArgs | None:
-    """How a ``quantization_config`` says that the KV cache is stored; None if it stays float."""
-    told = config.get("kv_cache_scheme")
+    """The format of the KV cache in a ``quantization_config``; None if the cache stays float.
+
+    Raises QplugError if ``kv_cache_scheme`` is damaged.
+    """
+    scheme = config.get("kv_cache_scheme")
     try:
-        return None if told is None else _args_from_json(told)
+        return None if scheme is None else _args_from_json(scheme)
     except (KeyError, TypeError, AttributeError) as error:
-        raise QplugError(f"kv_cache_scheme is not whole: {error!r}") from error
+        raise QplugError(f"kv_cache_scheme is damaged: {error!r}") from error
 
 
 def _args_from_json(args: Mapping[str, Any]) -> QuantArgs:

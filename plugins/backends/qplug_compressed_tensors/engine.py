@@ -1,4 +1,4 @@
-"""What engines have in common that merge linears, and that load compressed-tensors folders."""
+"""Base classes of engines that merge linears, and of engines that load compressed-tensors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class MergingEngine(Engine):
-    """An engine that makes one matrix of q, k and v, and stacks experts, as it loads a model."""
+    """An engine that merges q, k and v into one matrix, and stacks experts, when it loads."""
 
     def refuses(
         self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
     ) -> str | None:
         for group in divided_groups(model.linears, schemes):
             names = ", ".join(group[:3])
-            return f"engines fuse {names} into one matrix, so they must have one scheme"
+            return f"engines fuse {names} into one matrix, so they must share one scheme"
         return super().refuses(model, schemes, target)
 
     def merged(self, names: Sequence[str]) -> list[list[str]]:
@@ -40,9 +40,9 @@ class MergingEngine(Engine):
 
 
 class CompressedTensorsLoader(MergingEngine):
-    """What every engine demands of a compressed-tensors folder; engines add rules of theirs."""
+    """Checks a compressed-tensors folder by rules of all engines; each engine adds its own."""
 
-    #: What the loader demands of a folder, beside the rules of the format.
+    #: The rules of the loader, in addition to the rules of the format.
     rules: ClassVar[tuple[Rule, ...]] = (*LOADER_RULES, head_and_embedding_are_float, *SILENT)
     #: Whether plain entries of ``ignore`` also match as parts of a name.
     ignores_substrings: ClassVar[bool] = False
@@ -61,6 +61,6 @@ class CompressedTensorsLoader(MergingEngine):
 
 
 def half_precision(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The option that serves a float32 checkpoint in bfloat16: engines would take float16."""
+    """The option that serves a float32 checkpoint in bfloat16, since engines default to float16."""
     stated = config.get("dtype") or config.get("torch_dtype")
     return ("--dtype", "bfloat16") if stated == "float32" else ()

@@ -1,4 +1,4 @@
-"""The compressed-tensors backend: folders for whatever loads the format."""
+"""The compressed-tensors backend writes folders for every loader of the format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qplug_compressed_tensors.format import CompressedTensors
 
 
 class CompressedTensorsExporter(Exporter[NoParams]):
-    """The compressed-tensors format, without the limits of any one engine."""
+    """Writes the compressed-tensors format, without the limits of a particular engine."""
 
     name = "compressed-tensors"
     format = CompressedTensors()

@@ -1,4 +1,4 @@
-"""The compressed-tensors format: its tensors, and what config.json says of them."""
+"""The compressed-tensors format: its tensors, and their description in config.json."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompressedTensors(Format):
-    """Codes as compressed-tensors stores them.
+    """Stores codes as the library compressed-tensors does.
 
     ``ignores_substrings``: whether plain entries of ``ignore`` also match as parts of a name when
     the configuration is read, as SGLang matches them.
@@ -45,7 +45,7 @@ class CompressedTensors(Format):
         return None
 
     def scale_dtype(self, scheme: Scheme, model_dtype: str) -> str:
-        # Engines hold scales of packed integers in the model's dtype, whatever the inputs.
+        # Engines keep the scales of packed integers in the model's dtype, whatever the inputs are.
         packed = format_of(scheme) == PACK_QUANTIZED
         return model_dtype if packed else super().scale_dtype(scheme, model_dtype)
 
@@ -86,7 +86,7 @@ class CompressedTensors(Format):
                     raise ValueError(f"{scheme.name} needs an input_scale")
                 packed["input_scale"] = weight.input_scale
             return packed
-        if args.symmetric:  # words hold codes counted from 0; bytes wrap as they should
+        if args.symmetric:  # words contain codes counted from 0; the wrap of bytes is intended
             codes = codes.view(torch.uint8) + 2 ** (args.bits - 1)
         packed = {
             "weight_packed": pack_words(codes, args.bits),
@@ -137,7 +137,7 @@ class CompressedTensors(Format):
         shapes = {}
         for tensor, stored in folder.tensors.items():
             name, _, local = tensor.rpartition(".")
-            # What is no shape at all is left to the rules, which say so.
+            # A weight_shape of the wrong form is skipped here: a rule reports it.
             if local == "weight_shape" and stored.spec == TensorSpec("int64", (2,)):
                 out, width = folder.read(tensor).tolist()
                 shapes[name] = (out, width)

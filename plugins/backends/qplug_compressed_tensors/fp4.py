@@ -1,6 +1,6 @@
-"""NVFP4 and MXFP4: two e2m1 codes in a byte, and scales in e4m3 or as powers of two.
+"""Packs NVFP4 and MXFP4: two e2m1 codes in a byte, with e4m3 scales or powers of two.
 
-In NVFP4 a float32 for the whole tensor stands beside them: the inverse of the global scale.
+NVFP4 also stores one float32 for the whole tensor: the inverse of the global scale.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _E8M0 = torch.float8_e8m0fnu
 
 
 def pack_e2m1(codes: Tensor) -> Tensor:
-    """Values of e2m1 in e4m3, ``[out, in]``, as uint8 ``[out, in / 2]``: the first in low bits."""
+    """Pack e2m1 values in e4m3 ``[out, in]`` into uint8 ``[out, in / 2]``, low bits first."""
     table = torch.zeros(256, dtype=torch.uint8)
     table[_values().view(torch.uint8).long()] = torch.arange(16, dtype=torch.uint8)
     nibbles = table.to(codes.device)[codes.contiguous().view(torch.uint8).int()]
@@ -26,7 +26,7 @@ def pack_e2m1(codes: Tensor) -> Tensor:
 
 
 def unpack_e2m1(packed: Tensor) -> Tensor:
-    """The inverse: uint8 ``[out, in / 2]`` as e4m3 ``[out, in]``."""
+    """Unpack uint8 ``[out, in / 2]`` into e2m1 values in e4m3 ``[out, in]``."""
     values = _values().view(torch.uint8).to(packed.device)
     nibbles = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(1)
     return values[nibbles.int()].view(torch.float8_e4m3fn)
@@ -38,21 +38,21 @@ def _values() -> Tensor:
 
 
 def local_scale(weight: QuantizedWeight) -> Tensor:
-    """The e4m3 scales of ``weight`` as multiples of its global scale, ``[out, groups]``.
+    """The scales of ``weight`` divided by its global scale, e4m3 ``[out, groups]``.
 
-    Raises ValueError if there is no global scale, or it is not that of the scales.
+    Raises ValueError if ``weight`` has no global scale, or if e4m3 cannot store a quotient exactly.
     """
     if weight.global_scale is None:
         raise ValueError("scales in e4m3 need a global scale")
     ratio = weight.scale / weight.global_scale
     local = ratio.to(torch.float8_e4m3fn)
     if not torch.equal(local.float(), ratio):
-        raise ValueError("the scales are no multiples of the global scale that e4m3 holds")
+        raise ValueError("e4m3 cannot store the scales: they are no multiples of the global scale")
     return local
 
 
 def layout(shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
-    """The tensors of a weight ``shape`` (out, in), by local name."""
+    """The specs of the stored tensors of a weight of ``shape`` (out, in), by local name."""
     out, width = shape
     args = scheme.weights
     packed = {"weight_packed": TensorSpec("uint8", (out, width // 2))}
@@ -66,7 +66,7 @@ def layout(shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
 
 
 def pack(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
-    """The tensors of ``layout``."""
+    """The stored tensors of ``weight``, as ``layout`` describes them, by local name."""
     packed = {"weight_packed": pack_e2m1(weight.codes)}
     if not weight.args.two_level:
         return {**packed, "weight_scale": weight.scale.to(_E8M0).view(torch.uint8)}
@@ -81,7 +81,7 @@ def pack(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-    """The exact inverse of ``pack``."""
+    """The weight in ``tensors``: the exact inverse of ``pack``."""
     codes, stored = unpack_e2m1(tensors["weight_packed"]), tensors["weight_scale"]
     if not scheme.weights.two_level:
         return QuantizedWeight(codes, stored.view(_E8M0).float(), None, scheme.weights)
@@ -97,11 +97,11 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
 
 
 def input_scale(tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The global scale of inputs, float32 ``[1]``; None if there is none."""
+    """The global scale of inputs, float32 ``[1]``; None if ``tensors`` have none."""
     stored = tensors.get("input_global_scale")
     return None if stored is None else 1 / stored.float().reshape(1)
 
 
 def unpacked_shape(packed: TensorSpec) -> tuple[int, int]:
-    """The shape (out, in) of the weight in ``weight_packed``."""
+    """The shape (out, in) of the weight that ``weight_packed`` with spec ``packed`` contains."""
     return packed.shape[0], 2 * packed.shape[1]

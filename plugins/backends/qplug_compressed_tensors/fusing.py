@@ -1,6 +1,6 @@
-"""Which linears engines merge into one matrix when they load a model.
+"""Finds the linears that engines merge into one matrix when they load a model.
 
-Engines do this by name; so does this table, the only place that knows them.
+Engines merge linears by name. The tables of this module are the only ones that know these names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MERGED_NAMES = ("qkv_proj", "gate_up_proj", None, "fused_qkv_a_proj_with_mqa")
 
 
 def merged_matrices(names: Iterable[str]) -> list[list[str]]:
-    """The groups of ``names`` that become one matrix, each with two names or more."""
+    """The groups of ``names`` that engines merge into one matrix, each with two or more names."""
     groups: dict[tuple[str, int], list[str]] = {}
     for name in names:
         parent, _, local = name.rpartition(".")
@@ -30,43 +30,46 @@ def merged_matrices(names: Iterable[str]) -> list[list[str]]:
 
 
 def fused_groups(names: Iterable[str]) -> list[list[str]]:
-    """The groups of ``names`` that must share one scheme, each with two names or more.
+    """The groups of ``names`` that must share one scheme, each with two or more names.
 
-    All experts of a layer are one group too: engines stack them.
+    All experts of a layer are one group too, because engines stack them.
     """
     experts: dict[str, list[str]] = {}
-    others = []
+    dense = []
     for name in names:
         layer, expert, _ = name.partition(".experts.")
         if expert:
             experts.setdefault(layer, []).append(name)
         else:
-            others.append(name)
+            dense.append(name)
     stacked = [group for group in experts.values() if len(group) > 1]
-    return merged_matrices(others) + stacked
+    return merged_matrices(dense) + stacked
 
 
 def divided_groups(names: Iterable[str], schemes: Mapping[str, Scheme]) -> Iterator[list[str]]:
-    """The groups of ``names`` that engines fuse, but that have not one scheme, or no scheme."""
+    """Yield the groups of ``names`` that engines fuse although their schemes differ.
+
+    A name without a scheme is float, which differs from every scheme.
+    """
     for group in fused_groups(names):
         if len({schemes.get(name) for name in group}) > 1:
             yield group
 
 
 def fused_problems(names: Iterable[str], schemes: Mapping[str, Scheme]) -> Iterator[Problem]:
-    """A problem for each of the groups that have not one scheme."""
+    """Yield a problem for each group of ``names`` that engines fuse although schemes differ."""
     for group in divided_groups(names, schemes):
-        found = {schemes.get(name) for name in group}
-        kinds = " and ".join(sorted(scheme.name if scheme else "float" for scheme in found))
-        yield Problem("fused", ", ".join(group[:3]), f"are merged, but are {kinds}")
+        different = {schemes.get(name) for name in group}
+        kinds = " and ".join(sorted(scheme.name if scheme else "float" for scheme in different))
+        yield Problem("fused", ", ".join(group[:3]), f"engines merge them, but they are {kinds}")
 
 
 def with_merged_names(names: Iterable[str]) -> list[str]:
-    """``names``, and the names that merged linears have in the engine's own module tree."""
-    found = dict.fromkeys(names)
-    for name in list(found):
+    """``names``, followed by the names that engines give to the matrices merged from them."""
+    extended = dict.fromkeys(names)
+    for name in list(extended):
         parent, _, local = name.rpartition(".")
         for members, merged in zip(_FUSED, _MERGED_NAMES, strict=True):
             if local in members and merged is not None and ".experts." not in name:
-                found[f"{parent}.{merged}"] = None
-    return list(found)
+                extended[f"{parent}.{merged}"] = None
+    return list(extended)

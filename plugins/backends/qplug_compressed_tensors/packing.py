@@ -1,6 +1,6 @@
-"""Codes into int32 words and back: element ``i`` of a row at bits ``i * bits``, low bits first.
+"""Packs codes into int32 words and back: code ``i`` of a row at bit ``i * bits``, low bits first.
 
-Done on bytes, two codes at a time: seven times as fast as shifts on int32.
+Packing works on bytes, two codes at a time: seven times as fast as shifts on int32.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from qplug import QuantArgs
 
 
 def stored_args(args: QuantArgs, scale: Tensor) -> QuantArgs:
-    """``args`` with the dtype in which ``scale`` is stored."""
+    """A copy of ``args`` whose ``scale_dtype`` is the dtype of ``scale``."""
     return replace(args, scale_dtype=str(scale.dtype).removeprefix("torch."))
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes ``[rows, columns]`` as int32 ``[rows, ceil(columns * bits / 32)]``.
+    """Pack uint8 codes ``[rows, columns]`` into int32 ``[rows, ceil(columns * bits / 32)]``.
 
-    The last word of a row is filled with zero bits. ``bits`` is 4 or 8.
+    The last word of a row is padded with zero bits. ``bits`` is 4 or 8.
     """
     rows, columns = codes.shape
     gap = -columns % (32 // bits)
@@ -35,7 +35,7 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse: int32 ``[rows, words]`` as uint8 codes ``[rows, columns]``."""
+    """Unpack int32 ``[rows, words]`` into uint8 codes ``[rows, columns]``; ``bits`` is 4 or 8."""
     codes = words.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
     if bits == 4:
         pairs = codes.to(torch.int16)

@@ -1,6 +1,6 @@
-"""What engines load without a word, or with one that misleads, and then serve wrongly.
+"""Rules for folders that engines load without an error, or with a misleading one, and serve wrong.
 
-Rules like those in ``qplug_compressed_tensors.rules``; each stands for failures that users met.
+They are rules as in ``qplug_compressed_tensors.rules``; each comes from failures that users met.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _FIELDS = frozenset(
         *("actorder", "observer", "observer_kwargs", "scale_dtype", "zp_dtype"),
     )
 )
-#: Orders of columns that need nothing at load. Others are refused by vLLM from 0.32 on.
+#: Orders of columns that need no extra tensor. vLLM refuses all others from 0.32 on.
 _ORDERS = (None, False, "static", "weight")
-#: What is wrong with the parts of a ``quantization_config`` that qplug never writes.
+#: Why a ``quantization_config`` must not contain these parts, which qplug never writes.
 _PARTS = {
-    "transform_config": "asks for rotations as the model runs, which SGLang leaves out in silence",
+    "transform_config": "asks for rotations as the model runs, which SGLang skips in silence",
     "sparsity_config": "asks for sparse weights, which engines no longer read",
 }
 
 
 def config_is_understood(case: Case) -> Iterator[Problem]:
-    """Nothing in the configuration is newer, or older, than the engines that read it."""
+    """The configuration contains no part or field that an engine ignores or no longer reads."""
     config = case.folder.config["quantization_config"]
     for part, sentence in _PARTS.items():
         if config.get(part):
@@ -42,18 +42,20 @@ def config_is_understood(case: Case) -> Iterator[Problem]:
 def _fields(where: str, args: Mapping[str, Any]) -> Iterator[Problem]:
     for field in sorted(args.keys() - _FIELDS):
         if args[field] is not None:
-            yield Problem("config", f"{where}.{field}", "is a field that engines may not know")
+            yield Problem("config", f"{where}.{field}", "is unknown to some engines")
     if args.get("actorder") not in _ORDERS:
         yield Problem(
-            "config", f"{where}.actorder", f"{args['actorder']!r} needs weight_g_idx: no longer run"
+            "config",
+            f"{where}.actorder",
+            f"{args['actorder']!r} needs weight_g_idx, which engines no longer support",
         )
 
 
 def merged_linears_keep_their_group(case: Case) -> Iterator[Problem]:
-    """No group by class takes what another group means by the names of its parts.
+    """A group for the class ``Linear`` matches no merged matrix that belongs to another group.
 
-    Engines look for q, k and v under the name of the matrix that they make of them, then under its
-    class, and only then (vLLM before 0.32, SGLang) under the names of its parts.
+    Engines look up q, k and v by the name of their merged matrix, then by its class, and only then
+    (vLLM before 0.32, SGLang) by their own names.
     """
     by_class = [group for group in case.config.groups if "Linear" in group.targets]
     if not by_class:
@@ -61,38 +63,38 @@ def merged_linears_keep_their_group(case: Case) -> Iterator[Problem]:
     for names in fused_groups(case.model.linears):
         group = case.config.group(names[0])
         if group is not None and group.scheme != by_class[0].scheme:
-            told = f"is meant to be {group.scheme.name}, but `Linear` is matched first"
-            yield Problem("order", ", ".join(names[:3]), told)
+            what = f"is meant to be {group.scheme.name}, but engines match `Linear` first"
+            yield Problem("order", ", ".join(names[:3]), what)
 
 
 def merged_matrices_are_named(case: Case) -> Iterator[Problem]:
-    """What holds for q, k and v holds for ``qkv_proj`` by its own name, and so for others.
+    """A merged matrix such as ``qkv_proj`` is in the same group as its members, by its own name.
 
-    SGLang asks for the merged matrix, and of most models it does not know of what that is made.
+    SGLang looks up the merged matrix, and for most models it does not know its members.
     """
-    for parts in merged_matrices(name for name in case.model.linears if ".experts." not in name):
-        said = case.config.group(parts[0])
-        for name in with_merged_names(parts)[len(parts) :]:
-            if case.config.group(name) != said:
-                told = "is not ignored as" if said is None else "is in no group, or in another than"
-                yield Problem("merged", name, f"{told} {', '.join(parts)} are: SGLang looks for it")
+    for members in merged_matrices(name for name in case.model.linears if ".experts." not in name):
+        group, names = case.config.group(members[0]), ", ".join(members)
+        for name in with_merged_names(members)[len(members) :]:
+            if case.config.group(name) != group:
+                verb = "be in ignore" if group is None else "be in the same config group"
+                yield Problem("merged", name, f"must {verb} like {names}: SGLang looks it up")
 
 
 def ignored_names_are_linears(case: Case) -> Iterator[Problem]:
-    """No entry of ``ignore`` names a part of a linear: it is the linear that engines look for."""
+    """No entry of ``ignore`` names a tensor of a linear: engines look up the linear itself."""
     for entry in case.config.ignore:
         if entry.rpartition(".")[0] in case.model.linears:
-            yield Problem("ignore", entry, "names a part of a linear, so the linear is not ignored")
+            yield Problem("ignore", entry, "names a tensor, not a linear, so it ignores no linear")
 
 
 def embedding_is_float(case: Case) -> Iterator[Problem]:
-    """Embeddings are a plain table: SGLang serves memory that nobody filled where they are not."""
-    for name, found in case.present.items():
-        if name not in case.model.linears and "weight_scale" in found:
+    """Embeddings are float: SGLang serves uninitialized memory for a quantized embedding."""
+    for name, present in case.present.items():
+        if name not in case.model.linears and "weight_scale" in present:
             yield Problem("embedding", name, "is no linear, so it must not be quantized")
 
 
-#: Rules of every engine.
+#: The rules of this module that hold for every engine.
 SILENT: tuple[Rule, ...] = (
     config_is_understood,
     merged_linears_keep_their_group,
@@ -102,7 +104,7 @@ SILENT: tuple[Rule, ...] = (
 
 
 def int8_experts_have_no_kernel(case: Case) -> Iterator[Problem]:
-    """SGLang has no product of experts in int8 with inputs in int8 for compressed-tensors."""
+    """No expert has int8 weights and int8 inputs: SGLang has no such kernel for these folders."""
     for name, scheme in case.schemes.items():
         inputs = scheme.activations
         if ".experts." in name and inputs is not None and inputs.dtype == "int8":

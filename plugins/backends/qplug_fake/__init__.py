@@ -1,4 +1,4 @@
-"""The fake backend: a float checkpoint that holds the dequantized weights."""
+"""The plugin of the fake backend, which writes dequantized weights as a float checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fake backend: dequantized weights, to measure what no engine serves."""
+"""The fake backend writes dequantized weights, to measure schemes that no engine serves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from qplug_fake.format import DequantizedFloat
 
 
 class Fake(Exporter[NoParams]):
-    """A float checkpoint that any loader takes; only its values are those of the codes."""
+    """Writes a float checkpoint with the values of the codes, which any loader takes."""
 
     name = "fake"
     format = DequantizedFloat()

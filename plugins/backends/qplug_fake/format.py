@@ -1,4 +1,4 @@
-"""Dequantized weights in a plain float checkpoint: to measure what no engine serves."""
+"""Stores dequantized weights in a plain float checkpoint."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from qplug.numerics import dequantize
 
 
 class DequantizedFloat(Format):
-    """Float weights whose values are those of the codes; scales of static inputs beside them."""
+    """Stores float weights with the values of the codes, and the scales of static inputs."""
 
     is_lossless = False
 
     def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
         packed = {"weight": TensorSpec(dtype, shape)}
-        if scheme.static_inputs:  # loaders ignore it; qplug's reader rounds with it
+        if scheme.static_inputs:  # loaders ignore the scale; qplug's reader rounds with it
             packed["input_scale"] = TensorSpec("float32", (1,))
         return packed
 
@@ -29,7 +29,7 @@ class DequantizedFloat(Format):
         return packed
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-        raise QplugError("a fake-quantized weight holds no codes")
+        raise QplugError("a folder of the fake backend contains no codes to unpack")
 
     def dequantize(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
         return tensors["weight"].float()

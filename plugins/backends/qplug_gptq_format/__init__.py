@@ -1,4 +1,4 @@
-"""The GPTQ format, as vLLM and SGLang load it."""
+"""The plugin of the GPTQ format, which vLLM and SGLang load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who serves GPTQ folders, and where. Data; nothing is decided here."""
+"""The kernels that run GPTQ folders, by engine release and device: a table, without logic."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _NO_ASYM_VLLM = "vLLM refuses asymmetric GPTQ: use --backend awq"
 _NO_ASYM_SGLANG = "asymmetric GPTQ has no kernel for bfloat16: use --backend awq"
 _NO_CPU = "SGLang asks CUDA for the device while it loads a quantized model"
 
-# Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence.
-# A folder is for both engines, so the multiples are those of SGLang, which does not pad.
+# Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence,
+# devices. A folder is for both engines, so the multiples are SGLang's: SGLang does not pad.
 RELEASES = {
     "vLLM 0.32": (
         Capability("W4A16", "int4 of the CPU", True, _GROUPS, 64, 128, _ON_CPU, _CPU),

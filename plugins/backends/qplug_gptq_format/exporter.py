@@ -1,4 +1,4 @@
-"""The gptq backend: GPTQ folders for vLLM and SGLang."""
+"""The gptq backend writes GPTQ folders for vLLM and SGLang."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from qplug_gptq_format.format import GPTQ
 
 
 class GPTQLoader(MergingEngine):
-    """vLLM and SGLang, as they load GPTQ folders."""
+    """The rules by which vLLM and SGLang load GPTQ folders."""
 
     releases = RELEASES
     serve_command = "vllm serve {}"
 
 
 class GPTQExporter(Exporter[Target]):
-    """The GPTQ format: int4 or int8 weights, symmetric, columns in their own order.
+    """Writes the GPTQ format: symmetric int4 or int8 weights, columns in their own order.
 
-    One scheme serves a whole folder. Zero points are all the middle code, stored less one.
+    All quantized layers of a folder share one scheme. All zero points are the middle code, and are
+    stored as the middle code minus 1.
     """
 
     name = "gptq"

@@ -1,4 +1,4 @@
-"""Symmetric integers in the layout of AutoGPTQ and GPTQModel, version 1."""
+"""The GPTQ format: symmetric integers in the layout of AutoGPTQ and GPTQModel, version 1."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _BITS = {4: "W4A16", 8: "W8A16"}
 
 
 class GPTQ(OneSchemeFormat):
-    """The GPTQ format: int4 or int8 weights, symmetric, columns in their own order.
+    """Stores symmetric int4 or int8 weights; columns keep their order.
 
-    Zero points are all the middle code, stored less one.
+    All zero points are the middle code, and are stored as the middle code minus 1.
     """
 
     quant_method: ClassVar[str | None] = "gptq"
-    held = tuple(_BITS.values())
-    holds = "symmetric integers (W4A16, W8A16; --backend awq holds W4A16_ASYM)"
+    presets = tuple(_BITS.values())
+    stores = "symmetric integers (W4A16, W8A16; --backend awq stores W4A16_ASYM)"
 
     def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
         out, width = shape
@@ -52,7 +52,7 @@ class GPTQ(OneSchemeFormat):
 
     def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
         args, middle = weight.args, 2 ** (weight.args.bits - 1)
-        codes = weight.codes.view(torch.uint8) + middle  # bytes wrap as they should
+        codes = weight.codes.view(torch.uint8) + middle  # the wrap of bytes is intended
         zeros = torch.full_like(weight.scale.T, middle - 1, dtype=torch.uint8)
         return {
             "qweight": pack_words(codes, args.bits).T.contiguous(),
@@ -72,7 +72,7 @@ class GPTQ(OneSchemeFormat):
         (args,) = {scheme.weights for scheme in schemes.values()}
         floats = [n for n in model.linears if n not in schemes and n != model.head]
         merged = with_merged_names(floats)
-        # Engines match the names of merged linears, of which each block has its own.
+        # Engines match the names of merged matrices; every block has its own.
         entries = patterns(merged, [*with_merged_names(schemes), *merged], model.blocks)
         return {
             "quant_method": "gptq",
@@ -88,19 +88,21 @@ class GPTQ(OneSchemeFormat):
 
     def stored_shapes(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
         shapes = {}
-        for tensor, held in folder.tensors.items():
+        for tensor, stored in folder.tensors.items():
             name, _, local = tensor.rpartition(".")
             columns = folder.tensors.get(f"{name}.g_idx")
-            if local == "qweight" and columns is not None and len(held.spec.shape) == 2:
-                shapes[name] = (held.spec.shape[1], columns.spec.shape[0])
+            if local == "qweight" and columns is not None and len(stored.spec.shape) == 2:
+                shapes[name] = (stored.spec.shape[1], columns.spec.shape[0])
         return shapes
 
     def read_schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
         bits, size = config.get("bits"), config.get("group_size")
         if bits not in _BITS or not isinstance(size, int):
-            raise QplugError(f"gptq of {bits} bits in groups of {size} is not read")
+            raise QplugError(
+                f"qplug reads gptq of 4 or 8 bits, not of {bits} bits in groups of {size}"
+            )
         if config.get("desc_act") or not config.get("sym", True):
-            raise QplugError("gptq with desc_act, or asymmetric: engines refuse it")
+            raise QplugError("engines refuse gptq that is asymmetric or has desc_act")
         scheme = PRESETS[_BITS[bits]].with_group_size(size)
         skipped = [entry[2:] for entry in config.get("dynamic") or {} if entry.startswith("-:")]
         return {
@@ -110,9 +112,9 @@ class GPTQ(OneSchemeFormat):
         }
 
     def check_folder(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
-        found = list(super().check_folder(folder, model))
-        yield from found
-        broken = {problem.where for problem in found}
+        problems = list(super().check_folder(folder, model))
+        yield from problems
+        broken = {problem.where for problem in problems}
         config = folder.config.get("quantization_config")
         schemes = {} if config is None else self.read_schemes(config, model)
         for name, scheme in schemes.items():
@@ -121,7 +123,7 @@ class GPTQ(OneSchemeFormat):
 
 
 def group_of_columns(width: int, scheme: Scheme) -> Tensor:
-    """``g_idx``: the group that each of ``width`` columns is in, int32 ``[width]``."""
+    """The number of the group of each of ``width`` columns (``g_idx``), int32 ``[width]``."""
     size = scheme.weights.group_size or width
     return torch.arange(width, dtype=torch.int32) // size
 
@@ -133,10 +135,10 @@ def _expression(entry: str) -> str:
 def _number_problems(
     folder: Checkpoint, name: str, shape: tuple[int, int], scheme: Scheme
 ) -> Iterator[Problem]:
-    """Columns are in order, and zero points where the kernels take them to be."""
+    """Yield a problem if columns are reordered, or if zero points are not the middle code."""
     if not torch.equal(folder.read(f"{name}.g_idx"), group_of_columns(shape[1], scheme)):
-        yield Problem("g_idx", name, "its columns are reordered: engines refuse it (desc_act)")
+        yield Problem("g_idx", name, "its columns are reordered (desc_act): engines refuse that")
     bits = scheme.weights.bits
     zeros = unpack_words(folder.read(f"{name}.qzeros"), bits, shape[0])
     if not (zeros == 2 ** (bits - 1) - 1).all():
-        yield Problem("zero", name, "qzeros is not the middle code less one: kernels ignore it")
+        yield Problem("zero", name, "qzeros is not the middle code minus 1: kernels ignore qzeros")

@@ -1,4 +1,4 @@
-"""The hf backend: the float checkpoint that algorithms made of the model."""
+"""The plugin of the hf backend, which writes the float weights after all transforms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Float weights after all transforms and before any rounding: to quantize on, or to measure."""
+"""The hf backend writes float weights after all transforms, to quantize or measure them later."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class TransformedFloat(Format):
-    """Float weights under the names and in the dtypes that they have in the model."""
+    """Stores float weights under the model's own names and in its own dtypes."""
 
     stores_float = True
 
@@ -23,14 +23,14 @@ class TransformedFloat(Format):
         raise QplugError("a float folder has no codes to pack")
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-        raise QplugError("a float folder holds no codes")
+        raise QplugError("a float folder has no codes to unpack")
 
 
 class HuggingFace(Exporter[NoParams]):
-    """The transformed model, float: nothing is quantized. Clips that were chosen are cut.
+    """Writes the transformed model in float, with weights clipped to the ranges that were chosen.
 
-    Every tensor keeps its name and dtype, so that any loader takes the folder, and another run of
-    qplug too. Where inputs are to be rotated as the model runs, that is qplug alone.
+    Every tensor keeps its name and dtype, so that any loader, and a later run of qplug, takes the
+    folder. If an algorithm rotates inputs as the model runs, only qplug computes the folder right.
     """
 
     name = "hf"

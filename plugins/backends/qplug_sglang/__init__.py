@@ -1,4 +1,4 @@
-"""The sglang backend: compressed-tensors folders within what SGLang's loader and kernels take."""
+"""The plugin of the sglang backend, which writes folders for SGLang's loader and kernels."""
 
 from __future__ import annotations
 

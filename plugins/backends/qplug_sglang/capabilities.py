@@ -1,4 +1,4 @@
-"""What SGLang serves: scheme by scheme, and where. Data; nothing is decided here."""
+"""The kernels of SGLang, by release, scheme and device: a table, without logic."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _WITH_INPUTS = "SGLang reads NVFP4 with scales of inputs (modelopt): use NVFP4"
 _GPT_OSS = "SGLang has MXFP4 for the experts of GPT-OSS alone"
 _NVFP4_MARLIN = "Marlin, inputs stay as they are; serve with --fp4-gemm-backend marlin"
 
-# Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence.
-# SGLang does not pad: a shape outside Marlin's tiles passes its checks and breaks later.
+# Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence,
+# devices. SGLang does not pad: a shape outside Marlin's tiles passes its checks, and fails later.
 RELEASES = {
     "SGLang 0.5.16": (
         Capability("W4A16", "Marlin", True, _GROUPS, 64, 128, _H100_ALL, _SM90),

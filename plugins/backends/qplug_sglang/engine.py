@@ -1,4 +1,4 @@
-"""What SGLang loads, and with which kernels."""
+"""The engine SGLang: its kernels, the rules of its loader, and its server."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def nvfp4_is_stored_as_modelopt_does(case: Case) -> Iterator[Problem]:
-    """No linear has NVFP4 in a compressed-tensors folder: SGLang runs it on few GPUs alone."""
+    """No linear of a compressed-tensors folder has NVFP4: SGLang runs that only on few GPUs."""
     for name, scheme in case.schemes.items():
         if scheme == NVFP4:
-            yield Problem("format", name, "SGLang loads NVFP4 as ModelOpt stores it")
+            yield Problem("format", name, "SGLang loads NVFP4 only in ModelOpt's format")
 
 
 class SGLang(CompressedTensorsLoader):
-    """SGLang, as it loads compressed-tensors folders, and ModelOpt's NVFP4."""
+    """SGLang, which loads compressed-tensors folders and ModelOpt's NVFP4."""
 
     releases = RELEASES
     serve_command = "python -m sglang.launch_server --model-path {}"
@@ -53,8 +53,11 @@ class SGLang(CompressedTensorsLoader):
     ) -> str | None:
         outside = next((name for name in schemes if name not in model.quantizable), None)
         if outside is not None:
-            return f"{outside}: SGLang loads a quantized head or router, and serves garbage"
-        formats = sorted({found for s in schemes.values() if (found := format_of(s))})
+            return (
+                f"{outside}: SGLang serves garbage for a quantized head or router; "
+                f"add --ignore {outside}"
+            )
+        formats = sorted({layout for s in schemes.values() if (layout := format_of(s))})
         if len(formats) > 1:
             return f"SGLang reads one format in a folder, not {' and '.join(formats)}"
         for name, scheme in schemes.items():
@@ -65,7 +68,7 @@ class SGLang(CompressedTensorsLoader):
     def refuses_cache(self, cache: QuantArgs) -> str | None:
         return (
             "SGLang drops the scales of a KV cache in silence; leave the option out, and serve "
-            "with --kv-cache-dtype fp8_e4m3, which works with scales of 1"
+            "with --kv-cache-dtype fp8_e4m3, which uses scales of 1"
         )
 
     def check_folder(
@@ -77,7 +80,7 @@ class SGLang(CompressedTensorsLoader):
             yield from loader_problems(folder, model, format.read_schemes(config, model))
 
     def serve_arguments(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """Marlin for NVFP4, which runs where others do not; no float32, which few kernels take."""
+        """Marlin for NVFP4, as other kernels need newer GPUs; bfloat16 for a float32 model."""
         quantization = config.get("quantization_config") or {}
         nvfp4 = quantization.get("quant_algo") == "NVFP4"
         return (*half_precision(config), *(("--fp4-gemm-backend", "marlin") if nvfp4 else ()))

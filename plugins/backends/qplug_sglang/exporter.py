@@ -1,4 +1,4 @@
-"""The sglang backend: folders within what SGLang's loader and kernels take."""
+"""The sglang backend writes folders for SGLang's loader and kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qplug_sglang.format import SGLangFormat
 
 
 class SGLangExporter(Exporter[Target]):
-    """Folders that SGLang serves, and vLLM too. NVFP4 is stored as ModelOpt does."""
+    """Writes folders that SGLang serves, and vLLM too. NVFP4 is stored in ModelOpt's format."""
 
     name = "sglang"
     Params = Target

@@ -1,4 +1,4 @@
-"""The two formats that SGLang loads: ModelOpt's for NVFP4, compressed-tensors for the rest."""
+"""Joins the two formats that SGLang loads: ModelOpt's for NVFP4, else compressed-tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COMPRESSED_TENSORS = CompressedTensors(ignores_substrings=True)
 
 
 class SGLangFormat(Format):
-    """The format that holds the scheme of a weight, or that config.json names."""
+    """Passes each call on to the format for the scheme, or to the format that config.json names."""
 
     def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
         return _COMPRESSED_TENSORS.refuses(model, schemes)
@@ -43,8 +43,8 @@ class SGLangFormat(Format):
         return _of_stored(tensors, scheme).input_scale(tensors, scheme)
 
     def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any] | None:
-        one = next(iter(schemes.values()), None)  # SGLang refuses two formats in a folder
-        return _of_scheme(one).config(model, schemes)
+        first = next(iter(schemes.values()), None)  # all have one format: see SGLang.refuses
+        return _of_scheme(first).config(model, schemes)
 
     def with_cache(self, config: dict[str, Any] | None, cache: QuantArgs) -> dict[str, Any] | None:
         return _of_config(config).with_cache(config, cache)
@@ -63,7 +63,7 @@ class SGLangFormat(Format):
 
 
 def _of_scheme(scheme: Scheme | None) -> Format:
-    """The format that qplug writes ``scheme`` in."""
+    """The format in which qplug writes ``scheme``."""
     return _MODELOPT if scheme == NVFP4 else _COMPRESSED_TENSORS
 
 
@@ -74,6 +74,6 @@ def _of_config(config: Mapping[str, Any] | None) -> Format:
 
 
 def _of_stored(tensors: Mapping[str, Tensor], scheme: Scheme) -> Format:
-    """The format of a linear's ``tensors``: folders of another backend have NVFP4 in the second."""
-    of_the_second = {"weight_packed", "input_global_scale"} & tensors.keys()
-    return _COMPRESSED_TENSORS if of_the_second else _of_scheme(scheme)
+    """The format of a linear's ``tensors``: other backends store NVFP4 as compressed-tensors."""
+    compressed = {"weight_packed", "input_global_scale"} & tensors.keys()
+    return _COMPRESSED_TENSORS if compressed else _of_scheme(scheme)

@@ -1,7 +1,7 @@
-"""NVFP4 as NVIDIA's ModelOpt stores it, the one form of it that SGLang loads on every GPU.
+"""The format of NVIDIA's ModelOpt for NVFP4, the only one that SGLang loads on every GPU.
 
-Names and one convention differ from compressed-tensors: ``weight_scale_2`` and ``input_scale`` are
-factors, where ``weight_global_scale`` and ``input_global_scale`` are divisors.
+It differs from compressed-tensors in names and in one convention: ``weight_scale_2`` and
+``input_scale`` are factors, but ``weight_global_scale`` and ``input_global_scale`` are divisors.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ NVFP4 = PRESETS["NVFP4"]
 
 
 class ModelOptNVFP4(Format):
-    """NVFP4 in ModelOpt's tensors; one scheme in a folder."""
+    """Stores NVFP4 in ModelOpt's tensors; it is the only scheme of such a folder."""
 
     quant_method: ClassVar[str | None] = "modelopt"
     scales = ("weight_scale", "weight_scale_2", "input_scale")
 
     def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
-        other = next((scheme for scheme in schemes.values() if scheme != NVFP4), None)
-        return None if other is None else f"the format holds NVFP4 alone, not {other.name}"
+        wrong = next((scheme for scheme in schemes.values() if scheme != NVFP4), None)
+        return None if wrong is None else f"the format stores only NVFP4, not {wrong.name}"
 
     def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
         args = scheme.weights
@@ -72,9 +72,10 @@ class ModelOptNVFP4(Format):
         )
 
     def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any]:
-        """Every float module by its name, and by the name of the matrix it is merged into.
+        """The ``quantization_config`` of a folder with NVFP4.
 
-        SGLang takes ``ignore`` of config.json, and ``exclude_modules`` of ModelOpt's own file.
+        It names every float module, and every matrix that float modules are merged into. SGLang
+        reads ``ignore`` in config.json, but ``exclude_modules`` in ModelOpt's own file.
         """
         floats = [name for name in model.linears if name not in schemes]
         if model.head is not None and model.head not in model.linears:
@@ -92,26 +93,32 @@ class ModelOptNVFP4(Format):
 
     def read_schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
         if config.get("quant_algo") != "NVFP4" or config.get("group_size") != 16:
-            raise QplugError(f"quant_algo {config.get('quant_algo')!r} of modelopt is not read")
+            raise QplugError(
+                f"qplug reads modelopt's NVFP4 in groups of 16, not quant_algo "
+                f"{config.get('quant_algo')!r} in groups of {config.get('group_size')}"
+            )
         ignored = set(config.get("ignore") or ())
         return {name: NVFP4 for name in model.linears if name not in ignored}
 
     def stored_shapes(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
         return {
-            tensor.removesuffix(".weight"): fp4.unpacked_shape(held.spec)
-            for tensor, held in folder.tensors.items()
-            if tensor.endswith(".weight") and held.spec.dtype == "uint8"
+            tensor.removesuffix(".weight"): fp4.unpacked_shape(stored.spec)
+            for tensor, stored in folder.tensors.items()
+            if tensor.endswith(".weight") and stored.spec.dtype == "uint8"
         }
 
 
 def loader_problems(
     folder: Checkpoint, model: ModelView, schemes: Mapping[str, Scheme]
 ) -> Iterator[Problem]:
-    """The rules of SGLang's loader for ModelOpt's NVFP4 that ``folder`` breaks."""
+    """Yield a problem for each rule of SGLang's loader for ModelOpt's NVFP4 that ``folder`` breaks.
+
+    ``schemes`` has the scheme of each quantized linear by name.
+    """
     for name in schemes:
         if name not in model.quantizable:
             yield Problem("head", name, "is a head or a router, and must stay float")
-    # SGLang keeps the largest weight_scale_2 of what it merges, and rounds nothing.
+    # SGLang keeps the largest weight_scale_2 of merged linears, but does not adapt their scales.
     for group in merged_matrices(schemes):
         tensors = [f"{name}.weight_scale_2" for name in group]
         if all(tensor in folder.tensors for tensor in tensors):

@@ -1,4 +1,4 @@
-"""The vllm backend: compressed-tensors folders within what vLLM's loader and kernels take."""
+"""The plugin of the vllm backend, which writes folders for vLLM's loader and kernels."""
 
 from __future__ import annotations
 

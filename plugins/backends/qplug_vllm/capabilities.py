@@ -1,4 +1,4 @@
-"""What vLLM serves: scheme by scheme, and where. Data; nothing is decided here."""
+"""The kernels of vLLM, by release, scheme and device: a table, without logic."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _NO_FP4_CPU = "there is no fp4 kernel for CPUs"
 _SM90_ALONE = "the int4 and fp8 kernel of Cutlass is for sm90 alone"
 _MARLIN_FP8 = "Marlin, inputs stay as they are"
 
-# Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence.
-# The multiples are those of the CPU's int4 kernel and of Cutlass; Marlin pads to its tiles.
+# Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence,
+# devices. The CPU's int4 kernel and Cutlass need these multiples; Marlin pads to its tiles.
 VLLM_0_32 = (
     Capability("W4A16", "int4 of the CPU", True, _GROUPS, 32, 32, _ON_CPU, _CPU),
     Capability("W4A16_ASYM", "int4 of the CPU", True, _GROUPS, 32, 32, _ON_CPU, _CPU),
@@ -72,5 +72,5 @@ VLLM_0_26 = (
     Capability("MXFP4A16", "Marlin", True, (), 64, 128, _H100, _SM90),
     Capability("MXFP4A16", "Marlin", True, (), 64, 128, _READ, _OTHERS),
 )
-#: Nothing of 0.32 was run on a GPU yet: what holds there is the table of 0.26.
+#: No scheme was run with 0.32 on a GPU yet: for GPUs the table of 0.26 holds.
 RELEASES = {"vLLM 0.32": VLLM_0_32, "vLLM 0.26": VLLM_0_26}

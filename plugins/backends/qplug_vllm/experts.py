@@ -1,4 +1,4 @@
-"""Experts in groups, which vLLM takes only if they are wider than a group."""
+"""Refuses experts that are no wider than a group, for which vLLM computes garbage."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from qplug import Problem, Scheme
 from qplug_compressed_tensors.configuration import PACK_QUANTIZED, format_of
 from qplug_compressed_tensors.rules import Case
 
-#: The projections whose scales are put in order, as models name them.
+#: The names of the projections whose scales vLLM reorders.
 _INTO_EXPERTS = ("gate_proj", "up_proj", "w1", "w3")
 
 
 def narrow_expert(
     linears: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme], processes: int = 1
 ) -> tuple[str, str] | None:
-    """The first expert that vLLM would compute wrongly, and why; None if there is none.
+    """The first expert that vLLM computes wrong, and the reason; None if all are right.
 
-    vLLM 0.26 orders the scales of gate and up for a kernel by the width of the expert, where it is
-    the width of its input that counts: of an expert no wider than a group, as if it were one group.
+    vLLM 0.26 reorders the scales of gate and up for a kernel by the width of the expert instead of
+    the width of its input. So it treats an expert that is no wider than a group as a single group.
+    ``processes``: the number of processes that share an expert.
     """
     for name, scheme in schemes.items():
         expert, _, local = name.rpartition(".")
@@ -36,7 +37,7 @@ def narrow_expert(
 
 
 def experts_are_wider_than_groups(case: Case) -> Iterator[Problem]:
-    """No expert is as narrow as a group: vLLM loads those, and serves garbage."""
-    found = narrow_expert(case.model.linears, case.schemes)
-    if found is not None:
-        yield Problem("kernel", *found)
+    """Every expert is wider than a group: vLLM loads narrower ones, but serves garbage."""
+    narrow = narrow_expert(case.model.linears, case.schemes)
+    if narrow is not None:
+        yield Problem("kernel", *narrow)

@@ -1,4 +1,4 @@
-"""The vllm backend: compressed-tensors folders within what vLLM's loader and kernels take."""
+"""The vllm backend writes compressed-tensors folders for vLLM's loader and kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qplug_vllm.engine import VLLM
 
 
 class VLLMExporter(Exporter[Target]):
-    """Folders that vLLM serves."""
+    """Writes folders that vLLM serves."""
 
     name = "vllm"
     Params = Target

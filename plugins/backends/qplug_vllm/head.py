@@ -1,4 +1,4 @@
-"""A quantized head, which vLLM alone takes."""
+"""The rule for a quantized head, which no other engine takes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from qplug_compressed_tensors.rules import Case
 
 
 def head_is_a_target(case: Case) -> Iterator[Problem]:
-    """Beside the decoder blocks only a head is quantized, and a target names it.
+    """Outside the decoder blocks only a head is quantized, and a target names it.
 
-    It is no ``Linear`` to vLLM: without an entry of its own its codes have no place.
+    vLLM does not class a head as ``Linear``: without a target of its own, vLLM cannot place the
+    codes of the head.
     """
     for name in case.schemes:
         if name in case.model.quantizable:
@@ -20,4 +21,4 @@ def head_is_a_target(case: Case) -> Iterator[Problem]:
         if name != case.model.head:
             yield Problem("head", name, "is a router, and must stay float")
         elif not any(matches(target, name) for g in case.config.groups for target in g.targets):
-            yield Problem("head", name, "is named in no config group: vLLM finds no place for it")
+            yield Problem("head", name, "is named in no config group: vLLM cannot place its codes")

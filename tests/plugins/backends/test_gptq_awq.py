@@ -184,19 +184,19 @@ def test_awq_refuses_names_that_would_take_others_with_them() -> None:
     model = ModelView({}, "bfloat16", linears, names, ("m.layers.0",), None)
     sentence = AWQ.refuses(model, dict.fromkeys(sorted(names), preset("W4A16_ASYM")))
     assert sentence == (
-        "m.layers.0.mlp.gate is to stay float, but engines would take m.layers.0.mlp.gate_proj "
-        "for it too"
+        "m.layers.0.mlp.gate is to stay float, but then engines would load "
+        "m.layers.0.mlp.gate_proj as float too"
     )
 
 
 @pytest.mark.parametrize(
     ("exporter", "schemes", "sentence"),
     [
-        (GPTQ, ("W4A16_ASYM",) * 5, "--backend awq holds W4A16_ASYM), not W4A16_ASYM"),
-        (GPTQ, ("W8A8",) * 5, "the format holds symmetric integers (W4A16, W8A16; "),
+        (GPTQ, ("W4A16_ASYM",) * 5, "--backend awq stores W4A16_ASYM), not W4A16_ASYM"),
+        (GPTQ, ("W8A8",) * 5, "the format stores symmetric integers (W4A16, W8A16; "),
         (GPTQ, ("W4A16",) * 3 + ("W8A16",) * 2, "one scheme in a folder, not W4A16 and W8A16"),
         (GPTQ, ("W4A16",) * 2, "engines fuse m.layers.0.attn.q_proj"),
-        (AWQ, ("W4A16",) * 5, "use W4A16_ASYM, not W4A16"),
+        (AWQ, ("W4A16",) * 5, "use W4A16_ASYM), not W4A16"),
         (AWQ, ("W4A16_ASYM",) * 2, "engines fuse m.layers.0.attn.q_proj"),
     ],
 )

@@ -66,7 +66,7 @@ def test_a_head_is_named_beside_a_class(quantized: Quantized, untied: str) -> No
     (broken / "config.json").write_text(json.dumps(config))
     (problem,) = qplug.verify(str(broken)).problems
     assert str(problem) == (
-        "head: lm_head: is named in no config group: vLLM finds no place for it"
+        "head: lm_head: is named in no config group: vLLM cannot place its codes"
     )
 
 
@@ -84,7 +84,7 @@ def test_static_inputs_of_a_head_are_not_known(untied: str, tmp_path: Path) -> N
 
 
 def test_sglang_takes_no_head(untied: str, tmp_path: Path) -> None:
-    with pytest.raises(QplugError, match="lm_head: SGLang loads a quantized head or router"):
+    with pytest.raises(QplugError, match="lm_head: SGLang serves garbage for a quantized head"):
         qplug.quantize(untied, tmp_path / "out", backend="sglang", overrides=HEAD)
     assert not list(tmp_path.iterdir())
 

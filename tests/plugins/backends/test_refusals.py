@@ -175,7 +175,7 @@ def test_only_vllm_takes_a_head() -> None:
     schemes = {"layers.0.up": W4, "lm_head": W8}
     assert VLLM.refuses(model, schemes) is None
     assert SGLANG.refuses(model, schemes) == (
-        "lm_head: SGLang loads a quantized head or router, and serves garbage"
+        "lm_head: SGLang serves garbage for a quantized head or router; add --ignore lm_head"
     )
     fp4 = {"layers.0.up": W4, "lm_head": preset("NVFP4A16")}
     assert VLLM.refuses(model, fp4) == (
@@ -227,7 +227,7 @@ def test_linears_that_are_merged_share_a_scheme(
     model = view(**dict.fromkeys(linears, (128, 128)))
     sentence = refusal(exporter, model, *schemes)
     assert sentence is not None
-    assert sentence.endswith("into one matrix, so they must have one scheme")
+    assert sentence.endswith("into one matrix, so they must share one scheme")
     assert "layers.0." + linears[0] in sentence
     assert refusal(exporter, model, *[W4 for _ in linears]) is None
 

@@ -1,1 +1,1 @@
-"""LLMC's YAML files, read as jobs."""
+"""Reads LLMC's YAML files as jobs."""

@@ -1,4 +1,4 @@
-"""LLMC's ``calib`` and ``eval`` sections: texts by name and path, and how windows are cut."""
+"""Reads LLMC's ``calib`` and ``eval`` sections: datasets by name and path, and their windows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from qplug.recipe.recipe import Calibration, Measurement, Sampling, Stage
 from qplug.recipe.yaml_tree import Node, Section
 
-#: LLMC's datasets of the user's own, and other names of those that are plugins.
+#: LLMC's names for a dataset of the user's own, and LLMC's names for qplug's dataset plugins.
 _OWN = ("custom", "custom_txt", "custom_ppl")
 _ALIASES = {"pile": "pileval"}
-#: Those of LLMC's datasets that hold more than text.
+#: LLMC's datasets that contain more than text.
 _NOT_TEXT = ("custom_mm", "images", "t2v", "i2v", "vlm_datastes")
 
-#: LLMC's preprocs, by how windows are cut.
+#: How LLMC's preprocs cut windows.
 PREPROCS: dict[str, Sampling] = {
     "wikitext2_gptq": "windows",
     "ptb_gptq": "windows",
@@ -29,7 +29,7 @@ PREPROCS: dict[str, Sampling] = {
     "pileval_awq": "packed",
 }
 
-#: How datasets cut windows if nothing else is said; others have ``windows``.
+#: How datasets cut windows by default; the others use ``windows``.
 _USUAL: dict[str, Sampling] = {"pileval": "leading", "c4": "documents"}
 
 STAGES: dict[str, Stage] = {
@@ -41,14 +41,14 @@ STAGES: dict[str, Stage] = {
 
 _MEMORY = ("bs", "download", "inference_per_block", "num_workers")
 _TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
-#: What a copy of a repository, or ``save_to_disk``, leaves in a folder.
+#: Files in a copy of a repository, or in a folder that ``save_to_disk`` wrote.
 _TABLES = ("dataset_dict.json", "dataset_info.json", "state.json", "**/*.parquet", "**/*.arrow")
 _PACKED_TABLES = ("**/*.zst", "**/*.gz")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A dataset plugin with its options; ``whole``: it is one file, with no documents in it."""
+    """A dataset plugin with its options. ``whole``: the text is one file without documents."""
 
     dataset: str
     options: dict[str, Any]
@@ -56,7 +56,10 @@ class Text:
 
 
 def read_calibration(calib: Section, usual: Calibration) -> Calibration:
-    """The data that a ``calib`` section asks for; ``usual`` has what it does not say."""
+    """Read the calibration data in a ``calib`` section; missing values come from ``usual``.
+
+    Warnings go into ``calib.warnings``. Raises QplugError, with file and line, for a wrong value.
+    """
     calib.leave("bs", "seed", "type", "load_from_txt")  # base.seed draws the windows
     samples, length = calib.whole("n_samples", least=1), calib.whole("seq_len", least=1)
     text = _text(calib, calib.need("name"), own_field="question")
@@ -65,13 +68,13 @@ def read_calibration(calib: Section, usual: Calibration) -> Calibration:
     if preproc is not None and preproc.value is not False:
         sampling = PREPROCS[preproc.word(PREPROCS)]
         if text.whole and sampling != "windows":
-            calib.warn("preproc", "the file is one document: windows are drawn from all of it")
+            calib.warn("preproc", "the file is one document: windows begin anywhere in it")
             sampling = "windows"
         if sampling == _USUAL.get(text.dataset, "windows"):
             sampling = "dataset"
     for key in ("padding", "apply_chat_template", "add_answer"):
         if calib.switch(key):
-            calib.warn(key, "no effect: text is taken as it is, in windows that it fills")
+            calib.warn(key, "no effect: qplug leaves the text unchanged, and fills all windows")
     calib.warn_of_rest()
     return replace(
         usual,
@@ -84,47 +87,54 @@ def read_calibration(calib: Section, usual: Calibration) -> Calibration:
 
 
 def read_measurements(node: Node, warnings: list[str]) -> list[tuple[Measurement, str]]:
-    """What an ``eval`` section asks to measure, or a list of them, and where each is said."""
-    return [told for item in _each(node) for told in _measurements(Section(item, warnings))]
+    """Read the measurements in an ``eval`` section, or in a list of them, with their places.
+
+    Raises QplugError, with file and line, for a wrong value.
+    """
+    return [
+        measurement
+        for item in _items(node)
+        for measurement in _measurements(Section(item, warnings))
+    ]
 
 
-def _each(node: Node) -> tuple[Node, ...]:
+def _items(node: Node) -> tuple[Node, ...]:
     return (node,) if isinstance(node.value, dict) else node.items()
 
 
-def _measurements(part: Section) -> list[tuple[Measurement, str]]:
-    part.leave(*_MEMORY, "load_from_txt")
-    kind, stages = part.get("type"), _stages(part)
-    names = part.need("name").items()
-    length, path = part.whole("seq_len", least=2), part.get("path")
+def _measurements(section: Section) -> list[tuple[Measurement, str]]:
+    section.leave(*_MEMORY, "load_from_txt")
+    kind, stages = section.get("type"), _stages(section)
+    names = section.need("name").items()
+    length, path = section.whole("seq_len", least=2), section.get("path")
     if kind is not None and kind.word() != "ppl":
-        told = f"left out: qplug measures perplexity (ppl), not {kind.word()}"
-        part.warn("type", told)
-        part.leave("num_samples", "num_eval_tokens", "max_new_tokens", "apply_chat_template")
-        part.leave("res_path", "format_tabs", "instruction", "add_chat_temp")
+        warning = f"left out: qplug measures perplexity (ppl), not {kind.word()}"
+        section.warn("type", warning)
+        section.leave("num_samples", "num_eval_tokens", "max_new_tokens", "apply_chat_template")
+        section.leave("res_path", "format_tabs", "instruction", "add_chat_temp")
         stages = ()
     for key in ("tasks", "eval_token_consist"):
-        if key in part:
-            part.warn(key, "no effect: qplug measures perplexity")
-    found = []
+        if key in section:
+            section.warn(key, "no effect: qplug measures perplexity")
+    measurements = []
     for name in names if stages else ():
         under = path if len(names) == 1 or path is None else _below(path, name.word())
-        text = _text(part, name, own_field="question", path=under)
-        windows = 256 if text.dataset == "c4" else None  # as published perplexities of C4
+        text = _text(section, name, own_field="question", path=under)
+        windows = 256 if text.dataset == "c4" else None  # as in published perplexities of C4
         measurement = Measurement(stages, text.dataset, text.options, length or 2048, windows)
-        found.append((measurement, str(part.place)))
-    part.warn_of_rest()
-    return found
+        measurements.append((measurement, str(section.place)))
+    section.warn_of_rest()
+    return measurements
 
 
-def _stages(part: Section) -> tuple[Stage, ...]:
+def _stages(section: Section) -> tuple[Stage, ...]:
     stages: list[Stage] = []
-    node = part.need("eval_pos")
+    node = section.need("eval_pos")
     for item in node.items():
         stage = STAGES.get(item.word())
         if stage is None:
-            told = f"{item.word()!r} is left out; there are {', '.join(STAGES)}"
-            part.warnings.append(f"{item.place}: {told}")
+            warning = f"{item.word()!r} is left out; allowed: {', '.join(STAGES)}"
+            section.warnings.append(f"{item.place}: {warning}")
         elif stage not in stages:
             stages.append(stage)
     return tuple(stages)
@@ -134,19 +144,19 @@ def _below(path: Node, name: str) -> Node:
     return Node(path.place, str(Path(path.word()) / name))
 
 
-def _text(part: Section, name: Node, *, own_field: str, path: Node | None = None) -> Text:
-    """The text called ``name``, at ``path`` if there is one and it is not to be downloaded."""
-    told = name.word()
-    if told in _NOT_TEXT:
-        raise name.place.error(f"{told!r} is more than text, and qplug calibrates on text")
-    dataset = _ALIASES.get(told, told)
-    path, download = path or part.get("path"), part.switch("download")
+def _text(section: Section, name: Node, *, own_field: str, path: Node | None = None) -> Text:
+    """The dataset called ``name``, read from ``path`` unless the section says to download it."""
+    given = name.word()
+    if given in _NOT_TEXT:
+        raise name.place.error(f"{given!r} contains more than text, but qplug reads only text")
+    dataset = _ALIASES.get(given, given)
+    path, download = path or section.get("path"), section.switch("download")
     if path is None or download:
         return Text(dataset, {})
     place = Path(path.word()).expanduser()
     if not place.exists():
-        part.warnings.append(f"{path.place}: {place}: no such file or folder")
-    if told in _OWN:
+        section.warnings.append(f"{path.place}: {place}: no such file or folder")
+    if given in _OWN:
         listed = place / "samples.json" if place.is_dir() else place
         if listed.suffix == ".json":
             return Text("text", {"path": str(listed), "field": own_field})

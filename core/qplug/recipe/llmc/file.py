@@ -1,4 +1,8 @@
-"""An LLMC YAML file as a job. Every section of it is read here or by a module that is named so."""
+"""Reads an LLMC YAML file as a job.
+
+This module reads ``base``, ``model``, ``save``, ``ignored_layers`` and ``mix_bits``; the other
+modules of this folder read the sections that they are named for.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,12 @@ from qplug.recipe.spellings import parse_cache
 from qplug.recipe.yaml_tree import Node, Section
 from qplug.registry.registry import Registry
 
-#: Keys that only an LLMC file has at its top.
+#: Top-level keys that only an LLMC file has.
 SIGNS = ("base", "calib", "quant", "save", "sparse")
 
 _DTYPES = ("auto", "float16", "bfloat16", "float32", "float8_e4m3fn", "int8")
 
-#: What ``save`` can ask for: the backend, and the folder under ``save_path`` (none is itself).
+#: Keys of ``save``: the backend, and the folder below ``save_path`` ("" for ``save_path`` itself).
 _SAVES = {
     "save_sgl": ("sglang", ""),
     "save_vllm": ("vllm", ""),
@@ -35,19 +39,20 @@ _OBSOLETE_SAVES = ("save_fp", "save_autogptq", "save_quant", "save_fp8")
 
 
 def is_llmc(root: Node) -> bool:
-    """Whether a file is LLMC's, not a native recipe."""
+    """Whether ``root`` is the content of an LLMC file, not of a native recipe."""
     return any(key in root.entries() for key in SIGNS)
 
 
 def read_llmc(root: Node, registry: Registry, warnings: list[str]) -> Job:
-    """The job that an LLMC file asks for. What is left out of it is told in ``warnings``.
+    """Read the job in an LLMC file; ``warnings`` receives a warning for each key without effect.
 
-    Raises QplugError, with the line, for what qplug cannot do, and for wrong values.
+    Raises QplugError, with file and line, for wrong values and for keys that qplug does not
+    support.
     """
     top = Section(root, warnings)
     for key in ("sparse", "token_reduction"):
         if key in top:
-            raise top.need(key).place.error("qplug quantizes; it does not prune", ["quant"])
+            raise top.need(key).place.error("qplug quantizes, but does not prune", ["quant"])
     base = top.section("base")
     seed = base.whole("seed") if base is not None else None
     if base is not None:
@@ -62,14 +67,14 @@ def read_llmc(root: Node, registry: Registry, warnings: list[str]) -> Job:
     if (quant.whole("tp") or 1) != 1:
         quant.warn("tp", "no effect: engines split weights themselves")
     if "quant_objects" in quant:
-        quant.warn("quant_objects", "no effect: linear layers are quantized")
+        quant.warn("quant_objects", "no effect: qplug quantizes linear layers")
     quant.warn_of_rest()
     calib = top.section("calib")
     calibration = Calibration(propagate=propagate, observer=observer_of(act))
     if calib is not None:
         calibration = read_calibration(calib, calibration)
     elif any(registry.algorithms[name].needs_data for name in pipeline.algorithms):
-        warnings.append(f"{top.place}: has no calib section: calibrates on the dataset demo")
+        warnings.append(f"{top.place}: no calib section: qplug calibrates on the dataset demo")
     measurements = _measurements(top, warnings)
     ignored = top.section("ignored_layers")
     exports = _exports(top.section("save"))
@@ -84,7 +89,7 @@ def read_llmc(root: Node, registry: Registry, warnings: list[str]) -> Job:
         model=_model(top.section("model")),
         recipe=Recipe(
             algorithms=tuple(pipeline.algorithms),
-            algorithm_options={name: told for name, told in pipeline.options.items() if told},
+            algorithm_options={name: own for name, own in pipeline.options.items() if own},
             scheme=scheme,
             overrides=overrides,
             ignore=(*ignore, *(_ignored(ignored) if ignored is not None else ())),
@@ -107,7 +112,7 @@ def read_llmc(root: Node, registry: Registry, warnings: list[str]) -> Job:
 def _model(model: Section | None) -> str | None:
     if model is None:
         return None
-    # The architecture is read from config.json, the tokenizer is the one that loads.
+    # qplug reads the architecture from config.json, and takes whichever tokenizer loads.
     model.leave("type", "use_cpu_to_save_cuda_mem_for_catcher", "block_wise_quant")
     model.word("tokenizer_mode", ["slow", "fast"])
     dtype = model.get("torch_dtype")
@@ -119,7 +124,7 @@ def _model(model: Section | None) -> str | None:
         if name not in ("auto", "float8_e4m3fn"):
             model.warn("torch_dtype", "no effect: weights keep the dtype of the checkpoint")
     if "lora_path" in model:
-        raise model.need("lora_path").place.error("merge the adapter into the model first")
+        raise model.need("lora_path").place.error("qplug reads no adapter: merge it into the model")
     path = model.word("path")
     model.warn_of_rest()
     return path
@@ -129,7 +134,7 @@ def _model(model: Section | None) -> str | None:
 
 
 def _language(node: Node, warnings: list[str]) -> Section:
-    """The ``quant`` section, or the part of it that is about the language model."""
+    """The ``quant`` section, or its subsection about the language model."""
     quant = Section(node, warnings)
     for key in ("vision", "video_gen", "audio"):
         if key in quant:
@@ -142,14 +147,14 @@ def _language(node: Node, warnings: list[str]) -> Section:
 
 
 def _special_kind(quant: Section) -> str | None:
-    """``quant_type`` as older files have it, under ``special``."""
+    """The ``quant_type`` under ``special``, where older files have it; None without it."""
     special = quant.section("special", "speical")
     node = special.get("quant_type") if special is not None else None
     return None if node is None else node.word().replace("_", "-")
 
 
 def _mix_bits(quant: Section) -> tuple[tuple[tuple[str, Scheme], ...], tuple[str, ...]]:
-    """Other schemes, and none, for layers by their names: ``down_proj#0-1-31``."""
+    """The overrides and the ignored layers of ``mix_bits``, from names like ``down_proj#0-1``."""
     mixed = quant.section("mix_bits")
     overrides: list[tuple[str, Scheme]] = []
     ignore: list[str] = []
@@ -199,11 +204,11 @@ def _list(section: Section, *keys: str) -> tuple[Node, ...]:
 
 
 def _blocks(item: Node) -> range:
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", str(item.scalar()))
-    if found is None:
+    numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", str(item.scalar()))
+    if numbers is None:
         raise item.place.error(f"{item.scalar()!r} is wrong", "a number, or a range such as 4-9")
-    first = int(found[1])
-    return range(first, int(found[2] or first) + 1)
+    first = int(numbers[1])
+    return range(first, int(numbers[2] or first) + 1)
 
 
 # --- eval and save --------------------------------------------------------------------------------
@@ -215,7 +220,7 @@ def _measurements(top: Section, warnings: list[str]) -> list[tuple[Measurement, 
 
 
 def _exports(save: Section | None) -> list[tuple[Export, str]]:
-    """The folders to write, outer ones first, and where each was asked for."""
+    """The folders to write, outer folders first, each with the place of its key."""
     if save is None:
         return []
     path = save.get("save_path")
@@ -228,15 +233,15 @@ def _exports(save: Section | None) -> list[tuple[Export, str]]:
             save.leave(key)
     if {"save_sgl", "save_vllm"} <= set(asked):
         asked.remove("save_vllm")
-        save.warn("save_vllm", "the folder for SGLang is one that vLLM loads too")
+        save.warn("save_vllm", "no effect: vLLM loads the folder for SGLang too")
     exports: list[tuple[Export, str]] = []
     for key in asked:
         backend, folder = _SAVES[key]
         if path is None:
-            raise save.place.error(f"{key} needs a save_path")
+            raise save.place.error(f"{key} needs a save_path; add it")
         out = Path(path.word()) / folder
         if any(export.out == out for export, _ in exports):
-            raise save.need(key).place.error(f"{out} is another format's already", "one of them")
+            raise save.need(key).place.error(f"another key already writes {out}", "one of them")
         exports.append((Export(out, backend), str(save.need(key).place)))
     save.warn_of_rest()
     return exports

@@ -1,4 +1,4 @@
-"""LLMC's ``quant.method`` and ``quant.special`` as a pipeline of algorithms with options."""
+"""Reads LLMC's ``quant.method`` and ``quant.special`` as a pipeline of algorithms with options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qplug.errors import QplugError
 from qplug.recipe.yaml_tree import Node, Section
 from qplug.registry.registry import Registry
 
-#: LLMC's methods, by the names of qplug's algorithms.
+#: The names of qplug's algorithms for LLMC's methods.
 METHODS = {
     "RTN": "rtn",
     "Awq": "awq",
@@ -25,31 +25,31 @@ METHODS = {
     "GPTBRECQ": "signround",
 }
 
-#: Memory, files between steps, and what qplug always does: of these any value will do.
+#: Keys whose values do not matter: memory, files between steps, and choices that qplug has fixed.
 _SILENT = (
     *("awq_bs", "save_mem", "chunk_num", "reduce_memory", "clip_path", "scale_path", "fp32_had"),
     *("clip_version", "do_gqa_trans", "search_clip_init", "quant_type", "n_outs"),
 )
 
-#: Keys that no option answers to: the values that change nothing, and what is so for the others.
+#: Keys without an option: the harmless values, and the reason for a warning about any other value.
 _DIFFERENT: dict[str, tuple[tuple[Any, ...], str]] = {
-    "static_groups": ((True,), "groups are always of neighbouring columns, which engines need"),
-    "axis": ((1,), "groups are always of neighbouring columns, which engines need"),
+    "static_groups": ((True,), "groups always consist of neighbouring columns, as engines need"),
+    "axis": ((1,), "groups always consist of neighbouring columns, as engines need"),
     "weight_clip": ((False,), "this algorithm searches no clips; put awq before it"),
-    "online_rotate": ((False,), "inputs are rotated where the folder of step 1 says so"),
-    "save_clip": ((False,), "clips are not kept in files: say awq+omniquant in one recipe"),
-    "save_scale": ((False,), "scales are not kept in files: say awq+omniquant in one recipe"),
-    "deactive_amp": ((True,), "learning is in the precision that the algorithm has"),
+    "online_rotate": ((False,), "the folder of step 1 says which inputs are rotated"),
+    "save_clip": ((False,), "qplug keeps no clips in files: use awq+omniquant in one recipe"),
+    "save_scale": ((False,), "qplug keeps no scales in files: use awq+omniquant in one recipe"),
+    "deactive_amp": ((True,), "the algorithm decides the precision of learning"),
     "use_shift": ((False,), "this algorithm moves no offsets"),
 }
 
-#: Where a method takes up what AWQ found in a run before: qplug runs AWQ first.
+#: Keys by which a method continues from the results of an earlier AWQ run: qplug runs AWQ first.
 _AFTER_AWQ = ("load_clip", "search_scale_init", "load_transform")
 
 
 @dataclass
 class Pipeline:
-    """Algorithms in order, their options, and where each was said."""
+    """Algorithms in order, the options of each by name, and places by the names of Job.places."""
 
     algorithms: list[str]
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -57,7 +57,10 @@ class Pipeline:
 
 
 def read_method(quant: Section, registry: Registry) -> Pipeline:
-    """The pipeline of a ``quant`` section. Raises QplugError if qplug has no such algorithm."""
+    """Read the pipeline in a ``quant`` section.
+
+    Raises QplugError, with file and line, if qplug has no such algorithm, or for a wrong option.
+    """
     node = quant.need("method")
     name = _method(node, registry)
     places = dict.fromkeys(("algorithms", f"algorithms.{name}"), str(node.place))
@@ -78,46 +81,47 @@ def read_method(quant: Section, registry: Registry) -> Pipeline:
 
 
 def _method(node: Node, registry: Registry) -> str:
-    told = node.word()
+    """The name of qplug's algorithm for a ``method``."""
+    given = node.word()
     for method, name in METHODS.items():
-        if method.lower() == told.lower():
+        if method.lower() == given.lower():
             return name
-    there = set(registry.algorithms)
-    allowed = [method for method, name in METHODS.items() if name in there]
-    raise node.place.error(f"{told!r} is not there", allowed)
+    installed = set(registry.algorithms)
+    allowed = [method for method, name in METHODS.items() if name in installed]
+    raise node.place.error(f"qplug has no method {given!r}", allowed)
 
 
 def _read_special(
     special: Section, name: str, known: dict[str, Option], symmetric: bool, pipeline: Pipeline
 ) -> None:
-    found = pipeline.options.setdefault(name, {})
+    own = pipeline.options.setdefault(name, {})
     for key in special:
         node, option = special.get(key), known.get(key)
         if node is None or _is_of_pipeline(special, key, node, pipeline):
             continue
         if option is None:
-            _tell_difference(special, key, node, name, symmetric)
+            _warn_of_difference(special, key, node, name, symmetric)
             continue
-        if option.name in found:
-            raise node.place.error(f"says {option.name!r} of {name} once more")
-        found[option.name] = convert(option, node.plain(), f"{node.place}: {node.plain()}")
+        if option.name in own:
+            raise node.place.error(f"sets the option {option.name!r} of {name} again; remove one")
+        own[option.name] = convert(option, node.plain(), f"{node.place}: {node.plain()}")
 
 
 def _is_of_pipeline(special: Section, key: str, node: Node, pipeline: Pipeline) -> bool:
-    """Whether ``key`` is about what runs at all."""
+    """Whether ``key`` decides which algorithms run; if so, it takes effect on ``pipeline``."""
     if key == "owq" and node.switch():
-        raise node.place.error("columns that stay float are not there", ["False"])
+        raise node.place.error("qplug keeps no columns float", ["False"])
     if key in _AFTER_AWQ and node.switch() and "awq" not in pipeline.algorithms:
         pipeline.algorithms.insert(0, "awq")
-        special.warn(key, "no file is read: awq runs first, and hands on what it finds")
+        special.warn(key, "qplug reads no such file: awq runs first and passes its results on")
     return key == "owq" or key in _AFTER_AWQ
 
 
-def _tell_difference(special: Section, key: str, node: Node, name: str, symmetric: bool) -> None:
-    """Warn of a key that no option answers to, if its value would have changed something."""
+def _warn_of_difference(special: Section, key: str, node: Node, name: str, symmetric: bool) -> None:
+    """Warn about a key without an option, if its value changes the result in LLMC."""
     if key == "clip_sym":
         if node.switch() != symmetric:
-            special.warn(key, "no effect: a clip is symmetric where the weights are")
+            special.warn(key, "no effect: clips are symmetric if the weights are")
     elif key in _DIFFERENT:
         harmless, reason = _DIFFERENT[key]
         if node.plain() not in harmless:
@@ -127,7 +131,7 @@ def _tell_difference(special: Section, key: str, node: Node, name: str, symmetri
 
 
 def _search_clips(node: Node, name: str, known: dict[str, Option], pipeline: Pipeline) -> None:
-    """Ranges of least error, which qplug looks for in what layers compute, not in weights."""
+    """Turn on the search for clips of least error: qplug compares outputs, LLMC weights."""
     if "clip" not in known:
-        raise node.place.error(f"{name} searches no ranges", ["minmax", "method GPTQ or Awq"])
+        raise node.place.error(f"{name} searches no clips", ["minmax", "method GPTQ or Awq"])
     pipeline.options.setdefault(name, {}).setdefault("clip", True)

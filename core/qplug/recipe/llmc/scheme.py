@@ -1,4 +1,4 @@
-"""LLMC's ``weight``, ``act`` and ``kvcache`` sections as schemes."""
+"""Reads LLMC's ``weight``, ``act`` and ``kvcache`` sections as schemes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qplug.recipe.recipe import ObserverName
 from qplug.recipe.spelled_scheme import spelled
 from qplug.recipe.yaml_tree import Node, Section
 
-#: LLMC's observers of static inputs, by qplug's names. What is not said is minmax.
+#: qplug's names for LLMC's observers of static inputs; the default is minmax.
 OBSERVERS: dict[str, ObserverName] = {
     "minmax": "minmax",
     "static_minmax": "minmax",
@@ -24,15 +24,16 @@ _WEIGHT_RANGES = ("minmax", "mse", "learnable", "hqq")
 _WEIGHTS = ("per_tensor", "per_channel", "per_group", "per_block")
 _INPUTS = ("per_token", "per_channel", "per_tensor", "per_group")
 
-#: Parts of LLMC's own training and bookkeeping, which change nothing here.
+#: Keys of LLMC's own training and bookkeeping, which do not change the result.
 _SILENT = ("qmax_to_tensor", "pack_mode", "pack_version", "need_pack", "ste", "ste_all", "bins")
 _HQQ = ("lp_norm", "beta", "kappa", "iters", "axis")
 
 
 def read_scheme(quant: Section, kind: str | None) -> Scheme:
-    """The scheme of a section that has ``weight`` and may have ``act``.
+    """Read the scheme in a section with ``weight`` and an optional ``act``.
 
-    ``kind`` is a ``quant_type`` that was said further out, as older files do.
+    ``kind`` is the ``quant_type`` of an outer section, where older files have it, or None. Raises
+    QplugError, with file and line, for a wrong value or an unsupported scheme.
     """
     kind = _kind(quant) or kind
     node = quant.need("weight")
@@ -44,7 +45,9 @@ def read_scheme(quant: Section, kind: str | None) -> Scheme:
         inputs = _args(act, kind, _INPUTS, is_input=True)
         for key in ("quant_attn", "quant_softmax", "quant_act_fn"):
             if act.switch(key):
-                raise act.need(key).place.error("qplug rounds inputs of linear layers", ["False"])
+                raise act.need(key).place.error(
+                    "qplug rounds only inputs of linear layers", ["False"]
+                )
         act.leave("calib_algo", *_SILENT)
         act.warn_of_rest()
     try:
@@ -54,14 +57,17 @@ def read_scheme(quant: Section, kind: str | None) -> Scheme:
 
 
 def observer_of(act: Section | None) -> ObserverName:
-    """How the range of static inputs is to be found."""
+    """The observer that an ``act`` section asks for; "minmax" by default."""
     node = act.get("calib_algo") if act is not None else None
     return "minmax" if node is None else OBSERVERS[node.word(OBSERVERS)]
 
 
 def cache_of(kvcache: Section) -> str:
-    """The KV cache that a ``kvcache`` section means. Raises QplugError if qplug has none such."""
-    kvcache.word("method", ["Naive"])  # Kivi keeps the last tokens float, which no engine does
+    """The name of the KV cache format in a ``kvcache`` section.
+
+    Raises QplugError, with file and line, if no engine reads such a cache.
+    """
+    kvcache.word("method", ["Naive"])  # Kivi keeps the last tokens float: no engine can do that
     kvcache.leave("static", "calib_algo", "residual_length", "special", "use_qtorch")
     args = _args(kvcache, _kind(kvcache), ("per_tensor", "per_token", "per_group", "per_head"))
     if (args.dtype, args.strategy) != ("e4m3", "tensor"):
@@ -74,9 +80,9 @@ def cache_of(kvcache: Section) -> str:
 
 
 def rounds_as_qtorch(scheme: Scheme, *sections: Section | None) -> bool:
-    """Whether a float format is to be rounded as qtorch does.
+    """Whether ``sections`` ask to round a float format of ``scheme`` as qtorch does.
 
-    Formats that engines compute with are rounded as engines do, whatever the file says.
+    qplug always rounds the formats that engines compute with (e4m3, e5m2) as engines do.
     """
     asked = any(section.switch("use_qtorch") for section in sections if section is not None)
     parts = [args for args in (scheme.weights, scheme.activations) if args is not None]
@@ -98,10 +104,10 @@ def _args(
     granularity = section.need("granularity")
     name = granularity.word([*granularities, "per_head"])
     if name not in granularities:
-        raise granularity.place.error(f"{name!r} is not there", granularities)
+        raise granularity.place.error(f"{name!r} is not supported here", granularities)
     symmetric = section.need("symmetric").switch()
     if dtype.startswith("e"):
-        symmetric = True  # LLMC too
+        symmetric = True  # as in LLMC
     section.leave("use_qtorch", "static", "group_size", "block_size", "head_num")
     strategy, size, block = _grain(section, name, is_input)
     static = is_input and section.switch("static")
@@ -109,7 +115,7 @@ def _args(
         raise granularity.place.error(f"{name!r} does not go with static: True", ["per_tensor"])
     if is_input and name == "per_tensor" and not static:
         raise granularity.place.error(
-            "one scale for all tokens cannot be found as an engine runs", "static: True, per_token"
+            "engines cannot compute one scale for all tokens", "static: True, per_token"
         )
     _check_range(section, dtype, symmetric)
     try:
@@ -125,7 +131,7 @@ def _dtype(bit: Node, kind: str | None) -> str:
             raise bit.place.error(f"{value!r} does not go with {_INT}", f"quant_type: {_FLOAT}")
         return value
     if value == 48:
-        raise bit.place.error("4 bits in 8 (two levels of scales) are not there", "2 to 8, e4m3")
+        raise bit.place.error("qplug has no 4 bits in 8 (two levels of scales)", "2 to 8, e4m3")
     if isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= 8:
         if kind == _FLOAT:
             raise bit.place.error(f"{value} does not go with {_FLOAT}", "e4m3, e5m2, e2m1 ...")
@@ -151,7 +157,7 @@ def _grain(section: Section, granularity: str, is_input: bool) -> Grain:
 
 
 def _check_range(section: Section, dtype: str, symmetric: bool) -> None:
-    """``int_range`` and ``float_range``: only those that the format has anyway."""
+    """Raise QplugError if ``int_range`` or ``float_range`` is not the full range of ``dtype``."""
     node = section.get("int_range") or section.get("float_range")
     if node is None:
         return
@@ -170,5 +176,5 @@ def _weight_extras(weight: Section, args: QuantArgs) -> None:
     if range_from is not None:
         range_from.word(_WEIGHT_RANGES)
     if not weight.switch("round_zp", default=True) and not args.symmetric:
-        weight.warn("round_zp", "zero points are always whole: engines read no others")
+        weight.warn("round_zp", "no effect: zero points are always integers, as engines need")
     weight.warn_of_rest()
