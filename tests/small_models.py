@@ -19,7 +19,9 @@ from qplug.calibration import batches
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import open_checkpoint
+from qplug.machine.session import Session
 from qplug.model.view import model_view
+from qplug.registry.registry import Registry
 
 #: Heads of 24 are in no list of usual sizes; queries are 96 wide, keys and values 48, the rest 64.
 SIZES: dict[str, Any] = {
@@ -181,7 +183,7 @@ def start_walk() -> StartWalk:
             view,
             schemes,
             tokens,
-            device=torch.device("cpu"),
+            Session(Registry([])),
             propagate=propagate,
             batch_size=batch_size,
             with_drift=with_drift,

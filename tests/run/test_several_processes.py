@@ -25,7 +25,9 @@ from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
 from qplug.machine.processes import ALONE, Processes
+from qplug.machine.session import Session
 from qplug.model.view import model_view
+from qplug.registry.registry import Registry
 from qplug_omniquant.omniquant import OmniQuant
 from qplug_omniquant.omniquant import Params as OmniQuantParams
 
@@ -337,9 +339,8 @@ def start_walk_of(source: Path, tokens: Tensor, processes: Processes, **changes:
         view,
         dict.fromkeys(view.quantizable, qplug.preset("W4A16").with_group_size(16)),
         tokens,
-        device=torch.device("cpu"),
+        Session(Registry([]), processes=processes),
         propagate="float",
-        processes=processes,
         **changes,
     )
 
@@ -412,10 +413,9 @@ def test_all_know_of_the_tokens_of_experts(
             view,
             dict.fromkeys(view.quantizable, qplug.preset("W4A16")),
             tokens,
-            device=torch.device("cpu"),
+            Session(Registry([]), processes=processes),
             with_drift=True,
             batch_size=1,
-            processes=processes,
         )
 
     def second_block(walk: Walk) -> LiveBlock:

@@ -56,7 +56,7 @@ class Format(ABC):
     """How the weights of a folder are stored: names, dtypes and shapes, and ``config.json``.
 
     A format is a constant: exporters share one object, and methods depend on arguments alone. It
-    knows no engine: what loads the folder, and what a kernel takes, is told by an ``Engine``.
+    knows no engine: an ``Engine`` says what loads the folder and what its kernels take.
     """
 
     #: The ``quant_method`` in the ``quantization_config`` of folders in this format.

@@ -28,8 +28,7 @@ from qplug.calibration.reconstruction import Data, LiveReconstruction
 from qplug.calibration.statistics import Statistics
 from qplug.checkpoint.names import within
 from qplug.errors import QplugError
-from qplug.machine.processes import ALONE, Processes
-from qplug.machine.stopwatch import Stopwatch
+from qplug.machine.session import Session
 from qplug.model.input_groups import GroupPaths
 from qplug.model.kv_cache import KVCache
 from qplug.model.parameters import refuse_infinite
@@ -50,25 +49,23 @@ class Walk:
         view: ModelView,
         schemes: Mapping[str, Scheme],
         tokens: Tensor,
+        session: Session,
         *,
-        device: torch.device,
         propagate: str = "quantized",
         batch_size: int | None = None,
         with_drift: bool = False,
         with_targets: bool = False,
         online: Sequence[str] = (),
         cache: KVCache | None = None,
-        trust_remote_code: bool = False,
-        processes: Processes = ALONE,
-        clock: Stopwatch | None = None,
     ) -> None:
         """``tokens``: int64 ``[samples, length]``, padded on the right with -1.
 
-        Each of ``processes`` takes a part of the samples. ``with_drift`` gathers
+        Each process of ``session`` takes a part of the samples. ``with_drift`` gathers
         ``InputGroup.drift``; ``with_targets`` gives blocks a ``reconstruction``. ``online``: names
         of linears whose inputs are rotated while the model runs. ``cache``: how keys and values are
         stored, None if not quantized. Raises QplugError if there are fewer samples than processes.
         """
+        device, processes = session.device, session.processes
         if len(tokens) < processes.count:
             raise QplugError(
                 f"{processes.count} processes cannot share {len(tokens)} calibration samples; "
@@ -78,11 +75,16 @@ class Walk:
         self._source, self._view, self._schemes = source, view, schemes
         self._device, self._propagate, self._cache = device, propagate, cache
         self._blocks = BlockModules(
-            source, view, schemes, device, online=online, trust_remote_code=trust_remote_code
+            source,
+            view,
+            schemes,
+            device,
+            online=online,
+            trust_remote_code=session.trust_remote_code,
         )
         self._structures = BlockStructures(device)
         self._reader = BlockReader(
-            source, self._blocks.parameters, clock or Stopwatch(), pinned=device.type == "cuda"
+            source, self._blocks.parameters, session.clock, pinned=device.type == "cuda"
         )
         self._reader.start(view.blocks[0])
         self._with_drift = with_drift and propagate == "quantized"

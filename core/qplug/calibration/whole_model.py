@@ -27,6 +27,7 @@ from qplug.api.tensors import Checkpoint
 from qplug.calibration.batches import samples_in_a_batch
 from qplug.checkpoint.names import block_of, split_name
 from qplug.errors import QplugError
+from qplug.machine.session import Session
 from qplug.model.block_proxy import BlockProxy, refuse_positional
 from qplug.model.experts import as_on_disk, name_on_disk
 from qplug.model.hollow import build, load_config
@@ -55,7 +56,7 @@ class Variant:
 
 
 class InMemoryModel(WholeModel):
-    """The model of ``source``, on ``device``."""
+    """The model of ``source``, on the device of the session."""
 
     def __init__(
         self,
@@ -63,19 +64,19 @@ class InMemoryModel(WholeModel):
         view: ModelView,
         schemes: Mapping[str, Scheme],
         tokens: Tensor,
+        session: Session,
         *,
-        device: torch.device,
         batch_size: int | None = None,
-        trust_remote_code: bool = False,
     ) -> None:
         """``tokens``: int64 ``[samples, length]``, padded on the right with -1.
 
-        Raises QplugError if ``device`` has too little memory.
+        Raises QplugError if the device has too little memory.
         """
+        device, trusted = session.device, session.trust_remote_code
         _refuse_too_large(source, view, device)
         self.device = device
-        config = load_config(source.folder, trust_remote_code=trust_remote_code)
-        self._model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
+        config = load_config(source.folder, trust_remote_code=trusted)
+        self._model = build(config, source.folder, trust_remote_code=trusted).eval()
         as_on_disk(self._model, view.blocks, source.tensors)
         self._stored = {name: tensor.read().to(device) for name, tensor in source.tensors.items()}
         self._buffers = {name for name, _ in self._model.named_buffers()}

@@ -34,16 +34,13 @@ def start_walk(
             prepared.view,
             schemes,
             tokens,
-            device=session.device,
+            session,
             propagate=data.propagate,
             batch_size=data.batch_size,
             with_drift=stages.needs_drift,
             with_targets=stages.learns,
             online=prepared.online,
             cache=cache,
-            trust_remote_code=session.trust_remote_code,
-            processes=session.processes,
-            clock=session.clock,
         )
 
 

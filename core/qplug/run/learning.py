@@ -42,9 +42,8 @@ class LearnOnce:
                 model.view,
                 self.schemes,
                 self.tokens,
-                device=self.session.device,
+                self.session,
                 batch_size=calibration.batch_size if calibration else None,
-                trust_remote_code=self.session.trust_remote_code,
             )
             return self.stages.learn(algorithm, model, whole)
 

@@ -110,7 +110,7 @@ def held(
     source = open_checkpoint(folder)
     view = model_view(source)
     schemes = dict.fromkeys(view.quantizable, scheme) if scheme else {}
-    return InMemoryModel(source, view, schemes, tokens, device=CPU, **options)
+    return InMemoryModel(source, view, schemes, tokens, Session(Registry([])), **options)
 
 
 def reference(folder: Path) -> PreTrainedModel:
