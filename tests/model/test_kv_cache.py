@@ -219,5 +219,5 @@ def test_config_and_manifest_say_so(tmp_path: Path) -> None:
     assert opened.kv_cache == FP8
     assert opened.manifest is not None
     assert opened.manifest.kv_cache == FP8
-    with pytest.raises(QplugError, match="--kv-cache int4: there is fp8"):
+    with pytest.raises(QplugError, match="--kv-cache int4: must be one of fp8"):
         qplug.quantize("qplug:demo", tmp_path / "other", backend="vllm", kv_cache="int4")
