@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,6 +17,7 @@ from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.architectures import expected_tensors
 from qplug.model.kv_cache import SCALES
+from qplug.reading.built import built_otherwise, share_of
 from qplug.reading.folder import Folder, open_folder
 from qplug.registry.registry import Registry
 
@@ -28,7 +29,9 @@ class Verification:
     ``linears``: the number of quantized linears. ``against``: the float model, None if it was not
     found. ``errors``: ``||W' - W|| / ||W||`` by name of the linear, empty without a float model.
     ``rewritten``: the number of linears whose weights an algorithm rewrote, together with the
-    operations around them; ``errors`` leaves them out.
+    operations around them; ``errors`` leaves them out. ``float_share`` is the share of the weights
+    in decoder blocks that is float, 0 to 1; ``floats`` are its parts, by name of the weights with a
+    star for each number.
     """
 
     folder: str
@@ -38,6 +41,8 @@ class Verification:
     problems: tuple[Problem, ...]
     errors: Mapping[str, float]
     rewritten: int
+    float_share: float = 0.0
+    floats: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -66,8 +71,10 @@ def verify(
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
     source_name, source = find_source(opened, against)
     problems = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
+    problems += built_otherwise(opened)
     problems += _tokenizer_missing(opened)
     problems += _architecture_lacks(opened, session)
+    share = share_of(opened)
     errors: dict[str, float] = {}
     rewritten = opened.manifest.rewritten if opened.manifest else frozenset()
     if not problems:
@@ -93,6 +100,8 @@ def verify(
         problems=tuple(problems),
         errors=errors,
         rewritten=sum(f"{name}.weight" in rewritten for name in opened.schemes),
+        float_share=share.total,
+        floats=share.kinds,
     )
 
 
