@@ -17,6 +17,7 @@ from qplug.errors import QplugError
 from qplug.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -61,7 +62,7 @@ def disk_names(model: PreTrainedModel) -> DiskNames:
     """Returns the names on disk of the parameters of ``model``, which may be hollow."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
     with quiet_transformers():
         stored = revert_weight_conversion(model, parameters)
     in_memory = {id(tensor): name for name, tensor in parameters.items()}
