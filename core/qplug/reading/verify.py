@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,6 +17,7 @@ from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.architectures import expected_tensors
 from qplug.model.kv_cache import SCALES
+from qplug.reading.built import built_otherwise, share_of
 from qplug.reading.damage import find_damage
 from qplug.reading.folder import Folder, open_folder
 from qplug.registry.registry import Registry
@@ -29,8 +30,10 @@ class Verification:
     ``linears``: the number of quantized linears. ``against``: the float model, None if it was not
     found. ``errors``: ``||W' - W|| / ||W||`` by name of the linear, empty without a float model.
     ``rewritten``: the number of linears whose weights an algorithm rewrote, together with the
-    operations around them; ``errors`` leaves them out. ``checksums``: the number of checksums that
-    were compared with the files, 0 if the folder has none.
+    operations around them; ``errors`` leaves them out. ``float_share`` is the share of the weights
+    in decoder blocks that is float, 0 to 1; ``floats`` are its parts, by name of the weights with a
+    star for each number. ``checksums``: the number of checksums that were compared with the files,
+    0 if the folder has none.
     """
 
     folder: str
@@ -40,7 +43,9 @@ class Verification:
     problems: tuple[Problem, ...]
     errors: Mapping[str, float]
     rewritten: int
-    checksums: int
+    float_share: float = 0.0
+    floats: Mapping[str, float] = field(default_factory=dict)
+    checksums: int = 0
 
     @property
     def ok(self) -> bool:
@@ -72,9 +77,11 @@ def verify(
     problems = [
         *damage.problems,
         *opened.exporter.check_folder(opened.checkpoint, opened.view),
+        *built_otherwise(opened),
         *_tokenizer_missing(opened),
         *_architecture_lacks(opened, session),
     ]
+    share = share_of(opened)
     errors: dict[str, float] = {}
     rewritten = opened.manifest.rewritten if opened.manifest else frozenset()
     if not problems:
@@ -100,6 +107,8 @@ def verify(
         problems=tuple(problems),
         errors=errors,
         rewritten=sum(f"{name}.weight" in rewritten for name in opened.schemes),
+        float_share=share.total,
+        floats=share.kinds,
         checksums=damage.compared,
     )
 

@@ -24,7 +24,13 @@ from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
 from qplug.run.learning import LearnOnce
 from qplug.run.prepare import prepare
-from qplug.run.refuse import open_source, servable, servable_cache
+from qplug.run.refuse import (
+    open_source,
+    refuse_unplanned,
+    servable,
+    servable_cache,
+    stays_float,
+)
 from qplug.run.stages import Stages
 from qplug.run.steps import Steps
 from qplug.run.streamed import streamed
@@ -104,9 +110,11 @@ def run(
     with clock("opening"):
         view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
         prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
-    schemes = servable(assign(recipe, prepared.view), prepared.view, exporter)
+    floats = exporter.built_float(prepared.view)
+    schemes = servable(assign(recipe, prepared.view, floats), prepared.view, exporter)
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
     coded = {} if exporter.format.stores_float else schemes
+    share = stays_float(recipe, prepared.view, coded, exporter)
     plan = make_plan(  # fixes the position of every byte of the result
         prepared.checkpoint,
         prepared.view,
@@ -116,10 +124,23 @@ def run(
         by_block=recipe.calibration is not None,
         cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
     )
+    refuse_unplanned(plan, coded)
     tokens = _tokens(recipe, model, prepared.view, session)
     source_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
     if dry_run:
-        return Result(out, {}, {}, (), source_bytes, plan.nbytes, 0.0, 0, dry_run=True)
+        return Result(
+            out,
+            {},
+            {},
+            (),
+            source_bytes,
+            plan.nbytes,
+            0.0,
+            0,
+            dry_run=True,
+            float_share=share.total,
+            floats=share.kinds,
+        )
 
     mark = fingerprint(source, recipe, session, shard_bytes, tokens)
     # A single file is converted from the folder: both are on disk for a moment.
@@ -173,6 +194,8 @@ def run(
         seconds=time.monotonic() - began,
         resumed=len(done),
         stages=clock.costs(),
+        float_share=share.total,
+        floats=share.kinds,
     )
     watchers.run_done(result)
     return result

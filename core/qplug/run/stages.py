@@ -36,6 +36,7 @@ from qplug.numerics.losses import relative_error, relative_output_error
 from qplug.output.plan import Step
 from qplug.recipe.pipeline import make_pipeline
 from qplug.recipe.recipe import DEFAULT_QUANTIZER, Calibration, Recipe
+from qplug.run.soundness import blaming_weights, refuse_not_finite, refuse_unsound
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,12 +135,18 @@ class Stages:
         fix_input_scales(block, self._observer)
         share_tensor_scales(block)
         share_global_scales(block, self.exporter.merged([linear.name for linear in block.linears]))
-        with self._clock("quantize"), self._naming_in_errors(quantizer, block.name):
+        with (
+            self._clock("quantize"),
+            blaming_weights(block.linears),
+            self._naming_in_errors(quantizer, block.name),
+        ):
             codes = quantizer.quantize(block)
             names = {linear.name for linear in block.linears}
             if set(codes) != names:
                 raise ValueError(f"it gave codes for {sorted(codes)}, not {sorted(names)}")
         block.notes.extend(_unseen(block))
+        with blaming_weights(block.linears):
+            refuse_unsound(block.linears, codes, self._called(quantizer))
         return {
             linear.name: replace(
                 codes[linear.name],
@@ -148,6 +155,13 @@ class Stages:
             )
             for linear in block.linears
         }
+
+    def _called(self, algorithm: Algorithm[Any]) -> str:
+        """Returns the name of ``algorithm``, with its plugin if that is none of qplug's own."""
+        owners = self._registry.algorithms.owners(algorithm.name)
+        if len(owners) != 1 or owners[0].ships_with_qplug:
+            return algorithm.name
+        return f"{algorithm.name} of plugin {owners[0]}"
 
     def report(
         self,
@@ -189,8 +203,11 @@ class Stages:
             weight = codes[linear.name]
             return four_digits(relative_output_error(block.original(linear), weight, group.gram))
 
+        with blaming_weights(block.linears):
+            refuse_not_finite(errors, "the error of its weight")
         in_order = block.spread(read, loss_of, cost=lambda pair: _products(*pair))
         losses = {linear.name: loss for (_, linear), loss in zip(read, in_order, strict=True)}
+        refuse_not_finite(losses, "the error of its output")
         after = input_ranges(block)
         clips = {linear.name: clip_counts(linear, codes[linear.name]) for _, linear in read}
         return Report(
