@@ -344,7 +344,8 @@ def test_check_fails_if_two_plugins_clash(write: WriteFile, code: str) -> None:
     kind = "algorithm" if code is ALGORITHM else "command"
     assert result.exit_code == 1
     assert result.output.splitlines()[2:] == [
-        f"clash  {kind} 'my-idea' comes from one ({one}) and two ({two}); drop one: -p no:PLUGIN"
+        f"clash  {kind} 'my-idea' comes from one ({one}) and two ({two});"
+        " drop one: -p no:one or -p no:two"
     ]
 
 

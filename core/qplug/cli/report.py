@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qplug.cli.printing import Command, say
 from qplug.cli.progress import progress_bar
 from qplug.cli.text_options import TextOptions, text_options
 from qplug.registry.registry import Registry
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from qplug.reading.perplexity import Evaluation
 
 
-@click.command(name="report")
+@click.command(name="report", cls=Command)
 @click.argument("folder")
 @click.option(
     "--out",
@@ -76,7 +77,7 @@ def command(
         trust_remote_code=trust_remote_code,
         measured=measured,
     )
-    click.echo(f"{folder}: report in {file}")
+    say(f"{folder}: report in {file}")
 
 
 def write_report(

@@ -14,6 +14,7 @@ from qplug.api import ModelView
 from qplug.api.tensors import Checkpoint
 from qplug.errors import PluginError, QplugError
 from qplug.model.view import float_tensors, model_view, packed_view, refuse_quantized
+from qplug.registry.border import is_ctrl_c
 from qplug.registry.plugin import Plugin
 from qplug.registry.registry import Registry
 
@@ -73,7 +74,9 @@ def _taught_view(checkpoint: Checkpoint, registry: Registry) -> tuple[Plugin, Mo
     for plugin, call in registry.implementing("qplug_model_view"):
         try:
             view = call(config=checkpoint.config)
-        except Exception as error:
+        except BaseException as error:  # a plugin may raise anything
+            if is_ctrl_c(error):
+                raise
             raise PluginError(plugin.name, plugin.source, error) from error
         if view is None:
             continue

@@ -68,7 +68,10 @@ def quantize(
     """
     recipe = changed(recipe or Recipe(), words)
     recipe.check()
-    with Session.joined(device, registry=registry, trust_remote_code=trust_remote_code) as session:
+    with (
+        Session.joined(device, registry=registry, trust_remote_code=trust_remote_code) as session,
+        session.registry.blaming(),  # a plugin's SystemExit must not end the caller's program
+    ):
         return run(
             model,
             Path(out),
@@ -107,7 +110,9 @@ def run(
     schemes = servable(assign(recipe, prepared.view), prepared.view, exporter)
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
     coded = {} if exporter.format.stores_float else schemes
-    plan = make_plan(  # fixes the position of every byte of the result
+    plan = session.registry.blaming(exporter, "layout")(
+        make_plan
+    )(  # fixes the position of every byte of the result
         prepared.checkpoint,
         prepared.view,
         coded,
@@ -124,9 +129,12 @@ def run(
     mark = fingerprint(source, recipe, session, shard_bytes, tokens)
     # A single file is converted from the folder: both are on disk for a moment.
     spare = plan.nbytes if exporter.format.single_file else 0
-    with SharedWriter(
-        session.processes, lambda: Writer(out, plan, mark, overwrite=overwrite, spare=spare)
-    ) as output:
+    with (
+        SharedWriter(
+            session.processes, lambda: Writer(out, plan, mark, overwrite=overwrite, spare=spare)
+        ) as output,
+        session.registry.blaming(),  # ends first: the writer removes what a plugin's exit leaves
+    ):
         done = output.finished()
         if tokens is not None and stages.learns_whole:
             learn = LearnOnce(stages, schemes, tokens, output, session)
@@ -146,7 +154,7 @@ def run(
             watchers.step_written(plan.steps[step.number].name, step.report)
         reports = session.processes.from_first(lambda: reports)
         in_order = [reports[number] for number in range(len(plan.steps))]
-        texts = result_files(
+        texts = session.registry.blaming(exporter, "config.json")(result_files)(
             model,
             prepared.view,
             recipe,
