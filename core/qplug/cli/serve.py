@@ -45,7 +45,7 @@ def command(
     """
     from qplug.machine.session import Session
     from qplug.reading.server import find_serving
-    from qplug.reading.verify import verify
+    from qplug.reading.verify import not_at_hand, verify
 
     serving = find_serving(
         folder,
@@ -69,6 +69,8 @@ def command(
             )
         for problem in result.problems[:_SHOWN]:
             note(problem)
+        if result.missing is not None:
+            note(f"not compared: {not_at_hand(result.missing)}")
         if not result.ok:
             raise click.ClickException(
                 f"{folder}: not served: {len(result.problems)} problems for {serving.backend}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from typing import TYPE_CHECKING
 
 import click
@@ -136,6 +137,8 @@ def command(
 
 
 def _tell(result: Verification, *, compared: bool) -> None:
+    from qplug.reading.verify import not_at_hand
+
     for problem in result.problems[:_SHOWN]:
         say(problem)
     if len(result.problems) > _SHOWN:
@@ -151,10 +154,11 @@ def _tell(result: Verification, *, compared: bool) -> None:
     if result.rewritten and not compared:
         say(
             f"{result.rewritten} layers have rewritten weights: compare their outputs with "
-            f"--against {result.against or 'MODEL'}"
+            f"--against {shlex.quote(result.against or result.missing or 'MODEL')}"
         )
     elif result.ok and not result.errors and not compared:
-        say("not compared: the float model was not found; name it with --against")
+        why = not_at_hand(result.missing) if result.missing else "name the float model: --against"
+        say(f"not compared: {why}")
 
 
 def _verdict(ok: bool, backend: str, linears: int, problems: int) -> str:
