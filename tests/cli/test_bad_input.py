@@ -89,10 +89,10 @@ def test_no_such_folder(name: str, refused: Refused) -> None:
 def test_a_hub_id_without_a_network(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub
+    from huggingface_hub import constants  # not an attribute of the package before its import
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     message = refused("someone/a-model")
     assert message.startswith(
         "someone/a-model: no folder on this machine, and not downloaded from the Hub: "

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO, cast
 
 import click
@@ -57,8 +60,12 @@ class Qplug(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Runs a command. Only the first of several processes prints; any prints a traceback."""
-        with marking_ctrl_c():
-            return self._main(*args, **kwargs)
+        try:
+            with marking_ctrl_c():
+                return self._main(*args, **kwargs)
+        except Exception:
+            sys.excepthook = _print_traceback  # Python prints it, and names in it must only show
+            raise
 
     def _main(self, *args: Any, **kwargs: Any) -> Any:
         if Launch.of().is_first:
@@ -125,6 +132,14 @@ class Qplug(click.Group):
                 hint = f" To run without it: qplug --no-plugins, or -p no:{plugin.name}"
                 note(f"The error below is from plugin {plugin}.{hint * removable}")
             raise
+
+
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    for text in traceback.format_exception(kind, error, trace):
+        for line in text.removesuffix("\n").split("\n"):
+            note(line)
 
 
 def _in_words(error: Exception) -> str:

@@ -28,7 +28,7 @@ import pluggy
 
 from qplug.api import Algorithm, Component, Dataset, Engine, Exporter, Format, hookspecs
 from qplug.api.params import options
-from qplug.errors import PluginWarning, QplugError, StageError, did_you_mean
+from qplug.errors import PluginWarning, QplugError, StageError, did_you_mean, shown
 from qplug.registry.border import blaming, keeping_error
 from qplug.registry.offers import Components, Offers
 from qplug.registry.plugin import Plugin, canonical, describe_package, is_listed
@@ -288,7 +288,8 @@ def _trace(
     if implementations:
         call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         answer = f"raised {outcome.exception!r}" if outcome.exception else outcome.get_result()
-        click.echo(f"{hook}({call}): {plugin}: {answer}", err=True)
+        line = shown(f"{hook}({call}): {plugin}: {answer}")
+        click.echo(line, err=True)  # noqa: TID251 - shown above
 
 
 def _answers(hook: pluggy.HookCaller) -> Iterator[object]:
