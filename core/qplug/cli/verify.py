@@ -144,6 +144,8 @@ def _tell(result: Verification, *, compared: bool) -> None:
     if len(result.problems) > _SHOWN:
         say(f"... and {len(result.problems) - _SHOWN} more problems")
     say(_verdict(result.ok, result.backend, result.linears, len(result.problems)))
+    if not result.checksums:
+        say("this folder has no checksums: damage to its codes cannot be noticed")
     if result.errors:
         worst = max(result.errors, key=lambda name: result.errors[name])
         mean = sum(result.errors.values()) / len(result.errors)

@@ -18,6 +18,7 @@ from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.architectures import expected_tensors
 from qplug.model.kv_cache import SCALES
+from qplug.reading.damage import find_damage
 from qplug.reading.folder import Folder, open_folder
 from qplug.registry.registry import Registry
 
@@ -29,7 +30,8 @@ class Verification:
     ``linears``: the number of quantized linears. ``against``: the float model, None if it was not
     found. ``errors``: ``||W' - W|| / ||W||`` by name of the linear, empty without a float model.
     ``rewritten``: the number of linears whose weights an algorithm rewrote, together with the
-    operations around them; ``errors`` leaves them out. ``missing``: the float model that
+    operations around them; ``errors`` leaves them out. ``checksums``: the number of checksums that
+    were compared with the files, 0 if the folder has none. ``missing``: the float model that
     ``qplug.json`` names, if it is not on this machine and no other was given.
     """
 
@@ -40,6 +42,7 @@ class Verification:
     problems: tuple[Problem, ...]
     errors: Mapping[str, float]
     rewritten: int
+    checksums: int
     missing: str | None = None
 
     @property
@@ -57,7 +60,7 @@ def verify(
     registry: Registry | None = None,
     watch: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Check ``folder`` by the rules of the loader of ``backend``, and unpack its codes.
+    """Check ``folder`` by its checksums and its loader's rules, and unpack its codes.
 
     By default ``backend`` is the one that wrote the folder, and ``against`` the float model that
     ``qplug.json`` names, if it is on this machine. ``watch`` is called with the linears done and
@@ -68,9 +71,13 @@ def verify(
     if opened.exporter is None:
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
     source_name, source = find_source(opened, against)
-    problems = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
-    problems += _tokenizer_missing(opened)
-    problems += _architecture_lacks(opened, session)
+    damage = find_damage(opened.checkpoint.folder)
+    problems = [
+        *damage.problems,
+        *opened.exporter.check_folder(opened.checkpoint, opened.view),
+        *_tokenizer_missing(opened),
+        *_architecture_lacks(opened, session),
+    ]
     errors: dict[str, float] = {}
     rewritten = opened.manifest.rewritten if opened.manifest else frozenset()
     if not problems:
@@ -96,6 +103,7 @@ def verify(
         problems=tuple(problems),
         errors=errors,
         rewritten=sum(f"{name}.weight" in rewritten for name in opened.schemes),
+        checksums=damage.compared,
         missing=opened.manifest.model if opened.manifest and source is None else None,
     )
 
