@@ -30,15 +30,16 @@ def calibration_tokens(
         raise QplugError(f"--seq-len {calibration.seq_len}: the model takes {limit} tokens at most")
     dataset = session.registry.datasets.make(calibration.dataset, calibration.options)
     tokenizer = load_tokenizer(model, trust_remote_code=session.trust_remote_code)
-    samples = sample(
-        dataset,
-        tokenizer,
-        calibration.sampling,
-        length=calibration.seq_len,
-        count=calibration.samples,
-        seed=seed,
-    )
-    tokens = pad_sequence(list(samples), batch_first=True, padding_value=-1)
+    with session.registry.blaming(dataset, "calibration text"):
+        samples = sample(
+            dataset,
+            tokenizer,
+            calibration.sampling,
+            length=calibration.seq_len,
+            count=calibration.samples,
+            seed=seed,
+        )
+        tokens = pad_sequence(list(samples), batch_first=True, padding_value=-1)
     vocabulary = view.config.get("vocab_size")
     if isinstance(vocabulary, int) and int(tokens.max()) >= vocabulary:
         raise QplugError(

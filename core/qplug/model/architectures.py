@@ -16,6 +16,7 @@ from qplug.checkpoint.names import block_of, natural_order, split_name
 from qplug.errors import PluginError, QplugError
 from qplug.model.kept_float import built_float
 from qplug.model.view import float_tensors, model_view, packed_view, refuse_quantized
+from qplug.registry.border import is_ctrl_c
 from qplug.registry.plugin import Plugin
 from qplug.registry.registry import Registry
 
@@ -94,7 +95,9 @@ def _taught_view(checkpoint: Checkpoint, registry: Registry) -> tuple[Plugin, Mo
     for plugin, call in registry.implementing("qplug_model_view"):
         try:
             view = call(config=checkpoint.config)
-        except Exception as error:
+        except BaseException as error:  # a plugin may raise anything
+            if is_ctrl_c(error):
+                raise
             raise PluginError(plugin.name, plugin.source, error) from error
         if view is None:
             continue

@@ -95,7 +95,8 @@ def evaluation_tokens(
         raise QplugError(f"--seq-len {seq_len}: the model takes {limit} tokens at most")
     tokenizer = load_tokenizer(model, trust_remote_code=session.trust_remote_code)
     count = sys.maxsize if windows is None else windows
-    return first_windows(source, tokenizer, length=seq_len, count=count, split="evaluation")
+    with session.registry.blaming(source, "text for evaluation"):
+        return first_windows(source, tokenizer, length=seq_len, count=count, split="evaluation")
 
 
 @torch.inference_mode()

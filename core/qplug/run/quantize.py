@@ -74,7 +74,10 @@ def quantize(
     """
     recipe = changed(recipe or Recipe(), words)
     recipe.check()
-    with Session.joined(device, registry=registry, trust_remote_code=trust_remote_code) as session:
+    with (
+        Session.joined(device, registry=registry, trust_remote_code=trust_remote_code) as session,
+        session.registry.blaming(),  # a plugin's SystemExit must not end the caller's program
+    ):
         return run(
             model,
             Path(out),
@@ -115,15 +118,16 @@ def run(
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
     coded = {} if exporter.format.stores_float else schemes
     share = stays_float(recipe, prepared.view, coded, exporter)
-    plan = make_plan(  # fixes the position of every byte of the result
-        prepared.checkpoint,
-        prepared.view,
-        coded,
-        exporter,
-        shard_bytes=shard_bytes,
-        by_block=recipe.calibration is not None,
-        cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
-    )
+    with session.registry.blaming(exporter, "layout"):
+        plan = make_plan(  # fixes the position of every byte of the result
+            prepared.checkpoint,
+            prepared.view,
+            coded,
+            exporter,
+            shard_bytes=shard_bytes,
+            by_block=recipe.calibration is not None,
+            cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
+        )
     refuse_unplanned(plan, coded)
     tokens = _tokens(recipe, model, prepared.view, session)
     source_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
@@ -145,9 +149,12 @@ def run(
     mark = fingerprint(source, recipe, session, shard_bytes, tokens)
     # A single file is converted from the folder: both are on disk for a moment.
     spare = plan.nbytes if exporter.format.single_file else 0
-    with SharedWriter(
-        session.processes, lambda: Writer(out, plan, mark, overwrite=overwrite, spare=spare)
-    ) as output:
+    with (
+        SharedWriter(
+            session.processes, lambda: Writer(out, plan, mark, overwrite=overwrite, spare=spare)
+        ) as output,
+        session.registry.blaming(),  # ends first: the writer removes what a plugin's exit leaves
+    ):
         done = output.finished()
         if tokens is not None and stages.learns_whole:
             learn = LearnOnce(stages, schemes, tokens, output, session)
@@ -167,17 +174,18 @@ def run(
             watchers.step_written(plan.steps[step.number].name, step.report)
         reports = session.processes.from_first(lambda: reports)
         in_order = [reports[number] for number in range(len(plan.steps))]
-        texts = result_files(
-            model,
-            prepared.view,
-            recipe,
-            exporter,
-            coded,
-            in_order,
-            session.registry,
-            online=prepared.online,
-            notes=prepared.notes,
-        )
+        with session.registry.blaming(exporter, "config.json"):
+            texts = result_files(
+                model,
+                prepared.view,
+                recipe,
+                exporter,
+                coded,
+                in_order,
+                session.registry,
+                online=prepared.online,
+                notes=prepared.notes,
+            )
         with clock("writing"):
             output.finish(
                 source.companions(),

@@ -30,7 +30,7 @@ from qplug.calibration.shared_scales import (
 )
 from qplug.checkpoint.names import by_module, module_of, split_name
 from qplug.checkpoint.open import INDEX, open_checkpoint
-from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
+from qplug.errors import PluginError, QplugError, RelayedError
 from qplug.machine.session import Session
 from qplug.numerics.losses import relative_error, relative_output_error
 from qplug.output.plan import Step
@@ -62,7 +62,7 @@ class Stages:
             recipe.algorithms, recipe.algorithm_options, recipe.schemes, registry
         )
         quantizers = [algorithm for algorithm in self.pipeline if algorithm.quantizes()]
-        self._default = registry.algorithms.make(DEFAULT_QUANTIZER)
+        self._default = registry.algorithms.make_own(DEFAULT_QUANTIZER)
         self.quantizer = quantizers[0] if quantizers else self._default
         calibration = recipe.calibration or Calibration()
         self._observer = find_observer(calibration.observer, calibration.observer_options)
@@ -144,17 +144,18 @@ class Stages:
             names = {linear.name for linear in block.linears}
             if set(codes) != names:
                 raise ValueError(f"it gave codes for {sorted(codes)}, not {sorted(names)}")
+            codes = {
+                linear.name: replace(
+                    codes[linear.name],
+                    input_scale=linear.input_scale,
+                    global_scale=linear.global_scale,
+                )
+                for linear in block.linears
+            }
         block.notes.extend(_unseen(block))
         with blaming_weights(block.linears):
             refuse_unsound(block.linears, codes, self._called(quantizer))
-        return {
-            linear.name: replace(
-                codes[linear.name],
-                input_scale=linear.input_scale,
-                global_scale=linear.global_scale,
-            )
-            for linear in block.linears
-        }
+        return codes
 
     def _called(self, algorithm: Algorithm[Any]) -> str:
         """Returns the name of ``algorithm``, with its plugin if that is none of qplug's own."""
@@ -261,15 +262,12 @@ class Stages:
     ) -> Iterator[None]:
         """A context that adds ``where`` to a QplugError, and the plugin too to any other error."""
         try:
-            yield
-        except (OtherProcessError, RelayedError):
+            with self._registry.blaming(component, where):
+                yield
+        except (PluginError, RelayedError):
             raise  # already names the place
         except QplugError as error:
             raise QplugError(f"{where}: {error}") from error
-        except Exception as error:
-            plugin = self._registry.blame(error)
-            source = plugin.source if plugin else "no plugin"
-            raise StageError(component.name, source, where, error) from error
 
 
 def _check(tensor: str, packed: Mapping[str, Tensor], step: Step) -> None:
