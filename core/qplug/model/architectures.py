@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from qplug.api import ModelView
-from qplug.api.tensors import Checkpoint
+from qplug.api.tensors import FLOAT_DTYPES, Checkpoint
 from qplug.errors import PluginError, QplugError
 from qplug.model.view import float_tensors, model_view, packed_view, refuse_quantized
 from qplug.registry.plugin import Plugin
@@ -35,6 +35,11 @@ def find_view(
         if stored is None or stored.spec.shape != tuple(shape):
             state = "is not there" if stored is None else f"is {list(stored.spec.shape)}"
             raise _mismatch(plugin, f"{name}.weight should be {list(shape)}, but {state}")
+        if stored.spec.dtype not in FLOAT_DTYPES:
+            raise QplugError(
+                f"{checkpoint.folder}: {name}.weight is {stored.spec.dtype}; qplug quantizes "
+                f"models in {', '.join(FLOAT_DTYPES)}"
+            )
     return view
 
 

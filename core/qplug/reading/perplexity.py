@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from qplug.checkpoint.config_file import read_config
 from qplug.checkpoint.locate import find_model
-from qplug.checkpoint.open import read_json
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.tokenizer import load_tokenizer
@@ -90,7 +90,7 @@ def evaluation_tokens(
     model allows.
     """
     source = session.registry.datasets.make(dataset, dataset_options)
-    limit = read_json(find_model(model) / "config.json").get("max_position_embeddings")
+    limit = read_config(find_model(model)).get("max_position_embeddings")
     if isinstance(limit, int) and seq_len > limit:
         raise QplugError(f"--seq-len {seq_len}: the model takes {limit} tokens at most")
     tokenizer = load_tokenizer(model, trust_remote_code=session.trust_remote_code)
