@@ -96,7 +96,8 @@ def _refuse_other_kinds(path: Path, mode: int) -> None:
 
 
 def _too_long(path: Path, limit: int) -> QplugError:
-    return QplugError(f"{path}: is longer than {limit >> 20} MiB, the most that is read of it")
+    size = f"{limit >> 20} MiB" if limit >= 1 << 20 else f"{limit >> 10} KiB"
+    return QplugError(f"{path}: is longer than {size}, the most that is read of it")
 
 
 def _unreadable(path: Path, error: BaseException) -> QplugError:
