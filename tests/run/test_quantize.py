@@ -272,7 +272,7 @@ def test_companions(llama: Path, tmp_path: Path) -> None:
         *(".gitattributes", "training.ckpt"),
     }
     for name in kept | left | {"README.md"}:
-        (llama / name).write_text(f"the {name} of the source")
+        (llama / name).write_text(f'{{"is": "the {name} of the source"}}')
     (llama / "additional_chat_templates").mkdir()
     (llama / "additional_chat_templates" / "tools.jinja").write_text("tools")
     (llama / "additional_chat_templates" / "notes.txt").write_text("notes")

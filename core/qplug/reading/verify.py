@@ -11,7 +11,7 @@ from qplug.api import Problem
 from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.names import module_of, split_name
-from qplug.checkpoint.open import open_checkpoint
+from qplug.checkpoint.open import check_companions, open_checkpoint
 from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
 from qplug.machine.session import Session
@@ -62,6 +62,7 @@ def verify(
     """
     session = Session.alone(registry=registry, trust_remote_code=trust_remote_code)
     opened = open_folder(folder, session, backend=backend)
+    check_companions(opened.checkpoint.folder)
     if opened.exporter is None:
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
     source_name, source = find_source(opened, against)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,10 +10,13 @@ from typing import TYPE_CHECKING
 from qplug.api import ModelView
 from qplug.api.events import Result
 from qplug.calibration.tokens import calibration_tokens
+from qplug.checkpoint.config_file import CONFIG
+from qplug.machine.memory import gibibytes, naming_memory
 from qplug.machine.session import Session
 from qplug.model.architectures import find_view
+from qplug.model.foreign import naming_file
 from qplug.output.fingerprint import fingerprint
-from qplug.output.plan import make_plan
+from qplug.output.plan import Plan, make_plan
 from qplug.output.result_files import result_files
 from qplug.output.shared_writer import SharedWriter
 from qplug.output.step_report import Report
@@ -124,14 +128,19 @@ def run(
     mark = fingerprint(source, recipe, session, shard_bytes, tokens)
     # A single file is converted from the folder: both are on disk for a moment.
     spare = plan.nbytes if exporter.format.single_file else 0
-    with SharedWriter(
-        session.processes, lambda: Writer(out, plan, mark, overwrite=overwrite, spare=spare)
-    ) as output:
+    reports: dict[int, Report] = {}
+    with (
+        SharedWriter(
+            session.processes, lambda: Writer(out, plan, mark, overwrite=overwrite, spare=spare)
+        ) as output,
+        naming_memory(lambda: _held(plan, len(reports), tokens, view, session)),
+        naming_file(source.folder / CONFIG, "the model does not run"),
+    ):
         done = output.finished()
         if tokens is not None and stages.learns_whole:
             learn = LearnOnce(stages, schemes, tokens, output, session)
             prepared = prepare(stages, source, view, session, learn=learn)
-        reports = {number: Report.from_dict(plain) for number, plain in done.items()}
+        reports |= {number: Report.from_dict(plain) for number, plain in done.items()}
         watchers = Watchers(session, len(plan.steps), len(done), watch)
         steps = Steps(stages, plan, prepared, watchers, session)
         if tokens is None:
@@ -144,8 +153,8 @@ def run(
                 output.write(step.number, step.contents, step.report.to_dict())
             reports[step.number] = step.report
             watchers.step_written(plan.steps[step.number].name, step.report)
-        reports = session.processes.from_first(lambda: reports)
-        in_order = [reports[number] for number in range(len(plan.steps))]
+        shared = session.processes.from_first(lambda: reports)
+        in_order = [shared[number] for number in range(len(plan.steps))]
         texts = result_files(
             model,
             prepared.view,
@@ -176,6 +185,22 @@ def run(
     )
     watchers.run_done(result)
     return result
+
+
+def _held(plan: Plan, done: int, tokens: Tensor | None, view: ModelView, session: Session) -> str:
+    """What memory is needed for when ``done`` steps are done, and what to change."""
+    step = plan.steps[min(done, len(plan.steps) - 1)]
+    shapes = [view.linears[name] for name in step.linears if name in view.linears]
+    weights = 4 * sum(map(math.prod, shapes))
+    sizes = f"{step.name} has {gibibytes(weights)} of weights in float32 on {session.device}"
+    if tokens is None:
+        return f"{sizes}; use another --device, or a machine with more memory"
+    states = 4 * tokens.numel() * max(map(min, shapes), default=0)
+    return (
+        f"{sizes}, with {tokens.shape[0]} samples of {tokens.shape[1]} tokens "
+        f"({gibibytes(states)} of hidden states); use fewer --samples, a smaller --batch-size or "
+        "--seq-len, or another --device"
+    )
 
 
 def _tokens(recipe: Recipe, model: str, view: ModelView, session: Session) -> Tensor | None:
