@@ -30,7 +30,7 @@ STRICTLY = {
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(("text", "complaint"), EITHER_WAY.values(), ids=EITHER_WAY)
 def test_what_nobody_may_write(text: str | bytes, complaint: str, strict: bool) -> None:
-    with pytest.raises(QplugError, match="^here: ") as caught:
+    with pytest.raises(QplugError, match=r"^here: ") as caught:
         parse_json(text, "here", strict=strict)
     assert complaint in str(caught.value)
     assert len(str(caught.value)) < 200

@@ -285,7 +285,7 @@ def test_companions(llama: Path, tmp_path: Path) -> None:
         *("additional_chat_templates", "additional_chat_templates/tools.jinja"),
     }
     for name in kept:
-        assert (tmp_path / "out" / name).read_text() == f"the {name} of the source"
+        assert (tmp_path / "out" / name).read_text() == f'{{"is": "the {name} of the source"}}'
     for name in ("README.md", "qplug.json"):
         assert "of the source" not in (tmp_path / "out" / name).read_text()
 

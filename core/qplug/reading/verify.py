@@ -9,11 +9,13 @@ import torch
 
 from qplug.api import Problem
 from qplug.api.tensors import Checkpoint
+from qplug.checkpoint.config_file import CONFIG
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.names import module_of, split_name
 from qplug.checkpoint.open import check_companions, open_checkpoint
 from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
+from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
 from qplug.model.architectures import expected_tensors
 from qplug.model.kv_cache import SCALES
@@ -66,7 +68,8 @@ def verify(
     if opened.exporter is None:
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
     source_name, source = find_source(opened, against)
-    problems = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
+    with naming_damage(f"{opened.checkpoint.folder / CONFIG}", opened.exporter.name):
+        problems = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
     problems += _tokenizer_missing(opened)
     problems += _architecture_lacks(opened, session)
     errors: dict[str, float] = {}
