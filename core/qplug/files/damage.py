@@ -1,4 +1,4 @@
-"""The border to code that takes strange data apart: what it stumbles over is a fault of the data."""
+"""The border to code that takes strange data apart: what it stumbles over is the data's fault."""
 
 from __future__ import annotations
 
