@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from qplug import PRESETS, Capability
 from qplug.registry.registry import Registry
-from qplug_vllm.cpu import FP8_CACHE, Flaw, flaw_on_cpu, refused_on_cpu
+from qplug_vllm.cpu import FP8_CACHE, Flaw, refused_on_cpu
+from qplug_vllm.cpu import flaws_on_cpu as flaws_of_scheme
 
 #: What an algorithm is tried with, where one scheme has to do.
 FITTING = {"smoothquant": "W8A8", "osplus": "W8A8", "spinquant": "FP8_DYNAMIC"}
@@ -170,4 +171,4 @@ def left_out_on_cpu(case: Case, flags: frozenset[str], *, emulating: bool) -> st
 def flaws_on_cpu(case: Case, flags: frozenset[str]) -> list[Flaw]:
     """What vLLM gets wrong of ``case`` on a CPU with ``flags``."""
     parts = (case.scheme, *((FP8_CACHE,) if case.kv_cache else ()))
-    return [flaw for part in parts if (flaw := flaw_on_cpu(part, flags))]
+    return [flaw for part in parts for flaw in flaws_of_scheme(part, flags)]

@@ -12,8 +12,10 @@ import gc
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import packages_distributions, version
 from typing import Any
+from unittest import mock
 
 from engine_program import answer_loads
 
@@ -26,7 +28,8 @@ def measure(
     began = time.monotonic()
     emulated_calls.clear()
     try:
-        logprobs = logprobs_of(folder, dtype, prompts, options)
+        with without_amx_products() if dtype == "float32" else nullcontext():
+            logprobs = logprobs_of(folder, dtype, prompts, options)
     finally:
         gc.collect()
         cleanup_dist_env_and_memory()
@@ -60,6 +63,17 @@ def logprobs_of(
         found = answer.prompt_logprobs[1:]
         logprobs.append([at[token].logprob for token, at in zip(prompt[1:], found, strict=True)])
     return logprobs
+
+
+def without_amx_products() -> AbstractContextManager[Any]:
+    """Lets vLLM choose oneDNN's integer product, which every other CPU uses.
+
+    vLLM chooses its product for AMX whatever the dtype of the activations, and that product then
+    refuses float32.
+    """
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+
+    return mock.patch.object(cpu, "check_cpu_sgl_kernel", return_value=False)
 
 
 # --- a kernel that vLLM's library for CPUs without AVX-512 lacks ----------------------------------

@@ -141,6 +141,8 @@ def _tell(result: Verification, *, compared: bool) -> None:
     if len(result.problems) > _SHOWN:
         click.echo(f"... and {len(result.problems) - _SHOWN} more problems")
     click.echo(_verdict(result.ok, result.backend, result.linears, len(result.problems)))
+    if not result.checksums:
+        click.echo("this folder has no checksums: damage to its codes cannot be noticed")
     if result.errors:
         worst = max(result.errors, key=lambda name: result.errors[name])
         mean = sum(result.errors.values()) / len(result.errors)

@@ -19,6 +19,7 @@ from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
 from qplug.model.architectures import expected_tensors
 from qplug.model.kv_cache import SCALES
+from qplug.reading.damage import find_damage
 from qplug.reading.folder import Folder, open_folder
 from qplug.registry.registry import Registry
 
@@ -30,7 +31,8 @@ class Verification:
     ``linears``: the number of quantized linears. ``against``: the float model, None if it was not
     found. ``errors``: ``||W' - W|| / ||W||`` by name of the linear, empty without a float model.
     ``rewritten``: the number of linears whose weights an algorithm rewrote, together with the
-    operations around them; ``errors`` leaves them out.
+    operations around them; ``errors`` leaves them out. ``checksums``: the number of checksums that
+    were compared with the files, 0 if the folder has none.
     """
 
     folder: str
@@ -40,6 +42,7 @@ class Verification:
     problems: tuple[Problem, ...]
     errors: Mapping[str, float]
     rewritten: int
+    checksums: int
 
     @property
     def ok(self) -> bool:
@@ -56,7 +59,7 @@ def verify(
     registry: Registry | None = None,
     watch: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Check ``folder`` by the rules of the loader of ``backend``, and unpack its codes.
+    """Check ``folder`` by its checksums and its loader's rules, and unpack its codes.
 
     By default ``backend`` is the one that wrote the folder, and ``against`` the float model that
     ``qplug.json`` names, if it is found. ``watch`` is called with the linears done and all linears.
@@ -68,10 +71,15 @@ def verify(
     if opened.exporter is None:
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
     source_name, source = find_source(opened, against)
-    with naming_damage(f"{opened.checkpoint.folder / CONFIG}", opened.exporter.name):
-        problems = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
-    problems += _tokenizer_missing(opened)
-    problems += _architecture_lacks(opened, session)
+    damage = find_damage(opened.checkpoint.folder)
+    with naming_damage(str(opened.checkpoint.folder / CONFIG), opened.exporter.name):
+        rules = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
+    problems = [
+        *damage.problems,
+        *rules,
+        *_tokenizer_missing(opened),
+        *_architecture_lacks(opened, session),
+    ]
     errors: dict[str, float] = {}
     rewritten = opened.manifest.rewritten if opened.manifest else frozenset()
     if not problems:
@@ -97,6 +105,7 @@ def verify(
         problems=tuple(problems),
         errors=errors,
         rewritten=sum(f"{name}.weight" in rewritten for name in opened.schemes),
+        checksums=damage.compared,
     )
 
 
