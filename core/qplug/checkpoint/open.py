@@ -75,5 +75,5 @@ def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
         headers[file] = read_header(folder / file, within=folder)
     for name, file in file_of.items():
         if name not in headers[file]:
-            raise QplugError(f"{index}: {name} is not in {file}")
+            raise QplugError(f"{index}: {name[:300]} is not in {file[:300]}")
     return {name: headers[file][name] for name, file in file_of.items()}

@@ -36,7 +36,7 @@ class Typed:
         """A mapping, by key."""
         if not isinstance(self.value, dict):
             raise self._wrong("a mapping")
-        return {key: Typed(f"{self.where}: {key}", inner) for key, inner in self.value.items()}
+        return {key: Typed(f"{self.where}: {key[:200]}", v) for key, v in self.value.items()}
 
     def items(self) -> Iterator[Typed]:
         """The members of a list."""

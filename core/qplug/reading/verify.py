@@ -67,7 +67,6 @@ def verify(
     """
     session = Session.alone(registry=registry, trust_remote_code=trust_remote_code)
     opened = open_folder(folder, session, backend=backend)
-    check_companions(opened.checkpoint.folder)
     if opened.exporter is None:
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
     source_name, source = find_source(opened, against)
@@ -78,6 +77,7 @@ def verify(
         *damage.problems,
         *rules,
         *_tokenizer_missing(opened),
+        *_companions_unsound(opened),
         *_architecture_lacks(opened, session),
     ]
     errors: dict[str, float] = {}
@@ -132,6 +132,15 @@ def _tokenizer_missing(opened: Folder) -> list[Problem]:
     tokenizers = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((folder / name).exists() for name in tokenizers):
         return [Problem("tokenizer", str(folder), "there is no tokenizer file")]
+    return []
+
+
+def _companions_unsound(opened: Folder) -> list[Problem]:
+    """A problem if a file of JSON that servers read is none."""
+    try:
+        check_companions(opened.checkpoint.folder)
+    except QplugError as error:
+        return [Problem("companion", str(opened.checkpoint.folder), str(error))]
     return []
 
 

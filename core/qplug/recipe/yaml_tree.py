@@ -23,6 +23,9 @@ _Pair: TypeAlias = "tuple[yaml.ScalarNode, yaml.Node]"
 #: mappings around a value; the most digits of a number. Recipes have a hundredth of each.
 MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_NUMBER = 1 << 18, 20_000, 50, 64
 
+#: Characters of a file that a message quotes.
+_LONGEST = 300
+
 _MERGE = "tag:yaml.org,2002:merge"
 _COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -39,12 +42,18 @@ class Place:
     path: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.path}" if self.path else f"{self.file}:{self.line}"
+        path = f": {_brief(self.path)}" if self.path else ""
+        return f"{self.file}:{self.line}{path}"
 
     def error(self, what: str, allowed: Iterable[object] | str = ()) -> QplugError:
         """The QplugError to raise: it names this place, the mistake, and the allowed values."""
         names = allowed if isinstance(allowed, str) else ", ".join(map(str, allowed))
-        return QplugError(f"{self}: {what}" + (f"; allowed: {names}" if names else ""))
+        return QplugError(f"{self}: {_brief(what)}" + (f"; allowed: {names}" if names else ""))
+
+
+def _brief(text: str) -> str:
+    """``text``, which quotes a file, of a limited length."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 @dataclass(frozen=True)
