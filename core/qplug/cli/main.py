@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -26,6 +27,13 @@ from qplug.registry.registry import Registry
 #: Seconds that a process waits before it exits with an error. torchrun kills all processes as soon
 #: as one has exited, which could be before the first process has printed the error.
 _EXIT_DELAY = 3
+
+#: Errors of the system that the user can mend: rights, room, open files, names that are too long.
+_OF_THE_MACHINE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+}
 
 #: The place of each command of qplug itself, and its line in ``qplug --help``, by name.
 COMMANDS = {
@@ -125,6 +133,11 @@ class Qplug(click.Group):
             raise _in_one_line(error) from error
         except (click.exceptions.Exit, click.Abort):
             raise
+        except OSError as error:
+            if error.errno not in _OF_THE_MACHINE:
+                raise
+            file = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{file}{error.strerror}") from error
         except Exception as error:
             plugin = ctx.obj.blame(error) if isinstance(ctx.obj, Registry) else None
             if plugin is not None:

@@ -41,6 +41,11 @@ def find_view(
         if stored is None or stored.spec.shape != tuple(shape):
             state = "is not there" if stored is None else f"is {list(stored.spec.shape)}"
             raise _mismatch(plugin, f"{name}.weight should be {list(shape)}, but {state}")
+        if stored.spec.dtype not in FLOAT_DTYPES:
+            raise QplugError(
+                f"{checkpoint.folder}: {name}.weight is {stored.spec.dtype}; qplug quantizes "
+                f"models in {', '.join(FLOAT_DTYPES)}"
+            )
     return _with_other_weights(view, checkpoint)
 
 

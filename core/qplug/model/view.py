@@ -165,6 +165,11 @@ def _check_whole(checkpoint: Checkpoint, tree: _Tree) -> None:
                 f"{checkpoint.folder}: {tensor} is {list(stored.spec.shape)}, "
                 f"but config.json makes it {list(shape)}"
             )
+        if stored.spec.dtype not in FLOAT_DTYPES:
+            raise QplugError(
+                f"{checkpoint.folder}: {tensor} is {stored.spec.dtype}; qplug quantizes models in "
+                f"{', '.join(FLOAT_DTYPES)}"
+            )
 
 
 def _float_dtype(checkpoint: Checkpoint) -> str:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qplug.api import Server
+from qplug.checkpoint.config_file import read_config
 from qplug.checkpoint.locate import as_word, find_model
-from qplug.checkpoint.open import read_json
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.output.manifest import read_manifest
@@ -96,7 +96,7 @@ def find_serving(
     """
     registry = session.registry
     path = find_model(folder)
-    config = read_json(path / "config.json")
+    config = read_config(path)
     manifest = read_manifest(path)
     name = backend or (manifest.backend if manifest else None)
     engine = registry.exporters[name].engine if name else None

@@ -10,11 +10,13 @@ import torch
 
 from qplug.api import Problem
 from qplug.api.tensors import Checkpoint
+from qplug.checkpoint.config_file import CONFIG
 from qplug.checkpoint.locate import find_at_hand, find_model, may_be_on_hub
 from qplug.checkpoint.names import module_of, split_name
-from qplug.checkpoint.open import open_checkpoint
+from qplug.checkpoint.open import check_companions, open_checkpoint
 from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
+from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
 from qplug.model.architectures import expected_tensors
 from qplug.model.kv_cache import SCALES
@@ -77,11 +79,14 @@ def verify(
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
     source_name, source = find_source(opened, against)
     damage = find_damage(opened.checkpoint.folder)
+    with naming_damage(str(opened.checkpoint.folder / CONFIG), opened.exporter.name):
+        rules = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
     problems = [
         *damage.problems,
-        *opened.exporter.check_folder(opened.checkpoint, opened.view),
+        *rules,
         *built_otherwise(opened),
         *_tokenizer_missing(opened),
+        *_companions_unsound(opened),
         *_architecture_lacks(opened, session),
     ]
     share = share_of(opened)
@@ -149,6 +154,15 @@ def _tokenizer_missing(opened: Folder) -> list[Problem]:
     tokenizers = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((folder / name).exists() for name in tokenizers):
         return [Problem("tokenizer", str(folder), "there is no tokenizer file")]
+    return []
+
+
+def _companions_unsound(opened: Folder) -> list[Problem]:
+    """A problem if a file of JSON that servers read is none."""
+    try:
+        check_companions(opened.checkpoint.folder)
+    except QplugError as error:
+        return [Problem("companion", str(opened.checkpoint.folder), str(error))]
     return []
 
 

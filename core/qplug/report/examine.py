@@ -118,8 +118,9 @@ def _examined(
     scheme, manifest = folder.schemes[name], folder.manifest
     assert folder.exporter is not None
     stored_as, packed = folder.exporter.format, folder.packed(name)
-    codes = stored_as.unpack(packed, scheme) if stored_as.is_lossless else None
-    weight = stored_as.dequantize(packed, scheme) if codes is None else dequantize(codes)
+    with folder.unpacking(name):
+        codes = stored_as.unpack(packed, scheme) if stored_as.is_lossless else None
+        weight = stored_as.dequantize(packed, scheme) if codes is None else dequantize(codes)
     rewritten = manifest is not None and f"{name}.weight" in manifest.rewritten
     has_float = source is not None and (not rewritten or f"{name}.weight" in source.tensors)
     original = float_weight(source, name, weight.shape) if source and has_float else None

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 from qplug.api import ModelView
 from qplug.api.events import Result
 from qplug.calibration.tokens import calibration_tokens
+from qplug.checkpoint.config_file import CONFIG
+from qplug.machine.memory import naming_memory
 from qplug.machine.session import Session
 from qplug.model.architectures import find_view
+from qplug.model.foreign import naming_file
 from qplug.output.fingerprint import fingerprint
 from qplug.output.plan import make_plan
 from qplug.output.result_files import result_files
@@ -23,6 +26,7 @@ from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
 from qplug.run.learning import LearnOnce
+from qplug.run.memory_needs import memory_needs
 from qplug.run.prepare import prepare
 from qplug.run.refuse import (
     open_source,
@@ -149,17 +153,20 @@ def run(
     mark = fingerprint(source, recipe, session, shard_bytes, tokens)
     # A single file is converted from the folder: both are on disk for a moment.
     spare = plan.nbytes if exporter.format.single_file else 0
+    reports: dict[int, Report] = {}
     with (
         SharedWriter(
             session.processes, lambda: Writer(out, plan, mark, overwrite=overwrite, spare=spare)
         ) as output,
         session.registry.blaming(),  # ends first: the writer removes what a plugin's exit leaves
+        naming_memory(lambda: memory_needs(plan, len(reports), tokens, view, session)),
+        naming_file(source.folder / CONFIG, "the model does not run"),
     ):
         done = output.finished()
         if tokens is not None and stages.learns_whole:
             learn = LearnOnce(stages, schemes, tokens, output, session)
             prepared = prepare(stages, source, view, session, learn=learn)
-        reports = {number: Report.from_dict(plain) for number, plain in done.items()}
+        reports |= {number: Report.from_dict(plain) for number, plain in done.items()}
         watchers = Watchers(session, len(plan.steps), len(done), watch)
         steps = Steps(stages, plan, prepared, watchers, session)
         if tokens is None:
@@ -172,8 +179,8 @@ def run(
                 output.write(step.number, step.contents, step.report.to_dict())
             reports[step.number] = step.report
             watchers.step_written(plan.steps[step.number].name, step.report)
-        reports = session.processes.from_first(lambda: reports)
-        in_order = [reports[number] for number in range(len(plan.steps))]
+        shared = session.processes.from_first(lambda: reports)
+        in_order = [shared[number] for number in range(len(plan.steps))]
         with session.registry.blaming(exporter, "config.json"):
             texts = result_files(
                 model,

@@ -9,7 +9,7 @@ from typing import Any
 from qplug.api import Checkpoint, Exporter, ModelView
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.checkpoint.locate import find_model
-from qplug.checkpoint.open import open_checkpoint
+from qplug.checkpoint.open import check_companions, open_checkpoint
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.float_share import FloatShare, float_share
@@ -28,6 +28,7 @@ def open_source(model: str, out: Path, exporter: Exporter[Any], session: Session
     exporter cannot store.
     """
     source = open_checkpoint(session.processes.from_first(lambda: find_model(model)))
+    check_companions(source.folder)
     if source.folder.resolve().is_relative_to(out.resolve()):
         raise QplugError(f"{out}: is or contains the model itself; choose another folder")
     file = exporter.format.single_file
