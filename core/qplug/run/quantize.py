@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,14 @@ from qplug.calibration.tokens import calibration_tokens
 from qplug.machine.session import Session
 from qplug.model.architectures import find_view
 from qplug.output.fingerprint import fingerprint
+from qplug.output.ownership import refuse_existing
 from qplug.output.plan import make_plan
 from qplug.output.result_files import result_files
 from qplug.output.shared_writer import SharedWriter
+from qplug.output.source_bytes import SourceBytes
 from qplug.output.step_report import Report
-from qplug.output.writer import Writer, refuse_existing
+from qplug.output.unfinished import clean_up
+from qplug.output.writer import Writer
 from qplug.recipe.assign import assign
 from qplug.recipe.recipe import Recipe
 from qplug.recipe.words import RecipeWords, changed
@@ -99,6 +103,8 @@ def run(
     began, clock = time.monotonic(), session.clock
     stages = Stages(recipe, session)
     recipe, exporter = stages.recipe, stages.exporter
+    if not dry_run:
+        session.processes.from_first(lambda: clean_up(out))
     refuse_existing(out, overwrite=overwrite)
     source = open_source(model, out, exporter, session)
     with clock("opening"):
@@ -122,13 +128,23 @@ def run(
         return Result(out, {}, {}, (), source_bytes, plan.nbytes, 0.0, 0, dry_run=True)
 
     mark = fingerprint(source, recipe, session, shard_bytes, tokens)
-    # A single file is converted from the folder: both are on disk for a moment.
-    spare = plan.nbytes if exporter.format.single_file else 0
-    with SharedWriter(
-        session.processes, lambda: Writer(out, plan, mark, overwrite=overwrite, spare=spare)
-    ) as output:
+    single = exporter.format.single_file
+    make_writer = partial(
+        Writer,
+        out,
+        plan,
+        mark,
+        # The steps of a calibrated run depend on one another: its blocks pass tokens on.
+        SourceBytes(plan, prepared.checkpoint, prepared.view.blocks if recipe.calibration else ()),
+        overwrite=overwrite,
+        companions=source.companions(),
+        single_file=single.name if single else None,
+        learned=stages.learning,
+        spare=plan.nbytes if single else 0,  # for a moment both are on disk
+    )
+    with SharedWriter(session.processes, make_writer) as output:
         done = output.finished()
-        if tokens is not None and stages.learns_whole:
+        if tokens is not None and stages.learning:
             learn = LearnOnce(stages, schemes, tokens, output, session)
             prepared = prepare(stages, source, view, session, learn=learn)
         reports = {number: Report.from_dict(plain) for number, plain in done.items()}
@@ -146,7 +162,7 @@ def run(
             watchers.step_written(plan.steps[step.number].name, step.report)
         reports = session.processes.from_first(lambda: reports)
         in_order = [reports[number] for number in range(len(plan.steps))]
-        texts = result_files(
+        texts, record = result_files(
             model,
             prepared.view,
             recipe,
@@ -159,9 +175,7 @@ def run(
         )
         with clock("writing"):
             output.finish(
-                source.companions(),
-                texts,
-                lambda folder: stages.convert(folder, prepared.view, coded),
+                texts, record, lambda folder: stages.convert(folder, prepared.view, coded)
             )
     result = Result(
         out=out,
