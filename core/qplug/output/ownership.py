@@ -30,29 +30,29 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
             raise QplugError(f"{out}: is or contains the current folder, so it is not overwritten")
         sentence = not_own(out)
         if sentence is not None:
-            raise QplugError(f"{sentence}, so {out} is not overwritten; choose another folder")
+            raise QplugError(f"{out}: {sentence}, so it is not overwritten; choose another folder")
     if not out.absolute().parent.is_dir():
         raise QplugError(f"{out.absolute().parent}: no such folder to write into")
 
 
 def not_own(folder: Path) -> str | None:
-    """Returns a sentence that says why ``folder`` is not qplug's to remove; None if it is.
+    """Returns why ``folder`` is not qplug's to remove, as the end of a sentence; None if it is.
 
     It is if it is empty, or if it has a qplug.json that qplug wrote, and all other files are those
     that qplug.json lists. A qplug.json of an earlier version lists none; then all are accepted.
     """
     if folder.is_symlink() or not folder.is_dir():
-        return f"{folder} is not a folder"
+        return "is not a folder"
     if not any(folder.iterdir()):
         return None
     try:
         names = written_names(folder)
-    except QplugError as error:
-        return str(error)
+    except QplugError:
+        return f"has a damaged {MANIFEST}"
     if names is None:
-        return f"qplug did not write {folder}"
+        return "is not a folder that qplug wrote"
     extra = foreign(folder, names) if names else None
-    return f"{extra} was not written by qplug" if extra else None
+    return f"holds {extra.relative_to(folder)}, which qplug did not write" if extra else None
 
 
 def written_names(folder: Path) -> frozenset[str] | None:

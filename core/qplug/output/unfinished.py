@@ -207,8 +207,7 @@ class Unfinished:
             sentence = not_own(self.replaced)  # nobody puts anything into it any more
         if sentence is not None:
             self._restore()
-            sentence = sentence.replace(str(self.replaced), str(self.out))
-            raise KeptError(f"{sentence}, so {self.out} is not overwritten; {self._kept}")
+            raise KeptError(f"{self.out}: {sentence}, so it is not overwritten; {self._kept}")
 
     @property
     def _kept(self) -> str:
