@@ -14,6 +14,7 @@ from qplug.numerics.clipping import scaling_error, search_clip, unclipped_ratio
 from qplug.numerics.hadamard import hadamard_exists, hadamard_matrix, hadamard_transform
 from qplug.numerics.learning import Learned, SignSGD, learn, learns_ranges, start_clips
 from qplug.numerics.losses import output_error, relative_error, relative_output_error
+from qplug.numerics.one_thread import one_thread
 from qplug.numerics.rotation import ExplicitRotation, HadamardRotation, RandomRotation, Rotation
 from qplug.numerics.rounding import (
     code_dtype,
@@ -76,6 +77,7 @@ __all__ = [
     "learns_ranges",
     "minmax_scale",
     "nearest",
+    "one_thread",
     "out_of_groups",
     "output_error",
     "per_row_scale",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from string import Template
 from typing import Any
 
 from qplug.api import Exporter, ModelView
 from qplug.api.scheme import Scheme
+from qplug.errors import QplugError
+from qplug.output.checksums import CHECKSUMS, sealed
 from qplug.output.fingerprint import versions
 from qplug.output.manifest import MANIFEST, VERSION
 from qplug.output.markdown import code_span, heading, yaml_word
@@ -45,10 +48,11 @@ def result_files(
     *,
     online: Sequence[str] = (),
     notes: Sequence[str] = (),
-) -> dict[str, str]:
-    """Write the text files of a finished run; returns their contents by file name.
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Returns the text files of a finished run by file name, and the content of qplug.json.
 
-    The contents do not depend on time. ``name`` is the model as the user named it, ``schemes`` has
+    ``manifest_text`` makes qplug.json of its content and of the checksums of all other files. The
+    contents do not depend on time. ``name`` is the model as the user named it, ``schemes`` has
     the scheme of each quantized linear, ``reports`` the reports of all steps, in order. ``online``
     names the linears whose inputs must be rotated as the model runs.
     """
@@ -81,11 +85,33 @@ def result_files(
         "online": list(online),
         "notes": [*notes, *(note for report in reports for note in report.notes)],
     }
-    return {
-        "config.json": _json(config),
-        MANIFEST: _json(manifest),
-        "README.md": _card(name, recipe, exporter, errors, config),
-    }
+    card = _card(name, recipe, exporter, errors, config)
+    return {"config.json": _json(config), "README.md": card}, manifest
+
+
+def manifest_text(record: Mapping[str, Any], checksums: Mapping[str, Any]) -> str:
+    """Returns the text of qplug.json: ``record``, then the ``checksums`` of files and its own.
+
+    Raises QplugError that names the first number that is not finite, which JSON cannot have.
+    """
+    where = next(_not_finite(record), None)
+    if where is not None:
+        raise QplugError(f"{MANIFEST}: {where}, so the result is not sound")
+    # As it will be read: keys that are numbers become text.
+    plain = json.loads(json.dumps({**record, CHECKSUMS: checksums}, allow_nan=False))
+    return _json(sealed(plain))
+
+
+def _not_finite(value: object, place: str = "") -> Iterator[str]:
+    """Yields the place and the value of each number that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{place} is {value}"
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _not_finite(part, f"{place}, {key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _not_finite(part, place)
 
 
 def _ranges(reports: Sequence[Report]) -> dict[str, dict[str, Any]]:

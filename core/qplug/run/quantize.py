@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,14 @@ from qplug.machine.session import Session
 from qplug.model.architectures import find_view
 from qplug.model.foreign import naming_file
 from qplug.output.fingerprint import fingerprint
+from qplug.output.ownership import refuse_existing
 from qplug.output.plan import make_plan
 from qplug.output.result_files import result_files
 from qplug.output.shared_writer import SharedWriter
+from qplug.output.source_bytes import SourceBytes
 from qplug.output.step_report import Report
-from qplug.output.writer import Writer, refuse_existing
+from qplug.output.unfinished import clean_up
+from qplug.output.writer import Writer
 from qplug.recipe.assign import assign
 from qplug.recipe.recipe import Recipe
 from qplug.recipe.words import RecipeWords, changed
@@ -112,6 +116,8 @@ def run(
     began, clock = time.monotonic(), session.clock
     stages = Stages(recipe, session)
     recipe, exporter = stages.recipe, stages.exporter
+    if not dry_run:
+        session.processes.from_first(lambda: clean_up(out))
     refuse_existing(out, overwrite=overwrite)
     source = open_source(model, out, exporter, session)
     with clock("opening"):
@@ -151,19 +157,29 @@ def run(
         )
 
     mark = fingerprint(source, recipe, session, shard_bytes, tokens)
-    # A single file is converted from the folder: both are on disk for a moment.
-    spare = plan.nbytes if exporter.format.single_file else 0
+    single = exporter.format.single_file
+    make_writer = partial(
+        Writer,
+        out,
+        plan,
+        mark,
+        # The steps of a calibrated run depend on one another: its blocks pass tokens on.
+        SourceBytes(plan, prepared.checkpoint, prepared.view.blocks if recipe.calibration else ()),
+        overwrite=overwrite,
+        companions=source.companions(),
+        single_file=single.name if single else None,
+        learned=stages.learning,
+        spare=plan.nbytes if single else 0,  # for a moment both are on disk
+    )
     reports: dict[int, Report] = {}
     with (
-        SharedWriter(
-            session.processes, lambda: Writer(out, plan, mark, overwrite=overwrite, spare=spare)
-        ) as output,
+        SharedWriter(session.processes, make_writer) as output,
         session.registry.blaming(),  # ends first: the writer removes what a plugin's exit leaves
         naming_memory(lambda: memory_needs(plan, len(reports), tokens, view, session)),
         naming_file(source.folder / CONFIG, "the model does not run"),
     ):
         done = output.finished()
-        if tokens is not None and stages.learns_whole:
+        if tokens is not None and stages.learning:
             learn = LearnOnce(stages, schemes, tokens, output, session)
             prepared = prepare(stages, source, view, session, learn=learn)
         reports |= {number: Report.from_dict(plain) for number, plain in done.items()}
@@ -182,7 +198,7 @@ def run(
         shared = session.processes.from_first(lambda: reports)
         in_order = [shared[number] for number in range(len(plan.steps))]
         with session.registry.blaming(exporter, "config.json"):
-            texts = result_files(
+            texts, record = result_files(
                 model,
                 prepared.view,
                 recipe,
@@ -195,9 +211,7 @@ def run(
             )
         with clock("writing"):
             output.finish(
-                source.companions(),
-                texts,
-                lambda folder: stages.convert(folder, prepared.view, coded),
+                texts, record, lambda folder: stages.convert(folder, prepared.view, coded)
             )
     result = Result(
         out=out,

@@ -104,9 +104,9 @@ class Stages:
             return algorithm.prepare(model)
 
     @property
-    def learns_whole(self) -> bool:
-        """Whether an algorithm learns on the whole model how to rewrite the model."""
-        return any(algorithm.learns_rewrite() for algorithm in self.pipeline)
+    def learning(self) -> list[str]:
+        """The names of the algorithms that learn on the whole model how to rewrite the model."""
+        return [algorithm.name for algorithm in self.pipeline if algorithm.learns_rewrite()]
 
     def learn(
         self, algorithm: Algorithm[Any], model: FloatModel, whole: WholeModel
