@@ -35,9 +35,11 @@ def _quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(_quantized: Path, tmp_path: Path) -> Path:
-    """A sound folder, to be made a stranger's."""
-    shutil.copytree(_quantized, tmp_path / "folder")
-    return tmp_path / "folder"
+    """A sound folder without checksums, to be made a stranger's."""
+    made = tmp_path / "folder"
+    shutil.copytree(_quantized, made)
+    edit_json(made / "qplug.json", lambda told: [told.pop(f"checksum{s}") for s in ("", "s")])
+    return made
 
 
 @pytest.fixture(autouse=True)
