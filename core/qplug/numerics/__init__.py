@@ -14,7 +14,6 @@ from qplug.numerics.clipping import scaling_error, search_clip, unclipped_ratio
 from qplug.numerics.hadamard import hadamard_exists, hadamard_matrix, hadamard_transform
 from qplug.numerics.learning import Learned, SignSGD, learn, learns_ranges, start_clips
 from qplug.numerics.losses import output_error, relative_error, relative_output_error
-from qplug.numerics.one_thread import one_thread
 from qplug.numerics.rotation import ExplicitRotation, HadamardRotation, RandomRotation, Rotation
 from qplug.numerics.rounding import (
     code_dtype,
@@ -47,6 +46,7 @@ from qplug.numerics.straight_through import (
     round_inputs,
     stretched,
 )
+from qplug.numerics.threads import one_thread
 from qplug.numerics.turned_model import rotated_model, rotations
 
 __all__ = [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qplug.numerics.hadamard import hadamard_transform
-from qplug.numerics.one_thread import one_thread
+from qplug.numerics.threads import one_thread
 
 
 class Rotation(ABC):

@@ -127,7 +127,7 @@ def run(
     if dry_run:
         return Result(out, {}, {}, (), source_bytes, plan.nbytes, 0.0, 0, dry_run=True)
 
-    mark = fingerprint(source, recipe, session, shard_bytes, tokens)
+    mark = fingerprint(source, recipe, session, shard_bytes, tokens, learns=bool(stages.learning))
     single = exporter.format.single_file
     make_writer = partial(
         Writer,
