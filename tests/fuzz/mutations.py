@@ -1,4 +1,4 @@
-"""Changes of files that somebody could make by mistake or in malice, drawn by a random generator."""
+"""Changes of files that somebody could make by mistake or in malice, drawn at random."""
 
 from __future__ import annotations
 
@@ -24,30 +24,16 @@ VALUES: tuple[Any, ...] = (
 WHOLE: tuple[bytes, ...] = (
     *(b"", b"{}", b"[]", b"null", b"1", b'"x"', b"NaN", b"true", b"\n\n", b"{", b"\0" * 100),
     *(b"[" * 100_000, b'{"a":' * 20_000, b"[" * 900 + b"]" * 900, b"9" * 5000, b"-Infinity"),
-    *(b'{"a": ' + b"1" * 5000 + b"}", b"\xff\xfe\x00", b"\xef\xbb\xbf{}", b"\x80\x04K*.", b"PK\3\4"),
+    *(
+        b'{"a": ' + b"1" * 5000 + b"}",
+        b"\xff\xfe\x00",
+        b"\xef\xbb\xbf{}",
+        b"\x80\x04K*.",
+        b"PK\3\4",
+    ),
     *("{}".encode("utf-16"), b'{"a": 1, "a": 2}', b'{"\\ud800": "\\udfff"}', b"[1e999]"),
     *(b"[" + b"[]," * 500_000 + b"[]]", b"a: &a [*a]", b"{}" * 1000, b"<html></html>"),
 )
-
-#: Files that no reader may open, or not as a whole.
-Special = Callable[[Path], object]
-SPECIALS: dict[str, Special] = {
-    "/dev/zero": lambda path: path.symlink_to("/dev/zero"),
-    "/dev/urandom": lambda path: path.symlink_to("/dev/urandom"),
-    "/dev/null": lambda path: path.symlink_to("/dev/null"),
-    "/dev/tty": lambda path: path.symlink_to("/dev/tty"),
-    "/proc": lambda path: path.symlink_to("/proc/self/status"),
-    "a file of the system": lambda path: path.symlink_to("/etc/passwd"),
-    "a pipe": os.mkfifo,
-    "a folder": Path.mkdir,
-    "a socket": lambda path: _socket(path),
-    "a loop": lambda path: path.symlink_to(path.name),
-    "nowhere": lambda path: path.symlink_to("missing"),
-    "nothing": lambda path: None,
-    "a link to a pipe": lambda path: (os.mkfifo(f"{path}.p"), path.symlink_to(f"{path.name}.p")),
-    "64 GiB": lambda path: _sparse(path, 1 << 36),
-    "600 MiB": lambda path: _sparse(path, 600 << 20),
-}
 
 
 def _socket(path: Path) -> None:
@@ -63,6 +49,27 @@ def _socket(path: Path) -> None:
 def _sparse(path: Path, size: int) -> None:
     with path.open("wb") as file:
         file.truncate(size)
+
+
+#: Files that no reader may open, or not as a whole.
+Special = Callable[[Path], object]
+SPECIALS: dict[str, Special] = {
+    "/dev/zero": lambda path: path.symlink_to("/dev/zero"),
+    "/dev/urandom": lambda path: path.symlink_to("/dev/urandom"),
+    "/dev/null": lambda path: path.symlink_to("/dev/null"),
+    "/dev/tty": lambda path: path.symlink_to("/dev/tty"),
+    "/proc": lambda path: path.symlink_to("/proc/self/status"),
+    "a file of the system": lambda path: path.symlink_to("/etc/passwd"),
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a socket": _socket,
+    "a loop": lambda path: path.symlink_to(path.name),
+    "nowhere": lambda path: path.symlink_to("missing"),
+    "nothing": lambda path: None,
+    "a link to a pipe": lambda path: (os.mkfifo(f"{path}.p"), path.symlink_to(f"{path.name}.p")),
+    "64 GiB": lambda path: _sparse(path, 1 << 36),
+    "600 MiB": lambda path: _sparse(path, 600 << 20),
+}
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -154,7 +161,9 @@ def _remove(owner: Any, key: Any, draw: random.Random) -> None:
 
 def _rename(owner: Any, key: Any, draw: random.Random) -> None:
     if isinstance(owner, dict):
-        owner[draw.choice(("", "x", f"{key}x", "a" * 5000, "\x1b[2J", "__class__"))] = owner.pop(key)
+        owner[draw.choice(("", "x", f"{key}x", "a" * 5000, "\x1b[2J", "__class__"))] = owner.pop(
+            key
+        )
 
 
 def _move(owner: Any, key: Any, draw: random.Random) -> None:
@@ -165,7 +174,9 @@ def _move(owner: Any, key: Any, draw: random.Random) -> None:
 
 def _multiply(owner: Any, key: Any, draw: random.Random) -> None:
     if isinstance(owner[key], (int, float)):
-        owner[key] = owner[key] * draw.choice((-1, 2, 3, 1000, 10**6, 10**12, 0.5)) + draw.choice((0, 1))
+        owner[key] = owner[key] * draw.choice((-1, 2, 3, 1000, 10**6, 10**12, 0.5)) + draw.choice(
+            (0, 1)
+        )
     else:
         _replace(owner, key, draw)
 
