@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qplug.checkpoint.open import INDEX
-from qplug.errors import QplugError
+from qplug.errors import QplugError, shown
 from qplug.machine.devices import find_device
+from qplug.output import disk
 from qplug.output.journal import Journal
 from qplug.run.quantize import quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from click.testing import Result
 
@@ -83,16 +84,16 @@ def test_the_checkpoint_that_the_tests_break_is_whole(
 
 @pytest.mark.parametrize("name", ["missing", "./missing", "a/b/c", "x" * 300, "a\0b"])
 def test_no_such_folder(name: str, refused: Refused) -> None:
-    assert refused(name) == f"{name}: no such folder"
+    assert refused(name) == f"{shown(name)}: no such folder"
 
 
 def test_a_hub_id_without_a_network(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub
+    from huggingface_hub import constants  # not an attribute of the package before its import
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     message = refused("someone/a-model")
     assert message.startswith(
         "someone/a-model: no folder on this machine, and not downloaded from the Hub: "
@@ -397,14 +398,20 @@ def test_out_exists(kind: str, llama: Path, tmp_path: Path, refused: Refused) ->
     complaint = f"{out}: exists; choose another folder, or pass --overwrite"
     assert refused(llama) == complaint
     if kind != "folder":
-        assert refused(llama, "--overwrite").startswith(f"{out}: is not a model's folder")
+        assert refused(llama, "--overwrite").startswith(f"{out}: is not a folder, so it is not")
 
 
-def test_overwrite_takes_only_models(llama: Path, tmp_path: Path, refused: Refused) -> None:
+def test_overwrite_takes_only_what_qplug_wrote(
+    llama: Path, tmp_path: Path, refused: Refused
+) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    message = refused(llama, "--overwrite")
-    assert message == f"{tmp_path / 'out'}: is not a model's folder, so it is not overwritten"
+    for name in ("thesis.tex", "config.json"):
+        (tmp_path / "out" / name).write_text("{}")
+        message = refused(llama, "--overwrite")
+        assert message == (
+            f"{tmp_path / 'out'}: is not a folder that qplug wrote, so it is not overwritten; "
+            "choose another folder"
+        )
 
 
 def test_no_folder_to_write_into(llama: Path, tmp_path: Path, refused: Refused) -> None:
@@ -477,23 +484,27 @@ def test_a_disk_that_fills_up(
     elif what == "journal":
         monkeypatch.setattr(Journal, "append", failing_after(7, Journal.append, fail))
     elif what == "shard":
-        monkeypatch.setattr(os, "fsync", fail)
-    elif what == "tokenizer":
-        monkeypatch.setattr(shutil, "copyfile", fail)
+        monkeypatch.setattr(disk, "write_at", failing_after(3, disk.write_at, fail))
     else:
-        monkeypatch.setattr(Path, "write_text", fail)
+        begin = {"tokenizer": "tokenizer", "config": "config"}[what]
+        write_new = disk.write_new
+
+        def write(path: Path, pieces: Iterable[bytes]) -> None:
+            (fail if path.name.startswith(begin) else write_new)(path, pieces)
+
+        monkeypatch.setattr(disk, "write_new", write)
     told = {"journal begins": f"{tmp_path / 'out'}: cannot be written: No space left on device"}
     assert refused(llama) == told.get(what, f"{tmp_path}: the disk is full; nothing was kept")
 
 
 def failing_after(
-    calls: int, work: Callable[..., None], fail: Callable[..., None]
-) -> Callable[..., None]:
+    calls: int, work: Callable[..., Any], fail: Callable[..., None]
+) -> Callable[..., Any]:
     done = []
 
-    def wrapped(*args: object) -> None:
+    def wrapped(*args: object) -> Any:
         done.append(args)
-        (fail if len(done) > calls else work)(*args)
+        return (fail if len(done) > calls else work)(*args)
 
     return wrapped
 

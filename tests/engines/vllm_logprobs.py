@@ -125,6 +125,30 @@ def nibbles(words: Any) -> Any:
     return ((words.unsqueeze(-1) >> shifts) & 15).flatten(-2).float()
 
 
+# --- a product that takes seconds on a CPU with AMX -----------------------------------------------
+
+FP8 = "_scaled_mm"
+
+
+def emulate_fp8() -> None:
+    """Stand in for torch's fp8 product, for which oneDNN has but a reference kernel there.
+
+    Products of two fp8 numbers are exact in float32, and both kernels sum them in float32.
+    """
+    import torch
+
+    torch._scaled_mm = multiply_fp8
+
+
+def multiply_fp8(
+    a: Any, b: Any, scale_a: Any, scale_b: Any, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    """``a @ b * scale_a * scale_b + bias``; ``a``: fp8 ``[tokens, in]``, ``b``: ``[in, out]``."""
+    emulated_calls.append(FP8)
+    product = a.float() @ b.float() * (scale_a * scale_b)
+    return (product if bias is None else product + bias.float()).to(out_dtype or a.dtype)
+
+
 # --------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +161,8 @@ def main() -> None:
 
     if current_platform.is_cpu() and not hasattr(torch.ops._C, INT4):
         emulate_int4()
+    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
+        emulate_fp8()
     packages = {"vllm": packages_distributions()["vllm"][0], "torch": "torch"}
     packages["transformers"] = "transformers"
     told = {

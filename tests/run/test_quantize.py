@@ -311,11 +311,44 @@ def test_links_of_the_hubs_cache_are_followed(llama: Path, tmp_path: Path) -> No
 def test_overwrite_replaces_the_whole_folder(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantize(str(llama), out, shard_bytes=40_000)
-    (out / "notes.txt").write_text("of the old model")
     quantize(str(llama), out, scheme="W8A16", overwrite=True)
     assert {path.name for path in out.iterdir()} == {
         *("README.md", "config.json", "qplug.json", SINGLE)
     }
+    assert {path.name for path in tmp_path.iterdir()} == {"llama", "out"}
+
+
+def test_overwrite_nothing_of_the_users(llama: Path, tmp_path: Path, contents: Contents) -> None:
+    out = tmp_path / "out"
+    quantize(str(llama), out)
+    for name in ("notes.txt", "src/main.c", "additional_chat_templates"):
+        extra = out / name
+        extra.parent.mkdir(exist_ok=True)
+        if extra.suffix:
+            extra.write_text("years of work")
+        else:
+            extra.mkdir()
+        before = contents(tmp_path)
+        with pytest.raises(QplugError) as caught:
+            quantize(str(llama), out, scheme="W8A16", overwrite=True)
+        assert str(caught.value) == (
+            f"{out}: holds {name.partition('/')[0]}, which qplug did not write, so it is not "
+            "overwritten; choose another folder"
+        )
+        assert contents(tmp_path) == before
+        shutil.rmtree(extra.parent if extra.parent != out else extra, ignore_errors=True)
+        extra.unlink(missing_ok=True)
+    quantize(str(llama), out, scheme="W8A16", overwrite=True)
+
+
+def test_overwrite_what_an_earlier_version_wrote(llama: Path, tmp_path: Path) -> None:
+    """Its qplug.json lists no files."""
+    out = tmp_path / "out"
+    quantize(str(llama), out)
+    record = json.loads((out / "qplug.json").read_text())
+    del record["checksums"], record["checksum"]
+    (out / "qplug.json").write_text(json.dumps(record))
+    assert quantize(str(llama), out, scheme="W8A16", overwrite=True).out == out
     assert {path.name for path in tmp_path.iterdir()} == {"llama", "out"}
 
 
@@ -497,7 +530,8 @@ def test_a_plugin_in_a_file_is_told_apart_by_what_it_says(
     first, second = (
         json.loads((tmp_path / out / "qplug.json").read_text())["versions"] for out in "ab"
     )
-    assert first.keys() == second.keys() == {"mine", "qplug", "torch"}
+    libraries = {"numpy", "safetensors", "torch", "transformers"}
+    assert first.keys() == second.keys() == {"mine", "qplug", *libraries}
     assert first["mine"] != second["mine"]
     assert str(tmp_path) not in json.dumps(first)
 

@@ -17,7 +17,9 @@ import pytest
 
 from qplug.api.events import Result
 from qplug.errors import QplugError, StageError
+from qplug.output import disk
 from qplug.output.journal import Journal
+from qplug.output.writer import Writer
 from qplug.run.quantize import quantize
 
 if TYPE_CHECKING:
@@ -191,7 +193,9 @@ def test_stopped_between_any_two_files_at_the_end(
 ) -> None:
     """What is written when all steps are done may be cut short anywhere too."""
     run(out="undisturbed")
-    for stop in range(20):
+    wanted = contents(tmp_path / "undisturbed")
+    moved = 0
+    for stop in range(100):
         with monkeypatch.context() as patch:
             done = count_file_operations(patch, stop)
             try:
@@ -200,20 +204,31 @@ def test_stopped_between_any_two_files_at_the_end(
                 pass
             else:
                 break
-        assert not (tmp_path / "out").exists()
-        assert "rename" not in done
-        result = run()
-        assert result.resumed == ALL_STEPS
-        assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+        if "move" in done:
+            moved += 1
+            with pytest.raises(QplugError, match="out: exists; choose another folder"):
+                run()
+        else:
+            assert not (tmp_path / "out").exists()
+            assert run().resumed == ALL_STEPS
+        assert contents(tmp_path / "out") == wanted
+        assert left_in(tmp_path) == {"llama", "out", "undisturbed"}
         shutil.rmtree(tmp_path / "out")
-    assert stop > 3  # config, manifest, card, index, folder
+    assert stop > 20
+    assert moved > 3  # and only what is not needed any more was left
 
 
 def count_file_operations(patch: pytest.MonkeyPatch, stop: int) -> list[str]:
-    """Lets ``stop`` files be written or moved, and interrupts the next one."""
+    """Lets the end of a run do ``stop`` things to files, and interrupts the next one."""
     done: list[str] = []
-    for owner, name in [(Path, "write_text"), (Path, "rename"), (os, "fsync")]:
-        patch.setattr(owner, name, counted(getattr(owner, name), done, stop))
+    finish = Writer.finish
+
+    def counted_finish(*args: Any) -> None:
+        for owner, name in [(disk, "write_new"), (disk, "move"), (disk, "remove"), (os, "fsync")]:
+            patch.setattr(owner, name, counted(getattr(owner, name), done, stop))
+        finish(*args)
+
+    patch.setattr(Writer, "finish", counted_finish)
     return done
 
 
@@ -251,18 +266,21 @@ def test_stopped_between_the_two_moves_of_an_overwrite(
 ) -> None:
     run(scheme="W8A16")
     old = contents(tmp_path / "out")
-    work = Path.rename
+    work = disk.move
 
-    def once(path: Path, target: Path) -> Path:
+    def once(path: Path, target: Path) -> None:
         if path.name == "model":
             raise Stop
-        return work(path, target)
+        work(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", once)
+        patch.setattr(disk, "move", once)
         with pytest.raises(Stop):
             run(overwrite=True)
-    assert contents(tmp_path / ".out.old") == old  # nothing is lost
+    assert contents(tmp_path / ".out.partial" / "replaced") == old  # nothing is lost
+    with pytest.raises(QplugError, match="out: exists"):
+        run()  # and it is back as soon as anything is done about it
+    assert contents(tmp_path / "out") == old
     assert run(overwrite=True).resumed == ALL_STEPS
     assert {path.name for path in tmp_path.iterdir()} == {"llama", "out"}
 
@@ -346,16 +364,16 @@ def test_two_at_once(
 def test_locked_until_the_folder_is_in_place(
     tmp_path: Path, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = Path.rename
+    work = disk.move
     refused = []
 
-    def rename(path: Path, target: Path) -> Path:
+    def move(path: Path, target: Path) -> None:
         with pytest.raises(QplugError, match="another qplug is writing there"):
             Journal(tmp_path / ".out.partial" / "journal.jsonl")
         refused.append(path)
-        return work(path, target)
+        work(path, target)
 
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(disk, "move", move)
     run()
     assert [path.name for path in refused] == ["model"]
 

@@ -40,7 +40,10 @@ def calibration_tokens(
         )
     dataset = session.registry.datasets.make(calibration.dataset, calibration.options)
     tokenizer = load_tokenizer(model, trust_remote_code=session.trust_remote_code)
-    with naming_file(Path(model) / "tokenizer.json", "its tokenizer does not work"):
+    with (
+        session.registry.blaming(dataset, "calibration text"),
+        naming_file(Path(model) / "tokenizer.json", "its tokenizer does not work"),
+    ):
         samples = sample(
             dataset,
             tokenizer,

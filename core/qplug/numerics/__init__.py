@@ -46,6 +46,7 @@ from qplug.numerics.straight_through import (
     round_inputs,
     stretched,
 )
+from qplug.numerics.threads import one_thread
 from qplug.numerics.turned_model import rotated_model, rotations
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "learns_ranges",
     "minmax_scale",
     "nearest",
+    "one_thread",
     "out_of_groups",
     "output_error",
     "per_row_scale",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qplug.numerics.hadamard import hadamard_transform
+from qplug.numerics.threads import one_thread
 
 
 class Rotation(ABC):
@@ -56,7 +57,8 @@ class RandomRotation(ExplicitRotation):
     def __init__(self, size: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         gaussian = torch.randn(size, size, dtype=torch.float64, generator=generator)
-        q, r = torch.linalg.qr(gaussian)
+        with one_thread():
+            q, r = torch.linalg.qr(gaussian)
         super().__init__(q * r.diagonal().sign())  # without the signs it is not uniform
 
 

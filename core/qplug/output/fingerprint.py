@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from qplug.api.tensors import Checkpoint
 from qplug.machine.session import Session
+from qplug.output.checksums import file_checksum
 from qplug.recipe.recipe import Recipe
 from qplug.registry.plugin import Plugin
 from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_LIBRARIES = ("numpy", "safetensors", "torch", "transformers")
+_PAGE = 4096  # bytes
+_LEAST_PAGES, _MOST_PAGES = 8, 64  # that are sampled of a file of weights
+_PAGES_IN_ALL = 1024  # a model has up to hundreds of files, and some disks find 100 pages a second
 
 
 def fingerprint(
@@ -34,9 +40,13 @@ def fingerprint(
     """
     processes = session.processes.count
     model = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
+    pages = max(_LEAST_PAGES, min(_MOST_PAGES, _PAGES_IN_ALL // max(1, len(source.shards))))
     for path in source.shards:
         status = path.stat()
         model.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+        model.update(_sample(path, status.st_size, pages))
+    for path in source.companions():  # the tokenizer, and Python code that belongs to the model
+        model.update(f"{path.name} {file_checksum(path)}".encode(errors="surrogateescape"))
     for name, tensor in sorted(source.tensors.items()):
         model.update(f"{name} {tensor.location} {tensor.spec}".encode())
     return {
@@ -50,13 +60,28 @@ def fingerprint(
     }
 
 
+def _sample(path: Path, size: int, pages: int) -> bytes:
+    """Returns the hash of the first page of a file, the last one, and others evenly between."""
+    found = hashlib.sha256()
+    last = max(0, size - _PAGE)
+    with path.open("rb") as file:
+        for number in range(pages):
+            file.seek(last * number // (pages - 1))
+            found.update(file.read(_PAGE))
+    return found.digest()
+
+
 def versions(recipe: Recipe, registry: Registry) -> dict[str, str]:
-    """The versions of qplug, torch, and the packages of the plugins that ``recipe`` uses."""
+    """The versions of all packages that decide the bytes of a run.
+
+    They are qplug, the libraries that compute, and the packages of plugins that ``recipe`` uses.
+    """
     used = [plugin for name in recipe.algorithms for plugin in registry.algorithms.owners(name)]
     used += registry.exporters.owners(recipe.backend)
     plugins = dict(_version(plugin) for plugin in used)
     rounder = {"qtorch": version("qtorch")} if recipe.uses_qtorch else {}
-    return {**plugins, **rounder, "qplug": version("qplug"), "torch": version("torch")}
+    libraries = {package: version(package) for package in ("qplug", *_LIBRARIES)}
+    return {**plugins, **rounder, **libraries}
 
 
 def _version(plugin: Plugin) -> tuple[str, str]:

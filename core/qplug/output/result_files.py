@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from string import Template
 from typing import Any
 
 from qplug.api import Exporter, ModelView
 from qplug.api.scheme import Scheme
+from qplug.errors import QplugError
+from qplug.output.checksums import CHECKSUMS, sealed
 from qplug.output.fingerprint import versions
 from qplug.output.manifest import MANIFEST, VERSION
+from qplug.output.markdown import code_span, heading, yaml_word
 from qplug.output.step_report import Report
 from qplug.recipe.recipe import Recipe
 from qplug.registry.registry import Registry
@@ -22,9 +26,9 @@ tags:
 - qplug
 - $tag
 ---
-# $title
+# $title, $scheme_title
 
-$model $action by qplug $version: `$algorithms`, scheme `$scheme`, for `$backend`.
+$model $action by qplug $version: `$algorithms`, scheme $scheme, for `$backend`.
 
 $summary
 `$manifest` has the recipe, the versions, and the error of each layer.
@@ -44,10 +48,11 @@ def result_files(
     *,
     online: Sequence[str] = (),
     notes: Sequence[str] = (),
-) -> dict[str, str]:
-    """Write the text files of a finished run; returns their contents by file name.
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Returns the text files of a finished run by file name, and the content of qplug.json.
 
-    The contents do not depend on time. ``name`` is the model as the user named it, ``schemes`` has
+    ``manifest_text`` makes qplug.json of its content and of the checksums of all other files. The
+    contents do not depend on time. ``name`` is the model as the user named it, ``schemes`` has
     the scheme of each quantized linear, ``reports`` the reports of all steps, in order. ``online``
     names the linears whose inputs must be rotated as the model runs.
     """
@@ -80,11 +85,33 @@ def result_files(
         "online": list(online),
         "notes": [*notes, *(note for report in reports for note in report.notes)],
     }
-    return {
-        "config.json": _json(config),
-        MANIFEST: _json(manifest),
-        "README.md": _card(name, recipe, exporter, errors, config),
-    }
+    card = _card(name, recipe, exporter, errors, config)
+    return {"config.json": _json(config), "README.md": card}, manifest
+
+
+def manifest_text(record: Mapping[str, Any], checksums: Mapping[str, Any]) -> str:
+    """Returns the text of qplug.json: ``record``, then the ``checksums`` of files and its own.
+
+    Raises QplugError that names the first number that is not finite, which JSON cannot have.
+    """
+    where = next(_not_finite(record), None)
+    if where is not None:
+        raise QplugError(f"{MANIFEST}: {where}, so the result is not sound")
+    # As it will be read: keys that are numbers become text.
+    plain = json.loads(json.dumps({**record, CHECKSUMS: checksums}, allow_nan=False))
+    return _json(sealed(plain))
+
+
+def _not_finite(value: object, place: str = "") -> Iterator[str]:
+    """Yields the place and the value of each number that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{place} is {value}"
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _not_finite(part, f"{place}, {key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _not_finite(part, place)
 
 
 def _ranges(reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
@@ -121,12 +148,13 @@ def _card(
     if engine is not None and engine.serve_command is not None:
         serve = " ".join([engine.serve_command.format("."), *engine.serve_arguments(config)])
     return _CARD.substitute(
-        tag=recipe.scheme.name.lower(),
-        title=f"{name.rstrip('/').rpartition('/')[2]}, {recipe.scheme.name}",
-        model=f"`{name}`",
+        tag=yaml_word(recipe.scheme.name.lower()),
+        title=heading(name.rstrip("/").rpartition("/")[2]),
+        model=code_span(name),
+        scheme_title=heading(recipe.scheme.name),
         version=version("qplug"),
         algorithms="+".join(recipe.algorithms),
-        scheme=recipe.scheme.name,
+        scheme=code_span(recipe.scheme.name),
         backend=recipe.backend,
         action="transformed" if exporter.format.stores_float else "quantized",
         summary=_summary(errors),

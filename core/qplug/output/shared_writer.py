@@ -63,13 +63,13 @@ class SharedWriter:
 
     def finish(
         self,
-        companions: Iterable[Path],
         texts: Mapping[str, str],
+        record: Mapping[str, Any],
         convert: Callable[[Path], None] | None = None,
     ) -> None:
         """Calls ``Writer.finish`` in the first process."""
         if self._writer is not None:
-            self._writer.finish(companions, texts, convert)
+            self._writer.finish(texts, record, convert)
 
     def _of_first(self) -> Writer:
         assert self._writer is not None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qplug.calibration.ranges import InputRange
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,26 @@ class Report:
             "clips": {name: list(counts) for name, counts in self.clips.items()},
         }
 
+    @staticmethod
+    def is_of(plain: object, linears: Collection[str]) -> TypeGuard[dict[str, Any]]:
+        """Whether ``plain`` may be the report of a step that quantizes ``linears``.
+
+        Text is text, and numbers are numbers.
+        """
+        if not (isinstance(plain, dict) and plain.keys() == Report().to_dict().keys()):
+            return False
+        errors, losses, inputs, clips = (plain[k] for k in ("errors", "losses", "inputs", "clips"))
+        return (
+            all(isinstance(each, dict) for each in (errors, losses, inputs, clips))
+            and errors.keys() >= {*linears}
+            and _are([*errors.values(), *losses.values()], int, float)
+            and all(_are(ranges, list) and len(ranges) == 2 for ranges in inputs.values())
+            and all(_are(r, int, float) and len(r) == 3 for both in inputs.values() for r in both)
+            and all(_are(counts, int) for counts in clips.values())
+            and _are(plain["rewritten"], str)
+            and _are(plain["notes"], str)
+        )
+
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Report:
         """Returns the report that ``to_dict`` wrote as ``plain``."""
@@ -56,3 +79,8 @@ class Report:
             inputs={n: (read(old), read(new)) for n, (old, new) in plain["inputs"].items()},
             clips={name: tuple(counts) for name, counts in plain["clips"].items()},
         )
+
+
+def _are(values: object, *kinds: type) -> TypeGuard[list[Any]]:
+    """Whether ``values`` is a list of values of ``kinds``, not of kinds derived from these."""
+    return isinstance(values, list) and all(type(value) in kinds for value in values)

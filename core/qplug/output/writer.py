@@ -7,46 +7,89 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from qplug.checkpoint.names import by_module
 from qplug.checkpoint.open import INDEX
-from qplug.checkpoint.tensor_file import FileTensor, lay_out, tensor_bytes
+from qplug.checkpoint.tensor_file import FileTensor, lay_out, read_header, tensor_bytes
 from qplug.errors import QplugError
-from qplug.output.journal import Journal, differences
+from qplug.output import disk
+from qplug.output.checksums import KIND, crc32, file_checksum
+from qplug.output.journal import Run, differences
+from qplug.output.manifest import MANIFEST
+from qplug.output.ownership import refuse_existing
 from qplug.output.plan import Plan
+from qplug.output.result_files import manifest_text
+from qplug.output.source_bytes import SourceBytes
+from qplug.output.step_report import Report
+from qplug.output.unfinished import KeptError, Unfinished, clean_up
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
 _PENDING = 2  # steps that may wait for the disk; more steps would only cost memory
+_OPEN_SHARDS = 8  # that are open at once; steps fill them in order
+_CHECKERS = 4  # threads that read what an earlier run wrote
+_TEXTS = ("config.json", "README.md", INDEX, MANIFEST)
 
 #: The content of a tensor to write: the tensor, or its bytes in pieces.
 Content: TypeAlias = Tensor | Iterable[bytes]
 
 
-def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Raises QplugError if ``out`` must not be written: it exists, or its parent does not.
+@dataclass(frozen=True)
+class Entry:
+    """A finished step in the journal: the checksums of its tensors, in order, and its report.
 
-    With ``overwrite`` an existing folder is accepted if it is empty or a model's, and neither a
-    link nor a parent of the current folder.
+    ``source`` is the checksum of the float tensors that the step depends on.
     """
-    if os.path.lexists(out):  # unlike Path.exists(), does not raise on a name that is too long
-        if not overwrite:
-            raise QplugError(f"{out}: exists; choose another folder, or pass --overwrite")
-        if Path.cwd().is_relative_to(out.resolve()):
-            raise QplugError(f"{out}: is or contains the current folder, so it is not overwritten")
-        is_model = (out / "config.json").is_file() or (out.is_dir() and not any(out.iterdir()))
-        if out.is_symlink() or not is_model:
-            raise QplugError(f"{out}: is not a model's folder, so it is not overwritten")
-    if not out.absolute().parent.is_dir():
-        raise QplugError(f"{out.absolute().parent}: no such folder to write into")
+
+    step: int
+    crcs: tuple[int, ...]
+    source: int
+    report: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a mapping for JSON, which ``read`` reads."""
+        return {
+            "step": self.step,
+            "crcs": list(self.crcs),
+            "source": self.source,
+            "report": self.report,
+        }
+
+    @classmethod
+    def read(cls, plain: Mapping[str, Any], plan: Plan) -> Entry | None:
+        """Returns the entry that ``to_dict`` wrote as ``plain``; None if it is no step of ``plan``.
+
+        An entry whose line has the right checksum is in order. This also finds those that nobody
+        wrote by accident.
+        """
+        number, crcs, source = plain.get("step"), plain.get("crcs"), plain.get("source")
+        if not (_is_number(number) and _is_number(source) and number < len(plan.steps)):
+            return None
+        outputs = plan.steps[number].outputs
+        if not (isinstance(crcs, list) and len(crcs) == len(outputs)):
+            return None
+        if not all(_is_number(crc) for crc in crcs):
+            return None
+        report = plain.get("report")
+        if not Report.is_of(report, plan.steps[number].linears):
+            return None
+        return cls(number, tuple(crcs), source, report)
+
+
+def _is_number(value: object) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
 
 
 class Writer:
@@ -62,93 +105,164 @@ class Writer:
         out: Path,
         plan: Plan,
         fingerprint: Mapping[str, Any],
+        source: SourceBytes,
         *,
         overwrite: bool,
+        companions: Sequence[Path] = (),
+        single_file: str | None = None,
+        learned: Iterable[str] = (),
         spare: int = 0,
     ) -> None:
         """Opens or resumes the unfinished folder of ``out``.
 
-        ``fingerprint`` describes the run; only a run with the same fingerprint is resumed.
-        ``spare`` are bytes that must be free in addition to those of the plan. Raises QplugError if
-        ``out`` cannot be written, holds an unfinished run with another fingerprint (unless
-        ``overwrite``), is being written by another process, or if the disk is too full.
+        ``fingerprint`` describes the run, and ``source`` its float tensors; only a run with the
+        same of both is resumed. ``companions`` are files to copy to OUT, ``single_file`` is the
+        name of the file that replaces the shards, ``learned`` names the algorithms that call
+        ``cached``. ``spare`` are bytes that must be free in addition to those of the plan. Raises
+        QplugError if ``out`` cannot be written, holds an unfinished run with another fingerprint
+        (unless ``overwrite``) or files that qplug did not write, is being written by another
+        process, or if the disk is too full.
         """
+        self._spare, self._overwrite = spare, overwrite
+        self._plan, self._source = plan, source
+        self._companions = {_name_of(path): path for path in companions}
+        self._single_file = single_file
+        clean_up(out)
         refuse_existing(out, overwrite=overwrite)
-        self._spare = spare
-        self._out, self._plan = out.resolve(), plan
-        self._partial = self._out.with_name(f".{self._out.name}.partial")
-        self._model = self._partial / "model"
+        self._out = out.resolve()
         try:
-            self._model.mkdir(parents=True, exist_ok=True)
-            self._journal = Journal(self._partial / "journal.jsonl")
+            self._folder = Unfinished(self._out)
         except OSError as error:
-            for folder in (self._model, self._partial):
-                with suppress(OSError):  # may belong to another run, or be missing
-                    folder.rmdir()
             raise QplugError(f"{out}: cannot be written: {error.strerror}") from error
         self._lay_out_shards()
+        shards = {path.name for path in self._headers}
+        single = {single_file} if single_file else set()
+        files = frozenset({*shards, *self._companions, *_TEXTS, *single})
+        self._crcs: dict[str, int] = {}
+        self._learned: dict[str, dict[str, Any]] = {}
         try:
-            self.finished = self._resume(fingerprint, overwrite=overwrite)
+            refuse_existing(out, overwrite=overwrite)  # another run may just have finished
+            run = Run(fingerprint, files, frozenset(learned))
+            self._folder.refuse_foreign(run)
+            self.finished = self._resume(run)
             self._refuse_full_disk()
-        except (QplugError, OSError) as error:
-            with suppress(OSError):
-                self._journal.close()
-            if not any(self._model.iterdir()):
-                shutil.rmtree(self._partial)
+        except BaseException as error:
+            if isinstance(error, KeptError) or self._has_begun():
+                self._folder.journal.close()
+            else:
+                self._folder.remove()
             if isinstance(error, OSError):
                 raise QplugError(f"{out}: cannot be written: {error.strerror}") from error
             raise
-        self._files: dict[Path, BinaryIO] = {}
+        self._files: dict[Path, int] = {}
         self._thread = ThreadPoolExecutor(1, "qplug-writer")
         self._pending: list[Future[None]] = []
 
     # --- beginning -------------------------------------------------------------------------------
 
     def _lay_out_shards(self) -> None:
-        """Computes the header of each shard and the place of each tensor."""
+        """Computes the header and the size of each shard, and the place of each tensor."""
         self._places: dict[str, FileTensor] = {}
         self._headers: dict[Path, bytes] = {}
+        self._sizes: dict[Path, int] = {}
         for file, specs in self._plan.shards().items():
-            path = self._model / file
+            path = self._folder.model / file
             self._headers[path], tensors = lay_out(path, specs)
+            self._sizes[path] = len(self._headers[path]) + sum(s.nbytes for s in specs.values())
             self._places.update(tensors)
 
-    def _resume(
-        self, fingerprint: Mapping[str, Any], *, overwrite: bool
-    ) -> dict[int, dict[str, Any]]:
-        """Returns the reports of finished steps, by number; deletes those of a different run."""
-        earlier, entries = self._journal.read()
-        if earlier != fingerprint:
-            if earlier is not None and entries and not overwrite:
-                raise QplugError(
-                    f"{self._partial}: holds an unfinished run with another "
-                    f"{differences(earlier, fingerprint)}; delete it, or pass --overwrite"
-                )
-            entries = []
-            for file in self._partial.glob("*.safetensors"):
-                file.unlink()
-            shutil.rmtree(self._model)
-            self._model.mkdir()
-            self._journal.restart(fingerprint)
-        # After a power cut the journal may list steps whose bytes never reached the disk.
-        return {e["step"]: e["report"] for e in entries if self._checksum(e["step"]) == e["crc"]}
+    def _has_begun(self) -> bool:
+        """Whether the unfinished folder holds more than the beginning of a journal."""
+        model = self._folder.model
+        return bool(self._folder.entries) or (model.is_dir() and any(model.iterdir()))
 
-    def _checksum(self, number: int) -> int:
-        """Returns the CRC-32 of the tensors of a step on disk; -1 if any is missing."""
-        crc = 0
-        for name in self._plan.steps[number].outputs:
-            try:
-                for piece in self._places[name].chunks():
-                    crc = zlib.crc32(piece, crc)
-            except (QplugError, FileNotFoundError):
-                return -1
-        return crc
+    def _resume(self, run: Run) -> dict[int, dict[str, Any]]:
+        """Returns the reports of finished steps, by number; deletes those of a different run."""
+        earlier = self._folder.run
+        entries = self._folder.entries
+        if earlier is None or earlier.fingerprint != run.fingerprint:
+            if earlier is not None and entries:
+                self._refuse_other_run(differences(earlier.fingerprint, run.fingerprint))
+            self._folder.restart(run)
+            return {}
+        steps, valid = self._read(entries)
+        noted = next(iter(self._learned.values()), None)
+        is_same = self._source.are_as_noted(
+            {number: entry.source for number, entry in steps.items()},
+            noted["source"] if noted else None,
+        )
+        if not is_same:
+            self._refuse_other_run("model")
+            self._learned.clear()
+            self._folder.restart(run)
+            return {}
+        self._folder.journal.keep(valid)
+        self._folder.open_model()
+        # After a power cut the journal may list steps whose bytes never reached the disk.
+        with ThreadPoolExecutor(_CHECKERS, "qplug-checker") as pool:
+            are_whole = pool.map(self._is_whole, steps.values())
+            whole = [e for e, is_whole in zip(steps.values(), are_whole, strict=True) if is_whole]
+        for entry in whole:
+            self._crcs.update(zip(self._plan.steps[entry.step].outputs, entry.crcs, strict=True))
+        return {entry.step: entry.report for entry in whole}
+
+    def _refuse_other_run(self, difference: str) -> None:
+        """Raises QplugError unless an unfinished run with some ``difference`` may be deleted."""
+        if not self._overwrite:
+            raise KeptError(
+                f"{self._folder.folder}: holds an unfinished run with another {difference}; "
+                "delete it, or pass --overwrite"
+            )
+
+    def _read(self, entries: Sequence[Mapping[str, Any]]) -> tuple[dict[int, Entry], int]:
+        """Returns the finished steps in ``entries`` by number, and how many entries are valid.
+
+        Learned tensors that are damaged end the valid entries: all steps after them used them.
+        """
+        steps: dict[int, Entry] = {}
+        for count, plain in enumerate(entries):
+            if "step" in plain:
+                is_known = self._folder.run is None or self._folder.run.learned <= {*self._learned}
+                entry = Entry.read(plain, self._plan) if is_known else None
+                if entry is None:
+                    return steps, count
+                steps[entry.step] = entry
+            elif "learned" in plain:
+                name = plain["learned"]
+                if not self._is_learned(plain):
+                    return steps, count
+                self._learned[name] = dict(plain)
+            else:  # an earlier run was killed as it moved its result
+                return steps, count
+        return steps, len(entries)
+
+    def _is_learned(self, plain: Mapping[str, Any]) -> bool:
+        """Whether the tensors that an algorithm learned are on disk as their entry says."""
+        name, run = plain["learned"], self._folder.run
+        if run is None or not (isinstance(name, str) and name in run.learned):
+            return False
+        try:
+            found = file_checksum(self._folder.learned(name))
+        except OSError:
+            return False
+        return plain == {"learned": name, **found, "source": plain.get("source")}
+
+    def _is_whole(self, entry: Entry) -> bool:
+        """Whether the tensors of a step are on disk as the journal says."""
+        outputs = self._plan.steps[entry.step].outputs
+        try:
+            return all(
+                crc32(self._places[name].chunks()) == crc
+                for name, crc in zip(outputs, entry.crcs, strict=True)
+            )
+        except (QplugError, FileNotFoundError):
+            return False
 
     def _refuse_full_disk(self) -> None:
         """Raises QplugError if the steps that are not finished need more bytes than are free."""
         unfinished = (s.nbytes for n, s in enumerate(self._plan.steps) if n not in self.finished)
         need = sum(unfinished) + self._spare
-        free = shutil.disk_usage(self._partial).free
+        free = shutil.disk_usage(self._folder.folder).free
         if need > free:
             raise QplugError(
                 f"{self._out.parent}: the disk is full: {need / 2**30:.2f} GiB are "
@@ -164,33 +278,54 @@ class Writer:
         earlier step that could not be written.
         """
         while len(self._pending) >= _PENDING:
-            self._pending.pop(0).result()
+            self._wait()
         self._pending.append(self._thread.submit(self._write, number, contents, report))
 
+    def _wait(self) -> None:
+        """Waits for the oldest pending step. Raises the error for which it was not written."""
+        with self._keeping():
+            self._pending.pop(0).result()
+
     def _write(self, number: int, contents: Mapping[str, Content], report: dict[str, Any]) -> None:
-        crc = 0
-        files: dict[BinaryIO, None] = {}
-        for name in self._plan.steps[number].outputs:
+        step = self._plan.steps[number]
+        files: dict[int, None] = {}
+        for name in step.outputs:
             content, place = contents[name], self._places[name]
             file = self._file(place.path)
-            file.seek(place.start)
+            offset, crc = place.start, 0
             for piece in [tensor_bytes(content)] if isinstance(content, Tensor) else content:
-                file.write(piece)
+                offset = disk.write_at(file, piece, offset)
                 crc = zlib.crc32(piece, crc)
+            self._crcs[name] = crc
             files[file] = None
         for file in files:
-            # Before the journal entry: after a kill the journal must not list unwritten bytes.
-            file.flush()
+            # Before the journal entry: after a power cut it must not list bytes that are lost.
             # Now, while the next step is computed; at the end of the run it would have to wait.
-            os.fsync(file.fileno())
-        self._journal.append({"step": number, "crc": crc, "report": report})
+            os.fsync(file)
+        crcs = tuple(self._crcs[name] for name in step.outputs)
+        entry = Entry(number, crcs, self._source.of_step(number), report)
+        try:
+            self._folder.journal.append(entry.to_dict())
+        except ValueError as error:
+            raise QplugError(f"{step.name}: an error or a range of it is not finite") from error
 
-    def _file(self, path: Path) -> BinaryIO:
-        """Returns the open file of a shard, with its header written."""
-        if path not in self._files:
-            self._files[path] = path.open("r+b" if path.exists() else "w+b")
-            self._files[path].write(self._headers[path])
-        return self._files[path]
+    def _file(self, path: Path) -> int:
+        """Returns the descriptor of a shard, which is open, with its header written."""
+        if path in self._files:
+            return self._files[path]
+        while len(self._files) >= _OPEN_SHARDS:
+            oldest = next(iter(self._files))
+            os.close(self._files.pop(oldest))  # each step syncs what it wrote
+        is_new = not path.exists()
+        try:
+            file = disk.open_own(path)
+        except disk.StrangeFileError as error:
+            raise KeptError(f"{path}: {error}; move it away") from None
+        self._files[path] = file
+        disk.write_at(file, self._headers[path], 0)
+        if is_new:
+            disk.sync_folder(path.parent)
+        return file
 
     def stored(self, module: str) -> dict[str, Tensor]:
         """Returns the written tensors of ``module`` by local name, without its children's."""
@@ -209,66 +344,107 @@ class Writer:
         If an earlier run of this command stored them, they are read instead, so that a resumed run
         uses exactly the same numbers.
         """
-        path = self._partial / f"{name}.safetensors"
-        if not path.exists():
-            new = path.with_suffix(".new")
-            save_file({key: value.contiguous() for key, value in make().items()}, new)
-            with new.open("rb") as written:
-                os.fsync(written.fileno())
-            new.rename(path)
-        return load_file(path)
+        path = self._folder.learned(name)
+        if name not in self._learned:
+            data = save({key: value.contiguous() for key, value in make().items()})
+            with self._keeping():
+                self._folder.forget(name)
+                new = path.with_suffix(".new")
+                disk.write_new(new, [data])
+                disk.move(new, path)
+                disk.sync_folder(path.parent)
+                entry = {"learned": name, "bytes": len(data), KIND: zlib.crc32(data)}
+                entry["source"] = self._source.of_model()
+                self._folder.journal.append(entry)
+                self._folder.journal.sync()
+            self._learned[name] = entry
+        return {key: tensor.read() for key, tensor in read_header(path).items()}
 
     # --- ending ----------------------------------------------------------------------------------
 
     def finish(
         self,
-        companions: Iterable[Path],
         texts: Mapping[str, str],
+        record: Mapping[str, Any],
         convert: Callable[[Path], None] | None = None,
     ) -> None:
         """Writes the other files of the model, and moves the complete folder to OUT.
 
-        ``companions`` are files to copy. ``texts`` are the contents of files to write, by file
-        name. ``convert`` is called with the folder when all files are in it, and may replace the
-        shards by other files.
+        ``texts`` are the contents of files to write, by file name, and ``record`` is the content of
+        qplug.json, to which the checksums of all files are added. ``convert`` is called with the
+        folder when all other files are in it, and may replace the shards by the single file. Raises
+        KeptError if OUT, or a file in the unfinished folder, is not qplug's.
         """
         while self._pending:
-            self._pending.pop(0).result()
-        for path in companions:
-            is_template = path.parent.name == "additional_chat_templates"
-            target = self._model / (f"{path.parent.name}/{path.name}" if is_template else path.name)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
+            self._wait()
+        with self._keeping():
+            self._finish(texts, record, convert)
+        self._close()
+
+    def _finish(
+        self,
+        texts: Mapping[str, str],
+        record: Mapping[str, Any],
+        convert: Callable[[Path], None] | None,
+    ) -> None:
+        model = self._folder.model
+        for path, size in self._sizes.items():  # a power cut may have lost a header
+            file = self._file(path)
+            os.ftruncate(file, size)
+            os.fsync(file)
         index = self._plan.index()
         if index is not None:
             texts = {**texts, INDEX: json.dumps(index, indent=2) + "\n"}
+        files = {name: _copy(path, model / name) for name, path in self._companions.items()}
         for name, text in texts.items():
-            (self._model / name).write_text(text, encoding="utf-8")
-        for path in self._headers:  # a power cut may have lost the header of a finished shard
-            self._file(path).flush()
+            files[name] = _put(text, model / name)
+        self._folder.remove_all_but({*files, *(path.name for path in self._headers)})
         if convert is not None:
-            convert(self._model)
-        for path in self._model.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as written:
-                    os.fsync(written.fileno())
-        old = self._partial.with_name(f".{self._out.name}.old")
-        if self._out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self._out.rename(old)
-        self._model.rename(self._out)
-        shutil.rmtree(self._partial)
-        shutil.rmtree(old, ignore_errors=True)
-        self._close()  # last, since this unlocks the journal
+            convert(model)
+        shards = [path for path in self._headers if path.exists()]
+        if self._single_file is not None:
+            files[self._single_file] = _settled(model / self._single_file)
+            files.pop(INDEX, None)
+        _put(manifest_text(record, self._checksums(shards, files)), model / MANIFEST)
+        self._folder.refuse_foreign_model({MANIFEST, *files, *(path.name for path in shards)})
+        for parent in {(model / name).parent for name in files} - {model}:
+            disk.sync_folder(parent)
+        disk.sync_folder(model)
+        self._folder.publish(overwrite=self._overwrite)
+
+    def _checksums(
+        self, shards: Sequence[Path], files: Mapping[str, Mapping[str, int]]
+    ) -> dict[str, Any]:
+        """Returns the checksums of ``shards`` and of the other ``files``, for qplug.json."""
+        crcs = {n: crc for n, crc in self._crcs.items() if self._places[n].path in shards}
+        return {
+            "kind": KIND,
+            "tensors": dict(sorted(crcs.items())),
+            "headers": {path.name: zlib.crc32(self._headers[path]) for path in shards},
+            "files": dict(sorted(files.items())),
+        }
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """A context in which an error of the disk, unless it is full, keeps the finished steps."""
+        try:
+            yield
+        except OSError as error:
+            if _is_full(error):
+                raise
+            raise KeptError(
+                f"{self._out.parent}: {error.strerror or error}; the finished steps are kept, and "
+                "the same command resumes the run"
+            ) from error
 
     def _close(self) -> None:
         """Stops the writing thread, and closes the shards and the journal."""
         self._thread.shutdown(cancel_futures=True)
-        open_files: list[BinaryIO | Journal] = [*self._files.values(), self._journal]
-        for file in open_files:
-            with suppress(OSError):  # on a full disk, closing writes the rest and fails again
-                file.close()
+        for file in self._files.values():
+            with suppress(OSError):
+                os.close(file)
         self._files.clear()
+        self._folder.journal.close()
 
     def __enter__(self) -> Writer:
         return self
@@ -281,9 +457,53 @@ class Writer:
     ) -> None:
         if error is None:
             return
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        is_full = _is_full(error)
+        if is_full or (isinstance(error, QplugError) and not isinstance(error, KeptError)):
+            self._thread.shutdown(cancel_futures=True)
+            with suppress(OSError):
+                self._folder.remove()
         self._close()
-        if is_full or isinstance(error, QplugError):
-            shutil.rmtree(self._partial)
         if is_full:
             raise QplugError(f"{self._out.parent}: the disk is full; nothing was kept") from error
+
+
+def _name_of(companion: Path) -> str:
+    """Returns where a file of the source goes in OUT, as a relative path."""
+    is_template = companion.parent.name == "additional_chat_templates"
+    return f"{companion.parent.name}/{companion.name}" if is_template else companion.name
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _put(text: str, path: Path) -> dict[str, int]:
+    """Writes a text file; returns its checksum."""
+    data = text.encode()
+    disk.write_new(path, [data])
+    return {"bytes": len(data), KIND: zlib.crc32(data)}
+
+
+def _copy(source: Path, target: Path) -> dict[str, int]:
+    """Copies a file; returns the checksum of what was read."""
+    size, crc = 0, 0
+
+    def pieces() -> Iterator[bytes]:
+        nonlocal size, crc
+        with source.open("rb") as file:
+            while piece := file.read(1 << 20):
+                size, crc = size + len(piece), zlib.crc32(piece, crc)
+                yield piece
+
+    disk.write_new(target, pieces())
+    return {"bytes": size, KIND: crc}
+
+
+def _settled(path: Path) -> dict[str, int]:
+    """Waits until the disk has a file that something else wrote; returns its checksum."""
+    file = disk.open_own(path)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+    return file_checksum(path)

@@ -111,7 +111,10 @@ def evaluation_tokens(
         raise QplugError(f"--seq-len {seq_len}: the model takes {limit} tokens at most")
     tokenizer = load_tokenizer(model, trust_remote_code=session.trust_remote_code)
     count = sys.maxsize if windows is None else windows
-    with naming_file(Path(model) / "tokenizer.json", "its tokenizer does not work"):
+    with (
+        session.registry.blaming(source, "text for evaluation"),
+        naming_file(Path(model) / "tokenizer.json", "its tokenizer does not work"),
+    ):
         return first_windows(source, tokenizer, length=seq_len, count=count, split="evaluation")
 
 

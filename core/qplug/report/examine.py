@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qplug.api.groups import dequantize
 from qplug.api.tensors import Checkpoint
+from qplug.checkpoint.locate import as_word
 from qplug.checkpoint.names import block_of, kind_of, module_of, relative_name, split_name
 from qplug.errors import QplugError
 from qplug.machine.session import Session
@@ -50,7 +51,7 @@ def overview(folder: Folder, name: str) -> Overview:
         parameters=sum(matrices.values()) + rest,
         errors=manifest.errors if manifest else {},
         losses=manifest.losses if manifest else {},
-        serve=serve.format(shlex.quote(name)) if serve else None,
+        serve=serve.format(shlex.quote(as_word(name))) if serve else None,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -11,7 +10,9 @@ from pathlib import Path
 from qplug.api.events import Result
 from qplug.errors import QplugError
 from qplug.machine.session import Session
+from qplug.output.disk import sync_folder
 from qplug.output.manifest import read_manifest
+from qplug.output.ownership import remove_own
 from qplug.reading.perplexity import Evaluation, evaluate, evaluation_tokens
 from qplug.recipe.check import check
 from qplug.recipe.recipe import Export, Job, Measurement, Recipe, Stage
@@ -104,8 +105,8 @@ class _JobRunner:
             with ExitStack() as stack:
                 if self._is_hidden(export):
                     stack.enter_context(_parents(export.out))
-                    stack.callback(shutil.rmtree, export.out, ignore_errors=True)
                     self._quantize(export)
+                    stack.callback(remove_own, export.out)  # it was refused if it was not qplug's
                 measured += self._measured(stage, str(export.out))
         return JobResult(tuple(results), tuple(measured), tuple(kept))
 
@@ -242,6 +243,7 @@ def _parents(out: Path) -> Iterator[None]:
         if not parent.is_dir():
             try:
                 parent.mkdir()
+                sync_folder(parent.parent)
             except OSError as error:
                 raise QplugError(f"{parent}: cannot be created: {error.strerror}") from error
             created.append(parent)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from qplug.api import Algorithm, FloatModel, ModelView, Preparation, TensorSpec
 from qplug.api.tensors import Checkpoint
@@ -18,6 +16,7 @@ from qplug.machine.session import Session
 from qplug.model.hollow import load_config
 from qplug.model.residual_stream import StreamFinder
 from qplug.model.small_copy import SmallCopy, place_of
+from qplug.numerics import one_thread
 from qplug.output.manifest import read_manifest
 from qplug.run.stages import Stages
 
@@ -71,19 +70,9 @@ def prepare(
             f"{source.folder}: the inputs of its linears are rotated while the model runs, so "
             f"{stages.preparing[0].name} cannot rewrite it; use the original model"
         )
-    with _one_thread() if learn is None else nullcontext():
+    # A small copy has small matrices, for which one thread is faster.
+    with one_thread() if learn is None else nullcontext():
         return _prepare(stages, prepared, session, learn)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """A context in which torch uses one thread, which is faster for a small copy's matrices."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _prepare(

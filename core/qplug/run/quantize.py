@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,24 +11,34 @@ from qplug.api import ModelView
 from qplug.api.events import Result
 from qplug.calibration.tokens import calibration_tokens
 from qplug.checkpoint.config_file import CONFIG
-from qplug.machine.memory import gibibytes, naming_memory
+from qplug.machine.memory import naming_memory
 from qplug.machine.session import Session
 from qplug.model.architectures import find_view
 from qplug.model.foreign import naming_file
 from qplug.output.fingerprint import fingerprint
-from qplug.output.plan import Plan, make_plan
+from qplug.output.ownership import refuse_existing
+from qplug.output.plan import make_plan
 from qplug.output.result_files import result_files
 from qplug.output.shared_writer import SharedWriter
+from qplug.output.source_bytes import SourceBytes
 from qplug.output.step_report import Report
-from qplug.output.writer import Writer, refuse_existing
+from qplug.output.unfinished import clean_up
+from qplug.output.writer import Writer
 from qplug.recipe.assign import assign
 from qplug.recipe.recipe import Recipe
 from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
 from qplug.run.learning import LearnOnce
+from qplug.run.memory_needs import memory_needs
 from qplug.run.prepare import prepare
-from qplug.run.refuse import open_source, servable, servable_cache
+from qplug.run.refuse import (
+    open_source,
+    refuse_unplanned,
+    servable,
+    servable_cache,
+    stays_float,
+)
 from qplug.run.stages import Stages
 from qplug.run.steps import Steps
 from qplug.run.streamed import streamed
@@ -72,7 +82,10 @@ def quantize(
     """
     recipe = changed(recipe or Recipe(), words)
     recipe.check()
-    with Session.joined(device, registry=registry, trust_remote_code=trust_remote_code) as session:
+    with (
+        Session.joined(device, registry=registry, trust_remote_code=trust_remote_code) as session,
+        session.registry.blaming(),  # a plugin's SystemExit must not end the caller's program
+    ):
         return run(
             model,
             Path(out),
@@ -103,41 +116,70 @@ def run(
     began, clock = time.monotonic(), session.clock
     stages = Stages(recipe, session)
     recipe, exporter = stages.recipe, stages.exporter
+    if not dry_run:
+        session.processes.from_first(lambda: clean_up(out))
     refuse_existing(out, overwrite=overwrite)
     source = open_source(model, out, exporter, session)
     with clock("opening"):
         view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
         prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
-    schemes = servable(assign(recipe, prepared.view), prepared.view, exporter)
+    floats = exporter.built_float(prepared.view)
+    schemes = servable(assign(recipe, prepared.view, floats), prepared.view, exporter)
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
     coded = {} if exporter.format.stores_float else schemes
-    plan = make_plan(  # fixes the position of every byte of the result
-        prepared.checkpoint,
-        prepared.view,
-        coded,
-        exporter,
-        shard_bytes=shard_bytes,
-        by_block=recipe.calibration is not None,
-        cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
-    )
+    share = stays_float(recipe, prepared.view, coded, exporter)
+    with session.registry.blaming(exporter, "layout"):
+        plan = make_plan(  # fixes the position of every byte of the result
+            prepared.checkpoint,
+            prepared.view,
+            coded,
+            exporter,
+            shard_bytes=shard_bytes,
+            by_block=recipe.calibration is not None,
+            cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
+        )
+    refuse_unplanned(plan, coded)
     tokens = _tokens(recipe, model, prepared.view, session)
     source_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
     if dry_run:
-        return Result(out, {}, {}, (), source_bytes, plan.nbytes, 0.0, 0, dry_run=True)
+        return Result(
+            out,
+            {},
+            {},
+            (),
+            source_bytes,
+            plan.nbytes,
+            0.0,
+            0,
+            dry_run=True,
+            float_share=share.total,
+            floats=share.kinds,
+        )
 
     mark = fingerprint(source, recipe, session, shard_bytes, tokens)
-    # A single file is converted from the folder: both are on disk for a moment.
-    spare = plan.nbytes if exporter.format.single_file else 0
+    single = exporter.format.single_file
+    make_writer = partial(
+        Writer,
+        out,
+        plan,
+        mark,
+        # The steps of a calibrated run depend on one another: its blocks pass tokens on.
+        SourceBytes(plan, prepared.checkpoint, prepared.view.blocks if recipe.calibration else ()),
+        overwrite=overwrite,
+        companions=source.companions(),
+        single_file=single.name if single else None,
+        learned=stages.learning,
+        spare=plan.nbytes if single else 0,  # for a moment both are on disk
+    )
     reports: dict[int, Report] = {}
     with (
-        SharedWriter(
-            session.processes, lambda: Writer(out, plan, mark, overwrite=overwrite, spare=spare)
-        ) as output,
-        naming_memory(lambda: _held(plan, len(reports), tokens, view, session)),
+        SharedWriter(session.processes, make_writer) as output,
+        session.registry.blaming(),  # ends first: the writer removes what a plugin's exit leaves
+        naming_memory(lambda: memory_needs(plan, len(reports), tokens, view, session)),
         naming_file(source.folder / CONFIG, "the model does not run"),
     ):
         done = output.finished()
-        if tokens is not None and stages.learns_whole:
+        if tokens is not None and stages.learning:
             learn = LearnOnce(stages, schemes, tokens, output, session)
             prepared = prepare(stages, source, view, session, learn=learn)
         reports |= {number: Report.from_dict(plain) for number, plain in done.items()}
@@ -155,22 +197,21 @@ def run(
             watchers.step_written(plan.steps[step.number].name, step.report)
         shared = session.processes.from_first(lambda: reports)
         in_order = [shared[number] for number in range(len(plan.steps))]
-        texts = result_files(
-            model,
-            prepared.view,
-            recipe,
-            exporter,
-            coded,
-            in_order,
-            session.registry,
-            online=prepared.online,
-            notes=prepared.notes,
-        )
+        with session.registry.blaming(exporter, "config.json"):
+            texts, record = result_files(
+                model,
+                prepared.view,
+                recipe,
+                exporter,
+                coded,
+                in_order,
+                session.registry,
+                online=prepared.online,
+                notes=prepared.notes,
+            )
         with clock("writing"):
             output.finish(
-                source.companions(),
-                texts,
-                lambda folder: stages.convert(folder, prepared.view, coded),
+                texts, record, lambda folder: stages.convert(folder, prepared.view, coded)
             )
     result = Result(
         out=out,
@@ -182,25 +223,11 @@ def run(
         seconds=time.monotonic() - began,
         resumed=len(done),
         stages=clock.costs(),
+        float_share=share.total,
+        floats=share.kinds,
     )
     watchers.run_done(result)
     return result
-
-
-def _held(plan: Plan, done: int, tokens: Tensor | None, view: ModelView, session: Session) -> str:
-    """What memory is needed for when ``done`` steps are done, and what to change."""
-    step = plan.steps[min(done, len(plan.steps) - 1)]
-    shapes = [view.linears[name] for name in step.linears if name in view.linears]
-    weights = 4 * sum(map(math.prod, shapes))
-    sizes = f"{step.name} has {gibibytes(weights)} of weights in float32 on {session.device}"
-    if tokens is None:
-        return f"{sizes}; use another --device, or a machine with more memory"
-    states = 4 * tokens.numel() * max(map(min, shapes), default=0)
-    return (
-        f"{sizes}, with {tokens.shape[0]} samples of {tokens.shape[1]} tokens "
-        f"({gibibytes(states)} of hidden states); use fewer --samples, a smaller --batch-size or "
-        "--seq-len, or another --device"
-    )
 
 
 def _tokens(recipe: Recipe, model: str, view: ModelView, session: Session) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qplug import QplugError, QuantArgs
-from qplug.numerics import code_dtype, column_scales, round_codes
+from qplug.numerics import code_dtype, column_scales, one_thread, round_codes
 
 #: ``round_columns``, or a kernel with the same arguments and results.
 Rounder: TypeAlias = Callable[
@@ -53,7 +53,8 @@ def _factor(matrix: Tensor) -> bool:
     for start in reversed(range(0, len(matrix), _PANEL)):
         panel = slice(start, start + _PANEL)
         corner, above = matrix[panel, panel], matrix[:start, panel]
-        lower, failed = torch.linalg.cholesky_ex(corner.flip(0, 1))
+        with one_thread():  # the same bytes with any number; a panel takes little time
+            lower, failed = torch.linalg.cholesky_ex(corner.flip(0, 1))
         if failed:
             return False
         corner.copy_(lower.flip(0, 1))

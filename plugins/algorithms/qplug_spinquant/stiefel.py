@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qplug.numerics import one_thread
+
 #: A skew part below this share of the gradient is taken to be a rounding error.
 _NOTHING = 1e-6
 
@@ -54,7 +56,9 @@ class CayleySGD(torch.optim.Optimizer):
         if fixed is not None:  # the rounding error of the removed part may be large for the rest
             half = _leaving(half, fixed @ q)
         one = torch.eye(len(q), device=q.device, dtype=q.dtype)
-        q.copy_(_nearer(q @ torch.linalg.solve(one - half, one + half)))
+        with one_thread():  # the same bytes with any number
+            turn = torch.linalg.solve(one - half, one + half)
+        q.copy_(_nearer(q @ turn))
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -70,6 +70,13 @@ PER_TOKEN = Flaw(
     effect="will differ from the answers on a GPU",
 )
 
+_SLOW_FP8 = Flaw(
+    "an fp8 product takes seconds on this CPU",
+    f"{_WITH_AMX}: oneDNN's reference kernel, 3 s for [129, 256] x [256, 768]",
+    only_with=frozenset({"amx_tile"}),
+    effect="will take minutes",
+)
+
 #: The name of the KV cache in the table below, which otherwise has names of schemes.
 FP8_CACHE = "fp8 cache"
 
@@ -83,7 +90,7 @@ CPU_NEEDS = (
         f"{_AVX2}: oneDNN's reference kernel, minutes for a page",
         flaws=(SATURATES, PER_TOKEN),
     ),
-    CPUNeed("FP8_DYNAMIC", frozenset(), f"{_AVX2}: run"),
+    CPUNeed("FP8_DYNAMIC", frozenset(), f"{_AVX2}: run", flaws=(_SLOW_FP8,)),
     CPUNeed(
         FP8_CACHE,
         _AVX512,
