@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qplug.api.params import parse_pairs
+from qplug.cli.float_lines import float_lines
 from qplug.cli.progress import progress_bar
 from qplug.registry.registry import Registry
 
@@ -141,6 +142,8 @@ def _tell(result: Verification, *, compared: bool) -> None:
     if len(result.problems) > _SHOWN:
         click.echo(f"... and {len(result.problems) - _SHOWN} more problems")
     click.echo(_verdict(result.ok, result.backend, result.linears, len(result.problems)))
+    for line in float_lines(result.float_share, result.floats):
+        click.echo(line)
     if result.errors:
         worst = max(result.errors, key=lambda name: result.errors[name])
         mean = sum(result.errors.values()) / len(result.errors)

@@ -18,6 +18,7 @@ from qplug.machine.session import Session
 from qplug.model.architectures import expected_tensors
 from qplug.model.kv_cache import SCALES
 from qplug.reading.built import built_otherwise, share_of
+from qplug.reading.finite import not_finite
 from qplug.reading.folder import Folder, open_folder
 from qplug.registry.registry import Registry
 
@@ -71,7 +72,7 @@ def verify(
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
     source_name, source = find_source(opened, against)
     problems = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
-    problems += built_otherwise(opened)
+    problems += built_otherwise(opened) + not_finite(opened)
     problems += _tokenizer_missing(opened)
     problems += _architecture_lacks(opened, session)
     share = share_of(opened)
@@ -81,7 +82,6 @@ def verify(
         if source is not None:
             problems += _floats_differ(opened, source)
             problems += _strays(opened, source)
-            problems += _grown(opened, source)
         for done, name in enumerate(opened.schemes, start=1):
             weight = opened.dequantized(name)
             if not torch.isfinite(weight).all():
@@ -188,27 +188,6 @@ def _strays(opened: Folder, source: Checkpoint) -> list[Problem]:
     ]
 
 
-def _grown(opened: Folder, source: Checkpoint) -> list[Problem]:
-    """A problem for each linear whose codes take more bytes than its float weight."""
-    assert opened.exporter is not None
-    if (
-        not opened.exporter.format.is_lossless
-        or opened.checkpoint.config.get("quantization_config") is None
-    ):
-        return []  # the folder stores float weights
-    stored: dict[str, int] = {}
-    for tensor, packed in opened.checkpoint.tensors.items():
-        name = module_of(tensor)
-        stored[name] = stored.get(name, 0) + packed.nbytes
-    problems = []
-    for name in opened.schemes:
-        before = source.tensors.get(f"{name}.weight")
-        if before is not None and stored[name] > before.nbytes:
-            what = f"takes {stored[name]} bytes, more than the {before.nbytes} of its float weight"
-            problems.append(Problem("size", name, what))
-    return problems
-
-
 def float_weight(source: Checkpoint, name: str, shape: Sequence[int]) -> torch.Tensor:
     """The weight of the linear ``name`` in the float model, float32 ``[out, in]``.
 
@@ -225,7 +204,8 @@ def float_weight(source: Checkpoint, name: str, shape: Sequence[int]) -> torch.T
 
 def relative_distance(restored: torch.Tensor, weight: torch.Tensor) -> float:
     """The relative error ``||W' - W|| / ||W||`` (Frobenius norm) of two float32 matrices."""
-    return _norm(restored - weight) / max(_norm(weight), torch.finfo().tiny)
+    norm = _norm(weight)
+    return _norm(restored - weight) / (norm or 1.0)
 
 
 def _norm(matrix: torch.Tensor) -> float:
