@@ -111,7 +111,7 @@ def test_weights_too_large_for_what_they_compute(tmp_path: Path, family: Family,
                 tensors[name] *= 1e25
 
     model = changed(family("llama"), tmp_path / "model", grow)
-    with pytest.raises(QplugError, match=r"^model\.layers\.0.*(not finite|NaN or infinite)"):
+    with pytest.raises(QplugError, match=r"^model\.layers\.0.*too large to compute with"):
         run(model, "gptq")
 
 
