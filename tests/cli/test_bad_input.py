@@ -271,7 +271,7 @@ def test_a_weight_that_is_not_finite(
     file = json.loads((llama / INDEX).read_text())["weight_map"][f"{name}.weight"]
     edit_tensors(llama / file, lambda held: held[f"{name}.weight"][-1, -1].fill_(bad))
     message = refused(llama, "--scheme", scheme, "--backend", "fake")
-    assert message == f"{name}: the weight has NaN or infinite values"
+    assert message == f"{name}.weight: has NaN or infinite values; mend the float model"
 
 
 # --- what cannot be served -----------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.block_modules import BlockModules
 from qplug.calibration.hidden_states import HiddenStates
-from qplug.checkpoint.names import block_of, module_of
+from qplug.checkpoint.names import module_of
 from qplug.model.block_proxy import BlockProxy, refuse_positional
 from qplug.model.parameters import empty_parameters, fill_parameters, refuse_infinite
 
@@ -42,13 +42,14 @@ def catch_first_inputs(
     a way that cannot be repeated.
     """
     model, device, names = blocks.model, blocks.device, [*blocks.modules]
-    outer = [
-        name
-        for name, _ in model.base_model.named_parameters(prefix=model.base_model_prefix)
-        if block_of(name, names) is None
-    ]
-    stored = {name: source.read(name).to(device) for name in outer if name in source.tensors}
-    refuse_infinite(stored)
+    computed = {id(parameter) for parameter in model.base_model.parameters()}
+    outer = [name for name in blocks.outer if id(model.get_parameter(name)) in computed]
+    stored = {
+        name: source.read(blocks.outer[name]).to(device)
+        for name in outer
+        if blocks.outer[name] in source.tensors
+    }
+    refuse_infinite({blocks.outer[name]: value for name, value in stored.items()})
     fill_parameters(model, blocks.computable(stored))
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

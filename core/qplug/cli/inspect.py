@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import click
 
-from qplug.checkpoint.names import module_of
+from qplug.checkpoint.names import kind_of, module_of
 from qplug.cli.printing import Command, say, say_json
 from qplug.registry.registry import Registry
+
+if TYPE_CHECKING:
+    from qplug.reading.folder import Folder
 
 
 @click.command(name="inspect", cls=Command)
@@ -37,11 +41,16 @@ def command(registry: Registry, folder: str, as_json: bool) -> None:
         "schemes": dict(Counter(scheme.name for scheme in opened.schemes.values())),
         "kv cache": opened.kv_cache.dtype if opened.kv_cache else None,
         "float linears": [name for name in view.linears if name not in opened.schemes],
+        "stays float": _stays_float(opened),
     }
     if as_json:
         say_json(contents)
         return
     for key, value in contents.items():
+        if key == "stays float":
+            for kind, why in _stays_float(opened).items():
+                say(f"stays float: {kind}: {why}")
+            continue
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, list):
@@ -49,10 +58,23 @@ def command(registry: Registry, folder: str, as_json: bool) -> None:
         say(f"{key}: {value or 'none'}")
 
 
-def _linear_bytes(opened: object) -> int:
-    from qplug.reading.folder import Folder
+def _stays_float(opened: Folder) -> dict[str, str]:
+    """The weights in decoder blocks that engines build float, and why, by kind of the name."""
+    view, stays = opened.view, {}
+    for name in (*view.linears, *view.other_weights):
+        why = view.built_float.get(name)
+        if why is not None:
+            who = f"{' and '.join(why.engines)}: " if why.engines else ""
+            source = f" ({why.source})" if why.source else ""
+            stays[kind_of(f"{name}.").removesuffix(".")] = f"{who}{why.reason}{source}"
+        elif name in view.other_weights:
+            stays[kind_of(f"{name}.").removesuffix(".")] = (
+                "qplug cannot quantize it: it is no linear layer"
+            )
+    return stays
 
-    assert isinstance(opened, Folder)
+
+def _linear_bytes(opened: Folder) -> int:
     return sum(
         stored.nbytes
         for tensor, stored in opened.checkpoint.tensors.items()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qplug.cli.config import tell
+from qplug.cli.float_lines import float_lines
 from qplug.cli.headed import HeadedCommand, HeadedOption
 from qplug.cli.printing import say, say_json
 from qplug.cli.progress import progress_bar
@@ -238,6 +239,8 @@ def _tell(result: Result) -> None:
     sizes = f"{result.source_bytes / 1e6:,.1f} MB -> {result.bytes / 1e6:,.1f} MB"
     if result.dry_run:
         say(f"{out}: would be written: {sizes}")
+        for line in float_lines(result.float_share, result.floats):
+            say(line)
         return
     if not result.errors:
         say(f"{out}: float weights, no layer quantized, {sizes}, {result.seconds:.1f} s")
@@ -250,5 +253,7 @@ def _tell(result: Result) -> None:
     of_what = "outputs on the calibration data" if result.losses else "weights"
     summary = f"mean {mean:.4f}, worst {losses[worst]:.4f} ({worst})"
     say(f"relative error of {of_what}: {summary}")
+    for line in float_lines(result.float_share, result.floats):
+        say(line)
     for sentence in result.notes:
         say(f"note: {sentence}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qplug.api.params import parse_pairs
+from qplug.cli.float_lines import float_lines
 from qplug.cli.printing import Command, say, say_json, warn
 from qplug.cli.progress import progress_bar
 from qplug.registry.registry import Registry
@@ -146,6 +147,8 @@ def _tell(result: Verification, *, compared: bool) -> None:
     say(_verdict(result.ok, result.backend, result.linears, len(result.problems)))
     if not result.checksums:
         say("this folder has no checksums: damage to its codes cannot be noticed")
+    for line in float_lines(result.float_share, result.floats):
+        say(line)
     if result.errors:
         worst = max(result.errors, key=lambda name: result.errors[name])
         mean = sum(result.errors.values()) / len(result.errors)

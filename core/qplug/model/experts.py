@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from qplug.checkpoint.names import local_of, module_of, split_name
 from qplug.errors import QplugError
+from qplug.model.block_list import decoder_blocks
 from qplug.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ def as_on_disk(model: PreTrainedModel, blocks: Sequence[str], stored: Container[
     ``stored``: the names of the checkpoint's tensors. The outputs of ``model`` stay the same; the
     weights of experts are views of its own tensors. Raises QplugError for an unknown layout.
     """
+    name_blocks(model, blocks)
     verified: set[tuple[type, _Layout]] = set()
     for block in blocks:
         module = model.get_submodule(block)
@@ -117,6 +120,13 @@ def as_on_disk(model: PreTrainedModel, blocks: Sequence[str], stored: Container[
         for local, _ in module.named_parameters():
             if f"{block}.{local}" not in stored:
                 raise _unknown(f"{block}.{local}")
+
+
+def name_blocks(model: PreTrainedModel, blocks: Sequence[str]) -> None:
+    """Register the decoder blocks of ``model`` under their names on disk, ``blocks``, too."""
+    in_memory = decoder_blocks(model, Path(str(model.config.name_or_path)))
+    for before, after in zip(in_memory, blocks, strict=False):
+        _rename(model, before, after)
 
 
 def name_on_disk(model: PreTrainedModel, parameter: str) -> str:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from qplug.checkpoint.names import kind_of, module_of, split_name
 from qplug.errors import QplugError
+from qplug.model.block_list import decoder_blocks
 from qplug.model.hollow import build
 from qplug.model.hooks import hooked
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.parameters import first_tensor
 from qplug.model.quiet import quiet_transformers
-from qplug.model.view import decoder_blocks
 from qplug.numerics.hadamard import hadamard_exists
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
@@ -18,6 +17,7 @@ from qplug.api import ModelView
 from qplug.api.tensors import FLOAT_DTYPES, Checkpoint
 from qplug.checkpoint.names import block_of, local_of, natural_order, split_name
 from qplug.errors import QplugError
+from qplug.model.block_list import decoder_blocks
 from qplug.model.disk_names import disk_names, tied_name
 from qplug.model.hollow import build, load_config
 from qplug.model.kept_float import built_float
@@ -129,20 +129,6 @@ def _is_expert(blocks: tuple[str, ...], name: str) -> bool:
 
 def _is_in(blocks: tuple[str, ...], name: str) -> bool:
     return block_of(name, blocks) is not None
-
-
-def decoder_blocks(tree: nn.Module, folder: Path) -> tuple[str, ...]:
-    """The names of the decoder blocks in ``tree``. Raises QplugError if there is no module list."""
-    lists = [
-        (name, module)
-        for name, module in tree.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0
-    ]
-    if not lists:
-        raise QplugError(f"{folder}: no list of decoder blocks in this architecture")
-    # The outermost list with the most parameters: lists of experts lie inside it.
-    name, module = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return tuple(f"{name}.{index}" for index in range(len(module)))
 
 
 def float_tensors(

@@ -22,6 +22,7 @@ from qplug.model.architectures import expected_tensors
 from qplug.model.kv_cache import SCALES
 from qplug.reading.built import built_otherwise, share_of
 from qplug.reading.damage import find_damage
+from qplug.reading.finite import not_finite
 from qplug.reading.folder import Folder, open_folder
 from qplug.registry.registry import Registry
 
@@ -85,6 +86,7 @@ def verify(
         *damage.problems,
         *rules,
         *built_otherwise(opened),
+        *not_finite(opened),
         *_tokenizer_missing(opened),
         *_companions_unsound(opened),
         *_architecture_lacks(opened, session),
@@ -96,7 +98,6 @@ def verify(
         if source is not None:
             problems += _floats_differ(opened, source)
             problems += _strays(opened, source)
-            problems += _grown(opened, source)
         for done, name in enumerate(opened.schemes, start=1):
             weight = opened.dequantized(name)
             if not torch.isfinite(weight).all():
@@ -223,27 +224,6 @@ def _strays(opened: Folder, source: Checkpoint) -> list[Problem]:
     ]
 
 
-def _grown(opened: Folder, source: Checkpoint) -> list[Problem]:
-    """A problem for each linear whose codes take more bytes than its float weight."""
-    assert opened.exporter is not None
-    if (
-        not opened.exporter.format.is_lossless
-        or opened.checkpoint.config.get("quantization_config") is None
-    ):
-        return []  # the folder stores float weights
-    stored: dict[str, int] = {}
-    for tensor, packed in opened.checkpoint.tensors.items():
-        name = module_of(tensor)
-        stored[name] = stored.get(name, 0) + packed.nbytes
-    problems = []
-    for name in opened.schemes:
-        before = source.tensors.get(f"{name}.weight")
-        if before is not None and stored[name] > before.nbytes:
-            what = f"takes {stored[name]} bytes, more than the {before.nbytes} of its float weight"
-            problems.append(Problem("size", name, what))
-    return problems
-
-
 def float_weight(source: Checkpoint, name: str, shape: Sequence[int]) -> torch.Tensor:
     """The weight of the linear ``name`` in the float model, float32 ``[out, in]``.
 
@@ -260,7 +240,8 @@ def float_weight(source: Checkpoint, name: str, shape: Sequence[int]) -> torch.T
 
 def relative_distance(restored: torch.Tensor, weight: torch.Tensor) -> float:
     """The relative error ``||W' - W|| / ||W||`` (Frobenius norm) of two float32 matrices."""
-    return _norm(restored - weight) / max(_norm(weight), torch.finfo().tiny)
+    norm = _norm(weight)
+    return _norm(restored - weight) / (norm or 1.0)
 
 
 def _norm(matrix: torch.Tensor) -> float:

@@ -88,7 +88,7 @@ class _JobRunner:
             raise QplugError("the job writes and measures nothing: give --out")
         self._model, self._job, self._options, self._registry = job.model, job, options, registry
         self._watch = watch
-        self._folders = _folders(job)
+        self._folders = _folders(job, registry)
 
     def dry_run(self) -> JobResult:
         """Run every check that needs no weights, and return the results of the dry runs."""
@@ -216,13 +216,17 @@ class _JobRunner:
         return measured
 
 
-def _folders(job: Job) -> dict[Stage, Export]:
+def _folders(job: Job, registry: Registry) -> dict[Stage, Export]:
     """The folder in which the model of each measured stage lies: an export, or a hidden folder.
 
     The stage "quantized" is measured on an engine's folder, since that folder contains the codes.
     """
     wanted = {stage for measurement in job.measurements for stage in measurement.at}
-    floats = [export for export in job.exports if job.recipe_for(export).backend == "hf"]
+    floats = [
+        export
+        for export in job.exports
+        if registry.exporters[job.recipe_for(export).backend].format.stores_float
+    ]
     coded = [export for export in job.exports if export not in floats]
     first = job.exports[0].out if job.exports else Path("qplug")
     folders: dict[Stage, Export] = {}

@@ -49,13 +49,16 @@ class Steps:
 
     def weights(self, step: Step) -> list[Tensor]:
         """Returns the weights ``[out, in]`` of the linears in ``step``, in their order."""
-        return [self.prepared.checkpoint.read(f"{name}.weight") for name in step.linears]
+        weights = [self.prepared.checkpoint.read(f"{name}.weight") for name in step.linears]
+        # torch computes nothing in fp8; bfloat16 holds each of its values.
+        return [w.bfloat16() if w.element_size() == 1 else w for w in weights]
 
     def quantized(self, number: int, weights: Sequence[Tensor], quantize: Quantize) -> Finished:
         """Quantizes step ``number`` without statistics; ``weights`` are those of its linears."""
         step, dtype = self.plan.steps[number], self.prepared.view.dtype
         if dtype == "float16":  # all other dtypes hold the weights of all checkpoints
-            refuse_infinite(dict(zip(step.linears, weights, strict=True)), dtype)
+            named = {f"{name}.weight": w for name, w in zip(step.linears, weights, strict=True)}
+            refuse_infinite(named, dtype)
         linears = tuple(
             Linear(name, weight.to(self.session.device), scheme.weights, scheme.activations)
             for weight, (name, scheme) in zip(weights, step.linears.items(), strict=True)

@@ -692,11 +692,10 @@ def test_a_tensor_that_belongs_to_nothing_is_named(damaged: Any, name: str) -> N
     assert (problem.check, problem.where) == ("unexpected", name)
 
 
-def test_a_layer_that_grew_is_named(quantized: Quantized) -> None:
-    """Codes that each have a scale of their own take more than the floats did."""
+def test_codes_that_are_larger_than_the_floats_are_sound(quantized: Quantized) -> None:
+    """Codes that each have a scale of their own take more than the floats did, as was asked."""
     options = {"group_size": 1, "backend": "compressed-tensors"}
-    found = qplug.verify(str(quantized("W8A16", **options))).problems
-    assert [problem.check for problem in found] == ["size"] * 28
+    assert qplug.verify(str(quantized("W8A16", **options))).ok
 
 
 def test_blocks_of_fp8_of_another_method_are_one_line(quantized: Quantized, tmp_path: Path) -> None:
