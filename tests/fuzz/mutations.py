@@ -1,4 +1,4 @@
-"""Changes of files that somebody could make by mistake or in malice, drawn by a random generator."""
+"""Changes of files that somebody could make by mistake or in malice, drawn at random."""
 
 from __future__ import annotations
 
@@ -35,26 +35,6 @@ WHOLE: tuple[bytes, ...] = (
     *(b"[" + b"[]," * 500_000 + b"[]]", b"a: &a [*a]", b"{}" * 1000, b"<html></html>"),
 )
 
-#: Files that no reader may open, or not as a whole.
-Special = Callable[[Path], object]
-SPECIALS: dict[str, Special] = {
-    "/dev/zero": lambda path: path.symlink_to("/dev/zero"),
-    "/dev/urandom": lambda path: path.symlink_to("/dev/urandom"),
-    "/dev/null": lambda path: path.symlink_to("/dev/null"),
-    "/dev/tty": lambda path: path.symlink_to("/dev/tty"),
-    "/proc": lambda path: path.symlink_to("/proc/self/status"),
-    "a file of the system": lambda path: path.symlink_to("/etc/passwd"),
-    "a pipe": os.mkfifo,
-    "a folder": Path.mkdir,
-    "a socket": lambda path: _socket(path),
-    "a loop": lambda path: path.symlink_to(path.name),
-    "nowhere": lambda path: path.symlink_to("missing"),
-    "nothing": lambda path: None,
-    "a link to a pipe": lambda path: (os.mkfifo(f"{path}.p"), path.symlink_to(f"{path.name}.p")),
-    "64 GiB": lambda path: _sparse(path, 1 << 36),
-    "600 MiB": lambda path: _sparse(path, 600 << 20),
-}
-
 
 def _socket(path: Path) -> None:
     here = Path.cwd()
@@ -69,6 +49,27 @@ def _socket(path: Path) -> None:
 def _sparse(path: Path, size: int) -> None:
     with path.open("wb") as file:
         file.truncate(size)
+
+
+#: Files that no reader may open, or not as a whole.
+Special = Callable[[Path], object]
+SPECIALS: dict[str, Special] = {
+    "/dev/zero": lambda path: path.symlink_to("/dev/zero"),
+    "/dev/urandom": lambda path: path.symlink_to("/dev/urandom"),
+    "/dev/null": lambda path: path.symlink_to("/dev/null"),
+    "/dev/tty": lambda path: path.symlink_to("/dev/tty"),
+    "/proc": lambda path: path.symlink_to("/proc/self/status"),
+    "a file of the system": lambda path: path.symlink_to("/etc/passwd"),
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a socket": _socket,
+    "a loop": lambda path: path.symlink_to(path.name),
+    "nowhere": lambda path: path.symlink_to("missing"),
+    "nothing": lambda path: None,
+    "a link to a pipe": lambda path: (os.mkfifo(f"{path}.p"), path.symlink_to(f"{path.name}.p")),
+    "64 GiB": lambda path: _sparse(path, 1 << 36),
+    "600 MiB": lambda path: _sparse(path, 600 << 20),
+}
 
 
 # --- bytes ----------------------------------------------------------------------------------------

@@ -84,8 +84,8 @@ class Seed:
     files: tuple[str, ...] = field(default=())
 
 
-def make_seeds(root: Path) -> list[Seed]:
-    """All seeds, written below ``root``."""
+def make_seeds(root: Path, *, few: bool = False) -> list[Seed]:
+    """All seeds, written below ``root``; or a ``few`` of them, of every kind."""
     text = "".join(f"The {n}th sentence of a text, with a few words in it.\n" for n in range(200))
     (root / "text.txt").write_text(text)
     (root / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(3)))
@@ -97,8 +97,8 @@ def make_seeds(root: Path) -> list[Seed]:
     return [
         *(Seed("text", root / f"text.{kind}") for kind in ("txt", "jsonl", "json")),
         *(Seed("recipe", root / name) for name in ("recipe.yml", "recipe.json", "llmc.yml")),
-        *(_float(root, name, make) for name, make in _MODELS.items()),
-        *(_quantized(root, name, words) for name, words in _FOLDERS.items()),
+        *(_float(root, name, make) for name, make in list(_MODELS.items())[: 1 if few else None]),
+        *(_quantized(root, name, w) for name, w in list(_FOLDERS.items())[: 2 if few else None]),
     ]
 
 

@@ -131,12 +131,12 @@ def read_header(path: Path, *, within: Path | None = None) -> dict[str, FileTens
                 start, ends[name] = _offsets(entry)
                 tensors[name] = FileTensor(path, _spec(entry), begin + start)
     except (ValueError, KeyError, TypeError) as error:
-        reason = f"{name} lacks {error}" if isinstance(error, KeyError) else error
+        reason = f"{name[:300]} lacks {error}" if isinstance(error, KeyError) else error
         raise QplugError(f"{path}: not a sound safetensors file: {reason}") from error
     end = begin
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if tensor.start != end or begin + ends[name] != end + tensor.nbytes:
-            raise QplugError(f"{path}: not a sound safetensors file: {name} is out of place")
+            raise QplugError(f"{path}: not a sound safetensors file: {name[:300]} is out of place")
         end += tensor.nbytes
     if size != end:
         what = "cut short" if size < end else "too long"

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from qplug.api.tensors import Checkpoint
 from qplug.machine.session import Session
 from qplug.output.checksums import file_checksum
@@ -30,15 +32,19 @@ def fingerprint(
     session: Session,
     shard_bytes: int,
     tokens: Tensor | None,
+    *,
+    learns: bool = False,
 ) -> dict[str, Any]:
     """A record of everything that decides the bytes of a run, by name of the part.
 
     A stopped run continues only if its record is equal; a message names the part that differs.
     ``shard_bytes`` is the size of a weight file in bytes, ``tokens`` the calibration tokens, int64
     ``[samples, length]``, or None. The number of processes counts for a run with tokens, because
-    sums over tokens depend on how processes share them.
+    sums over tokens depend on how processes share them. ``learns`` is whether an algorithm learns
+    on the whole model; only then the number of threads counts.
     """
     processes = session.processes.count
+    threads = {"OMP_NUM_THREADS": torch.get_num_threads()} if learns else {}
     model = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
     pages = max(_LEAST_PAGES, min(_MOST_PAGES, _PAGES_IN_ALL // max(1, len(source.shards))))
     for path in source.shards:
@@ -56,6 +62,7 @@ def fingerprint(
         "shard size": shard_bytes,
         "data": None if tokens is None else hashlib.sha256(tokens.numpy().data).hexdigest(),
         "versions": versions(recipe, session.registry),
+        **threads,
         **({"number of processes": processes} if processes > 1 and tokens is not None else {}),
     }
 

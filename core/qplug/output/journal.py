@@ -168,5 +168,9 @@ def _are_names(value: object) -> bool:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Returns the keys in which two fingerprints differ, with commas between them."""
-    return ", ".join(sorted(k for k in {*old, *new} if old.get(k) != new.get(k)))
+    """Returns the keys in which two fingerprints differ, with commas between them.
+
+    Settings of the environment, whose keys are in capitals, come with their old values.
+    """
+    keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+    return ", ".join(f"{k} (it was {old[k]})" if k.isupper() and k in old else k for k in keys)

@@ -156,7 +156,7 @@ def run(
             floats=share.kinds,
         )
 
-    mark = fingerprint(source, recipe, session, shard_bytes, tokens)
+    mark = fingerprint(source, recipe, session, shard_bytes, tokens, learns=bool(stages.learning))
     single = exporter.format.single_file
     make_writer = partial(
         Writer,

@@ -513,3 +513,15 @@ def test_a_linear_that_no_token_reached(
     assert set(made) == {"seen", "unseen"}
     assert torch.equal(made["unseen"].codes, nearest(unseen).codes)
     assert block.notes == ["unseen: no token reached it; rounded to nearest"]
+
+
+def test_factors_do_not_depend_on_the_number_of_threads() -> None:
+    x = torch.randn(800, 384, generator=torch.Generator().manual_seed(0))
+    threads, factors = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            factors.append(solver.inverse_factor(x.T @ x, torch.arange(384), 0.05)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(factor.equal(factors[0]) for factor in factors)
