@@ -96,6 +96,10 @@ GARBAGE = {
     "alg-strings": QUANTIZE + "return {linear.name: 'codes' for linear in block.linears}",
     "alg-raises": QUANTIZE + "1 / 0",
     "alg-floats": QUANTIZE + "return {l.name: l.weight for l in block.linears}",
+    "alg-args": QUANTIZE + "return {l.name: replace(nearest(l), args=None) for l in block.linears}",
+    "alg-nan": QUANTIZE
+    + "return {l.name: replace(nearest(l), scale=nearest(l).scale * float('nan'))"
+    " for l in block.linears}",
     "transform-raises": "def transform(self, block): 1 / 0",
 }
 DATASET = """

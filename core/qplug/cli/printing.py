@@ -83,7 +83,7 @@ def _results(ctx: click.Context) -> Iterator[None]:
     """Within the context only ``say`` and ``say_json`` reach stdout."""
     stdout = sys.stdout
     if not _is_descriptor_1(stdout):
-        ctx.meta[_KEY] = stdout
+        ctx.meta[_KEY] = stdout or io.StringIO()  # a closed stdout takes nothing
         with redirect_stdout(sys.stderr):
             yield
         return

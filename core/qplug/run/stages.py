@@ -153,16 +153,16 @@ class Stages:
                 for linear in block.linears
             }
         block.notes.extend(_unseen(block))
-        with blaming_weights(block.linears):
+        with blaming_weights(block.linears), self._registry.blaming(quantizer, block.name):
             refuse_unsound(block.linears, codes, self._called(quantizer))
         return codes
 
     def _called(self, algorithm: Algorithm[Any]) -> str:
         """Returns the name of ``algorithm``, with its plugin if that is none of qplug's own."""
-        owners = self._registry.algorithms.owners(algorithm.name)
-        if len(owners) != 1 or owners[0].ships_with_qplug:
+        owner = self._registry.owner(algorithm)
+        if owner is None or owner.ships_with_qplug:
             return algorithm.name
-        return f"{algorithm.name} of plugin {owners[0]}"
+        return f"{algorithm.name} of plugin {owner}"
 
     def report(
         self,
