@@ -121,13 +121,15 @@ class Fuzzer:
         place.mkdir()
         try:
             it, damage = self._damaged(seed, place, draw)
-            words = self._words(draw.choice(self._commands(kind)), it, place)
+            words = self._words(draw.choice(self._commands(kind, number)), it, place)
             return self._run(number, words, damage, place)
         finally:
             shutil.rmtree(place)
 
-    def _commands(self, kind: str) -> list[tuple[str, ...]]:
-        return [c for c in COMMANDS[kind] if not self._few or c[0] not in HEAVY or "--dry-run" in c]
+    def _commands(self, kind: str, number: int) -> list[tuple[str, ...]]:
+        """The commands for case ``number``: only one in four may be heavy."""
+        heavy = not self._few and number % 4 == 0
+        return [c for c in COMMANDS[kind] if heavy or c[0] not in HEAVY or "--dry-run" in c]
 
     def _damaged(self, seed: Seed, place: Path, draw: random.Random) -> tuple[Path, str]:
         """A copy of ``seed`` in ``place`` that is damaged, and the damage in words."""

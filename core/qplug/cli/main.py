@@ -35,6 +35,9 @@ _OF_THE_MACHINE = {
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
 }
 
+#: The most characters of an error: what it quotes from a file may be as long as the file.
+_LONGEST = 2000
+
 #: The place of each command of qplug itself, and its line in ``qplug --help``, by name.
 COMMANDS = {
     "quantize": ("qplug.cli.quantize:command", "Quantize a checkpoint."),
@@ -157,7 +160,8 @@ def _print_traceback(
 
 def _in_words(error: Exception) -> str:
     """Returns the message of ``error`` on one line, in characters that a terminal only shows."""
-    return shown(" ".join(str(error).splitlines()))
+    text = shown(" ".join(str(error).splitlines()))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _in_one_line(error: click.ClickException) -> click.ClickException:

@@ -269,6 +269,8 @@ def clean_up(out: Path) -> None:
     that was about to be replaced.
     """
     out = out.resolve()
+    if not out.name:
+        return  # the root of all folders, which no run replaces
     folder = out.with_name(f".{out.name}.partial")
     with suppress(QplugError, OSError):  # the run says so itself, if it comes so far
         if not folder.is_dir() or folder.is_symlink():
