@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SHELL := /bin/bash
 
-.PHONY: quickstart test test-slow coverage test-examples lint types docs reference
+.PHONY: quickstart test test-newer test-slow coverage test-examples lint types docs reference
 .PHONY: test-engines test-engines-full test-gpu wheel clean
 
 quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it write
@@ -18,7 +18,10 @@ quickstart: $(VENV)/installed  ## quantize the demo model, check it, and see it 
 test: $(VENV)/installed-test  ## the tests that need neither a network nor a GPU
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-test-slow: $(VENV)/installed-slow  ## those of them that take long
+test-newer:  ## the same, on Python 3.13 or newer, in an environment of its own
+	bash tests/newer_python.sh .venv-newer
+
+test-slow: $(VENV)/installed-slow  ## those that take long
 	$(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 8 --dist worksteal
 
 coverage: $(VENV)/installed-dev  ## the same, and at least 90 % of core and plugins must have run
@@ -59,7 +62,7 @@ wheel: $(VENV)/installed-dev  ## build the wheel and try it in an environment of
 	bash tests/wheel.sh $(BIN)/python
 
 clean:
-	rm -rf $(VENV) .venv-vllm quantized-demo dist site
+	rm -rf $(VENV) .venv-newer .venv-vllm quantized-demo dist site
 
 # --- environments: made once, and again when what they are made of changes ---
 

@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from importlib import import_module
 from typing import Any
 
@@ -78,7 +77,7 @@ def be_child(request: dict[str, Any], rank: int, port: int) -> None:
     except SystemExit as error:
         code = error.code or 0
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         code = 1
     sys.stdout.flush()
     os._exit(code)  # an orderly exit takes a second

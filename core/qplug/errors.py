@@ -14,10 +14,14 @@ class QplugError(Exception):
 
 
 class PluginError(QplugError):
-    """A plugin that the user named is broken; ``__cause__`` is the plugin's own exception."""
+    """A plugin is broken, or tried to end the process; ``__cause__`` is the plugin's exception.
 
-    def __init__(self, name: str, source: str, error: BaseException) -> None:
-        super().__init__(f"plugin {name} ({source}): {type(error).__name__}: {error}")
+    ``where`` names what the plugin was working on.
+    """
+
+    def __init__(self, name: str, source: str, error: BaseException, where: str = "") -> None:
+        place = f"{where}: " if where else ""
+        super().__init__(f"plugin {name} ({source}): {place}{reason(error)}")
 
 
 class PluginWarning(UserWarning):
@@ -27,11 +31,15 @@ class PluginWarning(UserWarning):
 class StageError(Exception):
     """A plugin raised an exception while it worked: a bug in the plugin.
 
-    ``where`` names the block, the layer or the file that the plugin was working on.
+    ``where`` names the block, the layer or the file that the plugin was working on. ``plugin`` is
+    the name of the plugin, ``name`` the name of its component.
     """
 
-    def __init__(self, name: str, source: str, where: str, error: BaseException) -> None:
-        super().__init__(f"plugin {name} ({source}): {where}: {type(error).__name__}: {error}")
+    def __init__(
+        self, name: str, source: str, where: str, error: BaseException, plugin: str = ""
+    ) -> None:
+        self.plugin = plugin or name
+        super().__init__(f"plugin {name} ({source}): {where}: {reason(error)}")
 
 
 class OtherProcessError(Exception):
@@ -41,8 +49,35 @@ class OtherProcessError(Exception):
     """
 
 
+class CtrlC(KeyboardInterrupt):
+    """The user pressed Ctrl-C. A plugin that raises KeyboardInterrupt raises another class."""
+
+
 class RelayedError(QplugError):
     """A QplugError of another process of this run, raised again in every process."""
+
+
+def reason(error: BaseException) -> str:
+    """Returns the type and the message of ``error``, which a stranger's code may have raised."""
+    try:
+        message = str(error)
+    except Exception:  # a stranger's __str__ may raise anything
+        message = "an exception without a readable message"
+    kind = type(error).__name__
+    return f"{kind}: {message}" if message else kind
+
+
+def shown(text: object) -> str:
+    """Returns ``text`` on one line, in characters that change nothing but the line they are on.
+
+    Every other character, such as a line break, a control character of the terminal, or a mark that
+    turns the direction of the text, becomes its escape: ``\\n``, ``\\x1b``, ``\\u202e``.
+    """
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qplug.checkpoint.open import INDEX
-from qplug.errors import QplugError
+from qplug.errors import QplugError, shown
 from qplug.machine.devices import find_device
 from qplug.output import disk
 from qplug.output.journal import Journal
@@ -84,16 +84,16 @@ def test_the_checkpoint_that_the_tests_break_is_whole(
 
 @pytest.mark.parametrize("name", ["missing", "./missing", "a/b/c", "x" * 300, "a\0b"])
 def test_no_such_folder(name: str, refused: Refused) -> None:
-    assert refused(name) == f"{name}: no such folder"
+    assert refused(name) == f"{shown(name)}: no such folder"
 
 
 def test_a_hub_id_without_a_network(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub
+    from huggingface_hub import constants  # not an attribute of the package before its import
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     message = refused("someone/a-model")
     assert message.startswith(
         "someone/a-model: no folder on this machine, and not downloaded from the Hub: "

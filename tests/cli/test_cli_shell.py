@@ -17,11 +17,15 @@ from click.testing import CliRunner, Result
 import qplug as qplug_package
 from qplug import __version__
 from qplug.cli.main import COMMANDS, Deferred, main
+from qplug.cli.printing import Command, say_json
+from qplug.cli.progress import progress_bar
 from qplug.registry.plugin import Plugin
 from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from conftest import Starter
 
 ALGORITHM = '''
 from __future__ import annotations
@@ -134,6 +138,21 @@ def test_every_command_is_where_the_table_says(name: str) -> None:
     assert command.help
 
 
+def leaves(command: click.Command) -> Iterator[click.Command]:
+    if isinstance(command, click.Group):
+        for member in command.commands.values():
+            yield from leaves(member)
+    else:
+        yield command
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_keeps_stdout_for_its_results(name: str) -> None:
+    deferred = main.commands[name]
+    assert isinstance(deferred, Deferred)
+    assert all(isinstance(command, Command) for command in leaves(deferred.load()))
+
+
 def test_a_command_is_imported_when_it_runs() -> None:
     sys.modules.pop("qplug.cli.plugins", None)
     qplug("--help")
@@ -213,6 +232,32 @@ def test_wrong_usage_exits_with_2(words: list[str]) -> None:
     result = qplug(*words)
     assert result.exit_code == 2
     assert result.output.startswith("Usage: qplug")
+
+
+def test_a_traceback_only_shows(start: Starter, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(COMMAND.format(name="hello", body=r"raise ValueError('\x1b[2J\u202e')"))
+    done = start("--plugin", file, "hello").wait()
+    assert done.codes == [1]
+    assert done.stderr.endswith("\nValueError: \\x1b[2J\\u202e\n")
+    assert done.stderr.replace("\n", "").isprintable()
+
+
+def test_a_name_is_no_markup_of_the_progress_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    with progress_bar("evaluating [bold]x") as bar:
+        bar(1, 2, "layer[/nothing]\x1b]0;pwn\x07", 0.5)
+    err = capsys.readouterr().err
+    assert "[/nothing]" in err
+    assert "\x1b]0;" not in err
+
+
+def test_json_has_no_numbers_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    say_json({"a": [1.5, float("nan")], "b": (float("inf"), 2)})
+    assert json.loads(capsys.readouterr().out) == {"a": [1.5, None], "b": [None, 2]}
 
 
 # --- plugins on the command line -----------------------------------------------------------------
@@ -344,7 +389,8 @@ def test_check_fails_if_two_plugins_clash(write: WriteFile, code: str) -> None:
     kind = "algorithm" if code is ALGORITHM else "command"
     assert result.exit_code == 1
     assert result.output.splitlines()[2:] == [
-        f"clash  {kind} 'my-idea' comes from one ({one}) and two ({two}); drop one: -p no:PLUGIN"
+        f"clash  {kind} 'my-idea' comes from one ({one}) and two ({two});"
+        " drop one: -p no:one or -p no:two"
     ]
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from qplug import PRESETS, Capability
 from qplug.registry.registry import Registry
-from qplug_vllm.cpu import FP8_CACHE, Flaw, flaw_on_cpu, refused_on_cpu
+from qplug_vllm.cpu import FP8_CACHE, SATURATES, Flaw, refused_on_cpu
+from qplug_vllm.cpu import flaws_on_cpu as flaws_of_scheme
 
 #: What an algorithm is tried with, where one scheme has to do.
 FITTING = {"smoothquant": "W8A8", "osplus": "W8A8", "spinquant": "FP8_DYNAMIC"}
@@ -162,12 +163,13 @@ def left_out_on_cpu(case: Case, flags: frozenset[str], *, emulating: bool) -> st
         return "vLLM 0.32 has no backend for quantized experts on a CPU"
     if case.kv_cache and (reason := refused_on_cpu(FP8_CACHE, flags)):
         return reason
-    if {"quarot", "spinquant"} & set(case.algo.split("+")) and (flaws := flaws_on_cpu(case, flags)):
-        return f"rotated models lose most where {flaws[0].what}"
+    rotated = {"quarot", "spinquant"} & set(case.algo.split("+"))
+    if rotated and SATURATES in flaws_on_cpu(case, flags):
+        return f"rotated models lose most where {SATURATES.what}"
     return refused_on_cpu(case.scheme, flags, emulating=emulating)
 
 
 def flaws_on_cpu(case: Case, flags: frozenset[str]) -> list[Flaw]:
     """What vLLM gets wrong of ``case`` on a CPU with ``flags``."""
     parts = (case.scheme, *((FP8_CACHE,) if case.kv_cache else ()))
-    return [flaw for part in parts if (flaw := flaw_on_cpu(part, flags))]
+    return [flaw for part in parts for flaw in flaws_of_scheme(part, flags)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_cases import Case
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qplug
@@ -98,6 +101,19 @@ def read(
             patch.setattr(kv_cache, "fake_quantize_activations", cut)
         logprobs = model(prompts, use_cache=False).logits.log_softmax(-1)
     return logprobs[:, :-1].gather(2, prompts[:, 1:, None]).squeeze(2)
+
+
+def with_inputs_per_token(folder: Path, copy: Path) -> Path:
+    """A copy of ``folder`` whose static inputs are dynamic: a scale for each token, none stored."""
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text("utf-8"))
+    for group in config["quantization_config"]["config_groups"].values():
+        group["input_activations"] |= {"dynamic": True, "strategy": "token"}
+    (copy / "config.json").write_text(json.dumps(config), "utf-8")
+    tensors = load_file(copy / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not name.endswith("input_scale")}
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
 
 
 def cut(x: Tensor, args: QuantArgs, scale: Tensor) -> Tensor:

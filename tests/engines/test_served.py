@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from engine_cases import Case, flaws_on_cpu, inputs_stay
-from engine_folders import TOKENS, WINDOWS, Written, read, write_all
+from engine_folders import TOKENS, WINDOWS, Written, read, with_inputs_per_token, write_all
 from engine_models import write_models
 from real_engines import SGLANG_ON_GPU, VLLM_ON_CPU, VLLM_ON_GPU, RealEngine
 from safetensors.torch import load_file, save_file
@@ -27,7 +27,7 @@ from qplug import PRESETS, QplugError
 from qplug.checkpoint.locate import DEMO
 from qplug.machine.session import Session
 from qplug.reading.perplexity import evaluation_tokens
-from qplug_vllm.cpu import cpu_flags, flaw_on_cpu
+from qplug_vllm.cpu import PER_TOKEN, SATURATES, cpu_flags
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -157,7 +157,7 @@ def selected(session: pytest.Session, *names: str) -> list[Any]:
 def in_float32(case: Case, engine: RealEngine) -> bool:
     """Whether ``case`` is served in float32 too, to see how activations are rounded."""
     plain = case.algo == "rtn" and case.backend == "vllm" and case.model == "demo"
-    exact = engine.on_cpu and not flaw_on_cpu(case.scheme, cpu_flags())
+    exact = engine.on_cpu and SATURATES not in flaws_on_cpu(case, cpu_flags())
     return exact and plain and case.rounds_activations
 
 
@@ -184,7 +184,12 @@ def test_the_float_model(model: str, served: Served, prompts: Tensor, results: A
 
 
 def test_what_is_served(
-    case: Case, engine: RealEngine, served: Served, prompts: Tensor, results: Any
+    case: Case,
+    engine: RealEngine,
+    served: Served,
+    prompts: Tensor,
+    results: Any,
+    tmp_path: Path,
 ) -> None:
     """Log-probabilities of the reader without rounded activations, perplexity with them.
 
@@ -198,15 +203,19 @@ def test_what_is_served(
     flaws = flaws_on_cpu(case, cpu_flags()) if engine.on_cpu else []
     unrounded = not engine.on_cpu and inputs_stay(case)
     evaluated = perplexity(plain) if unrounded else expected.perplexity
+    rounding = expected.rounding
     notes = {
         **{flaw.what: True for flaw in flaws},
         "inputs stay as they are, also for the perplexity it is held to": unrounded,
     }
     found = {"difference": difference(logprobs, plain), "perplexity": perplexity(logprobs)}
     limit = WITH_ACTIVATIONS if case.rounds_activations else WEIGHTS_ONLY
-    if engine.on_cpu and flaw_on_cpu(case.scheme, cpu_flags()):
+    if SATURATES in flaws:
         limit *= 2  # a wrong scale or layout still gives a multiple
-    rounding = expected.rounding
+    if PER_TOKEN in flaws:
+        folder = with_inputs_per_token(expected.folder, tmp_path / "per_token")
+        rounded = read(folder, prompts)
+        rounding, evaluated = difference(rounded, plain), perplexity(rounded)
     if cuts_cache(case, engine):
         rounding = difference(read(served.folder(case), prompts, cut_cache=True), plain)
     if not unrounded:  # it is no nearer to who does not round than the reader is once it does
@@ -251,11 +260,12 @@ def test_activations_in_float32(
 
 
 def alike_at_first(one: Tensor, other: Tensor) -> bool:
-    """Whether a tenth of all tokens, those before anything rounded otherwise, are as good as equal.
+    """Whether a twentieth of all tokens, those before a value rounds differently, are almost equal.
 
-    A scale that is off by a few percent in one layer leaves no token as it was.
+    A scale that is off by a few percent in one layer changes every token. Seen with an fp8 cache on
+    a CPU with AMX: 3e-5, and 2e-3 with such a scale.
     """
-    return (one - other).abs().quantile(0.1).item() < 1e-3
+    return (one - other).abs().quantile(0.05).item() < 3e-4
 
 
 def test_enough_was_computed(served: Served) -> None:

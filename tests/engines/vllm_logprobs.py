@@ -12,8 +12,10 @@ import gc
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import packages_distributions, version
 from typing import Any
+from unittest import mock
 
 from engine_program import answer_loads
 
@@ -26,7 +28,8 @@ def measure(
     began = time.monotonic()
     emulated_calls.clear()
     try:
-        logprobs = logprobs_of(folder, dtype, prompts, options)
+        with without_amx_products() if dtype == "float32" else nullcontext():
+            logprobs = logprobs_of(folder, dtype, prompts, options)
     finally:
         gc.collect()
         cleanup_dist_env_and_memory()
@@ -60,6 +63,17 @@ def logprobs_of(
         found = answer.prompt_logprobs[1:]
         logprobs.append([at[token].logprob for token, at in zip(prompt[1:], found, strict=True)])
     return logprobs
+
+
+def without_amx_products() -> AbstractContextManager[Any]:
+    """Lets vLLM choose oneDNN's integer product, which every other CPU uses.
+
+    vLLM chooses its product for AMX whatever the dtype of the activations, and that product then
+    refuses float32.
+    """
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+
+    return mock.patch.object(cpu, "check_cpu_sgl_kernel", return_value=False)
 
 
 # --- a kernel that vLLM's library for CPUs without AVX-512 lacks ----------------------------------
@@ -111,6 +125,30 @@ def nibbles(words: Any) -> Any:
     return ((words.unsqueeze(-1) >> shifts) & 15).flatten(-2).float()
 
 
+# --- a product that takes seconds on a CPU with AMX -----------------------------------------------
+
+FP8 = "_scaled_mm"
+
+
+def emulate_fp8() -> None:
+    """Stand in for torch's fp8 product, for which oneDNN has but a reference kernel there.
+
+    Products of two fp8 numbers are exact in float32, and both kernels sum them in float32.
+    """
+    import torch
+
+    torch._scaled_mm = multiply_fp8
+
+
+def multiply_fp8(
+    a: Any, b: Any, scale_a: Any, scale_b: Any, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    """``a @ b * scale_a * scale_b + bias``; ``a``: fp8 ``[tokens, in]``, ``b``: ``[in, out]``."""
+    emulated_calls.append(FP8)
+    product = a.float() @ b.float() * (scale_a * scale_b)
+    return (product if bias is None else product + bias.float()).to(out_dtype or a.dtype)
+
+
 # --------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +161,8 @@ def main() -> None:
 
     if current_platform.is_cpu() and not hasattr(torch.ops._C, INT4):
         emulate_int4()
+    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
+        emulate_fp8()
     packages = {"vllm": packages_distributions()["vllm"][0], "torch": "torch"}
     packages["transformers"] = "transformers"
     told = {

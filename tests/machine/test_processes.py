@@ -98,7 +98,7 @@ FAILURES = '''
 import sys
 import torch
 from qplug import QplugError
-from qplug.errors import OtherProcessError, RelayedError
+from qplug.errors import CtrlC, OtherProcessError, RelayedError
 from qplug.machine.launch import Launch
 from qplug.machine.exchange import join
 
@@ -142,7 +142,7 @@ assert run(at({1}, mend)) == (kind, "mend this")
 assert run(broken_work) == (kind, "mend this")
 assert run(at({0, 1, 2}, QplugError(f"mend {rank}")))[1] == "mend 0"
 assert run(after_the_last_exchange)[1] == "too late"
-assert run(at({1}, KeyboardInterrupt())) == (KeyboardInterrupt, "")
+assert run(at({1}, KeyboardInterrupt())) == (KeyboardInterrupt if rank == 1 else CtrlC, "")
 other = run(at({1}, ValueError("a bug")))
 assert other == (ValueError, "a bug") if rank == 1 else other == (
     OtherProcessError, "process 1 broke: ValueError: a bug"

@@ -81,8 +81,8 @@ def test_rotary_tables_may_depend_on_positions(tmp_path: Path) -> None:
 
 
 def test_blocks_without_attention_are_refused(tmp_path: Path) -> None:
-    config = transformers.MambaConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4
+    config = transformers.Mamba2Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=4
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mamba")
     with pytest.raises(QplugError) as caught:

@@ -218,6 +218,21 @@ def test_what_a_cpu_computes_worse_is_told(
     assert cli("serve", folder(scheme="W4A16"), "--dry-run", "--backend", "vllm").stderr == ""
 
 
+def test_a_cpu_that_ignores_the_scales_of_inputs_is_told(
+    cli: Cli, folder: Callable[..., Path], this_cpu: Callable[..., None]
+) -> None:
+    """vLLM's product for AMX has no argument for the scale of static inputs."""
+    path = folder(scheme="W8A8_STATIC", backend="vllm", samples=2, seq_len=32)
+    this_cpu("avx512f", "avx512_vnni", "amx_tile", "amx_int8")
+    warning = cli("serve", path, "--dry-run", "--no-verify").stderr
+    assert warning.startswith(
+        "Warning: on this CPU answers will differ from the answers on a GPU: W8A8_STATIC: "
+        "static inputs are rounded per token"
+    )
+    this_cpu("avx512f", "avx512_vnni")
+    assert cli("serve", path, "--dry-run", "--no-verify").stderr == ""
+
+
 def test_nothing_is_told_of_a_cpu_beside_a_gpu_or_unknown(
     cli: Cli,
     folder: Callable[..., Path],

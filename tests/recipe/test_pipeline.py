@@ -90,6 +90,6 @@ def test_what_others_say_counts() -> None:
 
     awq = make_pipeline(["awq"], {}, [preset("W4A16")], Registry.installed())
     with pytest.raises(QplugError, match="awq and mine both decide the scales of inputs"):
-        check_pipeline([*awq, Mine(NoParams())], [preset("W4A16")])
+        check_pipeline([*awq, Mine(NoParams())], [preset("W4A16")], Registry.installed())
     with pytest.raises(QplugError, match=r"^mine: does not like it$"):
-        check_pipeline([Mine(NoParams())], [preset("W8A16")])
+        check_pipeline([Mine(NoParams())], [preset("W8A16")], Registry.installed())

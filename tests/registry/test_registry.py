@@ -285,7 +285,7 @@ def test_two_plugins_with_one_offer_clash_by_that_name_only(install: Install) ->
     registry = Registry.installed()
     sentence = (
         "algorithm 'gptq' comes from first (qplug-first 1.0) and second (qplug-second 1.0);"
-        " drop one: -p no:PLUGIN"
+        " drop one: -p no:first or -p no:second"
     )
     with pytest.raises(QplugError) as no:
         registry.algorithms["gptq"]

@@ -272,7 +272,7 @@ def test_companions(llama: Path, tmp_path: Path) -> None:
         *(".gitattributes", "training.ckpt"),
     }
     for name in kept | left | {"README.md"}:
-        (llama / name).write_text(f"the {name} of the source")
+        (llama / name).write_text(f'{{"is": "the {name} of the source"}}')
     (llama / "additional_chat_templates").mkdir()
     (llama / "additional_chat_templates" / "tools.jinja").write_text("tools")
     (llama / "additional_chat_templates" / "notes.txt").write_text("notes")
@@ -285,7 +285,7 @@ def test_companions(llama: Path, tmp_path: Path) -> None:
         *("additional_chat_templates", "additional_chat_templates/tools.jinja"),
     }
     for name in kept:
-        assert (tmp_path / "out" / name).read_text() == f"the {name} of the source"
+        assert (tmp_path / "out" / name).read_text() == f'{{"is": "the {name} of the source"}}'
     for name in ("README.md", "qplug.json"):
         assert "of the source" not in (tmp_path / "out" / name).read_text()
 

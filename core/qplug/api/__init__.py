@@ -25,7 +25,7 @@ from qplug.api.float_model import (
 )
 from qplug.api.format import Format, SingleFile
 from qplug.api.layout import Problem
-from qplug.api.model import ModelView
+from qplug.api.model import BuiltFloat, ModelView
 from qplug.api.tensors import Checkpoint, StoredTensor, TensorSpec
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Algorithm",
     "Batch",
     "Block",
+    "BuiltFloat",
     "Capability",
     "Checkpoint",
     "Component",

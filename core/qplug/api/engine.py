@@ -49,6 +49,11 @@ class Engine:
     #: Whether it can rotate the inputs of linears as the model runs (``Preparation.online``).
     rotates_online: ClassVar[bool] = False
 
+    @property
+    def servers(self) -> frozenset[str]:
+        """The names of the servers that load folders, as in ``BuiltFloat``: those of releases."""
+        return frozenset(release.partition(" ")[0] for release in self.releases)
+
     def capabilities(self, version: str = NEWEST) -> list[Capability]:
         """What ``version`` serves and what it does not, with the release in ``engine``.
 

@@ -68,8 +68,9 @@ class Result:
 
     ``source_bytes`` and ``bytes`` are the sizes of all tensors before and after. ``resumed`` is the
     number of steps that an earlier run had finished. ``stages`` are the costs of the stages, in the
-    first process if there are several. After a dry run nothing is written, and only sizes are
-    known.
+    first process if there are several. After a dry run nothing is written, and only sizes and
+    shares are known. ``float_share`` is the share of the weights in decoder blocks that stays
+    float, 0 to 1; ``floats`` are its parts, by name of the weights with a star for each number.
     """
 
     out: Path
@@ -82,3 +83,5 @@ class Result:
     resumed: int
     dry_run: bool = False
     stages: tuple[StageCost, ...] = ()
+    float_share: float = 0.0
+    floats: Mapping[str, float] = field(default_factory=dict)

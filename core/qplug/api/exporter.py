@@ -10,7 +10,7 @@ from qplug.api.engine import Engine
 from qplug.api.format import Format
 from qplug.api.layout import Problem
 from qplug.api.limits import Target
-from qplug.api.model import ModelView
+from qplug.api.model import BuiltFloat, ModelView
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.api.tensors import Checkpoint
 
@@ -48,6 +48,21 @@ class Exporter(Component[P]):
         if sentence is None and self.engine is not None:
             sentence = self.engine.refuses_cache(cache)
         return sentence
+
+    def built_float(self, model: ModelView) -> dict[str, BuiltFloat]:
+        """Why weights of ``model`` stay float, by name: the engine builds them so.
+
+        Without an engine: those that any engine builds so, since a measured folder has to show what
+        an engine would serve.
+        """
+        if self.engine is None:
+            return dict(model.built_float)
+        servers = self.engine.servers
+        return {
+            name: why
+            for name, why in model.built_float.items()
+            if not why.engines or servers & {*why.engines}
+        }
 
     def merged(self, names: Sequence[str]) -> list[list[str]]:
         """The groups of linears that share a global scale: see ``Engine.merged``."""

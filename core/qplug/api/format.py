@@ -146,6 +146,13 @@ class Format(ABC):
         """How a ``quantization_config`` stores the KV cache; None if it stays float."""
         return None
 
+    def quantizes_experts(self, config: Mapping[str, Any], name: str) -> bool:
+        """Whether a ``quantization_config`` makes engines build experts with codes.
+
+        ``name`` is the engines' name of all experts of a layer: ``model.layers.0.mlp.experts``.
+        """
+        return False
+
     # --- a folder --------------------------------------------------------------------------------
 
     def stored_shapes(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:

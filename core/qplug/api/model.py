@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True)
+class BuiltFloat:
+    """Why a weight stays float: engines build its module without quantization.
+
+    ``engines`` are the names of the engines that do so (``vLLM``, ``SGLang``); empty for all.
+    ``reason`` completes the sentence "it stays float: ...". ``source`` names the file of the engine
+    and its version, or whatever else the statement rests on.
+    """
+
+    reason: str
+    engines: tuple[str, ...] = ()
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -14,10 +29,15 @@ class ModelView:
     ``config`` is config.json. ``dtype`` is the dtype of the float weights. ``linears`` maps the
     module name of every linear (``model.layers.0.mlp.up_proj``) to the shape ``(out, in)`` of its
     weight: linears of decoder blocks, each expert's separately, routers, and the head if it has a
-    tensor of its own. ``quantizable`` are the linears to quantize by default, which are all but
-    head and routers. ``blocks`` are the names of the decoder blocks, in order. ``head`` is the name
-    of the module that computes the logits, even if its weight is tied to the embedding; None if the
-    model has none.
+    tensor of its own. ``quantizable`` are the linears that an engine can load as codes, which are
+    all but head and routers. ``blocks`` are the names of the decoder blocks, in order. ``head`` is
+    the name of the module that computes the logits, even if its weight is tied to the embedding;
+    None if the model has none.
+
+    ``built_float`` says why linears stay float whatever the scheme, by linear or other weight; a
+    linear that only some engines build float may be in ``quantizable`` too. ``other_weights`` are
+    the weights in the blocks with two or more axes that are no linears, such as experts stacked in
+    one tensor: shapes by name, without ``.weight``. qplug fills them in from the checkpoint.
     """
 
     config: Mapping[str, Any]
@@ -26,3 +46,18 @@ class ModelView:
     quantizable: frozenset[str]
     blocks: tuple[str, ...]
     head: str | None
+    built_float: Mapping[str, BuiltFloat] = field(default_factory=dict)
+    other_weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def stacked_experts(self) -> tuple[str, ...]:
+        """The names of the modules whose experts are stacked in tensors of ``other_weights``.
+
+        Engines give this name to all experts of a layer: ``model.layers.0.mlp.experts``.
+        """
+        found: dict[str, None] = {}
+        for name, shape in self.other_weights.items():
+            if len(shape) == 3 and math.prod(shape[:2]) != shape[0]:  # else a depthwise convolution
+                layer, inside, _ = f"{name}.".partition(".experts.")
+                found[f"{layer if inside else name.rpartition('.')[0]}.experts"] = None
+        return tuple(found)

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qplug.errors import QplugError
 
@@ -50,6 +50,10 @@ FLOAT_STEP = {name: math.ldexp(1, 2 - 2 ** (e - 1) - m) for name, (e, m) in FLOA
 E4M3_SCALES, E8M0_SCALES = "float8_e4m3fn", "float8_e8m0fnu"
 
 
+#: The dtypes in which scales are stored.
+SCALE_DTYPES = ("float32", "bfloat16", "float16", E4M3_SCALES, E8M0_SCALES)
+
+
 @dataclass(frozen=True)
 class QuantArgs:
     """How weights, activations or a KV cache are quantized.
@@ -78,6 +82,7 @@ class QuantArgs:
     use_qtorch: bool = False
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.dtype not in FLOATS and not re.fullmatch(r"int[2-8]", self.dtype):
             raise QplugError(
                 f"there is no number format {self.dtype!r}: use int2 to int8, or e<E>m<M> with "
@@ -152,8 +157,36 @@ class QuantArgs:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> QuantArgs:
-        """Returns the QuantArgs that ``to_dict`` wrote as ``plain``."""
+        """Returns the QuantArgs that ``to_dict`` wrote as ``plain``.
+
+        Raises QplugError, KeyError or TypeError if ``plain`` is something else.
+        """
         return cls(**{**plain, "block": plain["block"] and tuple(plain["block"])})
+
+
+def _check_types(args: QuantArgs) -> None:
+    """Raises QplugError for a value that its field cannot have: files of others are read too."""
+    block = args.block
+    sizes = (args.group_size,) if block is None else (args.group_size, *_members(block))
+    right = {
+        "dtype": isinstance(args.dtype, str),
+        "strategy": args.strategy in get_args(Strategy),
+        "block": block is None or len(_members(block)) == 2,
+        "symmetric": isinstance(args.symmetric, bool),
+        "dynamic": isinstance(args.dynamic, bool),
+        "scale_dtype": args.scale_dtype in SCALE_DTYPES,
+        "use_qtorch": isinstance(args.use_qtorch, bool),
+    }
+    for name, is_right in right.items():
+        if not is_right:
+            raise QplugError(f"{name}: {ascii(getattr(args, name))[:40]} is wrong")
+    for size in sizes:
+        if size is not None and not (type(size) is int and abs(size) < 2**31):
+            raise QplugError(f"{ascii(size)[:40]} is no size of a group or block")
+
+
+def _members(block: object) -> tuple[object, ...]:
+    return block if isinstance(block, tuple) else ()
 
 
 @dataclass(frozen=True)
@@ -229,14 +262,18 @@ class Scheme:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Scheme:
-        """Returns the scheme that ``to_dict`` wrote as ``plain``."""
+        """Returns the scheme that ``to_dict`` wrote as ``plain``.
+
+        Raises QplugError, KeyError or TypeError if ``plain`` is something else.
+        """
 
         def args(values: dict[str, Any] | None) -> QuantArgs | None:
             return None if values is None else QuantArgs.from_dict(values)
 
-        weights = args(plain["weights"])
-        assert weights is not None
-        return cls(plain["name"], weights, args(plain["activations"]))
+        weights, name = args(plain["weights"]), plain["name"]
+        if weights is None or not isinstance(name, str):
+            raise QplugError("a scheme needs a name and weights")
+        return cls(name, weights, args(plain["activations"]))
 
 
 _TOKEN_INT8 = QuantArgs("int8", "token", dynamic=True)

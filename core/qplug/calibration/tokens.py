@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch.nn.utils.rnn import pad_sequence
@@ -9,12 +10,16 @@ from torch.nn.utils.rnn import pad_sequence
 from qplug.api import ModelView
 from qplug.errors import QplugError
 from qplug.machine.session import Session
+from qplug.model.foreign import naming_file
 from qplug.model.tokenizer import load_tokenizer
 from qplug.recipe.recipe import Calibration
 from qplug.text.windows import sample
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: The most tokens of a run: 2 GiB of numbers, and a thousand times what algorithms ask for.
+_MOST_TOKENS = 1 << 28
 
 
 def calibration_tokens(
@@ -28,17 +33,26 @@ def calibration_tokens(
     limit = view.config.get("max_position_embeddings")
     if isinstance(limit, int) and calibration.seq_len > limit:
         raise QplugError(f"--seq-len {calibration.seq_len}: the model takes {limit} tokens at most")
+    if calibration.samples * calibration.seq_len > _MOST_TOKENS:
+        raise QplugError(
+            f"--samples {calibration.samples} x --seq-len {calibration.seq_len}: more than "
+            f"{_MOST_TOKENS} tokens; ask for fewer or shorter samples"
+        )
     dataset = session.registry.datasets.make(calibration.dataset, calibration.options)
     tokenizer = load_tokenizer(model, trust_remote_code=session.trust_remote_code)
-    samples = sample(
-        dataset,
-        tokenizer,
-        calibration.sampling,
-        length=calibration.seq_len,
-        count=calibration.samples,
-        seed=seed,
-    )
-    tokens = pad_sequence(list(samples), batch_first=True, padding_value=-1)
+    with (
+        session.registry.blaming(dataset, "calibration text"),
+        naming_file(Path(model) / "tokenizer.json", "its tokenizer does not work"),
+    ):
+        samples = sample(
+            dataset,
+            tokenizer,
+            calibration.sampling,
+            length=calibration.seq_len,
+            count=calibration.samples,
+            seed=seed,
+        )
+        tokens = pad_sequence(list(samples), batch_first=True, padding_value=-1)
     vocabulary = view.config.get("vocab_size")
     if isinstance(vocabulary, int) and int(tokens.max()) >= vocabulary:
         raise QplugError(

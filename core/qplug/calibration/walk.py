@@ -120,7 +120,7 @@ class Walk:
         on_cpu = self._reader.read(name)
         weights = {n: w.to(self._device, non_blocking=True) for n, w in on_cpu.items()}
         del on_cpu
-        refuse_infinite({f"{name}.{local}": weight for local, weight in weights.items()})
+        refuse_infinite({f"{name}.{n}": w for n, w in weights.items()}, self._view.dtype)
         length, width = next(iter(self._inputs)).shape[1:]
         structure = self._structures.of(
             self._blocks.modules[name], weights, self._calls[name][0], (length, width)

@@ -62,7 +62,9 @@ def is_block_fp8(config: Mapping[str, Any]) -> bool:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
         return False
     block = quantization.get("weight_block_size")
-    return isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) for n in block)
+    return (
+        isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+    )
 
 
 def as_float(
@@ -85,6 +87,10 @@ def as_float(
         scales, shape = tensors.get(name + _SCALE), tensor.spec.shape
         if scales is None or len(shape) != 2:
             raise QplugError(f"{tensor.paths[0]}: {name} is fp8, and has no {name + _SCALE}")
+        if scales.spec.dtype not in FLOAT_DTYPES:
+            raise QplugError(
+                f"{scales.paths[0]}: {name + _SCALE} is {scales.spec.dtype}, not float32"
+            )
         if scales.spec.shape != (math.ceil(shape[0] / tall), math.ceil(shape[1] / wide)):
             raise QplugError(
                 f"{scales.paths[0]}: {name + _SCALE} is {list(scales.spec.shape)}, which does not "

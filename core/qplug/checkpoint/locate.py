@@ -21,10 +21,40 @@ def find_model(model: str) -> Path:
         return Path(str(files("qplug") / "demo"))
     if os.path.lexists(model):  # unlike Path.exists(), does not raise on a name that is too long
         return Path(model)
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
-    if looks_like_path:
+    if not may_be_on_hub(model):
         raise QplugError(f"{model}: no such folder")
     return _download(model)
+
+
+def find_at_hand(model: str) -> Path | None:
+    """Returns the folder of ``model`` if it is on this machine, else None. Asks no other host.
+
+    ``model`` is a name that a file gives: the file may be a stranger's, so that the Hub must not
+    learn of it. The Hub's cache is on this machine.
+    """
+    if model == DEMO:
+        return find_model(DEMO)
+    if os.path.isdir(model):  # noqa: PTH112 - Path.is_dir raises on some names
+        return Path(model)
+    if not may_be_on_hub(model):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return None
+
+
+def as_word(folder: str | Path) -> str:
+    """Returns ``folder`` as a word of a command that no program takes for an option."""
+    return f"./{folder}" if str(folder).startswith("-") else str(folder)
+
+
+def may_be_on_hub(model: str) -> bool:
+    """Returns whether ``model`` looks like a Hub id, not like a path."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
 
 
 def _download(model: str) -> Path:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
-from typing import Any
 
 from qplug.api import Checkpoint, SingleFile, StoredTensor
 from qplug.checkpoint.block_fp8 import as_float, is_block_fp8
+from qplug.checkpoint.config_file import CONFIG, read_config, refuse_absurd
 from qplug.checkpoint.tensor_file import read_header
 from qplug.errors import QplugError
+from qplug.files.json_text import read_json
+from qplug.files.regular import refuse_link_out
+from qplug.files.typed import Typed
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+#: Files of JSON that servers read, and qplug only copies.
+COMPANIONS = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
 
 
 def open_checkpoint(folder: Path, single_file: SingleFile | None = None) -> Checkpoint:
@@ -25,66 +33,47 @@ def open_checkpoint(folder: Path, single_file: SingleFile | None = None) -> Chec
     """
     if not folder.is_dir():
         raise QplugError(f"{folder}: no such folder")
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     file = folder / single_file.name if single_file else None
     if single_file and file and file.is_file() and not any(folder.glob("*.safetensors")):
+        refuse_link_out(file, folder)
         return Checkpoint(folder, config, single_file.read(file, config))
     tensors = _read_tensors(folder)
+    refuse_absurd(folder / CONFIG, config, tensors)
     if is_block_fp8(config):
         config, tensors = as_float(config, tensors)
     checkpoint = Checkpoint(folder, config, tensors)
-    for path in (folder / "config.json", *checkpoint.shards, *checkpoint.companions()):
-        _refuse_link_out(path, folder)
+    for path in checkpoint.companions():
+        refuse_link_out(path, folder)
     return checkpoint
 
 
-def _refuse_link_out(path: Path, folder: Path) -> None:
-    """Raises QplugError if ``path`` is a link to something outside of ``folder``.
-
-    Otherwise a folder from a stranger could make qplug read any file of this machine and copy it
-    to OUT. The Hub's cache is allowed: it links from ``snapshots/REVISION`` to ``blobs``, a
-    neighbour of ``snapshots``.
-    """
-    home = folder.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    target = path.resolve()
-    if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-        raise QplugError(f"{path}: is a link out of its folder; put the file itself there")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the mapping in a JSON file.
-
-    Raises QplugError if the file is missing, cannot be read, or does not hold a mapping.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise QplugError(f"{path.parent}: has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise QplugError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise QplugError(f"{path}: is not a JSON mapping")
-    return content
+def check_companions(folder: Path) -> None:
+    """Raises QplugError if a file of JSON that servers read beside the weights is none."""
+    for name in COMPANIONS:
+        if os.path.lexists(folder / name):
+            read_json(folder / name, within=folder, strict=False)
 
 
 def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of ``folder`` by name, from the index or from a single file."""
-    if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
+    index = folder / INDEX
+    if not os.path.lexists(index):
+        if not os.path.lexists(folder / SINGLE):
             raise QplugError(f"{folder}: has neither {SINGLE} nor {INDEX}")
-        return dict(read_header(folder / SINGLE))
-    file_of = read_json(folder / INDEX).get("weight_map")
-    if not (isinstance(file_of, dict) and file_of):
-        raise QplugError(f"{folder / INDEX}: has no weight_map")
+        return dict(read_header(folder / SINGLE, within=folder))
+    weight_map = Typed(str(index), read_json(index, within=folder)).get("weight_map")
+    file_of = {n: file.text() for n, file in weight_map.mapping().items()} if weight_map else {}
+    if not file_of:
+        raise QplugError(f"{index}: has no weight_map")
     headers = {}
-    for file in sorted(set(map(str, file_of.values()))):
-        if Path(file).name != file or "\0" in file:
-            raise QplugError(f"{folder / INDEX}: {file} is not a file of this folder")
-        if not (folder / file).is_file():
-            raise QplugError(f"{folder / INDEX}: names {file}, which is not there")
-        headers[file] = read_header(folder / file)
+    for file in sorted(set(file_of.values())):
+        if file in ("", ".", "..") or "/" in file or "\0" in file:
+            raise QplugError(f"{index}: {file[:300]} is not a file of this folder")
+        if not os.path.lexists(folder / file):
+            raise QplugError(f"{index}: names {file[:300]}, which is not there")
+        headers[file] = read_header(folder / file, within=folder)
     for name, file in file_of.items():
         if name not in headers[file]:
-            raise QplugError(f"{folder / INDEX}: {name} is not in {file}")
+            raise QplugError(f"{index}: {name[:300]} is not in {file[:300]}")
     return {name: headers[file][name] for name, file in file_of.items()}

@@ -9,6 +9,8 @@ layout is the one that the ``safetensors`` library writes, byte for byte.
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from qplug.api import StoredTensor, TensorSpec
 from qplug.errors import QplugError
+from qplug.files.json_text import parse_json
+from qplug.files.regular import open_regular
 
 #: The name of each torch dtype in a safetensors header.
 CODES = {
@@ -46,7 +50,8 @@ _LIBRARY_ORDER = (
     *("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
     *("F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
 )
-_MAX_HEADER = 100_000_000  # bytes; the library's limit
+_MAX_HEADER = 64 << 20  # bytes
+_MAX_AXES, _MAX_ELEMENTS = 32, 1 << 48
 _CHUNK = 1 << 24  # bytes
 
 
@@ -102,29 +107,36 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def read_header(path: Path) -> dict[str, FileTensor]:
+def read_header(path: Path, *, within: Path | None = None) -> dict[str, FileTensor]:
     """Returns the tensors of a file by name, without reading their values.
 
-    Raises QplugError if the file cannot be read, is truncated or too long, or has a malformed
-    header.
+    Raises QplugError if the file cannot be read, is not a regular file, is a link to outside the
+    folder ``within``, is truncated or too long, or has a malformed header.
     """
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            entries, begin = _parse_header(file, size)
-            tensors, ends = {}, {}
-            for name, entry in entries.items():
-                if name != "__metadata__":
-                    start, ends[name] = _offsets(entry)
-                    tensors[name] = FileTensor(path, _spec(entry), begin + start)
+        with open_regular(path, within=within) as file:
+            size = os.fstat(file.fileno()).st_size
+            text = _header_text(file, size)
     except OSError as error:
         raise QplugError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise QplugError(f"{path}: not a sound safetensors file: {error}") from error
+    entries, begin = parse_json(text, f"{path}: not a sound safetensors file"), 8 + len(text)
+    tensors, ends = {}, {}
+    try:
+        if not isinstance(entries, dict):
+            raise ValueError("its header is no mapping")
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                start, ends[name] = _offsets(entry)
+                tensors[name] = FileTensor(path, _spec(entry), begin + start)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{name[:300]} lacks {error}" if isinstance(error, KeyError) else error
+        raise QplugError(f"{path}: not a sound safetensors file: {reason}") from error
     end = begin
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if tensor.start != end or begin + ends[name] != end + tensor.nbytes:
-            raise QplugError(f"{path}: not a sound safetensors file: {name} is out of place")
+            raise QplugError(f"{path}: not a sound safetensors file: {name[:300]} is out of place")
         end += tensor.nbytes
     if size != end:
         what = "cut short" if size < end else "too long"
@@ -132,25 +144,33 @@ def read_header(path: Path) -> dict[str, FileTensor]:
     return tensors
 
 
-def _parse_header(file: BinaryIO, size: int) -> tuple[dict[str, dict[str, object]], int]:
-    """Returns the entries of the header, by tensor name, and the offset at which it ends."""
+def _header_text(file: BinaryIO, size: int) -> bytes:
+    """Returns the JSON of the header of ``file``, which has ``size`` bytes."""
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > _MAX_HEADER:
-        raise ValueError("it has no header")
+        raise ValueError(f"it has no header of up to {_MAX_HEADER >> 20} MiB")
     if 8 + length > size:
         raise ValueError("its header is cut short")
-    entries = json.loads(file.read(length))
-    if not isinstance(entries, dict):
-        raise ValueError("its header is no mapping")
-    return entries, 8 + length
+    text = file.read(length)
+    if len(text) < length:
+        raise ValueError("its header is cut short")
+    return text
 
 
-def _offsets(entry: Mapping[str, object]) -> tuple[int, int]:
+def _offsets(entry: object) -> tuple[int, int]:
     """Returns where a tensor begins and ends, in bytes after the header."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{_shown(entry)} is no tensor")
     offsets = entry["data_offsets"]
     if not (isinstance(offsets, list) and len(offsets) == 2 and _are_sizes(offsets)):
-        raise ValueError(f"{offsets} are no offsets")
+        raise ValueError(f"{_shown(offsets)} are no offsets")
     return offsets[0], offsets[1]
+
+
+def _shown(value: object) -> str:
+    """``value`` for a message, without control characters and of a limited length."""
+    text = ascii(value)[1:-1] if isinstance(value, str) else ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _are_sizes(numbers: list[object]) -> bool:
@@ -158,11 +178,13 @@ def _are_sizes(numbers: list[object]) -> bool:
 
 
 def _spec(entry: Mapping[str, object]) -> TensorSpec:
-    code, shape = str(entry["dtype"]), entry["shape"]
-    if code not in _DTYPES:
-        raise ValueError(f"dtype {code} is not known")
-    if not (isinstance(shape, list) and _are_sizes(shape)):
-        raise ValueError(f"{shape} is no shape")
+    code, shape = entry["dtype"], entry["shape"]
+    if not (isinstance(code, str) and code in _DTYPES):
+        raise ValueError(f"dtype {_shown(code)} is not known")
+    if not (isinstance(shape, list) and len(shape) <= _MAX_AXES and _are_sizes(shape)):
+        raise ValueError(f"{_shown(shape)} is no shape")
+    if math.prod(max(side, 1) for side in shape) > _MAX_ELEMENTS:  # torch multiplies sides too
+        raise ValueError(f"{_shown(shape)} is too large a shape")
     return TensorSpec(_DTYPES[code], tuple(shape))
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from qplug.cli.printed_table import print_table
+from qplug.cli.printing import Command, note, say_json
 from qplug.cli.text_options import TextOptions, text_options
 from qplug.registry.registry import Registry
 
 
-@click.command(name="compare")
+@click.command(name="compare", cls=Command)
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True)
 @click.option(
     "--out",
@@ -61,7 +61,7 @@ def command(
     ]
     write(out, comparison_page(compared))
     if as_json:
-        click.echo(json.dumps([folder.plain() for folder in compared], indent=2))
+        say_json([folder.plain() for folder in compared])
     else:
         print_table([COLUMNS, *(folder.cells() for folder in compared)])
-    click.echo(f"page: {out}", err=True)
+    note(f"page: {out}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
+from qplug.cli.printing import Command, say, say_json, say_text, warn
 from qplug.registry.registry import Registry
 
 _FILE = click.argument("file", type=click.Path(path_type=Path))
@@ -17,7 +17,7 @@ def command() -> None:
     """Check and convert recipes, qplug's own and LLMC's YAML files."""
 
 
-@command.command()
+@command.command(cls=Command)
 @_FILE
 @click.pass_obj
 def check(registry: Registry, file: Path) -> None:
@@ -35,13 +35,13 @@ def check(registry: Registry, file: Path) -> None:
     check_job(job, registry)
     folders = [f"{e.out} ({job.recipe_for(e).backend})" for e in job.exports]
     stages = dict.fromkeys(stage for measurement in job.measurements for stage in measurement.at)
-    click.echo(
+    say(
         f"{file}: valid {read.kind}: {'+'.join(recipe.algorithms)}, {recipe.scheme.name}; "
         f"writes {', '.join(folders) or 'nothing'}; measures {', '.join(stages) or 'nothing'}"
     )
 
 
-@command.command()
+@command.command(cls=Command)
 @_FILE
 @click.pass_obj
 def convert(registry: Registry, file: Path) -> None:
@@ -53,18 +53,18 @@ def convert(registry: Registry, file: Path) -> None:
     read = read_job(file, registry)
     tell(read.warnings)
     check_names(read.job, registry)
-    click.echo(write_recipe(read.job), nl=False)
+    say_text(write_recipe(read.job).rstrip("\n"))
 
 
-@command.command()
+@command.command(cls=Command)
 def schema() -> None:
     """Print the JSON Schema of native recipes."""
     from qplug.recipe.recipe_file import schema as recipe_schema
 
-    click.echo(json.dumps(recipe_schema(), indent=2))
+    say_json(recipe_schema())
 
 
 def tell(warnings: tuple[str, ...]) -> None:
     """Print each warning on a line of stderr."""
     for warning in warnings:
-        click.echo(f"Warning: {warning}", err=True)
+        warn(warning)

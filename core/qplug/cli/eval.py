@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import click
 
+from qplug.cli.printing import Command, say, say_json
 from qplug.cli.text_options import TextOptions, text_options
 from qplug.registry.registry import Registry
 
 
-@click.command(name="eval")
+@click.command(name="eval", cls=Command)
 @click.argument("model")
 @text_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -36,7 +36,7 @@ def command(
     text = TextOptions(dataset, dataset_options, seq_len, windows, device, trust_remote_code)
     result = text.measure(model, registry)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(result), indent=2))
+        say_json(dataclasses.asdict(result))
     else:
         measured_on = f"{result.windows} windows of {result.seq_len} tokens of {result.dataset}"
-        click.echo(f"{model}: perplexity {result.perplexity:.4f} ({measured_on})")
+        say(f"{model}: perplexity {result.perplexity:.4f} ({measured_on})")

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from qplug.cli.printing import Command
+
 #: The heading of options that have no other.
 LAST = "Run"
 
@@ -18,7 +20,7 @@ class HeadedOption(click.Option):
         self.heading = heading
 
 
-class HeadedCommand(click.Command):
+class HeadedCommand(Command):
     """A command whose help has its options under headings, in the order of their first options."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

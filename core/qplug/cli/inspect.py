@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
 import click
 
 from qplug.checkpoint.names import module_of
+from qplug.cli.printing import Command, say, say_json
 from qplug.registry.registry import Registry
 
 
-@click.command(name="inspect")
+@click.command(name="inspect", cls=Command)
 @click.argument("folder")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_obj
@@ -39,14 +39,14 @@ def command(registry: Registry, folder: str, as_json: bool) -> None:
         "float linears": [name for name in view.linears if name not in opened.schemes],
     }
     if as_json:
-        click.echo(json.dumps(contents, indent=2))
+        say_json(contents)
         return
     for key, value in contents.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, list):
             value = f"{len(value)}: {', '.join(value[:4])}" if value else "none"
-        click.echo(f"{key}: {value or 'none'}")
+        say(f"{key}: {value or 'none'}")
 
 
 def _linear_bytes(opened: object) -> int:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO, cast
 
 import click
 
 from qplug import __version__
-from qplug.errors import OtherProcessError, PluginWarning, QplugError
+from qplug.cli.printing import note, warn
+from qplug.errors import OtherProcessError, PluginWarning, QplugError, shown
 from qplug.machine.launch import Launch
+from qplug.registry.border import marking_ctrl_c
 from qplug.registry.registry import Registry
 
 #: Seconds that a process waits before it exits with an error. torchrun kills all processes as soon
 #: as one has exited, which could be before the first process has printed the error.
 _EXIT_DELAY = 3
+
+#: Errors of the system that the user can mend: rights, room, open files, names that are too long.
+_OF_THE_MACHINE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+}
 
 #: The place of each command of qplug itself, and its line in ``qplug --help``, by name.
 COMMANDS = {
@@ -55,6 +68,14 @@ class Qplug(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Runs a command. Only the first of several processes prints; any prints a traceback."""
+        try:
+            with marking_ctrl_c():
+                return self._main(*args, **kwargs)
+        except Exception:
+            sys.excepthook = _print_traceback  # Python prints it, and names in it must only show
+            raise
+
+    def _main(self, *args: Any, **kwargs: Any) -> Any:
         if Launch.of().is_first:
             return super().main(*args, **kwargs)
         try:
@@ -68,6 +89,13 @@ class Qplug(click.Group):
             if end.code:
                 time.sleep(_EXIT_DELAY)
             raise
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Reads the options of qplug itself."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.ClickException as error:
+            raise _in_one_line(error) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -95,22 +123,51 @@ class Qplug(click.Group):
             with _plugin_warnings():
                 return super().invoke(ctx)
         except QplugError as error:
-            raise click.ClickException(" ".join(str(error).splitlines())) from error
+            raise click.ClickException(_in_words(error)) from error
         except OtherProcessError as error:
-            click.echo(f"Error: {error}", err=True)
+            note(f"Error: {error}")
             if Launch.of().is_first:
                 time.sleep(_EXIT_DELAY)
             raise click.exceptions.Exit(1) from error
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except click.ClickException as error:
+            raise _in_one_line(error) from error
+        except (click.exceptions.Exit, click.Abort):
             raise
+        except OSError as error:
+            if error.errno not in _OF_THE_MACHINE:
+                raise
+            file = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{file}{error.strerror}") from error
         except Exception as error:
-            root = error.__cause__ or error  # the cause of a StageError is the plugin's exception
-            plugin = ctx.obj.blame(root) if isinstance(ctx.obj, Registry) else None
+            plugin = ctx.obj.blame(error) if isinstance(ctx.obj, Registry) else None
             if plugin is not None:
                 removable = not (plugin.ships_with_qplug or plugin.is_file)
                 hint = f" To run without it: qplug --no-plugins, or -p no:{plugin.name}"
-                click.echo(f"The error below is from plugin {plugin}.{hint * removable}", err=True)
+                note(f"The error below is from plugin {plugin}.{hint * removable}")
             raise
+
+
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    for text in traceback.format_exception(kind, error, trace):
+        for line in text.removesuffix("\n").split("\n"):
+            note(line)
+
+
+def _in_words(error: Exception) -> str:
+    """Returns the message of ``error`` on one line, in characters that a terminal only shows."""
+    return shown(" ".join(str(error).splitlines()))
+
+
+def _in_one_line(error: click.ClickException) -> click.ClickException:
+    """Returns ``error`` with its message on one line: it may quote an argument, such as a name."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        return error
+    text = shown(error.format_message())
+    if isinstance(error, click.UsageError):
+        return click.UsageError(text, error.ctx)
+    return click.ClickException(text)
 
 
 @contextmanager
@@ -130,7 +187,7 @@ def _plugin_warnings() -> Iterator[None]:
             line: str | None = None,
         ) -> None:
             if issubclass(category, PluginWarning):
-                click.echo(f"Warning: {message}", err=True)
+                warn(message)
             else:
                 show(message, category, filename, lineno, file, line)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,8 @@ import click
 
 from qplug.api.params import Option, options
 from qplug.cli.printed_table import print_table
-from qplug.errors import PluginError, QplugError, did_you_mean
+from qplug.cli.printing import Command, say, say_json, say_text
+from qplug.errors import PluginError, QplugError, did_you_mean, reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ def command() -> None:
     """List, check, describe and create plugins."""
 
 
-@command.command(name="list")
+@command.command(name="list", cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def list_(registry: Registry, as_json: bool) -> None:
@@ -36,12 +36,12 @@ def list_(registry: Registry, as_json: bool) -> None:
             {"name": p.name, "source": p.source, "module": p.module, "unused": _unused(p)}
             for p in registry.plugins
         ]
-        click.echo(json.dumps(rows, indent=2))
+        say_json(rows)
     else:
         print_table([[p.name, p.source, p.module, _unused(p) or ""] for p in registry.plugins])
 
 
-@command.command()
+@command.command(cls=Command)
 @click.pass_context
 def check(ctx: click.Context) -> None:
     """Import every plugin and print its offers. Fails if a plugin is broken or two clash."""
@@ -60,12 +60,12 @@ def check(ctx: click.Context) -> None:
     )
     clashes = list(_clashes(registry, ctx.find_root().command))
     for sentence in clashes:
-        click.echo(f"clash  {sentence}")
+        say(f"clash  {sentence}")
     if clashes or any(plugin.error for plugin in registry.plugins):
         ctx.exit(1)
 
 
-@command.command()
+@command.command(cls=Command)
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
@@ -79,12 +79,12 @@ def show(registry: Registry, name: str, as_json: bool) -> None:
     if not descriptions:
         _explain_absence(registry, name)
     if as_json:
-        click.echo(json.dumps(descriptions, indent=2, default=str))
+        say_json(descriptions)
     else:
-        click.echo("\n\n".join(_prose(description) for description in descriptions))
+        say_text("\n\n".join(_prose(description) for description in descriptions))
 
 
-@command.command()
+@command.command(cls=Command)
 @click.argument("name")
 @click.option(
     "--kind",
@@ -102,7 +102,7 @@ def new(registry: Registry, name: str, kind: Kind, folder: Path | None) -> None:
     from qplug.registry.scaffold import write_plugin
 
     written = write_plugin(name, kind, folder or Path(f"qplug-{name}"), registry, __version__)
-    click.echo(f"{written}: written. Next: pip install -e '{written}[test]' && pytest {written}")
+    say(f"{written}: written. Next: pip install -e '{written}[test]' && pytest {written}")
 
 
 def _unused(plugin: Plugin) -> str | None:
@@ -110,14 +110,15 @@ def _unused(plugin: Plugin) -> str | None:
     if plugin.blocked:
         return f"switched off by {plugin.blocked}"
     if plugin.error:
-        return " ".join(f"{type(plugin.error).__name__}: {plugin.error}".splitlines())
+        return " ".join(reason(plugin.error).splitlines())
     return None
 
 
 def _offers(plugin: Plugin) -> str:
     """Returns the offers of ``plugin``, and the hooks that it implements without an offer."""
     offers = [f"{kind} {name}" for kind, name in plugin.offers]
-    return ", ".join([*offers, *plugin.takes_part])
+    slow = f" ({plugin.import_time})" if plugin.is_slow else ""
+    return ", ".join([*offers, *plugin.takes_part]) + slow
 
 
 def _clashes(registry: Registry, root: click.Command) -> Iterator[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import click
+from qplug.cli.printing import say
+from qplug.errors import shown
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -15,7 +16,8 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     """
     from rich.cells import cell_len
 
+    rows = [[shown(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell + " " * (w - cell_len(cell)) for cell, w in zip(row, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+        say("  ".join(cells).rstrip())

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qplug.api.hookspecs import hookimpl
+from qplug.errors import shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -19,12 +20,14 @@ class Bar:
 
     def __init__(self, what: str, progress: Progress) -> None:
         self._what, self._progress = what, progress
-        self._task = progress.add_task(what, total=None)
+        self._task = progress.add_task(shown(what), total=None)
 
     def __call__(self, done: int, total: int, name: str, loss: float | None) -> None:
         """Shows that ``done`` of ``total`` steps are done, and the last one's name and loss."""
         text = f"{self._what} {name}" + ("" if loss is None else f" (loss {loss:.4f})")
-        self._progress.update(self._task, completed=done, total=total, description=text.strip())
+        self._progress.update(
+            self._task, completed=done, total=total, description=shown(text.strip())
+        )
 
     @hookimpl
     def qplug_block_done(self, report: BlockReport) -> None:
@@ -41,7 +44,12 @@ def progress_bar(what: str) -> Iterator[Bar]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as TimeLeft
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeLeft())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeLeft(),
+    )
     console = Console(stderr=True)
     off = not console.is_interactive  # rich would print an empty line
     with Progress(*columns, console=console, transient=True, disable=off) as progress:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import click
 
 from qplug.cli.config import tell
 from qplug.cli.headed import HeadedCommand, HeadedOption
+from qplug.cli.printing import say, say_json
 from qplug.cli.progress import progress_bar
 from qplug.cli.recipe_options import recipe_options, typed_words
 from qplug.cli.report import write_report
@@ -96,7 +96,7 @@ def command(
     if config is not None:
         done = _from_file(config, words, model, out, options, registry, dry_run, report)
         if as_json:
-            click.echo(json.dumps(_plain(done), indent=2))
+            say_json(_plain(done))
         else:
             _tell_all(done)
         return
@@ -107,7 +107,7 @@ def command(
     assert out is not None
     result = _from_words(words, model, out, options, registry, dry_run, report)
     if as_json:
-        click.echo(json.dumps(_plain_result(result), indent=2))
+        say_json(_plain_result(result))
     else:
         _tell(result)
 
@@ -221,7 +221,7 @@ def _plain_result(result: Result) -> dict[str, object]:
 def _tell_all(done: JobResult) -> None:
     """Print the results of a job: a few lines for each folder, one for each measurement."""
     for folder in done.kept:
-        click.echo(f"{folder}: was written by an earlier run")
+        say(f"{folder}: was written by an earlier run")
     for result in done.results:
         _tell(result)
     for measured in done.measured:
@@ -229,7 +229,7 @@ def _tell_all(done: JobResult) -> None:
         text = (
             f"{evaluation.windows} windows of {evaluation.seq_len} tokens of {evaluation.dataset}"
         )
-        click.echo(f"{measured.at}: perplexity {evaluation.perplexity:.4f} ({text})")
+        say(f"{measured.at}: perplexity {evaluation.perplexity:.4f} ({text})")
 
 
 def _tell(result: Result) -> None:
@@ -237,18 +237,18 @@ def _tell(result: Result) -> None:
     out = result.out
     sizes = f"{result.source_bytes / 1e6:,.1f} MB -> {result.bytes / 1e6:,.1f} MB"
     if result.dry_run:
-        click.echo(f"{out}: would be written: {sizes}")
+        say(f"{out}: would be written: {sizes}")
         return
     if not result.errors:
-        click.echo(f"{out}: float weights, no layer quantized, {sizes}, {result.seconds:.1f} s")
+        say(f"{out}: float weights, no layer quantized, {sizes}, {result.seconds:.1f} s")
         return
     losses = result.losses or result.errors
     worst = max(losses, key=lambda name: losses[name])
     mean = sum(losses.values()) / len(losses)
     resumed = f", {result.resumed} steps done by an earlier run" if result.resumed else ""
-    click.echo(f"{out}: {len(result.errors)} layers, {sizes}, {result.seconds:.1f} s{resumed}")
+    say(f"{out}: {len(result.errors)} layers, {sizes}, {result.seconds:.1f} s{resumed}")
     of_what = "outputs on the calibration data" if result.losses else "weights"
     summary = f"mean {mean:.4f}, worst {losses[worst]:.4f} ({worst})"
-    click.echo(f"relative error of {of_what}: {summary}")
-    for note in result.notes:
-        click.echo(f"note: {note}")
+    say(f"relative error of {of_what}: {summary}")
+    for sentence in result.notes:
+        say(f"note: {sentence}")

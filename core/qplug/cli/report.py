@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qplug.cli.printing import Command, note, say
 from qplug.cli.progress import progress_bar
 from qplug.cli.text_options import TextOptions, text_options
 from qplug.registry.registry import Registry
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from qplug.reading.perplexity import Evaluation
 
 
-@click.command(name="report")
+@click.command(name="report", cls=Command)
 @click.argument("folder")
 @click.option(
     "--out",
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 @click.option(
     "--against",
     metavar="MODEL",
-    help="The float model to compare with; default: the model that FOLDER names.",
+    help="The float model to compare with; default: the one that FOLDER names, if it is at hand.",
 )
 @click.option(
     "--perplexity", is_flag=True, help="Measure the perplexities of FOLDER and the float model."
@@ -64,9 +65,9 @@ def command(
     if perplexity:
         text = TextOptions(dataset, dataset_options, seq_len, windows, device, trust_remote_code)
         opened = open_folder(folder, Session(registry, trust_remote_code=trust_remote_code))
-        source, _ = find_source(opened, against)
+        _, source = find_source(opened, against)
         if source is not None:
-            measured["float"] = [text.measure(source, registry)]
+            measured["float"] = [text.measure(str(source.folder), registry)]
         measured["quantized"] = [text.measure(folder, registry)]
     write_report(
         folder,
@@ -76,7 +77,7 @@ def command(
         trust_remote_code=trust_remote_code,
         measured=measured,
     )
-    click.echo(f"{folder}: report in {file}")
+    say(f"{folder}: report in {file}")
 
 
 def write_report(
@@ -95,6 +96,7 @@ def write_report(
     the run that wrote the folder, for the costs of its stages. Raises QplugError if the folder
     cannot be read, or the file cannot be written.
     """
+    from qplug.reading.verify import not_at_hand
     from qplug.report.examine import examine
     from qplug.report.page import report_page
 
@@ -106,6 +108,8 @@ def write_report(
             trust_remote_code=trust_remote_code,
             watch=lambda done, total: bar(done, total, "", None),
         )
+    if findings.against is None and findings.overview.model is not None:
+        note(f"not compared: {not_at_hand(findings.overview.model)}")
     page = report_page(
         findings,
         measured=measured,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import click
 
@@ -11,13 +10,14 @@ from qplug.api import Capability, ModelView
 from qplug.api.capability import NEWEST
 from qplug.api.limits import DEVICES, Target, row_problem
 from qplug.api.scheme import E4M3_SCALES, E8M0_SCALES, PRESETS, QuantArgs, Scheme
+from qplug.cli.printing import Command, say, say_json
 from qplug.errors import QplugError
 from qplug.registry.registry import Registry
 
 _SCALES = {E4M3_SCALES: " in e4m3 and a global one", E8M0_SCALES: " in e8m0"}
 
 
-@click.command(name="schemes")
+@click.command(name="schemes", cls=Command)
 @click.option("--backend", help="Only this backend.")
 @click.option("--engine-version", metavar="V", help="Version of its engine; default: the newest.")
 @click.option("--gpu", type=click.Choice(DEVICES), help="Only the kernels for this device.")
@@ -57,16 +57,16 @@ def command(
             name: [{**dataclasses.asdict(row), **_fits(row, view, target)} for row in table]
             for name, table in tables.items()
         }
-        click.echo(json.dumps({"schemes": _plain(), "backends": rows}, indent=2))
+        say_json({"schemes": _plain(), "backends": rows})
         return
     for scheme in PRESETS.values():
-        click.echo(f"{scheme.name:<12} {describe(scheme)}")
+        say(f"{scheme.name:<12} {describe(scheme)}")
         for name, table in tables.items():
             for row in table:
                 if row.scheme == scheme.name:
-                    click.echo(f"  {name:<8} {_line(row)}")
+                    say(f"  {name:<8} {_line(row)}")
                     for problem in _fits(row, view, target).values():
-                        click.echo(f"  {'':<8}   {problem or 'takes the model'}")
+                        say(f"  {'':<8}   {problem or 'takes the model'}")
 
 
 def _rows(registry: Registry, name: str, version: str, gpu: str) -> list[Capability]:

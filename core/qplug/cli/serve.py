@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 
 import click
 
+from qplug.cli.printing import Command, give_back_stdout, note, say, warn
 from qplug.cli.progress import progress_bar
 from qplug.registry.registry import Registry
 
 _SHOWN = 20
 
 
-@click.command(name="serve")
+@click.command(name="serve", cls=Command)
 @click.argument("folder")
 @click.argument("arguments", metavar="[-- ENGINE ARGS]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--backend", help="The engine, vllm or sglang; default: the one FOLDER is for.")
@@ -45,7 +45,7 @@ def command(
     """
     from qplug.machine.session import Session
     from qplug.reading.server import find_serving
-    from qplug.reading.verify import verify
+    from qplug.reading.verify import not_at_hand, verify
 
     serving = find_serving(
         folder,
@@ -68,15 +68,17 @@ def command(
                 watch=lambda done, total: bar(done, total, "", None),
             )
         for problem in result.problems[:_SHOWN]:
-            click.echo(str(problem), err=True)
+            note(problem)
+        if result.missing is not None:
+            note(f"not compared: {not_at_hand(result.missing)}")
         if not result.ok:
             raise click.ClickException(
                 f"{folder}: not served: {len(result.problems)} problems for {serving.backend}"
             )
     for warning in serving.warnings:
-        click.echo(f"Warning: {warning}", err=True)
-    click.echo(shlex.join(serving.command))
-    click.echo(f"when the server is ready: {serving.curl}")
+        warn(warning)
+    say(shlex.join(serving.command))
+    say(f"when the server is ready: {serving.curl}")
     if not dry_run:
-        sys.stdout.flush()
+        give_back_stdout()
         os.execvp(serving.command[0], serving.command)  # noqa: S606 - signals reach the engine

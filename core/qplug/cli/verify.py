@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import shlex
 from typing import TYPE_CHECKING
 
 import click
 
 from qplug.api.params import parse_pairs
+from qplug.cli.printing import Command, say, say_json, warn
 from qplug.cli.progress import progress_bar
 from qplug.registry.registry import Registry
 
@@ -22,7 +23,7 @@ _SHOWN = 20
 _OWN = "as written for"
 
 
-@click.command(name="verify")
+@click.command(name="verify", cls=Command)
 @click.argument("folder")
 @click.argument("arguments", metavar="[-- ENGINE ARGS]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--against", metavar="MODEL", help="Compare outputs with this float model.")
@@ -130,31 +131,36 @@ def command(
             "engine": served and dataclasses.asdict(served),
             "ok": ok,
         }
-        click.echo(json.dumps(report, indent=2))
+        say_json(report)
     if not ok:
         raise click.exceptions.Exit(1)
 
 
 def _tell(result: Verification, *, compared: bool) -> None:
+    from qplug.reading.verify import not_at_hand
+
     for problem in result.problems[:_SHOWN]:
-        click.echo(str(problem))
+        say(problem)
     if len(result.problems) > _SHOWN:
-        click.echo(f"... and {len(result.problems) - _SHOWN} more problems")
-    click.echo(_verdict(result.ok, result.backend, result.linears, len(result.problems)))
+        say(f"... and {len(result.problems) - _SHOWN} more problems")
+    say(_verdict(result.ok, result.backend, result.linears, len(result.problems)))
+    if not result.checksums:
+        say("this folder has no checksums: damage to its codes cannot be noticed")
     if result.errors:
         worst = max(result.errors, key=lambda name: result.errors[name])
         mean = sum(result.errors.values()) / len(result.errors)
-        click.echo(
+        say(
             f"relative error against {result.against}: "
             f"mean {mean:.4f}, worst {result.errors[worst]:.4f} ({worst})"
         )
     if result.rewritten and not compared:
-        click.echo(
+        say(
             f"{result.rewritten} layers have rewritten weights: compare their outputs with "
-            f"--against {result.against or 'MODEL'}"
+            f"--against {shlex.quote(result.against or result.missing or 'MODEL')}"
         )
     elif result.ok and not result.errors and not compared:
-        click.echo("not compared: the float model was not found; name it with --against")
+        why = not_at_hand(result.missing) if result.missing else "name the float model: --against"
+        say(f"not compared: {why}")
 
 
 def _verdict(ok: bool, backend: str, linears: int, problems: int) -> str:
@@ -165,16 +171,16 @@ def _verdict(ok: bool, backend: str, linears: int, problems: int) -> str:
 
 def _tell_comparison(comparison: Comparison) -> None:
     verdict = "computes alike" if comparison.ok else "does not compute alike"
-    click.echo(
+    say(
         f"{verdict}: on {comparison.tokens} tokens, KL divergence {comparison.kl:.4f} (up to "
         f"{comparison.max_kl:g}), top-1 agreement {comparison.top1:.3f} "
         f"(from {comparison.min_top1:g})"
     )
     if comparison.note:
-        click.echo(comparison.note)
+        say(comparison.note)
     for name in comparison.worst():
         block = comparison.blocks[name]
-        click.echo(
+        say(
             f"  {name}: block error {block.alone:.4f} (relative to its own contribution); "
             f"error of the hidden states after it {block.total:.4f}"
         )
@@ -182,9 +188,9 @@ def _tell_comparison(comparison: Comparison) -> None:
 
 def _tell_engine(check: EngineCheck) -> None:
     for warning in check.warnings:
-        click.echo(f"Warning: {warning}", err=True)
+        warn(warning)
     verdict = "serves alike" if check.ok else "does not serve alike"
-    click.echo(
+    say(
         f"{check.engine} {verdict}: on {check.tokens} tokens, log-probabilities differ by "
         f"{check.difference:.4f} (up to {check.limit:.3g}); perplexity {check.perplexity:.4f}, "
         f"qplug's reader {check.perplexity_read:.4f}"

@@ -25,6 +25,9 @@ def find_device(name: str, launch: Launch = ALONE) -> torch.device:
                 "can be seen; start fewer, or use --device cpu"
             )
         name = f"cuda:{launch.local_rank}"
+    kind = name.partition(":")[0]
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise QplugError(f"--device {name}: there is no GPU that torch can use; use --device cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # refuses the meta device, which holds no values

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qplug.errors import OtherProcessError, QplugError, RelayedError
+from qplug.errors import CtrlC, OtherProcessError, QplugError, RelayedError
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Failure:
         if self.kind == "to mend":
             return RelayedError(self.text)
         if self.kind == "interrupt":
-            return KeyboardInterrupt()
+            return CtrlC()
         return OtherProcessError(f"process {self.rank} broke: {self.text}")
 
 

@@ -10,12 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from qplug.api import ModelView
-from qplug.api.tensors import Checkpoint
+from qplug.api import BuiltFloat, ModelView
+from qplug.api.tensors import FLOAT_DTYPES, Checkpoint
+from qplug.checkpoint.names import block_of, natural_order, split_name
 from qplug.errors import PluginError, QplugError
+from qplug.model.kept_float import built_float
 from qplug.model.view import float_tensors, model_view, packed_view, refuse_quantized
+from qplug.registry.border import is_ctrl_c
 from qplug.registry.plugin import Plugin
 from qplug.registry.registry import Registry
+
+_NOT_TAUGHT = BuiltFloat("the plugin that teaches the architecture leaves it float")
 
 
 def find_view(
@@ -27,7 +32,8 @@ def find_view(
     """
     taught = _taught_view(checkpoint, registry)
     if taught is None:
-        return model_view(checkpoint, trust_remote_code=trust_remote_code)
+        view = model_view(checkpoint, trust_remote_code=trust_remote_code)
+        return _with_other_weights(view, checkpoint)
     plugin, view = taught
     refuse_quantized(checkpoint)
     for name, shape in view.linears.items():
@@ -35,7 +41,12 @@ def find_view(
         if stored is None or stored.spec.shape != tuple(shape):
             state = "is not there" if stored is None else f"is {list(stored.spec.shape)}"
             raise _mismatch(plugin, f"{name}.weight should be {list(shape)}, but {state}")
-    return view
+        if stored.spec.dtype not in FLOAT_DTYPES:
+            raise QplugError(
+                f"{checkpoint.folder}: {name}.weight is {stored.spec.dtype}; qplug quantizes "
+                f"models in {', '.join(FLOAT_DTYPES)}"
+            )
+    return _with_other_weights(view, checkpoint)
 
 
 def find_packed_view(
@@ -51,8 +62,10 @@ def find_packed_view(
     """
     taught = _taught_view(checkpoint, registry)
     if taught is None:
-        return packed_view(checkpoint, packed, trust_remote_code=trust_remote_code)
-    return taught[1]
+        view = packed_view(checkpoint, packed, trust_remote_code=trust_remote_code)
+    else:
+        view = taught[1]
+    return _with_other_weights(view, checkpoint)
 
 
 def expected_tensors(
@@ -68,18 +81,36 @@ def expected_tensors(
     return {f"{name}.weight": shape for name, shape in taught[1].linears.items()}
 
 
+def _with_other_weights(view: ModelView, checkpoint: Checkpoint) -> ModelView:
+    """Returns ``view`` with the float weights in its blocks that are none of its linears."""
+    others = {}
+    for tensor, stored in checkpoint.tensors.items():
+        module, local = split_name(tensor)
+        name = module if local == "weight" else tensor
+        is_weight = len(stored.spec.shape) > 1 and not local.endswith("bias")
+        if is_weight and stored.spec.dtype in FLOAT_DTYPES and module not in view.linears:
+            others[name] = stored.spec.shape
+    inside = [name for name in natural_order(others) if block_of(name, view.blocks) is not None]
+    floats = {**built_float(inside, view.config), **view.built_float}
+    return replace(view, built_float=floats, other_weights={name: others[name] for name in inside})
+
+
 def _taught_view(checkpoint: Checkpoint, registry: Registry) -> tuple[Plugin, ModelView] | None:
     """The first plugin that knows the architecture, and its view; None if no plugin does."""
     for plugin, call in registry.implementing("qplug_model_view"):
         try:
             view = call(config=checkpoint.config)
-        except Exception as error:
+        except BaseException as error:  # a plugin may raise anything
+            if is_ctrl_c(error):
+                raise
             raise PluginError(plugin.name, plugin.source, error) from error
         if view is None:
             continue
         for sentence in _faults(view):
             raise _mismatch(plugin, sentence)
-        return plugin, replace(view, config=checkpoint.config)
+        kept = dict.fromkeys(view.linears.keys() - view.quantizable, _NOT_TAUGHT)
+        floats = {**kept, **view.built_float}
+        return plugin, replace(view, config=checkpoint.config, built_float=floats)
     return None
 
 
@@ -95,6 +126,9 @@ def _faults(view: object) -> Iterator[str]:
     for name in sorted(view.quantizable):
         if not name.startswith(tuple(f"{block}." for block in view.blocks)):
             yield f"{name} is in quantizable, but in none of its blocks"
+    for name, why in view.built_float.items():
+        if name in view.quantizable and not why.engines:
+            yield f"{name} is in quantizable, but also in built_float for all engines"
 
 
 def _mismatch(plugin: Plugin, sentence: str) -> QplugError:

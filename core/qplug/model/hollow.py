@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from qplug.errors import QplugError
+from qplug.model.foreign import reason_of
 from qplug.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -26,8 +29,9 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
                 folder, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # transformers raises anything for a wrong field
-        reason = " ".join(str(error).split())[:200]
-        raise QplugError(f"{folder / 'config.json'}: unknown architecture: {reason}") from error
+        raise QplugError(
+            f"{folder / 'config.json'}: unknown architecture: {reason_of(error)}"
+        ) from error
     return config
 
 
@@ -36,13 +40,16 @@ def build(config: PreTrainedConfig, folder: Path, *, trust_remote_code: bool) ->
     from transformers import AutoModelForCausalLM
 
     try:
-        with _hollow(), quiet_transformers():
+        with _hollow(), _Modest(), quiet_transformers():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code
             )
+    except QplugError as error:
+        raise QplugError(f"{folder / 'config.json'}: {error}") from error
     except Exception as error:  # as in load_config
-        reason = " ".join(str(error).split())[:200]
-        raise QplugError(f"{folder / 'config.json'}: no such causal model: {reason}") from error
+        raise QplugError(
+            f"{folder / 'config.json'}: no such causal model: {reason_of(error)}"
+        ) from error
     return model
 
 
@@ -62,3 +69,20 @@ def _hollow() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+#: The most elements of a buffer that a model fills as it is built, such as a mask or a table.
+_MOST = 1 << 28
+_FILLED = (torch.arange, torch.eye, torch.full, torch.linspace, torch.ones, torch.rand, torch.zeros)
+
+
+class _Modest(TorchFunctionMode):
+    """Within it, no tensor of more than ``_MOST`` elements is filled, whatever config.json says."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FILLED:
+            count = func(*args, **{**kwargs, "device": "meta"}).numel()
+            if count > _MOST:
+                raise QplugError(f"its model has a table of {count} numbers besides its weights")
+        return func(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,16 +12,35 @@ from torch.func import functional_call
 
 from qplug.checkpoint.names import split_name
 from qplug.errors import QplugError
+from qplug.numerics.losses import TOO_LARGE, TOO_SMALL, overflowing, too_large, too_small
 
 
-def refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
-    """Raises QplugError for the first of ``tensors`` that is not finite."""
-    extremes = torch.stack(
-        [torch.stack(torch.aminmax(value)).float() for value in tensors.values()]
-    )
-    for name, finite in zip(tensors, torch.isfinite(extremes).all(1).tolist(), strict=True):
-        if not finite:
-            raise QplugError(f"{name}: has NaN or infinite values")
+def refuse_infinite(tensors: Mapping[str, Tensor], dtype: str = "float32") -> None:
+    """Raises QplugError for the first of ``tensors`` that cannot be computed with.
+
+    Its values are not finite, or, if it is a matrix, too large or too small for squares in float32,
+    or too large for ``dtype``, the model's.
+    """
+    limit = torch.finfo(getattr(torch, dtype)).max
+    peaks = torch.stack([_extremes(value) for value in tensors.values()]).abs().amax(1).tolist()
+    for (name, value), peak in zip(tensors.items(), peaks, strict=True):
+        if not math.isfinite(peak):
+            raise QplugError(f"{name}: has NaN or infinite values; mend the float model")
+        if value.ndim > 1 and peak > limit:
+            raise QplugError(f"{name}: {overflowing(peak, dtype)}")
+        if value.ndim > 1 and peak > TOO_LARGE:
+            raise QplugError(f"{name}: {too_large(peak)}")
+        if value.ndim > 1 and 0 < peak < TOO_SMALL:
+            raise QplugError(f"{name}: {too_small(peak)}")
+
+
+def _extremes(value: Tensor) -> Tensor:
+    """The least and the greatest of ``value``, float32 ``[2]``; zeros if it is empty."""
+    if not value.numel():
+        return torch.zeros(2, device=value.device)
+    if value.is_floating_point() and value.element_size() == 1:
+        value = value.float()  # torch has no minimum of fp8
+    return torch.stack(torch.aminmax(value)).float()
 
 
 def fill_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from qplug.checkpoint.locate import find_model
+from qplug.checkpoint.open import check_companions
 from qplug.errors import QplugError
+from qplug.model.foreign import reason_of
 from qplug.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -21,12 +23,14 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     from transformers import AutoTokenizer
 
     folder = find_model(model)
+    check_companions(folder)
     try:
         with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, model_max_length=sys.maxsize
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise QplugError(f"{folder}: its tokenizer does not load: {reason}") from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library in Rust panics with a BaseException
+        raise QplugError(f"{folder}: its tokenizer does not load: {reason_of(error)}") from error
     return tokenizer

@@ -1,8 +1,8 @@
 """The view of a checkpoint: its linears and blocks, found in its module tree without weights.
 
 There is no table of architectures: decoder blocks are the largest list of modules, linears are the
-modules of that class. Names are those on disk, which engines use too; transformers fuses experts in
-memory, but on disk each expert has tensors of its own.
+modules of that class. Names are those on disk, which engines use too; transformers renames modules
+in memory and fuses experts, but on disk each expert has tensors of its own.
 """
 
 from __future__ import annotations
@@ -11,24 +11,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from qplug.api import ModelView
 from qplug.api.tensors import FLOAT_DTYPES, Checkpoint
+from qplug.checkpoint.names import block_of, local_of, natural_order, split_name
 from qplug.errors import QplugError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-from qplug.checkpoint.names import block_of, natural_order, split_name
+from qplug.model.disk_names import disk_names, tied_name
 from qplug.model.hollow import build, load_config
+from qplug.model.kept_float import built_float
 
 _EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
-
-# Linears that choose an expert. They are small and wrong choices are costly: engines keep floats.
-_ROUTER = re.compile(r"\.(gate|router|shared_expert_gate|router\.(layer|classifier|proj))$")
 
 
 def model_view(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> ModelView:
@@ -68,51 +62,73 @@ def packed_view(
 
 @dataclass(frozen=True)
 class _Tree:
-    """An untrained model: its modules by name, its decoder blocks, the name of its head."""
+    """An untrained model under its names on disk: modules with a weight, blocks, the head.
+
+    ``tensors`` has the shapes of all tensors that a float checkpoint of the model has, by name.
+    """
 
     modules: Mapping[str, nn.Module]
     blocks: tuple[str, ...]
     head: str | None
-
-    def in_block(self, name: str) -> bool:
-        return block_of(name, self.blocks) is not None
+    tensors: Mapping[str, tuple[int, ...]]
 
 
 def _tree(checkpoint: Checkpoint, trust_remote_code: bool) -> _Tree:
     folder = checkpoint.folder
     config = load_config(folder, trust_remote_code=trust_remote_code)
     model = build(config, folder, trust_remote_code=trust_remote_code)
-    modules = dict(model.named_modules())
+    names = disk_names(model)
+    modules = {
+        stored: module
+        for path, module in model.named_modules()
+        if (stored := names.module(path)) is not None
+    }
     output = model.get_output_embeddings()
-    head = next((name for name, module in modules.items() if module is output), None)
-    return _Tree(modules, decoder_blocks(model, folder), head)
+    head = next((path for path, module in model.named_modules() if module is output), None)
+    if head is not None:
+        stored = names.module(head) or tied_name(model, head)
+        # A head of another name on disk (embed_out) is a float linear like others there; loaders
+        # that ask for the head's own name find it in ignore.
+        head = stored if local_of(stored) == local_of(head) else head
+    blocks = tuple(map(names.block, decoder_blocks(model, folder)))
+    return _Tree(modules, blocks, head, names.shapes)
 
 
 def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, int]]) -> ModelView:
-    dtype, shapes = _float_dtype(checkpoint), dict(packed)
+    shapes = dict(packed)
     for tensor, stored in checkpoint.tensors.items():
         name, local = split_name(tensor)
         is_matrix = local == "weight" and len(stored.spec.shape) == 2
         if is_matrix and not isinstance(tree.modules.get(name), nn.Embedding):
             shapes.setdefault(name, (stored.spec.shape[0], stored.spec.shape[1]))
-    for name, module in tree.modules.items():
-        if isinstance(module, nn.Linear) and tree.in_block(name):
+    in_blocks = {name: m for name, m in tree.modules.items() if _is_in(tree.blocks, name)}
+    for name, module in in_blocks.items():
+        if isinstance(module, nn.Linear):
             shapes[name] = (module.out_features, module.in_features)
+    floats = built_float(shapes, checkpoint.config)
     quantizable = {
         name
         for name in shapes
-        if tree.in_block(name)
-        and (isinstance(tree.modules.get(name), nn.Linear) or _EXPERT.search(name))
-        and not _ROUTER.search(name)
+        if (isinstance(in_blocks.get(name), nn.Linear) or _is_expert(tree.blocks, name))
+        and (name not in floats or floats[name].engines)
     }
     return ModelView(
         config=checkpoint.config,
-        dtype=dtype,
+        dtype=_float_dtype(checkpoint),
         linears={name: shapes[name] for name in natural_order(shapes)},
         quantizable=frozenset(quantizable),
         blocks=tree.blocks,
         head=tree.head,
+        built_float=floats,
     )
+
+
+def _is_expert(blocks: tuple[str, ...], name: str) -> bool:
+    return _EXPERT.search(name) is not None and _is_in(blocks, name)
+
+
+def _is_in(blocks: tuple[str, ...], name: str) -> bool:
+    return block_of(name, blocks) is not None
 
 
 def decoder_blocks(tree: nn.Module, folder: Path) -> tuple[str, ...]:
@@ -136,19 +152,11 @@ def float_tensors(
 
     Experts have separate tensors; a head that is tied to the embedding has none.
     """
-    return _on_disk(_tree(checkpoint, trust_remote_code))
-
-
-def _on_disk(tree: _Tree) -> dict[str, tuple[int, ...]]:
-    from transformers.core_model_loading import revert_weight_conversion
-
-    model: PreTrainedModel = tree.modules[""]  # type: ignore[assignment]
-    tensors = revert_weight_conversion(model, dict(model.named_parameters()))
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return dict(_tree(checkpoint, trust_remote_code).tensors)
 
 
 def _check_whole(checkpoint: Checkpoint, tree: _Tree) -> None:
-    for tensor, shape in _on_disk(tree).items():
+    for tensor, shape in tree.tensors.items():
         stored = checkpoint.tensors.get(tensor)
         if stored is None:
             raise QplugError(f"{checkpoint.folder}: the checkpoint lacks {tensor}")
@@ -156,6 +164,11 @@ def _check_whole(checkpoint: Checkpoint, tree: _Tree) -> None:
             raise QplugError(
                 f"{checkpoint.folder}: {tensor} is {list(stored.spec.shape)}, "
                 f"but config.json makes it {list(shape)}"
+            )
+        if stored.spec.dtype not in FLOAT_DTYPES:
+            raise QplugError(
+                f"{checkpoint.folder}: {tensor} is {stored.spec.dtype}; qplug quantizes models in "
+                f"{', '.join(FLOAT_DTYPES)}"
             )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,36 @@ from qplug.api.groups import (
 )
 from qplug.numerics.chunks import GPU_CHUNK, in_chunks
 
+#: Magnitudes of weights beyond which squares overflow, or underflow, in float32.
+TOO_LARGE, TOO_SMALL = 1e18, 1e-18
+
+
+def too_large(peak: float) -> str:
+    """A sentence on a weight whose largest magnitude is ``peak``, more than ``TOO_LARGE``."""
+    return f"has weights up to {peak:.3g}, too large to compute with; mend the float model"
+
+
+def overflowing(peak: float, dtype: str) -> str:
+    """A sentence on values up to ``peak`` that overflow ``dtype``, the dtype of the model."""
+    return (
+        f"has values up to {peak:.3g}, which overflow {dtype}, the dtype in config.json; "
+        "state bfloat16 there"
+    )
+
+
+def too_small(peak: float) -> str:
+    """A sentence on a weight whose largest magnitude is ``peak``, less than ``TOO_SMALL``."""
+    return (
+        f"its largest weight is {peak:.3g}, too small to compute with; "
+        "mend the float model, or set the weight to zero there"
+    )
+
 
 def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
-    """``||W' - W|| / ||W||`` (Frobenius) of ``weight: [out, in]``; 0 if both are zero."""
+    """``||W' - W|| / ||W||`` (Frobenius) of ``weight: [out, in]``; 0 if both are zero.
+
+    NaN if squares of the weight overflow float32, or vanish although the weight is not zero.
+    """
     args, step = quantized.args, row_step(quantized.args)
     scale = quantized.scale.expand(row_scales(weight, args))
     zero = None if quantized.zero is None else quantized.zero.expand(scale.shape)
@@ -33,6 +62,8 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
         # Cut to the weight's shape: the padding of ragged blocks is no error.
         difference = out_of_groups(part.sub_(groups), codes.shape[1], codes.shape[0])
         error += difference.square_().sum(dtype=torch.float64).item()
+    if norm < TOO_SMALL**2 * weight.numel() and weight.any():
+        return math.nan
     return (error / norm) ** 0.5 if norm else float(error > 0)
 
 

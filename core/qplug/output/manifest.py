@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.calibration.ranges import InputRange
-from qplug.checkpoint.open import read_json
 from qplug.errors import QplugError
+from qplug.files.json_text import read_json
+from qplug.files.typed import Typed
+from qplug.recipe.recipe import Recipe
+
+T = TypeVar("T")
 
 MANIFEST = "qplug.json"
 
@@ -50,39 +55,63 @@ def read_manifest(folder: Path) -> Manifest | None:
 
     Raises QplugError if the file exists but is damaged, or if another version of qplug wrote it.
     """
-    if not (folder / MANIFEST).exists():
+    if not os.path.lexists(folder / MANIFEST):
         return None
-    record = read_json(folder / MANIFEST)
-    version = record.get("version", VERSION)
-    if version != VERSION:
+    record = Typed(str(folder / MANIFEST), read_json(folder / MANIFEST, within=folder))
+    if (version := record.get("version")) is not None and version.value != VERSION:
         raise QplugError(
-            f"{folder / MANIFEST}: has format {version}, but this qplug reads {VERSION}; "
-            "install the qplug that wrote the folder"
+            f"{folder / MANIFEST}: has format {ascii(version.value)[:40]}, but this qplug reads "
+            f"{VERSION}; install the qplug that wrote the folder"
         )
+    schemes = [_read(Scheme.from_dict, scheme) for scheme in record.need("schemes").items()]
+    layers = record.need("layers").mapping()
+    recipe = record.need("recipe")
+    cache, online = recipe.get("kv_cache"), record.get("online")
+    _read(Recipe.from_dict, recipe)
+    losses = {name: layer.get("loss") for name, layer in layers.items()}
+    inputs = {name: layer.get("inputs") for name, layer in layers.items()}
+    clips = {name: layer.get("clips") for name, layer in layers.items()}
+    return Manifest(
+        model=record.need("model").text(),
+        backend=recipe.need("backend").text(),
+        algorithms=recipe.need("algorithms").texts(),
+        versions={name: v.text() for name, v in record.need("versions").mapping().items()},
+        schemes={
+            n: schemes[layer.need("scheme").whole(0, len(schemes) - 1)]
+            for n, layer in layers.items()
+        },
+        errors={name: layer.need("error").number() for name, layer in layers.items()},
+        rewritten=frozenset(record.need("rewritten").texts()),
+        kv_cache=None if cache is None else _read(QuantArgs.from_dict, cache),
+        online=() if online is None else online.texts(),
+        recipe=recipe.value,
+        losses={name: loss.number() for name, loss in losses.items() if loss is not None},
+        inputs={
+            name: (_range(both.need("before")), _range(both.need("after")))
+            for name, both in inputs.items()
+            if both is not None
+        },
+        clips={
+            name: tuple(count.whole(0, 1 << 62) for count in counts.items())
+            for name, counts in clips.items()
+            if counts is not None
+        },
+        notes=record.need("notes").texts(),
+    )
+
+
+def _read(from_dict: Callable[[dict[str, Any]], T], plain: Typed) -> T:
+    """The object that ``from_dict`` makes of ``plain``; names the place of what does not fit."""
+    plain.mapping()
     try:
-        kinds = [Scheme.from_dict(plain) for plain in record["schemes"]]
-        layers, recipe = record["layers"], record["recipe"]
-        cache = recipe["kv_cache"]
-        read = InputRange.from_list
-        return Manifest(
-            model=record["model"],
-            backend=recipe["backend"],
-            algorithms=tuple(recipe["algorithms"]),
-            versions=record["versions"],
-            schemes={name: kinds[layer["scheme"]] for name, layer in layers.items()},
-            errors={name: layer["error"] for name, layer in layers.items()},
-            rewritten=frozenset(record["rewritten"]),
-            kv_cache=QuantArgs.from_dict(cache) if cache else None,
-            online=tuple(record.get("online", ())),
-            recipe=recipe,
-            losses={n: layer["loss"] for n, layer in layers.items() if layer["loss"] is not None},
-            inputs={
-                name: (read(layer["inputs"]["before"]), read(layer["inputs"]["after"]))
-                for name, layer in layers.items()
-                if "inputs" in layer
-            },
-            clips={n: tuple(layer["clips"]) for n, layer in layers.items() if "clips" in layer},
-            notes=tuple(record["notes"]),
-        )
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise QplugError(f"{folder / MANIFEST}: is damaged: {error!r}") from error
+        return from_dict(plain.value)
+    except (QplugError, KeyError, TypeError, ValueError) as error:
+        reason = f"lacks or does not know {error}" if isinstance(error, KeyError) else error
+        raise QplugError(f"{plain.where}: is damaged: {reason}") from error
+
+
+def _range(plain: Typed) -> InputRange:
+    numbers = [number.number() for number in plain.items()]
+    if len(numbers) != 3:
+        raise QplugError(f"{plain.where}: must be three numbers")
+    return InputRange.from_list(numbers)

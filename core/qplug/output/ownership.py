@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qplug.checkpoint.open import read_json
 from qplug.errors import QplugError
+from qplug.files.json_text import read_json
 from qplug.output import disk
 from qplug.output.checksums import CHECKSUMS
 from qplug.output.manifest import MANIFEST, read_manifest

@@ -15,6 +15,7 @@ from qplug.errors import QplugError
 from qplug.output.checksums import CHECKSUMS, sealed
 from qplug.output.fingerprint import versions
 from qplug.output.manifest import MANIFEST, VERSION
+from qplug.output.markdown import code_span, heading, yaml_word
 from qplug.output.step_report import Report
 from qplug.recipe.recipe import Recipe
 from qplug.registry.registry import Registry
@@ -25,9 +26,9 @@ tags:
 - qplug
 - $tag
 ---
-# $title
+# $title, $scheme_title
 
-$model $action by qplug $version: `$algorithms`, scheme `$scheme`, for `$backend`.
+$model $action by qplug $version: `$algorithms`, scheme $scheme, for `$backend`.
 
 $summary
 `$manifest` has the recipe, the versions, and the error of each layer.
@@ -147,12 +148,13 @@ def _card(
     if engine is not None and engine.serve_command is not None:
         serve = " ".join([engine.serve_command.format("."), *engine.serve_arguments(config)])
     return _CARD.substitute(
-        tag=recipe.scheme.name.lower(),
-        title=f"{name.rstrip('/').rpartition('/')[2]}, {recipe.scheme.name}",
-        model=f"`{name}`",
+        tag=yaml_word(recipe.scheme.name.lower()),
+        title=heading(name.rstrip("/").rpartition("/")[2]),
+        model=code_span(name),
+        scheme_title=heading(recipe.scheme.name),
         version=version("qplug"),
         algorithms="+".join(recipe.algorithms),
-        scheme=recipe.scheme.name,
+        scheme=code_span(recipe.scheme.name),
         backend=recipe.backend,
         action="transformed" if exporter.format.stores_float else "quantized",
         summary=_summary(errors),

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from qplug.calibration.tokens import calibration_tokens
+from qplug.checkpoint.config_file import CONFIG
 from qplug.errors import QplugError
+from qplug.machine.memory import naming_memory
 from qplug.machine.session import Session
+from qplug.model.foreign import naming_file
 from qplug.model.hooks import hooked
 from qplug.model.kv_cache import RoundedCache
 from qplug.model.parameters import first_tensor
@@ -114,7 +117,17 @@ def compare(
     )
     real = tokens >= 0  # shorter samples are padded on the right with -1
     stream = _Stream(source, opened)
-    with torch.inference_mode():
+    with (
+        torch.inference_mode(),
+        naming_memory(
+            lambda: (
+                f"{len(tokens)} windows of {tokens.shape[1]} tokens on {session.device}, with the "
+                "hidden states after every block; use fewer --windows, a shorter --seq-len, or "
+                "another --device"
+            )
+        ),
+        naming_file(opened.checkpoint.folder / CONFIG, "the model does not run"),
+    ):
         model = stream_folder(source, session.device)
         with stream.recording(model):
             float_logits = _logits(model, tokens, real)

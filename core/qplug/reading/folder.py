@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from qplug.api import Exporter, ModelView
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.api.tensors import Checkpoint
+from qplug.checkpoint.config_file import CONFIG
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.names import by_module, is_within, split_name
 from qplug.checkpoint.open import open_checkpoint
 from qplug.errors import QplugError
+from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
 from qplug.model.architectures import find_packed_view
 from qplug.model.kv_cache import SCALES
@@ -63,11 +66,21 @@ class Folder:
     def dequantized(self, name: str) -> Tensor:
         """The dequantized weight of the quantized linear ``name``, float32 ``[out, in]``."""
         assert self.exporter is not None
-        return self.exporter.format.dequantize(self.packed(name), self.schemes[name])
+        with self.unpacking(name):
+            return self.exporter.format.dequantize(self.packed(name), self.schemes[name])
 
     def _effective(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
         assert self.exporter is not None
-        return self.exporter.effective_weight(tensors, self.schemes[name])
+        with self.unpacking(name):
+            return self.exporter.effective_weight(tensors, self.schemes[name])
+
+    def unpacking(self, name: str) -> AbstractContextManager[None]:
+        """A context in which the exporter takes the tensors of the linear ``name`` apart.
+
+        Tensors that do not fit each other raise QplugError.
+        """
+        assert self.exporter is not None
+        return naming_damage(f"{self.checkpoint.folder}: {name}", self.exporter.name)
 
     def holds(self, parameter: str) -> bool:
         """Whether the folder stores ``parameter``, a name in the model, as a tensor or as codes."""
@@ -101,7 +114,8 @@ class Folder:
             for local in self._stored.get(name, ())
             if local.startswith("input_")
         }
-        scale = self.exporter.format.input_scale(stored, self.schemes[name])
+        with self.unpacking(name):
+            scale = self.exporter.format.input_scale(stored, self.schemes[name])
         if scale is None:
             raise QplugError(f"{name}: its inputs are static, but the folder has no scale for them")
         return scale
@@ -140,12 +154,14 @@ def open_folder(model: str, session: Session, *, backend: str | None = None) -> 
     if manifest is not None or config is not None:
         method = config.get("quant_method") if config else None
         exporter = exporters.make(name or session.registry.reader_of(method))
-    packed = exporter.format.stored_shapes(checkpoint) if exporter else {}
+    with naming_damage(str(folder), exporter.name if exporter else ""):
+        packed = exporter.format.stored_shapes(checkpoint) if exporter else {}
     view = find_packed_view(checkpoint, packed, session.registry, trust_remote_code=trusted)
     schemes, cache = {}, None
     if exporter is not None and config is not None:
-        schemes = exporter.format.read_schemes(config, view)
-        cache = exporter.format.read_cache(config)
+        with naming_damage(f"{folder / CONFIG}: quantization_config", exporter.name):
+            schemes = exporter.format.read_schemes(config, view)
+            cache = exporter.format.read_cache(config)
     elif manifest is not None:
         schemes, cache = dict(manifest.schemes), manifest.kv_cache
     return Folder(checkpoint, view, manifest, exporter, schemes, cache, trusted)

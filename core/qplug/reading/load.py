@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qplug.checkpoint.config_file import CONFIG
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.experts import as_on_disk
+from qplug.model.foreign import naming_file
 from qplug.model.hollow import build, load_config
 from qplug.model.kv_cache import round_cache
 from qplug.model.online_rotation import rotate_inputs
@@ -60,7 +62,7 @@ def load_folder(
     state = {name: tensor.to(target) for name, tensor in folder.weights()}
     # transformers fills missing tensors with random numbers; `loading` lists them.
     try:
-        with quiet_transformers():
+        with quiet_transformers(), naming_file(path / CONFIG, "the model does not load"):
             loaded: Any = kind.from_pretrained(
                 None,
                 config=config,
@@ -69,7 +71,7 @@ def load_folder(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except RuntimeError as error:
+    except QplugError as error:
         if "conversion of the weights" not in str(error):
             raise
         raise QplugError(f"{path}: experts are missing, or differ in shape") from error

@@ -6,18 +6,21 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from qplug.checkpoint.config_file import CONFIG, read_config
 from qplug.checkpoint.locate import find_model
-from qplug.checkpoint.open import read_json
 from qplug.errors import QplugError
+from qplug.machine.memory import gibibytes, naming_memory
 from qplug.machine.session import Session
+from qplug.model.foreign import naming_file
 from qplug.model.tokenizer import load_tokenizer
-from qplug.reading.folder import open_folder
+from qplug.reading.folder import Folder, open_folder
 from qplug.reading.load import load_folder
 from qplug.registry.registry import Registry
 from qplug.text.windows import first_windows
@@ -69,10 +72,23 @@ def evaluate(
         seq_len=seq_len,
         windows=windows,
     )
-    net = load_folder(open_folder(model, session))
-    net.to(session.device)  # type: ignore[arg-type]
-    loss = mean_loss(net, tokens, watch or (lambda *_: None))
+    folder = open_folder(model, session)
+    with naming_memory(lambda: _held(folder, session, seq_len)):
+        net = load_folder(folder)
+        net.to(session.device)  # type: ignore[arg-type]
+        with naming_file(folder.checkpoint.folder / CONFIG, "the model does not run"):
+            loss = mean_loss(net, tokens, watch or (lambda *_: None))
     return Evaluation(model, math.exp(loss), dataset, len(tokens), seq_len)
+
+
+def _held(folder: Folder, session: Session, seq_len: int) -> str:
+    """What memory is needed for, and what to change."""
+    weights = 4 * sum(math.prod(shape) for shape in folder.view.linears.values())
+    return (
+        f"{folder.checkpoint.folder} is held whole on {session.device}, {gibibytes(weights)} in "
+        f"float32, with the predictions of {max(_TOKENS, seq_len)} tokens; use a shorter --seq-len "
+        "or another --device"
+    )
 
 
 def evaluation_tokens(
@@ -90,12 +106,16 @@ def evaluation_tokens(
     model allows.
     """
     source = session.registry.datasets.make(dataset, dataset_options)
-    limit = read_json(find_model(model) / "config.json").get("max_position_embeddings")
+    limit = read_config(find_model(model)).get("max_position_embeddings")
     if isinstance(limit, int) and seq_len > limit:
         raise QplugError(f"--seq-len {seq_len}: the model takes {limit} tokens at most")
     tokenizer = load_tokenizer(model, trust_remote_code=session.trust_remote_code)
     count = sys.maxsize if windows is None else windows
-    return first_windows(source, tokenizer, length=seq_len, count=count, split="evaluation")
+    with (
+        session.registry.blaming(source, "text for evaluation"),
+        naming_file(Path(model) / "tokenizer.json", "its tokenizer does not work"),
+    ):
+        return first_windows(source, tokenizer, length=seq_len, count=count, split="evaluation")
 
 
 @torch.inference_mode()

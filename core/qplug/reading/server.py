@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qplug.api import Server
-from qplug.checkpoint.locate import find_model
-from qplug.checkpoint.open import read_json
+from qplug.checkpoint.config_file import read_config
+from qplug.checkpoint.locate import as_word, find_model
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.output.manifest import read_manifest
@@ -48,8 +48,11 @@ class Serving:
     def command(self) -> list[str]:
         """The words of the command; the user's arguments come last, so they win."""
         address = ["--host", self.host, "--port", str(self.port)]
-        named = [self.server.folder_option, str(self.folder), "--served-model-name", self.name]
-        return [self.python, "-m", self.server.module, *named, *address, *self.arguments]
+        folder = [self.server.folder_option, as_word(self.folder)]
+        # After a space the name of a folder that begins with a dash would be an option.
+        flag = "--served-model-name"
+        name = [f"{flag}={self.name}"] if self.name.startswith("-") else [flag, self.name]
+        return [self.python, "-m", self.server.module, *folder, *name, *address, *self.arguments]
 
     @property
     def curl(self) -> str:
@@ -93,7 +96,7 @@ def find_serving(
     """
     registry = session.registry
     path = find_model(folder)
-    config = read_json(path / "config.json")
+    config = read_config(path)
     manifest = read_manifest(path)
     name = backend or (manifest.backend if manifest else None)
     engine = registry.exporters[name].engine if name else None

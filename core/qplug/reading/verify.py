@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from qplug.api import Problem
 from qplug.api.tensors import Checkpoint
-from qplug.checkpoint.locate import find_model
+from qplug.checkpoint.config_file import CONFIG
+from qplug.checkpoint.locate import find_at_hand, find_model, may_be_on_hub
 from qplug.checkpoint.names import module_of, split_name
-from qplug.checkpoint.open import open_checkpoint
+from qplug.checkpoint.open import check_companions, open_checkpoint
 from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
+from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
 from qplug.model.architectures import expected_tensors
 from qplug.model.kv_cache import SCALES
+from qplug.reading.built import built_otherwise, share_of
+from qplug.reading.damage import find_damage
 from qplug.reading.folder import Folder, open_folder
 from qplug.registry.registry import Registry
 
@@ -28,7 +33,11 @@ class Verification:
     ``linears``: the number of quantized linears. ``against``: the float model, None if it was not
     found. ``errors``: ``||W' - W|| / ||W||`` by name of the linear, empty without a float model.
     ``rewritten``: the number of linears whose weights an algorithm rewrote, together with the
-    operations around them; ``errors`` leaves them out.
+    operations around them; ``errors`` leaves them out. ``float_share`` is the share of the weights
+    in decoder blocks that is float, 0 to 1; ``floats`` are its parts, by name of the weights with a
+    star for each number. ``checksums``: the number of checksums that were compared with the files,
+    0 if the folder has none. ``missing``: the float model that ``qplug.json`` names, if it is not
+    on this machine and no other was given.
     """
 
     folder: str
@@ -38,6 +47,10 @@ class Verification:
     problems: tuple[Problem, ...]
     errors: Mapping[str, float]
     rewritten: int
+    float_share: float = 0.0
+    floats: Mapping[str, float] = field(default_factory=dict)
+    checksums: int = 0
+    missing: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -54,20 +67,29 @@ def verify(
     registry: Registry | None = None,
     watch: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Check ``folder`` by the rules of the loader of ``backend``, and unpack its codes.
+    """Check ``folder`` by its checksums and its loader's rules, and unpack its codes.
 
     By default ``backend`` is the one that wrote the folder, and ``against`` the float model that
-    ``qplug.json`` names, if it is found. ``watch`` is called with the linears done and all linears.
-    Raises QplugError if the folder cannot be opened, or is not quantized.
+    ``qplug.json`` names, if it is on this machine. ``watch`` is called with the linears done and
+    all linears. Raises QplugError if the folder cannot be opened, or is not quantized.
     """
     session = Session.alone(registry=registry, trust_remote_code=trust_remote_code)
     opened = open_folder(folder, session, backend=backend)
     if opened.exporter is None:
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
     source_name, source = find_source(opened, against)
-    problems = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
-    problems += _tokenizer_missing(opened)
-    problems += _architecture_lacks(opened, session)
+    damage = find_damage(opened.checkpoint.folder)
+    with naming_damage(str(opened.checkpoint.folder / CONFIG), opened.exporter.name):
+        rules = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
+    problems = [
+        *damage.problems,
+        *rules,
+        *built_otherwise(opened),
+        *_tokenizer_missing(opened),
+        *_companions_unsound(opened),
+        *_architecture_lacks(opened, session),
+    ]
+    share = share_of(opened)
     errors: dict[str, float] = {}
     rewritten = opened.manifest.rewritten if opened.manifest else frozenset()
     if not problems:
@@ -93,24 +115,37 @@ def verify(
         problems=tuple(problems),
         errors=errors,
         rewritten=sum(f"{name}.weight" in rewritten for name in opened.schemes),
+        float_share=share.total,
+        floats=share.kinds,
+        checksums=damage.compared,
+        missing=opened.manifest.model if opened.manifest and source is None else None,
     )
 
 
 def find_source(opened: Folder, against: str | None) -> tuple[str | None, Checkpoint | None]:
     """Find the float model of a folder: its name and its checkpoint, or None and None.
 
-    The model is ``against``, or by default the one that the manifest records. Raises QplugError if
-    ``against`` is given and is no model.
+    The model is ``against``, or by default the one that the manifest records, if it is on this
+    machine: a stranger's folder must not make qplug ask the Hub. Raises QplugError if ``against``
+    is given and is no model.
     """
     if against is not None:
         return against, open_checkpoint(find_model(against))
     recorded = opened.manifest.model if opened.manifest else None
-    if recorded is None:
+    folder = find_at_hand(recorded) if recorded is not None else None
+    if folder is None:
         return None, None
     try:
-        return recorded, open_checkpoint(find_model(recorded))
+        return recorded, open_checkpoint(folder)
     except QplugError:
-        return None, None  # the folder may have come from another machine
+        return None, None  # something else may have its name on this machine
+
+
+def not_at_hand(model: str) -> str:
+    """Returns a sentence for the user of a folder that names ``model``, which was not found."""
+    to_download = may_be_on_hub(model)
+    how = f"{shlex.quote(model)} to download it" if to_download else "MODEL to compare with it"
+    return f"the float model {model} is not at hand; pass --against {how}"
 
 
 def _tokenizer_missing(opened: Folder) -> list[Problem]:
@@ -119,6 +154,15 @@ def _tokenizer_missing(opened: Folder) -> list[Problem]:
     tokenizers = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((folder / name).exists() for name in tokenizers):
         return [Problem("tokenizer", str(folder), "there is no tokenizer file")]
+    return []
+
+
+def _companions_unsound(opened: Folder) -> list[Problem]:
+    """A problem if a file of JSON that servers read is none."""
+    try:
+        check_companions(opened.checkpoint.folder)
+    except QplugError as error:
+        return [Problem("companion", str(opened.checkpoint.folder), str(error))]
     return []
 
 

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from qplug.api import ModelView
+from qplug.api import BuiltFloat, ModelView
 from qplug.api.scheme import Scheme
 from qplug.errors import QplugError
 from qplug.recipe.recipe import Recipe
 
 
-def assign(recipe: Recipe, model: ModelView) -> dict[str, Scheme]:
+def assign(
+    recipe: Recipe, model: ModelView, built_float: Mapping[str, BuiltFloat] | None = None
+) -> dict[str, Scheme]:
     """The scheme of every linear that ``recipe`` quantizes, by name, in the model's order.
 
     A pattern is a glob over module names, or ``re:`` and a regular expression for the whole name.
-    Later overrides win; ``ignore`` wins over all overrides. Raises QplugError if a pattern matches
-    no linear, or if no linear is quantized.
+    Later overrides win; ``ignore`` wins over all overrides. A linear in ``built_float``, which says
+    why the engine builds it float, is quantized only if an override names it. Raises QplugError if
+    a pattern matches no linear, or if no linear is quantized.
     """
-    ignored = _matching(recipe.ignore, model.linears, "--ignore")
-    schemes = {n: recipe.scheme for n in model.linears if n in model.quantizable - ignored}
+    floats = built_float or {}
+    ignored = _matching(recipe.ignore, [*model.linears, *model.other_weights], "--ignore")
+    wanted = model.quantizable - ignored - floats.keys()
+    schemes = {name: recipe.scheme for name in model.linears if name in wanted}
     for pattern, scheme in recipe.overrides:
         for name in _matching([pattern], model.linears, "--override") - ignored:
             schemes[name] = scheme
     if not schemes:
-        raise QplugError("nothing is left to quantize: every linear layer of the model stays float")
+        why = next((floats[name] for name in model.quantizable if name in floats), None)
+        reason = f" ({why.reason})" if why is not None else ""
+        raise QplugError(
+            f"nothing is left to quantize: every linear layer of the model stays float{reason}"
+        )
     return {name: recipe.rounding(schemes[name]) for name in model.linears if name in schemes}
 
 

@@ -26,7 +26,7 @@ def check(job: Job, registry: Registry) -> None:
     recipe = job.recipe
     _placed(job, "algorithms", refuse_strangers, recipe.algorithms, recipe.algorithm_options)
     pipeline = check_names(job, registry)
-    _placed(job, "algorithms", check_pipeline, pipeline, recipe.schemes)
+    _placed(job, "algorithms", check_pipeline, pipeline, recipe.schemes, registry)
     recipe.check()
 
 

@@ -241,25 +241,79 @@ def all_fields(value: Any) -> dict[str, Any]:
 def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     """Create an object of the dataclass ``kind`` from the plain ``values`` of its fields.
 
-    Missing fields get their default. Raises KeyError or TypeError if ``values`` do not fit.
+    Missing fields get their default. Raises QplugError if ``values`` do not fit.
     """
     known = {field.name: field for field in fields_of(kind)}
-    return kind(**{name: _from_plain(known[name].type, value) for name, value in values.items()})
+    if not isinstance(values, Mapping):
+        raise _unfit(values, kind)
+    for name in values:
+        if name not in known:
+            raise QplugError(f"unknown field {ascii(name)[:40]}")
+    fields = {name: _from_plain(known[name].type, value) for name, value in values.items()}
+    try:
+        return kind(**fields)
+    except TypeError as error:  # a field without a default is missing
+        raise QplugError(str(error)) from error
 
 
 def _from_plain(kind: Any, value: Any) -> Any:
-    members = [member for member in get_args(kind) if member is not type(None)]
-    if get_origin(kind) in (Union, types.UnionType):
-        return value if value is None or len(members) > 1 else _from_plain(members[0], value)
-    if get_origin(kind) is tuple:
-        inner = members[:1] * len(value) if Ellipsis in members else members
-        return tuple(_from_plain(type_, item) for type_, item in zip(inner, value, strict=True))
-    if get_origin(kind) is Mapping:
-        return {key: _from_plain(members[1], item) for key, item in value.items()}
+    origin = get_origin(kind)
+    if origin is not None:
+        return _GENERIC_PLAIN[origin](get_args(kind), value)
     own = getattr(kind, "from_dict", None)
-    if own is not None:
+    if own is not None and isinstance(value, Mapping):
         return own(value)
-    return from_dict(cast("type[Any]", kind), value) if dataclasses.is_dataclass(kind) else value
+    if dataclasses.is_dataclass(kind):
+        return from_dict(cast("type[Any]", kind), value)
+    if type(value) not in _EXACT.get(kind, (kind,)):
+        raise _unfit(value, kind)
+    return value
+
+
+def _plain_union(members: tuple[Any, ...], value: Any) -> Any:
+    if value is None and type(None) in members:
+        return None
+    several = [member for member in members if member is not type(None)]
+    exact = (member for member in several if type(value) in _EXACT.get(member, ()))
+    member = several[0] if len(several) == 1 else next(exact, None)
+    if member is None:
+        raise _unfit(value, *members)
+    return _from_plain(member, value)
+
+
+def _plain_choice(members: tuple[Any, ...], value: Any) -> Any:
+    if value not in members:
+        raise _unfit(value, Literal[members])
+    return value
+
+
+def _plain_list(members: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise QplugError(f"{ascii(value)[:40]} is wrong; it must be a list")
+    inner = members[:1] * len(value) if Ellipsis in members else members
+    if len(inner) != len(value):
+        raise QplugError(f"{ascii(value)[:40]} is wrong; it must be a list of {len(inner)}")
+    return tuple(_from_plain(kind, item) for kind, item in zip(inner, value, strict=True))
+
+
+def _plain_mapping(members: tuple[Any, ...], value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise QplugError(f"{ascii(value)[:40]} is wrong; it must be a mapping")
+    return {key: _from_plain(members[1], item) for key, item in value.items()}
+
+
+_GENERIC_PLAIN: dict[Any, Callable[[tuple[Any, ...], Any], Any]] = {
+    Union: _plain_union,
+    types.UnionType: _plain_union,
+    Literal: _plain_choice,
+    tuple: _plain_list,
+    Mapping: _plain_mapping,
+}
+
+
+def _unfit(value: Any, *kinds: Any) -> QplugError:
+    wanted = " or ".join(map(_named, kinds))
+    return QplugError(f"{ascii(value)[:40]} is wrong; it must be {wanted}")
 
 
 # --- JSON Schema ----------------------------------------------------------------------------------

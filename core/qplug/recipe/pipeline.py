@@ -28,7 +28,7 @@ def make_pipeline(
     """
     refuse_strangers(names, options)
     pipeline = [registry.algorithms.make(name, options.get(name)) for name in names]
-    check_pipeline(pipeline, schemes)
+    check_pipeline(pipeline, schemes, registry)
     return pipeline
 
 
@@ -39,18 +39,25 @@ def refuse_strangers(names: Sequence[str], options: Mapping[str, Mapping[str, An
             raise QplugError(f"-o {name}...: {name} is not in --algo")
 
 
-def check_pipeline(pipeline: Sequence[Algorithm[Any]], schemes: Sequence[Scheme]) -> None:
+def check_pipeline(
+    pipeline: Sequence[Algorithm[Any]], schemes: Sequence[Scheme], registry: Registry
+) -> None:
     """Raise QplugError if the algorithms do not fit each other or ``schemes``."""
     flag = f"--algo {'+'.join(algorithm.name for algorithm in pipeline)}"
     _check_order(pipeline, flag)
-    for earlier, later in combinations(pipeline, 2):
-        for choice in sorted(earlier.decides & later.decides):
+    decided = []
+    for algorithm in pipeline:
+        with registry.blaming(algorithm, "decides"):
+            decided.append(frozenset(algorithm.decides))
+    for (earlier, first), (later, second) in combinations(zip(pipeline, decided, strict=True), 2):
+        for choice in sorted(first & second):
             raise QplugError(
                 f"{flag}: {earlier.name} and {later.name} both decide {choice}, so {later.name} "
                 f"would undo what {earlier.name} chose; leave one of them out"
             )
     for algorithm in pipeline:
-        sentence = algorithm.refuses(schemes)
+        with registry.blaming(algorithm, "refuses"):
+            sentence = algorithm.refuses(schemes)
         if sentence is not None:
             raise QplugError(f"{algorithm.name}: {sentence}")
 

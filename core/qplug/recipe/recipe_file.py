@@ -59,6 +59,8 @@ def write_recipe(job: Job) -> str:
     # The pipeline and the scheme decide most, so the file names them even if they are the default.
     entries = {"pipeline": ["rtn"], "scheme": "W4A16", **plain(job)}
     order = [name for name in schema()["properties"] if name in entries]
-    return yaml.safe_dump(
-        {name: entries[name] for name in order}, sort_keys=False, allow_unicode=True
-    )
+    ordered = {name: entries[name] for name in order}
+    text = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
+    if text.replace("\n", "").isprintable():
+        return text
+    return yaml.safe_dump(ordered, sort_keys=False)  # what a terminal would obey is escaped

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,8 +14,23 @@ from typing import Any, TypeAlias
 import yaml
 
 from qplug.errors import QplugError, did_you_mean
+from qplug.files.regular import read_text
 
 Scalar: TypeAlias = "str | int | float | bool | None"
+_Pair: TypeAlias = "tuple[yaml.ScalarNode, yaml.Node]"
+
+#: The longest file, in bytes; the most values in it, with aliases written out; the most lists and
+#: mappings around a value; the most digits of a number. Recipes have a hundredth of each.
+MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_NUMBER = 1 << 18, 20_000, 50, 64
+
+#: Characters of a file that a message quotes.
+_LONGEST = 300
+
+_MERGE = "tag:yaml.org,2002:merge"
+_COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+#: Numbers to the base of 8 and 60, which YAML 1.1 writes like text and times: ``010``, ``12:30``.
+_MISREAD = re.compile(r"[-+]?0[0-7_]+$|.*:")
 
 
 @dataclass(frozen=True)
@@ -23,12 +42,18 @@ class Place:
     path: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.path}" if self.path else f"{self.file}:{self.line}"
+        path = f": {_brief(self.path)}" if self.path else ""
+        return f"{self.file}:{self.line}{path}"
 
     def error(self, what: str, allowed: Iterable[object] | str = ()) -> QplugError:
         """The QplugError to raise: it names this place, the mistake, and the allowed values."""
         names = allowed if isinstance(allowed, str) else ", ".join(map(str, allowed))
-        return QplugError(f"{self}: {what}" + (f"; allowed: {names}" if names else ""))
+        return QplugError(f"{self}: {_brief(what)}" + (f"; allowed: {names}" if names else ""))
+
+
+def _brief(text: str) -> str:
+    """``text``, which quotes a file, of a limited length."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 @dataclass(frozen=True)
@@ -61,7 +86,7 @@ class Node:
     def whole(self, least: int | None = None) -> int:
         """The value as an integer, which must be at least ``least``."""
         value = self.scalar()
-        fits = isinstance(value, int) and not isinstance(value, bool)
+        fits = type(value) is int and abs(value) < 1 << 63
         if not fits or (least is not None and int(value or 0) < least):
             bound = "" if least is None else f" of {least} or more"
             raise self.place.error(f"{value!r} is wrong", f"a whole number{bound}")
@@ -72,10 +97,10 @@ class Node:
         """The value as a float."""
         value = self.scalar()
         try:  # YAML 1.1 reads 1e-4, without a point, as a string
-            if isinstance(value, bool) or value is None:
+            if isinstance(value, bool) or value is None or not math.isfinite(float(value)):
                 raise ValueError
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise self.place.error(f"{value!r} is wrong", "a number") from None
 
     def switch(self) -> bool:
@@ -174,14 +199,14 @@ class Section:
 def read_yaml(path: Path) -> Node:
     """Read the document in ``path``.
 
-    Raises QplugError if the file cannot be read, is empty, is not YAML, or repeats a key.
+    Raises QplugError if the file cannot be read, is longer than ``MAX_BYTES``, is empty, is not
+    YAML, repeats a key, has a tag, or has more than ``MAX_NODES`` values or ``MAX_DEPTH`` lists and
+    mappings around one, where each alias counts as what it stands for.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, MAX_BYTES)
     except FileNotFoundError:
         raise QplugError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise QplugError(f"{path}: cannot be read: {error}") from error
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
@@ -193,6 +218,8 @@ def read_yaml(path: Path) -> Node:
         raise QplugError(f"{path}:{line}: not YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise QplugError(f"{path}: not YAML: {error}") from error
+    except RecursionError:
+        raise QplugError(f"{path}: its values are nested more than {MAX_DEPTH} deep") from None
 
 
 class _Composed:
@@ -201,41 +228,92 @@ class _Composed:
     def __init__(self, file: str, loader: yaml.SafeLoader) -> None:
         self._file, self._loader = file, loader
         self._above: list[int] = []
+        self._count = 0
+        self._merged: dict[int, dict[str, _Pair]] = {}
 
     def node(self, node: yaml.Node, path: str) -> Node:
-        place = Place(self._file, node.start_mark.line + 1, path)
+        place = self._place(node, path)
+        self._count += 1
+        if self._count > MAX_NODES:
+            raise place.error(f"the file has more than {MAX_NODES} values; use fewer aliases")
+        with self._inside(node, place):
+            return Node(place, self._value(node, place))
+
+    def _place(self, node: yaml.Node, path: str) -> Place:
+        return Place(self._file, node.start_mark.line + 1, path)
+
+    @contextmanager
+    def _inside(self, node: yaml.Node, place: Place) -> Iterator[None]:
+        """A context that refuses a node within itself, and one too deep in others."""
         if id(node) in self._above:
             raise place.error("contains itself")
+        if len(self._above) > MAX_DEPTH:
+            raise place.error(f"is nested more than {MAX_DEPTH} deep")
         self._above.append(id(node))
         try:
-            return Node(place, self._value(node, place))
+            yield
         finally:
             self._above.pop()
 
     def _value(self, node: yaml.Node, place: Place) -> Any:
+        if isinstance(node, yaml.CollectionNode) and node.tag not in _COLLECTIONS:
+            raise place.error(f"has the tag {node.tag!r}; remove it")
         if isinstance(node, yaml.SequenceNode):
             return tuple(self.node(n, f"{place.path}[{i}]") for i, n in enumerate(node.value))
         if isinstance(node, yaml.MappingNode):
             return self._entries(node, place)
-        value = self._loader.construct_object(node)
+        if len(node.value) > MAX_NUMBER and node.tag in _NUMBERS:
+            raise place.error(f"is a number of more than {MAX_NUMBER} digits")
+        if node.tag in _NUMBERS and _MISREAD.match(node.value):
+            raise place.error(
+                f"{node.value} is another number in YAML; write it without zeros before it and "
+                "without colons, or in quotes"
+            )
+        try:
+            value = self._loader.construct_object(node)
+        except (ValueError, KeyError, AttributeError) as error:  # the 31st of February; !!bool x
+            raise place.error(f"{node.value[:40]!r} is wrong") from error
         plain = value is None or isinstance(value, (str, int, float))
         return value if plain else node.value  # a date stays the text in the file
 
     def _entries(self, node: yaml.MappingNode, place: Place) -> dict[str, Node]:
-        own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        self._loader.flatten_mapping(node)
+        pairs = self._pairs(node, place)
+        own = Counter(key.value for key, _ in node.value if key.tag != _MERGE)
         entries: dict[str, Node] = {}
+        for name, (key, value) in pairs.items():
+            inner = self.node(value, f"{place.path}.{name}" if place.path else name)
+            # The line of the key, since the value of an alias has the line of its anchor.
+            at = self._place(key, inner.place.path)
+            if own[name] > 1:
+                raise at.error("is repeated; remove one")
+            entries[name] = Node(at, inner.value)
+        return entries
+
+    def _pairs(self, node: yaml.MappingNode, place: Place) -> dict[str, _Pair]:
+        """The keys and values of a mapping, and of the mappings merged into it, by key.
+
+        A key of the mapping wins over a merged one, and a mapping over one merged after it.
+        """
+        known = self._merged.get(id(node))
+        if known is not None:
+            return known
+        own: dict[str, _Pair] = {}
+        merged: list[yaml.Node] = []
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise Place(self._file, key.start_mark.line + 1, place.path).error(
-                    "a key must be a word"
-                )
-            name = str(key.value)
-            inner = self.node(value, f"{place.path}.{name}" if place.path else name)
-            if name in entries and own.count(name) > 1:
-                line = key.start_mark.line + 1
-                raise Place(self._file, line, inner.place.path).error("is repeated; remove one")
-            # The line of the key, since the value of an alias has the line of its anchor.
-            line = key.start_mark.line + 1
-            entries[name] = Node(Place(self._file, line, inner.place.path), inner.value)
-        return entries
+                raise self._place(key, place.path).error("a key must be a word")
+            if key.tag == _MERGE:
+                merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
+            else:
+                own[key.value] = (key, value)
+        pairs: dict[str, _Pair] = {}
+        for other in reversed(merged):
+            if not isinstance(other, yaml.MappingNode):
+                raise self._place(other, place.path).error("only mappings can be merged by <<")
+            if other is node:
+                raise place.error("contains itself")
+            with self._inside(other, place):
+                pairs |= self._pairs(other, place)
+        pairs |= own
+        self._merged[id(node)] = pairs
+        return pairs

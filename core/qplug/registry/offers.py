@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 from qplug.api import Component
 from qplug.api.params import fill
 from qplug.errors import PluginError, QplugError, did_you_mean
+from qplug.registry.border import blaming
 from qplug.registry.plugin import Plugin, same_name
 
 T = TypeVar("T")
@@ -34,7 +35,10 @@ class Offers(Generic[T]):
         if len(owners) <= 1:
             return None
         sources = " and ".join(str(plugin) for plugin in owners)
-        return f"{self.kind} {name!r} comes from {sources}; drop one: -p no:PLUGIN"
+        strangers = [plugin for plugin in owners if not plugin.ships_with_qplug] or owners
+        dropped = " or ".join(f"-p no:{plugin.name}" for plugin in strangers)
+        which = "it" if len(strangers) == 1 else "one"
+        return f"{self.kind} {name!r} comes from {sources}; drop {which}: {dropped}"
 
     def __iter__(self) -> Iterator[str]:
         self._load()
@@ -61,6 +65,16 @@ class Offers(Generic[T]):
             if plugin.blocked and is_namesake:
                 raise QplugError(f"{self.kind} {name!r} is switched off by {plugin.blocked}")
         return None
+
+    def without_clashes(self) -> dict[str, T]:
+        """Returns the offers by name; of a name that several plugins offer, qplug's own if any."""
+        offers: dict[str, T] = {}
+        for name in self:
+            owners = self.owners(name)
+            own = [plugin for plugin in owners if plugin.ships_with_qplug]
+            if len(owners) == 1 or len(own) == 1:
+                offers[name] = (own or owners)[0].offers[self.kind, name]
+        return offers
 
     def __getitem__(self, name: str) -> T:
         offer = self.get(name)
@@ -93,5 +107,18 @@ class Components(Offers[type[C]], Generic[C]):
         Raises QplugError if no plugin offers ``name``, if several do, or if an option is unknown
         or has a wrong value.
         """
-        component = self[name]
-        return component(fill(component.Params, options or {}, f"{self._word} {name}"))
+        return self._made(self[name], options or {})
+
+    def make_own(self, name: str) -> C:
+        """Returns an instance of the component ``name`` with its default options.
+
+        If several plugins offer ``name``, the component is qplug's own. Raises QplugError as
+        ``make`` does.
+        """
+        return self._made(self.without_clashes().get(name) or self[name], {})
+
+    def _made(self, component: type[C], options: Mapping[str, Any]) -> C:
+        named = self.owners(component.name)
+        owner = next((p for p in named if p.offers[self.kind, component.name] is component), None)
+        with blaming(lambda error: owner, component.name, f"{self._word} {component.name}"):
+            return component(fill(component.Params, options, f"{self._word} {component.name}"))

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pluggy
 
+#: Seconds that the import of a plugin may take. Every command that needs plugins waits for them.
+SLOW_IMPORT = 1.0
+
 #: A function like ``describe_package``.
 DescribePackage = Callable[[Distribution | None], tuple[str | None, str]]
 
@@ -27,7 +30,8 @@ class Plugin:
     ``source`` is the package and version, or the file, for messages. ``open`` imports the plugin
     and returns the object whose methods are hooks. ``blocked`` is the option or environment
     variable that switches the plugin off, "" if none does. ``error`` is the exception that the
-    plugin raised, None while it works.
+    plugin raised, None while it works. ``import_seconds`` is the time that the import took, 0
+    before it; ``told_slow`` is whether a warning has said that it took long.
 
     ``offers`` are its component classes and commands, by kind and name. Components are there once
     ``asked`` is true, commands once ``asked_for_commands`` is. The offers of a plugin with an
@@ -42,6 +46,8 @@ class Plugin:
     is_file: bool = False
     blocked: str = ""
     error: BaseException | None = None
+    import_seconds: float = 0.0
+    told_slow: bool = False
     offers: dict[tuple[str, str], Any] = field(default_factory=dict)
     manager: pluggy.PluginManager | None = None
     asked: bool = False
@@ -75,6 +81,16 @@ class Plugin:
             return []
         hooks = ("qplug_model_view", "qplug_block_done", "qplug_run_done")
         return [hook for hook in hooks if getattr(self.manager.hook, hook).get_hookimpls()]
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the import took longer than ``SLOW_IMPORT``."""
+        return self.import_seconds > SLOW_IMPORT
+
+    @property
+    def import_time(self) -> str:
+        """The time of the import, in words."""
+        return f"its import took {self.import_seconds:.1f} s"
 
     @property
     def status(self) -> str:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import time
 import traceback
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, distributions, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +28,8 @@ import pluggy
 
 from qplug.api import Algorithm, Component, Dataset, Engine, Exporter, Format, hookspecs
 from qplug.api.params import options
-from qplug.errors import QplugError, did_you_mean
+from qplug.errors import PluginWarning, QplugError, StageError, did_you_mean, shown
+from qplug.registry.border import blaming, keeping_error
 from qplug.registry.offers import Components, Offers
 from qplug.registry.plugin import Plugin, canonical, describe_package, is_listed
 
@@ -72,7 +75,8 @@ class Registry:
         """
         # Parsing metadata is slow: once for a package, not for each of its plugins.
         describe = cache(describe_package)
-        plugins = [Plugin.of_entry(entry, describe) for entry in entry_points(group=GROUP)]
+        entries, plugins = _entries()
+        plugins += [Plugin.of_entry(entry, describe) for entry in entries]
         allowed = os.environ.get("QPLUG_PLUGINS")
         for plugin in plugins:
             if only_shipped and not plugin.ships_with_qplug:
@@ -104,7 +108,8 @@ class Registry:
         Of exporters that share the format, the one that is called like it has no engine's limits.
         Raises QplugError if there is none.
         """
-        fitting = [n for n in self.exporters if self.exporters[n].format.quant_method == method]
+        offers = self.exporters.without_clashes()
+        fitting = [name for name in offers if offers[name].format.quant_method == method]
         if method is None or not fitting:
             raise QplugError(f"no exporter reads quant_method {method!r}")
         return method if isinstance(method, str) and method in fitting else fitting[0]
@@ -123,7 +128,7 @@ class Registry:
             if plugin.asked:
                 continue
             plugin.asked = True
-            with _keeping_error(plugin):
+            with keeping_error(plugin):
                 # Checks all offers before it keeps any: a plugin is used as a whole or not at all.
                 components: dict[tuple[str, str], type[Component[Any]]] = {}
                 for kind, base in _BASES.items():
@@ -133,6 +138,7 @@ class Registry:
                             raise ValueError(f"it offers {kind} {component.name!r} twice")
                         components[kind, component.name] = component
                 plugin.offers.update(components)
+            _warn_if_slow(plugin)
         return self
 
     def load_commands(self) -> Registry:
@@ -144,12 +150,13 @@ class Registry:
             if plugin.asked_for_commands:
                 continue
             plugin.asked_for_commands = True
-            with _keeping_error(plugin):
+            with keeping_error(plugin):
                 # One group for each plugin: in a shared group, the last command of a name would
                 # replace the others without a word.
                 group = click.Group("qplug")
                 _manager(plugin).hook.qplug_commands(group=group)
                 plugin.offers.update({("command", name): c for name, c in group.commands.items()})
+            _warn_if_slow(plugin)
         return self
 
     def implementing(self, hook: str) -> Iterator[tuple[Plugin, pluggy.HookCaller]]:
@@ -158,19 +165,47 @@ class Registry:
         Plugins come in the order of their names.
         """
         for plugin in self._usable():
-            with _keeping_error(plugin):
+            with keeping_error(plugin):
                 _manager(plugin)
+            _warn_if_slow(plugin)
             if plugin.manager is not None and not plugin.error:
                 call: pluggy.HookCaller = getattr(plugin.manager.hook, hook)
                 if call.get_hookimpls():
                     yield plugin, call
 
+    def owner(self, component: Component[Any]) -> Plugin | None:
+        """Returns the plugin that offers the class of ``component``, None if no plugin does."""
+        kind = type(component)
+        for plugin in self.plugins:
+            if any(offer is kind for offer in plugin.offers.values()):
+                return plugin
+        return None
+
+    @contextmanager
+    def blaming(self, component: Component[Any] | None = None, where: str = "") -> Iterator[None]:
+        """A context in which ``component`` works, so that its plugin is named in its errors.
+
+        An exception that the plugin did not mean for the user, such as one that follows from a
+        wrong value that the plugin returned, becomes a StageError, ``where`` its place. No plugin
+        ends the process: its SystemExit becomes a PluginError. Without ``component`` the plugin is
+        the one whose code raised the exception, and other exceptions pass as they are.
+        """
+
+        def find(error: BaseException) -> Plugin | None:
+            return (component and self.owner(component)) or self.blame(error)
+
+        with blaming(find, component.name if component else "", where):
+            yield
+
     def blame(self, error: BaseException) -> Plugin | None:
-        """Returns the plugin whose code ``error`` passed through, None if there is none.
+        """Returns the plugin that ``error`` names, or whose code it passed through; None if none.
 
         If ``error`` passed through several plugins, the one nearest to its origin is returned.
         """
-        packages = {plugin.module.partition(".")[0]: plugin for plugin in self._usable()}
+        usable = self._usable()
+        if isinstance(error, StageError):
+            return next((plugin for plugin in usable if plugin.name == error.plugin), None)
+        packages = {plugin.module.partition(".")[0]: plugin for plugin in usable}
         packages.pop("qplug", None)
         culprit = None
         for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -189,15 +224,31 @@ _BASES: dict[str, type[Component[Any]]] = {
 }
 
 
-@contextmanager
-def _keeping_error(plugin: Plugin) -> Iterator[None]:
-    """Keeps an error from the ``with`` block in ``plugin.error`` instead of raising it."""
+def _entries() -> tuple[list[EntryPoint], list[Plugin]]:
+    """Returns the entry points of installed plugins, and a broken plugin for each broken package.
+
+    One package whose list of entry points is malformed would hide the entry points of all others.
+    """
     try:
-        yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a plugin may raise anything, a script even SystemExit
-        plugin.error = error
+        return list(entry_points(group=GROUP)), []
+    except Exception:  # what importlib.metadata raises depends on the Python
+        return _entries_of_each()
+
+
+def _entries_of_each() -> tuple[list[EntryPoint], list[Plugin]]:
+    entries: list[EntryPoint] = []
+    broken: list[Plugin] = []
+    seen: set[str] = set()
+    for package in distributions():
+        name, source = describe_package(package)
+        if name is not None and canonical(name) in seen:
+            continue  # Python imports the package that it finds first
+        seen.add(canonical(name or ""))
+        try:
+            entries += package.entry_points.select(group=GROUP)
+        except Exception as error:
+            broken.append(Plugin(name or source, source, "", error=error, open=object))
+    return entries, broken
 
 
 def _manager(plugin: Plugin) -> pluggy.PluginManager:
@@ -207,7 +258,9 @@ def _manager(plugin: Plugin) -> pluggy.PluginManager:
     if plugin.manager is None:
         manager = pluggy.PluginManager(GROUP)
         manager.add_hookspecs(hookspecs)
+        began = time.monotonic()
         plugged = plugin.open()
+        plugin.import_seconds = time.monotonic() - began
         manager.register(plugged, plugin.name)
         manager.check_pending()
         if not manager.get_hookcallers(plugged):
@@ -216,6 +269,13 @@ def _manager(plugin: Plugin) -> pluggy.PluginManager:
             manager.add_hookcall_monitoring(lambda *_: None, partial(_trace, plugin))
         plugin.manager = manager
     return plugin.manager
+
+
+def _warn_if_slow(plugin: Plugin) -> None:
+    if plugin.is_slow and not plugin.ships_with_qplug and not plugin.told_slow:
+        plugin.told_slow = True
+        sentence = f"plugin {plugin}: {plugin.import_time}; -p no:{plugin.name} leaves it out"
+        warnings.warn(sentence, PluginWarning, stacklevel=3)
 
 
 def _trace(
@@ -228,7 +288,8 @@ def _trace(
     if implementations:
         call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         answer = f"raised {outcome.exception!r}" if outcome.exception else outcome.get_result()
-        click.echo(f"{hook}({call}): {plugin}: {answer}", err=True)
+        line = shown(f"{hook}({call}): {plugin}: {answer}")
+        click.echo(line, err=True)  # noqa: TID251 - shown above
 
 
 def _answers(hook: pluggy.HookCaller) -> Iterator[object]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qplug.api.groups import dequantize
 from qplug.api.tensors import Checkpoint
+from qplug.checkpoint.locate import as_word
 from qplug.checkpoint.names import block_of, kind_of, module_of, relative_name, split_name
 from qplug.errors import QplugError
 from qplug.machine.session import Session
@@ -50,7 +51,7 @@ def overview(folder: Folder, name: str) -> Overview:
         parameters=sum(matrices.values()) + rest,
         errors=manifest.errors if manifest else {},
         losses=manifest.losses if manifest else {},
-        serve=serve.format(shlex.quote(name)) if serve else None,
+        serve=serve.format(shlex.quote(as_word(name))) if serve else None,
     )
 
 
@@ -117,8 +118,9 @@ def _examined(
     scheme, manifest = folder.schemes[name], folder.manifest
     assert folder.exporter is not None
     stored_as, packed = folder.exporter.format, folder.packed(name)
-    codes = stored_as.unpack(packed, scheme) if stored_as.is_lossless else None
-    weight = stored_as.dequantize(packed, scheme) if codes is None else dequantize(codes)
+    with folder.unpacking(name):
+        codes = stored_as.unpack(packed, scheme) if stored_as.is_lossless else None
+        weight = stored_as.dequantize(packed, scheme) if codes is None else dequantize(codes)
     rewritten = manifest is not None and f"{name}.weight" in manifest.rewritten
     has_float = source is not None and (not rewritten or f"{name}.weight" in source.tensors)
     original = float_weight(source, name, weight.shape) if source and has_float else None

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qplug import __version__
+from qplug.errors import shown
 from qplug.report.words import bits
 
 
@@ -27,6 +28,7 @@ def environment() -> Environment:
     templates = Environment(
         loader=PackageLoader("qplug.report"),
         autoescape=True,
+        finalize=_visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -35,6 +37,13 @@ def environment() -> Environment:
     templates.filters.update(px=_px, bits=bits)
     templates.globals["version"] = __version__
     return templates
+
+
+def _visible(value: object) -> object:
+    """Returns text whose characters all show: none turns the direction of the text after it."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return "\n".join(map(shown, value.split("\n")))
+    return value
 
 
 def _px(value: float) -> str:

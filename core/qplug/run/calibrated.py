@@ -84,7 +84,7 @@ def _block(steps: Steps, walk: Walk, number: int) -> Finished:
     # Blocks of old checkpoints contain tensors that are not parameters, such as masks and tables.
     copies = steps.copies([name for name in step.others if name not in floats])
     cache = {f"{step.name}.{local}": scale for local, scale in scales.items()}
-    return Finished(number, {**packed, **floats, **copies, **cache}, report)
+    return steps.finished(number, {**packed, **floats, **copies, **cache}, report)
 
 
 def _unpacked(steps: Steps, step: Step, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

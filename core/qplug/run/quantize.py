@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 from qplug.api import ModelView
 from qplug.api.events import Result
 from qplug.calibration.tokens import calibration_tokens
+from qplug.checkpoint.config_file import CONFIG
+from qplug.machine.memory import naming_memory
 from qplug.machine.session import Session
 from qplug.model.architectures import find_view
+from qplug.model.foreign import naming_file
 from qplug.output.fingerprint import fingerprint
 from qplug.output.ownership import refuse_existing
 from qplug.output.plan import make_plan
@@ -27,8 +30,15 @@ from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
 from qplug.run.learning import LearnOnce
+from qplug.run.memory_needs import memory_needs
 from qplug.run.prepare import prepare
-from qplug.run.refuse import open_source, servable, servable_cache
+from qplug.run.refuse import (
+    open_source,
+    refuse_unplanned,
+    servable,
+    servable_cache,
+    stays_float,
+)
 from qplug.run.stages import Stages
 from qplug.run.steps import Steps
 from qplug.run.streamed import streamed
@@ -72,7 +82,10 @@ def quantize(
     """
     recipe = changed(recipe or Recipe(), words)
     recipe.check()
-    with Session.joined(device, registry=registry, trust_remote_code=trust_remote_code) as session:
+    with (
+        Session.joined(device, registry=registry, trust_remote_code=trust_remote_code) as session,
+        session.registry.blaming(),  # a plugin's SystemExit must not end the caller's program
+    ):
         return run(
             model,
             Path(out),
@@ -110,22 +123,38 @@ def run(
     with clock("opening"):
         view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
         prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
-    schemes = servable(assign(recipe, prepared.view), prepared.view, exporter)
+    floats = exporter.built_float(prepared.view)
+    schemes = servable(assign(recipe, prepared.view, floats), prepared.view, exporter)
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
     coded = {} if exporter.format.stores_float else schemes
-    plan = make_plan(  # fixes the position of every byte of the result
-        prepared.checkpoint,
-        prepared.view,
-        coded,
-        exporter,
-        shard_bytes=shard_bytes,
-        by_block=recipe.calibration is not None,
-        cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
-    )
+    share = stays_float(recipe, prepared.view, coded, exporter)
+    with session.registry.blaming(exporter, "layout"):
+        plan = make_plan(  # fixes the position of every byte of the result
+            prepared.checkpoint,
+            prepared.view,
+            coded,
+            exporter,
+            shard_bytes=shard_bytes,
+            by_block=recipe.calibration is not None,
+            cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
+        )
+    refuse_unplanned(plan, coded)
     tokens = _tokens(recipe, model, prepared.view, session)
     source_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
     if dry_run:
-        return Result(out, {}, {}, (), source_bytes, plan.nbytes, 0.0, 0, dry_run=True)
+        return Result(
+            out,
+            {},
+            {},
+            (),
+            source_bytes,
+            plan.nbytes,
+            0.0,
+            0,
+            dry_run=True,
+            float_share=share.total,
+            floats=share.kinds,
+        )
 
     mark = fingerprint(source, recipe, session, shard_bytes, tokens, learns=bool(stages.learning))
     single = exporter.format.single_file
@@ -142,12 +171,18 @@ def run(
         learned=stages.learning,
         spare=plan.nbytes if single else 0,  # for a moment both are on disk
     )
-    with SharedWriter(session.processes, make_writer) as output:
+    reports: dict[int, Report] = {}
+    with (
+        SharedWriter(session.processes, make_writer) as output,
+        session.registry.blaming(),  # ends first: the writer removes what a plugin's exit leaves
+        naming_memory(lambda: memory_needs(plan, len(reports), tokens, view, session)),
+        naming_file(source.folder / CONFIG, "the model does not run"),
+    ):
         done = output.finished()
         if tokens is not None and stages.learning:
             learn = LearnOnce(stages, schemes, tokens, output, session)
             prepared = prepare(stages, source, view, session, learn=learn)
-        reports = {number: Report.from_dict(plain) for number, plain in done.items()}
+        reports |= {number: Report.from_dict(plain) for number, plain in done.items()}
         watchers = Watchers(session, len(plan.steps), len(done), watch)
         steps = Steps(stages, plan, prepared, watchers, session)
         if tokens is None:
@@ -160,19 +195,20 @@ def run(
                 output.write(step.number, step.contents, step.report.to_dict())
             reports[step.number] = step.report
             watchers.step_written(plan.steps[step.number].name, step.report)
-        reports = session.processes.from_first(lambda: reports)
-        in_order = [reports[number] for number in range(len(plan.steps))]
-        texts, record = result_files(
-            model,
-            prepared.view,
-            recipe,
-            exporter,
-            coded,
-            in_order,
-            session.registry,
-            online=prepared.online,
-            notes=prepared.notes,
-        )
+        shared = session.processes.from_first(lambda: reports)
+        in_order = [shared[number] for number in range(len(plan.steps))]
+        with session.registry.blaming(exporter, "config.json"):
+            texts, record = result_files(
+                model,
+                prepared.view,
+                recipe,
+                exporter,
+                coded,
+                in_order,
+                session.registry,
+                online=prepared.online,
+                notes=prepared.notes,
+            )
         with clock("writing"):
             output.finish(
                 texts, record, lambda folder: stages.convert(folder, prepared.view, coded)
@@ -187,6 +223,8 @@ def run(
         seconds=time.monotonic() - began,
         resumed=len(done),
         stages=clock.costs(),
+        float_share=share.total,
+        floats=share.kinds,
     )
     watchers.run_done(result)
     return result

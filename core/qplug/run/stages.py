@@ -30,12 +30,13 @@ from qplug.calibration.shared_scales import (
 )
 from qplug.checkpoint.names import by_module, module_of, split_name
 from qplug.checkpoint.open import INDEX, open_checkpoint
-from qplug.errors import OtherProcessError, QplugError, RelayedError, StageError
+from qplug.errors import PluginError, QplugError, RelayedError
 from qplug.machine.session import Session
 from qplug.numerics.losses import relative_error, relative_output_error
 from qplug.output.plan import Step
 from qplug.recipe.pipeline import make_pipeline
 from qplug.recipe.recipe import DEFAULT_QUANTIZER, Calibration, Recipe
+from qplug.run.soundness import blaming_weights, refuse_not_finite, refuse_unsound
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,7 @@ class Stages:
             recipe.algorithms, recipe.algorithm_options, recipe.schemes, registry
         )
         quantizers = [algorithm for algorithm in self.pipeline if algorithm.quantizes()]
-        self._default = registry.algorithms.make(DEFAULT_QUANTIZER)
+        self._default = registry.algorithms.make_own(DEFAULT_QUANTIZER)
         self.quantizer = quantizers[0] if quantizers else self._default
         calibration = recipe.calibration or Calibration()
         self._observer = find_observer(calibration.observer, calibration.observer_options)
@@ -134,20 +135,34 @@ class Stages:
         fix_input_scales(block, self._observer)
         share_tensor_scales(block)
         share_global_scales(block, self.exporter.merged([linear.name for linear in block.linears]))
-        with self._clock("quantize"), self._naming_in_errors(quantizer, block.name):
+        with (
+            self._clock("quantize"),
+            blaming_weights(block.linears),
+            self._naming_in_errors(quantizer, block.name),
+        ):
             codes = quantizer.quantize(block)
             names = {linear.name for linear in block.linears}
             if set(codes) != names:
                 raise ValueError(f"it gave codes for {sorted(codes)}, not {sorted(names)}")
+            codes = {
+                linear.name: replace(
+                    codes[linear.name],
+                    input_scale=linear.input_scale,
+                    global_scale=linear.global_scale,
+                )
+                for linear in block.linears
+            }
         block.notes.extend(_unseen(block))
-        return {
-            linear.name: replace(
-                codes[linear.name],
-                input_scale=linear.input_scale,
-                global_scale=linear.global_scale,
-            )
-            for linear in block.linears
-        }
+        with blaming_weights(block.linears):
+            refuse_unsound(block.linears, codes, self._called(quantizer))
+        return codes
+
+    def _called(self, algorithm: Algorithm[Any]) -> str:
+        """Returns the name of ``algorithm``, with its plugin if that is none of qplug's own."""
+        owners = self._registry.algorithms.owners(algorithm.name)
+        if len(owners) != 1 or owners[0].ships_with_qplug:
+            return algorithm.name
+        return f"{algorithm.name} of plugin {owners[0]}"
 
     def report(
         self,
@@ -189,8 +204,11 @@ class Stages:
             weight = codes[linear.name]
             return four_digits(relative_output_error(block.original(linear), weight, group.gram))
 
+        with blaming_weights(block.linears):
+            refuse_not_finite(errors, "the error of its weight")
         in_order = block.spread(read, loss_of, cost=lambda pair: _products(*pair))
         losses = {linear.name: loss for (_, linear), loss in zip(read, in_order, strict=True)}
+        refuse_not_finite(losses, "the error of its output")
         after = input_ranges(block)
         clips = {linear.name: clip_counts(linear, codes[linear.name]) for _, linear in read}
         return Report(
@@ -244,15 +262,12 @@ class Stages:
     ) -> Iterator[None]:
         """A context that adds ``where`` to a QplugError, and the plugin too to any other error."""
         try:
-            yield
-        except (OtherProcessError, RelayedError):
+            with self._registry.blaming(component, where):
+                yield
+        except (PluginError, RelayedError):
             raise  # already names the place
         except QplugError as error:
             raise QplugError(f"{where}: {error}") from error
-        except Exception as error:
-            plugin = self._registry.blame(error)
-            source = plugin.source if plugin else "no plugin"
-            raise StageError(component.name, source, where, error) from error
 
 
 def _check(tensor: str, packed: Mapping[str, Tensor], step: Step) -> None:

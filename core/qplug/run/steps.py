@@ -6,9 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from qplug.api import Block, Linear, QuantizedWeight
+from qplug.checkpoint.finite import Magnitudes
 from qplug.checkpoint.rewritten import rewritten_names
+from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.machine.session import Session
+from qplug.model.parameters import refuse_infinite
 from qplug.output.plan import Plan, Step
 from qplug.output.step_report import Report
 from qplug.output.writer import Content
@@ -48,7 +53,9 @@ class Steps:
 
     def quantized(self, number: int, weights: Sequence[Tensor], quantize: Quantize) -> Finished:
         """Quantizes step ``number`` without statistics; ``weights`` are those of its linears."""
-        step = self.plan.steps[number]
+        step, dtype = self.plan.steps[number], self.prepared.view.dtype
+        if dtype == "float16":  # all other dtypes hold the weights of all checkpoints
+            refuse_infinite(dict(zip(step.linears, weights, strict=True)), dtype)
         linears = tuple(
             Linear(name, weight.to(self.session.device), scheme.weights, scheme.activations)
             for weight, (name, scheme) in zip(weights, step.linears.items(), strict=True)
@@ -57,14 +64,34 @@ class Steps:
         codes = quantize(block)
         report = self.stages.report(block, codes, self.rewritten(step))
         self.watchers.block_done(step.name, report, block, codes)
-        return Finished(number, self.stages.pack(codes, step, self.prepared.view.dtype), report)
+        packed = self.stages.pack(codes, step, dtype)
+        return self.finished(number, packed, report)
+
+    def finished(self, number: int, contents: Mapping[str, Content], report: Report) -> Finished:
+        """Returns step ``number`` with ``contents`` that are checked, at the latest as written.
+
+        Raises QplugError, or makes the writer raise it, if a number to store is not finite, or
+        overflows the dtype of the model.
+        """
+        outputs, dtype = self.plan.steps[number].outputs, self.prepared.view.dtype
+        checked: dict[str, Content] = {}
+        for name, content in contents.items():
+            if name not in outputs:
+                continue
+            magnitudes = Magnitudes(name, outputs[name], dtype)
+            if isinstance(content, torch.Tensor):
+                magnitudes.refuse(tensor_bytes(content))
+                checked[name] = content
+            else:
+                checked[name] = magnitudes.checked(content)
+        return Finished(number, checked, report)
 
     def copied(self, number: int) -> Finished:
         """Copies the tensors of step ``number``, which has no linears to quantize."""
         step = self.plan.steps[number]
         report = Report(rewritten=self.rewritten(step))
         self.watchers.block_done(step.name, report)
-        return Finished(number, self.copies(step.others), report)
+        return self.finished(number, self.copies(step.others), report)
 
     def copies(self, names: Sequence[str]) -> dict[str, Content]:
         """Returns the bytes of tensors of the prepared model, by full name, to be written as is."""

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 
 from qplug.api import Block, QuantizedWeight
 from qplug.api.events import BlockReport, Result
-from qplug.errors import PluginWarning
+from qplug.errors import PluginWarning, reason
 from qplug.machine.session import Session
 from qplug.output.step_report import Report
+from qplug.registry.border import is_ctrl_c
 
 #: A function that is called for each written step with its number from 1, the number of all steps,
 #: its name, and the mean loss of its linears, None without calibration data.
@@ -78,10 +79,10 @@ class Watchers:
                 continue
             try:
                 call(**event)
-            except KeyboardInterrupt:
-                raise
             except BaseException as error:  # a plugin may raise anything, a script even SystemExit
+                if is_ctrl_c(error):
+                    raise
                 self._broken.add(plugin.name)
-                reason = f"{type(error).__name__}: {error}"
-                sentence = f"plugin {plugin}: {hook}: {reason}; it no longer watches this run"
+                why = reason(error)
+                sentence = f"plugin {plugin}: {hook}: {why}; it no longer watches this run"
                 warnings.warn(sentence, PluginWarning, stacklevel=2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qplug.files.json_text import parse_json
+from qplug.files.text_file import read_text_file
 from qplug.text.hub import HubParams, HubText
 
 if TYPE_CHECKING:
@@ -21,7 +23,9 @@ __all__ = [
     "document_windows",
     "first_windows",
     "packed_windows",
+    "parse_json",
     "random_windows",
+    "read_text_file",
     "sample",
 ]
 

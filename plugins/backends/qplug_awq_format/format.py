@@ -95,6 +95,9 @@ class AWQ(OneSchemeFormat):
             if name != model.head and not any(entry in name for entry in floats)
         }
 
+    def quantizes_experts(self, config: Mapping[str, Any], name: str) -> bool:
+        return not any(entry in name for entry in config.get("modules_to_not_convert") or ())
+
 
 def names_of_floats(model: ModelView, schemes: Mapping[str, Scheme]) -> list[str]:
     """The full names of modules that stay float, merged matrices included, sorted.
@@ -104,7 +107,7 @@ def names_of_floats(model: ModelView, schemes: Mapping[str, Scheme]) -> list[str
     floats = [name for name in model.linears if name not in schemes]
     if model.head is not None and model.head not in model.linears:
         floats.append(model.head)
-    return sorted(with_merged_names(floats))
+    return sorted((*with_merged_names(floats), *model.stacked_experts))
 
 
 def _pack(codes: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def write_config(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, A
     floats = [name for name in model.linears if name not in schemes]
     if model.head is not None and model.head not in model.linears:
         floats.append(model.head)  # a tied head has no tensor, but loaders have a module for it
-    ignore = _entries(floats, [*schemes, *floats], model)
+    ignore = _entries(floats, [*schemes, *floats], model) + experts_entries(model, schemes)
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else MIXED,
@@ -92,6 +92,20 @@ def _entries(names: Iterable[str], among: Iterable[str], model: ModelView) -> li
     SGLang looks up ``qkv_proj`` itself, because for most models it does not know its members.
     """
     return patterns(with_merged_names(names), with_merged_names(among), model.blocks)
+
+
+def experts_entries(model: ModelView, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Entries that match the experts that ``model`` has stacked in one tensor, which stay float.
+
+    Engines look up the name of all experts of a layer, or names inside it that no tensor has.
+    """
+    stacked = model.stacked_experts
+    if not stacked:
+        return []
+    entry = r"re:.*\.experts(\..+)?$"
+    if not any(matches(entry, name) for name in schemes):
+        return [entry]
+    return [rf"re:{re.escape(name)}(\..+)?$" for name in stacked]
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
@@ -216,6 +230,15 @@ class Configuration:
             if any(matches(target, name) for target in group.targets):
                 return group
         return next((group for group in self.groups if "Linear" in group.targets), None)
+
+
+#: Names of an expert's linears by which engines look up how to build all experts of a layer.
+_IN_EXPERT = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def quantizes_experts(config: Configuration, name: str) -> bool:
+    """Whether ``config`` makes engines build the experts of the module ``name`` with codes."""
+    return any(config.group(f"{name}.0.{local}") is not None for local in _IN_EXPERT)
 
 
 def matches(entry: str, name: str) -> bool:

@@ -47,6 +47,10 @@ class CompressedTensorsLoader(MergingEngine):
     #: Whether plain entries of ``ignore`` also match as parts of a name.
     ignores_substrings: ClassVar[bool] = False
 
+    @property
+    def servers(self) -> frozenset[str]:
+        return super().servers or frozenset(("vLLM", "SGLang"))
+
     def check_folder(
         self, folder: Checkpoint, model: ModelView, format: Format
     ) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ from qplug_compressed_tensors.configuration import (
     args_to_json,
     cache_of,
     format_of,
+    quantizes_experts,
     write_config,
 )
 from qplug_compressed_tensors.packing import pack_words, stored_args, unpack_words
@@ -149,6 +150,10 @@ class CompressedTensors(Format):
         parsed = Configuration.parse(config, ignores_substrings=self.ignores_substrings)
         groups = {name: parsed.group(name) for name in model.linears}
         return {name: group.scheme for name, group in groups.items() if group is not None}
+
+    def quantizes_experts(self, config: Mapping[str, Any], name: str) -> bool:
+        parsed = Configuration.parse(config, ignores_substrings=self.ignores_substrings)
+        return quantizes_experts(parsed, name)
 
     def check_folder(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
         config = folder.config.get("quantization_config")

@@ -18,7 +18,7 @@ from qplug import (
     Scheme,
     TensorSpec,
 )
-from qplug_compressed_tensors.configuration import patterns
+from qplug_compressed_tensors.configuration import experts_entries, patterns
 from qplug_compressed_tensors.fusing import with_merged_names
 from qplug_compressed_tensors.one_scheme import OneSchemeFormat
 from qplug_compressed_tensors.packing import pack_words, stored_args, unpack_words
@@ -74,6 +74,7 @@ class GPTQ(OneSchemeFormat):
         merged = with_merged_names(floats)
         # Engines match the names of merged matrices; every block has its own.
         entries = patterns(merged, [*with_merged_names(schemes), *merged], model.blocks)
+        entries += experts_entries(model, schemes)
         return {
             "quant_method": "gptq",
             "bits": args.bits,
@@ -104,12 +105,15 @@ class GPTQ(OneSchemeFormat):
         if config.get("desc_act") or not config.get("sym", True):
             raise QplugError("engines refuse gptq that is asymmetric or has desc_act")
         scheme = PRESETS[_BITS[bits]].with_group_size(size)
-        skipped = [entry[2:] for entry in config.get("dynamic") or {} if entry.startswith("-:")]
+        skipped = _skipped(config)
         return {
             name: scheme
             for name in model.linears
             if name != model.head and not any(re.match(entry, name) for entry in skipped)
         }
+
+    def quantizes_experts(self, config: Mapping[str, Any], name: str) -> bool:
+        return not any(re.match(entry, name) for entry in _skipped(config))
 
     def check_folder(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
         problems = list(super().check_folder(folder, model))
@@ -126,6 +130,11 @@ def group_of_columns(width: int, scheme: Scheme) -> Tensor:
     """The number of the group of each of ``width`` columns (``g_idx``), int32 ``[width]``."""
     size = scheme.weights.group_size or width
     return torch.arange(width, dtype=torch.int32) // size
+
+
+def _skipped(config: Mapping[str, Any]) -> list[str]:
+    """The expressions for names of modules that a ``quantization_config`` leaves float."""
+    return [entry[2:] for entry in config.get("dynamic") or {} if entry.startswith("-:")]
 
 
 def _expression(entry: str) -> str:

@@ -52,6 +52,9 @@ class SGLangFormat(Format):
     def read_schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
         return _of_config(config).read_schemes(config, model)
 
+    def quantizes_experts(self, config: Mapping[str, Any], name: str) -> bool:
+        return _of_config(config).quantizes_experts(config, name)
+
     def read_cache(self, config: Mapping[str, Any]) -> QuantArgs | None:
         return _of_config(config).read_cache(config)
 

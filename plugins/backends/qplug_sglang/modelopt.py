@@ -80,7 +80,7 @@ class ModelOptNVFP4(Format):
         floats = [name for name in model.linears if name not in schemes]
         if model.head is not None and model.head not in model.linears:
             floats.append(model.head)
-        ignore = sorted(with_merged_names(floats))
+        ignore = sorted((*with_merged_names(floats), *model.stacked_experts))
         return {
             "quant_method": self.quant_method,
             "quant_algo": "NVFP4",
@@ -99,6 +99,9 @@ class ModelOptNVFP4(Format):
             )
         ignored = set(config.get("ignore") or ())
         return {name: NVFP4 for name in model.linears if name not in ignored}
+
+    def quantizes_experts(self, config: Mapping[str, Any], name: str) -> bool:
+        return name not in (config.get("ignore") or ())
 
     def stored_shapes(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
         return {

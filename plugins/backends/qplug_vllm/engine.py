@@ -14,7 +14,7 @@ from qplug_compressed_tensors.engine import CompressedTensorsLoader, half_precis
 from qplug_compressed_tensors.rules import LOADER_RULES
 from qplug_compressed_tensors.silent import SILENT
 from qplug_vllm.capabilities import RELEASES
-from qplug_vllm.cpu import FP8_CACHE, cpu_flags, flaw_on_cpu
+from qplug_vllm.cpu import FP8_CACHE, cpu_flags, flaws_on_cpu
 from qplug_vllm.experts import experts_are_wider_than_groups, narrow_expert
 from qplug_vllm.head import head_is_a_target
 from qplug_vllm.int4_fp8 import multiplied
@@ -63,6 +63,8 @@ class VLLM(CompressedTensorsLoader):
             return ()
         names = sorted({scheme.name for scheme in schemes.values()})
         names += [FP8_CACHE] if cache else []
-        flaws = {name: flaw for name in names if (flaw := flaw_on_cpu(name, flags))}
-        worse = "on this CPU answers will be worse than on a GPU"
-        return [f"{worse}: {name}: {flaw.what} ({flaw.evidence})" for name, flaw in flaws.items()]
+        return [
+            f"on this CPU answers {flaw.effect}: {name}: {flaw.what} ({flaw.evidence})"
+            for name in names
+            for flaw in flaws_on_cpu(name, flags)
+        ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from qplug import Dataset, Param, QplugError
+from qplug.text import parse_json, read_text_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,7 +77,7 @@ class TextFiles(Dataset[Params]):
 
 def _files(path: Path) -> list[Path]:
     """Returns the files to read in ``path``: the file itself, or text files in the folder."""
-    if not path.exists():
+    if not os.path.lexists(path):  # unlike Path.exists(), does not raise on a name that is too long
         raise QplugError(f"{path}: no such file or folder")
     if not path.is_dir():
         return [path]
@@ -94,7 +95,7 @@ def _files(path: Path) -> list[Path]:
 
 def _read(file: Path, field: str) -> Iterator[str]:
     """Yields the documents in ``file``; in objects of JSON the text is under ``field``."""
-    text = _decode(file)
+    text = read_text_file(file)
     suffix = file.suffix.lower()
     if suffix == ".jsonl":
         # Only a line feed ends a line: splitlines would also split at characters that may stand
@@ -102,34 +103,15 @@ def _read(file: Path, field: str) -> Iterator[str]:
         for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
             if line.strip():
                 where = f"{file}:{number}"
-                yield _text_of(_parse(line, where), field, where)
+                yield _text_of(parse_json(line, f"{where}: not JSON", strict=False), field, where)
     elif suffix == ".json":
-        items = _parse(text.removeprefix("\ufeff"), str(file))
+        items = parse_json(text.removeprefix("\ufeff"), f"{file}: not JSON", strict=False)
         if not isinstance(items, list):
             raise QplugError(f"{file}: must hold a list of strings, or of objects with {field!r}")
         for number, item in enumerate(items, 1):
             yield _text_of(item, field, f"{file}: item {number}")
     else:
         yield text
-
-
-def _decode(file: Path) -> str:
-    try:
-        raw = file.read_bytes()
-        if b"\0" in raw:
-            raise QplugError(f"{file}: not a text file: it has a zero byte")
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise QplugError(f"{file}: not UTF-8, at byte {error.start}: save it as UTF-8") from error
-    except OSError as error:
-        raise QplugError(f"{file}: {error.strerror}") from error
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise QplugError(f"{where}: not JSON: {error}") from error
 
 
 def _text_of(item: Any, field: str, where: str) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,12 +136,12 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_file_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path) -> bytes:
+    def refuse(path: Path, flags: int) -> int:
         raise PermissionError(13, "Permission denied")
 
     path = write(tmp_path / "a.txt", "text")
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(QplugError, match=r"a\.txt: Permission denied"):
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(QplugError, match=r"a\.txt: cannot be read: Permission denied"):
         read(path)
 
 

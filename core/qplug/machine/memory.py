@@ -1,0 +1,47 @@
+"""Memory that runs out: recognised in any of torch's words, and named with what was held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from qplug.errors import QplugError
+
+#: What torch says in a RuntimeError: its allocator for CPUs, and CUDA's libraries.
+_WORDS = (
+    *("DefaultCPUAllocator", "not enough memory", "out of memory", "can't allocate memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+)
+
+
+@contextmanager
+def naming_memory(held: Callable[[], str]) -> Iterator[None]:
+    """A context in which an exception that says that memory ran out becomes a QplugError.
+
+    ``held`` returns what the memory was needed for, and what to change, after the words "out of
+    memory".
+    """
+    try:
+        yield
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        raise QplugError(f"out of memory: {held()}") from error
+
+
+def ran_out(error: BaseException | None) -> bool:
+    """Whether ``error``, or an exception that it was raised from, says that memory ran out."""
+    while error is not None:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return True
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS):
+            return True
+        error = error.__cause__
+    return False
+
+
+def gibibytes(size: float) -> str:
+    """``size`` in bytes as text, such as ``1.5 GiB``."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
