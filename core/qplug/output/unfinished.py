@@ -269,6 +269,8 @@ def clean_up(out: Path) -> None:
     that was about to be replaced.
     """
     out = out.resolve()
+    if not out.name:  # the root of the file system
+        return
     folder = out.with_name(f".{out.name}.partial")
     with suppress(QplugError, OSError):  # the run says so itself, if it comes so far
         if not folder.is_dir() or folder.is_symlink():
