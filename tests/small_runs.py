@@ -17,6 +17,7 @@ from qplug.output.plan import Plan, Step
 from qplug.output.source_bytes import SourceBytes
 from qplug.output.step_report import Report
 from qplug.output.writer import Writer
+from qplug.recipe.recipe import Recipe
 
 STEPS = 6
 SHARDS = tuple(f"model-{n // 2 + 1:05d}-of-00003.safetensors" for n in range(STEPS))
@@ -69,13 +70,13 @@ def record(factor: float) -> dict[str, Any]:
     return {
         "version": 1,
         "model": "source",
-        "recipe": {"kv_cache": None, "backend": "x", "algorithms": ["rtn"], "factor": factor},
+        "recipe": Recipe().to_dict(),
         "versions": {},
         "schemes": [],
         "layers": {},
         "rewritten": [],
         "online": [],
-        "notes": [],
+        "notes": [f"times {factor}"],
     }
 
 

@@ -445,7 +445,14 @@ def test_out_is_the_model(
 def test_the_model_is_inside_out(llama: Path, tmp_path: Path, refused: Refused) -> None:
     shutil.copyfile(llama / "config.json", tmp_path / "config.json")  # a model's folder too
     message = refused(llama, "--out", tmp_path, "--overwrite")
-    assert message == f"{tmp_path}: is or contains the model itself; choose another folder"
+    assert message.startswith(f"{tmp_path}: is not a folder that qplug wrote, so it is not")
+
+
+def test_the_model_itself(llama: Path, tmp_path: Path, refused: Refused) -> None:
+    quantize(str(llama), tmp_path / "float", algo="quarot", backend="hf")
+    out = tmp_path / "float"
+    message = refused(out, "--out", out, "--overwrite")
+    assert message == f"{out}: is or contains the model itself; choose another folder"
 
 
 def test_the_folder_that_one_stands_in(

@@ -256,6 +256,19 @@ def test_a_dry_run(run: Callable[..., Result], llmc: Llmc, text: Path, tmp_path:
     assert left(tmp_path) == before | {"f.yml"}
 
 
+def test_a_folder_of_the_users_with_a_hidden_name_stays(
+    run: Callable[..., Result], llmc: Llmc, text: Path, tmp_path: Path
+) -> None:
+    told = awq(llmc, text, tmp_path, evaluate=EVAL.format("transformed", text))
+    thesis = tmp_path / "saved" / ".awq_w4.transformed" / "thesis.tex"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    result = run(told)
+    assert result.exit_code == 1
+    assert ".awq_w4.transformed: is not a folder that qplug wrote" in result.stderr
+    assert thesis.read_text() == "years of work"
+
+
 def test_a_snippet_with_the_rest_on_the_command_line(
     run: Callable[..., Result], llmc: Llmc, tmp_path: Path, cli: Cli
 ) -> None:

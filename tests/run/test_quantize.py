@@ -87,7 +87,7 @@ def test_what_lies_in_the_folder(tmp_path: Path) -> None:
     assert config.pop("quantization_config")["quant_method"] == "compressed-tensors"
     assert config == json.loads((DEMO / "config.json").read_text())
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "# qplug:demo, W4A16\n" in card
+    assert "# `qplug:demo`, W4A16\n" in card
     assert "python -m sglang.launch_server --model-path ." in card
 
 

@@ -298,6 +298,8 @@ def test_stopped_between_the_two_moves_of_an_overwrite(
         ({"backend": "vllm"}, "recipe"),
         ({"model": "config"}, "model"),
         ({"model": "weights"}, "model"),
+        ({"model": "byte"}, "model"),
+        ({"model": "tokenizer"}, "model"),
     ],
     ids=str,
 )
@@ -317,6 +319,14 @@ def test_another_run_is_refused(
     elif model == "weights":
         shard = next(llama.glob("*.safetensors"))
         os.utime(shard, ns=(1, 1))
+    elif model == "byte":  # size and time are the same
+        shard = next(llama.glob("*.safetensors"))
+        status, data = shard.stat(), bytearray(shard.read_bytes())
+        data[-1000] ^= 1
+        shard.write_bytes(data)
+        os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    elif model == "tokenizer":
+        (llama / "tokenizer.json").write_text("{}")
     with pytest.raises(QplugError) as caught:
         run(**changes)
     complaint = f"holds an unfinished run with another {difference}; delete it, or pass --overwrite"

@@ -48,7 +48,7 @@ def not_own(folder: Path) -> str | None:
     try:
         names = written_names(folder)
     except QplugError:
-        return f"has a damaged {MANIFEST}"
+        return f"has a {MANIFEST} that this qplug cannot read"
     if names is None:
         return "is not a folder that qplug wrote"
     extra = foreign(folder, names) if names else None

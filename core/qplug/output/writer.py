@@ -501,7 +501,10 @@ def _copy(source: Path, target: Path) -> dict[str, int]:
 
 def _settled(path: Path) -> dict[str, int]:
     """Waits until the disk has a file that something else wrote; returns its checksum."""
-    file = disk.open_own(path)
+    try:
+        file = disk.open_own(path)
+    except disk.StrangeFileError as error:
+        raise KeptError(f"{path}: {error}") from None
     try:
         os.fsync(file)
     finally:
