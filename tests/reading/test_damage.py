@@ -12,7 +12,7 @@ from typing import TypeAlias
 import pytest
 from click.testing import Result
 
-from qplug.checkpoint.locate import DEMO
+from qplug.checkpoint.locate import DEMO, find_model
 from qplug.output.checksums import sealed
 from qplug.output.manifest import MANIFEST
 from qplug.reading.damage import find_damage
@@ -29,7 +29,7 @@ def finished(
 ) -> Path:
     """A folder that nobody has touched; its float model is not at hand."""
     base = tmp_path_factory.mktemp("damage")
-    model = Path(shutil.copytree(DEMO, base / "model"))
+    model = Path(shutil.copytree(find_model(DEMO), base / "model"))
     out = base / "out"
     result = cli("quantize", model, "--algo", "rtn", "--scheme", request.param, "--out", out)
     assert result.exit_code == 0, result.output

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from spoilt import forget_checksums
 
 import qplug
 from qplug import QplugError
@@ -89,5 +90,5 @@ def test_a_float_that_is_not_finite_is_named(llama: Path, tmp_path: Path, value:
     tensors = load_file(shard)
     tensors["model.norm.weight"][3] = value
     save_file(tensors, shard, {"format": "pt"})
-    (problem,) = qplug.verify(str(out)).problems
+    (problem,) = qplug.verify(str(forget_checksums(out))).problems
     assert (problem.check, problem.where) == ("values", "model.norm.weight")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from spoilt import forget_checksums
 
 import qplug
 from qplug.machine.session import Session
@@ -262,6 +263,7 @@ def test_a_folder_that_is_not_sound_is_not_served(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors["model.layers.0.mlp.up_proj.weight_scale"][0].fill_(float("inf"))
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    forget_checksums(tmp_path)
     result = cli("serve", tmp_path, "--python", sys.executable)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "scale: model.layers.0.mlp.up_proj" in result.stderr

@@ -144,18 +144,16 @@ class Stages:
             names = {linear.name for linear in block.linears}
             if set(codes) != names:
                 raise ValueError(f"it gave codes for {sorted(codes)}, not {sorted(names)}")
-            codes = {
-                linear.name: replace(
-                    codes[linear.name],
-                    input_scale=linear.input_scale,
-                    global_scale=linear.global_scale,
-                )
-                for linear in block.linears
-            }
-        block.notes.extend(_unseen(block))
-        with blaming_weights(block.linears), self._registry.blaming(quantizer, block.name):
             refuse_unsound(block.linears, codes, self._called(quantizer))
-        return codes
+        block.notes.extend(_unseen(block))
+        return {
+            linear.name: replace(
+                codes[linear.name],
+                input_scale=linear.input_scale,
+                global_scale=linear.global_scale,
+            )
+            for linear in block.linears
+        }
 
     def _called(self, algorithm: Algorithm[Any]) -> str:
         """Returns the name of ``algorithm``, with its plugin if that is none of qplug's own."""
