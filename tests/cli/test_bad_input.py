@@ -504,6 +504,28 @@ def test_a_disk_that_fills_up(
     assert refused(llama) == told.get(what, f"{tmp_path}: the disk is full; nothing was kept")
 
 
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.EFBIG, "a file would be larger than this process may write (ulimit -f)"),
+        (errno.EMFILE, "this process may not open so many files (ulimit -n)"),
+    ],
+)
+def test_a_limit_of_the_process(
+    number: int,
+    sentence: str,
+    llama: Path,
+    tmp_path: Path,
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(disk, "write_at", failing_after(3, disk.write_at, fail))
+    assert refused(llama) == f"{tmp_path}: {sentence}; nothing was kept"
+
+
 def failing_after(
     calls: int, work: Callable[..., Any], fail: Callable[..., None]
 ) -> Callable[..., Any]:

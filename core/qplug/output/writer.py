@@ -42,6 +42,15 @@ _OPEN_SHARDS = 8  # that are open at once; steps fill them in order
 _CHECKERS = 4  # threads that read what an earlier run wrote
 _TEXTS = ("config.json", "README.md", INDEX, MANIFEST)
 
+#: What stops every further step too, so that no step is kept.
+_LIMITS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk is full",
+    errno.EFBIG: "a file would be larger than this process may write (ulimit -f)",
+    errno.EMFILE: "this process may not open so many files (ulimit -n)",
+    errno.ENFILE: "this machine has too many open files",
+}
+
 #: The content of a tensor to write: the tensor, or its bytes in pieces.
 Content: TypeAlias = Tensor | Iterable[bytes]
 
@@ -426,11 +435,11 @@ class Writer:
 
     @contextmanager
     def _keeping(self) -> Iterator[None]:
-        """A context in which an error of the disk, unless it is full, keeps the finished steps."""
+        """A context in which an error of the disk, unless a limit is reached, keeps all steps."""
         try:
             yield
         except OSError as error:
-            if _is_full(error):
+            if _limit_reached(error):
                 raise
             raise KeptError(
                 f"{self._out.parent}: {error.strerror or error}; the finished steps are kept, and "
@@ -457,14 +466,14 @@ class Writer:
     ) -> None:
         if error is None:
             return
-        is_full = _is_full(error)
-        if is_full or (isinstance(error, QplugError) and not isinstance(error, KeptError)):
+        limit = _limit_reached(error)
+        if limit or (isinstance(error, QplugError) and not isinstance(error, KeptError)):
             self._thread.shutdown(cancel_futures=True)
             with suppress(OSError):
                 self._folder.remove()
         self._close()
-        if is_full:
-            raise QplugError(f"{self._out.parent}: the disk is full; nothing was kept") from error
+        if limit:
+            raise QplugError(f"{self._out.parent}: {limit}; nothing was kept") from error
 
 
 def _name_of(companion: Path) -> str:
@@ -473,8 +482,9 @@ def _name_of(companion: Path) -> str:
     return f"{companion.parent.name}/{companion.name}" if is_template else companion.name
 
 
-def _is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+def _limit_reached(error: BaseException) -> str | None:
+    """Returns which limit of the disk or of the process ``error`` reports; None if it is none."""
+    return _LIMITS.get(error.errno or 0) if isinstance(error, OSError) else None
 
 
 def _put(text: str, path: Path) -> dict[str, int]:
