@@ -86,6 +86,11 @@ COMMANDS = {
     "eval": ["eval", "--windows", "1", "--seq-len", "16"],
     "inspect": ["inspect"],
 }
+#: The same, those that run the model among the slow tests: they print what the others print.
+WITHOUT_MODEL = [
+    pytest.param(name, marks=pytest.mark.slow if "--windows" in words else ())
+    for name, words in COMMANDS.items()
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -256,7 +261,7 @@ def harmless(page: Path) -> bool:
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", WITHOUT_MODEL)
 def test_names_only_show(
     command: str,
     place: Callable[[Path], None],
@@ -275,7 +280,7 @@ def test_names_only_show(
         assert harmless(page)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", WITHOUT_MODEL)
 def test_the_name_of_the_folder_only_shows(
     command: str, cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
