@@ -276,6 +276,7 @@ def test_a_system_that_cannot_rename_so(root: Path, monkeypatch: pytest.MonkeyPa
 # --- damage --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_any_byte_of_the_journal_damaged(
     root: Path, partial: Path, wanted: dict[str, bytes]
 ) -> None:

@@ -55,6 +55,7 @@ def run_twice(cli: Cli, tmp_path: Path) -> RunTwice:
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_the_same_job_goes_on(said: Mapping[str, Any], run_twice: RunTwice, tmp_path: Path) -> None:
     again = run_twice(said, said)
     assert again.exit_code == 0, again.output

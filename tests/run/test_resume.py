@@ -185,6 +185,7 @@ def test_errors_of_resumed_steps_are_told_again(
     assert len(again.errors) == STEPS
 
 
+@pytest.mark.slow
 def test_stopped_between_any_two_files_at_the_end(
     tmp_path: Path,
     run: Callable[..., Result],

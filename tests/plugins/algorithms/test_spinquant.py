@@ -345,6 +345,7 @@ def losses(notes: tuple[str, ...]) -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize("algo", ["spinquant", "spinquant+gptq"])
+@pytest.mark.slow
 def test_less_is_lost(algo: str, small: Path, tmp_path: Path) -> None:
     result = quantize(small, tmp_path / "out", algo)
     before, after = losses(result.notes)
