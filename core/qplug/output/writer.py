@@ -10,11 +10,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from safetensors.torch import save
 from torch import Tensor
@@ -25,17 +24,14 @@ from qplug.checkpoint.tensor_file import FileTensor, lay_out, read_header, tenso
 from qplug.errors import QplugError
 from qplug.output import disk
 from qplug.output.checksums import KIND, crc32, file_checksum
+from qplug.output.entry import Entry
 from qplug.output.journal import Run, differences
 from qplug.output.manifest import MANIFEST
 from qplug.output.ownership import refuse_existing
 from qplug.output.plan import Plan
 from qplug.output.result_files import manifest_text
 from qplug.output.source_bytes import SourceBytes
-from qplug.output.step_report import Report
 from qplug.output.unfinished import KeptError, Unfinished, clean_up
-
-if TYPE_CHECKING:
-    from typing import TypeGuard
 
 _PENDING = 2  # steps that may wait for the disk; more steps would only cost memory
 _OPEN_SHARDS = 8  # that are open at once; steps fill them in order
@@ -53,52 +49,6 @@ _LIMITS = {
 
 #: The content of a tensor to write: the tensor, or its bytes in pieces.
 Content: TypeAlias = Tensor | Iterable[bytes]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A finished step in the journal: the checksums of its tensors, in order, and its report.
-
-    ``source`` is the checksum of the float tensors that the step depends on.
-    """
-
-    step: int
-    crcs: tuple[int, ...]
-    source: int
-    report: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns a mapping for JSON, which ``read`` reads."""
-        return {
-            "step": self.step,
-            "crcs": list(self.crcs),
-            "source": self.source,
-            "report": self.report,
-        }
-
-    @classmethod
-    def read(cls, plain: Mapping[str, Any], plan: Plan) -> Entry | None:
-        """Returns the entry that ``to_dict`` wrote as ``plain``; None if it is no step of ``plan``.
-
-        An entry whose line has the right checksum is in order. This also finds those that nobody
-        wrote by accident.
-        """
-        number, crcs, source = plain.get("step"), plain.get("crcs"), plain.get("source")
-        if not (_is_number(number) and _is_number(source) and number < len(plan.steps)):
-            return None
-        outputs = plan.steps[number].outputs
-        if not (isinstance(crcs, list) and len(crcs) == len(outputs)):
-            return None
-        if not all(_is_number(crc) for crc in crcs):
-            return None
-        report = plain.get("report")
-        if not Report.is_of(report, plan.steps[number].linears):
-            return None
-        return cls(number, tuple(crcs), source, report)
-
-
-def _is_number(value: object) -> TypeGuard[int]:
-    return type(value) is int and value >= 0
 
 
 class Writer:
