@@ -15,7 +15,7 @@ from qplug.api.tensors import Checkpoint
 from qplug.calibration.batches import passing_dtype
 from qplug.checkpoint.names import block_of
 from qplug.model.disk_names import disk_names
-from qplug.model.experts import as_on_disk
+from qplug.model.experts import as_on_disk, modules_of_blocks
 from qplug.model.hollow import build, load_config
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.parameters import call_block
@@ -43,11 +43,10 @@ class BlockModules:
         """``online``: linears whose inputs are rotated while the model runs."""
         config = load_config(source.folder, trust_remote_code=trust_remote_code)
         self.model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
-        names = disk_names(self.model).of_parameter
+        names = disk_names(self.model, source.tensors).of_parameter
         self.outer = {n: d for n, d in names.items() if block_of(d, view.blocks) is None}
-        rotate_inputs(self.model, online)
-        as_on_disk(self.model, view.blocks, source.tensors)
-        self.modules = {name: self.model.get_submodule(name) for name in view.blocks}
+        self.modules = as_on_disk(self.model, view.blocks, source.tensors)
+        rotate_inputs(modules_of_blocks(self.modules), online)
         self.parameters = {
             name: [
                 local

@@ -31,7 +31,7 @@ from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
 from qplug.run.learning import LearnOnce
 from qplug.run.memory_needs import memory_needs
-from qplug.run.prepare import prepare
+from qplug.run.prepare import prepare, with_float_experts_stacked
 from qplug.run.refuse import (
     open_source,
     refuse_unplanned,
@@ -123,11 +123,12 @@ def run(
     with clock("opening"):
         view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
         prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
-    floats = exporter.built_float(prepared.view)
-    schemes = servable(assign(recipe, prepared.view, floats), prepared.view, exporter)
+    chosen = assign(recipe, prepared.view, exporter.built_float(prepared.view))
+    schemes = servable(chosen, prepared.view, exporter)
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
     coded = {} if exporter.format.stores_float else schemes
     share = stays_float(recipe, prepared.view, coded, exporter)
+    prepared = with_float_experts_stacked(prepared, coded)
     with session.registry.blaming(exporter, "layout"):
         plan = make_plan(  # fixes the position of every byte of the result
             prepared.checkpoint,
@@ -181,7 +182,8 @@ def run(
         done = output.finished()
         if tokens is not None and stages.learning:
             learn = LearnOnce(stages, schemes, tokens, output, session)
-            prepared = prepare(stages, source, view, session, learn=learn)
+            learned = prepare(stages, source, view, session, learn=learn)
+            prepared = with_float_experts_stacked(learned, coded)
         reports |= {number: Report.from_dict(plain) for number, plain in done.items()}
         watchers = Watchers(session, len(plan.steps), len(done), watch)
         steps = Steps(stages, plan, prepared, watchers, session)

@@ -12,6 +12,7 @@ from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import check_companions, open_checkpoint
 from qplug.errors import QplugError
 from qplug.machine.session import Session
+from qplug.model.architectures import with_experts_apart
 from qplug.model.float_share import FloatShare, float_share
 from qplug.model.kv_cache import KVCache, find_cache
 from qplug.numerics.qtorch import require_qtorch
@@ -22,7 +23,9 @@ from qplug.recipe.recipe import Recipe
 
 
 def open_source(model: str, out: Path, exporter: Exporter[Any], session: Session) -> Checkpoint:
-    """Returns the checkpoint of ``model``, opened. All processes must call this together.
+    """Returns the checkpoint of ``model``, opened, with a tensor for each linear of each expert.
+
+    All processes must call this together.
 
     Raises QplugError if ``model`` is not a checkpoint, lies in ``out``, or has files that the
     exporter cannot store.
@@ -35,7 +38,7 @@ def open_source(model: str, out: Path, exporter: Exporter[Any], session: Session
     sentence = file.refuses(source.folder) if file is not None else None
     if sentence is not None:
         raise QplugError(f"{exporter.name}: {sentence}")
-    return source
+    return with_experts_apart(source, session.registry, trust_remote_code=session.trust_remote_code)
 
 
 def servable(
