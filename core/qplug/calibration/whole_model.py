@@ -98,6 +98,7 @@ class InMemoryModel(WholeModel):
             names.of_parameter.get(name)
             or f"{tied_name(self._model, module_of(name))}.weight": name
             for name, _ in self._model.named_parameters(remove_duplicate=False)
+            for parent in (module_of(name),)
         }
         self._batches = tokens.split(batch_size or samples_in_a_batch(tokens.shape[1], device))
         self.count = len(self._batches)
@@ -196,10 +197,6 @@ class _RewrittenBlock(BlockProxy):
         values = model.values(variant, self._prefix, self._names)
         with model.changed_inputs(block, self._prefix, variant):
             return first_tensor(functional_call(block, values, (hidden_states,), kwargs))
-
-
-def _weight_on_disk(model: PreTrainedModel, tied: str) -> str:
-    return f"{tied_name(model, module_of(tied))}.weight"
 
 
 def _round_through_peaks(x: Tensor, args: QuantArgs, scale: Tensor | None) -> Tensor:

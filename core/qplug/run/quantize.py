@@ -123,8 +123,9 @@ def run(
     with clock("opening"):
         view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
         prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
-    chosen = assign(recipe, prepared.view, exporter.built_float(prepared.view))
-    schemes = servable(chosen, prepared.view, exporter)
+    schemes = servable(
+        assign(recipe, prepared.view, exporter.built_float(prepared.view)), prepared.view, exporter
+    )
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
     coded = {} if exporter.format.stores_float else schemes
     share = stays_float(recipe, prepared.view, coded, exporter)
@@ -182,8 +183,9 @@ def run(
         done = output.finished()
         if tokens is not None and stages.learning:
             learn = LearnOnce(stages, schemes, tokens, output, session)
-            learned = prepare(stages, source, view, session, learn=learn)
-            prepared = with_float_experts_stacked(learned, coded)
+            prepared = with_float_experts_stacked(
+                prepare(stages, source, view, session, learn=learn), coded
+            )
         reports |= {number: Report.from_dict(plain) for number, plain in done.items()}
         watchers = Watchers(session, len(plan.steps), len(done), watch)
         steps = Steps(stages, plan, prepared, watchers, session)
