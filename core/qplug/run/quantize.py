@@ -31,9 +31,11 @@ from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
 from qplug.run.learning import LearnOnce
 from qplug.run.memory_needs import memory_needs
+from qplug.run.narrow import find_narrow
 from qplug.run.prepare import prepare
 from qplug.run.refuse import (
     open_source,
+    refuse_built_float,
     refuse_unplanned,
     servable,
     servable_cache,
@@ -124,10 +126,14 @@ def run(
         view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
         prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
     floats = exporter.built_float(prepared.view)
-    schemes = servable(assign(recipe, prepared.view, floats), prepared.view, exporter)
+    assigned = assign(recipe, prepared.view, floats)
+    refuse_built_float(assigned, prepared.view, exporter)
+    narrow = find_narrow(recipe, prepared.view, assigned, exporter)
+    wide = {name: scheme for name, scheme in assigned.items() if name not in narrow}
+    share = stays_float(recipe, prepared.view, assigned, exporter, narrow)
+    schemes = servable(wide, prepared.view, exporter)
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
     coded = {} if exporter.format.stores_float else schemes
-    share = stays_float(recipe, prepared.view, coded, exporter)
     with session.registry.blaming(exporter, "layout"):
         plan = make_plan(  # fixes the position of every byte of the result
             prepared.checkpoint,
@@ -154,6 +160,7 @@ def run(
             dry_run=True,
             float_share=share.total,
             floats=share.kinds,
+            kept_float=narrow,
         )
 
     mark = fingerprint(source, recipe, session, shard_bytes, tokens, learns=bool(stages.learning))
@@ -208,6 +215,7 @@ def run(
                 session.registry,
                 online=prepared.online,
                 notes=prepared.notes,
+                kept_float=narrow,
             )
         with clock("writing"):
             output.finish(
@@ -225,6 +233,7 @@ def run(
         stages=clock.costs(),
         float_share=share.total,
         floats=share.kinds,
+        kept_float=narrow,
     )
     watchers.run_done(result)
     return result
