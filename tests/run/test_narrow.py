@@ -68,7 +68,7 @@ def test_one_that_an_override_names_is_refused(odd_model: OddModel, tmp_path: Pa
 
 
 def test_a_scheme_that_is_not_served_is_refused(odd_model: OddModel, tmp_path: Path) -> None:
-    with pytest.raises(QplugError, match="no kernel|NVFP4"):
+    with pytest.raises(QplugError, match=r"NVFP4"):
         quantize(odd_model("qwen3_5_text"), tmp_path / "out", scheme="NVFP4A16", dry_run=True)
 
 

@@ -24,23 +24,14 @@ from qplug.output.source_bytes import SourceBytes
 from qplug.output.step_report import Report
 from qplug.output.unfinished import clean_up
 from qplug.output.writer import Writer
-from qplug.recipe.assign import assign
 from qplug.recipe.recipe import Recipe
 from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
 from qplug.run.learning import LearnOnce
 from qplug.run.memory_needs import memory_needs
-from qplug.run.narrow import find_narrow
 from qplug.run.prepare import prepare
-from qplug.run.refuse import (
-    open_source,
-    refuse_built_float,
-    refuse_unplanned,
-    servable,
-    servable_cache,
-    stays_float,
-)
+from qplug.run.refuse import decide, open_source, refuse_unplanned, servable_cache
 from qplug.run.stages import Stages
 from qplug.run.steps import Steps
 from qplug.run.streamed import streamed
@@ -125,13 +116,8 @@ def run(
     with clock("opening"):
         view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
         prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
-    floats = exporter.built_float(prepared.view)
-    assigned = assign(recipe, prepared.view, floats)
-    refuse_built_float(assigned, prepared.view, exporter)
-    narrow = find_narrow(recipe, prepared.view, assigned, exporter)
-    wide = {name: scheme for name, scheme in assigned.items() if name not in narrow}
-    share = stays_float(recipe, prepared.view, assigned, exporter, narrow)
-    schemes = servable(wide, prepared.view, exporter)
+    decision = decide(recipe, prepared.view, exporter)
+    schemes, narrow, share = decision.schemes, decision.narrow, decision.share
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
     coded = {} if exporter.format.stores_float else schemes
     with session.registry.blaming(exporter, "layout"):

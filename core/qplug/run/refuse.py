@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from qplug.model.float_share import FloatShare, float_share
 from qplug.model.kv_cache import KVCache, find_cache
 from qplug.numerics.qtorch import require_qtorch
 from qplug.output.plan import Plan
-from qplug.recipe.assign import matches
+from qplug.recipe.assign import assign, matches
 from qplug.recipe.recipe import Recipe
-from qplug.run.narrow import refuse_narrow
+from qplug.run.narrow import find_narrow, refuse_narrow
 
 
 def open_source(model: str, out: Path, exporter: Exporter[Any], session: Session) -> Checkpoint:
@@ -37,6 +38,33 @@ def open_source(model: str, out: Path, exporter: Exporter[Any], session: Session
     if sentence is not None:
         raise QplugError(f"{exporter.name}: {sentence}")
     return source
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a run quantizes: ``schemes`` by linear, with the dtype in which scales are stored.
+
+    ``narrow`` says of linears that no kernel takes, by name, why they stay float. ``share`` is the
+    share of the weights that stays float.
+    """
+
+    schemes: dict[str, Scheme]
+    narrow: dict[str, str]
+    share: FloatShare
+
+
+def decide(recipe: Recipe, view: ModelView, exporter: Exporter[Any]) -> Decision:
+    """Returns what ``recipe`` quantizes of the model in ``view``.
+
+    Raises QplugError if patterns match nothing, if nothing or too little is left to quantize, or if
+    the exporter refuses it.
+    """
+    assigned = assign(recipe, view, exporter.built_float(view))
+    refuse_built_float(assigned, view, exporter)
+    narrow = find_narrow(recipe, view, assigned, exporter)
+    share = stays_float(recipe, view, assigned, exporter, narrow)
+    wide = {name: scheme for name, scheme in assigned.items() if name not in narrow}
+    return Decision(servable(wide, view, exporter), narrow, share)
 
 
 def refuse_built_float(
@@ -84,9 +112,9 @@ def stays_float(
 ) -> FloatShare:
     """Returns the share of the weights in decoder blocks that stays float.
 
-    ``assigned`` has the schemes that the recipe assigns; ``narrow`` has the reasons for linears among
-    them that no kernel takes. Raises QplugError if a large share that the user did not ignore by name stays float: qplug
-    cannot quantize it, or no kernel takes it.
+    ``assigned`` has the schemes that the recipe assigns; ``narrow`` has the reasons for linears
+    among them that no kernel takes. Raises QplugError if a large share that the user did not ignore
+    by name stays float: qplug cannot quantize it, or no kernel takes it.
     """
     floats = exporter.built_float(view)
     coded = () if exporter.format.stores_float else assigned.keys() - narrow.keys()
