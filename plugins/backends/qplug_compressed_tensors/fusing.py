@@ -41,6 +41,11 @@ MERGES = (
         whole=True,
         parents=("linear_attn",),
     ),
+    Merge(  # vLLM models/minimax_m3: its sparse attention has an indexer inside
+        ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj"),
+        ("qkv_proj",),
+        whole=True,
+    ),
     Merge(  # cross attention of Whisper and its like: queries are of other tokens
         ("k_proj", "v_proj"),
         ("kv_proj",),
@@ -62,6 +67,7 @@ MERGES = (
     Merge(("in_proj_qkv", "in_proj_z"), ("in_proj_qkvz",)),  # qwen3_5.py
     Merge(("in_proj_b", "in_proj_a"), ("in_proj_ba",)),  # qwen3_5.py
     Merge(("wq_a", "wkv"), ("fused_wqa_wkv",)),  # vLLM models/deepseek_v4
+    Merge(("key_proj", "value_proj"), ("kv_proj",), whole=True),  # vLLM models/qwen4_exp
     Merge(("wq_du", "wk_dv", "wv_dv", "wr_du"), ("qkvr",)),  # vLLM models/inkling
     Merge(("wq", "wk", "wv"), ("qkv_proj", "merged_qkv"), whole=True),
     Merge(("query", "key", "value"), ("qkv_proj",), whole=True),  # bert.py
