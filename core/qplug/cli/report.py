@@ -65,7 +65,7 @@ def command(
     if perplexity:
         text = TextOptions(dataset, dataset_options, seq_len, windows, device, trust_remote_code)
         opened = open_folder(folder, Session(registry, trust_remote_code=trust_remote_code))
-        _, source = find_source(opened, against)
+        _, source = find_source(opened, against, registry)
         if source is not None:
             measured["float"] = [text.measure(str(source.folder), registry)]
         measured["quantized"] = [text.measure(folder, registry)]

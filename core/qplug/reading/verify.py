@@ -78,7 +78,7 @@ def verify(
     opened = open_folder(folder, session, backend=backend)
     if opened.exporter is None:
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
-    source_name, source = find_source(opened, against)
+    source_name, source = find_source(opened, against, session.registry)
     damage = find_damage(opened.checkpoint.folder)
     with naming_damage(str(opened.checkpoint.folder / CONFIG), opened.exporter.name):
         rules = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
@@ -123,7 +123,9 @@ def verify(
     )
 
 
-def find_source(opened: Folder, against: str | None) -> tuple[str | None, Checkpoint | None]:
+def find_source(
+    opened: Folder, against: str | None, registry: Registry
+) -> tuple[str | None, Checkpoint | None]:
     """Find the float model of a folder: its name and its checkpoint, or None and None.
 
     The model is ``against``, or by default the one that the manifest records, if it is on this
@@ -131,13 +133,13 @@ def find_source(opened: Folder, against: str | None) -> tuple[str | None, Checkp
     is given and is no model.
     """
     if against is not None:
-        return against, open_checkpoint(find_model(against))
+        return against, open_checkpoint(find_model(against), readers=registry.sources)
     recorded = opened.manifest.model if opened.manifest else None
     folder = find_at_hand(recorded) if recorded is not None else None
     if folder is None:
         return None, None
     try:
-        return recorded, open_checkpoint(folder)
+        return recorded, open_checkpoint(folder, readers=registry.sources)
     except QplugError:
         return None, None  # something else may have its name on this machine
 
