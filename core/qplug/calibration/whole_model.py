@@ -28,12 +28,12 @@ from qplug.calibration.batches import samples_in_a_batch
 from qplug.checkpoint.names import block_of, split_name
 from qplug.errors import QplugError
 from qplug.machine.session import Session
-from qplug.model.block_proxy import BlockProxy, refuse_positional
+from qplug.model.block_call import Output
+from qplug.model.block_proxy import BlockProxy
 from qplug.model.experts import as_on_disk, name_on_disk
 from qplug.model.hollow import build, load_config
 from qplug.model.hooks import hooked
 from qplug.model.online_rotation import rotate_inputs
-from qplug.model.parameters import first_tensor
 from qplug.model.rounding_hooks import InputRounding, rounding_inputs
 from qplug.numerics.straight_through import (
     fake_quantize,
@@ -174,22 +174,20 @@ class _RewrittenBlock(BlockProxy):
         self.__dict__["model"] = model
         self._prefix, self._names = f"{name}.", parameters
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        refuse_positional(args)
+    def forward(self, *args: Any, **kwargs: Any) -> Output:
         model: InMemoryModel = self.__dict__["model"]
         compute = partial(self._compute, model, model.variant, kwargs)
         if not torch.is_grad_enabled():
-            return compute(hidden_states)
-        output: Tensor = checkpoint(compute, hidden_states, use_reentrant=False)
-        return output
+            return compute(*args)
+        return checkpoint(compute, *args, use_reentrant=False)
 
     def _compute(
-        self, model: InMemoryModel, variant: Variant, kwargs: dict[str, Any], hidden_states: Tensor
-    ) -> Tensor:
+        self, model: InMemoryModel, variant: Variant, kwargs: dict[str, Any], *args: Any
+    ) -> Output:
         block: nn.Module = self.__dict__["block"]
         values = model.values(variant, self._prefix, self._names)
         with model.changed_inputs(block, self._prefix, variant):
-            return first_tensor(functional_call(block, values, (hidden_states,), kwargs))
+            return functional_call(block, values, args, kwargs)
 
 
 def _round_through_peaks(x: Tensor, args: QuantArgs, scale: Tensor | None) -> Tensor:
