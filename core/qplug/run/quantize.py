@@ -24,7 +24,6 @@ from qplug.output.source_bytes import SourceBytes
 from qplug.output.step_report import Report
 from qplug.output.unfinished import clean_up
 from qplug.output.writer import Writer
-from qplug.recipe.assign import assign
 from qplug.recipe.recipe import Recipe
 from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
@@ -35,7 +34,6 @@ from qplug.run.prepare import prepare
 from qplug.run.refuse import (
     open_source,
     refuse_unplanned,
-    servable,
     servable_cache,
     stays_float,
 )
@@ -89,7 +87,7 @@ def quantize(
         return run(
             model,
             Path(out),
-            recipe,
+            Stages(recipe, session),
             session,
             shard_bytes=shard_bytes,
             overwrite=overwrite,
@@ -101,7 +99,7 @@ def quantize(
 def run(
     model: str,
     out: Path,
-    recipe: Recipe,
+    stages: Stages,
     session: Session,
     *,
     shard_bytes: int,
@@ -109,12 +107,11 @@ def run(
     dry_run: bool,
     watch: Watcher,
 ) -> Result:
-    """Quantize ``model`` into ``out`` as ``recipe`` says, and return the result.
+    """Quantize ``model`` into ``out`` by ``stages``, and return the result.
 
     Raises QplugError. All checks come before the first weight is read and the first file written.
     """
     began, clock = time.monotonic(), session.clock
-    stages = Stages(recipe, session)
     recipe, exporter = stages.recipe, stages.exporter
     if not dry_run:
         session.processes.from_first(lambda: clean_up(out))
@@ -123,8 +120,7 @@ def run(
     with clock("opening"):
         view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
         prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
-    floats = exporter.built_float(prepared.view)
-    schemes = servable(assign(recipe, prepared.view, floats), prepared.view, exporter)
+    schemes = stages.schemes(source, prepared.view)
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
     coded = {} if exporter.format.stores_float else schemes
     share = stays_float(recipe, prepared.view, coded, exporter)
@@ -154,6 +150,7 @@ def run(
             dry_run=True,
             float_share=share.total,
             floats=share.kinds,
+            source_format=source.quantized,
         )
 
     mark = fingerprint(source, recipe, session, shard_bytes, tokens, learns=bool(stages.learning))
@@ -225,6 +222,7 @@ def run(
         stages=clock.costs(),
         float_share=share.total,
         floats=share.kinds,
+        source_format=source.quantized,
     )
     watchers.run_done(result)
     return result

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qplug.api import (
     Algorithm,
     Block,
+    Checkpoint,
     Exporter,
     FloatModel,
     InputGroup,
@@ -34,8 +35,10 @@ from qplug.errors import PluginError, QplugError, RelayedError
 from qplug.machine.session import Session
 from qplug.numerics.losses import relative_error, relative_output_error
 from qplug.output.plan import Step
+from qplug.recipe.assign import assign
 from qplug.recipe.pipeline import make_pipeline
 from qplug.recipe.recipe import DEFAULT_QUANTIZER, Calibration, Recipe
+from qplug.run.refuse import servable
 from qplug.run.soundness import blaming_weights, refuse_not_finite, refuse_unsound
 
 if TYPE_CHECKING:
@@ -77,6 +80,14 @@ class Stages:
             # The exporter stores float weights; a resumed run has no others to pass data through.
             return replace(recipe, calibration=replace(recipe.calibration, propagate="float"))
         return recipe
+
+    def schemes(self, source: Checkpoint, view: ModelView) -> dict[str, Scheme]:
+        """Returns the scheme of each linear to quantize, as the exporter stores it.
+
+        ``source`` is the float model. Raises QplugError if the exporter cannot store a scheme.
+        """
+        assigned = assign(self.recipe, view, self.exporter.built_float(view))
+        return servable(assigned, view, self.exporter)
 
     @property
     def needs_data(self) -> bool:
