@@ -77,12 +77,14 @@ def _rows(registry: Registry, name: str, version: str, gpu: str) -> list[Capabil
 
 
 def _view(model: str, registry: Registry, trust_remote_code: bool) -> ModelView:
-    from qplug.checkpoint.locate import find_model
-    from qplug.checkpoint.open import open_checkpoint
-    from qplug.model.view import model_view
+    from qplug.machine.session import Session
+    from qplug.reading.folder import open_folder
 
-    checkpoint = open_checkpoint(find_model(model), readers=registry.sources)
-    return model_view(checkpoint, trust_remote_code=trust_remote_code)
+    session = Session(registry, trust_remote_code=trust_remote_code)
+    opened = open_folder(model, session)
+    if opened.exporter is not None:
+        raise QplugError(f"--model {model}: is quantized already; name the float model")
+    return opened.view
 
 
 def _fits(row: Capability, view: ModelView | None, target: Target) -> dict[str, str | None]:

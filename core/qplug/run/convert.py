@@ -18,9 +18,11 @@ from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import open_checkpoint
 from qplug.errors import QplugError
 from qplug.machine.session import Session
+from qplug.model.float_share import float_share
 from qplug.recipe.recipe import DEFAULT_QUANTIZER, Recipe
 from qplug.registry.registry import Registry
 from qplug.run.quantize import SHARD_BYTES, run
+from qplug.run.refuse import Decision
 from qplug.run.stages import Stages
 from qplug.run.watchers import Watcher
 
@@ -103,7 +105,7 @@ class KeptCodes(Stages):
         """Whether data are needed: never, since the scales of inputs are kept too."""
         return False
 
-    def schemes(self, source: Checkpoint, view: ModelView) -> dict[str, Scheme]:
+    def decide(self, source: Checkpoint, view: ModelView) -> Decision:
         """Returns the scheme of each linear that has codes, as the exporter stores it.
 
         A linear that the engine builds float is left out. Raises QplugError if the exporter has no
@@ -120,7 +122,8 @@ class KeptCodes(Stages):
             }
             sentence = self.exporter.refuses(view, self._schemes)
             if sentence is None:
-                return self._schemes
+                share = float_share(view, self._schemes, lambda name: name in built_float)
+                return Decision(self._schemes, {}, share)
             sentences.append(sentence)
         raise QplugError(f"{self.exporter.name}: {sentences[0]}; {self._instead}")
 

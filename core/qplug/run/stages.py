@@ -35,10 +35,9 @@ from qplug.errors import PluginError, QplugError, RelayedError
 from qplug.machine.session import Session
 from qplug.numerics.losses import relative_error, relative_output_error
 from qplug.output.plan import Step
-from qplug.recipe.assign import assign
 from qplug.recipe.pipeline import make_pipeline
 from qplug.recipe.recipe import DEFAULT_QUANTIZER, Calibration, Recipe
-from qplug.run.refuse import servable
+from qplug.run.refuse import Decision, decide
 from qplug.run.soundness import blaming_weights, refuse_not_finite, refuse_unsound
 
 if TYPE_CHECKING:
@@ -81,13 +80,12 @@ class Stages:
             return replace(recipe, calibration=replace(recipe.calibration, propagate="float"))
         return recipe
 
-    def schemes(self, source: Checkpoint, view: ModelView) -> dict[str, Scheme]:
-        """Returns the scheme of each linear to quantize, as the exporter stores it.
+    def decide(self, source: Checkpoint, view: ModelView) -> Decision:
+        """Returns what to quantize of the float model ``source``, whose structure is ``view``.
 
-        ``source`` is the float model. Raises QplugError if the exporter cannot store a scheme.
+        Raises QplugError as ``qplug.run.refuse.decide`` does.
         """
-        assigned = assign(self.recipe, view, self.exporter.built_float(view))
-        return servable(assigned, view, self.exporter)
+        return decide(self.recipe, view, self.exporter)
 
     @property
     def needs_data(self) -> bool:
