@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -79,14 +80,17 @@ FAST = {
 
 
 @pytest.fixture(scope="module")
-def folder(pristine_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def folder(
+    write_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """``folder("AutoAWQ")``: a folder as that tool writes it; to read, not to change."""
     made: dict[str, Path] = {}
+    source = write_llama(tmp_path_factory.mktemp("float") / "llama", shards=2, vocab_size=4096)
 
     def make(name: str) -> Path:
         if name not in made:
             out = tmp_path_factory.mktemp("foreign") / "model"
-            made[name] = foreign.foreign(pristine_llama, out, *FOLDERS[name])
+            made[name] = foreign.foreign(source, out, *FOLDERS[name])
         return made[name]
 
     return make
@@ -263,3 +267,50 @@ def test_a_quantized_source_is_quantized_and_compared(
     verified = cli("verify", tmp_path / "out", "--json")
     assert verified.exit_code == 0, verified.output
     assert json.loads(verified.stdout)["against"] == str(folder(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(FOLDERS))
+def test_commands_open_folders_of_other_tools(
+    name: str, folder: Callable[[str], Path], cli: Cli
+) -> None:
+    shown = cli("inspect", folder(name))
+    assert shown.exit_code == 0, shown.output
+    measured = cli("eval", folder(name), "--windows", 1, "--seq-len", 32, "--device", "cpu")
+    assert measured.exit_code == 0, measured.output
+
+
+def test_what_its_engine_refuses_is_opened_as_float_but_not_verified(
+    folder: Callable[[str], Path], cli: Cli
+) -> None:
+    source = folder("GPTQModel, asymmetric")
+    assert "read as float from: gptq of 4 bits in groups of 32" in cli("inspect", source).output
+    assert "engines refuse gptq that is asymmetric" in cli("verify", source).output
+
+
+def test_a_stopped_run_goes_on_but_not_with_another_reading(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "in"
+    shutil.copytree(folder("GPTQModel, asymmetric"), source)
+
+    def convert(out: Path, watch: Any = None) -> qplug.Result:
+        return qplug.convert(str(source), out, backend="awq", watch=watch)
+
+    def stop(done: int, *_: object) -> None:
+        if done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "out", stop)
+    told = (source / "config.json").read_text()
+    config = json.loads(told)
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QplugError, match="holds an unfinished run with another model"):
+        convert(tmp_path / "out")
+    (source / "config.json").write_text(told)
+    assert convert(tmp_path / "out").resumed >= 8
+    convert(tmp_path / "whole")
+    one, other = (tmp_path / name / "model.safetensors" for name in ("out", "whole"))
+    assert one.read_bytes() == other.read_bytes()
