@@ -10,7 +10,7 @@ from qplug.api.algorithm import Algorithm
 from qplug.api.block import Aim, Batch, Block, InputGroup, Linear, QuantizedWeight, Reconstruction
 from qplug.api.capability import Capability
 from qplug.api.component import Component, NoParams
-from qplug.api.dataset import Dataset, Split, Tokenizer
+from qplug.api.dataset import Conversation, Dataset, Split, Tokenizer
 from qplug.api.engine import Engine, Server
 from qplug.api.exporter import Exporter
 from qplug.api.float_model import (
@@ -37,6 +37,7 @@ __all__ = [
     "Capability",
     "Checkpoint",
     "Component",
+    "Conversation",
     "Dataset",
     "Engine",
     "Exporter",

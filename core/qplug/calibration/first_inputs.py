@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.block_modules import BlockModules
 from qplug.calibration.hidden_states import HiddenStates
+from qplug.calibration.samples import Samples
 from qplug.checkpoint.names import module_of
 from qplug.model.block_proxy import BlockProxy, refuse_positional
 from qplug.model.parameters import empty_parameters, fill_parameters, refuse_infinite
@@ -34,9 +35,9 @@ class FirstInputs:
 
 @torch.no_grad()
 def catch_first_inputs(
-    blocks: BlockModules, source: Checkpoint, batches: Sequence[Tensor]
+    blocks: BlockModules, source: Checkpoint, batches: Sequence[Samples]
 ) -> FirstInputs:
-    """Run the part of the model before its blocks on ``batches``, int64 ``[samples, tokens]``.
+    """Run the part of the model before its blocks on ``batches``.
 
     Raises QplugError if a parameter outside of the blocks is not finite, or if blocks are called in
     a way that cannot be repeated.
@@ -55,14 +56,14 @@ def catch_first_inputs(
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     recorders = {name: _Recorder(block) for name, block in blocks.modules.items()}
-    parent = model.get_submodule(module_of(names[0]))
+    parent = model.get_submodule(module_of(blocks.in_memory[0]))
     assert isinstance(parent, nn.ModuleList)
     hidden = HiddenStates(device)
     for index, recorder in enumerate(recorders.values()):
         parent[index] = recorder
     try:
         for batch in batches:
-            model.base_model(input_ids=batch.to(device), use_cache=False)
+            model.base_model(**batch.inputs(device, blocks.dtype), use_cache=False)
             hidden.append(recorders[names[0]].hidden)
     finally:
         for index, block in enumerate(blocks.modules.values()):

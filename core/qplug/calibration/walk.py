@@ -15,7 +15,7 @@ from torch import Tensor
 from qplug.api import ModelView
 from qplug.api.scheme import Scheme
 from qplug.api.tensors import Checkpoint
-from qplug.calibration.batches import real_tokens, samples_in_a_batch
+from qplug.calibration.batches import counted_tokens, samples_in_a_batch
 from qplug.calibration.block_modules import BlockModules
 from qplug.calibration.block_reader import BlockReader
 from qplug.calibration.block_structures import BlockStructures
@@ -23,8 +23,9 @@ from qplug.calibration.cache_scales import CalledBatch, find_cache_scales, round
 from qplug.calibration.first_inputs import catch_first_inputs
 from qplug.calibration.hidden_states import HiddenStates
 from qplug.calibration.live_block import LiveBlock
-from qplug.calibration.observation import FloatInputs, Observation, SampleQuota
+from qplug.calibration.observation import FloatInputs, Observation, SampleQuota, Seen
 from qplug.calibration.reconstruction import Data, LiveReconstruction
+from qplug.calibration.samples import Samples
 from qplug.calibration.statistics import Statistics
 from qplug.checkpoint.names import within
 from qplug.errors import QplugError
@@ -48,7 +49,7 @@ class Walk:
         source: Checkpoint,
         view: ModelView,
         schemes: Mapping[str, Scheme],
-        tokens: Tensor,
+        samples: Samples,
         session: Session,
         *,
         propagate: str = "quantized",
@@ -58,17 +59,17 @@ class Walk:
         online: Sequence[str] = (),
         cache: KVCache | None = None,
     ) -> None:
-        """``tokens``: int64 ``[samples, length]``, padded on the right with -1.
+        """Each process of ``session`` takes a part of the ``samples``.
 
-        Each process of ``session`` takes a part of the samples. ``with_drift`` gathers
+        ``with_drift`` gathers
         ``InputGroup.drift``; ``with_targets`` gives blocks a ``reconstruction``. ``online``: names
         of linears whose inputs are rotated while the model runs. ``cache``: how keys and values are
         stored, None if not quantized. Raises QplugError if there are fewer samples than processes.
         """
         device, processes = session.device, session.processes
-        if len(tokens) < processes.count:
+        if len(samples) < processes.count:
             raise QplugError(
-                f"{processes.count} processes cannot share {len(tokens)} calibration samples; "
+                f"{processes.count} processes cannot share {len(samples)} calibration samples; "
                 "raise --samples, or start fewer"
             )
         self._processes = processes
@@ -91,14 +92,18 @@ class Walk:
         self._with_targets = with_targets
         # Whether the float model runs too, or alone.
         self._with_float = with_drift or with_targets or propagate == "float"
-        size = batch_size or samples_in_a_batch(tokens.shape[1], device)
-        parts = [part.split(size) for part in tokens.tensor_split(processes.count)]
+        size = batch_size or samples_in_a_batch(samples.length, device)
+        parts = [part.batches(size) for part in samples.shared_by(processes.count)]
         self._quota = SampleQuota([len(part) for part in parts], processes.rank)
         batches = parts[processes.rank]
-        self._tokens_by_batch = real_tokens(parts)
+        self._tokens_by_batch = counted_tokens(parts)
         # Short samples are padded on the right; causal attention keeps padding from real tokens.
-        self._real = [None if (batch >= 0).all() else (batch >= 0) for batch in batches]
-        first = catch_first_inputs(self._blocks, source, [batch.clamp(min=0) for batch in batches])
+        self._real = [batch.real for batch in batches]
+        self._counted = [
+            real if batch.mask is None else batch.mask
+            for batch, real in zip(batches, self._real, strict=True)
+        ]
+        first = catch_first_inputs(self._blocks, source, batches)
         self._calls = first.calls
         # Hidden states that enter the next block; the same in the float model, None while both
         # agree; and those that leave the current block in the float model.
@@ -146,7 +151,7 @@ class Walk:
                 self._inputs,
                 self._float_outputs,
                 self._calls[name],
-                self._real,
+                self._counted,
                 self._tokens_by_batch,
             )
             block.reconstruction = LiveReconstruction(
@@ -224,8 +229,8 @@ class Walk:
         apart = self._with_drift or float_outputs is not None
         float_inputs = self._float_inputs if apart else None
         float_batches: Iterable[Tensor | None] = float_inputs or [None] * len(self._inputs)
-        for (batch, call, real), float_batch in zip(
-            self._batches(name), float_batches, strict=True
+        for (batch, call, real), counted, float_batch in zip(
+            self._batches(name), self._counted, float_batches, strict=True
         ):
             seen_by_float: FloatInputs = {}
             float_output = None
@@ -235,7 +240,8 @@ class Walk:
                     float_output = blocks.compute(name, float_parameters, float_batch, call)
             # While both models agree, this pass is the one of the float model too.
             is_float = float_outputs is not None and float_output is None
-            with observation.gathering(batch.shape[1], real, seen_by_float, stop=not is_float):
+            seen = Seen(batch.shape[1], real, counted)
+            with observation.gathering(seen, seen_by_float, stop=not is_float):
                 output = blocks.compute(name, parameters, batch, call)
                 float_output = output if is_float else float_output
             if float_outputs is not None and float_output is not None:

@@ -14,6 +14,7 @@ from qplug.checkpoint.names import kind_of
 from qplug.checkpoint.open import check_companions, open_checkpoint
 from qplug.errors import QplugError
 from qplug.machine.session import Session
+from qplug.model.architectures import with_experts_apart
 from qplug.model.float_share import FloatShare, float_share
 from qplug.model.kv_cache import KVCache, find_cache
 from qplug.numerics.qtorch import require_qtorch
@@ -24,7 +25,9 @@ from qplug.run.narrow import find_narrow, refuse_narrow
 
 
 def open_source(model: str, out: Path, exporter: Exporter[Any], session: Session) -> Checkpoint:
-    """Returns the checkpoint of ``model``, opened. All processes must call this together.
+    """Returns the checkpoint of ``model``, opened, with a tensor for each linear of each expert.
+
+    All processes must call this together.
 
     Raises QplugError if ``model`` is not a checkpoint, lies in ``out``, or has files that the
     exporter cannot store.
@@ -37,7 +40,7 @@ def open_source(model: str, out: Path, exporter: Exporter[Any], session: Session
     sentence = file.refuses(source.folder) if file is not None else None
     if sentence is not None:
         raise QplugError(f"{exporter.name}: {sentence}")
-    return source
+    return with_experts_apart(source, session.registry, trust_remote_code=session.trust_remote_code)
 
 
 @dataclass(frozen=True)
