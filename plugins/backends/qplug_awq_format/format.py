@@ -111,7 +111,8 @@ def names_of_floats(model: ModelView, schemes: Mapping[str, Scheme]) -> list[str
         floats.append(model.head)
     names = {*with_merged_names(floats), *model.stacked_experts}
     ends = [f"{end}." for end in tower_suffixes(model, floats)]
-    return sorted({*map(portable, names), *ends})
+    blocks = tuple(f"{block}." for block in model.blocks)
+    return sorted({*(portable(n) if n.startswith(blocks) else n for n in names), *ends})
 
 
 def _pack(codes: Tensor) -> Tensor:

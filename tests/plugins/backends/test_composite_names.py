@@ -35,7 +35,7 @@ def model(*, draft: str = "mtp.layers.0") -> ModelView:
     names += [f"{BLOCKS[1]}.linear_attn.in_proj_{part}" for part in "ab"]
     quantizable = frozenset(names)
     names += [f"model.visual.blocks.{n}.attn.{part}" for n in range(2) for part in ("qkv", "proj")]
-    names += ["model.visual.merger.linear_fc1", "lm_head"]
+    names += ["model.visual.layers.2.self_attn.q_proj", "model.visual.merger.linear_fc1", "lm_head"]
     names += [f"{draft}.{local}" for local in DRAFT]
     linears = dict.fromkeys(names, (128, 128))
     return ModelView({}, "bfloat16", linears, quantizable, BLOCKS, "lm_head")
@@ -61,6 +61,8 @@ MODULES = {
     "visual.blocks.0.attn.proj": False,
     "visual.blocks.1.mlp.gate_up_proj": False,
     "visual.merger.linear_fc1": False,
+    "visual.layers.2.self_attn.qkv_proj": False,
+    "language_model.model.layers.2.self_attn.qkv_proj": True,
     "mtp.layers.0.self_attn.qkv_proj": False,
     "mtp.layers.0.mlp.experts.0.up_proj": False,
 }
