@@ -135,10 +135,10 @@ def test_what_an_engine_cannot_draft_with_is_refused(
             quantize(model, out, mtp="quantize", backend="gptq")
 
 
-@pytest.mark.parametrize("mtp", ["quantize", "drop"])
-def test_a_model_without_them_is_refused(tmp_path: Path, mtp: str) -> None:
-    with pytest.raises(QplugError, match=f"--mtp {mtp}: .* has no draft layers"):
-        quantize(Path("qplug:demo"), tmp_path / "out", mtp=mtp, dry_run=True)
+def test_a_model_without_them_has_none_to_quantize(tmp_path: Path) -> None:
+    with pytest.raises(QplugError, match="--mtp quantize: .* has no draft layers"):
+        quantize(Path("qplug:demo"), tmp_path / "out", mtp="quantize", dry_run=True)
+    quantize(Path("qplug:demo"), tmp_path / "out", mtp="drop", dry_run=True)
 
 
 def test_a_second_copy_of_the_model_is_left_behind(

@@ -20,7 +20,7 @@ def open_model(
 ) -> tuple[Checkpoint, ModelView]:
     """Returns ``source`` and its view, without draft layers if ``recipe`` drops them.
 
-    Raises QplugError if there are no draft layers to quantize or to drop, or if ``find_view`` does.
+    Raises QplugError if there are no draft layers to quantize, or if ``find_view`` does.
     """
     view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
     if recipe.mtp == "quantize" and not view.drafts:
@@ -28,8 +28,6 @@ def open_model(
     if recipe.mtp == "quantize":
         _refuse_stacked(source, view)
     if recipe.mtp == "drop":
-        if not (draft_names(source.tensors, view.blocks) or announced(source.config)):
-            raise QplugError(f"--mtp drop: {source.folder} has no draft layers")
         source = without_drafts(source, view.blocks)
         view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
     return source, view

@@ -169,11 +169,11 @@ def patterns(names: Iterable[str], among: Iterable[str], blocks: tuple[str, ...]
         if members <= wanted and not any(matches(entry, name) for name in present - wanted):
             entries.append(entry)
             covered |= members
-    for experts, members in expert_groups(wanted - covered).items():
+    for experts, inner in expert_groups(wanted - covered).items():
         entry = rf"re:.*{re.escape(portable(experts))}\..+"
-        if len(members) > 1 and not any(matches(entry, name) for name in present - wanted):
+        if len(inner) > 1 and not any(matches(entry, name) for name in present - wanted):
             entries.append(entry)
-            covered |= {*members}
+            covered |= {*inner}
     for name in wanted - covered:
         alone = not any(name in longer for longer in present - {name})
         entries.append(name if alone else expression(name, present - {name}))
