@@ -73,6 +73,7 @@ TOGETHER = {
     "ignore": Said(
         "--ignore *.o_proj", {"ignore": ["*.o_proj"]}, {"ignore": ("*.o_proj",)}, ["*.o_proj"]
     ),
+    "mtp": Said("--mtp drop", {"mtp": "drop"}, {"mtp": "drop"}, "drop"),
     "calibration.dataset": Said(
         "--dataset text", {"calibration": {"dataset": "text"}}, {"dataset": "text"}, "text"
     ),
