@@ -306,7 +306,10 @@ def test_a_shape_that_sglang_has_no_kernel_for(
     model = write_llama(tmp_path / "narrow", intermediate_size=320)
     message = refused(model, "--group-size", 64)
     name = "model.layers.0.mlp.down_proj"
-    assert message == f"sglang: {name}: Marlin needs in_features in multiples of 128, not 320"
+    assert message == (
+        f"sglang: {name}: Marlin needs in_features in multiples of 128, not 320; "
+        "to keep such linears float, pass --ignore 'model.layers.*.mlp.down_proj'"
+    )
 
 
 def test_two_formats_in_one_folder_for_sglang(llama: Path, refused: Refused) -> None:

@@ -18,7 +18,7 @@ from qplug.checkpoint.open import open_checkpoint
 from qplug.errors import QplugError
 from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
-from qplug.model.architectures import find_packed_view
+from qplug.model.architectures import find_packed_view, with_experts_apart
 from qplug.model.kv_cache import SCALES
 from qplug.output.manifest import Manifest, read_manifest
 
@@ -81,6 +81,10 @@ class Folder:
         """
         assert self.exporter is not None
         return naming_damage(f"{self.checkpoint.folder}: {name}", self.exporter.name)
+
+    def float_names(self) -> set[str]:
+        """The names of the tensors that a float checkpoint of the model has."""
+        return {f"{name}.weight" for name in self.schemes}.union(self.checkpoint.tensors)
 
     def holds(self, parameter: str) -> bool:
         """Whether the folder stores ``parameter``, a name in the model, as a tensor or as codes."""
@@ -156,6 +160,8 @@ def open_folder(model: str, session: Session, *, backend: str | None = None) -> 
         exporter = exporters.make(name or session.registry.reader_of(method))
     with naming_damage(str(folder), exporter.name if exporter else ""):
         packed = exporter.format.stored_shapes(checkpoint) if exporter else {}
+    if exporter is None:
+        checkpoint = with_experts_apart(checkpoint, session.registry, trust_remote_code=trusted)
     view = find_packed_view(checkpoint, packed, session.registry, trust_remote_code=trusted)
     schemes, cache = {}, None
     if exporter is not None and config is not None:
