@@ -17,6 +17,7 @@ import qplug
 from qplug.api.events import Result
 from qplug.calibration import batches, observation
 from qplug.calibration.live_block import LiveBlock
+from qplug.calibration.samples import Samples
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
 from qplug.model.view import model_view
@@ -292,7 +293,9 @@ def record(
 def tokens_given(make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Runs calibrate on these tokens, not on those of a dataset."""
     tokens = make_tokens(5, 20)
-    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr(
+        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+    )
     return tokens
 
 

@@ -27,14 +27,14 @@ class Data:
     """One process's part of the calibration data at a block, by batch.
 
     ``inputs`` enter the block; ``targets`` leave the float model's block; ``calls`` have the
-    block's other arguments; ``real`` as in ``Batch``. ``tokens`` counts the real tokens of all
-    processes, also in batches that this process has no part of.
+    block's other arguments; ``counted`` is ``real`` of ``Batch``. ``tokens`` counts these tokens
+    of all processes, also in batches that this process has no part of.
     """
 
     inputs: HiddenStates
     targets: HiddenStates
     calls: Sequence[BlockCall]
-    real: Sequence[Tensor | None]
+    counted: Sequence[Tensor | None]
     tokens: Sequence[int]
 
 
@@ -74,7 +74,7 @@ class LiveReconstruction(Reconstruction):
         for number in wanted:
             tokens = self._data.tokens[number]
             if number < len(self._data.inputs):
-                real = self._data.real[number]
+                real = self._data.counted[number]
                 real = None if real is None else real.to(self._device)
                 call = self._data.calls[number]
                 yield _LiveBatch(next(inputs).float(), next(targets), real, tokens, call)

@@ -16,7 +16,7 @@ from torch import Tensor
 from qplug.api import ModelView
 from qplug.api.scheme import Scheme
 from qplug.api.tensors import Checkpoint
-from qplug.calibration.batches import real_tokens, samples_in_a_batch
+from qplug.calibration.batches import counted_tokens, samples_in_a_batch
 from qplug.calibration.block_modules import BlockModules
 from qplug.calibration.block_reader import BlockReader
 from qplug.calibration.block_structures import PROBE, BlockStructures
@@ -24,8 +24,9 @@ from qplug.calibration.cache_scales import CalledBatch, find_cache_scales, round
 from qplug.calibration.entrance import Entrance
 from qplug.calibration.hidden_states import HiddenStates
 from qplug.calibration.live_block import LiveBlock
-from qplug.calibration.observation import FloatInputs, Observation, SampleQuota
+from qplug.calibration.observation import FloatInputs, Observation, SampleQuota, Seen
 from qplug.calibration.reconstruction import Data, LiveReconstruction
+from qplug.calibration.samples import Samples
 from qplug.calibration.statistics import Statistics
 from qplug.calibration.stream import Compute, Stream
 from qplug.checkpoint.names import within
@@ -51,7 +52,7 @@ class Walk:
         source: Checkpoint,
         view: ModelView,
         schemes: Mapping[str, Scheme],
-        tokens: Tensor,
+        samples: Samples,
         session: Session,
         *,
         propagate: str = "quantized",
@@ -61,17 +62,17 @@ class Walk:
         online: Sequence[str] = (),
         cache: KVCache | None = None,
     ) -> None:
-        """``tokens``: int64 ``[samples, length]``, padded on the right with -1.
+        """Each process of ``session`` takes a part of the ``samples``.
 
-        Each process of ``session`` takes a part of the samples. ``with_drift`` gathers
+        ``with_drift`` gathers
         ``InputGroup.drift``; ``with_targets`` gives blocks a ``reconstruction``. ``online``: names
         of linears whose inputs are rotated while the model runs. ``cache``: how keys and values are
         stored, None if not quantized. Raises QplugError if there are fewer samples than processes.
         """
         device, processes = session.device, session.processes
-        if len(tokens) < processes.count:
+        if len(samples) < processes.count:
             raise QplugError(
-                f"{processes.count} processes cannot share {len(tokens)} calibration samples; "
+                f"{processes.count} processes cannot share {len(samples)} calibration samples; "
                 "raise --samples, or start fewer"
             )
         self._processes = processes
@@ -94,31 +95,32 @@ class Walk:
         self._with_targets = with_targets
         # Whether the float model runs too, or alone.
         self._with_float = with_drift or with_targets or propagate == "float"
-        size = batch_size or samples_in_a_batch(tokens.shape[1], device)
-        parts = [part.split(size) for part in tokens.tensor_split(processes.count)]
+        size = batch_size or samples_in_a_batch(samples.length, device)
+        parts = [part.batches(size) for part in samples.shared_by(processes.count)]
         self._quota = SampleQuota([len(part) for part in parts], processes.rank)
         batches = parts[processes.rank]
-        self._tokens_by_batch = real_tokens(parts)
-        self._length = tokens.shape[1]
+        self._tokens_by_batch = counted_tokens(parts)
         # Short samples are padded on the right; causal attention keeps padding from real tokens.
-        self._real = [None if (batch >= 0).all() else (batch >= 0) for batch in batches]
+        self._real = [batch.real for batch in batches]
+        self._seen = [
+            Seen(batch.length, real, real if batch.mask is None else batch.mask)
+            for batch, real in zip(batches, self._real, strict=True)
+        ]
         entrance = Entrance(self._blocks, source)
-        starts = [{"input_ids": batch.clamp(min=0)} for batch in batches]
-        probe = {"input_ids": tokens[:1, :PROBE].clamp(min=0)}
         # What a few tokens meet shows how the linears of a block are connected.
-        self._probe = self._begin(entrance, [probe])
-        #: The batches in the model whose statistics are taken, and in the float model if that is
-        #: another. Before the first block both agree.
-        self._stream = self._begin(entrance, starts)
+        self._probe = self._begin(entrance, [samples.probe(PROBE)])
+        # The batches in the model whose statistics are taken, and in the float model if that is
+        # another. Before the first block both agree.
+        self._stream = self._begin(entrance, batches)
         self._float_stream: Stream | None = None
         if self._with_float and propagate == "quantized":
-            self._float_stream = self._begin(entrance, starts)
+            self._float_stream = self._begin(entrance, batches)
         self._agree = True
         self._targets: HiddenStates | None = None
         entrance.free_embeddings()
 
-    def _begin(self, entrance: Entrance, inputs: Sequence[Mapping[str, Tensor]]) -> Stream:
-        stream = Stream([entrance.begin(one) for one in inputs], self._device)
+    def _begin(self, entrance: Entrance, batches: Sequence[Samples]) -> Stream:
+        stream = Stream([entrance.begin(batch) for batch in batches], self._device)
         # Passes would wait for ever in their threads.
         weakref.finalize(self, stream.close)
         return stream
@@ -170,7 +172,11 @@ class Walk:
         if self._targets is not None:
             stream = self._stream
             data = Data(
-                stream.hidden, self._targets, stream.calls, self._real, self._tokens_by_batch
+                stream.hidden,
+                self._targets,
+                stream.calls,
+                [seen.counted for seen in self._seen],
+                self._tokens_by_batch,
             )
             block.reconstruction = LiveReconstruction(
                 block, self._blocks.modules[name], data, self._device, self._processes
@@ -264,7 +270,7 @@ class Walk:
         passes_on = first and self._with_float
         # While both models agree, one pass serves both.
         serves_both = passes_on and self._agree
-        seen = float_stream if serves_both else self._stream
+        main = float_stream if serves_both else self._stream
         beside: Stream | None = None
         if not self._agree and (self._with_drift or passes_on):
             beside = float_stream
@@ -272,18 +278,18 @@ class Walk:
         compute_float = partial(blocks.compute, name, float_parameters)
         if first:
             self._targets = HiddenStates(self._device) if self._with_targets else None
-        for stream in (seen, beside or seen):
+        for stream in (main, beside or main):
             stream.expect(name)
-        float_calls: Iterable[BlockCall | None] = beside or [None] * len(seen)
-        batches = zip(seen, float_calls, self._real, strict=True)
-        for index, (call, float_call, real) in enumerate(batches):
+        float_calls: Iterable[BlockCall | None] = beside or [None] * len(main)
+        batches = zip(main, float_calls, self._seen, strict=True)
+        for index, (call, float_call, seen) in enumerate(batches):
             seen_by_float: FloatInputs = {}
             float_output: Output = None
             if float_call is not None:
                 recording = observation.recording_float(seen_by_float)
                 with recording if self._with_drift else nullcontext():
                     float_output = compute_float(float_call if passes_on else float_call.apart())
-            with observation.gathering(self._length, real, seen_by_float, stop=not serves_both):
+            with observation.gathering(seen, seen_by_float, stop=not serves_both):
                 output = compute(call if serves_both else call.apart())
                 float_output = output if serves_both else float_output
             if passes_on:

@@ -25,6 +25,7 @@ from qplug.api import ModelView, Preparation, WholeModel
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.batches import samples_in_a_batch
+from qplug.calibration.samples import Samples
 from qplug.checkpoint.names import block_of, module_of, split_name
 from qplug.errors import QplugError
 from qplug.machine.session import Session
@@ -65,15 +66,12 @@ class InMemoryModel(WholeModel):
         source: Checkpoint,
         view: ModelView,
         schemes: Mapping[str, Scheme],
-        tokens: Tensor,
+        samples: Samples,
         session: Session,
         *,
         batch_size: int | None = None,
     ) -> None:
-        """``tokens``: int64 ``[samples, length]``, padded on the right with -1.
-
-        Raises QplugError if the device has too little memory.
-        """
+        """Raises QplugError if the device has too little memory."""
         device, trusted = session.device, session.trust_remote_code
         _refuse_too_large(source, view, device)
         self.device = device
@@ -98,25 +96,29 @@ class InMemoryModel(WholeModel):
             names.of_parameter.get(name)
             or f"{tied_name(self._model, module_of(name))}.weight": name
             for name, _ in self._model.named_parameters(remove_duplicate=False)
-            for parent in (module_of(name),)
         }
-        self._batches = tokens.split(batch_size or samples_in_a_batch(tokens.shape[1], device))
+        self._batches = samples.batches(batch_size or samples_in_a_batch(samples.length, device))
         self.count = len(self._batches)
         self.variant = Variant(Preparation({}))
 
     def loss(self, preparation: Preparation, batch: int, *, weights: bool = False) -> Tensor:
-        tokens = self._batches[batch].to(self.device)
+        samples = self._batches[batch]
+        inputs = samples.inputs(self.device, torch.float32)
         with torch.no_grad():
             float_model = Variant(Preparation({}), inputs=False)
-            expected = self.predictions(float_model, tokens.clamp(min=0))
-        predicted = self.predictions(Variant(preparation, weights=weights), tokens.clamp(min=0))
+            expected = self.predictions(float_model, inputs)
+        predicted = self.predictions(Variant(preparation, weights=weights), inputs)
         divergences = kl_div(predicted, expected, reduction="none", log_target=True).sum(-1)
-        real = tokens >= 0
-        mean: Tensor = (divergences * real).sum() / real.sum()
+        counted = torch.ones_like(samples.tokens) if samples.counted is None else samples.counted
+        counted = counted.to(self.device)
+        mean: Tensor = (divergences * counted).sum() / counted.sum().clamp(min=1)
         return mean
 
-    def predictions(self, variant: Variant, tokens: Tensor) -> Tensor:
-        """Log-probabilities of each next token, float32 ``[samples, length, vocabulary]``."""
+    def predictions(self, variant: Variant, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Log-probabilities of each next token, float32 ``[samples, length, vocabulary]``.
+
+        ``inputs`` are arguments of the model by name.
+        """
         self.variant = variant
         rewrites = variant.preparation.rewrites
         names = [name for name in self._outer if name in rewrites or name in self._stored]
@@ -124,7 +126,7 @@ class InMemoryModel(WholeModel):
         values = {self._outer[name]: value for name, value in on_disk.items()}
         tied = len(names) < len(self._outer)  # the head is the embedding
         with self.changed_inputs(self._model, "", variant):
-            call = {"input_ids": tokens, "use_cache": False}
+            call = {**inputs, "use_cache": False}
             output: Any = functional_call(self._model, values, (), call, tie_weights=tied)
         log_probabilities: Tensor = output.logits.float().log_softmax(-1)
         return log_probabilities

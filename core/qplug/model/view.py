@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qplug.api import ModelView
+from qplug.api import ModelView, Reader
+from qplug.api.reader import QUANTIZATION
 from qplug.api.tensors import FLOAT_DTYPES, Checkpoint
 from qplug.checkpoint.names import block_of, local_of, natural_order, split_name
 from qplug.errors import QplugError
@@ -40,9 +41,12 @@ def model_view(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Mo
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raises QplugError if ``checkpoint`` is quantized already."""
-    if "quantization_config" in checkpoint.config or "compression_config" in checkpoint.config:
+    quantization = Reader.quantization(checkpoint.config)
+    if quantization or any(key in checkpoint.config for key in QUANTIZATION):
+        method = ascii(quantization.get("quant_method"))[:40]
         raise QplugError(
-            f"{checkpoint.folder}: is quantized already; quantize the float model it came from"
+            f"{checkpoint.folder}: is quantized already, and no reader reads its quant_method "
+            f"{method}; quantize the float model it came from"
         )
 
 

@@ -17,7 +17,7 @@ from qplug.output.fingerprint import versions
 from qplug.output.manifest import MANIFEST, VERSION
 from qplug.output.markdown import code_span, heading, yaml_word
 from qplug.output.step_report import Report
-from qplug.recipe.recipe import Recipe
+from qplug.recipe.recipe import Calibration, Recipe
 from qplug.registry.registry import Registry
 
 _CARD = Template("""\
@@ -31,7 +31,7 @@ tags:
 $model $action by qplug $version: `$algorithms`, scheme $scheme, for `$backend`.
 
 $summary
-`$manifest` has the recipe, the versions, and the error of each layer.
+$data`$manifest` has the recipe, the versions, and the error of each layer.
 
 Check this folder with `qplug verify .`$serve.
 """)
@@ -141,6 +141,17 @@ def _summary(errors: Mapping[str, float]) -> str:
     return f"{len(errors)} linear layers hold codes; mean relative error of a weight: {mean:.4f}."
 
 
+def _data(calibration: Calibration | None) -> str:
+    """Returns a line on the calibration data, "" if the run had none."""
+    if calibration is None:
+        return ""
+    masked = "; statistics leave prompts out" if calibration.mask == "prompts" else ""
+    return (
+        f"Calibrated on {calibration.samples} samples of up to {calibration.seq_len} tokens of "
+        f"{code_span(calibration.dataset)}{masked}.\n"
+    )
+
+
 def _card(
     name: str,
     recipe: Recipe,
@@ -162,6 +173,7 @@ def _card(
         backend=recipe.backend,
         action="transformed" if exporter.format.stores_float else "quantized",
         summary=_summary(errors),
+        data=_data(recipe.calibration),
         manifest=MANIFEST,
         serve=f"; serve it with `{serve}`" if serve else "",
     )

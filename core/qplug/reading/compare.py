@@ -108,13 +108,16 @@ def compare(
     source = open_folder(against, session)
     if source.view.blocks != opened.view.blocks:
         raise QplugError(f"{against}: has other blocks than {folder}; it is a different model")
-    tokens = calibration_tokens(
+    samples = calibration_tokens(
         Calibration(dataset, dataset_options or {}, windows, seq_len),
         against,
         source.view,
         session,
         seed=seed,
     )
+    if samples.extra:
+        raise QplugError(f"dataset {dataset}: has pictures, but models are compared on text alone")
+    tokens = samples.tokens
     real = tokens >= 0  # shorter samples are padded on the right with -1
     stream = _Stream(source, opened)
     with (

@@ -149,7 +149,9 @@ def find_source(
 
 def _open_source(folder: Path, opened: Folder, session: Session) -> Checkpoint:
     source = with_experts_apart(
-        open_checkpoint(folder), session.registry, trust_remote_code=session.trust_remote_code
+        open_checkpoint(folder, readers=session.registry.sources),
+        session.registry,
+        trust_remote_code=session.trust_remote_code,
     )
     return stacked_again(source, opened.schemes)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qplug.api import ModelView
 from qplug.api.events import Result
+from qplug.calibration.samples import Samples
 from qplug.calibration.tokens import calibration_tokens
 from qplug.checkpoint.config_file import CONFIG
 from qplug.machine.memory import naming_memory
@@ -38,7 +39,6 @@ from qplug.run.streamed import streamed
 from qplug.run.watchers import Watcher, Watchers
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from typing_extensions import Unpack
 
 SHARD_BYTES = 5_000_000_000
@@ -132,7 +132,7 @@ def run(
             cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
         )
     refuse_unplanned(plan, coded)
-    tokens = _tokens(recipe, model, prepared.view, session)
+    samples = _samples(recipe, model, prepared.view, session)
     source_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
     if dry_run:
         return Result(
@@ -150,7 +150,7 @@ def run(
             kept_float=narrow,
         )
 
-    mark = fingerprint(source, recipe, session, shard_bytes, tokens, learns=bool(stages.learning))
+    mark = fingerprint(source, recipe, session, shard_bytes, samples, learns=bool(stages.learning))
     single = exporter.format.single_file
     make_writer = partial(
         Writer,
@@ -169,23 +169,23 @@ def run(
     with (
         SharedWriter(session.processes, make_writer) as output,
         session.registry.blaming(),  # ends first: the writer removes what a plugin's exit leaves
-        naming_memory(lambda: memory_needs(plan, len(reports), tokens, view, session)),
+        naming_memory(lambda: memory_needs(plan, len(reports), samples, view, session)),
         naming_file(source.folder / CONFIG, "the model does not run"),
     ):
         done = output.finished()
-        if tokens is not None and stages.learning:
-            learn = LearnOnce(stages, schemes, tokens, output, session)
+        if samples is not None and stages.learning:
+            learn = LearnOnce(stages, schemes, samples, output, session)
             prepared = with_float_experts_stacked(
                 prepare(stages, source, view, session, learn=learn), coded
             )
         reports |= {number: Report.from_dict(plain) for number, plain in done.items()}
         watchers = Watchers(session, len(plan.steps), len(done), watch)
         steps = Steps(stages, plan, prepared, watchers, session)
-        if tokens is None:
+        if samples is None:
             finished = streamed(steps, done)
         else:
             # The walk is not a local here: a stored traceback would keep its hidden states alive.
-            finished = calibrated(steps, start_walk(steps, schemes, tokens, cache), output, done)
+            finished = calibrated(steps, start_walk(steps, schemes, samples, cache), output, done)
         for step in finished:
             with clock("writing"):
                 output.write(step.number, step.contents, step.report.to_dict())
@@ -228,8 +228,8 @@ def run(
     return result
 
 
-def _tokens(recipe: Recipe, model: str, view: ModelView, session: Session) -> Tensor | None:
-    """The calibration tokens, int64 ``[samples, length]``; None if no algorithm needs data."""
+def _samples(recipe: Recipe, model: str, view: ModelView, session: Session) -> Samples | None:
+    """The calibration samples; None if no algorithm needs data."""
     data = recipe.calibration
     if data is None:
         return None

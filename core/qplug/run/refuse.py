@@ -32,7 +32,8 @@ def open_source(model: str, out: Path, exporter: Exporter[Any], session: Session
     Raises QplugError if ``model`` is not a checkpoint, lies in ``out``, or has files that the
     exporter cannot store.
     """
-    source = open_checkpoint(session.processes.from_first(lambda: find_model(model)))
+    folder = session.processes.from_first(lambda: find_model(model))
+    source = open_checkpoint(folder, readers=session.registry.sources)
     check_companions(source.folder)
     if source.folder.resolve().is_relative_to(out.resolve()):
         raise QplugError(f"{out}: is or contains the model itself; choose another folder")
