@@ -76,7 +76,7 @@ def test_statistics_are_of_the_tokens_that_count(
             assert torch.equal(part.lows, whole.lows)
     for walk in walks:
         walk.advance(BLOCK, {})
-    assert all(map(torch.equal, walks[0]._inputs, walks[1]._inputs))
+    assert all(map(torch.equal, walks[0].hidden, walks[1].hidden))
 
 
 def test_drift_is_of_the_tokens_that_count(family: Family, tokens: Tensor, mask: Tensor) -> None:

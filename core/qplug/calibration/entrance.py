@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.block_modules import BlockModules
+from qplug.calibration.samples import Samples
 from qplug.calibration.stopped_pass import StoppedPass, StoppingBlocks
 from qplug.checkpoint.names import module_of, split_name
 from qplug.model.parameters import empty_parameters, fill_parameters, refuse_infinite
@@ -40,11 +40,11 @@ class Entrance:
             model.get_submodule(path).register_forward_pre_hook(partial(self._fill_empty, path))
         self._stopping = StoppingBlocks(model, blocks.modules)
 
-    def begin(self, inputs: Mapping[str, Tensor]) -> StoppedPass:
-        """A pass of the model on ``inputs``: its arguments, such as ``input_ids``."""
-        device, model = self._blocks.device, self._blocks.model
-        on_device = {name: value.to(device) for name, value in inputs.items()}
-        return self._stopping.begin(partial(model, **on_device, use_cache=False))
+    def begin(self, batch: Samples) -> StoppedPass:
+        """A pass of the model on ``batch``."""
+        blocks = self._blocks
+        inputs = batch.inputs(blocks.device, blocks.dtype)
+        return self._stopping.begin(partial(blocks.model, **inputs, use_cache=False))
 
     def free_embeddings(self) -> None:
         """Frees the memory of embeddings and of parts outside of the decoder.
