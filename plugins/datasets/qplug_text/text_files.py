@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -53,6 +53,12 @@ class Params:
             "chat_template_kwargs of a conversation has its own."
         ),
     ] = ""
+    pictures: Annotated[
+        Path | None,
+        Param(
+            "The folder of the pictures that conversations name; by default the folder of the file."
+        ),
+    ] = None
 
 
 class TextFiles(Dataset[Params]):
@@ -81,9 +87,11 @@ class TextFiles(Dataset[Params]):
         return iter(texts)
 
     def _records(self, path: Path) -> Iterator[str | Conversation]:
-        options = _variables(self.params.template_kwargs)
+        options, pictures = _variables(self.params.template_kwargs), self.params.pictures
         for file in _files(path):
-            yield from _read(file, self.params.field, options)
+            folder = file.parent if pictures is None else pictures.expanduser()
+            for record in _read(file, self.params.field, options):
+                yield record if isinstance(record, str) else replace(record, pictures=folder)
 
     def samples(
         self, tokenizer: Tokenizer, *, length: int, count: int, seed: int
