@@ -26,7 +26,8 @@ from qplug.api.float_model import (
 from qplug.api.format import Format, SingleFile
 from qplug.api.layout import Problem
 from qplug.api.model import BuiltFloat, ModelView
-from qplug.api.tensors import Checkpoint, StoredTensor, TensorSpec
+from qplug.api.reader import CodedTensor, Reader
+from qplug.api.tensors import Checkpoint, ComputedTensor, StoredTensor, TensorSpec
 
 __all__ = [
     "Aim",
@@ -36,7 +37,9 @@ __all__ = [
     "BuiltFloat",
     "Capability",
     "Checkpoint",
+    "CodedTensor",
     "Component",
+    "ComputedTensor",
     "Conversation",
     "Dataset",
     "Engine",
@@ -50,6 +53,7 @@ __all__ = [
     "Preparation",
     "Problem",
     "QuantizedWeight",
+    "Reader",
     "Reconstruction",
     "Rewrite",
     "Server",

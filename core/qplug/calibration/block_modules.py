@@ -14,8 +14,9 @@ from qplug.api.scheme import Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.batches import passing_dtype
 from qplug.checkpoint.names import block_of
+from qplug.model.block_list import decoder_blocks
 from qplug.model.disk_names import disk_names
-from qplug.model.experts import as_on_disk
+from qplug.model.experts import as_on_disk, modules_of_blocks
 from qplug.model.hollow import build, load_config
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.parameters import call_block
@@ -26,6 +27,7 @@ class BlockModules:
     """The blocks of a hollow model of ``source``, by full name; linears are named as on disk.
 
     ``parameters``: the names of each block's parameters, relative to the block.
+    ``in_memory``: the paths of the blocks in ``model``, in the same order.
     ``outer``: the names on disk of parameters outside of the blocks, by name in memory.
     ``dtype``: what blocks compute in.
     """
@@ -43,11 +45,11 @@ class BlockModules:
         """``online``: linears whose inputs are rotated while the model runs."""
         config = load_config(source.folder, trust_remote_code=trust_remote_code)
         self.model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
-        names = disk_names(self.model).of_parameter
+        names = disk_names(self.model, source.tensors).of_parameter
         self.outer = {n: d for n, d in names.items() if block_of(d, view.blocks) is None}
-        rotate_inputs(self.model, online)
-        as_on_disk(self.model, view.blocks, source.tensors)
-        self.modules = {name: self.model.get_submodule(name) for name in view.blocks}
+        self.in_memory = decoder_blocks(self.model, source.folder)
+        self.modules = as_on_disk(self.model, view.blocks, source.tensors)
+        rotate_inputs(modules_of_blocks(self.modules), online)
         self.parameters = {
             name: [
                 local

@@ -56,7 +56,7 @@ def catch_first_inputs(
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     recorders = {name: _Recorder(block) for name, block in blocks.modules.items()}
-    parent = model.get_submodule(module_of(names[0]))
+    parent = model.get_submodule(module_of(blocks.in_memory[0]))
     assert isinstance(parent, nn.ModuleList)
     hidden = HiddenStates(device)
     for index, recorder in enumerate(recorders.values()):

@@ -26,11 +26,13 @@ from qplug.api.scheme import QuantArgs, Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.batches import samples_in_a_batch
 from qplug.calibration.samples import Samples
-from qplug.checkpoint.names import block_of, split_name
+from qplug.checkpoint.names import block_of, module_of, split_name
 from qplug.errors import QplugError
 from qplug.machine.session import Session
+from qplug.model.block_list import decoder_blocks
 from qplug.model.block_proxy import BlockProxy, refuse_positional
-from qplug.model.experts import as_on_disk, name_on_disk
+from qplug.model.disk_names import disk_names, tied_name
+from qplug.model.experts import as_on_disk
 from qplug.model.hollow import build, load_config
 from qplug.model.hooks import hooked
 from qplug.model.online_rotation import rotate_inputs
@@ -75,23 +77,25 @@ class InMemoryModel(WholeModel):
         self.device = device
         config = load_config(source.folder, trust_remote_code=trusted)
         self._model = build(config, source.folder, trust_remote_code=trusted).eval()
-        as_on_disk(self._model, view.blocks, source.tensors)
+        names = disk_names(self._model, source.tensors)
+        in_memory = decoder_blocks(self._model, source.folder)
+        blocks = as_on_disk(self._model, view.blocks, source.tensors)
         self._stored = {name: tensor.read().to(device) for name, tensor in source.tensors.items()}
         self._buffers = {name for name, _ in self._model.named_buffers()}
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
         self._schemes = schemes
-        for name in view.blocks:
-            parent, local = split_name(name)
-            block = self._model.get_submodule(name)
+        for (name, block), path in zip(blocks.items(), in_memory, strict=True):
+            parent, local = split_name(path)
             parameters = [n for n in block.state_dict() if f"{name}.{n}" in self._stored]
             proxy = _RewrittenBlock(self, name, block, parameters)
             setattr(self._model.get_submodule(parent), local, proxy)
-        outer = [name for name, _ in self._model.named_parameters(remove_duplicate=False)]
-        self._outer = {  # names in memory, by names on disk
-            name if name in self._stored else name_on_disk(self._model, name): name
-            for name in outer
+        #: The names in memory of the parameters outside of the blocks, by their names on disk.
+        self._outer = {
+            names.of_parameter.get(name)
+            or f"{tied_name(self._model, module_of(name))}.weight": name
+            for name, _ in self._model.named_parameters(remove_duplicate=False)
         }
         self._batches = samples.batches(batch_size or samples_in_a_batch(samples.length, device))
         self.count = len(self._batches)
@@ -161,7 +165,9 @@ class InMemoryModel(WholeModel):
             if variant.inputs and name in names and scheme.activations is not None
         }
         with (
-            hooked(rotate_inputs(module, rotated)),  # inputs are rotated first, then rounded
+            hooked(
+                rotate_inputs(dict(module.named_modules()), rotated)
+            ),  # inputs are rotated first, then rounded
             rounding_inputs(module, roundings, _round_through_peaks),
         ):
             yield

@@ -48,13 +48,15 @@ def result_files(
     *,
     online: Sequence[str] = (),
     notes: Sequence[str] = (),
+    kept_float: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Returns the text files of a finished run by file name, and the content of qplug.json.
 
     ``manifest_text`` makes qplug.json of its content and of the checksums of all other files. The
     contents do not depend on time. ``name`` is the model as the user named it, ``schemes`` has
     the scheme of each quantized linear, ``reports`` the reports of all steps, in order. ``online``
-    names the linears whose inputs must be rotated as the model runs.
+    names the linears whose inputs must be rotated as the model runs; ``kept_float`` says of linears
+    that no kernel takes why they are float.
     """
     config = dict(model.config)
     quantization = exporter.format.config(model, schemes)
@@ -85,6 +87,8 @@ def result_files(
         "online": list(online),
         "notes": [*notes, *(note for report in reports for note in report.notes)],
     }
+    if kept_float:
+        manifest["kept_float"] = dict(kept_float)
     card = _card(name, recipe, exporter, errors, config)
     return {"config.json": _json(config), "README.md": card}, manifest
 

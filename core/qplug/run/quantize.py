@@ -25,21 +25,14 @@ from qplug.output.source_bytes import SourceBytes
 from qplug.output.step_report import Report
 from qplug.output.unfinished import clean_up
 from qplug.output.writer import Writer
-from qplug.recipe.assign import assign
 from qplug.recipe.recipe import Recipe
 from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
 from qplug.run.learning import LearnOnce
 from qplug.run.memory_needs import memory_needs
-from qplug.run.prepare import prepare
-from qplug.run.refuse import (
-    open_source,
-    refuse_unplanned,
-    servable,
-    servable_cache,
-    stays_float,
-)
+from qplug.run.prepare import prepare, with_float_experts_stacked
+from qplug.run.refuse import decide, open_source, refuse_unplanned, servable_cache
 from qplug.run.stages import Stages
 from qplug.run.steps import Steps
 from qplug.run.streamed import streamed
@@ -123,11 +116,11 @@ def run(
     with clock("opening"):
         view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
         prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
-    floats = exporter.built_float(prepared.view)
-    schemes = servable(assign(recipe, prepared.view, floats), prepared.view, exporter)
+    decision = decide(recipe, prepared.view, exporter)
+    schemes, narrow, share = decision.schemes, decision.narrow, decision.share
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
     coded = {} if exporter.format.stores_float else schemes
-    share = stays_float(recipe, prepared.view, coded, exporter)
+    prepared = with_float_experts_stacked(prepared, coded)
     with session.registry.blaming(exporter, "layout"):
         plan = make_plan(  # fixes the position of every byte of the result
             prepared.checkpoint,
@@ -154,6 +147,7 @@ def run(
             dry_run=True,
             float_share=share.total,
             floats=share.kinds,
+            kept_float=narrow,
         )
 
     mark = fingerprint(source, recipe, session, shard_bytes, samples, learns=bool(stages.learning))
@@ -181,7 +175,9 @@ def run(
         done = output.finished()
         if samples is not None and stages.learning:
             learn = LearnOnce(stages, schemes, samples, output, session)
-            prepared = prepare(stages, source, view, session, learn=learn)
+            prepared = with_float_experts_stacked(
+                prepare(stages, source, view, session, learn=learn), coded
+            )
         reports |= {number: Report.from_dict(plain) for number, plain in done.items()}
         watchers = Watchers(session, len(plan.steps), len(done), watch)
         steps = Steps(stages, plan, prepared, watchers, session)
@@ -208,6 +204,7 @@ def run(
                 session.registry,
                 online=prepared.online,
                 notes=prepared.notes,
+                kept_float=narrow,
             )
         with clock("writing"):
             output.finish(
@@ -225,6 +222,7 @@ def run(
         stages=clock.costs(),
         float_share=share.total,
         floats=share.kinds,
+        kept_float=narrow,
     )
     watchers.run_done(result)
     return result

@@ -1,0 +1,19 @@
+"""All tiny models, by name."""
+
+from __future__ import annotations
+
+from zoo import embedding, experts, hybrids, text, vision
+from zoo.tiny import Tiny
+
+#: The models of each family.
+FAMILIES: dict[str, dict[str, Tiny]] = {
+    "text": text.MODELS,
+    "experts": experts.MODELS,
+    "hybrids": hybrids.MODELS,
+    "vision and sound": vision.MODELS,
+    "embedding and ranking": embedding.MODELS,
+}
+
+CATALOGUE: dict[str, Tiny] = {
+    name: tiny for models in FAMILIES.values() for name, tiny in models.items()
+}

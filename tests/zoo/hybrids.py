@@ -1,0 +1,55 @@
+"""Tiny models with state spaces, linear attention or convolutions between attention."""
+
+from __future__ import annotations
+
+from zoo.tiny import Tiny
+
+MODELS: dict[str, Tiny] = {
+    "bailing_hybrid": Tiny("BailingHybridForCausalLM"),
+    "bamba": Tiny("BambaForCausalLM"),
+    "falcon_h1": Tiny("FalconH1ForCausalLM"),
+    "falcon_mamba": Tiny("FalconMambaForCausalLM"),
+    "granitemoehybrid": Tiny("GraniteMoeHybridForCausalLM"),
+    "granitemoehybrid_dense": Tiny("GraniteMoeHybridForCausalLM", {"num_local_experts": 0}),
+    "jamba": Tiny("JambaForCausalLM"),
+    "kimi_linear": Tiny("KimiLinearForCausalLM"),
+    "lfm2": Tiny(
+        "Lfm2ForCausalLM",
+        {
+            "layer_types": ["conv", "full_attention"],
+            "num_hidden_layers": 2,
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
+    "lfm2_moe": Tiny(
+        "Lfm2MoeForCausalLM",
+        {
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "num_hidden_layers": 4,
+        },
+    ),
+    "lfm3": Tiny("Lfm3ForCausalLM"),
+    "mamba": Tiny("MambaForCausalLM"),
+    "mamba2": Tiny(
+        "Mamba2ForCausalLM", {"num_heads": 32, "head_dim": 16, "state_size": 16, "n_groups": 1}
+    ),
+    "minimax": Tiny("MiniMaxForCausalLM"),
+    "nemotron_h": Tiny(
+        "NemotronHForCausalLM",
+        {"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3},
+    ),
+    "nemotron_h_moe": Tiny(
+        "NemotronHForCausalLM",
+        {"layers_block_type": ["mamba", "attention", "moe"], "num_hidden_layers": 3},
+    ),
+    "olmo_hybrid": Tiny("OlmoHybridForCausalLM"),
+    "qwen3_5_moe_text": Tiny("Qwen3_5MoeForCausalLM"),
+    "qwen3_5_text": Tiny("Qwen3_5ForCausalLM"),
+    "qwen3_5_text_16heads": Tiny("Qwen3_5ForCausalLM", {"linear_num_value_heads": 16}),
+    "qwen3_next": Tiny("Qwen3NextForCausalLM"),
+    "qwen4_exp_text": Tiny("Qwen4ExpForCausalLM"),
+    "recurrent_gemma": Tiny("RecurrentGemmaForCausalLM"),
+    "zamba": Tiny("ZambaForCausalLM"),
+    "zamba2": Tiny("Zamba2ForCausalLM"),
+    "zaya": Tiny("ZayaForCausalLM"),
+}

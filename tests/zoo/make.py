@@ -1,0 +1,64 @@
+"""Writes the checkpoint of a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from qplug.checkpoint.locate import DEMO, find_model
+from zoo.catalogue import CATALOGUE
+from zoo.shrink import shrunk
+from zoo.tiny import Layout, Tiny
+
+#: Weights whose start is more than noise: it says how states decay, or where tokens are.
+_AS_BORN = ("A_log", "position_embedding.weight", "position_embeddings.weight", "conv1d.weight")
+#: The spread of the others: large enough that the answers of models are not all alike.
+_SPREAD = 0.06
+
+
+def make(name: str, folder: Path) -> Path:
+    """Writes the model ``name`` of the catalogue into ``folder``, and returns ``folder``.
+
+    Its weights are random, in bfloat16; its tokenizer is the demo model's. Raises KeyError if the
+    catalogue has no ``name``.
+    """
+    tiny = CATALOGUE[name]
+    built(tiny).to(torch.bfloat16).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(find_model(DEMO) / file, folder)
+    if tiny.layout is not None:
+        _lay_out(folder, tiny.layout)
+    return folder
+
+
+def built(tiny: Tiny) -> PreTrainedModel:
+    """Returns the model, with random weights, in float32."""
+    model_class: type[PreTrainedModel] = getattr(transformers, tiny.architecture)
+    kind = getattr(transformers, tiny.config) if tiny.config else model_class.config_class
+    torch.manual_seed(0)
+    model = model_class(shrunk(kind, tiny.changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and not name.endswith(_AS_BORN):
+                parameter.normal_(std=_SPREAD)
+            elif name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter), alpha=_SPREAD)
+    return model.eval()
+
+
+def _lay_out(folder: Path, layout: Layout) -> None:
+    """Writes the tensors and config.json again as ``layout`` changes them."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    whole = folder / "model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    for file, part in layout(tensors, config).items():
+        save_file(part, folder / file, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

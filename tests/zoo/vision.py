@@ -1,0 +1,108 @@
+"""Tiny models that see or hear: the text part is quantized, the towers stay float."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zoo.tiny import Tiny
+
+#: A text part, where the default of a class is another one.
+LLAMA: dict[str, Any] = {"model_type": "llama"}
+
+MODELS: dict[str, Tiny] = {
+    "aria": Tiny("AriaForConditionalGeneration"),
+    "audioflamingo3": Tiny("AudioFlamingo3ForConditionalGeneration"),
+    "aya_vision": Tiny("AyaVisionForConditionalGeneration"),
+    "blip2": Tiny("Blip2ForConditionalGeneration"),
+    "chameleon": Tiny("ChameleonForConditionalGeneration"),
+    "cohere2_vision": Tiny("Cohere2VisionForConditionalGeneration"),
+    "cohere_compass": Tiny("CohereCompassForConditionalGeneration"),
+    "cosmos3_edge": Tiny("Cosmos3EdgeForConditionalGeneration"),
+    "deepseek_ocr2": Tiny("DeepseekOcr2ForConditionalGeneration"),
+    "deepseek_vl": Tiny("DeepseekVLForConditionalGeneration"),
+    "diffusion_gemma": Tiny("DiffusionGemmaForBlockDiffusion"),
+    "dots3_note_vl": Tiny("Dots3NoteForConditionalGeneration"),
+    "emu3": Tiny("Emu3ForConditionalGeneration"),
+    "ernie4_5_vl_moe": Tiny("Ernie4_5_VLMoeForConditionalGeneration"),
+    "exaone4_5": Tiny("Exaone4_5_ForConditionalGeneration"),
+    "fuyu": Tiny("FuyuForCausalLM"),
+    "gemma3": Tiny("Gemma3ForConditionalGeneration"),
+    "gemma3n": Tiny("Gemma3nForConditionalGeneration"),
+    "gemma4": Tiny("Gemma4ForConditionalGeneration"),
+    "gemma4_moe": Tiny(
+        "Gemma4ForConditionalGeneration",
+        {
+            "text_config": {
+                "enable_moe_block": True,
+                "num_experts": 4,
+                "top_k_experts": 2,
+                "moe_intermediate_size": 128,
+            }
+        },
+    ),
+    "gemma4_unified": Tiny("Gemma4UnifiedForConditionalGeneration"),
+    "glm46v": Tiny("Glm46VForConditionalGeneration"),
+    "glm4v": Tiny("Glm4vForConditionalGeneration"),
+    "glm4v_moe": Tiny("Glm4vMoeForConditionalGeneration"),
+    "glm5_next": Tiny("Glm5NextForConditionalGeneration"),
+    "glm_ocr": Tiny("GlmOcrForConditionalGeneration"),
+    "glmasr": Tiny("GlmAsrForConditionalGeneration"),
+    "got_ocr2": Tiny("GotOcr2ForConditionalGeneration"),
+    "granite4_vision": Tiny("Granite4VisionForConditionalGeneration"),
+    "granite_speech": Tiny("GraniteSpeechForConditionalGeneration"),
+    "hunyuan_vl": Tiny("HunYuanVLForConditionalGeneration"),
+    "hyperclovax_vision_v2": Tiny("HyperCLOVAXVisionV2ForConditionalGeneration"),
+    "idefics2": Tiny("Idefics2ForConditionalGeneration"),
+    "idefics3": Tiny("Idefics3ForConditionalGeneration"),
+    "inkling": Tiny("InklingForConditionalGeneration"),
+    "internvl": Tiny("InternVLForConditionalGeneration"),
+    "janus": Tiny("JanusForConditionalGeneration"),
+    "kimi_k25": Tiny("Kimi_K25ForConditionalGeneration"),
+    "lfm2_vl": Tiny("Lfm2VlForConditionalGeneration"),
+    "lfm3_vl": Tiny("Lfm3VlForConditionalGeneration"),
+    "lighton_ocr": Tiny("LightOnOcrForConditionalGeneration"),
+    "llama4": Tiny("Llama4ForConditionalGeneration"),
+    "llava": Tiny("LlavaForConditionalGeneration"),
+    "llava_next": Tiny("LlavaNextForConditionalGeneration"),
+    "llava_next_video": Tiny("LlavaNextVideoForConditionalGeneration"),
+    "llava_onevision": Tiny("LlavaOnevisionForConditionalGeneration"),
+    "minicpmv4_6": Tiny("MiniCPMV4_6ForConditionalGeneration"),
+    "minicpmv4_7": Tiny("MiniCPMV4_7ForConditionalGeneration"),
+    "minimax_m3_vl": Tiny("MiniMaxM3SparseForConditionalGeneration"),
+    "mistral3": Tiny("Mistral3ForConditionalGeneration"),
+    "mistral3_ministral3": Tiny(
+        "Mistral3ForConditionalGeneration", {"text_config": {"model_type": "ministral3"}}
+    ),
+    "mistral_large4": Tiny("MistralLarge4ForConditionalGeneration"),
+    "mllama": Tiny("MllamaForConditionalGeneration"),
+    "molmo2": Tiny("Molmo2ForConditionalGeneration"),
+    "muse_glimmer": Tiny("MuseGlimmerForConditionalGeneration"),
+    "nemotron_h_omni": Tiny("NemotronH_Omni_Reasoning_V3"),
+    "ovis2": Tiny("Ovis2ForConditionalGeneration"),
+    "paddleocr_vl": Tiny("PaddleOCRVLForConditionalGeneration"),
+    "paligemma": Tiny("PaliGemmaForConditionalGeneration"),
+    "perception_lm": Tiny("PerceptionLMForConditionalGeneration"),
+    "phi4_multimodal": Tiny("Phi4MultimodalForCausalLM"),
+    "pixtral_llava": Tiny(
+        "LlavaForConditionalGeneration",
+        {"vision_config": {"model_type": "pixtral"}, "text_config": {"model_type": "mistral"}},
+    ),
+    "qianfan_ocr": Tiny("QianfanOCRForConditionalGeneration"),
+    "qwen2_5_omni_thinker": Tiny("Qwen2_5OmniThinkerForConditionalGeneration"),
+    "qwen2_5_vl": Tiny("Qwen2_5_VLForConditionalGeneration"),
+    "qwen2_audio": Tiny("Qwen2AudioForConditionalGeneration"),
+    "qwen2_vl": Tiny("Qwen2VLForConditionalGeneration"),
+    "qwen3_5": Tiny("Qwen3_5ForConditionalGeneration"),
+    "qwen3_5_moe": Tiny("Qwen3_5MoeForConditionalGeneration"),
+    "qwen3_asr": Tiny("Qwen3ASRForConditionalGeneration"),
+    "qwen3_omni_moe_thinker": Tiny("Qwen3OmniMoeThinkerForConditionalGeneration"),
+    "qwen3_vl": Tiny("Qwen3VLForConditionalGeneration"),
+    "qwen3_vl_moe": Tiny("Qwen3VLMoeForConditionalGeneration"),
+    "qwen4_exp": Tiny("Qwen4ExpForConditionalGeneration"),
+    "smolvlm": Tiny("SmolVLMForConditionalGeneration"),
+    "step3p7": Tiny("Step3p7ForConditionalGeneration"),
+    "vibevoice_asr": Tiny("VibeVoiceAsrForConditionalGeneration"),
+    "video_llama_3": Tiny("VideoLlama3ForConditionalGeneration"),
+    "vipllava": Tiny("VipLlavaForConditionalGeneration"),
+    "voxtral": Tiny("VoxtralForConditionalGeneration"),
+}
