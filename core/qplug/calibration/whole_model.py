@@ -29,14 +29,14 @@ from qplug.calibration.samples import Samples
 from qplug.checkpoint.names import block_of, module_of, split_name
 from qplug.errors import QplugError
 from qplug.machine.session import Session
+from qplug.model.block_call import Output
 from qplug.model.block_list import decoder_blocks
-from qplug.model.block_proxy import BlockProxy, refuse_positional
+from qplug.model.block_proxy import BlockProxy
 from qplug.model.disk_names import disk_names, tied_name
 from qplug.model.experts import as_on_disk
 from qplug.model.hollow import build, load_config
 from qplug.model.hooks import hooked
 from qplug.model.online_rotation import rotate_inputs
-from qplug.model.parameters import first_tensor
 from qplug.model.rounding_hooks import InputRounding, rounding_inputs
 from qplug.numerics.straight_through import (
     fake_quantize,
@@ -103,7 +103,7 @@ class InMemoryModel(WholeModel):
 
     def loss(self, preparation: Preparation, batch: int, *, weights: bool = False) -> Tensor:
         samples = self._batches[batch]
-        inputs = samples.inputs(self.device, torch.float32)
+        inputs = {n: x.to(self.device) for n, x in samples.inputs(torch.float32).items()}
         with torch.no_grad():
             float_model = Variant(Preparation({}), inputs=False)
             expected = self.predictions(float_model, inputs)
@@ -183,22 +183,20 @@ class _RewrittenBlock(BlockProxy):
         self.__dict__["model"] = model
         self._prefix, self._names = f"{name}.", parameters
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        refuse_positional(args)
+    def forward(self, *args: Any, **kwargs: Any) -> Output:
         model: InMemoryModel = self.__dict__["model"]
         compute = partial(self._compute, model, model.variant, kwargs)
         if not torch.is_grad_enabled():
-            return compute(hidden_states)
-        output: Tensor = checkpoint(compute, hidden_states, use_reentrant=False)
-        return output
+            return compute(*args)
+        return checkpoint(compute, *args, use_reentrant=False)
 
     def _compute(
-        self, model: InMemoryModel, variant: Variant, kwargs: dict[str, Any], hidden_states: Tensor
-    ) -> Tensor:
+        self, model: InMemoryModel, variant: Variant, kwargs: dict[str, Any], *args: Any
+    ) -> Output:
         block: nn.Module = self.__dict__["block"]
         values = model.values(variant, self._prefix, self._names)
         with model.changed_inputs(block, self._prefix, variant):
-            return first_tensor(functional_call(block, values, (hidden_states,), kwargs))
+            return functional_call(block, values, args, kwargs)
 
 
 def _round_through_peaks(x: Tensor, args: QuantArgs, scale: Tensor | None) -> Tensor:

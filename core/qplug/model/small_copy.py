@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from qplug.checkpoint.names import kind_of, module_of, split_name
 from qplug.errors import QplugError
+from qplug.model.block_call import hidden_states
 from qplug.model.block_list import decoder_blocks
 from qplug.model.disk_names import disk_names, modules_on_disk
 from qplug.model.experts import stacked_experts
 from qplug.model.hollow import build
 from qplug.model.hooks import hooked
 from qplug.model.online_rotation import rotate_inputs
-from qplug.model.parameters import first_tensor
 from qplug.model.quiet import quiet_transformers
 from qplug.numerics.hadamard import hadamard_exists
 
@@ -213,7 +213,7 @@ def place_of(name: str, blocks: tuple[str, ...], kinds: tuple[int, ...] | range)
 
 
 def _keep_hidden(hidden: list[Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
-    state = first_tensor(output)
+    state = hidden_states(output)
     hidden.append(state[0] if state.ndim == 3 else state)
 
 

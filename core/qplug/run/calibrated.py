@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from qplug.api.scheme import Scheme
@@ -48,7 +49,17 @@ def start_walk(
 def calibrated(
     steps: Steps, walk: Walk, output: SharedWriter, done: Collection[int]
 ) -> Iterator[Finished]:
-    """Yields every step that is not ``done``, in order, as the tokens walk through the blocks."""
+    """Yields every step that is not ``done``, in order, as the tokens walk through the blocks.
+
+    Closes ``walk`` at the end.
+    """
+    with closing(walk):
+        yield from _walked(steps, walk, output, done)
+
+
+def _walked(
+    steps: Steps, walk: Walk, output: SharedWriter, done: Collection[int]
+) -> Iterator[Finished]:
     for number, step in enumerate(steps.plan.steps):
         if step.name in steps.prepared.view.blocks:
             if number in done:
