@@ -76,6 +76,16 @@ class Samples:
                 inputs[name] = value.to(dtype) if value.is_floating_point() else value
         return inputs
 
+    def beginning(self, count: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The arguments of the model for the first ``count`` tokens of the first sample.
+
+        A sample with extra inputs cannot be cut; it is taken whole.
+        """
+        first = self.batches(1)[0]
+        if first.extra:
+            return first.inputs(dtype)
+        return {"input_ids": first.tokens[:, :count].clamp(min=0)}
+
     def shared_by(self, processes: int) -> list[Samples]:
         """The part of each process, by rank."""
         bounds = torch.arange(len(self)).tensor_split(processes)

@@ -109,7 +109,7 @@ class Walk:
         ]
         entrance = Entrance(self._blocks, source)
         starts = [batch.inputs(self._blocks.dtype) for batch in batches]
-        probe = {"input_ids": samples.tokens[:1, :PROBE].clamp(min=0)}
+        probe = samples.beginning(PROBE, self._blocks.dtype)
         # What a few tokens meet shows how the linears of a block are connected.
         self._probe = self._begin(entrance, [probe])
         #: The batches in the model whose statistics are taken, and in the float model if that is
