@@ -46,6 +46,13 @@ class Params:
             "is a conversation: messages and tools, as in requests to the OpenAI API."
         ),
     ] = "text"
+    role: Annotated[
+        str,
+        Param(
+            "Make each text the message of this role, such as user, in a conversation of its own; "
+            "by default a text stays as it is."
+        ),
+    ] = ""
     template_kwargs: Annotated[
         str,
         Param(
@@ -91,7 +98,13 @@ class TextFiles(Dataset[Params]):
         for file in _files(path):
             folder = file.parent if pictures is None else pictures.expanduser()
             for record in _read(file, self.params.field, options):
-                yield record if isinstance(record, str) else replace(record, pictures=folder)
+                if isinstance(record, Conversation):
+                    yield replace(record, pictures=folder)
+                elif self.params.role:
+                    message = {"role": self.params.role, "content": record}
+                    yield Conversation((message,), (), options, where=str(file))
+                else:
+                    yield record
 
     def samples(
         self, tokenizer: Tokenizer, *, length: int, count: int, seed: int
