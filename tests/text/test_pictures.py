@@ -16,7 +16,7 @@ from qplug import Conversation, Dataset, NoParams, QplugError
 from qplug.model.processor import load_processor
 from qplug.model.tokenizer import load_tokenizer
 from qplug.testing.models import write_tiny_model
-from qplug.text.conversations import Renderer
+from qplug.text.conversations import Renderer, _spread
 from qplug.text.drawing import draw
 
 
@@ -153,3 +153,20 @@ def test_samples_with_pictures_are_never_cut(tmp_path: Path, render: Renderer) -
         draw(dataset, render, "dataset", length=60, count=3, seed=0)
     with pytest.raises(QplugError, match="conversations with pictures cannot be joined"):
         draw(dataset, render, "packed", length=200, count=1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wanted"),
+    [
+        ([1, 7, 2, 3], "..23"),
+        ([1, 7, 7, 7, 2, 3], "....23"),  # a placeholder is repeated
+        ([1, 9, 9, 7, 8, 8, 9, 2, 3], ".......23"),  # words are put around it
+    ],
+)
+def test_answers_are_found_between_what_a_processor_puts_in(tokens: list[int], wanted: str) -> None:
+    ids, answered = [1, 7, 2, 3], [False, False, True, True]
+    spread = _spread(ids, answered, tokens)
+    assert spread is not None
+    shown = (str(t) if counts else "." for t, counts in zip(tokens, spread, strict=True))
+    assert "".join(shown) == wanted
+    assert _spread(ids, answered, [1, 7, 3]) is None
