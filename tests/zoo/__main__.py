@@ -61,6 +61,26 @@ def run(
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option("--only", multiple=True, help="Only these models (several times, or with commas).")
+@click.option("--run", default="rtn W4A16 vllm", show_default=True, help="What quantizes them.")
+@click.option("--engine", default="vllm-cpu", show_default=True, help="Or vllm-gpu, sglang-gpu.")
+@click.option("--jobs", default=1, show_default=True, help="Models quantized at a time.")
+def serve(file: Path, only: tuple[str, ...], run: str, engine: str, jobs: int) -> None:
+    """Loads tiny models in a real engine, and adds what it answers to FILE (JSON).
+
+    QPLUG_VLLM_PYTHON and QPLUG_SGLANG_PYTHON name the engines' Pythons, as for the engine tests.
+    """
+    from zoo.results import read_results
+    from zoo.serve import serve as serve_models
+
+    done = read_results(file)
+    taken = [name for name, found in done.items() if found.get(run, {}).get("outcome") == "ok"]
+    names = [name for part in only for name in part.split(",")] or taken
+    serve_models(names, file, engine=engine, run=run, jobs=jobs)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
 def failures(file: Path) -> None:
     """Prints counts, and the failures in FILE by cause, in Markdown."""
     from zoo.failures import counts

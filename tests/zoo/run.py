@@ -31,8 +31,7 @@ def run(
     names: Sequence[str], file: Path, *, runs: Sequence[str], jobs: int, seconds: float
 ) -> None:
     """Tries the models, and adds each to the results in ``file`` when it is done."""
-    for module in _PRELOADED:
-        importlib.import_module(module)
+    preload()
     wanted = {name: RUNS[name] for name in runs}
 
     def work(name: str, folder: Path, tell: Callable[[str, Any], None]) -> None:
@@ -51,6 +50,12 @@ def run(
         results[name] = {**kept, **fresh, **record}
         write_results(file, results)
         print(f"{name}: {summary(record)}", flush=True)
+
+
+def preload() -> None:
+    """Imports what most models need, so that forks need not."""
+    for module in _PRELOADED:
+        importlib.import_module(module)
 
 
 def summary(record: dict[str, Any]) -> str:

@@ -94,7 +94,7 @@ TEXT: dict[str, Any] = {
     # embeddings, positions and layers
     "vocab_size": VOCABULARY,
     "vocab_size_per_layer_input": VOCABULARY,
-    "hidden_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 256,
     "max_position_embeddings": 512,
     "n_positions": 512,
     "n_ctx": 512,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.experts import DOTS_3
 from zoo.hybrids import QWEN_4
 from zoo.text import BY_KIND
 from zoo.tiny import Tiny
@@ -62,10 +61,6 @@ MODELS: dict[str, Tiny] = {
     "diffusion_gemma": Tiny(
         "DiffusionGemmaForBlockDiffusion",
         {"text_config": {**GEMMA_EXPERTS, "per_layer_config": {"1": {"head_dim": 128}}}},
-    ),
-    "dots3_note_vl": Tiny(
-        "Dots3NoteForConditionalGeneration",
-        {"text_config": DOTS_3},
     ),
     "ernie4_5_vl_moe": Tiny(
         "Ernie4_5_VLMoeForConditionalGeneration",
