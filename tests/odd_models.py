@@ -71,6 +71,16 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "hunyuan_v1_moe": lambda: transformers.HunYuanMoEV1Config(
         **SIZES, head_dim=64, num_experts=2, moe_topk=[1, 1]
     ),
+    # Some linears are too narrow for kernels.
+    "qwen3_5_text": lambda: transformers.Qwen3_5TextConfig(
+        **SIZES,
+        head_dim=64,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_value_heads=16,
+        linear_num_key_heads=16,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    ),
     # Names in memory are not those on disk.
     "gemma3": lambda: transformers.Gemma3Config(
         text_config=transformers.Gemma3TextConfig(**SIZES, head_dim=64, sliding_window=8),

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qplug import QuantArgs, Scheme
 from qplug.calibration import batches
+from qplug.calibration.samples import Samples
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import open_checkpoint
@@ -182,7 +183,7 @@ def start_walk() -> StartWalk:
             source,
             view,
             schemes,
-            tokens,
+            Samples(tokens),
             Session(Registry([])),
             propagate=propagate,
             batch_size=batch_size,

@@ -10,6 +10,7 @@ from qplug.api.hookspecs import (
     qplug_datasets,
     qplug_exporters,
     qplug_model_view,
+    qplug_readers,
     qplug_run_done,
 )
 
@@ -21,6 +22,7 @@ __all__ = [
     "qplug_datasets",
     "qplug_exporters",
     "qplug_model_view",
+    "qplug_readers",
     "qplug_run_done",
 ]
 

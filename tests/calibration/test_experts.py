@@ -18,6 +18,7 @@ import qplug
 from qplug import QplugError, QuantArgs, Scheme
 from qplug.api.groups import dequantize
 from qplug.calibration.live_block import LiveBlock
+from qplug.calibration.samples import Samples
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
 from qplug.machine.session import Session
@@ -303,7 +304,9 @@ def run(tmp_path: Path, make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch
     """``run(model, algo, tokens=..., **options)``: quantizes, calibrated on random tokens."""
 
     def quantized(model: Path, algo: str, tokens: Tensor, **changes: Any) -> qplug.Result:
-        monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
+        monkeypatch.setattr(
+            "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+        )
         options: dict[str, Any] = {
             "group_size": 16,
             "backend": "compressed-tensors",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qplug.calibration.observation import Observation, SampleQuota
+from qplug.calibration.observation import Observation, SampleQuota, Seen
 from qplug.model.input_groups import GroupPaths
 from qplug.recipe.spellings import parse_scheme
 
@@ -45,7 +45,7 @@ def test_a_pass_that_was_ended_leaves_no_tensor() -> None:
     def observe() -> None:
         given = torch.ones(1, 4, 8)
         seen.append(weakref.ref(given))
-        with observation.gathering(4, None, {}, stop=True):
+        with observation.gathering(Seen(4, None, None), {}, stop=True):
             block(given)
 
     gc.collect()

@@ -19,6 +19,7 @@ from qplug import Block, InputGroup, Linear, QplugError, QuantArgs, preset
 from qplug.api.groups import dequantize
 from qplug.calibration import batches
 from qplug.calibration.observers import find_observer
+from qplug.calibration.samples import Samples
 from qplug.calibration.shared_scales import fix_input_scales, share_tensor_scales
 from qplug.calibration.statistics import Statistics
 from qplug.calibration.walk import Walk
@@ -299,7 +300,9 @@ def inputs_of(model: Any, tokens: Tensor, names: dict[str, float]) -> dict[str, 
 def tokens_given(make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Runs calibrate on these tokens, not on those of a dataset."""
     tokens = make_tokens(4, 20)
-    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr(
+        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+    )
     return tokens
 
 

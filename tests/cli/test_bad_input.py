@@ -152,10 +152,25 @@ def test_a_config_of_no_model(
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
-def test_a_quantized_model(key: str, llama: Path, refused: Refused) -> None:
-    edit_json(llama / "config.json", lambda config: config.update({key: {"quant_method": "gptq"}}))
-    message = refused(llama)
-    assert message == f"{llama}: is quantized already; quantize the float model it came from"
+def test_a_model_quantized_in_a_format_that_no_reader_reads(
+    key: str, llama: Path, refused: Refused
+) -> None:
+    edit_json(llama / "config.json", lambda config: config.update({key: {"quant_method": "hqq"}}))
+    assert refused(llama) == (
+        f"{llama}: is quantized already, and no reader reads its quant_method 'hqq'; quantize the "
+        "float model it came from"
+    )
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4", "modelopt"])
+def test_a_float_model_that_says_it_is_quantized(
+    method: str, llama: Path, refused: Refused
+) -> None:
+    told = {"quantization_config": {"quant_method": method}}
+    edit_json(llama / "config.json", lambda config: config.update(told))
+    assert refused(llama) == (
+        f"{llama / 'config.json'}: says that weights are quantized ({method}): none is"
+    )
 
 
 # --- its files -----------------------------------------------------------------------------------
@@ -306,7 +321,10 @@ def test_a_shape_that_sglang_has_no_kernel_for(
     model = write_llama(tmp_path / "narrow", intermediate_size=320)
     message = refused(model, "--group-size", 64)
     name = "model.layers.0.mlp.down_proj"
-    assert message == f"sglang: {name}: Marlin needs in_features in multiples of 128, not 320"
+    assert message == (
+        f"sglang: {name}: Marlin needs in_features in multiples of 128, not 320; "
+        "to keep such linears float, pass --ignore 'model.layers.*.mlp.down_proj'"
+    )
 
 
 def test_two_formats_in_one_folder_for_sglang(llama: Path, refused: Refused) -> None:

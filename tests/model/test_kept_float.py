@@ -13,6 +13,7 @@ import qplug
 from qplug import QplugError
 from qplug.checkpoint.open import open_checkpoint
 from qplug.model.architectures import find_view
+from qplug.model.kept_float import built_float
 from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
@@ -99,3 +100,32 @@ def test_inspect_says_why(odd_model: OddModel, cli: Cli) -> None:
     assert "stays float: model.layers.*.self_attn.indexer.weights_proj: vLLM" in shown.output
     plain = json.loads(cli("inspect", odd_model("gpt_oss"), "--json").output)
     assert "model.layers.*.mlp.experts.down_proj" in plain["stays float"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp.gate",
+        "mlp.gate.wg",
+        "block_sparse_moe.router.layer",
+        "feed_forward.router",
+        "mlp.router.classifier",
+        "mlp.shared_expert_gate",
+        "self_attn.indexer.wk",
+        "self_attn.indexer.weights_proj",
+        "linear_attn.conv1d",
+        "self_attn.q_conv1d",
+        "attn_hc.fn",
+        "mlp_hc.hc_fn",
+        "attn_residual.input_mix_weight_up",
+        "mlp_res_proj",
+    ],
+)
+def test_names_that_engines_build_float_in_every_model(name: str) -> None:
+    full = f"model.layers.0.{name}"
+    assert full in built_float([full], {})
+
+
+def test_linears_of_other_names_are_not_in_the_table() -> None:
+    parts = ["mlp.gate_proj", "self_attn.wq_b", "linear_attn.in_proj_qkv", "mixer.in_proj"]
+    assert not built_float([f"model.layers.0.{part}" for part in parts], {"model_type": "llama"})

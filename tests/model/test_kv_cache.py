@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import qplug
 from qplug import Exporter, Format, QplugError
 from qplug.api.scheme import CACHES
+from qplug.calibration.samples import Samples
 from qplug.checkpoint.open import open_checkpoint
 from qplug.machine.session import Session
 from qplug.model.kv_cache import ObservedCache, find_cache
@@ -111,7 +112,9 @@ def test_keys_that_are_not_finite_are_refused() -> None:
 def tokens_given(make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Runs calibrate on these tokens, not on those of a dataset."""
     tokens = make_tokens(4, 20)
-    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr(
+        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+    )
     return tokens
 
 

@@ -43,7 +43,7 @@ BROKEN = {
     "hook-exits": (HOOK + "raise SystemExit(0)", "SystemExit: 0"),
     "hook-interrupts": (HOOK + "raise KeyboardInterrupt", "KeyboardInterrupt"),
     "hook-raises": (HOOK + "1 / 0", "ZeroDivisionError: division by zero"),
-    "hook-none": (HOOK + "return None", "must return classes in a list, not None"),
+    "hook-none": (HOOK + "return None", "must return a list, not None"),
     "hook-junk": (HOOK + "return [1]", "TypeError: 1 is not a subclass of qplug.Algorithm"),
     "hook-ends": (
         HOOK + "import click; raise click.exceptions.Exit(0)",

@@ -158,7 +158,7 @@ BREAKING = {
     "hook raises": (f"{HOOK}qplug_algorithms(): 1 / 0", "ZeroDivisionError"),
     "forgot return": (
         f"{HOOK}qplug_algorithms(): pass",
-        "TypeError: qplug_algorithms must return classes in a list, not None",
+        "TypeError: qplug_algorithms must return a list, not None",
     ),
     "one name twice": (
         offering("same", "same"),
@@ -169,7 +169,7 @@ BREAKING = {
 SPOILT = {
     "not a list": (
         *("algorithm", "[C0]", "C0"),
-        "TypeError: qplug_algorithms must return classes in a list, not <class",
+        "TypeError: qplug_algorithms must return a list, not <class",
     ),
     "yields, then exits": (
         *("algorithm", "return [C0]", "yield C0; raise SystemExit"),

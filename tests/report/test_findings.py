@@ -118,14 +118,14 @@ def test_ranges_of_inputs(found: dict[str, Findings], float_model: Path) -> None
     for layer in found["llama-awq"].layers:
         module = model.get_submodule(layer.name)
         module.register_forward_pre_hook(lambda _, x, name=layer.name: seen.update({name: x[0]}))
-    tokens = calibration_tokens(
+    samples = calibration_tokens(
         Calibration(samples=4, seq_len=32),
         str(float_model),
         model_view(open_checkpoint(float_model)),
         Session.alone(),
         seed=0,
     )
-    model(tokens)
+    model(samples.tokens)
     changed = False
     for layer in found["llama-awq"].layers:
         assert layer.inputs is not None

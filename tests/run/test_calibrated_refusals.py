@@ -19,6 +19,7 @@ import qplug
 from qplug import Block, InputGroup, Linear, QplugError, QuantArgs
 from qplug.api.events import Result
 from qplug.api.groups import dequantize
+from qplug.calibration.samples import Samples
 from qplug_awq.awq import AWQ
 from qplug_awq.awq import Params as AWQParams
 from qplug_gptq.gptq import GPTQ
@@ -38,7 +39,9 @@ ALGORITHMS = ("awq", "gptq", "awq+gptq", "smoothquant", "osplus")
 def run(tmp_path: Path, make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Quantizes to ``tmp_path / "out"``, calibrated on random tokens."""
     tokens = make_tokens(4, 12)
-    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr(
+        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+    )
 
     def quantized(model: Path, algo: str, **changes: Any) -> Result:
         options: dict[str, Any] = {"backend": "compressed-tensors", "device": "cpu"}
@@ -246,7 +249,9 @@ def test_few_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokens = make_tokens(samples, length)
-    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr(
+        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+    )
     result = run(family("llama"), algo)
     assert all(0 < error < 0.5 for error in result.errors.values())
     assert all(p.isfinite().all() for p in qplug.load(str(result.out)).parameters())
@@ -256,7 +261,9 @@ def test_tokens_that_are_all_the_same(
     family: Family, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = torch.full((4, 12), 7)
-    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr(
+        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+    )
     result = run(family("llama"), "awq+gptq")
     assert all(p.isfinite().all() for p in qplug.load(str(result.out)).parameters())
 

@@ -22,6 +22,7 @@ from torch import Tensor
 import qplug
 from qplug.calibration import batches, observation
 from qplug.calibration.live_block import LiveBlock
+from qplug.calibration.samples import Samples
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
 from qplug.machine.processes import ALONE, Processes
@@ -338,7 +339,7 @@ def start_walk_of(source: Path, tokens: Tensor, processes: Processes, **changes:
         folder,
         view,
         dict.fromkeys(view.quantizable, qplug.preset("W4A16").with_group_size(16)),
-        tokens,
+        Samples(tokens),
         Session(Registry([]), processes=processes),
         propagate="float",
         **changes,
@@ -412,7 +413,7 @@ def test_all_know_of_the_tokens_of_experts(
             folder,
             view,
             dict.fromkeys(view.quantizable, qplug.preset("W4A16")),
-            tokens,
+            Samples(tokens),
             Session(Registry([]), processes=processes),
             with_drift=True,
             batch_size=1,

@@ -10,7 +10,7 @@ from qplug.api.algorithm import Algorithm
 from qplug.api.block import Aim, Batch, Block, InputGroup, Linear, QuantizedWeight, Reconstruction
 from qplug.api.capability import Capability
 from qplug.api.component import Component, NoParams
-from qplug.api.dataset import Dataset, Split, Tokenizer
+from qplug.api.dataset import Conversation, Dataset, Split, Tokenizer
 from qplug.api.engine import Engine, Server
 from qplug.api.exporter import Exporter
 from qplug.api.float_model import (
@@ -26,7 +26,8 @@ from qplug.api.float_model import (
 from qplug.api.format import Format, SingleFile
 from qplug.api.layout import Problem
 from qplug.api.model import BuiltFloat, ModelView
-from qplug.api.tensors import Checkpoint, StoredTensor, TensorSpec
+from qplug.api.reader import CodedTensor, Reader
+from qplug.api.tensors import Checkpoint, ComputedTensor, StoredTensor, TensorSpec
 
 __all__ = [
     "Aim",
@@ -36,7 +37,10 @@ __all__ = [
     "BuiltFloat",
     "Capability",
     "Checkpoint",
+    "CodedTensor",
     "Component",
+    "ComputedTensor",
+    "Conversation",
     "Dataset",
     "Engine",
     "Exporter",
@@ -49,6 +53,7 @@ __all__ = [
     "Preparation",
     "Problem",
     "QuantizedWeight",
+    "Reader",
     "Reconstruction",
     "Rewrite",
     "Server",

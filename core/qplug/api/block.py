@@ -125,8 +125,9 @@ class Batch:
     """Some calibration samples at a block: ``[samples, tokens, width]``, on the run's device.
 
     ``inputs`` enter the block; they come from quantized blocks if the run propagates through these.
-    ``target``: the output to aim at. ``real``, bool ``[samples, tokens]``, is false for padding;
-    None if there is none. ``tokens``: the number of real tokens, over all processes.
+    ``target``: the output to aim at. ``real``, bool ``[samples, tokens]``, is false for padding and
+    for tokens that ``--mask`` leaves out; None if there are none. ``tokens``: the number of real
+    tokens, over all processes.
     """
 
     inputs: Tensor

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from qplug.api.component import Component, P
 
@@ -13,6 +15,23 @@ if TYPE_CHECKING:
 
 #: The purpose of text. A dataset may use the same text for both.
 Split = Literal["calibration", "evaluation"]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation with a model, which qplug renders with the model's own chat template.
+
+    ``messages`` and ``tools`` are written as in requests to the OpenAI API. ``template_options``
+    are further variables of the template, such as ``enable_thinking``. ``pictures`` is the folder
+    of the pictures that messages name, None if there are none. ``where`` is the place of the
+    conversation, such as ``chats.jsonl:3``, for messages of errors.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Path | None = None
+    where: str = "a conversation"
 
 
 class Tokenizer(Protocol):
@@ -30,21 +49,23 @@ class Dataset(Component[P]):
     separator: ClassVar[str] = "\n\n"
 
     @abstractmethod
-    def documents(self, split: Split) -> Iterator[str]:
+    def documents(self, split: Split) -> Iterator[str] | Iterator[Conversation]:
         """Yields the documents, always in the same order. A document may be empty.
 
-        Raises QplugError, before the first document, if the text cannot be read.
+        Documents are either all texts or all conversations. Raises QplugError, before the first
+        document, if they cannot be read.
         """
 
     def samples(
         self, tokenizer: Tokenizer, *, length: int, count: int, seed: int
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Tensor] | Iterator[Conversation]:
         """Yields ``count`` windows of tokens for calibration, int64 ``[length]``.
 
         A window may be shorter than ``length``; it is padded, and padding is ignored. The same
-        seed must give the same samples. For a dataset that does not define this method,
-        ``qplug.text.random_windows`` draws the samples: it joins all documents, tokenises them once
-        without special tokens, and draws windows at random.
+        seed must give the same samples. Conversations may be yielded instead, more than ``count``
+        of them: qplug takes the first ``count`` that have tokens to calibrate on. For a dataset
+        that does not define this method, qplug draws the samples: ``qplug.text.random_windows``
+        from the joined text, or one sample from each conversation.
         """
         raise NotImplementedError
 

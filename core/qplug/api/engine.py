@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from qplug.api.capability import NEWEST, Capability, Releases, rows_of
 from qplug.api.format import Format
 from qplug.api.layout import Problem, kernel_problems
-from qplug.api.limits import Target, beyond_limits
+from qplug.api.limits import Target, beyond_limits, too_narrow
 from qplug.api.model import ModelView
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.api.tensors import Checkpoint
@@ -73,6 +73,16 @@ class Engine:
         weight.
         """
         return beyond_limits(self.capabilities(target.version), model, schemes, target)
+
+    def too_narrow(
+        self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
+    ) -> dict[str, str]:
+        """Returns why kernels do not take the shapes of linears in ``schemes``, by name.
+
+        A run leaves these linears float, if they are few. A linear that the engine merges with such
+        a linear is among them. What the engine does not serve in any shape is not: it is refused.
+        """
+        return too_narrow(self.capabilities(target.version), model, schemes, target)
 
     def refuses_cache(self, cache: QuantArgs) -> str | None:
         """Why it cannot use stored scales of a KV cache, as a sentence; None if it can."""

@@ -71,6 +71,7 @@ class Result:
     first process if there are several. After a dry run nothing is written, and only sizes and
     shares are known. ``float_share`` is the share of the weights in decoder blocks that stays
     float, 0 to 1; ``floats`` are its parts, by name of the weights with a star for each number.
+    ``kept_float`` says of linears that no kernel takes, by name, why they stay float.
     """
 
     out: Path
@@ -85,3 +86,4 @@ class Result:
     stages: tuple[StageCost, ...] = ()
     float_share: float = 0.0
     floats: Mapping[str, float] = field(default_factory=dict)
+    kept_float: Mapping[str, str] = field(default_factory=dict)

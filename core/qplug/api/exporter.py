@@ -42,6 +42,10 @@ class Exporter(Component[P]):
             sentence = self.engine.refuses(model, schemes, self.target)
         return sentence
 
+    def too_narrow(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, str]:
+        """Returns why kernels do not take linears, by name: see ``Engine.too_narrow``."""
+        return {} if self.engine is None else self.engine.too_narrow(model, schemes, self.target)
+
     def refuses_cache(self, cache: QuantArgs) -> str | None:
         """Why scales of a KV cache cannot be stored, or would not be used; None if they can."""
         sentence = self.format.refuses_cache(cache)

@@ -10,7 +10,7 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
-    from qplug.api import Algorithm, Dataset, Exporter, ModelView
+    from qplug.api import Algorithm, Dataset, Exporter, ModelView, Reader
     from qplug.api.events import BlockReport, Result
 
 hookspec = pluggy.HookspecMarker("qplug")
@@ -66,6 +66,24 @@ def qplug_exporters() -> Iterable[type[Exporter[Any]]]:
             from qplug_mine.engine import MyEngine
 
             return [MyEngine]
+    """
+    return ()
+
+
+@hookspec
+def qplug_readers() -> Iterable[Reader]:
+    """Offer readers, which read checkpoints that somebody quantized as float checkpoints.
+
+    Called once, when the first component of any kind is asked for. Return objects: a reader is a
+    constant and has no options. A reader is asked for each model that is opened.
+
+    Since 0.2. Example::
+
+        @hookimpl
+        def qplug_readers():
+            from qplug_mine.halves import Halves
+
+            return [Halves()]
     """
     return ()
 

@@ -60,6 +60,32 @@ def beyond_limits(
     return None
 
 
+def too_narrow(
+    table: Sequence[Capability],
+    model: ModelView,
+    schemes: Mapping[str, Scheme],
+    target: Target | None = None,
+) -> dict[str, str]:
+    """Returns why no kernel takes the shape of a linear, by name of the linear.
+
+    A linear whose scheme or group size no kernel in ``table`` runs, whatever the shape, is left
+    out: the shape is not the reason.
+    """
+    target = target or Target()
+    narrow = {}
+    for name, scheme in schemes.items():
+        size = scheme.weights.group_size or -1
+        rows = [
+            row
+            for row in rows_for(table, scheme.name, target.gpu)
+            if row.served and (not row.group_sizes or size in row.group_sizes)
+        ]
+        found = [row_problem(row, name, model, scheme, target.tp) for row in rows]
+        if found and None not in found:
+            narrow[name] = str(found[0])
+    return narrow
+
+
 def shape_problem(
     table: Sequence[Capability], name: str, model: ModelView, scheme: Scheme, target: Target
 ) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 _NOT_COPIED = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack"),
     *("*.onnx", "*.index.json", "config.json", "qplug.json", "README.md", ".*"),
+    *("hf_quant_config.json", "quantize_config.json", "quant_config.json"),
 )
+_CHUNK = 1 << 26  # bytes of a computed tensor that are made at once
 _BITS = {"float64": 64, "int64": 64, "uint64": 64, "float32": 32, "int32": 32, "uint32": 32}
 _BITS |= {"bfloat16": 16, "float16": 16, "int16": 16, "uint16": 16}
 
@@ -62,6 +64,10 @@ class StoredTensor(ABC):
         """A line of text that names the tensor's place, and changes if the tensor is moved."""
         return " ".join(path.name for path in self.paths)
 
+    def leaves(self) -> Iterator[StoredTensor]:
+        """Yields the tensors in files that this tensor is computed from; itself by default."""
+        yield self
+
     @abstractmethod
     def read(self) -> Tensor:
         """Returns a copy of the tensor in memory."""
@@ -75,16 +81,81 @@ class StoredTensor(ABC):
         """Yields the bytes to store, a few MiB at a time."""
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ComputedTensor(StoredTensor):
+    """A tensor that is computed from tensors in files, each time that it is read.
+
+    ``parts``: the tensors in files, by names that ``make`` knows. ``make`` takes their values by
+    the same names and returns the tensor in any float dtype; ``read`` rounds it to the dtype of
+    ``spec``. ``by_row``: the parts whose rows, on the first axis, are those of the tensor; if there
+    are any, some rows are made of those rows, and of the other parts as a whole.
+    """
+
+    spec: TensorSpec
+    parts: Mapping[str, StoredTensor]
+    make: Callable[[Mapping[str, Tensor]], Tensor]
+    by_row: frozenset[str] = frozenset()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(path for part in self.parts.values() for path in part.paths))
+
+    @property
+    def location(self) -> str:
+        return " ".join(part.location for part in self.parts.values())
+
+    def leaves(self) -> Iterator[StoredTensor]:
+        for part in self.parts.values():
+            yield from part.leaves()
+
+    def values(self) -> dict[str, Tensor]:
+        """Returns the values of ``parts``, read from files."""
+        return {name: part.read() for name, part in self.parts.items()}
+
+    def read(self) -> Tensor:
+        return self._rounded(self.make(self.values()))
+
+    def read_rows(self, rows: slice) -> Tensor:
+        if not self.by_row:
+            return self.read()[rows]
+        return self._rounded(
+            self.make(
+                {
+                    name: part.read_rows(rows) if name in self.by_row else part.read()
+                    for name, part in self.parts.items()
+                }
+            )
+        )
+
+    def chunks(self) -> Iterator[bytes]:
+        import torch
+
+        count = self.spec.shape[0] if self.by_row and self.spec.shape else 1
+        step = max(1, count * _CHUNK // max(1, self.nbytes))
+        for start in range(0, count, step):
+            rows = slice(start, min(start + step, count))
+            piece = self.read_rows(rows) if self.by_row else self.read()
+            yield piece.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+    def _rounded(self, value: Tensor) -> Tensor:
+        import torch
+
+        return value.to(getattr(torch, self.spec.dtype))
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An open model folder. Its headers have been read and checked, its weights have not been read.
 
-    ``config`` is config.json; ``tensors`` are by name.
+    ``config`` is config.json; ``tensors`` are by name. ``quantized`` says in words how the files
+    store weights if a reader reads them as float; then ``config`` and ``tensors`` are those of the
+    float model. It is empty for a folder that is read as it is.
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    quantized: str = ""
 
     @property
     def shards(self) -> list[Path]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
-from torch import Tensor
+
+from qplug.calibration.samples import Samples
 
 #: Tokens in one forward pass through a block.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}
@@ -32,10 +33,10 @@ def _multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def real_tokens(parts: Sequence[Sequence[Tensor]]) -> list[int]:
-    """The number of real tokens in each batch, over all processes.
+def counted_tokens(parts: Sequence[Sequence[Samples]]) -> list[int]:
+    """The number of tokens that statistics count in each batch, over all processes.
 
-    ``parts``: the batches of each process, int64 ``[samples, length]``, padded with -1.
+    ``parts``: the batches of each process.
     """
-    counts = [[int((batch >= 0).sum()) for batch in part] for part in parts]
+    counts = [[batch.count for batch in part] for part in parts]
     return [sum(of_batch) for of_batch in zip_longest(*counts, fillvalue=0)]

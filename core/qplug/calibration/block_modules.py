@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,12 @@ from qplug.api.scheme import Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.batches import passing_dtype
 from qplug.checkpoint.names import block_of
+from qplug.model.block_call import BlockCall, Output
+from qplug.model.block_list import decoder_blocks
 from qplug.model.disk_names import disk_names
-from qplug.model.experts import as_on_disk
+from qplug.model.experts import as_on_disk, modules_of_blocks
 from qplug.model.hollow import build, load_config
 from qplug.model.online_rotation import rotate_inputs
-from qplug.model.parameters import call_block
 from qplug.model.rounding_hooks import InputRounding, rounding_inputs
 
 
@@ -26,6 +26,7 @@ class BlockModules:
     """The blocks of a hollow model of ``source``, by full name; linears are named as on disk.
 
     ``parameters``: the names of each block's parameters, relative to the block.
+    ``in_memory``: the paths of the blocks in ``model``, in the same order.
     ``outer``: the names on disk of parameters outside of the blocks, by name in memory.
     ``dtype``: what blocks compute in.
     """
@@ -43,11 +44,11 @@ class BlockModules:
         """``online``: linears whose inputs are rotated while the model runs."""
         config = load_config(source.folder, trust_remote_code=trust_remote_code)
         self.model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
-        names = disk_names(self.model).of_parameter
+        names = disk_names(self.model, source.tensors).of_parameter
         self.outer = {n: d for n, d in names.items() if block_of(d, view.blocks) is None}
-        rotate_inputs(self.model, online)
-        as_on_disk(self.model, view.blocks, source.tensors)
-        self.modules = {name: self.model.get_submodule(name) for name in view.blocks}
+        self.in_memory = decoder_blocks(self.model, source.folder)
+        self.modules = as_on_disk(self.model, view.blocks, source.tensors)
+        rotate_inputs(modules_of_blocks(self.modules), online)
         self.parameters = {
             name: [
                 local
@@ -71,18 +72,9 @@ class BlockModules:
         """The parameters of ``block`` among ``values`` (by relative names), ``computable``."""
         return self.computable({local: values[local] for local in self.parameters[block]})
 
-    def compute(
-        self,
-        block: str,
-        parameters: Mapping[str, Tensor],
-        inputs: Tensor,
-        call: Mapping[str, Any],
-    ) -> Tensor:
-        """The output of ``block`` for ``inputs``, both ``[samples, tokens, width]``.
-
-        ``call``: the other arguments of the block.
-        """
-        return call_block(self.modules[block], parameters, inputs, call)
+    def compute(self, block: str, parameters: Mapping[str, Tensor], call: BlockCall) -> Output:
+        """What ``block`` returns for ``call`` with ``parameters``."""
+        return call.run(self.modules[block], parameters)
 
     def rounding_inputs(
         self, block: str, weights: Sequence[str], values: Mapping[str, Tensor]

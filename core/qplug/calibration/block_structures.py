@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qplug.model.block_call import BlockCall, hidden_states
 from qplug.model.input_groups import GroupPaths, find_groups
-from qplug.model.parameters import empty_parameters, first_tensor, set_parameter
+from qplug.model.parameters import empty_parameters, set_parameter
 
 #: Tokens on which the groups of a block are found.
-_PROBE = 16
+PROBE = 16
 
 
 class BlockStructures:
@@ -27,14 +28,13 @@ class BlockStructures:
         self,
         module: nn.Module,
         weights: Mapping[str, Tensor],
-        call: Mapping[str, Any],
-        shape: tuple[int, int],
+        call: BlockCall,
     ) -> tuple[GroupPaths, ...]:
         """The input groups of the block ``module``, whose parameters are shaped as ``weights``.
 
-        ``call``: the block's other arguments in a batch; ``shape``: tokens and width of its input.
-        Groups are found in float32 on random weights and tokens. Not on the real weights: where
-        they are near zero a wrong candidate passes, and a resumed run could decide differently.
+        ``call``: the arguments of the block for ``PROBE`` tokens of one sample. Groups are found in
+        float32 on random weights and hidden states. Not on the real weights: where they are near
+        zero a wrong candidate passes, and a resumed run could decide differently.
         """
         classes = tuple(sorted({str(type(part)) for part in module.modules()}))
         key = (*classes, *((local, tuple(weight.shape)) for local, weight in weights.items()))
@@ -48,24 +48,9 @@ class BlockStructures:
                 else:
                     values = (values - 0.5) * (12 / weight.shape[-1]) ** 0.5
                 set_parameter(module, local, values)
-            length, width = shape
-            probe = draw(1, min(_PROBE, length), width) - 0.5
-            short = _shortened(call, _PROBE)
-            self._found[key] = find_groups(module, lambda: first_tensor(module(probe, **short)))
+            probe = call.in_float32().with_hidden(draw(call.hidden.shape) - 0.5)
+            self._found[key] = find_groups(
+                module, lambda: hidden_states(module(*probe.args, **probe.kwargs))
+            )
             empty_parameters(module, weights)
         return self._found[key]
-
-
-def _shortened(call: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """The arguments of a block for the first ``length`` tokens of the first sample, in float32."""
-    return {name: _shorten(value, length) for name, value in call.items()}
-
-
-def _shorten(value: Any, length: int) -> Any:
-    if isinstance(value, tuple):  # cos and sin: [samples, tokens, head size]
-        return tuple(part[:1, :length].to(torch.float32) for part in value)
-    if isinstance(value, Tensor) and value.ndim == 4:  # a mask: [samples, heads, tokens, tokens]
-        return value[:1, :, :length, :length]
-    if isinstance(value, Tensor) and value.ndim == 2:  # positions: [samples, tokens]
-        return value[:1, :length]
-    return value

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from qplug.calibration.block_modules import BlockModules
 from qplug.errors import QplugError
 from qplug.machine.processes import Processes
+from qplug.model.block_call import BlockCall
 from qplug.model.kv_cache import SCALES, KVCache, ObservedCache, RoundedCache
 
-#: Inputs of a block, its other arguments, and a mask of real tokens (None: all are real).
-CalledBatch = tuple[Tensor, Mapping[str, Any], "Tensor | None"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: A call of a block, and a mask of real tokens (None: all are real).
+CalledBatch = tuple[BlockCall, "Tensor | None"]
 
 
 def find_cache_scales(
@@ -33,9 +35,10 @@ def find_cache_scales(
     observer, count = ObservedCache(), 0
     parameters = blocks.parameters_of(block, effective)
     with blocks.rounding_inputs(block, blocks.parameters[block], effective):
-        for inputs, call, real in batches:
+        for call, real in batches:
             observer.real = real
-            blocks.compute(block, parameters, inputs, {**call, cache.argument: observer})
+            call = call.apart().with_argument(cache.argument, observer)
+            blocks.compute(block, parameters, call)
             count += 1
     if observer.times != count:
         raise QplugError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class HiddenStates:
-    """Batches ``[samples, tokens, width]``, kept in the memory of the host.
+    """Batches, ``[samples, tokens, width]`` in most models, kept in the memory of the host.
 
     They are the largest tensors of a calibrated run: 2 GiB for 128 x 2048 tokens of width 4096.
     A GPU holds the batch that it works on and the next one, which is copied meanwhile.
@@ -51,10 +51,13 @@ class HiddenStates:
         self.put(len(self) - 1, batch)
 
     def put(self, index: int, batch: Tensor) -> None:
-        """Replace batch ``index`` by ``batch``, of the same shape, which is on the device."""
+        """Replace batch ``index`` by ``batch``, which is on the device."""
         if self._copies is None:
             self._batches[index] = batch
             return
+        old = self._batches[index]
+        if (old.shape, old.dtype) != (batch.shape, batch.dtype):
+            self._batches[index] = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
             self._batches[index].copy_(batch, non_blocking=True)

@@ -46,6 +46,19 @@ class SampleQuota:
         return per_batch, max(0, count - per_batch * sum(self.batches[: self.rank]))
 
 
+@dataclass(frozen=True)
+class Seen:
+    """The tokens of a batch: windows of ``length``.
+
+    ``real`` and ``counted``, bool ``[windows, length]``, are false for padding, and for padding and
+    all other tokens that sums leave out; None if there are none.
+    """
+
+    length: int
+    real: Tensor | None
+    counted: Tensor | None
+
+
 class Observation:
     """Gathers ``statistics`` of the input groups of one block, by the path of a reading module.
 
@@ -105,31 +118,35 @@ class Observation:
             yield
 
     @contextmanager
-    def gathering(
-        self, length: int, real: Tensor | None, float_inputs: FloatInputs, *, stop: bool
-    ) -> Iterator[None]:
-        """Within it, a pass of the block adds what its linears read to the statistics.
+    def gathering(self, seen: Seen, float_inputs: FloatInputs, *, stop: bool) -> Iterator[None]:
+        """Within it, a pass of the block over ``seen`` adds what linears read to the statistics.
 
-        The batch holds windows of ``length`` tokens; ``real``, bool ``[windows, tokens]``, is false
-        for padding, None if there is none. ``float_inputs`` as ``recording_float`` left them.
-        ``stop`` ends the pass once all inputs have been seen.
+        ``float_inputs`` as ``recording_float`` left them. ``stop`` ends the pass once all inputs
+        have been seen.
         """
 
         def observe(path: str, x: Tensor) -> None:
             rows = rows_of(self._block, path)
             float_x, float_rows = float_inputs.get(path, (None, None))
             self.statistics[path].observe_windows(
-                x, self._rows_per_batch[path], length, real, float_x, rows, float_rows
+                x,
+                self._rows_per_batch[path],
+                seen.length,
+                seen.real,
+                float_x,
+                rows,
+                float_rows,
+                counted=seen.counted,
             )
 
         try:
             with self._seeing(observe, stop=stop):
                 yield
-        except _SeenEnoughError as seen:
+        except _SeenEnoughError as enough:
             # A reference to this exception would keep all tensors of the pass alive. From Python
             # 3.12 on its traceback also holds this frame, which holds the exception.
-            traceback.clear_frames(seen.__traceback__)
-            seen.__traceback__ = None
+            traceback.clear_frames(enough.__traceback__)
+            enough.__traceback__ = None
 
     def share(self, processes: Processes) -> None:
         """Merges the statistics of all ``processes``; afterwards each process has the same."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from qplug.api import Aim, Batch, InputGroup, Reconstruction
 from qplug.calibration.hidden_states import HiddenStates
 from qplug.checkpoint.names import relative_name
 from qplug.machine.processes import Processes
+from qplug.model.block_call import BlockCall, hidden_states
 from qplug.model.input_groups import divided
-from qplug.model.parameters import call_block
 from qplug.model.rounding_hooks import InputRounding, rounding_inputs
 from qplug.numerics.straight_through import round_inputs
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 class Data:
     """One process's part of the calibration data at a block, by batch.
 
-    ``inputs`` enter the block; ``targets`` leave the float model's block; ``calls`` are the block's
-    other arguments; ``real`` as in ``Batch``. ``tokens`` counts the real tokens of all processes,
-    also in batches that this process has no part of.
+    ``inputs`` enter the block; ``targets`` leave the float model's block; ``calls`` have the
+    block's other arguments; ``counted`` is ``real`` of ``Batch``. ``tokens`` counts these tokens of
+    all processes, also in batches that this process has no part of.
     """
 
     inputs: HiddenStates
     targets: HiddenStates
-    calls: Sequence[Mapping[str, Any]]
-    real: Sequence[Tensor | None]
+    calls: Sequence[BlockCall]
+    counted: Sequence[Tensor | None]
     tokens: Sequence[int]
 
 
@@ -42,7 +42,7 @@ class Data:
 class _LiveBatch(Batch):
     """A batch with the other arguments of the block."""
 
-    call: Mapping[str, Any]
+    call: BlockCall
 
 
 class LiveReconstruction(Reconstruction):
@@ -74,7 +74,7 @@ class LiveReconstruction(Reconstruction):
         for number in wanted:
             tokens = self._data.tokens[number]
             if number < len(self._data.inputs):
-                real = self._data.real[number]
+                real = self._data.counted[number]
                 real = None if real is None else real.to(self._device)
                 call = self._data.calls[number]
                 yield _LiveBatch(next(inputs).float(), next(targets), real, tokens, call)
@@ -106,14 +106,14 @@ class LiveReconstruction(Reconstruction):
         block = self._block.name
         parameters = dict(self._block.weights32)
         parameters.update({relative_name(block, name): value for name, value in values.items()})
-        call = {name: _in_float32(value) for name, value in batch.call.items()}
+        call = batch.call.in_float32().with_hidden(batch.inputs)
         roundings = {
             relative_name(block, linear.name): InputRounding(linear.activations, linear.input_scale)
             for linear in self._block.linears
             if rounding and linear.activations is not None
         }
         with rounding_inputs(self._module, roundings, round_inputs):
-            return call_block(self._module, parameters, batch.inputs, call)
+            return hidden_states(call.run(self._module, parameters))
 
     def smoothed(
         self, values: Mapping[str, Tensor], group: InputGroup, scale: Tensor
@@ -148,12 +148,3 @@ class LiveReconstruction(Reconstruction):
 
     def _full(self, local: str) -> str:
         return f"{self._block.name}.{local}"
-
-
-def _in_float32(value: Any) -> Any:
-    """An argument of a block (rotary tables, masks that are added) for a pass in float32."""
-    if isinstance(value, tuple):
-        return tuple(_in_float32(part) for part in value)
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.float()
-    return value

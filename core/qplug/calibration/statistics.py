@@ -56,13 +56,16 @@ class Statistics:
         float_x: Tensor | None = None,
         rows: Tensor | None = None,
         float_rows: Tensor | None = None,
+        *,
+        counted: Tensor | None = None,
     ) -> None:
         """``observe`` for ``x: [..., in]`` that holds windows of ``length`` tokens, in order.
 
         Extremes are kept for each window. ``real``, bool ``[windows, tokens]``, is false for
-        padding. ``rows``, int64 ascending: the tokens that an expert was given, by their place in
-        the batch; ``float_rows``: those that it is given in the float model. Only tokens in both
-        count for ``drift``.
+        padding. ``counted`` is also false for tokens that count for extremes alone, since engines
+        round these too; by default it is ``real``. ``rows``, int64 ascending: the tokens that an
+        expert was given, by their place in the batch; ``float_rows``: those that it is given in the
+        float model. Only tokens in both count for ``drift``.
         """
         x = x.flatten(0, -2)
         tokens = torch.arange(len(x), device=x.device) if rows is None else rows
@@ -76,6 +79,11 @@ class Statistics:
             windows = x.float().split(counts.tolist())
             self._lows.append(torch.stack([window.amin(0) for window in windows]))
             self._highs.append(torch.stack([window.amax(0) for window in windows]))
+        if counted is not None and counted is not real:
+            self._widen(x)
+            kept = counted.flatten().to(x.device)[tokens]
+            x, tokens = x[kept], tokens[kept]
+            float_x = float_x[kept] if float_x is not None and float_rows is None else float_x
         if float_x is not None and float_rows is not None:
             in_both = torch.isin(tokens, float_rows), torch.isin(float_rows, tokens)
             self.compare(x[in_both[0]], float_x[in_both[1]])
@@ -97,9 +105,7 @@ class Statistics:
             for rows in x.split(max(1, _CHUNK // x.shape[1])):
                 self._add_on_cpu(rows)
         else:
-            low, high = torch.aminmax(x, dim=0)
-            torch.minimum(self.low, low.float(), out=self.low)
-            torch.maximum(self.high, high.float(), out=self.high)
+            self._widen(x)
             self.total += x.sum(0, dtype=torch.float32)
             self.absolute += x.abs().sum(0, dtype=torch.float32)
         count = min(sampled, self._room, x.shape[0])
@@ -137,6 +143,13 @@ class Statistics:
     def sample(self) -> Tensor:
         """Some of the rows, float32 ``[rows, in]``."""
         return torch.cat(self._kept) if self._kept else self.gram[:0]
+
+    def _widen(self, x: Tensor) -> None:
+        """Makes the extremes cover the rows of ``x: [tokens, in]``."""
+        if len(x):
+            low, high = torch.aminmax(x, dim=0)
+            torch.minimum(self.low, low.float(), out=self.low)
+            torch.maximum(self.high, high.float(), out=self.high)
 
     def _add_on_cpu(self, x: Tensor) -> None:
         """Adds a few rows to sums and extremes. NumPy's extremes are twenty times as fast."""

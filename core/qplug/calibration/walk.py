@@ -5,6 +5,7 @@ Weights of one block are in memory, and the hidden states of all tokens between 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -15,20 +16,23 @@ from torch import Tensor
 from qplug.api import ModelView
 from qplug.api.scheme import Scheme
 from qplug.api.tensors import Checkpoint
-from qplug.calibration.batches import real_tokens, samples_in_a_batch
+from qplug.calibration.batches import counted_tokens, samples_in_a_batch
 from qplug.calibration.block_modules import BlockModules
 from qplug.calibration.block_reader import BlockReader
-from qplug.calibration.block_structures import BlockStructures
+from qplug.calibration.block_structures import PROBE, BlockStructures
 from qplug.calibration.cache_scales import CalledBatch, find_cache_scales, rounded_cache
-from qplug.calibration.first_inputs import catch_first_inputs
+from qplug.calibration.entrance import Entrance
 from qplug.calibration.hidden_states import HiddenStates
 from qplug.calibration.live_block import LiveBlock
-from qplug.calibration.observation import FloatInputs, Observation, SampleQuota
+from qplug.calibration.observation import FloatInputs, Observation, SampleQuota, Seen
 from qplug.calibration.reconstruction import Data, LiveReconstruction
+from qplug.calibration.samples import Samples
 from qplug.calibration.statistics import Statistics
+from qplug.calibration.stream import Compute, Stream
 from qplug.checkpoint.names import within
 from qplug.errors import QplugError
 from qplug.machine.session import Session
+from qplug.model.block_call import BlockCall, Output, hidden_states
 from qplug.model.input_groups import GroupPaths
 from qplug.model.kv_cache import KVCache
 from qplug.model.parameters import refuse_infinite
@@ -48,7 +52,7 @@ class Walk:
         source: Checkpoint,
         view: ModelView,
         schemes: Mapping[str, Scheme],
-        tokens: Tensor,
+        samples: Samples,
         session: Session,
         *,
         propagate: str = "quantized",
@@ -58,17 +62,17 @@ class Walk:
         online: Sequence[str] = (),
         cache: KVCache | None = None,
     ) -> None:
-        """``tokens``: int64 ``[samples, length]``, padded on the right with -1.
+        """Each process of ``session`` takes a part of the ``samples``.
 
-        Each process of ``session`` takes a part of the samples. ``with_drift`` gathers
-        ``InputGroup.drift``; ``with_targets`` gives blocks a ``reconstruction``. ``online``: names
-        of linears whose inputs are rotated while the model runs. ``cache``: how keys and values are
-        stored, None if not quantized. Raises QplugError if there are fewer samples than processes.
+        ``with_drift`` gathers ``InputGroup.drift``; ``with_targets`` gives blocks a
+        ``reconstruction``. ``online``: names of linears whose inputs are rotated while the model
+        runs. ``cache``: how keys and values are stored, None if not quantized. Raises QplugError if
+        there are fewer samples than processes.
         """
         device, processes = session.device, session.processes
-        if len(tokens) < processes.count:
+        if len(samples) < processes.count:
             raise QplugError(
-                f"{processes.count} processes cannot share {len(tokens)} calibration samples; "
+                f"{processes.count} processes cannot share {len(samples)} calibration samples; "
                 "raise --samples, or start fewer"
             )
         self._processes = processes
@@ -91,25 +95,54 @@ class Walk:
         self._with_targets = with_targets
         # Whether the float model runs too, or alone.
         self._with_float = with_drift or with_targets or propagate == "float"
-        size = batch_size or samples_in_a_batch(tokens.shape[1], device)
-        parts = [part.split(size) for part in tokens.tensor_split(processes.count)]
+        size = batch_size or samples_in_a_batch(samples.length, device)
+        parts = [part.batches(size) for part in samples.shared_by(processes.count)]
         self._quota = SampleQuota([len(part) for part in parts], processes.rank)
         batches = parts[processes.rank]
-        self._tokens_by_batch = real_tokens(parts)
+        self._tokens_by_batch = counted_tokens(parts)
+        self._lengths = [batch.length for batch in batches]
         # Short samples are padded on the right; causal attention keeps padding from real tokens.
-        self._real = [None if (batch >= 0).all() else (batch >= 0) for batch in batches]
-        first = catch_first_inputs(self._blocks, source, [batch.clamp(min=0) for batch in batches])
-        self._calls = first.calls
-        # Hidden states that enter the next block; the same in the float model, None while both
-        # agree; and those that leave the current block in the float model.
-        self._inputs: HiddenStates = first.hidden
-        self._float_inputs: HiddenStates | None = None
-        self._float_outputs: HiddenStates | None = None
+        self._real = [batch.real for batch in batches]
+        self._counted = [
+            real if batch.mask is None else batch.mask
+            for batch, real in zip(batches, self._real, strict=True)
+        ]
+        entrance = Entrance(self._blocks, source)
+        starts = [batch.inputs(self._blocks.dtype) for batch in batches]
+        probe = {"input_ids": samples.tokens[:1, :PROBE].clamp(min=0)}
+        # What a few tokens meet shows how the linears of a block are connected.
+        self._probe = self._begin(entrance, [probe])
+        #: The batches in the model whose statistics are taken, and in the float model if that is
+        #: another. Before the first block both agree.
+        self._stream = self._begin(entrance, starts)
+        self._float_stream: Stream | None = None
+        if self._with_float and propagate == "quantized":
+            self._float_stream = self._begin(entrance, starts)
+        self._agree = True
+        self._targets: HiddenStates | None = None
+        entrance.free_embeddings()
+
+    def _begin(self, entrance: Entrance, inputs: Sequence[Mapping[str, Tensor]]) -> Stream:
+        stream = Stream([entrance.begin(one) for one in inputs], self._device)
+        # Passes would wait for ever in their threads.
+        weakref.finalize(self, stream.close)
+        return stream
+
+    def close(self) -> None:
+        """Ends the passes of the model, of which each has a thread."""
+        for stream in (self._probe, self._stream, self._float_stream):
+            if stream is not None:
+                stream.close()
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which blocks compute."""
         return self._blocks.dtype
+
+    @property
+    def hidden(self) -> HiddenStates:
+        """The hidden states that enter the next block, by batch."""
+        return self._stream.hidden
 
     @torch.no_grad()
     def gather(self, name: str) -> LiveBlock:
@@ -121,14 +154,13 @@ class Walk:
         weights = {n: w.to(self._device, non_blocking=True) for n, w in on_cpu.items()}
         del on_cpu
         refuse_infinite({f"{name}.{n}": w for n, w in weights.items()}, self._view.dtype)
-        length, width = next(iter(self._inputs)).shape[1:]
-        structure = self._structures.of(
-            self._blocks.modules[name], weights, self._calls[name][0], (length, width)
-        )
+        self._probe.expect(name)
+        (probe,) = self._probe
+        structure = self._structures.of(self._blocks.modules[name], weights, probe)
         parameters = self._blocks.computable(weights)
-        if self._with_float:
-            self._float_outputs = HiddenStates(self._device)
-        statistics = self._observe(name, structure, parameters, parameters, self._float_outputs)
+        statistics = self._observe(name, structure, parameters, parameters, first=True)
+        if self._propagate == "float" and name != self._view.blocks[-1]:
+            self._replace(name, self._probe, partial(self._blocks.compute, name, parameters))
         del parameters
         block = LiveBlock(
             name,
@@ -140,14 +172,10 @@ class Walk:
             partial(self._observe_again, name, structure),
             self._processes,
         )
-        if self._with_targets:
-            assert self._float_outputs is not None
+        if self._targets is not None:
+            stream = self._stream
             data = Data(
-                self._inputs,
-                self._float_outputs,
-                self._calls[name],
-                self._real,
-                self._tokens_by_batch,
+                stream.hidden, self._targets, stream.calls, self._counted, self._tokens_by_batch
             )
             block.reconstruction = LiveReconstruction(
                 block, self._blocks.modules[name], data, self._device, self._processes
@@ -157,32 +185,47 @@ class Walk:
     @torch.no_grad()
     def advance(self, name: str, effective: Mapping[str, Tensor]) -> None:
         """Sends the tokens through block ``name`` with the parameters ``effective``."""
-        if self._propagate == "quantized" and name != self._view.blocks[-1]:
-            parameters = self._blocks.parameters_of(name, effective)
-            cache = {}
-            if self._cache is not None:
-                cache = {self._cache.argument: rounded_cache(self._cache, name, effective)}
-            with self._blocks.rounding_inputs(name, self._blocks.parameters[name], effective):
-                calls = zip(self._inputs, self._calls[name], strict=True)
-                for index, (batch, call) in enumerate(calls):
-                    output = self._blocks.compute(name, parameters, batch, {**call, **cache})
-                    self._inputs.put(index, output)
-            self._float_inputs = self._float_outputs
-        elif self._float_outputs is not None:
-            self._inputs = self._float_outputs
-        self._float_outputs = None
-        self._calls.pop(name)
+        if name == self._view.blocks[-1]:
+            return
+        if self._propagate == "float":
+            self._stream.step()
+            return
+        parameters = self._blocks.parameters_of(name, effective)
+        compute = partial(self._blocks.compute, name, parameters)
+        with self._blocks.rounding_inputs(name, self._blocks.parameters[name], effective):
+            self._replace(name, self._stream, self._through_cache(name, effective, compute))
+            self._replace(name, self._probe, compute)
+        if self._float_stream is not None:
+            self._float_stream.step()
+            self._agree = False
 
     @torch.no_grad()
     def skip(self, name: str, effective: Mapping[str, Tensor]) -> None:
         """``advance`` for a block that an earlier run has finished; gathers no statistics."""
-        if self._with_float:
+        if self._with_float and name != self._view.blocks[-1]:
             parameters = self._blocks.computable(self._reader.read(name))
-            self._float_outputs = HiddenStates(self._device)
-            inputs = self._float_inputs or self._inputs
-            for batch, call in zip(inputs, self._calls[name], strict=True):
-                self._float_outputs.append(self._blocks.compute(name, parameters, batch, call))
+            compute = partial(self._blocks.compute, name, parameters)
+            stream = self._float_stream or self._stream
+            stream.expect(name)
+            for index, call in enumerate(stream):
+                stream.append(index, call, compute(call), compute)
+            if self._propagate == "float":
+                self._replace(name, self._probe, compute)
         self.advance(name, effective)
+
+    def _replace(self, name: str, stream: Stream, compute: Compute) -> None:
+        stream.expect(name)
+        for index, call in enumerate(stream):
+            stream.replace(index, call, compute(call), compute)
+
+    def _through_cache(
+        self, name: str, effective: Mapping[str, Tensor], compute: Compute
+    ) -> Compute:
+        """``compute``, with a cache that rounds keys and values if the KV cache is quantized."""
+        if self._cache is None:
+            return compute
+        argument, cache = self._cache.argument, rounded_cache(self._cache, name, effective)
+        return lambda call: compute(call.with_argument(argument, cache))
 
     @torch.no_grad()
     def cache_scales(self, name: str, effective: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -193,11 +236,11 @@ class Walk:
         if self._cache is None:
             return {}
         return find_cache_scales(
-            self._cache, self._blocks, name, effective, self._batches(name), self._processes
+            self._cache, self._blocks, name, effective, self._batches(), self._processes
         )
 
-    def _batches(self, name: str) -> Iterator[CalledBatch]:
-        return zip(self._inputs, self._calls[name], self._real, strict=True)
+    def _batches(self) -> Iterator[CalledBatch]:
+        return zip(self._stream, self._real, strict=True)
 
     def _observe(
         self,
@@ -205,12 +248,13 @@ class Walk:
         structure: tuple[GroupPaths, ...],
         parameters: Mapping[str, Tensor],
         float_parameters: Mapping[str, Tensor],
-        float_outputs: HiddenStates | None = None,
+        *,
+        first: bool = False,
     ) -> dict[str, Statistics]:
         """The statistics of the groups in ``structure``, by the module path they are taken at.
 
-        The block computes with ``parameters``; where the float model runs too, its block computes
-        with ``float_parameters``, and what leaves it is appended to ``float_outputs``.
+        The block computes with ``parameters``, and the float model's block with
+        ``float_parameters``. The ``first`` pass at a block sends the float model on, if it runs.
         """
         blocks = self._blocks
         observation = Observation(
@@ -219,29 +263,48 @@ class Walk:
             within(name, self._schemes),
             self._quota,
             self._device,
-            with_drift=self._with_drift and self._float_inputs is not None,
+            with_drift=self._with_drift and not self._agree,
         )
-        apart = self._with_drift or float_outputs is not None
-        float_inputs = self._float_inputs if apart else None
-        float_batches: Iterable[Tensor | None] = float_inputs or [None] * len(self._inputs)
-        for (batch, call, real), float_batch in zip(
-            self._batches(name), float_batches, strict=True
-        ):
+        float_stream = self._float_stream or self._stream
+        passes_on = first and self._with_float
+        # While both models agree, one pass serves both.
+        serves_both = passes_on and self._agree
+        passing = float_stream if serves_both else self._stream
+        beside: Stream | None = None
+        if not self._agree and (self._with_drift or passes_on):
+            beside = float_stream
+        compute = partial(blocks.compute, name, parameters)
+        compute_float = partial(blocks.compute, name, float_parameters)
+        if first:
+            self._targets = HiddenStates(self._device) if self._with_targets else None
+        for stream in (passing, beside or passing):
+            stream.expect(name)
+        float_calls: Iterable[BlockCall | None] = beside or [None] * len(passing)
+        tokens = map(Seen, self._lengths, self._real, self._counted)
+        batches = zip(passing, float_calls, tokens, strict=True)
+        for index, (call, float_call, seen) in enumerate(batches):
             seen_by_float: FloatInputs = {}
-            float_output = None
-            if float_batch is not None:
+            float_output: Output = None
+            if float_call is not None:
                 recording = observation.recording_float(seen_by_float)
                 with recording if self._with_drift else nullcontext():
-                    float_output = blocks.compute(name, float_parameters, float_batch, call)
-            # While both models agree, this pass is the one of the float model too.
-            is_float = float_outputs is not None and float_output is None
-            with observation.gathering(batch.shape[1], real, seen_by_float, stop=not is_float):
-                output = blocks.compute(name, parameters, batch, call)
-                float_output = output if is_float else float_output
-            if float_outputs is not None and float_output is not None:
-                float_outputs.append(float_output)
+                    float_output = compute_float(float_call if passes_on else float_call.apart())
+            with observation.gathering(seen, seen_by_float, stop=not serves_both):
+                output = compute(call if serves_both else call.apart())
+                float_output = output if serves_both else float_output
+            if passes_on:
+                self._pass_on_float(name, index, float_call or call, float_output, compute_float)
         observation.share(self._processes)
         return observation.statistics
+
+    def _pass_on_float(
+        self, name: str, index: int, call: BlockCall, output: Output, compute: Compute
+    ) -> None:
+        """Keeps the ``output`` of the float block ``name``, and sends batch ``index`` on."""
+        if self._targets is not None:
+            self._targets.append(hidden_states(output))
+        if name != self._view.blocks[-1]:
+            (self._float_stream or self._stream).append(index, call, output, compute)
 
     @torch.no_grad()
     def _observe_again(

@@ -25,15 +25,18 @@ from qplug.api import ModelView, Preparation, WholeModel
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.batches import samples_in_a_batch
-from qplug.checkpoint.names import block_of, split_name
+from qplug.calibration.samples import Samples
+from qplug.checkpoint.names import block_of, module_of, split_name
 from qplug.errors import QplugError
 from qplug.machine.session import Session
-from qplug.model.block_proxy import BlockProxy, refuse_positional
-from qplug.model.experts import as_on_disk, name_on_disk
+from qplug.model.block_call import Output
+from qplug.model.block_list import decoder_blocks
+from qplug.model.block_proxy import BlockProxy
+from qplug.model.disk_names import disk_names, tied_name
+from qplug.model.experts import as_on_disk
 from qplug.model.hollow import build, load_config
 from qplug.model.hooks import hooked
 from qplug.model.online_rotation import rotate_inputs
-from qplug.model.parameters import first_tensor
 from qplug.model.rounding_hooks import InputRounding, rounding_inputs
 from qplug.numerics.straight_through import (
     fake_quantize,
@@ -63,55 +66,59 @@ class InMemoryModel(WholeModel):
         source: Checkpoint,
         view: ModelView,
         schemes: Mapping[str, Scheme],
-        tokens: Tensor,
+        samples: Samples,
         session: Session,
         *,
         batch_size: int | None = None,
     ) -> None:
-        """``tokens``: int64 ``[samples, length]``, padded on the right with -1.
-
-        Raises QplugError if the device has too little memory.
-        """
+        """Raises QplugError if the device has too little memory."""
         device, trusted = session.device, session.trust_remote_code
         _refuse_too_large(source, view, device)
         self.device = device
         config = load_config(source.folder, trust_remote_code=trusted)
         self._model = build(config, source.folder, trust_remote_code=trusted).eval()
-        as_on_disk(self._model, view.blocks, source.tensors)
+        names = disk_names(self._model, source.tensors)
+        in_memory = decoder_blocks(self._model, source.folder)
+        blocks = as_on_disk(self._model, view.blocks, source.tensors)
         self._stored = {name: tensor.read().to(device) for name, tensor in source.tensors.items()}
         self._buffers = {name for name, _ in self._model.named_buffers()}
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
         self._schemes = schemes
-        for name in view.blocks:
-            parent, local = split_name(name)
-            block = self._model.get_submodule(name)
+        for (name, block), path in zip(blocks.items(), in_memory, strict=True):
+            parent, local = split_name(path)
             parameters = [n for n in block.state_dict() if f"{name}.{n}" in self._stored]
             proxy = _RewrittenBlock(self, name, block, parameters)
             setattr(self._model.get_submodule(parent), local, proxy)
-        outer = [name for name, _ in self._model.named_parameters(remove_duplicate=False)]
-        self._outer = {  # names in memory, by names on disk
-            name if name in self._stored else name_on_disk(self._model, name): name
-            for name in outer
+        #: The names in memory of the parameters outside of the blocks, by their names on disk.
+        self._outer = {
+            names.of_parameter.get(name)
+            or f"{tied_name(self._model, module_of(name))}.weight": name
+            for name, _ in self._model.named_parameters(remove_duplicate=False)
         }
-        self._batches = tokens.split(batch_size or samples_in_a_batch(tokens.shape[1], device))
+        self._batches = samples.batches(batch_size or samples_in_a_batch(samples.length, device))
         self.count = len(self._batches)
         self.variant = Variant(Preparation({}))
 
     def loss(self, preparation: Preparation, batch: int, *, weights: bool = False) -> Tensor:
-        tokens = self._batches[batch].to(self.device)
+        samples = self._batches[batch]
+        inputs = {n: x.to(self.device) for n, x in samples.inputs(torch.float32).items()}
         with torch.no_grad():
             float_model = Variant(Preparation({}), inputs=False)
-            expected = self.predictions(float_model, tokens.clamp(min=0))
-        predicted = self.predictions(Variant(preparation, weights=weights), tokens.clamp(min=0))
+            expected = self.predictions(float_model, inputs)
+        predicted = self.predictions(Variant(preparation, weights=weights), inputs)
         divergences = kl_div(predicted, expected, reduction="none", log_target=True).sum(-1)
-        real = tokens >= 0
-        mean: Tensor = (divergences * real).sum() / real.sum()
+        counted = torch.ones_like(samples.tokens) if samples.counted is None else samples.counted
+        counted = counted.to(self.device)
+        mean: Tensor = (divergences * counted).sum() / counted.sum().clamp(min=1)
         return mean
 
-    def predictions(self, variant: Variant, tokens: Tensor) -> Tensor:
-        """Log-probabilities of each next token, float32 ``[samples, length, vocabulary]``."""
+    def predictions(self, variant: Variant, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Log-probabilities of each next token, float32 ``[samples, length, vocabulary]``.
+
+        ``inputs`` are arguments of the model by name.
+        """
         self.variant = variant
         rewrites = variant.preparation.rewrites
         names = [name for name in self._outer if name in rewrites or name in self._stored]
@@ -119,7 +126,7 @@ class InMemoryModel(WholeModel):
         values = {self._outer[name]: value for name, value in on_disk.items()}
         tied = len(names) < len(self._outer)  # the head is the embedding
         with self.changed_inputs(self._model, "", variant):
-            call = {"input_ids": tokens, "use_cache": False}
+            call = {**inputs, "use_cache": False}
             output: Any = functional_call(self._model, values, (), call, tie_weights=tied)
         log_probabilities: Tensor = output.logits.float().log_softmax(-1)
         return log_probabilities
@@ -158,7 +165,9 @@ class InMemoryModel(WholeModel):
             if variant.inputs and name in names and scheme.activations is not None
         }
         with (
-            hooked(rotate_inputs(module, rotated)),  # inputs are rotated first, then rounded
+            hooked(
+                rotate_inputs(dict(module.named_modules()), rotated)
+            ),  # inputs are rotated first, then rounded
             rounding_inputs(module, roundings, _round_through_peaks),
         ):
             yield
@@ -174,22 +183,20 @@ class _RewrittenBlock(BlockProxy):
         self.__dict__["model"] = model
         self._prefix, self._names = f"{name}.", parameters
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        refuse_positional(args)
+    def forward(self, *args: Any, **kwargs: Any) -> Output:
         model: InMemoryModel = self.__dict__["model"]
         compute = partial(self._compute, model, model.variant, kwargs)
         if not torch.is_grad_enabled():
-            return compute(hidden_states)
-        output: Tensor = checkpoint(compute, hidden_states, use_reentrant=False)
-        return output
+            return compute(*args)
+        return checkpoint(compute, *args, use_reentrant=False)
 
     def _compute(
-        self, model: InMemoryModel, variant: Variant, kwargs: dict[str, Any], hidden_states: Tensor
-    ) -> Tensor:
+        self, model: InMemoryModel, variant: Variant, kwargs: dict[str, Any], *args: Any
+    ) -> Output:
         block: nn.Module = self.__dict__["block"]
         values = model.values(variant, self._prefix, self._names)
         with model.changed_inputs(block, self._prefix, variant):
-            return first_tensor(functional_call(block, values, (hidden_states,), kwargs))
+            return functional_call(block, values, args, kwargs)
 
 
 def _round_through_peaks(x: Tensor, args: QuantArgs, scale: Tensor | None) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from qplug.api import Checkpoint, SingleFile, StoredTensor
-from qplug.checkpoint.block_fp8 import as_float, is_block_fp8
+from qplug.api import Checkpoint, Reader, SingleFile, StoredTensor
 from qplug.checkpoint.config_file import CONFIG, read_config, refuse_absurd
+from qplug.checkpoint.sources import read_as_float
 from qplug.checkpoint.tensor_file import read_header
 from qplug.errors import QplugError
 from qplug.files.json_text import read_json
@@ -16,6 +18,8 @@ from qplug.files.typed import Typed
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+#: Where older releases of ModelOpt say how weights are quantized, in place of config.json.
+MODELOPT = "hf_quant_config.json"
 #: Files of JSON that servers read, and qplug only copies.
 COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -23,29 +27,42 @@ COMPANIONS = (
 )
 
 
-def open_checkpoint(folder: Path, single_file: SingleFile | None = None) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, single_file: SingleFile | None = None, *, readers: Iterable[Reader] = ()
+) -> Checkpoint:
     """Returns the checkpoint in ``folder``, after reading config.json and every shard's header.
 
-    A checkpoint that was published in blocks of fp8 is opened as the float model that it stands
-    for. A folder that has ``single_file`` in place of safetensors files is read by it. Raises
-    QplugError if the folder is not a checkpoint, if a file that the index names is missing, if a
-    file is a link to outside the folder, or if a shard is truncated or malformed.
+    A checkpoint that one of ``readers`` reads is opened as the float model that it stands for;
+    ``Registry.sources`` has the readers of all plugins. A folder that has ``single_file`` in place
+    of safetensors files is read by it. Raises QplugError if the folder is not a checkpoint, if a
+    file that the index names is missing, if a file is a link to outside the folder, if a shard is
+    truncated or malformed, or if quantized weights lack what they are read with.
     """
     if not folder.is_dir():
         raise QplugError(f"{folder}: no such folder")
-    config = read_config(folder)
+    config = _with_quantization(folder, read_config(folder))
     file = folder / single_file.name if single_file else None
     if single_file and file and file.is_file() and not any(folder.glob("*.safetensors")):
         refuse_link_out(file, folder)
         return Checkpoint(folder, config, single_file.read(file, config))
     tensors = _read_tensors(folder)
     refuse_absurd(folder / CONFIG, config, tensors)
-    if is_block_fp8(config):
-        config, tensors = as_float(config, tensors)
-    checkpoint = Checkpoint(folder, config, tensors)
+    checkpoint = read_as_float(Checkpoint(folder, config, tensors), readers)
     for path in checkpoint.companions():
         refuse_link_out(path, folder)
     return checkpoint
+
+
+def _with_quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``config`` with the quantization of ModelOpt's own file, if it says none itself."""
+    path = folder / MODELOPT
+    if Reader.quantization(config) or not os.path.lexists(path):
+        return config
+    found = Typed(str(path), read_json(path, within=folder, strict=False)).get("quantization")
+    if found is None:
+        return config
+    found.mapping()
+    return {**config, "quantization_config": {**found.value, "quant_method": "modelopt"}}
 
 
 def check_companions(folder: Path) -> None:

@@ -36,6 +36,10 @@ class RewrittenTensor(StoredTensor):
     def paths(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys(path for source in self.sources for path in source.paths))
 
+    def leaves(self) -> Iterator[StoredTensor]:
+        for source in self.sources:
+            yield from source.leaves()
+
     def read(self) -> Tensor:
         """The tensor, in memory of its own.
 

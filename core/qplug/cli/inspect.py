@@ -59,14 +59,17 @@ def command(registry: Registry, folder: str, as_json: bool) -> None:
 
 
 def _stays_float(opened: Folder) -> dict[str, str]:
-    """The weights in decoder blocks that engines build float, and why, by kind of the name."""
+    """The weights in decoder blocks that engines cannot load as codes, and why, by kind."""
     view, stays = opened.view, {}
+    kept = opened.manifest.kept_float if opened.manifest else {}
     for name in (*view.linears, *view.other_weights):
         why = view.built_float.get(name)
         if why is not None:
             who = f"{' and '.join(why.engines)}: " if why.engines else ""
             source = f" ({why.source})" if why.source else ""
             stays[kind_of(f"{name}.").removesuffix(".")] = f"{who}{why.reason}{source}"
+        elif name in kept:
+            stays[kind_of(f"{name}.").removesuffix(".")] = kept[name]
         elif name in view.other_weights:
             stays[kind_of(f"{name}.").removesuffix(".")] = (
                 "qplug cannot quantize it: it is no linear layer"

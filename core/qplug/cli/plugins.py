@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qplug.api import Reader
 from qplug.api.params import Option, options
 from qplug.cli.printed_table import print_table
 from qplug.cli.printing import Command, say, say_json, say_text
@@ -138,13 +139,14 @@ def _description(kind: str, name: str, plugin: Plugin) -> dict[str, Any]:
     """Returns the facts about an offer, for JSON."""
     offer = plugin.offers[kind, name]
     is_command = isinstance(offer, click.Command)
+    has_options = not isinstance(offer, click.Command | Reader)
     return {
         "kind": kind,
         "name": name,
         "plugin": plugin.name,
         "source": plugin.source,
         "description": inspect.cleandoc((offer.help if is_command else offer.__doc__) or ""),
-        "parameters": [] if is_command else [_parameter(o) for o in options(offer.Params)],
+        "parameters": [_parameter(o) for o in options(offer.Params)] if has_options else [],
     }
 
 

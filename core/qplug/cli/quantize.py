@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qplug.cli.config import tell
-from qplug.cli.float_lines import float_lines
+from qplug.cli.float_lines import float_lines, kept_float_lines
 from qplug.cli.headed import HeadedCommand, HeadedOption
 from qplug.cli.printing import say, say_json
 from qplug.cli.progress import progress_bar
@@ -239,8 +239,7 @@ def _tell(result: Result) -> None:
     sizes = f"{result.source_bytes / 1e6:,.1f} MB -> {result.bytes / 1e6:,.1f} MB"
     if result.dry_run:
         say(f"{out}: would be written: {sizes}")
-        for line in float_lines(result.float_share, result.floats):
-            say(line)
+        _tell_floats(result)
         return
     if not result.errors:
         say(f"{out}: float weights, no layer quantized, {sizes}, {result.seconds:.1f} s")
@@ -253,7 +252,14 @@ def _tell(result: Result) -> None:
     of_what = "outputs on the calibration data" if result.losses else "weights"
     summary = f"mean {mean:.4f}, worst {losses[worst]:.4f} ({worst})"
     say(f"relative error of {of_what}: {summary}")
-    for line in float_lines(result.float_share, result.floats):
-        say(line)
+    _tell_floats(result)
     for sentence in result.notes:
         say(f"note: {sentence}")
+
+
+def _tell_floats(result: Result) -> None:
+    """Print which linears no kernel takes, and the share of the weights that is float."""
+    for line in kept_float_lines(result.kept_float):
+        say(line)
+    for line in float_lines(result.float_share, result.floats):
+        say(line)

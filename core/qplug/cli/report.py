@@ -64,8 +64,9 @@ def command(
     measured = {}
     if perplexity:
         text = TextOptions(dataset, dataset_options, seq_len, windows, device, trust_remote_code)
-        opened = open_folder(folder, Session(registry, trust_remote_code=trust_remote_code))
-        _, source = find_source(opened, against)
+        session = Session(registry, trust_remote_code=trust_remote_code)
+        opened = open_folder(folder, session)
+        _, source = find_source(opened, against, session)
         if source is not None:
             measured["float"] = [text.measure(str(source.folder), registry)]
         measured["quantized"] = [text.measure(folder, registry)]

@@ -51,7 +51,7 @@ def command(
     names = [backend] if backend else list(registry.exporters)
     version = engine_version or NEWEST
     tables = {name: _rows(registry, name, version, target.gpu) for name in names}
-    view = None if model is None else _view(model, trust_remote_code)
+    view = None if model is None else _view(model, registry, trust_remote_code)
     if as_json:
         rows = {
             name: [{**dataclasses.asdict(row), **_fits(row, view, target)} for row in table]
@@ -76,12 +76,15 @@ def _rows(registry: Registry, name: str, version: str, gpu: str) -> list[Capabil
     return [row for row in rows if gpu in ("any", *row.devices)]
 
 
-def _view(model: str, trust_remote_code: bool) -> ModelView:
-    from qplug.checkpoint.locate import find_model
-    from qplug.checkpoint.open import open_checkpoint
-    from qplug.model.view import model_view
+def _view(model: str, registry: Registry, trust_remote_code: bool) -> ModelView:
+    from qplug.machine.session import Session
+    from qplug.reading.folder import open_folder
 
-    return model_view(open_checkpoint(find_model(model)), trust_remote_code=trust_remote_code)
+    session = Session(registry, trust_remote_code=trust_remote_code)
+    opened = open_folder(model, session)
+    if opened.exporter is not None:
+        raise QplugError(f"--model {model}: is quantized already; name the float model")
+    return opened.view
 
 
 def _fits(row: Capability, view: ModelView | None, target: Target) -> dict[str, str | None]:

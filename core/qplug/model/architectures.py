@@ -7,13 +7,15 @@ loads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from qplug.api import BuiltFloat, ModelView
 from qplug.api.tensors import FLOAT_DTYPES, Checkpoint
 from qplug.checkpoint.names import block_of, natural_order, split_name
 from qplug.errors import PluginError, QplugError
+from qplug.model.experts import experts_apart
+from qplug.model.hollow import build, load_config
 from qplug.model.kept_float import built_float
 from qplug.model.view import float_tensors, model_view, packed_view, refuse_quantized
 from qplug.registry.border import is_ctrl_c
@@ -33,7 +35,7 @@ def find_view(
     taught = _taught_view(checkpoint, registry)
     if taught is None:
         view = model_view(checkpoint, trust_remote_code=trust_remote_code)
-        return _with_other_weights(view, checkpoint)
+        return with_other_weights(view, checkpoint)
     plugin, view = taught
     refuse_quantized(checkpoint)
     for name, shape in view.linears.items():
@@ -46,7 +48,27 @@ def find_view(
                 f"{checkpoint.folder}: {name}.weight is {stored.spec.dtype}; qplug quantizes "
                 f"models in {', '.join(FLOAT_DTYPES)}"
             )
-    return _with_other_weights(view, checkpoint)
+    return with_other_weights(view, checkpoint)
+
+
+def with_experts_apart(
+    checkpoint: Checkpoint, registry: Registry, *, trust_remote_code: bool = False
+) -> Checkpoint:
+    """Returns ``checkpoint`` with a tensor for each linear of each expert.
+
+    Tensors that hold all experts of a layer are cut as they are read. Checkpoints without such
+    tensors, and architectures that a plugin teaches, stay as they are. Raises QplugError if the
+    architecture is unknown.
+    """
+    may_be_stacked = any(
+        len(tensor.spec.shape) == 3 and min(tensor.spec.shape[1:]) > 1
+        for tensor in checkpoint.tensors.values()
+    )
+    if not may_be_stacked or _taught_view(checkpoint, registry) is not None:
+        return checkpoint
+    config = load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
+    model = build(config, checkpoint.folder, trust_remote_code=trust_remote_code)
+    return experts_apart(model, checkpoint)
 
 
 def find_packed_view(
@@ -65,23 +87,28 @@ def find_packed_view(
         view = packed_view(checkpoint, packed, trust_remote_code=trust_remote_code)
     else:
         view = taught[1]
-    return _with_other_weights(view, checkpoint)
+    return with_other_weights(view, checkpoint)
 
 
 def expected_tensors(
-    checkpoint: Checkpoint, registry: Registry, *, trust_remote_code: bool = False
+    checkpoint: Checkpoint,
+    stored: Collection[str],
+    registry: Registry,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors that a float checkpoint of this architecture has, by name on disk.
 
-    For an architecture that a plugin teaches: the weights of its linears only.
+    ``stored``: the names of the tensors in ``checkpoint`` if its codes were float weights. For an
+    architecture that a plugin teaches: the weights of its linears only.
     """
     taught = _taught_view(checkpoint, registry)
     if taught is None:
-        return float_tensors(checkpoint, trust_remote_code=trust_remote_code)
+        return float_tensors(checkpoint, stored, trust_remote_code=trust_remote_code)
     return {f"{name}.weight": shape for name, shape in taught[1].linears.items()}
 
 
-def _with_other_weights(view: ModelView, checkpoint: Checkpoint) -> ModelView:
+def with_other_weights(view: ModelView, checkpoint: Checkpoint) -> ModelView:
     """Returns ``view`` with the float weights in its blocks that are none of its linears."""
     others = {}
     for tensor, stored in checkpoint.tensors.items():

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from qplug.errors import QplugError
-
 
 class BlockProxy(nn.Module):
     """Has the attributes of ``block``, without its parameters, and is called in its place."""
@@ -21,12 +19,3 @@ class BlockProxy(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["block"], name)
-
-
-def refuse_positional(args: tuple[Any, ...]) -> None:
-    """Raises QplugError if a block gets other positional arguments than the hidden states."""
-    if args:
-        raise QplugError(
-            "this architecture calls its blocks with positional arguments, which qplug cannot "
-            "follow; take an algorithm that needs no calibration data"
-        )

@@ -1,23 +1,25 @@
 """The names of a model's tensors on disk, which differ from the names in memory for some models.
 
-transformers renames modules, and stacks experts, when it loads a checkpoint. Its own conversion to
-disk, sent once through a hollow model, says which name on disk belongs to which name in memory.
+transformers renames tensors, and stacks the experts of a layer, when it loads a checkpoint. Each
+name of the checkpoint is sent through the renaming of its loader, which gives the parameter in
+memory that the tensor becomes, or becomes a part of. The names of tensors that the checkpoint lacks
+come from the conversion to disk, and from the names of the tensors next to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from qplug.checkpoint.names import split_name
+from qplug.checkpoint.names import module_of, natural_order, split_name
 from qplug.errors import QplugError
 from qplug.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
@@ -25,12 +27,16 @@ if TYPE_CHECKING:
 class DiskNames:
     """The names on disk of a model's parameters.
 
-    ``shapes`` has the shape of every tensor on disk, by name. ``of_parameter`` maps the name in
-    memory of each parameter that is stored alone, as it is, to its name on disk.
+    ``shapes`` has the shape of every tensor that a checkpoint of the model has, by name on disk;
+    tensors of which transformers makes parts of a parameter are included where its conversion to
+    disk gives the names of the checkpoint. ``of_parameter`` maps the name in memory of each
+    parameter that is stored alone, as it is, to its name on disk. ``parts`` has the tensors that
+    transformers joins or cuts to make a parameter, by name of the parameter in memory.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     of_parameter: Mapping[str, str]
+    parts: Mapping[str, tuple[str, ...]]
 
     def module(self, path: str) -> str | None:
         """Returns the name on disk of the module at ``path`` that has a weight; None if unknown."""
@@ -40,16 +46,25 @@ class DiskNames:
         module, local = split_name(stored)
         return module if local == "weight" else None
 
+    def whole(self, parameter: str) -> str | None:
+        """Returns the one tensor on disk that is ``parameter``; None if there are several."""
+        parts = self.parts.get(parameter, ())
+        return self.of_parameter.get(parameter) or (parts[0] if len(parts) == 1 else None)
+
     def block(self, path: str) -> str:
         """Returns the name on disk of the block at ``path``.
 
         Raises QplugError if the tensors of the block have no name in common there.
         """
+        inside = {n: d for n, d in self.of_parameter.items() if n.startswith(f"{path}.")}
         found = {
             stored.removesuffix(local)
-            for name, stored in self.of_parameter.items()
-            if name.startswith(f"{path}.") and stored.endswith(local := name.removeprefix(path))
+            for name, stored in inside.items()
+            if stored.endswith(local := name.removeprefix(path))
         }
+        if len(found) != 1:
+            common = module_of(_common_prefix([*inside.values()]))
+            found = {common} if common else set()
         if len(found) != 1:
             raise QplugError(
                 f"{path}: is a decoder block whose tensors go by other names in the checkpoint, "
@@ -58,18 +73,57 @@ class DiskNames:
         return found.pop()
 
 
-def disk_names(model: PreTrainedModel) -> DiskNames:
-    """Returns the names on disk of the parameters of ``model``, which may be hollow."""
+def disk_names(model: PreTrainedModel, stored: Iterable[str]) -> DiskNames:
+    """Returns the names on disk of the parameters of ``model``, which may be hollow.
+
+    ``stored`` are the names of the tensors of a float checkpoint of the model.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    aliases: dict[int, list[str]] = {}  # names of tied parameters
+    parameters: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+        parameters[name] = parameter
+    alone: dict[str, str] = {}
+    parts: dict[str, list[str]] = {}
+    for name, target, is_part in _loaded(model, stored):
+        if is_part:
+            parts.setdefault(target, []).append(name)
+        elif target in parameters:
+            alone[target] = name
+    shapes = {stored_name: tuple(parameters[name].shape) for name, stored_name in alone.items()}
+    others = {
+        names[0]: parameters[names[0]]
+        for names in aliases.values()
+        if not any(name in alone for name in names)
+    }
     with quiet_transformers():
-        stored = revert_weight_conversion(model, parameters)
-    in_memory = {id(tensor): name for name, tensor in parameters.items()}
-    return DiskNames(
-        {name: tuple(tensor.shape) for name, tensor in stored.items()},
-        {in_memory[id(tensor)]: name for name, tensor in stored.items() if id(tensor) in in_memory},
-    )
+        converted: dict[str, Tensor] = revert_weight_conversion(model, others)
+    in_memory = {id(tensor): name for name, tensor in others.items()}
+    joined = {part for names in parts.values() for part in names}
+    is_old = len(joined & converted.keys()) < len(joined)  # the checkpoint has names of its own
+    for name, tensor in converted.items():
+        target = in_memory.get(id(tensor), "")
+        if target and target not in parts:
+            alone[target] = name if name in joined else _moved(target, alone, name)
+            shapes[alone[target]] = tuple(tensor.shape)
+        elif name in joined or not is_old:
+            shapes[name] = tuple(tensor.shape)
+    return DiskNames(shapes, alone, {name: tuple(each) for name, each in parts.items()})
+
+
+def modules_on_disk(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, nn.Module]:
+    """Returns the modules of ``model`` that have a weight, by their names on disk.
+
+    ``stored`` as in ``disk_names``.
+    """
+    names = disk_names(model, stored)
+    return {
+        on_disk: module
+        for path, module in model.named_modules()
+        if (on_disk := names.module(path)) is not None
+    }
 
 
 def tied_name(model: PreTrainedModel, path: str) -> str:
@@ -79,3 +133,48 @@ def tied_name(model: PreTrainedModel, path: str) -> str:
     with quiet_transformers():
         (stored,) = revert_weight_conversion(model, {f"{path}.weight": torch.empty(1, 1)})
     return split_name(stored)[0]
+
+
+def _loaded(model: PreTrainedModel, stored: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """Yields each name of ``stored`` that ``model`` loads, and the name in memory that it goes to.
+
+    The third value says whether the tensor is joined with others, or cut, on the way.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    with quiet_transformers():
+        conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    state = model.state_dict()
+    prefix = model.base_model_prefix
+    for name in natural_order(stored):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target in state:
+            yield name, target, pattern is not None
+
+
+def _moved(target: str, alone: Mapping[str, str], otherwise: str) -> str:
+    """Returns the name on disk of the parameter ``target``, which the checkpoint lacks.
+
+    It is changed as the names of the parameters next to it are; ``otherwise`` if there are none.
+    """
+    near = max(alone, key=lambda name: len(_common_prefix([name, target])), default=None)
+    if near is None:
+        return otherwise
+    stored = alone[near]
+    same = len(_common_prefix([near[::-1], stored[::-1]]))
+    before, after = near[: len(near) - same], stored[: len(stored) - same]
+    if not target.startswith(before) or before == after:
+        return otherwise
+    return after + target.removeprefix(before)
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """Returns the characters with which all ``names`` begin."""
+    least, most = min(names, default=""), max(names, default="")
+    end = next((n for n, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), len(least))
+    return least[:end]

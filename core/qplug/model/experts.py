@@ -1,24 +1,29 @@
 """The modules of a model as its checkpoint names them, with linears for every single expert.
 
-transformers fuses the experts of a layer into tensors of three dimensions, and renames modules; on
-disk, for engines and for algorithms, each expert has linears of its own. The layout is traced by
-sending numbered elements through transformers' own conversion to disk, and the separate experts are
-compared with the fused module on random tokens. No architecture is named here.
+transformers fuses the experts of a layer into tensors of three dimensions, and renames modules; for
+engines and for algorithms, each expert has linears of its own. Where the checkpoint has them too,
+their places are traced by sending numbered elements through transformers' own conversion to disk.
+The separate experts are compared with the fused module on random tokens. No architecture is named
+here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from qplug.checkpoint.names import local_of, module_of, split_name
+from qplug.api import Checkpoint
+from qplug.checkpoint.names import local_of, module_of, relative_name, split_name
+from qplug.checkpoint.stacked import Cut, cut_tensor, joined
 from qplug.errors import QplugError
 from qplug.model.block_list import decoder_blocks
+from qplug.model.disk_names import DiskNames, disk_names
+from qplug.model.expert_layout import Layout, Part, agrees, find_layout
 from qplug.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -26,38 +31,55 @@ if TYPE_CHECKING:
 
 #: Rows and columns of each expert in the numbered tensor; two fused linears take half of the rows.
 _ROWS, _COLUMNS = 4, 3
-#: The largest relative difference that another order of summation makes on a few random tokens.
-_RTOL = 1e-4
 
 
 class Experts(nn.Module):
     """The experts of a layer, by number; called like the fused module that it replaces.
 
     ``readers``: the names of an expert's linears that read tokens. ``last``: the name of its output
-    linear. ``rows[e]``: the tokens that expert ``e`` was given in the last pass, int64, ascending.
+    linear. ``gathers``: whether it is given the tokens of the layer, of which each expert reads
+    some; else each expert has a copy of the tokens of its own, zero for tokens that it is not
+    given. ``rows[e]``: the tokens that expert ``e`` was given in the last pass, int64, ascending.
     """
 
-    def __init__(self, fused: nn.Module, layout: _Layout) -> None:
+    def __init__(self, fused: nn.Module, layout: Layout) -> None:
         super().__init__()
-        self.readers, self.last = layout.readers, layout.last
+        self.readers = tuple(part.linear for part in layout.readers)
+        self.last, self.gathers = layout.last.linear, layout.gathers
         self.rows: tuple[Tensor, ...] = ()
         self.__dict__["_fused"] = fused  # not registered: the linears have its parameters
+        self.__dict__["_layout"] = layout
+        parameters = dict(fused.named_parameters(recurse=False))
         for number in range(layout.count):
             expert = nn.Module()
-            for name, part in layout.linears.items():
-                expert.add_module(name, _linear(part.of(fused.get_parameter(part.fused), number)))
+            for part in layout.parts:
+                bias = parameters.get(f"{part.fused}_bias")
+                expert.add_module(
+                    part.linear,
+                    _linear(
+                        part.cut.of(parameters[part.fused][number]),
+                        None if bias is None else part.cut.of(bias[number]),
+                    ),
+                )
             self.add_module(str(number), expert)
-        for name in [name for name, _ in fused.named_parameters(recurse=False)]:
+        for name in parameters:
             fused._parameters[name] = None
 
-    def forward(self, tokens: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """``tokens: [tokens, width]``; ``chosen``, ``shares``: ``[tokens, experts of a token]``."""
+    def forward(
+        self, tokens: Tensor, chosen: Tensor | None = None, shares: Tensor | None = None
+    ) -> Tensor:
+        """``tokens: [tokens, width]``; ``chosen``, ``shares``: ``[tokens, experts of a token]``.
+
+        Without ``chosen``, ``tokens`` has a copy of all tokens for each expert.
+        """
+        if chosen is None or shares is None:
+            return self._of_copies(tokens)
         per_token = chosen.shape[-1]
         order = torch.argsort(chosen.flatten(), stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=len(self._modules)).tolist()
-        places = order.split(counts)
+        places = order.split(counts)[: len(self._modules)]
         self.rows = tuple(place // per_token for place in places)
-        outputs = torch.empty(
+        outputs = torch.zeros(
             len(order), tokens.shape[-1], dtype=tokens.dtype, device=tokens.device
         )
         for expert, place, rows in zip(self.children(), places, self.rows, strict=True):
@@ -67,10 +89,20 @@ class Experts(nn.Module):
         mixed: Tensor = weighted.sum(1).to(tokens.dtype)
         return mixed
 
+    def _of_copies(self, tokens: Tensor) -> Tensor:
+        copies = tokens.unflatten(0, (len(self._modules), -1))
+        self.rows = tuple(copy.any(-1).nonzero().flatten() for copy in copies)
+        outputs = torch.zeros_like(copies)
+        for number, (expert, rows) in enumerate(zip(self.children(), self.rows, strict=True)):
+            if len(rows):
+                outputs[number, rows] = self._output(expert, copies[number, rows])
+        return outputs.flatten(0, 1)
+
     def _output(self, expert: nn.Module, x: Tensor) -> Tensor:
-        fused: Any = self.__dict__["_fused"]
-        inner = torch.cat([expert.get_submodule(name)(x) for name in self.readers], -1)
-        inner = fused._apply_gate(inner) if fused.has_gate else fused.act_fn(inner)
+        layout: Layout = self.__dict__["_layout"]
+        inner = layout.inner(
+            self.__dict__["_fused"], [expert.get_submodule(name)(x) for name in self.readers]
+        )
         output: Tensor = expert.get_submodule(self.last)(inner)
         return output
 
@@ -83,182 +115,256 @@ def rows_of(block: nn.Module, path: str) -> Tensor | None:
 
 
 @torch.no_grad()
-def as_on_disk(model: PreTrainedModel, blocks: Sequence[str], stored: Container[str]) -> None:
-    """Give the parameters in ``blocks`` of ``model`` the names and shapes that they have on disk.
+def as_on_disk(
+    model: PreTrainedModel, blocks: Sequence[str], stored: Collection[str]
+) -> dict[str, nn.Module]:
+    """Give the parameters in the blocks of ``model`` the names and shapes that they have on disk.
 
-    ``stored``: the names of the checkpoint's tensors. The outputs of ``model`` stay the same; the
-    weights of experts are views of its own tensors. Raises QplugError for an unknown layout.
+    ``blocks``: the names of the blocks on disk; ``stored``: the names of the checkpoint's tensors.
+    Returns the blocks by name; within a block, modules have their names on disk. The outputs of
+    ``model`` stay the same; the weights of experts are views of its own tensors. Raises QplugError
+    for an unknown layout.
     """
-    name_blocks(model, blocks)
-    verified: set[tuple[type, _Layout]] = set()
-    for block in blocks:
-        module = model.get_submodule(block)
-        missing = [
-            name
-            for local, _ in module.named_parameters()
-            if (name := f"{block}.{local}") not in stored
-        ]
-        fused: dict[str, list[_Part]] = {}
-        paths: dict[str, str] = {}  # paths on disk, by paths in memory
-        for name in missing:
-            path, local, parts = _trace(model, name)
-            paths[module_of(name)] = path
-            if parts:
-                fused.setdefault(module_of(name), []).extend(parts)
-            elif local != local_of(name):
-                raise _unknown(name)
-        for path, parts in fused.items():
-            layout = _layout(path, parts, model.get_submodule(path))
-            if (type(model.get_submodule(path)), layout) not in verified:
-                _verify(path, model.get_submodule(path), layout)
-                verified.add((type(model.get_submodule(path)), layout))
-            parent, local = split_name(path)
-            experts = Experts(model.get_submodule(path), layout)
-            model.get_submodule(parent).add_module(local, experts)
+    names = disk_names(model, stored)
+    stacks = {stack.module: stack for stack in stacked_experts(model, names)}
+    layouts = _Layouts()
+    modules = blocks_by_name(model, blocks)
+    in_memory = decoder_blocks(model, Path(str(model.config.name_or_path)))
+    for (block, module), before in zip(modules.items(), in_memory, strict=True):
+        paths: dict[str, str] = {}  # full names on disk of modules, by path in the block
+        for path in dict.fromkeys(module_of(local) for local, _ in module.named_parameters()):
+            full, part = f"{before}.{path}", module.get_submodule(path)
+            own = [f"{full}.{local}" for local, _ in part.named_parameters(recurse=False)]
+            stack, layout = stacks.get(full), None
+            if stack is not None:
+                is_apart = stack.is_apart(stored)
+                paths[path], layout = (stack.experts, stack.layout) if is_apart else (full, None)
+            elif own[0] in names.parts:
+                traced = [_trace(model, name, names) for name in own]
+                paths[path] = traced[0][0]
+                layout = layouts.of(full, part, [each for _, parts in traced for each in parts])
+            else:
+                paths[path] = _module_on_disk(own, names)
+            if layout is not None:
+                parent, local = split_name(path)
+                module.get_submodule(parent).add_module(local, Experts(part, layout))
+        # The deepest come first, while their parents still go by their old names.
         for path, on_disk in sorted(paths.items(), key=lambda pair: -pair[0].count(".")):
-            _rename(model, path, on_disk)
+            if path:
+                _rename(module, path, relative_name(block, on_disk))
         for local, _ in module.named_parameters():
             if f"{block}.{local}" not in stored:
                 raise _unknown(f"{block}.{local}")
+    return modules
 
 
-def name_blocks(model: PreTrainedModel, blocks: Sequence[str]) -> None:
-    """Register the decoder blocks of ``model`` under their names on disk, ``blocks``, too."""
+def _module_on_disk(parameters: Sequence[str], names: DiskNames) -> str:
+    """The name on disk of the module with ``parameters``, whose own names are the same there."""
+    for name in parameters:
+        if local_of(names.of_parameter.get(name, "")) != local_of(name):
+            raise _unknown(name)
+    return module_of(names.of_parameter[parameters[0]])
+
+
+def blocks_by_name(model: PreTrainedModel, blocks: Sequence[str]) -> dict[str, nn.Module]:
+    """Returns the decoder blocks of ``model`` by their names on disk, ``blocks``."""
     in_memory = decoder_blocks(model, Path(str(model.config.name_or_path)))
-    for before, after in zip(in_memory, blocks, strict=False):
-        _rename(model, before, after)
+    return {name: model.get_submodule(path) for path, name in zip(in_memory, blocks, strict=True)}
 
 
-def name_on_disk(model: PreTrainedModel, parameter: str) -> str:
-    """The name in checkpoints of a parameter outside of the blocks."""
-    path, local, _ = _trace(model, parameter)
-    return f"{path}.{local}"
+def modules_of_blocks(blocks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Returns all modules inside of ``blocks`` by their full names."""
+    return {
+        f"{name}.{path}": module
+        for name, block in blocks.items()
+        for path, module in block.named_modules()
+        if path
+    }
 
 
-# --- layouts --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A linear of every expert: rows ``start`` to ``stop`` of ``_ROWS``, in parameter ``fused``."""
-
-    linear: str
-    fused: str
-    start: int
-    stop: int
-
-    def of(self, parameter: Tensor, number: int) -> Tensor:
-        """The weight of expert ``number``, ``[out, in]``, in ``parameter: [experts, rows, in]``."""
-        rows = parameter.shape[1]
-        return parameter[number, self.start * rows // _ROWS : self.stop * rows // _ROWS]
+# --- experts that the checkpoint stacks -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """The linears of the experts of one layer: ``readers`` read tokens, in order of their rows."""
+class Stack:
+    """The experts of a layer whose tensors are stacked on disk as they are in memory.
 
-    count: int
-    readers: tuple[str, ...]
-    last: str
-    parts: tuple[_Part, ...]
-
-    @property
-    def linears(self) -> dict[str, _Part]:
-        return {part.linear: part for part in self.parts}
-
-
-def _trace(model: PreTrainedModel, name: str) -> tuple[str, str, list[_Part]]:
-    """The path on disk of the module with parameter ``name``, the local name there, and parts.
-
-    For fused experts: the path of the experts, an empty name, and the linears in the parameter.
+    ``module``: the path in memory. ``experts``: the name of all experts, under which each expert
+    has its linears. ``layout``: of the parameters in memory. ``stored``: the name on disk of each
+    parameter; those in ``turned`` have their last two axes the other way round there.
     """
+
+    module: str
+    experts: str
+    layout: Layout
+    stored: Mapping[str, str]
+    turned: frozenset[str]
+
+    def linears(self) -> Iterator[tuple[str, str, int, Cut]]:
+        """Yields the tensor of each linear, the stacked tensor that has it, its expert, and cut."""
+        for number in range(self.layout.count):
+            for part in self.layout.parts:
+                linear = f"{self.experts}.{number}.{part.linear}"
+                turned = part.cut.transposed ^ (part.fused in self.turned)
+                cut = replace(part.cut, transposed=turned)
+                yield f"{linear}.weight", self.stored[part.fused], number, cut
+                if f"{part.fused}_bias" in self.stored:
+                    yield f"{linear}.bias", self.stored[f"{part.fused}_bias"], number, part.cut
+
+    def is_apart(self, names: Collection[str]) -> bool:
+        """Whether ``names`` has tensors of single experts instead of the stacked ones."""
+        return not any(name in names for name in self.stored.values())
+
+
+def stacked_experts(
+    model: PreTrainedModel,
+    names: DiskNames,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> tuple[Stack, ...]:
+    """Returns the experts of ``model`` whose tensors are stacked on disk.
+
+    ``shapes``: of the tensors on disk, by name; by default those that transformers would write.
+    """
+    shapes = names.shapes if shapes is None else shapes
+    layouts: dict[tuple[object, ...], Layout | None] = {}
+    stacks = []
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if sum(parameter.ndim == 3 for parameter in own.values()) != 2:
+            continue
+        stored = {n: s for n in own if (s := names.whole(f"{path}.{n}")) is not None}
+        if len(stored) < len(own):
+            continue
+        key = (type(module), *((n, len(p), p.ndim) for n, p in own.items()))
+        if key not in layouts:
+            layouts[key] = find_layout(module)
+        layout = layouts[key]
+        parent = {module_of(name.removesuffix(".weight")) for name in stored.values()}
+        if layout is not None and len(parent) == 1:
+            above = parent.pop()
+            experts = above if local_of(above) == "experts" else f"{above}.experts"
+            turned = (n for n, s in stored.items() if shapes.get(s, own[n].shape) != own[n].shape)
+            stacks.append(Stack(path, experts, layout, stored, frozenset(turned)))
+    return tuple(stacks)
+
+
+def _converted(model: PreTrainedModel, name: str, values: Tensor) -> dict[str, Tensor]:
+    """The tensors on disk, by name, that hold the parameter ``name`` if it has ``values``."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    real = model.get_parameter(name).shape
-    shape = (real[0], _ROWS, _COLUMNS) if len(real) == 3 else (2,) * len(real)
-    numbers = torch.arange(torch.Size(shape).numel()).view(shape)
     try:
         with quiet_transformers():
-            on_disk: dict[str, Tensor] = revert_weight_conversion(model, {name: numbers})
+            on_disk: dict[str, Tensor] = revert_weight_conversion(model, {name: values})
     except Exception as error:  # a conversion may need more tensors than this one
         raise _unknown(name) from error
-    if len(on_disk) == 1:
-        path, local = split_name(next(iter(on_disk)))
-        return path, local, []
-    parts: dict[str, list[_Part]] = {}
+    return on_disk
+
+
+def experts_apart(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoint:
+    """Returns ``checkpoint`` with stacked tensors cut: a tensor for each linear of an expert."""
+    tensors = dict(checkpoint.tensors)
+    shapes = {name: tensor.spec.shape for name, tensor in tensors.items()}
+    for stack in stacked_experts(model, disk_names(model, tensors), shapes):
+        if any(name not in tensors for name in stack.stored.values()):
+            continue
+        for name, stacked, number, cut in stack.linears():
+            tensors[name] = cut_tensor(checkpoint.tensors[stacked], stacked, number, cut)
+        for stacked in stack.stored.values():
+            del tensors[stacked]
+    return replace(checkpoint, tensors=tensors)
+
+
+def with_stacked_experts(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors ``state`` with experts stacked as ``model`` has them on disk.
+
+    Tensors of experts that are stacked already, or that the model has one by one, stay as they are.
+    """
+    stacked = dict(state)
+    for stack in stacked_experts(model, disk_names(model, state)):
+        parts: dict[str, dict[int, dict[Cut, Tensor]]] = {}
+        for name, whole, number, cut in stack.linears():
+            if name in stacked:
+                parts.setdefault(whole, {}).setdefault(number, {})[cut] = stacked.pop(name)
+        for whole, experts in parts.items():
+            stacked[whole] = joined(experts)
+    return stacked
+
+
+# --- experts that the checkpoint has one by one ---------------------------------------------------
+
+
+def _trace(model: PreTrainedModel, name: str, names: DiskNames) -> tuple[str, list[Part]]:
+    """The name on disk of the fused experts with the parameter ``name``, and the linears in it."""
+    real = model.get_parameter(name).shape
+    if len(real) != 3:
+        raise _unknown(name)
+    shape = (real[0], _ROWS, _COLUMNS)
+    numbers = torch.arange(torch.Size(shape).numel()).view(shape)
+    on_disk = _converted(model, name, numbers)
+    parts: list[Part] = []
     for tensor, values in on_disk.items():
         linear, local = split_name(tensor)
         expert, linear = split_name(linear)
-        path, number = split_name(expert)
+        _, number = split_name(expert)
         start = int(values.flatten()[0]) // _COLUMNS % _ROWS
-        part = _Part(linear, local_of(name), start, start + len(values))
-        whole = len(shape) == 3 and local == "weight" and number.isdigit()
-        if not (whole and torch.equal(values, part.of(numbers, int(number)))):
+        cut = Cut(start // max(1, len(values)), _ROWS // max(1, len(values)))
+        whole = local == "weight" and number.isdigit()
+        if not (whole and torch.equal(values, cut.of(numbers[int(number)]))):
             raise _unknown(name)
-        parts.setdefault(path, []).append(part)
-    if len(parts) != 1:
+        parts.append(Part(linear, local_of(name), cut))
+    distinct = list(dict.fromkeys(parts))
+    # The checkpoint may have older names than the conversion gives: those of its own tensors count.
+    own = {module_of(module_of(module_of(each))) for each in names.parts[name]}
+    linears = {local_of(module_of(each)) for each in names.parts[name]}
+    if len(own) != 1 or not {part.linear for part in distinct} <= linears:
         raise _unknown(name)
-    ((path, all_parts),) = parts.items()
-    distinct = list(dict.fromkeys(all_parts))
-    if len(all_parts) != shape[0] * len(distinct):
+    if len(parts) != shape[0] * len(distinct):
         raise _unknown(name)
-    return path, "", distinct
+    return own.pop(), distinct
 
 
-def _layout(path: str, parts: list[_Part], fused: nn.Module) -> _Layout:
-    """The layout of the experts at ``path``. Raises QplugError if their linears are unknown."""
-    by_parameter: dict[str, list[_Part]] = {}
-    for part in sorted(parts, key=lambda part: part.start):
-        by_parameter.setdefault(part.fused, []).append(part)
-    # transformers uses this name for the output linear of all fused experts.
-    last = by_parameter.pop("down_proj", [])
-    if len(last) != 1 or len(by_parameter) != 1:
-        raise _unknown(path)
-    (readers,) = by_parameter.values()
-    count = fused.get_parameter(last[0].fused).shape[0]
-    names = tuple(part.linear for part in readers)
-    return _Layout(count, names, last[0].linear, (*readers, last[0]))
+class _Layouts:
+    """Layouts of fused modules; each is compared once with what modules of a class compute."""
+
+    def __init__(self) -> None:
+        self._agreed: set[tuple[type, Layout]] = set()
+
+    def of(self, path: str, fused: nn.Module, parts: Sequence[Part]) -> Layout:
+        """The layout of the module ``fused`` at ``path``. Raises QplugError if it is unknown."""
+        by_parameter: dict[str, list[Part]] = {}
+        for part in sorted(parts, key=lambda part: part.cut.index):
+            by_parameter.setdefault(part.fused, []).append(part)
+        # transformers uses this name for the output linear of all fused experts.
+        last = by_parameter.pop("down_proj", [])
+        if len(last) != 1 or len(by_parameter) != 1:
+            raise _unknown(path)
+        (readers,) = by_parameter.values()
+        layout = Layout(len(fused.get_parameter(last[0].fused)), tuple(readers), last[0])
+        if (type(fused), layout) not in self._agreed and not agrees(fused, layout):
+            raise _unknown(path)
+        self._agreed.add((type(fused), layout))
+        return layout
 
 
-def _verify(path: str, fused: nn.Module, layout: _Layout) -> None:
-    """Raises QplugError if separate experts and ``fused``, made small, have different outputs."""
-    generator = torch.Generator().manual_seed(0)
-    width, inner, tokens, per_token = 8, 4, 16, min(2, layout.count)
-    shapes = {
-        layout.parts[0].fused: (layout.count, len(layout.readers) * inner, width),
-        layout.parts[-1].fused: (layout.count, width, inner),
-    }
-    parameters = dict(fused.named_parameters(recurse=False))
-    x = torch.randn(tokens, width, generator=generator)
-    shares, chosen = torch.rand(tokens, layout.count, generator=generator).topk(per_token)
-    try:
-        for name in parameters:
-            value = torch.randn(shapes[name], generator=generator)
-            fused._parameters[name] = nn.Parameter(value, requires_grad=False)
-        expected = fused(x, chosen, shares)
-        output = Experts(fused, layout)(x, chosen, shares)
-    except Exception as error:  # the module has other arguments, or more parts
-        raise _unknown(path) from error
-    finally:
-        fused._parameters.update(parameters)
-    if not (output - expected).norm() <= _RTOL * expected.norm():
-        raise _unknown(path)
+# --- modules --------------------------------------------------------------------------------------
 
 
-def _linear(weight: Tensor) -> nn.Linear:
-    """A linear that uses the memory of ``weight: [out, in]``."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear that uses the memory of ``weight: [out, in]`` and ``bias: [out]``."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
 
 
-def _rename(model: nn.Module, path: str, on_disk: str) -> None:
-    """Register the modules along ``path`` under their names ``on_disk`` too."""
+def _rename(block: nn.Module, path: str, on_disk: str) -> None:
+    """Register the modules of ``block`` along ``path`` under their names ``on_disk``."""
     old, new = path.split("."), on_disk.split(".")
     if len(old) != len(new):
         raise _unknown(path)
     for depth, (before, after) in enumerate(zip(old, new, strict=True)):
-        parent = model.get_submodule(".".join(new[:depth]))
+        parent = block.get_submodule(".".join(new[:depth]))
         if after in parent._modules:
             continue
         if before not in parent._modules:

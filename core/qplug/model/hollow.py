@@ -36,21 +36,55 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
 
 
 def build(config: PreTrainedConfig, folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
-    """A hollow model of ``config``: parameters on the meta device, buffers with their values."""
-    from transformers import AutoModelForCausalLM
+    """A hollow model of ``config``: parameters on the meta device, buffers with their values.
 
+    It is of the class that config.json names in ``architectures``. If transformers does not know
+    that class, it is of the class that reads text and predicts the next token. Raises QplugError if
+    there is none, or if it cannot be built.
+    """
     try:
         with _hollow(), _Modest(), quiet_transformers():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
+            return _new_model(config, trust_remote_code=trust_remote_code)
     except QplugError as error:
         raise QplugError(f"{folder / 'config.json'}: {error}") from error
     except Exception as error:  # as in load_config
         raise QplugError(
-            f"{folder / 'config.json'}: no such causal model: {reason_of(error)}"
+            f"{folder / 'config.json'}: its model cannot be built: {reason_of(error)}"
         ) from error
-    return model
+
+
+#: The classes of transformers that find a model by its configuration, in the order of trial.
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModel",
+)
+
+
+def _new_model(config: PreTrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
+    """Returns a new model of ``config``."""
+    import transformers
+
+    model: PreTrainedModel
+    own_code = getattr(config, "auto_map", None) or {}
+    if not (trust_remote_code and own_code):
+        for name in getattr(config, "architectures", None) or ():
+            named = getattr(transformers, str(name), None)
+            if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+                model = named._from_config(config)
+                return model
+    for name in _AUTO_CLASSES:
+        auto: Any = getattr(transformers, name, None)
+        known = auto is not None and type(config) in auto._model_mapping
+        if known or (trust_remote_code and name in own_code):
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)
+            return model
+    raise QplugError(
+        f"transformers has no model of type {config.model_type}; if the model comes with its own "
+        "code, pass --trust-remote-code"
+    )
 
 
 @contextmanager

@@ -34,21 +34,14 @@ KEPT_FLOAT = (
     KeptFloat(
         (
             *("*.gate", "*.router", "*.shared_expert_gate"),
-            *("*.router.layer", "*.router.classifier", "*.router.proj"),
+            *("*.router.layer", "*.router.classifier", "*.router.proj", "*.v_router"),
+            *("*.gate.wg", "*.shared_experts_gate"),
         ),
         (),
         BuiltFloat(
             "it chooses experts: it is small, and a wrong choice is costly",
             source="GateLinear without quant_config in vLLM 0.32, models/*.py; "
             "quant_config=None in SGLang 0.5.16, models/*.py",
-        ),
-    ),
-    KeptFloat(
-        ("*.mlp.gate.wg",),
-        ("hunyuan_v1_moe",),
-        BuiltFloat(
-            "it chooses experts: it is small, and a wrong choice is costly",
-            source="vLLM 0.26, models/hunyuan_v1.py; SGLang 0.5.16, models/hunyuan.py",
         ),
     ),
     KeptFloat(
@@ -60,18 +53,98 @@ KEPT_FLOAT = (
         ),
     ),
     KeptFloat(
-        ("*.indexer.weights_proj", "*.indexer.wk"),
-        ("deepseek_v32", "glm_moe_dsa"),
+        ("*.indexer.weights_proj", "*.indexer.wk", "*.indexer.scorer.weights_proj"),
+        (),
         BuiltFloat(
             "the engine merges it into wk_weights_proj, which it keeps in bfloat16",
             _BOTH,
-            "quant_config=None in vLLM 0.26 and 0.32, models/deepseek_v2.py, Indexer; "
+            "quant_config=None in vLLM 0.26 and 0.32, Indexer in models/deepseek_v2.py, "
+            "models/deepseek_v4 and models/glm5next; "
             "SGLang 0.5.16, layers/attention/dsa/dsa_indexer.py",
         ),
     ),
     KeptFloat(
+        (
+            *("*.compressor.wkv", "*.compressor.wgate"),
+            *("*.compressor.kv_proj", "*.compressor.gate_proj"),
+            *("*.indexer.kv_proj", "*.indexer.gate_proj"),
+        ),
+        ("deepseek_v4",),
+        BuiltFloat(
+            "it compresses keys and values of sparse attention, which engines do in bfloat16",
+            _BOTH,
+            "fused_wkv_wgate with quant_config=None in vLLM 0.32, models/deepseek_v4/compressor.py;"
+            " wkv_gate in SGLang 0.5.16, layers/attention/dsv4/compressor.py",
+        ),
+    ),
+    KeptFloat(
+        ("*hc.fn", "*.hc_fn", "*.hc_head_fn", "*.hc_attn_fn", "*.hc_ffn_fn", "*_hyper.fn"),
+        (),
+        BuiltFloat(
+            "it mixes the streams of hyper-connections: a few rows, computed in float32",
+            _BOTH,
+            "parameters or linears without quant_config in vLLM 0.32, models/deepseek_v4 and "
+            "models/hy_v4/*/hc.py; SGLang 0.5.23, models/hunyuan_v4.py",
+        ),
+    ),
+    KeptFloat(
+        ("*.input_mix_weight_down", "*.input_mix_weight_up", "*.block_inject_weight"),
+        (),
+        BuiltFloat(
+            "it mixes the streams of gated residuals, which the engine does in bfloat16",
+            _BOTH,
+            "quant_config=None in vLLM 0.32, models/qwen4_exp/*/hyperconnection.py",
+        ),
+    ),
+    KeptFloat(
+        ("*.self_attention_res_proj", "*.attn_res_proj", "*.mlp_res_proj"),
+        (),
+        BuiltFloat(
+            "it weighs the residuals of earlier blocks: a single row",
+            _BOTH,
+            "quant_config=None in vLLM 0.32, models/kimi_k3 and alice_ai.py; "
+            "SGLang 0.5.23, models/kimi_k3.py",
+        ),
+    ),
+    KeptFloat(
+        ("*.mlp.routed_expert_down_proj", "*.mlp.routed_expert_up_proj"),
+        ("kimi_k3",),
+        BuiltFloat(
+            "the projections around latent experts take no quantization",
+            ("vLLM",),
+            "quant_config=None in vLLM 0.32, models/kimi_k3/amd/linear.py",
+        ),
+    ),
+    KeptFloat(
+        ("*.self_attn.g_proj", "*.attention.g_proj"),
+        ("step3p5", "step3p7", "step3p7_text", "bailing_hybrid"),
+        BuiltFloat(
+            "the gate of attention heads has a row for each head, and takes no quantization",
+            ("SGLang",),
+            "no quant_config in SGLang 0.5.23, models/step3p5.py and models/bailing_moe_v3.py",
+        ),
+    ),
+    KeptFloat(
+        ("*.pre_expert_proj", "*.post_expert_proj"),
+        ("muse_spark", "muse_spark_text"),
+        BuiltFloat(
+            "the projections around experts take no quantization",
+            ("SGLang",),
+            "nn.Linear in SGLang 0.5.23, models/muse_spark.py",
+        ),
+    ),
+    KeptFloat(
+        ("*.shared_experts.gate_proj", "*.shared_experts.up_proj", "*.shared_experts.down_proj"),
+        ("inkling", "inkling_text"),
+        BuiltFloat(
+            "shared experts are sinks, which take no quantization",
+            ("vLLM",),
+            "no quant_config in vLLM 0.32, models/inkling/*/moe.py, InklingSinkExpertsLinear",
+        ),
+    ),
+    KeptFloat(
         ("*.conv.in_proj", "*.conv.out_proj"),
-        ("lfm2", "lfm2_moe"),
+        ("lfm2", "lfm2_moe", "lfm3"),
         BuiltFloat(
             "ShortConv takes no quantization before vLLM 0.32",
             ("vLLM",),
@@ -106,7 +179,7 @@ KEPT_FLOAT = (
         ),
     ),
     KeptFloat(
-        ("*.conv1d", "*.?_conv1d", "*.conv.conv", "*.A_log"),
+        ("*.conv1d", "*.?_conv1d", "*.conv.conv", "*.short_conv.conv", "*.A_log"),
         (),
         BuiltFloat(
             "it is a convolution over a few tokens, or the state matrix of one: no linear layer",

@@ -20,7 +20,7 @@ from qplug.api import ModelView
 from qplug.api.scheme import QuantArgs
 from qplug.api.tensors import Checkpoint
 from qplug.errors import QplugError
-from qplug.model.experts import name_blocks
+from qplug.model.experts import blocks_by_name
 from qplug.model.hollow import build, load_config
 from qplug.model.hooks import hooked
 from qplug.numerics.activations import fake_quantize_activations, input_scale
@@ -126,8 +126,7 @@ def find_cache(
 
     config = load_config(source.folder, trust_remote_code=trust_remote_code)
     model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
-    name_blocks(model, view.blocks)
-    blocks = {name: model.get_submodule(name) for name in view.blocks}
+    blocks = blocks_by_name(model, view.blocks)
     watches = {name: _Watch(block) for name, block in blocks.items()}
     inside = {id(part) for block in blocks.values() for part in block.parameters()}
     for module in model.modules():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 
-def rotate_inputs(model: nn.Module, linears: Iterable[str]) -> list[RemovableHandle]:
+def rotate_inputs(
+    modules: Mapping[str, nn.Module], linears: Iterable[str]
+) -> list[RemovableHandle]:
     """Register hooks that multiply the inputs of ``linears`` by the Hadamard matrix of their width.
 
-    Raises QplugError if one of ``linears`` is no ``nn.Linear`` in memory, such as a fused expert.
+    ``modules``: by the names that ``linears`` has. Raises QplugError if one of ``linears`` is no
+    ``nn.Linear`` in memory, such as a fused expert.
     """
-    modules = dict(model.named_modules())
     linears = tuple(linears)
     for name in linears:
         if not isinstance(modules.get(name), nn.Linear):

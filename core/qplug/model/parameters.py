@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from qplug.checkpoint.names import split_name
 from qplug.errors import QplugError
@@ -21,6 +19,8 @@ def refuse_infinite(tensors: Mapping[str, Tensor], dtype: str = "float32") -> No
     Its values are not finite, or, if it is a matrix, too large or too small for squares in float32,
     or too large for ``dtype``, the model's.
     """
+    if not tensors:
+        return
     limit = torch.finfo(getattr(torch, dtype)).max
     peaks = torch.stack([_extremes(value) for value in tensors.values()]).abs().amax(1).tolist()
     for (name, value), peak in zip(tensors.items(), peaks, strict=True):
@@ -63,18 +63,3 @@ def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
         owner._buffers[local] = value
     else:
         owner._parameters[local] = nn.Parameter(value, requires_grad=False)
-
-
-def call_block(
-    module: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor, call: Mapping[str, Any]
-) -> Tensor:
-    """The hidden states that the block ``module`` returns for ``inputs`` with ``parameters``.
-
-    ``inputs`` and the result: ``[samples, tokens, width]``; ``call``: its keyword arguments.
-    """
-    return first_tensor(functional_call(module, dict(parameters), (inputs,), dict(call)))
-
-
-def first_tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The hidden states in the output of a block, which may be a tuple that starts with them."""
-    return output if isinstance(output, Tensor) else output[0]

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from qplug.checkpoint.names import kind_of, module_of, split_name
 from qplug.errors import QplugError
+from qplug.model.block_call import hidden_states
 from qplug.model.block_list import decoder_blocks
+from qplug.model.disk_names import disk_names, modules_on_disk
+from qplug.model.experts import stacked_experts
 from qplug.model.hollow import build
 from qplug.model.hooks import hooked
 from qplug.model.online_rotation import rotate_inputs
-from qplug.model.parameters import first_tensor
 from qplug.model.quiet import quiet_transformers
 from qplug.numerics.hadamard import hadamard_exists
 
@@ -125,7 +127,13 @@ class SmallCopy:
             numbers[name] = torch.arange(start, end, dtype=narrow).view(parameter.shape)
             start = end
         with quiet_transformers():
-            self._numbers: dict[str, Tensor] = revert_weight_conversion(self.model, numbers)
+            on_disk: dict[str, Tensor] = revert_weight_conversion(self.model, numbers)
+        stacks = stacked_experts(self.model, disk_names(self.model, on_disk))
+        whole = {name for stack in stacks for name in stack.stored.values()}
+        self._numbers = {name: tensor for name, tensor in on_disk.items() if name not in whole}
+        for stack in stacks:
+            for name, stacked, expert, cut in stack.linears():
+                self._numbers[name] = cut.of(on_disk[stacked][expert])
         times_stored = torch.zeros(count, dtype=torch.int8)
         for number in self._numbers.values():
             times_stored[number.flatten()] += 1
@@ -188,7 +196,7 @@ class SmallCopy:
             self.model.get_submodule(name).register_forward_hook(partial(_keep_hidden, hidden))
             for name in self.blocks
         ]
-        handles += rotate_inputs(self.model, online)
+        handles += rotate_inputs(modules_on_disk(self.model, self._numbers), online)
         with hooked(handles):
             logits = self.model(input_ids=tokens[None], use_cache=False).logits
         return Seen(logits[0].float(), tuple(hidden))
@@ -205,7 +213,7 @@ def place_of(name: str, blocks: tuple[str, ...], kinds: tuple[int, ...] | range)
 
 
 def _keep_hidden(hidden: list[Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
-    state = first_tensor(output)
+    state = hidden_states(output)
     hidden.append(state[0] if state.ndim == 3 else state)
 
 

@@ -8,17 +8,19 @@ in memory and fuses experts, but on disk each expert has tensors of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from qplug.api import ModelView
+from qplug.api import ModelView, Reader
+from qplug.api.reader import QUANTIZATION
 from qplug.api.tensors import FLOAT_DTYPES, Checkpoint
 from qplug.checkpoint.names import block_of, local_of, natural_order, split_name
 from qplug.errors import QplugError
 from qplug.model.block_list import decoder_blocks
 from qplug.model.disk_names import disk_names, tied_name
+from qplug.model.experts import stacked_experts
 from qplug.model.hollow import build, load_config
 from qplug.model.kept_float import built_float
 
@@ -32,16 +34,19 @@ def model_view(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Mo
     architecture has, or it is quantized already.
     """
     refuse_quantized(checkpoint)
-    tree = _tree(checkpoint, trust_remote_code)
+    tree = _tree(checkpoint, checkpoint.tensors, trust_remote_code)
     _check_whole(checkpoint, tree)
     return _view(checkpoint, tree, {})
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raises QplugError if ``checkpoint`` is quantized already."""
-    if "quantization_config" in checkpoint.config or "compression_config" in checkpoint.config:
+    quantization = Reader.quantization(checkpoint.config)
+    if quantization or any(key in checkpoint.config for key in QUANTIZATION):
+        method = ascii(quantization.get("quant_method"))[:40]
         raise QplugError(
-            f"{checkpoint.folder}: is quantized already; quantize the float model it came from"
+            f"{checkpoint.folder}: is quantized already, and no reader reads its quant_method "
+            f"{method}; quantize the float model it came from"
         )
 
 
@@ -56,7 +61,8 @@ def packed_view(
     ``packed``: shapes ``(out, in)`` by linear. Linears of the architecture are in the view even if
     the folder lacks them.
     """
-    tree = _tree(checkpoint, trust_remote_code)
+    weights = [f"{name}.weight" for name in packed]
+    tree = _tree(checkpoint, {*checkpoint.tensors, *weights}, trust_remote_code)
     return _view(checkpoint, tree, packed)
 
 
@@ -73,25 +79,31 @@ class _Tree:
     tensors: Mapping[str, tuple[int, ...]]
 
 
-def _tree(checkpoint: Checkpoint, trust_remote_code: bool) -> _Tree:
+def _tree(checkpoint: Checkpoint, stored: Collection[str], trust_remote_code: bool) -> _Tree:
+    """Returns the model of ``checkpoint``; ``stored`` are the names of its tensors, as float."""
     folder = checkpoint.folder
     config = load_config(folder, trust_remote_code=trust_remote_code)
     model = build(config, folder, trust_remote_code=trust_remote_code)
-    names = disk_names(model)
+    names = disk_names(model, stored)
     modules = {
-        stored: module
+        name: module
         for path, module in model.named_modules()
-        if (stored := names.module(path)) is not None
+        if (name := names.module(path)) is not None
     }
     output = model.get_output_embeddings()
     head = next((path for path, module in model.named_modules() if module is output), None)
     if head is not None:
-        stored = names.module(head) or tied_name(model, head)
+        on_disk = names.module(head) or tied_name(model, head)
         # A head of another name on disk (embed_out) is a float linear like others there; loaders
         # that ask for the head's own name find it in ignore.
-        head = stored if local_of(stored) == local_of(head) else head
+        head = on_disk if local_of(on_disk) == local_of(head) else head
     blocks = tuple(map(names.block, decoder_blocks(model, folder)))
-    return _Tree(modules, blocks, head, names.shapes)
+    shapes = dict(names.shapes)
+    for stack in stacked_experts(model, names):
+        if stack.is_apart(stored) and any(each in stored for each, *_ in stack.linears()):
+            whole = {each: shapes.pop(each) for each in stack.stored.values()}
+            shapes |= {each: cut.shape(whole[of]) for each, of, _, cut in stack.linears()}
+    return _Tree(modules, blocks, head, shapes)
 
 
 def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, int]]) -> ModelView:
@@ -132,13 +144,14 @@ def _is_in(blocks: tuple[str, ...], name: str) -> bool:
 
 
 def float_tensors(
-    checkpoint: Checkpoint, *, trust_remote_code: bool = False
+    checkpoint: Checkpoint, stored: Collection[str], *, trust_remote_code: bool = False
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors that a float checkpoint of this architecture has, by name on disk.
 
-    Experts have separate tensors; a head that is tied to the embedding has none.
+    ``stored``: the names of the tensors in ``checkpoint`` if its codes were float weights. A head
+    that is tied to the embedding has no tensor.
     """
-    return dict(_tree(checkpoint, trust_remote_code).tensors)
+    return dict(_tree(checkpoint, stored, trust_remote_code).tensors)
 
 
 def _check_whole(checkpoint: Checkpoint, tree: _Tree) -> None:

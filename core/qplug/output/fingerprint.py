@@ -6,19 +6,17 @@ import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from qplug.api.tensors import Checkpoint
+from qplug.calibration.samples import Samples
 from qplug.machine.session import Session
 from qplug.output.checksums import file_checksum
 from qplug.recipe.recipe import Recipe
 from qplug.registry.plugin import Plugin
 from qplug.registry.registry import Registry
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _LIBRARIES = ("numpy", "safetensors", "torch", "transformers")
 _PAGE = 4096  # bytes
@@ -31,16 +29,16 @@ def fingerprint(
     recipe: Recipe,
     session: Session,
     shard_bytes: int,
-    tokens: Tensor | None,
+    samples: Samples | None,
     *,
     learns: bool = False,
 ) -> dict[str, Any]:
     """A record of everything that decides the bytes of a run, by name of the part.
 
     A stopped run continues only if its record is equal; a message names the part that differs.
-    ``shard_bytes`` is the size of a weight file in bytes, ``tokens`` the calibration tokens, int64
-    ``[samples, length]``, or None. The number of processes counts for a run with tokens, because
-    sums over tokens depend on how processes share them. ``learns`` is whether an algorithm learns
+    ``shard_bytes`` is the size of a weight file in bytes, ``samples`` the calibration samples, or
+    None. The number of processes counts for a run with samples, because sums over tokens depend on
+    how processes share them. ``learns`` is whether an algorithm learns
     on the whole model; only then the number of threads counts.
     """
     processes = session.processes.count
@@ -60,10 +58,10 @@ def fingerprint(
         "recipe": recipe.to_dict(),
         "device": session.device.type,
         "shard size": shard_bytes,
-        "data": None if tokens is None else hashlib.sha256(tokens.numpy().data).hexdigest(),
+        "data": None if samples is None else samples.digest(),
         "versions": versions(recipe, session.registry),
         **threads,
-        **({"number of processes": processes} if processes > 1 and tokens is not None else {}),
+        **({"number of processes": processes} if processes > 1 and samples is not None else {}),
     }
 
 

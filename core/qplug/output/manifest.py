@@ -31,7 +31,7 @@ class Manifest:
     ``inputs`` (the range of its inputs in the float model, and in the quantized model) and
     ``clips``. The last three exist only for linears that calibration data measured. ``rewritten``
     names tensors that an algorithm rewrote, ``online`` linears whose inputs must be rotated as the
-    model runs.
+    model runs. ``kept_float`` says of linears that no kernel takes why they are float.
     """
 
     model: str
@@ -48,6 +48,7 @@ class Manifest:
     inputs: Mapping[str, tuple[InputRange, InputRange]] = field(default_factory=dict)
     clips: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    kept_float: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -67,6 +68,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     layers = record.need("layers").mapping()
     recipe = record.need("recipe")
     cache, online = recipe.get("kv_cache"), record.get("online")
+    kept = record.get("kept_float")
     _read(Recipe.from_dict, recipe)
     losses = {name: layer.get("loss") for name, layer in layers.items()}
     inputs = {name: layer.get("inputs") for name, layer in layers.items()}
@@ -97,6 +99,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             if counts is not None
         },
         notes=record.need("notes").texts(),
+        kept_float={} if kept is None else {n: why.text() for n, why in kept.mapping().items()},
     )
 
 

@@ -17,7 +17,7 @@ from qplug.output.fingerprint import versions
 from qplug.output.manifest import MANIFEST, VERSION
 from qplug.output.markdown import code_span, heading, yaml_word
 from qplug.output.step_report import Report
-from qplug.recipe.recipe import Recipe
+from qplug.recipe.recipe import Calibration, Recipe
 from qplug.registry.registry import Registry
 
 _CARD = Template("""\
@@ -31,7 +31,7 @@ tags:
 $model $action by qplug $version: `$algorithms`, scheme $scheme, for `$backend`.
 
 $summary
-`$manifest` has the recipe, the versions, and the error of each layer.
+$data`$manifest` has the recipe, the versions, and the error of each layer.
 
 Check this folder with `qplug verify .`$serve.
 """)
@@ -48,13 +48,15 @@ def result_files(
     *,
     online: Sequence[str] = (),
     notes: Sequence[str] = (),
+    kept_float: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Returns the text files of a finished run by file name, and the content of qplug.json.
 
     ``manifest_text`` makes qplug.json of its content and of the checksums of all other files. The
     contents do not depend on time. ``name`` is the model as the user named it, ``schemes`` has
     the scheme of each quantized linear, ``reports`` the reports of all steps, in order. ``online``
-    names the linears whose inputs must be rotated as the model runs.
+    names the linears whose inputs must be rotated as the model runs; ``kept_float`` says of linears
+    that no kernel takes why they are float.
     """
     config = dict(model.config)
     quantization = exporter.format.config(model, schemes)
@@ -85,6 +87,8 @@ def result_files(
         "online": list(online),
         "notes": [*notes, *(note for report in reports for note in report.notes)],
     }
+    if kept_float:
+        manifest["kept_float"] = dict(kept_float)
     card = _card(name, recipe, exporter, errors, config)
     return {"config.json": _json(config), "README.md": card}, manifest
 
@@ -137,6 +141,17 @@ def _summary(errors: Mapping[str, float]) -> str:
     return f"{len(errors)} linear layers hold codes; mean relative error of a weight: {mean:.4f}."
 
 
+def _data(calibration: Calibration | None) -> str:
+    """Returns a line on the calibration data, "" if the run had none."""
+    if calibration is None:
+        return ""
+    masked = "; statistics leave prompts out" if calibration.mask == "prompts" else ""
+    return (
+        f"Calibrated on {calibration.samples} samples of up to {calibration.seq_len} tokens of "
+        f"{code_span(calibration.dataset)}{masked}.\n"
+    )
+
+
 def _card(
     name: str,
     recipe: Recipe,
@@ -158,6 +173,7 @@ def _card(
         backend=recipe.backend,
         action="transformed" if exporter.format.stores_float else "quantized",
         summary=_summary(errors),
+        data=_data(recipe.calibration),
         manifest=MANIFEST,
         serve=f"; serve it with `{serve}`" if serve else "",
     )

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from qplug.api.tensors import Checkpoint, StoredTensor
-from qplug.checkpoint.block_fp8 import BlockTensor
-from qplug.checkpoint.rewritten import RewrittenTensor
 from qplug.output.checksums import crc32
 from qplug.output.plan import Plan, Step
 
@@ -67,7 +65,7 @@ class SourceBytes:
 
     def _leaves_of(self, name: str) -> Iterator[StoredTensor]:
         tensor = self._tensors.get(name)
-        return _files_of(tensor) if tensor is not None else iter(())
+        return tensor.leaves() if tensor is not None else iter(())
 
     @staticmethod
     def _joined(crcs: Iterable[int]) -> int:
@@ -76,16 +74,3 @@ class SourceBytes:
 
 def _names(step: Step) -> list[str]:
     return [*(f"{name}.weight" for name in step.linears), *step.others]
-
-
-def _files_of(tensor: StoredTensor) -> Iterator[StoredTensor]:
-    """Yields the tensors in files that ``tensor`` is computed from."""
-    if isinstance(tensor, RewrittenTensor):
-        parts = tensor.sources
-    elif isinstance(tensor, BlockTensor):
-        parts = (tensor.codes, tensor.scales)
-    else:
-        yield tensor
-        return
-    for part in parts:
-        yield from _files_of(part)

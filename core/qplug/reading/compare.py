@@ -17,10 +17,10 @@ from qplug.checkpoint.config_file import CONFIG
 from qplug.errors import QplugError
 from qplug.machine.memory import naming_memory
 from qplug.machine.session import Session
+from qplug.model.block_call import BlockCall, hidden_states
 from qplug.model.foreign import naming_file
 from qplug.model.hooks import hooked
 from qplug.model.kv_cache import RoundedCache
-from qplug.model.parameters import first_tensor
 from qplug.reading.folder import Folder, open_folder
 from qplug.reading.streamed import stream_folder
 from qplug.recipe.recipe import Calibration
@@ -108,13 +108,16 @@ def compare(
     source = open_folder(against, session)
     if source.view.blocks != opened.view.blocks:
         raise QplugError(f"{against}: has other blocks than {folder}; it is a different model")
-    tokens = calibration_tokens(
+    samples = calibration_tokens(
         Calibration(dataset, dataset_options or {}, windows, seq_len),
         against,
         source.view,
         session,
         seed=seed,
     )
+    if samples.extra:
+        raise QplugError(f"dataset {dataset}: has pictures, but models are compared on text alone")
+    tokens = samples.tokens
     real = tokens >= 0  # shorter samples are padded on the right with -1
     stream = _Stream(source, opened)
     with (
@@ -184,10 +187,14 @@ class _Stream:
     def recording(self, model: nn.Module) -> Iterator[None]:
         """Within the context, record what enters and leaves each block of the float ``model``."""
 
-        def keep(name: str, module: nn.Module, inputs: tuple[Tensor], output: Any) -> None:
-            self._entering[name], self._leaving[name] = inputs[0].cpu(), first_tensor(output).cpu()
+        def keep(
+            name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            self._entering[name] = BlockCall.of(args, kwargs).hidden.cpu()
+            self._leaving[name] = hidden_states(output).cpu()
 
-        with _hooked(model, {name: partial(keep, name) for name in self._names}):
+        hooks = {name: partial(keep, name) for name in self._names}
+        with _hooked(model, hooks):
             yield
 
     def align(self, embedding: Tensor, quantized: Tensor) -> str | None:
@@ -221,26 +228,29 @@ class _Stream:
             number: int,
             name: str,
             module: nn.Module,
-            inputs: tuple[Tensor],
-            call: dict[str, Any],
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
             output: Any,
         ) -> None:
+            call = BlockCall.of(args, kwargs)
             before, after = (
-                self._turned(states.pop(name), inputs[0])
+                self._turned(states.pop(name), call.hidden)
                 for states in (self._entering, self._leaving)
             )
             # The run's own cache already contains this block's keys: use a fresh cache.
             if self._opened.kv_cache is not None:
                 cache = RoundedCache(self._opened.kv_cache, scales[number])
-                call = {key: cache if _is_cache(value) else value for key, value in call.items()}
-            alone = first_tensor(module.forward(before, **call))
+                for key in [key for key, value in kwargs.items() if _is_cache(value)]:
+                    call = call.with_argument(key, cache)
+            call = call.apart().with_hidden(before)
+            alone = hidden_states(module.forward(*call.args, **call.kwargs))
             self.blocks[name] = BlockDifference(
                 alone=_ratio(alone - after, after - before, real),
-                total=_ratio(first_tensor(output) - after, after, real),
+                total=_ratio(hidden_states(output) - after, after, real),
             )
 
         hooks = {name: partial(measure, number, name) for number, name in enumerate(self._names)}
-        with _hooked(model, hooks, with_kwargs=True):
+        with _hooked(model, hooks):
             yield
 
     def _turned(self, hidden: Tensor, like: Tensor) -> Tensor:
@@ -249,12 +259,10 @@ class _Stream:
 
 
 @contextmanager
-def _hooked(
-    model: nn.Module, hooks: Mapping[str, Any], *, with_kwargs: bool = False
-) -> Iterator[None]:
+def _hooked(model: nn.Module, hooks: Mapping[str, Any]) -> Iterator[None]:
     """Within the context, blocks call their hook before the streaming hooks drop their weights."""
     handles = [
-        model.get_submodule(name).register_forward_hook(hook, prepend=True, with_kwargs=with_kwargs)
+        model.get_submodule(name).register_forward_hook(hook, prepend=True, with_kwargs=True)
         for name, hook in hooks.items()
     ]
     with hooked(handles):

@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from qplug.api import Exporter, ModelView
+from qplug.api import Exporter, ModelView, Reader
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.config_file import CONFIG
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.names import by_module, is_within, split_name
 from qplug.checkpoint.open import open_checkpoint
+from qplug.checkpoint.sources import read_as_float
 from qplug.errors import QplugError
 from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
-from qplug.model.architectures import find_packed_view
+from qplug.model.architectures import find_packed_view, with_experts_apart
 from qplug.model.kv_cache import SCALES
+from qplug.model.view import refuse_quantized
 from qplug.output.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -82,6 +84,10 @@ class Folder:
         assert self.exporter is not None
         return naming_damage(f"{self.checkpoint.folder}: {name}", self.exporter.name)
 
+    def float_names(self) -> set[str]:
+        """The names of the tensors that a float checkpoint of the model has."""
+        return {f"{name}.weight" for name in self.schemes}.union(self.checkpoint.tensors)
+
     def holds(self, parameter: str) -> bool:
         """Whether the folder stores ``parameter``, a name in the model, as a tensor or as codes."""
         name, local = split_name(parameter)
@@ -141,8 +147,9 @@ def open_folder(model: str, session: Session, *, backend: str | None = None) -> 
     """Open a float or quantized model without reading its weights.
 
     ``model`` is a folder, a Hub id, or ``qplug:demo``. ``backend`` names the exporter that reads
-    the folder; by default it is the one that wrote it. Raises QplugError if files are missing or
-    damaged, or if no exporter reads the folder's format.
+    the folder; by default it is the one that wrote it, else one for its format. A folder whose
+    format no exporter has is opened as float, if a reader reads it. Raises QplugError if files are
+    missing or damaged, or if neither an exporter nor a reader reads the folder's format.
     """
     folder = find_model(model)
     manifest = read_manifest(folder)
@@ -150,12 +157,19 @@ def open_folder(model: str, session: Session, *, backend: str | None = None) -> 
     name = backend or (manifest.backend if manifest else None)
     checkpoint = open_checkpoint(folder, exporters[name].format.single_file if name else None)
     config = checkpoint.config.get("quantization_config")
+    if name is None and manifest is None and Reader.quantization(checkpoint.config):
+        name = session.registry.backend_of((config or {}).get("quant_method"))
+        if name is None:
+            checkpoint = read_as_float(checkpoint, session.registry.sources)
+            config = None
+            refuse_quantized(checkpoint)
     exporter: Exporter[Any] | None = None
-    if manifest is not None or config is not None:
-        method = config.get("quant_method") if config else None
-        exporter = exporters.make(name or session.registry.reader_of(method))
+    if name is not None and (manifest is not None or config is not None):
+        exporter = exporters.make(name)
     with naming_damage(str(folder), exporter.name if exporter else ""):
         packed = exporter.format.stored_shapes(checkpoint) if exporter else {}
+    if exporter is None:
+        checkpoint = with_experts_apart(checkpoint, session.registry, trust_remote_code=trusted)
     view = find_packed_view(checkpoint, packed, session.registry, trust_remote_code=trusted)
     schemes, cache = {}, None
     if exporter is not None and config is not None:

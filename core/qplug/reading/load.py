@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from qplug.checkpoint.config_file import CONFIG
 from qplug.errors import QplugError
 from qplug.machine.session import Session
-from qplug.model.experts import as_on_disk
+from qplug.model.disk_names import modules_on_disk
+from qplug.model.experts import as_on_disk, modules_of_blocks, with_stacked_experts
 from qplug.model.foreign import naming_file
 from qplug.model.hollow import build, load_config
 from qplug.model.kv_cache import round_cache
@@ -58,8 +60,10 @@ def load_folder(
     config = load_config(path, trust_remote_code=folder.trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    kind = type(build(config, path, trust_remote_code=folder.trust_remote_code))
+    hollow = build(config, path, trust_remote_code=folder.trust_remote_code)
+    kind = type(hollow)
     state = {name: tensor.to(target) for name, tensor in folder.weights()}
+    state = with_stacked_experts(hollow, state)
     # transformers fills missing tensors with random numbers; `loading` lists them.
     try:
         with quiet_transformers(), naming_file(path / CONFIG, "the model does not load"):
@@ -93,24 +97,26 @@ def compute_as_stored(
     The manifest of ``folder`` names the rotated inputs, its schemes say how to round. Raises
     QplugError if ``folder`` lacks a scale, or if ``model`` has fused a linear away.
     """
+    modules = modules_on_disk(model, folder.float_names())
     if folder.manifest is not None:
-        rotate_inputs(model, folder.manifest.online)  # rotation comes before rounding
+        rotate_inputs(modules, folder.manifest.online)  # rotation comes before rounding
     if quantize_activations:
-        _quantize_activations(model, folder)
+        _quantize_activations(model, folder, modules)
         if folder.kv_cache is not None:
             round_cache(model, folder.kv_cache, folder.cache_scales())
 
 
-def _quantize_activations(model: PreTrainedModel, folder: Folder) -> None:
+def _quantize_activations(
+    model: PreTrainedModel, folder: Folder, modules: Mapping[str, nn.Module]
+) -> None:
     rounded = {n: s.activations for n, s in folder.schemes.items() if s.activations is not None}
-    modules = dict(model.named_modules())
     if any(name not in modules for name in rounded):  # transformers fuses experts
-        floats = {f"{name}.weight" for name in folder.schemes}
-        as_on_disk(model, folder.view.blocks, floats.union(folder.checkpoint.tensors))
-        modules = dict(model.named_modules())
+        blocks = as_on_disk(model, folder.view.blocks, folder.float_names())
+        modules = {**modules, **modules_of_blocks(blocks)}
     for name in rounded:
         check_widths(name, folder.view.linears[name][1], folder.schemes[name])
         if not isinstance(modules.get(name), nn.Linear):
             raise QplugError(f"{name}: transformers fuses it, so qplug cannot round its inputs")
-    roundings = {n: InputRounding(args, folder.input_scale(n)) for n, args in rounded.items()}
-    round_inputs_of(model, roundings)
+    for name, args in rounded.items():
+        rounding = InputRounding(args, folder.input_scale(name))
+        round_inputs_of(modules[name], {"": rounding})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qplug.checkpoint.names import is_within
+from qplug.model.block_list import decoder_blocks
+from qplug.model.disk_names import disk_names
 from qplug.model.hollow import build, load_config
 from qplug.model.parameters import empty_parameters, set_parameter
 from qplug.reading.folder import Folder
@@ -32,19 +35,20 @@ def stream_folder(
         del config.quantization_config
     model = build(config, path, trust_remote_code=folder.trust_remote_code)
     model.eval()
-    names = [name for name, _ in model.named_parameters()]
-    if not all(folder.holds(name) for name in names):
+    names = disk_names(model, folder.float_names()).of_parameter
+    own = [name for name, _ in model.named_parameters()]
+    if not all(name in names and folder.holds(names[name]) for name in own):
         whole = load_folder(folder, quantize_activations=quantize_activations)
         whole.to(device)  # type: ignore[arg-type]
         return whole
-    for block in folder.view.blocks:
+    for block in decoder_blocks(model, path):
         module = model.get_submodule(block)
-        inside = [name for name, _ in module.named_parameters()]
-        module.register_forward_pre_hook(partial(_fill, folder, block, inside, device))
+        inside = {name: names[f"{block}.{name}"] for name, _ in module.named_parameters()}
+        module.register_forward_pre_hook(partial(_fill, folder, inside, device))
         module.register_forward_hook(partial(_empty, inside))
-        names = [name for name in names if not is_within(block, name)]
-    for name in names:
-        set_parameter(model, name, folder.parameter(name).to(device))
+        own = [name for name in own if not is_within(block, name)]
+    for name in own:
+        set_parameter(model, name, folder.parameter(names[name]).to(device))
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
@@ -54,11 +58,12 @@ def stream_folder(
 
 
 def _fill(
-    folder: Folder, block: str, names: list[str], device: torch.device, module: nn.Module, *_: Any
+    folder: Folder, names: Mapping[str, str], device: torch.device, module: nn.Module, *_: Any
 ) -> None:
-    for name in names:
-        set_parameter(module, name, folder.parameter(f"{block}.{name}").to(device))
+    """Sets the parameters of ``module``; ``names`` are their names on disk, by local name."""
+    for name, stored in names.items():
+        set_parameter(module, name, folder.parameter(stored).to(device))
 
 
-def _empty(names: list[str], module: nn.Module, *_: Any) -> None:
+def _empty(names: Collection[str], module: nn.Module, *_: Any) -> None:
     empty_parameters(module, names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -14,11 +15,12 @@ from qplug.checkpoint.config_file import CONFIG
 from qplug.checkpoint.locate import find_at_hand, find_model, may_be_on_hub
 from qplug.checkpoint.names import module_of, split_name
 from qplug.checkpoint.open import check_companions, open_checkpoint
+from qplug.checkpoint.stacked import stacked_again
 from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
 from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
-from qplug.model.architectures import expected_tensors
+from qplug.model.architectures import expected_tensors, with_experts_apart
 from qplug.model.kv_cache import SCALES
 from qplug.reading.built import built_otherwise, share_of
 from qplug.reading.damage import find_damage
@@ -78,7 +80,7 @@ def verify(
     opened = open_folder(folder, session, backend=backend)
     if opened.exporter is None:
         raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
-    source_name, source = find_source(opened, against)
+    source_name, source = find_source(opened, against, session)
     damage = find_damage(opened.checkpoint.folder)
     with naming_damage(str(opened.checkpoint.folder / CONFIG), opened.exporter.name):
         rules = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
@@ -123,23 +125,35 @@ def verify(
     )
 
 
-def find_source(opened: Folder, against: str | None) -> tuple[str | None, Checkpoint | None]:
+def find_source(
+    opened: Folder, against: str | None, session: Session
+) -> tuple[str | None, Checkpoint | None]:
     """Find the float model of a folder: its name and its checkpoint, or None and None.
 
     The model is ``against``, or by default the one that the manifest records, if it is on this
     machine: a stranger's folder must not make qplug ask the Hub. Raises QplugError if ``against``
-    is given and is no model.
+    is given and is no model. Experts that the model stacks in one tensor are read one by one if the
+    folder has their codes.
     """
     if against is not None:
-        return against, open_checkpoint(find_model(against))
+        return against, _open_source(find_model(against), opened, session)
     recorded = opened.manifest.model if opened.manifest else None
     folder = find_at_hand(recorded) if recorded is not None else None
     if folder is None:
         return None, None
     try:
-        return recorded, open_checkpoint(folder)
+        return recorded, _open_source(folder, opened, session)
     except QplugError:
         return None, None  # something else may have its name on this machine
+
+
+def _open_source(folder: Path, opened: Folder, session: Session) -> Checkpoint:
+    source = with_experts_apart(
+        open_checkpoint(folder, readers=session.registry.sources),
+        session.registry,
+        trust_remote_code=session.trust_remote_code,
+    )
+    return stacked_again(source, opened.schemes)
 
 
 def not_at_hand(model: str) -> str:
@@ -175,7 +189,10 @@ def _architecture_lacks(opened: Folder, session: Session) -> list[Problem]:
     problems = []
     tensors, linears = opened.checkpoint.tensors, opened.view.linears
     expected = expected_tensors(
-        opened.checkpoint, session.registry, trust_remote_code=session.trust_remote_code
+        opened.checkpoint,
+        opened.float_names(),
+        session.registry,
+        trust_remote_code=session.trust_remote_code,
     )
     for tensor, shape in expected.items():
         name, local = split_name(tensor)

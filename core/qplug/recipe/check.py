@@ -48,7 +48,8 @@ def check_names(job: Job, registry: Registry) -> list[Algorithm[Any]]:
     ]
     data = recipe.calibration
     if data is not None and ("calibration" in job.places or data != Calibration()):
-        make("calibration", registry.datasets, data.dataset, data.options)
+        for share in data.shares:
+            make("calibration", registry.datasets, share.dataset, share.options)
     for number, export in enumerate(job.exports):
         own = job.recipe_for(export)
         make(f"exports.{number}", registry.exporters, own.backend, own.backend_options)

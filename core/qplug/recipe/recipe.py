@@ -16,6 +16,7 @@ from qplug.api.params import Param, Spelling, check_fields
 from qplug.api.scheme import QuantArgs, Scheme, preset
 from qplug.errors import QplugError
 from qplug.recipe.fields import all_fields, from_dict
+from qplug.recipe.mix import Share, shares_of
 from qplug.recipe.spellings import CACHE, OVERRIDES, PIPELINE, SCHEME, Options
 
 #: The algorithm that chooses codes if no algorithm of the pipeline does.
@@ -24,6 +25,9 @@ DEFAULT_QUANTIZER = "rtn"
 #: How qplug cuts windows from the documents of a dataset: see ``qplug.text``.
 Sampling: TypeAlias = Literal["dataset", "windows", "documents", "leading", "packed"]
 SAMPLINGS: tuple[Sampling, ...] = get_args(Sampling)
+
+#: The tokens that statistics leave out.
+Mask: TypeAlias = Literal["none", "prompts"]
 
 #: Whether the inputs of a block come from quantized or float blocks in calibration.
 Propagation: TypeAlias = Literal["quantized", "float"]
@@ -43,11 +47,14 @@ class Calibration:
     Raises QplugError for a value out of bounds.
     """
 
-    dataset: Annotated[str, Param("The dataset plugin to calibrate on.")] = "demo"
+    dataset: Annotated[
+        str,
+        Param("The dataset plugin to calibrate on, or several: text:96+pileval:32 samples."),
+    ] = "demo"
     options: Annotated[
         Options,
         Param(
-            "Options of the dataset: see qplug plugins show DATASET.",
+            "Options of the dataset: see qplug plugins show DATASET. In a mix: DATASET.K=V.",
             word="dataset_options",
             flag="--dataset-opt",
             of="dataset",
@@ -76,9 +83,22 @@ class Calibration:
             of="dataset",
         ),
     ] = "dataset"
+    mask: Annotated[
+        Mask,
+        Param(
+            "Tokens that statistics leave out, although blocks see them: none, or all of a "
+            "conversation but the assistant's messages.",
+        ),
+    ] = "none"
 
     def __post_init__(self) -> None:
         check_fields(self)
+        shares_of(self.dataset, self.options, self.samples)
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """The datasets of the samples, each with its options and its number of samples."""
+        return shares_of(self.dataset, self.options, self.samples)
 
 
 CALIBRATION = Spelling(

@@ -15,7 +15,7 @@ from qplug.recipe.recipe import Calibration, Export, Job, Recipe
 from qplug.recipe.spellings import parse_scheme
 
 if TYPE_CHECKING:
-    from qplug.recipe.recipe import ObserverName, Propagation, Sampling
+    from qplug.recipe.recipe import Mask, ObserverName, Propagation, Sampling
 
 
 class RecipeWords(TypedDict, total=False):
@@ -43,6 +43,7 @@ class RecipeWords(TypedDict, total=False):
     observer_options: Mapping[str, Any] | None
     batch_size: int | None
     sampling: Sampling
+    mask: Mask
     kv_cache: str | None
     use_qtorch: bool
     seed: int

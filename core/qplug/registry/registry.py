@@ -15,7 +15,7 @@ import re
 import time
 import traceback
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib.metadata import EntryPoint, distributions, entry_points
@@ -26,12 +26,13 @@ from typing import Any
 import click
 import pluggy
 
-from qplug.api import Algorithm, Component, Dataset, Engine, Exporter, Format, hookspecs
+from qplug.api import Algorithm, Component, Dataset, Engine, Exporter, Format, Reader, hookspecs
 from qplug.api.params import options
 from qplug.errors import PluginWarning, QplugError, StageError, did_you_mean, shown
 from qplug.registry.border import blaming, keeping_error
 from qplug.registry.offers import Components, Offers
 from qplug.registry.plugin import Plugin, canonical, describe_package, is_listed
+from qplug.registry.readers import Sources
 
 GROUP = "qplug"
 
@@ -57,6 +58,7 @@ class Registry:
         self.algorithms = Components[Algorithm[Any]]("algorithm", *offering, "algorithm")
         self.datasets = Components[Dataset[Any]]("dataset", *offering, "dataset")
         self.exporters = Components[Exporter[Any]]("exporter", *offering, "backend")
+        self.readers = Offers[Reader]("reader", *offering)
         self.commands = Offers[click.Command]("command", self.plugins, self.load_commands)
 
     @classmethod
@@ -102,22 +104,27 @@ class Registry:
         name = name or definition.__name__.rpartition(".")[2].lower().replace("_", "-")
         return Registry([*self.plugins, Plugin.of_object(plugged, name)])
 
-    def reader_of(self, method: object) -> str:
+    @property
+    def sources(self) -> Sources:
+        """The readers of checkpoints that somebody quantized, for ``open_checkpoint``."""
+        return Sources(self.readers)
+
+    def backend_of(self, method: object) -> str | None:
         """Returns the name of an exporter whose format has the ``quant_method`` of a folder.
 
         Of exporters that share the format, the one that is called like it has no engine's limits.
-        Raises QplugError if there is none.
+        None if there is none.
         """
         offers = self.exporters.without_clashes()
         fitting = [name for name in offers if offers[name].format.quant_method == method]
         if method is None or not fitting:
-            raise QplugError(f"no exporter reads quant_method {method!r}")
+            return None
         return method if isinstance(method, str) and method in fitting else fitting[0]
 
     @property
     def kinds(self) -> list[Offers[Any]]:
         """The look-ups of everything that plugins can offer."""
-        return [self.algorithms, self.datasets, self.exporters, self.commands]
+        return [self.algorithms, self.datasets, self.exporters, self.readers, self.commands]
 
     def load(self) -> Registry:
         """Collects the components of every plugin, once, and returns this registry.
@@ -130,10 +137,10 @@ class Registry:
             plugin.asked = True
             with keeping_error(plugin):
                 # Checks all offers before it keeps any: a plugin is used as a whole or not at all.
-                components: dict[tuple[str, str], type[Component[Any]]] = {}
-                for kind, base in _BASES.items():
+                components: dict[tuple[str, str], type[Component[Any]] | Reader] = {}
+                for kind, checked in _CHECKS.items():
                     for answer in _answers(getattr(_manager(plugin).hook, f"qplug_{kind}s")):
-                        component = _checked(answer, base)
+                        component = checked(answer)
                         if (kind, component.name) in components:
                             raise ValueError(f"it offers {kind} {component.name!r} twice")
                         components[kind, component.name] = component
@@ -217,13 +224,6 @@ class Registry:
         return [plugin for plugin in self.plugins if plugin.status == "ok"]
 
 
-_BASES: dict[str, type[Component[Any]]] = {
-    "algorithm": Algorithm,
-    "dataset": Dataset,
-    "exporter": Exporter,
-}
-
-
 def _entries() -> tuple[list[EntryPoint], list[Plugin]]:
     """Returns the entry points of installed plugins, and a broken plugin for each broken package.
 
@@ -298,7 +298,7 @@ def _answers(hook: pluggy.HookCaller) -> Iterator[object]:
     results = hook() or [None] * len(hook.get_hookimpls())
     for result in results:
         if not isinstance(result, Iterable):
-            raise TypeError(f"{hook.name} must return classes in a list, not {result!r}")
+            raise TypeError(f"{hook.name} must return a list, not {result!r}")
         yield from result
 
 
@@ -309,15 +309,28 @@ def _checked(offer: object, base: type[Component[Any]]) -> type[Component[Any]]:
     where = offer.__qualname__
     if inspect.isabstract(offer):
         raise TypeError(f"{where} does not define: {', '.join(sorted(offer.__abstractmethods__))}")
+    _check_words(offer, where)
+    options(offer.Params)
+    if issubclass(offer, Exporter):
+        _check_parts(offer)
+    return offer
+
+
+def _checked_reader(offer: object) -> Reader:
+    """Returns ``offer`` if it is a reader; else raises what is wrong."""
+    if not isinstance(offer, Reader):
+        raise TypeError(f"{offer!r} is not an object of a subclass of qplug.Reader")
+    _check_words(offer, type(offer).__qualname__)
+    return offer
+
+
+def _check_words(offer: object, where: str) -> None:
+    """Raises ValueError if an offer has no name that users can type, or no description."""
     name = getattr(offer, "name", None)
     if not (isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9-]*", name)):
         raise ValueError(f"{where}.name must be lower case, digits and hyphens, not {name!r}")
     if not (offer.__doc__ or "").strip():
         raise ValueError(f"{where} needs a docstring: users read its first line")
-    options(offer.Params)
-    if issubclass(offer, Exporter):
-        _check_parts(offer)
-    return offer
 
 
 def _check_parts(offer: type[Exporter[Any]]) -> None:
@@ -327,3 +340,12 @@ def _check_parts(offer: type[Exporter[Any]]) -> None:
         raise TypeError(
             f"{offer.__qualname__}.engine must be an object of a subclass of Engine, or None"
         )
+
+
+#: By kind of component: returns an answer of a hook that is in order, else raises what is wrong.
+_CHECKS: dict[str, Callable[[object], type[Component[Any]] | Reader]] = {
+    "algorithm": partial(_checked, base=Algorithm),
+    "dataset": partial(_checked, base=Dataset),
+    "exporter": partial(_checked, base=Exporter),
+    "reader": _checked_reader,
+}

@@ -75,7 +75,7 @@ def examine(
     if folder.exporter is None:
         raise QplugError(f"{name}: is not quantized; there is nothing to report")
     summary = overview(folder, name)
-    source_name, source = find_source(folder, against)
+    source_name, source = find_source(folder, against, session)
     layers: list[Layer] = []
     scales: Counter[int] = Counter()
     for done, linear in enumerate(folder.schemes, start=1):

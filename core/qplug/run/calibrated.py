@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from qplug.api.scheme import Scheme
 from qplug.calibration.ranges import input_ranges
+from qplug.calibration.samples import Samples
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.names import by_module, module_of, relative_name, split_name
 from qplug.model.kv_cache import KVCache
@@ -19,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def start_walk(
-    steps: Steps, schemes: Mapping[str, Scheme], tokens: Tensor, cache: KVCache | None
+    steps: Steps, schemes: Mapping[str, Scheme], samples: Samples, cache: KVCache | None
 ) -> Walk:
-    """Returns a walk of ``tokens``, int64 ``[samples, length]``, that stands at the first block.
+    """Returns a walk of ``samples`` that stands at the first block.
 
     ``cache`` are the modules that fill a KV cache, if its scales are to be stored.
     """
@@ -33,7 +35,7 @@ def start_walk(
             prepared.checkpoint,
             prepared.view,
             schemes,
-            tokens,
+            samples,
             session,
             propagate=data.propagate,
             batch_size=data.batch_size,
@@ -47,7 +49,17 @@ def start_walk(
 def calibrated(
     steps: Steps, walk: Walk, output: SharedWriter, done: Collection[int]
 ) -> Iterator[Finished]:
-    """Yields every step that is not ``done``, in order, as the tokens walk through the blocks."""
+    """Yields every step that is not ``done``, in order, as the tokens walk through the blocks.
+
+    Closes ``walk`` at the end.
+    """
+    with closing(walk):
+        yield from _walked(steps, walk, output, done)
+
+
+def _walked(
+    steps: Steps, walk: Walk, output: SharedWriter, done: Collection[int]
+) -> Iterator[Finished]:
     for number, step in enumerate(steps.plan.steps):
         if step.name in steps.prepared.view.blocks:
             if number in done:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qplug.api import Algorithm, Checkpoint, FloatModel
 from qplug.api.scheme import Scheme
+from qplug.calibration.samples import Samples
 from qplug.calibration.whole_model import InMemoryModel
 from qplug.machine.session import Session
 from qplug.output.shared_writer import SharedWriter
@@ -21,13 +22,13 @@ if TYPE_CHECKING:
 class LearnOnce:
     """A function that returns the tensors that an algorithm learned on a model, by name.
 
-    The first process learns on ``tokens``, int64 ``[samples, length]``. The learned tensors are
+    The first process learns on ``samples``. The learned tensors are
     stored with the unfinished output, so that a resumed run uses the same numbers.
     """
 
     stages: Stages
     schemes: Mapping[str, Scheme]
-    tokens: Tensor
+    samples: Samples
     output: SharedWriter
     session: Session
 
@@ -41,7 +42,7 @@ class LearnOnce:
                 source,
                 model.view,
                 self.schemes,
-                self.tokens,
+                self.samples,
                 self.session,
                 batch_size=calibration.batch_size if calibration else None,
             )

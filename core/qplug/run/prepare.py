@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,10 @@ from qplug.api import Algorithm, FloatModel, ModelView, Preparation, TensorSpec
 from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.names import is_within, natural_order, relative_name, split_name
 from qplug.checkpoint.rewritten import apply, rewritten
+from qplug.checkpoint.stacked import stacked_again
 from qplug.errors import QplugError
 from qplug.machine.session import Session
+from qplug.model.architectures import with_other_weights
 from qplug.model.hollow import load_config
 from qplug.model.residual_stream import StreamFinder
 from qplug.model.small_copy import SmallCopy, place_of
@@ -107,6 +109,20 @@ def _prepare(
             prepared.notes + preparation.notes,
         )
     return prepared
+
+
+def with_float_experts_stacked(prepared: Prepared, quantized: Collection[str]) -> Prepared:
+    """Returns ``prepared`` with experts that are not ``quantized`` stacked as they are published.
+
+    ``quantized``: names of linears.
+    """
+    checkpoint = stacked_again(prepared.checkpoint, quantized)
+    if checkpoint.tensors.keys() == prepared.checkpoint.tensors.keys():
+        return prepared
+    view = prepared.view
+    stay = {n: shape for n, shape in view.linears.items() if f"{n}.weight" in checkpoint.tensors}
+    view = replace(view, linears=stay, quantizable=view.quantizable & stay.keys())
+    return replace(prepared, checkpoint=checkpoint, view=with_other_weights(view, checkpoint))
 
 
 def _check_online(online: Sequence[str], stages: Stages) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qplug.api import ModelView
 from qplug.api.events import Result
+from qplug.calibration.samples import Samples
 from qplug.calibration.tokens import calibration_tokens
 from qplug.checkpoint.config_file import CONFIG
 from qplug.machine.memory import naming_memory
@@ -24,28 +25,20 @@ from qplug.output.source_bytes import SourceBytes
 from qplug.output.step_report import Report
 from qplug.output.unfinished import clean_up
 from qplug.output.writer import Writer
-from qplug.recipe.assign import assign
 from qplug.recipe.recipe import Recipe
 from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
 from qplug.run.learning import LearnOnce
 from qplug.run.memory_needs import memory_needs
-from qplug.run.prepare import prepare
-from qplug.run.refuse import (
-    open_source,
-    refuse_unplanned,
-    servable,
-    servable_cache,
-    stays_float,
-)
+from qplug.run.prepare import prepare, with_float_experts_stacked
+from qplug.run.refuse import decide, open_source, refuse_unplanned, servable_cache
 from qplug.run.stages import Stages
 from qplug.run.steps import Steps
 from qplug.run.streamed import streamed
 from qplug.run.watchers import Watcher, Watchers
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from typing_extensions import Unpack
 
 SHARD_BYTES = 5_000_000_000
@@ -123,11 +116,11 @@ def run(
     with clock("opening"):
         view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
         prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
-    floats = exporter.built_float(prepared.view)
-    schemes = servable(assign(recipe, prepared.view, floats), prepared.view, exporter)
+    decision = decide(recipe, prepared.view, exporter)
+    schemes, narrow, share = decision.schemes, decision.narrow, decision.share
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
     coded = {} if exporter.format.stores_float else schemes
-    share = stays_float(recipe, prepared.view, coded, exporter)
+    prepared = with_float_experts_stacked(prepared, coded)
     with session.registry.blaming(exporter, "layout"):
         plan = make_plan(  # fixes the position of every byte of the result
             prepared.checkpoint,
@@ -139,7 +132,7 @@ def run(
             cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
         )
     refuse_unplanned(plan, coded)
-    tokens = _tokens(recipe, model, prepared.view, session)
+    samples = _samples(recipe, model, prepared.view, session)
     source_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
     if dry_run:
         return Result(
@@ -154,9 +147,10 @@ def run(
             dry_run=True,
             float_share=share.total,
             floats=share.kinds,
+            kept_float=narrow,
         )
 
-    mark = fingerprint(source, recipe, session, shard_bytes, tokens, learns=bool(stages.learning))
+    mark = fingerprint(source, recipe, session, shard_bytes, samples, learns=bool(stages.learning))
     single = exporter.format.single_file
     make_writer = partial(
         Writer,
@@ -175,21 +169,23 @@ def run(
     with (
         SharedWriter(session.processes, make_writer) as output,
         session.registry.blaming(),  # ends first: the writer removes what a plugin's exit leaves
-        naming_memory(lambda: memory_needs(plan, len(reports), tokens, view, session)),
+        naming_memory(lambda: memory_needs(plan, len(reports), samples, view, session)),
         naming_file(source.folder / CONFIG, "the model does not run"),
     ):
         done = output.finished()
-        if tokens is not None and stages.learning:
-            learn = LearnOnce(stages, schemes, tokens, output, session)
-            prepared = prepare(stages, source, view, session, learn=learn)
+        if samples is not None and stages.learning:
+            learn = LearnOnce(stages, schemes, samples, output, session)
+            prepared = with_float_experts_stacked(
+                prepare(stages, source, view, session, learn=learn), coded
+            )
         reports |= {number: Report.from_dict(plain) for number, plain in done.items()}
         watchers = Watchers(session, len(plan.steps), len(done), watch)
         steps = Steps(stages, plan, prepared, watchers, session)
-        if tokens is None:
+        if samples is None:
             finished = streamed(steps, done)
         else:
             # The walk is not a local here: a stored traceback would keep its hidden states alive.
-            finished = calibrated(steps, start_walk(steps, schemes, tokens, cache), output, done)
+            finished = calibrated(steps, start_walk(steps, schemes, samples, cache), output, done)
         for step in finished:
             with clock("writing"):
                 output.write(step.number, step.contents, step.report.to_dict())
@@ -208,6 +204,7 @@ def run(
                 session.registry,
                 online=prepared.online,
                 notes=prepared.notes,
+                kept_float=narrow,
             )
         with clock("writing"):
             output.finish(
@@ -225,13 +222,14 @@ def run(
         stages=clock.costs(),
         float_share=share.total,
         floats=share.kinds,
+        kept_float=narrow,
     )
     watchers.run_done(result)
     return result
 
 
-def _tokens(recipe: Recipe, model: str, view: ModelView, session: Session) -> Tensor | None:
-    """The calibration tokens, int64 ``[samples, length]``; None if no algorithm needs data."""
+def _samples(recipe: Recipe, model: str, view: ModelView, session: Session) -> Samples | None:
+    """The calibration samples; None if no algorithm needs data."""
     data = recipe.calibration
     if data is None:
         return None

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qplug.api import Checkpoint, Exporter, ModelView
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.checkpoint.locate import find_model
+from qplug.checkpoint.names import kind_of
 from qplug.checkpoint.open import check_companions, open_checkpoint
 from qplug.errors import QplugError
 from qplug.machine.session import Session
+from qplug.model.architectures import with_experts_apart
 from qplug.model.float_share import FloatShare, float_share
 from qplug.model.kv_cache import KVCache, find_cache
 from qplug.numerics.qtorch import require_qtorch
-from qplug.numerics.scales import check_widths
 from qplug.output.plan import Plan
-from qplug.recipe.assign import matches
+from qplug.recipe.assign import assign, matches
 from qplug.recipe.recipe import Recipe
+from qplug.run.narrow import find_narrow, refuse_narrow
 
 
 def open_source(model: str, out: Path, exporter: Exporter[Any], session: Session) -> Checkpoint:
-    """Returns the checkpoint of ``model``, opened. All processes must call this together.
+    """Returns the checkpoint of ``model``, opened, with a tensor for each linear of each expert.
+
+    All processes must call this together.
 
     Raises QplugError if ``model`` is not a checkpoint, lies in ``out``, or has files that the
     exporter cannot store.
     """
-    source = open_checkpoint(session.processes.from_first(lambda: find_model(model)))
+    folder = session.processes.from_first(lambda: find_model(model))
+    source = open_checkpoint(folder, readers=session.registry.sources)
     check_companions(source.folder)
     if source.folder.resolve().is_relative_to(out.resolve()):
         raise QplugError(f"{out}: is or contains the model itself; choose another folder")
@@ -35,17 +41,40 @@ def open_source(model: str, out: Path, exporter: Exporter[Any], session: Session
     sentence = file.refuses(source.folder) if file is not None else None
     if sentence is not None:
         raise QplugError(f"{exporter.name}: {sentence}")
-    return source
+    return with_experts_apart(source, session.registry, trust_remote_code=session.trust_remote_code)
 
 
-def servable(
-    schemes: Mapping[str, Scheme], view: ModelView, exporter: Exporter[Any]
-) -> dict[str, Scheme]:
-    """Returns ``schemes`` with the dtype in which the exporter stores scales.
+@dataclass(frozen=True)
+class Decision:
+    """What a run quantizes: ``schemes`` by linear, with the dtype in which scales are stored.
 
-    Raises QplugError if a group does not divide the width of a linear, if qtorch is needed and not
-    installed, if the exporter refuses a scheme, or if its engine builds a linear float.
+    ``narrow`` says of linears that no kernel takes, by name, why they stay float. ``share`` is the
+    share of the weights that stays float.
     """
+
+    schemes: dict[str, Scheme]
+    narrow: dict[str, str]
+    share: FloatShare
+
+
+def decide(recipe: Recipe, view: ModelView, exporter: Exporter[Any]) -> Decision:
+    """Returns what ``recipe`` quantizes of the model in ``view``.
+
+    Raises QplugError if patterns match nothing, if nothing or too little is left to quantize, or if
+    the exporter refuses it.
+    """
+    assigned = assign(recipe, view, exporter.built_float(view))
+    refuse_built_float(assigned, view, exporter)
+    narrow = find_narrow(recipe, view, assigned, exporter)
+    share = stays_float(recipe, view, assigned, exporter, narrow)
+    wide = {name: scheme for name, scheme in assigned.items() if name not in narrow}
+    return Decision(servable(wide, view, exporter), narrow, share)
+
+
+def refuse_built_float(
+    schemes: Mapping[str, Scheme], view: ModelView, exporter: Exporter[Any]
+) -> None:
+    """Raises QplugError if the engine builds a linear in ``schemes`` float."""
     if exporter.engine is not None:
         for name, why in exporter.built_float(view).items():
             if name in schemes and name in view.quantizable:
@@ -53,8 +82,15 @@ def servable(
                     f"{exporter.name}: {name}: {' and '.join(why.engines)} build it without "
                     f"quantization ({why.reason}); leave it out of --override"
                 )
-    for name, scheme in schemes.items():
-        check_widths(name, view.linears[name][1], scheme)
+
+
+def servable(
+    schemes: Mapping[str, Scheme], view: ModelView, exporter: Exporter[Any]
+) -> dict[str, Scheme]:
+    """Returns ``schemes`` with the dtype in which the exporter stores scales.
+
+    Raises QplugError if qtorch is needed and not installed, or if the exporter refuses a scheme.
+    """
     if any(scheme.uses_qtorch for scheme in schemes.values()):
         if exporter.engine is not None:
             raise QplugError(
@@ -72,19 +108,29 @@ def servable(
 
 
 def stays_float(
-    recipe: Recipe, view: ModelView, schemes: Mapping[str, Scheme], exporter: Exporter[Any]
+    recipe: Recipe,
+    view: ModelView,
+    assigned: Mapping[str, Scheme],
+    exporter: Exporter[Any],
+    narrow: Mapping[str, str],
 ) -> FloatShare:
     """Returns the share of the weights in decoder blocks that stays float.
 
-    Raises QplugError if qplug cannot quantize a large share that the user did not ignore by name.
+    ``assigned`` has the schemes that the recipe assigns; ``narrow`` has the reasons for linears
+    among them that no kernel takes. Raises QplugError if a large share that the user did not ignore
+    by name stays float: qplug cannot quantize it, or no kernel takes it.
     """
     floats = exporter.built_float(view)
+    coded = () if exporter.format.stores_float else assigned.keys() - narrow.keys()
     share = float_share(
         view,
-        schemes,
+        coded,
         lambda name: name in floats or any(matches(pattern, name) for pattern in recipe.ignore),
     )
     sentence = share.refusal()
+    kinds = {kind_of(f"{name}.").removesuffix(".") for name in narrow}
+    if sentence is not None and 2 * sum(share.unnamed.get(k, 0.0) for k in kinds) > share.silent:
+        refuse_narrow(view, assigned, narrow, exporter)
     if sentence is not None and not exporter.format.stores_float:
         raise QplugError(sentence)
     return share

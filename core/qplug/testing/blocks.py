@@ -16,6 +16,7 @@ from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.reconstruction import Data, LiveReconstruction
 from qplug.calibration.statistics import Statistics
 from qplug.machine.processes import ALONE
+from qplug.model.block_call import BlockCall
 from qplug.model.hooks import hooked
 from qplug.model.input_groups import GroupPaths, Producer
 
@@ -84,7 +85,7 @@ def tiny_block(
         hidden.append(x[None])
         with torch.no_grad():
             targets.append(functional_call(module, weights, x[None]))
-        data = Data(hidden, targets, [{}], [None], [tokens])
+        data = Data(hidden, targets, [BlockCall.of((x[None],), {})], [None], [tokens])
         block.reconstruction = LiveReconstruction(block, module, data, _CPU, ALONE)
     return block
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qplug.api import Dataset, Split
+from qplug.api import Conversation, Dataset, Split
 from qplug.errors import QplugError
 from qplug.testing.checking import ComponentContract, demand, demanding
 from qplug.testing.models import ByteTokenizer
-from qplug.text import windows
+from qplug.text.conversations import Renderer
+from qplug.text.drawing import draw
 
 _SPLITS: tuple[Split, ...] = ("calibration", "evaluation")
 #: Tokens of a sample, number of samples, and the number of documents to look at.
@@ -45,10 +46,11 @@ class DatasetContract(ComponentContract):
     def test_documents_are_text_in_one_order(self) -> None:
         for split in _SPLITS:
             first, second = (self._documents(split) for _ in range(2))
-            demand(any(text.strip() for text in first), f"{self._who}: no text in {split!r}")
+            demand(any(map(_says_something, first)), f"{self._who}: no text in {split!r}")
+            kind = Conversation if isinstance(first[0], Conversation) else str
             demand(
-                all(isinstance(text, str) for text in first),
-                f"{self._who}.documents must give strings",
+                all(isinstance(text, kind) for text in first),
+                f"{self._who}.documents must give strings alone, or conversations alone",
             )
             demand(
                 first == second,
@@ -104,7 +106,7 @@ class DatasetContract(ComponentContract):
     def _who(self) -> str:
         return self.dataset.__qualname__
 
-    def _documents(self, split: Split) -> list[str]:
+    def _documents(self, split: Split) -> list[str | Conversation]:
         dataset: Dataset[Any] = self.make()
         with demanding(f"{self._who}.documents({split!r}) fails"):
             return list(islice(dataset.documents(split), _DOCUMENTS))
@@ -112,11 +114,13 @@ class DatasetContract(ComponentContract):
     def _samples(self, seed: int) -> list[Tensor]:
         dataset: Dataset[Any] = self.make()
         with demanding(f"{self._who}.samples fails"):
-            return list(
-                windows.sample(
-                    dataset, ByteTokenizer(), "dataset", length=_LENGTH, count=_COUNT, seed=seed
-                )
-            )
+            render = Renderer(ByteTokenizer())
+            drawn = draw(dataset, render, "dataset", length=_LENGTH, count=_COUNT, seed=seed)
+            return [sample.tokens for sample in drawn]
+
+
+def _says_something(document: str | Conversation) -> bool:
+    return bool(document.messages if isinstance(document, Conversation) else document.strip())
 
 
 def _equal(first: list[Tensor], second: list[Tensor]) -> bool:

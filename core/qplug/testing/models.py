@@ -30,10 +30,21 @@ class ByteTokenizer:
     """A fast tokenizer with a token for each byte of UTF-8; it has the methods datasets call."""
 
     size = 256
+    chat_template = "messages"
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """The bytes of ``text`` in UTF-8, as ids; there are no special tokens."""
         return list(text.encode())
+
+    def get_chat_template(self, name: str | None, tools: object) -> str:
+        """The words that ``apply_chat_template`` knows."""
+        return self.chat_template
+
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], *, tokenize: bool, **variables: Any
+    ) -> str:
+        """The role and the content of each message, on a line of its own."""
+        return "".join(f"{m['role']}: {m.get('content')}\n" for m in messages)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

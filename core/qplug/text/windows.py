@@ -9,11 +9,13 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
+from qplug.api import Conversation
 from qplug.errors import QplugError
+from qplug.text.conversations import Renderer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,10 +59,11 @@ def sample(
     ``packed_windows``. Raises QplugError if the text is too short.
     """
     if how == "dataset" and dataset.cuts_windows():
-        return dataset.samples(tokenizer, length=length, count=count, seed=seed)
+        drawn = dataset.samples(tokenizer, length=length, count=count, seed=seed)
+        return cast("Iterator[Tensor]", drawn)
     if how in ("dataset", "windows"):
         return random_windows(dataset, tokenizer, length=length, count=count, seed=seed)
-    documents = list(dataset.documents("calibration"))
+    documents = _texts(dataset, "calibration")
     if how == "packed":
         return packed_windows(documents, tokenizer, length=length, count=count, seed=seed)
     start: Literal["random", "leading"] = "leading" if how == "leading" else "random"
@@ -154,25 +157,42 @@ def _text_tokens(
 ) -> list[int]:
     """Returns the tokens of the joined text, or the ``first`` of them.
 
-    With ``first`` a long text is tokenised only as far as needed. Raises QplugError if the text is
+    The text of conversations is what the chat template makes of them, one after the other. With
+    ``first`` a long text is tokenised only as far as needed. Raises QplugError if the text is
     shorter than a window of ``length`` tokens.
     """
-    text = dataset.separator.join(dataset.documents(split))
-    if first is not None and len(text) > _BEGINNING:
-        # Cutting the text changes the tokens of the last words before the cut, but no others.
-        wanted, size = first + _CUT_OFF, _BEGINNING
-        while size < len(text):
-            ids = tokenizer.encode(text[:size], add_special_tokens=False)
-            if len(ids) >= wanted:
-                return ids[:first]
-            size = int(size * max(2, _SPARE * wanted / max(1, len(ids))))
-    ids = _encoded(text, tokenizer)
+    documents = list(dataset.documents(split))
+    if documents and isinstance(documents[0], Conversation):
+        render, ids = Renderer(tokenizer), []
+        for document in documents:
+            ids += render(cast("Conversation", document)).tokens.tolist()
+            if first is not None and len(ids) >= first:
+                break
+    else:
+        text = dataset.separator.join(cast("list[str]", documents))
+        if first is not None and len(text) > _BEGINNING:
+            # Cutting the text changes the tokens of the last words before the cut, but no others.
+            wanted, size = first + _CUT_OFF, _BEGINNING
+            while size < len(text):
+                ids = tokenizer.encode(text[:size], add_special_tokens=False)
+                if len(ids) >= wanted:
+                    return ids[:first]
+                size = int(size * max(2, _SPARE * wanted / max(1, len(ids))))
+        ids = _encoded(text, tokenizer)
     if len(ids) < length:
         raise QplugError(
             f"dataset {dataset.name}: its {split} text has {len(ids)} tokens, fewer than one "
             f"window of {length}: ask for shorter windows, or use more text"
         )
     return ids
+
+
+def _texts(dataset: Dataset[Any], split: Split) -> list[str]:
+    """Returns the documents of a dataset of texts. Raises QplugError if it has conversations."""
+    documents = list(dataset.documents(split))
+    if documents and isinstance(documents[0], Conversation):
+        raise QplugError(f"dataset {dataset.name}: has conversations, which are no text to cut")
+    return cast("list[str]", documents)
 
 
 def _encoded(text: str, tokenizer: Tokenizer) -> list[int]:

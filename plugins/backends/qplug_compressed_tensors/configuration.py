@@ -251,7 +251,11 @@ def matches(entry: str, name: str) -> bool:
 def _scheme(group: Mapping[str, Any]) -> Scheme:
     weights = _args_from_json(group["weights"])
     inputs = group.get("input_activations")
-    activations = None if inputs is None else _args_from_json(inputs)
+    return named_scheme(weights, None if inputs is None else _args_from_json(inputs))
+
+
+def named_scheme(weights: QuantArgs, activations: QuantArgs | None) -> Scheme:
+    """The preset with these formats, in groups of any size; else a scheme named after them."""
     for preset in PRESETS.values():
         sizes = preset.weights.strategy == "group" and not preset.weights.fixes_scales
         if sizes and weights.strategy in ("group", "channel"):

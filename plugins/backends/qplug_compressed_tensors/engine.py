@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from qplug import Engine, Format, ModelView, Problem, Scheme, Target
 from qplug_compressed_tensors.configuration import Configuration
 from qplug_compressed_tensors.format import CompressedTensors
-from qplug_compressed_tensors.fusing import divided_groups, fused_problems, merged_matrices
+from qplug_compressed_tensors.fusing import (
+    divided_groups,
+    fused_problems,
+    merged_matrices,
+    with_partners,
+)
 from qplug_compressed_tensors.rules import LOADER_RULES, Case, Rule, head_and_embedding_are_float
 from qplug_compressed_tensors.silent import SILENT
 
@@ -26,6 +31,11 @@ class MergingEngine(Engine):
             names = ", ".join(group[:3])
             return f"engines fuse {names} into one matrix, so they must share one scheme"
         return super().refuses(model, schemes, target)
+
+    def too_narrow(
+        self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
+    ) -> dict[str, str]:
+        return with_partners(super().too_narrow(model, schemes, target), schemes)
 
     def merged(self, names: Sequence[str]) -> list[list[str]]:
         return merged_matrices(names)

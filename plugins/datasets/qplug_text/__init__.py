@@ -1,4 +1,4 @@
-"""Your own text: a txt, md, jsonl or json file, or a folder of such files."""
+"""Your own text or chats: a txt, md, jsonl or json file, or a folder of such files."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import qplug
 from qplug import Block, InputGroup, Linear, QuantArgs, QuantizedWeight, Scheme
 from qplug.api.groups import dequantize
 from qplug.calibration.live_block import LiveBlock
+from qplug.calibration.samples import Samples
 from qplug.calibration.walk import Walk
 from qplug.machine.session import Session
 from qplug.numerics.clipping import search_clip
@@ -531,7 +532,9 @@ def test_clips_reach_the_final_codes(
 ) -> None:
     """With the same scales of inputs, only ranges of weights differ; gptq keeps them."""
     tokens = make_tokens(6, 20)
-    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr(
+        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+    )
     options: dict[str, Any] = {"ratios": 4, "clip_steps": 5, "clip_in_search": 0}
 
     def run(algo: str, clip: bool) -> dict[str, QuantizedWeight]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import qplug
+from qplug.calibration.samples import Samples
 
 Family = Callable[..., Path]
 MakeTokens = Callable[..., Tensor]
@@ -42,7 +43,9 @@ def test_every_transform_of_every_family(
 ) -> None:
     """As a folder that anybody loads: to 1e-5, in float32."""
     tokens = make_tokens(4, 16)
-    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr(
+        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+    )
     result = qplug.quantize(
         str(family(name)),
         tmp_path / "out",

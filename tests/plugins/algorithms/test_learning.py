@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import qplug
 from qplug import Block, Checkpoint, Linear, QplugError, QuantArgs, Reconstruction, Scheme
 from qplug.api.groups import dequantize_with
+from qplug.calibration.samples import Samples
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
 from qplug.numerics.activations import activation_top, fake_quantize_activations
@@ -504,7 +505,9 @@ def run(
 ) -> Callable[..., Checkpoint]:
     """``run(model, algo)``: a folder that has been verified."""
     tokens = make_tokens(6, 12)
-    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr(
+        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+    )
 
     def quantized(model: Path, algo: str, **changes: Any) -> Checkpoint:
         short: dict[str, dict[str, Any]] = {

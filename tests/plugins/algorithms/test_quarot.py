@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import qplug
 from qplug import Algorithm, FloatModel, NoParams, Preparation, QplugError, Rewrite
+from qplug.calibration.samples import Samples
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.rewritten import RewrittenTensor
@@ -431,7 +432,9 @@ def quantize(
 def random_tokens(make_tokens: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """To calibrate on, in the place of text."""
     tokens = make_tokens(4, 32)
-    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr(
+        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+    )
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from qplug import (
     preset,
 )
 from qplug.calibration import whole_model as whole_model_module
+from qplug.calibration.samples import Samples
 from qplug.calibration.whole_model import InMemoryModel, Variant
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import open_checkpoint
@@ -110,7 +111,7 @@ def held(
     source = open_checkpoint(folder)
     view = model_view(source)
     schemes = dict.fromkeys(view.quantizable, scheme) if scheme else {}
-    return InMemoryModel(source, view, schemes, tokens, Session(Registry([])), **options)
+    return InMemoryModel(source, view, schemes, Samples(tokens), Session(Registry([])), **options)
 
 
 def reference(folder: Path) -> PreTrainedModel:

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from chats import GENERATION, WriteChats, chat_tokenizer, turns
 
-from qplug import QplugError
+from qplug import Conversation, QplugError
 from qplug.api.params import fill
+from qplug.text.conversations import Renderer
+from qplug.text.drawing import draw
 from qplug_text.text_files import Params, TextFiles
 
 if TYPE_CHECKING:
@@ -21,8 +24,8 @@ def text_of(window: Tensor) -> str:
     return "".join(map(chr, window.tolist()))
 
 
-def read(path: Path, **options: Any) -> list[str]:
-    return list(TextFiles(Params(path, **options)).documents("calibration"))
+def read(path: Path, **options: Any) -> list[str | Conversation]:
+    return [*TextFiles(Params(path, **options)).documents("calibration")]
 
 
 def write(path: Path, content: str) -> Path:
@@ -157,3 +160,91 @@ def test_the_home_folder_may_be_abbreviated(
 def test_the_path_is_required() -> None:
     with pytest.raises(QplugError, match="dataset text needs the option path"):
         fill(Params, {}, "dataset text")
+
+
+# --- conversations --------------------------------------------------------------------------------
+
+
+def conversations(path: Path, **options: Any) -> list[Conversation]:
+    found = [*TextFiles(Params(path, **options)).documents("calibration")]
+    assert all(isinstance(conversation, Conversation) for conversation in found)
+    return found  # type: ignore[return-value]
+
+
+def test_an_object_with_messages_is_a_conversation(tmp_path: Path, write_chats: WriteChats) -> None:
+    chat = turns("Hi", "Ho")
+    tool = {"type": "function", "function": {"name": "look"}}
+    own = {"messages": chat, "tools": [tool], "chat_template_kwargs": {"enable_thinking": False}}
+    path = write_chats(chat, own)
+    first, second = conversations(path, template_kwargs="enable_thinking=true,words=two words,n=3")
+    assert first.messages == second.messages == tuple(chat)
+    assert (first.tools, second.tools) == ((), (tool,))
+    assert first.template_options == {"enable_thinking": True, "words": "two words", "n": 3}
+    assert second.template_options == {"enable_thinking": False, "words": "two words", "n": 3}
+    assert second.where == f"{path}:2"
+    (json_file := tmp_path / "chats.json").write_text(json.dumps([own]))
+    (only,) = conversations(json_file, template_kwargs='{"a": [1]}')
+    assert only.where == f"{json_file}: item 1"
+    assert only.template_options == {"a": [1], "enable_thinking": False}
+
+
+def test_a_text_beside_messages_is_still_read_as_text(write_chats: WriteChats) -> None:
+    assert read(write_chats({"text": "one", "messages": turns("Hi")})) == ["one"]
+
+
+def test_samples_of_conversations_come_in_their_order(write_chats: WriteChats) -> None:
+    path = write_chats(*(turns(f"question {n}", "Ho") for n in range(8)))
+
+    def drawn(seed: int, order: str = "random") -> list[str]:
+        dataset = TextFiles(fill(Params, {"path": str(path), "order": order}, "dataset text"))
+        render = Renderer(chat_tokenizer(GENERATION))
+        samples = draw(dataset, render, "dataset", length=40, count=4, seed=seed)
+        return [str(render.tokenizer.decode(sample.tokens))[6:16] for sample in samples]
+
+    assert drawn(0, "sequential") == [f"question {n}" for n in range(4)]
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": []}, ": messages must be a list of one message or more"),
+        ({"messages": ["Hi"]}, ": message 1: must be an object with a role"),
+        ({"messages": [{"role": "user", "content": 5}]}, ": message 1: its content must be a str"),
+        (
+            {"messages": [*turns("Hi"), {"role": "user", "content": [{"text": "x"}]}]},
+            ": message 2: parts of its content must be objects with a type",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]},
+            ": message 1: the text of a part of its content must be a string",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": "x"}]},
+            ": message 1: its tool_calls must be a list of objects",
+        ),
+        ({"messages": turns("Hi"), "tools": "x"}, ": tools must be a list of objects"),
+        (
+            {"messages": turns("Hi"), "chat_template_kwargs": 1},
+            ": chat_template_kwargs must be an object",
+        ),
+    ],
+)
+def test_a_conversation_of_another_form_is_one_line(
+    write_chats: WriteChats, record: dict[str, Any], message: str
+) -> None:
+    path = write_chats(turns("Hi"), record)
+    with pytest.raises(QplugError) as caught:
+        conversations(path)
+    assert str(caught.value).startswith(f"{path}:2{message}")
+
+
+def test_texts_and_conversations_in_one_dataset_are_refused(write_chats: WriteChats) -> None:
+    with pytest.raises(QplugError, match="has both texts and conversations: keep them in two"):
+        read(write_chats(turns("Hi"), {"text": "one"}))
+
+
+@pytest.mark.parametrize("options", ["enable_thinking", "=1", "{"])
+def test_template_kwargs_of_another_form(write_chats: WriteChats, options: str) -> None:
+    with pytest.raises(QplugError, match="dataset text: template_kwargs="):
+        read(write_chats(turns("Hi")), template_kwargs=options)

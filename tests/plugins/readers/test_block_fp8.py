@@ -20,9 +20,11 @@ from qplug import QplugError
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import open_checkpoint
 from qplug.reading.load import load
+from qplug.registry.registry import Registry
 
 Cli = Callable[..., Result]
 BLOCK = 128
+READERS = Registry.installed().sources
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +90,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_every_tensor_reads_as_the_float_one(folders: tuple[Path, Path]) -> None:
-    fp8, floats = (open_checkpoint(folder) for folder in folders)
+    fp8, floats = (open_checkpoint(folder, readers=READERS) for folder in folders)
     assert {n: t.spec for n, t in fp8.tensors.items()} == {
         n: t.spec for n, t in floats.tensors.items()
     }
@@ -170,4 +172,4 @@ def test_scales_that_do_not_fit(folders: tuple[Path, Path], tmp_path: Path, brok
     save_file(tensors, folder / "model.safetensors")
     match = {"lost": f"is fp8, and has no {name}", "shape": r"is \[1, 2\], which does not fit"}
     with pytest.raises(QplugError, match=match[broken]):
-        open_checkpoint(folder)
+        open_checkpoint(folder, readers=READERS)

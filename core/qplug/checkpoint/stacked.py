@@ -1,0 +1,113 @@
+"""The weights of experts that a checkpoint stacks in one tensor of three axes, read one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qplug.api import Checkpoint, StoredTensor, TensorSpec
+from qplug.checkpoint.names import module_of
+from qplug.checkpoint.tensor_file import tensor_bytes
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of a stacked tensor that one linear of each expert has.
+
+    A stacked tensor is ``[experts, rows, in]``, or ``[experts, in, rows]`` if ``transposed``, or
+    ``[experts, rows]`` for biases. Its rows are divided among ``count`` linears of equal size: one
+    after the other, or in turn if ``interleaved``. ``index`` is the place of the linear among them.
+    """
+
+    index: int = 0
+    count: int = 1
+    interleaved: bool = False
+    transposed: bool = False
+
+    def of(self, expert: Tensor) -> Tensor:
+        """Returns the linear's ``weight: [out, in]`` or ``bias: [out]``, a view of ``expert``.
+
+        ``expert`` is the part of the stacked tensor that belongs to one expert.
+        """
+        rows = expert.T if self.transposed and expert.ndim == 2 else expert
+        if self.interleaved:
+            return rows[self.index :: self.count]
+        size = len(rows) // self.count
+        return rows[self.index * size : (self.index + 1) * size]
+
+    def shape(self, stacked: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the linear's tensor in a tensor of the shape ``stacked``."""
+        rows, *rest = stacked[:0:-1] if self.transposed and len(stacked) == 3 else stacked[1:]
+        return (rows // self.count, *rest)
+
+
+@dataclass(frozen=True)
+class CutTensor(StoredTensor):
+    """The tensor of one linear of expert ``number``, cut from the stacked tensor ``source``.
+
+    ``stacked``: the name of ``source`` in the checkpoint.
+    """
+
+    spec: TensorSpec
+    source: StoredTensor
+    stacked: str
+    number: int
+    cut: Cut
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return self.source.paths
+
+    @property
+    def location(self) -> str:
+        return f"{self.source.location} {self.number} {self.cut}"
+
+    def read(self) -> Tensor:
+        expert = self.source.read_rows(slice(self.number, self.number + 1))[0]
+        return self.cut.of(expert).contiguous()
+
+    def chunks(self) -> Iterator[bytes]:
+        yield bytes(tensor_bytes(self.read()))
+
+
+def cut_tensor(source: StoredTensor, stacked: str, number: int, cut: Cut) -> CutTensor:
+    """Returns the tensor of expert ``number`` that ``cut`` takes from the tensor ``stacked``."""
+    spec = TensorSpec(source.spec.dtype, cut.shape(source.spec.shape))
+    return CutTensor(spec, source, stacked, number, cut)
+
+
+def stacked_again(checkpoint: Checkpoint, quantized: Collection[str]) -> Checkpoint:
+    """Returns ``checkpoint`` with the stacked tensors of experts of which none is ``quantized``.
+
+    Engines load float experts in the layout in which the model was published.
+    """
+    experts: dict[str, set[str]] = {}  # modules of all experts of a layer, by stacked tensor
+    for name, tensor in checkpoint.tensors.items():
+        if isinstance(tensor, CutTensor):
+            experts.setdefault(module_of(module_of(module_of(name))), set()).add(name)
+    tensors = dict(checkpoint.tensors)
+    for names in experts.values():
+        if any(module_of(name) in quantized for name in names):
+            continue
+        for name in names:
+            tensor = tensors.pop(name)
+            assert isinstance(tensor, CutTensor)
+            tensors[tensor.stacked] = tensor.source
+    return replace(checkpoint, tensors=tensors)
+
+
+def joined(parts: Mapping[int, Mapping[Cut, Tensor]]) -> Tensor:
+    """Returns the stacked tensor of ``parts``: tensors of the linears by their cut, by expert."""
+    experts = []
+    for _, tensors in sorted(parts.items()):
+        cuts = sorted(tensors, key=lambda cut: cut.index)
+        in_order = [tensors[cut] for cut in cuts]
+        rows = (
+            torch.stack(in_order, 1).flatten(0, 1) if cuts[0].interleaved else torch.cat(in_order)
+        )
+        experts.append(rows.T if cuts[0].transposed and rows.ndim == 2 else rows)
+    return torch.stack(experts)

@@ -1,0 +1,88 @@
+"""Checkpoints of NVIDIA's ModelOpt: fp8, NVFP4, and mixtures of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from qplug import PRESETS, QuantizedWeight, Reader, Scheme, StoredTensor
+from qplug_readers.modules import Module, coded, read_modules
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FLOATS = ("float16", "bfloat16", "float32")
+
+
+class ModelOptReader(Reader):
+    """Reads ModelOpt: fp8 with scales for tensors, rows or blocks, NVFP4, and MXFP8.
+
+    What each module stores says how it is read. NVFP4 is uint8 ``X.weight`` ``[out, in / 2]`` with
+    ``X.weight_scale`` in e4m3 ``[out, in / 16]``, which ``X.weight_scale_2`` multiplies.
+    """
+
+    name = "modelopt"
+
+    def reads(self, config: Mapping[str, Any]) -> bool:
+        return str(self.quantization(config).get("quant_method")).startswith("modelopt")
+
+    def as_float(
+        self, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+    ) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+        dtype = self.float_dtype(config)
+
+        def floats_of(module: Module) -> dict[str, StoredTensor]:
+            weight = _weight(module, dtype)
+            return {} if weight is None else {"weight": weight}
+
+        return self.without_quantization(config), read_modules(tensors, floats_of, self.name)
+
+    def describe(self, config: Mapping[str, Any]) -> str:
+        return f"modelopt {self.quantization(config).get('quant_algo', '')}".strip()
+
+
+def _weight(module: Module, dtype: str) -> StoredTensor | None:
+    """Returns the float weight of a module; None if the module has no codes."""
+    from qplug_readers.float8 import FLOAT8, float8_weight
+
+    weight = module.tensors.get("weight")
+    if weight is None or weight.spec.dtype not in ("uint8", *FLOAT8):
+        return None
+    if "pre_quant_scale" in module.tensors:
+        raise module.wrong("pre_quant_scale", "scales inputs, which qplug cannot undo")
+    inputs = module.find("input_scale")
+    if weight.spec.dtype in FLOAT8:
+        kind = PRESETS["FP8" if inputs is not None else "FP8_DYNAMIC"]
+        return float8_weight(
+            module,
+            "weight",
+            "weight_scale",
+            dtype,
+            activations=kind.activations,
+            input_scale=inputs,
+        )
+    shape = weight.spec.shape
+    if "weight_scale_2" not in module.tensors or len(shape) != 2 or shape[1] % 8:
+        raise module.wrong(
+            "weight", f"is uint8 {list(shape)}, but no NVFP4 matrix with a weight_scale_2"
+        )
+    out, width = shape[0], 2 * shape[1]
+    parts = {
+        "weight": module.need("weight", ("uint8",), of="weight"),
+        "weight_scale": module.need(
+            "weight_scale", ("float8_e4m3fn",), (out, width // 16), of="weight"
+        ),
+        "weight_scale_2": module.need("weight_scale_2", _FLOATS, (), (1,), of="weight"),
+    }
+    if inputs is not None:
+        parts["input_scale"] = inputs
+    scheme = PRESETS["NVFP4A16" if inputs is None else "NVFP4"]
+    unpack = partial(_unpack, scheme)
+    return coded((out, width), dtype, parts, scheme, unpack, ("weight", "weight_scale"))
+
+
+def _unpack(scheme: Scheme, values: Mapping[str, Tensor]) -> QuantizedWeight:
+    from qplug_sglang.modelopt import ModelOptNVFP4
+
+    return ModelOptNVFP4().unpack(values, scheme)
