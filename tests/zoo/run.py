@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def run(
             "architecture": CATALOGUE[name].architecture,
             "family": family_of(name),
             "date": datetime.date.today().isoformat(),
+            "versions": {package: version(package) for package in ("qplug", "transformers")},
         }
         results[name] = {**kept, **fresh, **record}
         write_results(file, results)
