@@ -29,8 +29,7 @@ class Entrance:
         for name, on_disk in blocks.outer.items():
             if on_disk in source.tensors:
                 self._outer.setdefault(module_of(name), []).append(name)
-        first = next(iter(blocks.modules))
-        decoder = model.get_submodule(module_of(module_of(first)))
+        decoder = model.get_submodule(module_of(module_of(blocks.in_memory[0])))
         inside = {id(module) for module in decoder.modules()}
         owned = [path for path in self._outer if id(model.get_submodule(path)) in inside]
         self._fill([name for path in owned for name in self._outer[path]])
