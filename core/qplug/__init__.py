@@ -61,6 +61,7 @@ from qplug.api.scheme import (
     PRESETS,
     QuantArgs,
     Scheme,
+    Stacked,
     preset,
 )
 from qplug.errors import PluginError, PluginWarning, QplugError
@@ -134,6 +135,7 @@ __all__ = [
     "Server",
     "SingleFile",
     "Split",
+    "Stacked",
     "StageCost",
     "StoredTensor",
     "Stream",
