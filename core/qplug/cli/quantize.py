@@ -242,6 +242,7 @@ def _tell(result: Result) -> None:
     if result.dry_run:
         say(f"{out}: would be written: {sizes}")
         _tell_floats(result)
+        _tell_notes(result)
         return
     if not result.errors:
         say(f"{out}: float weights, no layer quantized, {sizes}, {result.seconds:.1f} s")
@@ -255,6 +256,11 @@ def _tell(result: Result) -> None:
     summary = f"mean {mean:.4f}, worst {losses[worst]:.4f} ({worst})"
     say(f"relative error of {of_what}: {summary}")
     _tell_floats(result)
+    _tell_notes(result)
+
+
+def _tell_notes(result: Result) -> None:
+    """Print the messages of a run to its user."""
     for sentence in result.notes:
         say(f"note: {sentence}")
 

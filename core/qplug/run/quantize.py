@@ -14,7 +14,6 @@ from qplug.calibration.tokens import calibration_tokens
 from qplug.checkpoint.config_file import CONFIG
 from qplug.machine.memory import naming_memory
 from qplug.machine.session import Session
-from qplug.model.architectures import find_view
 from qplug.model.foreign import naming_file
 from qplug.output.fingerprint import fingerprint
 from qplug.output.ownership import refuse_existing
@@ -29,6 +28,7 @@ from qplug.recipe.recipe import Recipe
 from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
+from qplug.run.drafts import open_model
 from qplug.run.learning import LearnOnce
 from qplug.run.memory_needs import memory_needs
 from qplug.run.prepare import prepare, with_float_experts_stacked
@@ -113,7 +113,7 @@ def run(
     refuse_existing(out, overwrite=overwrite)
     source = open_source(model, out, exporter, session)
     with clock("opening"):
-        view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
+        source, view = open_model(recipe, source, session)
         prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
     decision = stages.decide(source, prepared.view)
     schemes, narrow, share = decision.schemes, decision.narrow, decision.share
@@ -138,7 +138,7 @@ def run(
             out,
             {},
             {},
-            (),
+            prepared.notes,
             source_bytes,
             plan.nbytes,
             0.0,
