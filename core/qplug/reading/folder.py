@@ -16,6 +16,7 @@ from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.names import by_module, is_within, split_name
 from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.sources import read_as_float
+from qplug.checkpoint.stacked import unstacked
 from qplug.errors import QplugError
 from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
@@ -185,6 +186,8 @@ def _opened(
     if backend is not None and (manifest is not None or config is not None):
         exporter = session.registry.exporters.make(backend)
     with naming_damage(str(folder), exporter.name if exporter else ""):
+        if exporter is not None:
+            checkpoint = unstacked(checkpoint, exporter.format)
         packed = exporter.format.stored_shapes(checkpoint) if exporter else {}
     if exporter is None:
         checkpoint = with_experts_apart(checkpoint, session.registry, trust_remote_code=trusted)
