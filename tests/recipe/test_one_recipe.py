@@ -114,6 +114,9 @@ TOGETHER = {
         {"sampling": "windows"},
         "windows",
     ),
+    "calibration.mask": Said(
+        "--mask prompts", {"calibration": {"mask": "prompts"}}, {"mask": "prompts"}, "prompts"
+    ),
     "kv_cache": Said(
         "--kv-cache fp8", {"kv_cache": "fp8"}, {"kv_cache": "fp8"}, CACHES["fp8"].to_dict()
     ),

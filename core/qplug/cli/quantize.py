@@ -236,6 +236,8 @@ def _tell_all(done: JobResult) -> None:
 def _tell(result: Result) -> None:
     """Print the result of one run in a few lines."""
     out = result.out
+    if result.source_format:
+        say(f"source: is quantized ({result.source_format}); it was read as float")
     sizes = f"{result.source_bytes / 1e6:,.1f} MB -> {result.bytes / 1e6:,.1f} MB"
     if result.dry_run:
         say(f"{out}: would be written: {sizes}")
