@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-#: Changes the tensors and the configuration that ``save_pretrained`` wrote into what others publish:
-#: it receives tensors by name and config.json, and returns tensors by file.
+#: Changes what ``save_pretrained`` wrote, tensors and configuration, into what others publish: it
+#: receives tensors by name and config.json, and returns tensors by file.
 Layout = Callable[[dict[str, Tensor], dict[str, Any]], dict[str, dict[str, Tensor]]]
 
 

@@ -43,14 +43,11 @@ class Entrance:
     def begin(self, batch: Samples) -> StoppedPass:
         """A pass of the model on ``batch``."""
         blocks = self._blocks
-        inputs = batch.inputs(blocks.device, blocks.dtype)
+        inputs = {n: v.to(blocks.device) for n, v in batch.inputs(blocks.dtype).items()}
         return self._stopping.begin(partial(blocks.model, **inputs, use_cache=False))
 
     def free_embeddings(self) -> None:
-        """Frees the memory of embeddings and of parts outside of the decoder.
-
-        Their parameters are read again if a pass computes with them once more.
-        """
+        """Frees the memory of embeddings; they are read again if a pass computes with them."""
         for path, names in self._outer.items():
             if isinstance(self._blocks.model.get_submodule(path), nn.Embedding):
                 empty_parameters(self._blocks.model, names)

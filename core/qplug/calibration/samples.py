@@ -68,12 +68,12 @@ class Samples:
         counted = self.counted
         return self.tokens.numel() if counted is None else int(counted.sum())
 
-    def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The arguments of the model for this batch, on ``device``, floats in ``dtype``."""
-        inputs = {"input_ids": self.tokens.clamp(min=0).to(device)}
+    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The arguments of the model for this batch, floats in ``dtype``."""
+        inputs = {"input_ids": self.tokens.clamp(min=0)}
         for extra in self.extra:  # a sample with extra inputs is a batch of its own
             for name, value in extra.items():
-                inputs[name] = value.to(device, dtype if value.is_floating_point() else None)
+                inputs[name] = value.to(dtype) if value.is_floating_point() else value
         return inputs
 
     def shared_by(self, processes: int) -> list[Samples]:

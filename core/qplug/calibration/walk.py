@@ -64,10 +64,10 @@ class Walk:
     ) -> None:
         """Each process of ``session`` takes a part of the ``samples``.
 
-        ``with_drift`` gathers
-        ``InputGroup.drift``; ``with_targets`` gives blocks a ``reconstruction``. ``online``: names
-        of linears whose inputs are rotated while the model runs. ``cache``: how keys and values are
-        stored, None if not quantized. Raises QplugError if there are fewer samples than processes.
+        ``with_drift`` gathers ``InputGroup.drift``; ``with_targets`` gives blocks a
+        ``reconstruction``. ``online``: names of linears whose inputs are rotated while the model
+        runs. ``cache``: how keys and values are stored, None if not quantized. Raises QplugError if
+        there are fewer samples than processes.
         """
         device, processes = session.device, session.processes
         if len(samples) < processes.count:

@@ -103,7 +103,7 @@ class InMemoryModel(WholeModel):
 
     def loss(self, preparation: Preparation, batch: int, *, weights: bool = False) -> Tensor:
         samples = self._batches[batch]
-        inputs = samples.inputs(self.device, torch.float32)
+        inputs = {n: x.to(self.device) for n, x in samples.inputs(torch.float32).items()}
         with torch.no_grad():
             float_model = Variant(Preparation({}), inputs=False)
             expected = self.predictions(float_model, inputs)
