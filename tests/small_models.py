@@ -174,6 +174,7 @@ def start_walk() -> StartWalk:
         batch_size: int | None = None,
         with_drift: bool = False,
         with_targets: bool = False,
+        all_experts: bool = False,
     ) -> Walk:
         source = open_checkpoint(folder)
         view = model_view(source)
@@ -189,6 +190,7 @@ def start_walk() -> StartWalk:
             batch_size=batch_size,
             with_drift=with_drift,
             with_targets=with_targets,
+            all_experts=all_experts,
         )
 
     return start

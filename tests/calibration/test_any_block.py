@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from zoo.catalogue import CATALOGUE
 from zoo.make import make
 
 from qplug import QuantArgs, Scheme
@@ -53,10 +52,8 @@ ODD = {
     "qwen3_vl": "features of pictures are added between blocks",
 }
 QUICK = ("gptj", "bamba", "gemma4_text", "ernie4_5_moe", "granitemoe")
-#: A tiny model of these cannot be made, or it has no blocks of its own.
-NEITHER = {"gpt2"}
-#: An unrounded table of positions, which the reference rounds to float32 from another dtype.
-TABLES = {"codegen", "gptj", "xglm"}
+#: Models with a table of positions that the reference has in another dtype.
+TABLES = {"gptj"}
 
 
 @pytest.fixture
@@ -103,10 +100,7 @@ def own_forward(folder: Path, view: ModelView, samples: Samples) -> dict[str, li
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
-        for name in sorted(ODD)
-    ],
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in sorted(ODD)],
 )
 def test_a_walk_is_the_forward_of_the_model(name: str, tmp_path: Path, walk_of: WalkOf) -> None:
     folder = make(name, tmp_path / name)

@@ -15,7 +15,7 @@ from qplug.recipe.recipe import Calibration, Export, Job, Recipe
 from qplug.recipe.spellings import parse_scheme
 
 if TYPE_CHECKING:
-    from qplug.recipe.recipe import Mask, ObserverName, Propagation, Sampling
+    from qplug.recipe.recipe import Mask, ObserverName, Propagation, Sampling, SeenExperts
 
 
 class RecipeWords(TypedDict, total=False):
@@ -44,6 +44,7 @@ class RecipeWords(TypedDict, total=False):
     batch_size: int | None
     sampling: Sampling
     mask: Mask
+    experts: SeenExperts
     kv_cache: str | None
     use_qtorch: bool
     seed: int
