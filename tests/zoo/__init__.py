@@ -1,1 +1,1 @@
-"""A zoo: tiny random checkpoints of the architectures that engines serve, and what qplug makes of them."""
+"""Tiny random checkpoints of the architectures that engines serve, and what qplug makes of them."""

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from zoo.tiny import Tiny
+
+#: The indexer and the hyper-connections, which have no sizes by default.
+QWEN_4: dict[str, Any] = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 64,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+    "hc_lowrank": 64,
+    "ngram_vocab_size_base": 1000,
+    "ple_embed_dim": 256,
+}
 
 MODELS: dict[str, Tiny] = {
     "bailing_hybrid": Tiny("BailingHybridForCausalLM"),
@@ -12,7 +26,7 @@ MODELS: dict[str, Tiny] = {
     "granitemoehybrid": Tiny("GraniteMoeHybridForCausalLM"),
     "granitemoehybrid_dense": Tiny("GraniteMoeHybridForCausalLM", {"num_local_experts": 0}),
     "jamba": Tiny("JambaForCausalLM"),
-    "kimi_linear": Tiny("KimiLinearForCausalLM"),
+    "kimi_linear": Tiny("KimiLinearForCausalLM", {"linear_num_heads": 4}),
     "lfm2": Tiny(
         "Lfm2ForCausalLM",
         {
@@ -47,9 +61,17 @@ MODELS: dict[str, Tiny] = {
     "qwen3_5_text": Tiny("Qwen3_5ForCausalLM"),
     "qwen3_5_text_16heads": Tiny("Qwen3_5ForCausalLM", {"linear_num_value_heads": 16}),
     "qwen3_next": Tiny("Qwen3NextForCausalLM"),
-    "qwen4_exp_text": Tiny("Qwen4ExpForCausalLM"),
+    "qwen4_exp_text": Tiny("Qwen4ExpForCausalLM", QWEN_4),
     "recurrent_gemma": Tiny("RecurrentGemmaForCausalLM"),
-    "zamba": Tiny("ZambaForCausalLM"),
+    "zamba": Tiny(
+        "ZambaForCausalLM",
+        {
+            "layers_block_type": ["linear_attention", "hybrid"] * 2,
+            "num_hidden_layers": 4,
+            "attention_hidden_size": 512,
+            "attention_head_dim": 128,
+        },
+    ),
     "zamba2": Tiny("Zamba2ForCausalLM"),
-    "zaya": Tiny("ZayaForCausalLM"),
+    "zaya": Tiny("ZayaForCausalLM", {"num_experts_per_tok": 1}),
 }

@@ -21,6 +21,8 @@ from zoo.tiny import Layout, Tiny
 _AS_BORN = ("A_log", "position_embedding.weight", "position_embeddings.weight", "conv1d.weight")
 #: The spread of the others: large enough that the answers of models are not all alike.
 _SPREAD = 0.06
+#: So many weights are not tiny any more.
+_LARGEST = 12_000_000
 
 
 def make(name: str, folder: Path) -> Path:
@@ -42,6 +44,11 @@ def built(tiny: Tiny) -> PreTrainedModel:
     """Returns the model, with random weights, in float32."""
     model_class: type[PreTrainedModel] = getattr(transformers, tiny.architecture)
     kind = getattr(transformers, tiny.config) if tiny.config else model_class.config_class
+    config = shrunk(kind, tiny.changes)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in model_class(config).parameters())
+    if count > _LARGEST:
+        raise ValueError(f"{tiny.architecture}: {count} weights; shrink more fields")
     torch.manual_seed(0)
     model = model_class(shrunk(kind, tiny.changes))
     with torch.no_grad():
@@ -61,4 +68,7 @@ def _lay_out(folder: Path, layout: Layout) -> None:
     whole.unlink()
     for file, part in layout(tensors, config).items():
         save_file(part, folder / file, metadata={"format": "pt"})
+        if file.startswith("model-"):
+            index = {"metadata": {}, "weight_map": dict.fromkeys(part, file)}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

@@ -81,17 +81,18 @@ def _fields(
         given = changes.get(name, {})
         if isinstance(given, PreTrainedConfig):
             continue
-        own = {key: value for key, value in given.items()}
         inner = tower or _is_tower(name)
         fields[name] = {
             **({"model_type": part.model_type} if part.model_type else {}),
-            **_fields(part, own, marks, tower=inner, marked=marked),
+            **_fields(part, given, marks, tower=inner, marked=marked),
         }
     return {**fields, **{name: value for name, value in changes.items() if name not in parts}}
 
 
 def _is_sized(name: str, value: Any, sizes: Mapping[str, Any]) -> bool:
-    """Whether the field is to have its size; one that is None or 0 is a choice, and stays."""
+    """Whether the field is to have its size; most that are None or 0 are a choice, and stay."""
+    if name == "head_dim" and value is None:
+        return name in sizes
     return name in sizes and value is not None and (isinstance(value, bool) or value != 0)
 
 

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from zoo.tiny import Tiny
+
+#: Rotary embeddings for each kind of layer.
+BY_KIND: dict[str, Any] = {
+    kind: {"rope_type": "default", "rope_theta": 10000.0}
+    for kind in ("full_attention", "sliding_attention")
+}
+GEMMA_3N: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "intermediate_size": [512] * 4,
+    "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+}
 
 MODELS: dict[str, Tiny] = {
     "afmoe_dense": Tiny("AfmoeForCausalLM", {"num_dense_layers": 2}),
@@ -13,7 +28,7 @@ MODELS: dict[str, Tiny] = {
     "codegen": Tiny("CodeGenForCausalLM"),
     "cohere": Tiny("CohereForCausalLM"),
     "cohere2": Tiny("Cohere2ForCausalLM"),
-    "cohere_compass_text": Tiny("CohereCompassForCausalLM"),
+    "cohere_compass_text": Tiny("CohereCompassForCausalLM", {"rope_parameters": BY_KIND}),
     "cwm": Tiny("CwmForCausalLM"),
     "diffllama": Tiny("DiffLlamaForCausalLM"),
     "doge": Tiny("DogeForCausalLM"),
@@ -24,7 +39,7 @@ MODELS: dict[str, Tiny] = {
     "gemma": Tiny("GemmaForCausalLM"),
     "gemma2": Tiny("Gemma2ForCausalLM"),
     "gemma3_text": Tiny("Gemma3ForCausalLM"),
-    "gemma3n_text": Tiny("Gemma3nForCausalLM"),
+    "gemma3n_text": Tiny("Gemma3nForCausalLM", GEMMA_3N),
     "gemma4_text": Tiny("Gemma4ForCausalLM"),
     "gemma4_unified_text": Tiny("Gemma4UnifiedForCausalLM"),
     "glm": Tiny("GlmForCausalLM"),
@@ -38,7 +53,7 @@ MODELS: dict[str, Tiny] = {
     "granite_swa": Tiny("GraniteSWAForCausalLM"),
     "helium": Tiny("HeliumForCausalLM"),
     "hrm_text": Tiny("HrmTextForCausalLM"),
-    "hunyuan_v1_dense": Tiny("HunYuanDenseV1ForCausalLM", {"head_dim": 64}),
+    "hunyuan_v1_dense": Tiny("HunYuanDenseV1ForCausalLM"),
     "hyperclovax": Tiny("HyperCLOVAXForCausalLM"),
     "jais2": Tiny("Jais2ForCausalLM"),
     "llama": Tiny("LlamaForCausalLM"),

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-#: Changes what ``save_pretrained`` wrote, tensors and configuration, into what others publish: it
-#: receives tensors by name and config.json, and returns tensors by file.
-Layout = Callable[[dict[str, Tensor], dict[str, Any]], dict[str, dict[str, Tensor]]]
+#: Tensors by name, by file.
+Files = dict[str, dict[str, Tensor]]
+#: Changes what ``save_pretrained`` wrote into what others publish: receives tensors by name and
+#: config.json, which it may change, and returns the files.
+Layout = Callable[[dict[str, Tensor], dict[str, Any]], Files]
 
 
 @dataclass(frozen=True)

@@ -4,30 +4,71 @@ from __future__ import annotations
 
 from typing import Any
 
+from zoo.hybrids import QWEN_4
+from zoo.text import BY_KIND
 from zoo.tiny import Tiny
 
-#: A text part, where the default of a class is another one.
-LLAMA: dict[str, Any] = {"model_type": "llama"}
+GEMMA_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 384,
+}
 
 MODELS: dict[str, Tiny] = {
     "aria": Tiny("AriaForConditionalGeneration"),
     "audioflamingo3": Tiny("AudioFlamingo3ForConditionalGeneration"),
     "aya_vision": Tiny("AyaVisionForConditionalGeneration"),
     "blip2": Tiny("Blip2ForConditionalGeneration"),
-    "chameleon": Tiny("ChameleonForConditionalGeneration"),
-    "cohere2_vision": Tiny("Cohere2VisionForConditionalGeneration"),
-    "cohere_compass": Tiny("CohereCompassForConditionalGeneration"),
-    "cosmos3_edge": Tiny("Cosmos3EdgeForConditionalGeneration"),
-    "deepseek_ocr2": Tiny("DeepseekOcr2ForConditionalGeneration"),
+    "chameleon": Tiny(
+        "ChameleonForConditionalGeneration",
+        {
+            "vocabulary_map": {"<image>": 4100},
+            "vq_config": {"base_channels": 32, "num_embeddings": 64, "resolution": 64},
+        },
+    ),
+    "cohere2_vision": Tiny(
+        "Cohere2VisionForConditionalGeneration", {"alignment_intermediate_size": 512}
+    ),
+    "cohere_compass": Tiny(
+        "CohereCompassForConditionalGeneration", {"text_config": {"rope_parameters": BY_KIND}}
+    ),
+    "cosmos3_edge": Tiny(
+        "Cosmos3EdgeForConditionalGeneration",
+        {
+            "projector_hidden_size": 512,
+            "text_config": {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1e6,
+                    "mrope_section": [12, 10, 10],
+                }
+            },
+        },
+    ),
+    "deepseek_ocr2": Tiny(
+        "DeepseekOcr2ForConditionalGeneration",
+        {
+            "text_config": {
+                "mlp_layer_types": ["dense", "sparse"],
+                "num_experts_per_tok": 2,
+                "n_group": 1,
+                "topk_group": 1,
+                "num_key_value_heads": 4,
+            }
+        },
+    ),
     "deepseek_vl": Tiny("DeepseekVLForConditionalGeneration"),
-    "diffusion_gemma": Tiny("DiffusionGemmaForBlockDiffusion"),
-    "dots3_note_vl": Tiny("Dots3NoteForConditionalGeneration"),
-    "emu3": Tiny("Emu3ForConditionalGeneration"),
-    "ernie4_5_vl_moe": Tiny("Ernie4_5_VLMoeForConditionalGeneration"),
+    "diffusion_gemma": Tiny(
+        "DiffusionGemmaForBlockDiffusion",
+        {"text_config": {**GEMMA_EXPERTS, "per_layer_config": {"1": {"head_dim": 128}}}},
+    ),
+    "ernie4_5_vl_moe": Tiny(
+        "Ernie4_5_VLMoeForConditionalGeneration",
+        {"text_config": {"moe_intermediate_size": [256, 128], "num_attention_heads": 2}},
+    ),
     "exaone4_5": Tiny("Exaone4_5_ForConditionalGeneration"),
     "fuyu": Tiny("FuyuForCausalLM"),
     "gemma3": Tiny("Gemma3ForConditionalGeneration"),
-    "gemma3n": Tiny("Gemma3nForConditionalGeneration"),
     "gemma4": Tiny("Gemma4ForConditionalGeneration"),
     "gemma4_moe": Tiny(
         "Gemma4ForConditionalGeneration",
@@ -36,7 +77,7 @@ MODELS: dict[str, Tiny] = {
                 "enable_moe_block": True,
                 "num_experts": 4,
                 "top_k_experts": 2,
-                "moe_intermediate_size": 128,
+                "moe_intermediate_size": 384,
             }
         },
     ),
@@ -44,45 +85,124 @@ MODELS: dict[str, Tiny] = {
     "glm46v": Tiny("Glm46VForConditionalGeneration"),
     "glm4v": Tiny("Glm4vForConditionalGeneration"),
     "glm4v_moe": Tiny("Glm4vMoeForConditionalGeneration"),
-    "glm5_next": Tiny("Glm5NextForConditionalGeneration"),
+    "glm5_next": Tiny(
+        "Glm5NextForConditionalGeneration",
+        {
+            "vision_config": {"projection_intermediate_size": 512},
+            "text_config": {"linear_num_heads": 4},
+        },
+    ),
     "glm_ocr": Tiny("GlmOcrForConditionalGeneration"),
     "glmasr": Tiny("GlmAsrForConditionalGeneration"),
     "got_ocr2": Tiny("GotOcr2ForConditionalGeneration"),
-    "granite4_vision": Tiny("Granite4VisionForConditionalGeneration"),
+    "granite4_vision": Tiny(
+        "Granite4VisionForConditionalGeneration",
+        {
+            "downsample_rate": "1/2",
+            "deepstack_layer_map": [[-1, 0]],
+            "spatial_target_layers": [1],
+            "use_spatial_sampling": False,
+        },
+    ),
     "granite_speech": Tiny("GraniteSpeechForConditionalGeneration"),
     "hunyuan_vl": Tiny("HunYuanVLForConditionalGeneration"),
     "hyperclovax_vision_v2": Tiny("HyperCLOVAXVisionV2ForConditionalGeneration"),
     "idefics2": Tiny("Idefics2ForConditionalGeneration"),
     "idefics3": Tiny("Idefics3ForConditionalGeneration"),
-    "inkling": Tiny("InklingForConditionalGeneration"),
     "internvl": Tiny("InternVLForConditionalGeneration"),
-    "janus": Tiny("JanusForConditionalGeneration"),
+    "janus": Tiny(
+        "JanusForConditionalGeneration",
+        {
+            "vq_config": {
+                "base_channels": 32,
+                "num_embeddings": 64,
+                "projection_dim": 128,
+                "image_token_embed_dim": 128,
+            },
+            "vision_config": {"projection_dim": 256},
+        },
+    ),
     "kimi_k25": Tiny("Kimi_K25ForConditionalGeneration"),
     "lfm2_vl": Tiny("Lfm2VlForConditionalGeneration"),
     "lfm3_vl": Tiny("Lfm3VlForConditionalGeneration"),
     "lighton_ocr": Tiny("LightOnOcrForConditionalGeneration"),
-    "llama4": Tiny("Llama4ForConditionalGeneration"),
+    "llama4": Tiny(
+        "Llama4ForConditionalGeneration",
+        {
+            "vision_config": {
+                "projector_input_dim": 128,
+                "projector_output_dim": 128,
+                "vision_output_dim": 128,
+            }
+        },
+    ),
     "llava": Tiny("LlavaForConditionalGeneration"),
     "llava_next": Tiny("LlavaNextForConditionalGeneration"),
     "llava_next_video": Tiny("LlavaNextVideoForConditionalGeneration"),
     "llava_onevision": Tiny("LlavaOnevisionForConditionalGeneration"),
     "minicpmv4_6": Tiny("MiniCPMV4_6ForConditionalGeneration"),
     "minicpmv4_7": Tiny("MiniCPMV4_7ForConditionalGeneration"),
-    "minimax_m3_vl": Tiny("MiniMaxM3SparseForConditionalGeneration"),
+    "minimax_m3_vl": Tiny(
+        "MiniMaxM3SparseForConditionalGeneration",
+        {"projector_hidden_size": 256, "merged_hidden_size": 1024},
+    ),
     "mistral3": Tiny("Mistral3ForConditionalGeneration"),
     "mistral3_ministral3": Tiny(
         "Mistral3ForConditionalGeneration", {"text_config": {"model_type": "ministral3"}}
     ),
     "mistral_large4": Tiny("MistralLarge4ForConditionalGeneration"),
     "mllama": Tiny("MllamaForConditionalGeneration"),
-    "molmo2": Tiny("Molmo2ForConditionalGeneration"),
-    "muse_glimmer": Tiny("MuseGlimmerForConditionalGeneration"),
-    "nemotron_h_omni": Tiny("NemotronH_Omni_Reasoning_V3"),
+    "molmo2": Tiny(
+        "Molmo2ForConditionalGeneration",
+        {
+            "vision_config": {"image_size": [56, 56], "num_position_embeddings": 16},
+            "adapter_config": {
+                "vision_feature_layer": [1, 0],
+                "hidden_size": 128,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "text_hidden_size": 256,
+                "head_dim": 64,
+            },
+        },
+    ),
+    "muse_glimmer": Tiny(
+        "MuseGlimmerForConditionalGeneration",
+        {
+            "out_hidden_size": 512,
+            "projector_hidden_size": 256,
+            "vision_config": {"intermediate_size": 256},
+        },
+    ),
+    "nemotron_h_omni": Tiny(
+        "NemotronH_Omni_Reasoning_V3",
+        {
+            "projector_hidden_size": 256,
+            "vision_hidden_size": 128,
+            "video_temporal_patch_size": 2,
+            "vision_config": {"video_temporal_patch_size": 2},
+            "text_config": {
+                "layers_block_type": ["mamba", "attention", "moe"],
+                "num_hidden_layers": 3,
+            },
+        },
+    ),
     "ovis2": Tiny("Ovis2ForConditionalGeneration"),
     "paddleocr_vl": Tiny("PaddleOCRVLForConditionalGeneration"),
     "paligemma": Tiny("PaliGemmaForConditionalGeneration"),
-    "perception_lm": Tiny("PerceptionLMForConditionalGeneration"),
-    "phi4_multimodal": Tiny("Phi4MultimodalForCausalLM"),
+    "phi4_multimodal": Tiny(
+        "Phi4MultimodalForCausalLM",
+        {
+            "audio_config": {
+                "num_blocks": 1,
+                "hidden_size": 128,
+                "intermediate_size": 128,
+                "ext_pw_out_channel": 128,
+                "depthwise_separable_out_channel": 128,
+                "nemo_conv_channels": 64,
+            }
+        },
+    ),
     "pixtral_llava": Tiny(
         "LlavaForConditionalGeneration",
         {"vision_config": {"model_type": "pixtral"}, "text_config": {"model_type": "mistral"}},
@@ -98,10 +218,9 @@ MODELS: dict[str, Tiny] = {
     "qwen3_omni_moe_thinker": Tiny("Qwen3OmniMoeThinkerForConditionalGeneration"),
     "qwen3_vl": Tiny("Qwen3VLForConditionalGeneration"),
     "qwen3_vl_moe": Tiny("Qwen3VLMoeForConditionalGeneration"),
-    "qwen4_exp": Tiny("Qwen4ExpForConditionalGeneration"),
+    "qwen4_exp": Tiny("Qwen4ExpForConditionalGeneration", {"text_config": QWEN_4}),
     "smolvlm": Tiny("SmolVLMForConditionalGeneration"),
     "step3p7": Tiny("Step3p7ForConditionalGeneration"),
-    "vibevoice_asr": Tiny("VibeVoiceAsrForConditionalGeneration"),
     "video_llama_3": Tiny("VideoLlama3ForConditionalGeneration"),
     "vipllava": Tiny("VipLlavaForConditionalGeneration"),
     "voxtral": Tiny("VoxtralForConditionalGeneration"),

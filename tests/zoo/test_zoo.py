@@ -1,0 +1,55 @@
+"""Tiny models of many architectures, quantized and verified: those that came through still do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from zoo.catalogue import CATALOGUE, family_of
+from zoo.make import make
+from zoo.results import COMMITTED, read_results
+from zoo.steps import RUNS, quantized_folder
+
+#: Models of which each has something that no other here has.
+FEW = (
+    "qwen3_moe",
+    "gpt_oss",
+    "qwen3_vl",
+    "gemma3",
+    "deepseek_v32",
+    "nemotron_h_moe",
+    "qwen3_5_moe_hubfused",
+    "lfm2",
+    "olmo2",
+    "qwen3_embedding",
+)
+STREAMED, CALIBRATED = "rtn W4A16 vllm", "gptq W4A16 vllm"
+RESULTS = read_results(COMMITTED)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_few(name: str, tmp_path: Path) -> None:
+    model = make(name, tmp_path / name)
+    for run in (STREAMED, CALIBRATED):
+        ended, _ = quantized_folder(model, tmp_path / run, RUNS[run])
+        assert ended.outcome == "ok", f"{run}: {ended.says}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [STREAMED, CALIBRATED])
+@pytest.mark.parametrize("name", sorted(set(CATALOGUE) - set(FEW)))
+def test_all(name: str, run: str, tmp_path: Path) -> None:
+    """If it came through more than before: ``python -m zoo run docs/models.json``."""
+    model = make(name, tmp_path / name)
+    ended, _ = quantized_folder(model, tmp_path / "out", RUNS[run])
+    expected = RESULTS[name][run]
+    assert ended.outcome == expected["outcome"], ended.says
+
+
+def test_the_results_are_of_the_catalogue() -> None:
+    """If not: ``python -m zoo run docs/models.json`` tries what is new."""
+    assert set(RESULTS) == set(CATALOGUE)
+    for name, found in RESULTS.items():
+        assert found["architecture"] == CATALOGUE[name].architecture
+        assert found["family"] == family_of(name)
+        assert "crash" not in {found[run]["outcome"] for run in RUNS if run in found}
