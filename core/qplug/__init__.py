@@ -38,6 +38,7 @@ from qplug.api import (
     Server,
     SingleFile,
     Split,
+    Stacked,
     StoredTensor,
     Stream,
     StreamAxis,
@@ -61,7 +62,6 @@ from qplug.api.scheme import (
     PRESETS,
     QuantArgs,
     Scheme,
-    Stacked,
     preset,
 )
 from qplug.errors import PluginError, PluginWarning, QplugError

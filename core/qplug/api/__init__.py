@@ -59,6 +59,7 @@ __all__ = [
     "Server",
     "SingleFile",
     "Split",
+    "Stacked",
     "StoredTensor",
     "Stream",
     "StreamAxis",

@@ -121,7 +121,7 @@ def members(stored: StoredTensor, name: str, stacked: Stacked) -> Iterator[tuple
 
 
 def unstacked(checkpoint: Checkpoint, format: Format) -> Checkpoint:
-    """Returns ``checkpoint`` with a tensor for each expert where ``format`` stores them together."""
+    """Returns ``checkpoint`` with separate tensors of experts that ``format`` stores together."""
     specs = {name: tensor.spec for name, tensor in checkpoint.tensors.items()}
     tensors = dict(checkpoint.tensors)
     for name, stacked in format.unstacked(specs).items():

@@ -20,7 +20,8 @@ class Step:
     ``linears`` are the schemes of the linears to quantize, by name. ``others`` are the names of
     tensors that keep name, dtype and shape. ``outputs`` are all tensors to write, by full name;
     tensors of single experts that the format joins are in ``stacks`` instead, which says of which
-    an output is made. ``cache_scales`` are the full names of the scales of a KV cache, which the source does not have.
+    an output is made. ``cache_scales`` are the full names of the scales of a KV cache, which the
+    source does not have.
     """
 
     name: str

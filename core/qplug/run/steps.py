@@ -92,7 +92,7 @@ class Steps:
         return Finished(number, checked, report)
 
     def _stacked(self, step: Step, contents: Mapping[str, Content]) -> dict[str, Content]:
-        """Returns ``contents`` with the tensors of experts joined that the format stores together."""
+        """Returns ``contents`` with those tensors of experts joined that are stored together."""
         stored = dict(contents)
         for name, stacked in step.stacks.items():
             names = [member for of_expert in stacked.members for member in of_expert]

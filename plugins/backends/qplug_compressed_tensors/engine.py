@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 #: What to do for models whose experts engines load in a layout of their own, by type of model:
 #: load_weights of gpt_oss.py in vLLM 0.32 and in SGLang 0.5.23 passes over other names in silence.
 OWN_LAYOUTS = {
-    "gpt_oss": "take --backend gpt-oss --scheme MXFP4A16, or keep them float: --ignore '*.experts.*'"
+    "gpt_oss": "take --backend gpt-oss --scheme MXFP4A16, or --ignore '*.experts.*' to keep them "
+    "float"
 }
 
 
