@@ -66,6 +66,9 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "opt, gelu": lambda: transformers.OPTConfig(
         **SIZES, ffn_dim=96, word_embed_proj_dim=64, activation_function="gelu"
     ),
+    "opt, squared": lambda: transformers.OPTConfig(
+        **SIZES, ffn_dim=96, word_embed_proj_dim=64, activation_function="relu2"
+    ),
     "opt, norm after": lambda: transformers.OPTConfig(
         **SIZES, ffn_dim=96, word_embed_proj_dim=64, do_layer_norm_before=False
     ),

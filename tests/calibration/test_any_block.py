@@ -48,8 +48,8 @@ ODD = {
     "qwen3_next": "gated delta nets",
     "doge": "a parameter of the block itself",
     "axk2": "parts of norms that are linears",
-    "mllama": "blocks that a model without pictures leaves out",
-    "qwen3_vl": "features of pictures are added between blocks",
+    "mllama": "pictures, which no sample has",
+    "qwen3_vl": "a decoder inside of a model of pictures",
 }
 QUICK = ("gptj", "bamba", "gemma4_text", "ernie4_5_moe", "granitemoe")
 #: Models with a table of positions that the reference has in another dtype.
