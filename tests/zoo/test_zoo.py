@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from zoo.catalogue import CATALOGUE, family_of
 from zoo.make import make
 from zoo.results import COMMITTED, read_results

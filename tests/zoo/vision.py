@@ -84,7 +84,19 @@ MODELS: dict[str, Tiny] = {
     "gemma4_unified": Tiny("Gemma4UnifiedForConditionalGeneration"),
     "glm46v": Tiny("Glm46VForConditionalGeneration"),
     "glm4v": Tiny("Glm4vForConditionalGeneration"),
-    "glm4v_moe": Tiny("Glm4vMoeForConditionalGeneration"),
+    "glm4v_moe": Tiny(
+        "Glm4vMoeForConditionalGeneration",
+        {
+            "text_config": {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.5,
+                    "mrope_section": [4, 6, 6],
+                }
+            }
+        },
+    ),
     "glm5_next": Tiny(
         "Glm5NextForConditionalGeneration",
         {
@@ -105,7 +117,18 @@ MODELS: dict[str, Tiny] = {
         },
     ),
     "granite_speech": Tiny("GraniteSpeechForConditionalGeneration"),
-    "hunyuan_vl": Tiny("HunYuanVLForConditionalGeneration"),
+    "hunyuan_vl": Tiny(
+        "HunYuanVLForConditionalGeneration",
+        {
+            "text_config": {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [8, 8, 8, 8],
+                }
+            }
+        },
+    ),
     "hyperclovax_vision_v2": Tiny("HyperCLOVAXVisionV2ForConditionalGeneration"),
     "idefics2": Tiny("Idefics2ForConditionalGeneration"),
     "idefics3": Tiny("Idefics3ForConditionalGeneration"),
