@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
-from qplug.testing.models import tiny_tokenizer
+from qplug.model.quiet import quiet_transformers
+from qplug.testing.models import tiny_model, tiny_tokenizer
 
 #: As Qwen writes it: thoughts of earlier answers are dropped, tools come first.
 CHATML = """\
@@ -70,3 +72,69 @@ def write_chats(tmp_path: Path) -> WriteChats:
         return tmp_path / name
 
     return write
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+#: As LLaVA writes it: content is a list of parts.
+PARTS = """\
+{%- for m in messages %}[{{ m.role }}]
+{%- for p in m.content %}{% if p.type == 'image' %}<image>{% else %}{{ p.text }}{% endif %}
+{%- endfor %};{% endfor %}"""
+
+
+def write_small_llava(folder: Path) -> Path:
+    """Writes a random LLaVA of two blocks, 64 wide, whose pictures are four tokens each."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    text = tiny_model().config.to_dict()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(**{**text, "vocab_size": len(tokenizer)}),
+        image_token_index=len(tokenizer) - 1,
+        image_seq_length=4,
+    )
+    side = {"height": 28, "width": 28}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=side),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=PARTS,
+    )
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(0)
+        LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return folder
+
+
+def write_picture(path: Path, color: tuple[int, int, int] = (200, 10, 10)) -> Path:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 30), color).save(path)
+    return path
+
+
+def shown(path: str, question: str, answer: str) -> list[dict[str, Any]]:
+    """A question on a picture and its answer."""
+    content = [{"type": "image", "path": path}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]

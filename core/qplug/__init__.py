@@ -38,6 +38,7 @@ from qplug.api import (
     Server,
     SingleFile,
     Split,
+    Stacked,
     StoredTensor,
     Stream,
     StreamAxis,
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from qplug.recipe.files import read_job
     from qplug.recipe.recipe import Export, Job, Measurement, Recipe
     from qplug.registry.registry import Registry
+    from qplug.run.convert import convert
     from qplug.run.perform import perform
     from qplug.run.quantize import quantize
 
@@ -133,6 +135,7 @@ __all__ = [
     "Server",
     "SingleFile",
     "Split",
+    "Stacked",
     "StageCost",
     "StoredTensor",
     "Stream",
@@ -146,6 +149,7 @@ __all__ = [
     "WholeModel",
     "beyond_limits",
     "compare",
+    "convert",
     "evaluate",
     "hookimpl",
     "kernel_problems",
@@ -173,6 +177,7 @@ _LAZY = {
     "Registry": "qplug.registry.registry",
     "Verification": "qplug.reading.verify",
     "compare": "qplug.reading.compare",
+    "convert": "qplug.run.convert",
     "evaluate": "qplug.reading.perplexity",
     "load": "qplug.reading.load",
     "load_tokenizer": "qplug.model.tokenizer",

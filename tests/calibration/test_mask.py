@@ -76,7 +76,7 @@ def test_statistics_are_of_the_tokens_that_count(
             assert torch.equal(part.lows, whole.lows)
     for walk in walks:
         walk.advance(BLOCK, {})
-    assert all(map(torch.equal, walks[0]._inputs, walks[1]._inputs))
+    assert all(map(torch.equal, walks[0].hidden, walks[1].hidden))
 
 
 def test_drift_is_of_the_tokens_that_count(family: Family, tokens: Tensor, mask: Tensor) -> None:
@@ -128,10 +128,10 @@ def test_a_sample_with_its_own_inputs_is_a_batch_without_padding() -> None:
         [[5, 6]],
         [[7, -1, -1, -1], [8, 9, 9, 9]],
     ]
-    inputs = batches[1].inputs(torch.device("cpu"), torch.bfloat16)
+    inputs = batches[1].inputs(torch.bfloat16)
     assert set(inputs) == {"input_ids", "pixel_values"}
     assert inputs["pixel_values"].dtype == torch.bfloat16
-    assert set(batches[2].inputs(torch.device("cpu"), torch.bfloat16)) == {"input_ids"}
+    assert set(batches[2].inputs(torch.bfloat16)) == {"input_ids"}
     assert [len(part) for part in samples.shared_by(3)] == [2, 1, 1]
     other = Samples(tokens, None, ({}, {"pixel_values": torch.zeros(2, 3)}, {}, {}))
     assert len({samples.digest(), other.digest(), Samples(tokens).digest()}) == 3

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qplug import Registry
 from qplug.registry.plugin import Plugin
-from qplug.testing import AlgorithmContract, DatasetContract, ExporterContract
+from qplug.testing import AlgorithmContract, DatasetContract, ExporterContract, ReaderContract
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from conftest import Page
+    from torch import Tensor
 
-    from qplug import Algorithm, Component, Dataset, Exporter
+    from qplug import Algorithm, Component, Dataset, Exporter, Reader
 
 
 def offers(page: Page, folder: Path) -> list[type[Component[Any]]]:
@@ -66,6 +70,12 @@ class ExporterOnPage(OnPage, ExporterContract):
         return self.component()
 
 
+class ReaderOnPage(OnPage, ReaderContract):
+    @property
+    def reader(self) -> Reader:  # type: ignore[override]
+        return self.component()
+
+
 class TestMyIdea(AlgorithmOnPage):
     where = "README.md"
 
@@ -96,12 +106,25 @@ class TestHouse(ExporterOnPage):
         return "qplug:demo"  # the kernels of the house take no matrix as narrow as the kit's
 
 
+class TestBytes(ReaderOnPage):
+    where = "docs/how-to/write-a-reader.md"
+
+    def write(self, folder: Path) -> dict[str, Tensor]:
+        codes = torch.arange(-8, 8, dtype=torch.int8).view(4, 4)
+        scales, norm = torch.rand(4, 1), torch.ones(4, dtype=torch.bfloat16)
+        tensors = {"q.bytes": codes, "q.scales": scales, "norm.weight": norm}
+        save_file(tensors, folder / "model.safetensors")
+        told = {"dtype": "bfloat16", "quantization_config": {"quant_method": "bytes"}}
+        (folder / "config.json").write_text(json.dumps(told))
+        return {"q.weight": (codes.float() * scales).bfloat16(), "norm.weight": norm}
+
+
 def test_every_component_on_a_page_has_one(
     named_pages: dict[str, Page], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     held = {
         contract.where
-        for kind in (AlgorithmOnPage, DatasetOnPage, ExporterOnPage)
+        for kind in (AlgorithmOnPage, DatasetOnPage, ExporterOnPage, ReaderOnPage)
         for contract in kind.__subclasses__()
     }
     with_one = {

@@ -491,13 +491,16 @@ def test_data_of_the_users_own(read_text: Read, llmc: Llmc, tmp_path: Path) -> N
             )
         )
     )
-    options = {"path": str(tmp_path / "samples.json"), "field": "question"}
+    options = {"path": str(tmp_path / "samples.json"), "field": "question", "role": "user"}
     assert read.job.recipe.calibration.dataset == "text"
     assert read.job.recipe.calibration.options == options
-    assert [warning.partition(": no effect")[0] for warning in read.warnings] == [
-        f"{tmp_path / 'f.yml'}:12: calib.padding",
-        f"{tmp_path / 'f.yml'}:13: calib.apply_chat_template",
-    ]
+    assert read.warnings == ()
+
+
+def test_data_that_cannot_be_a_chat_says_so(read_text: Read, llmc: Llmc, tmp_path: Path) -> None:
+    given = calib("pileval", tmp_path, preproc="pileval_awq", apply_chat_template=True)
+    (_, warning) = read_text(llmc(calib=given + "add_answer: True\n")).warnings
+    assert "calib.add_answer: no effect" in warning
 
 
 def test_data_from_the_hub_needs_no_path(read_text: Read, llmc: Llmc) -> None:

@@ -73,6 +73,7 @@ TOGETHER = {
     "ignore": Said(
         "--ignore *.o_proj", {"ignore": ["*.o_proj"]}, {"ignore": ("*.o_proj",)}, ["*.o_proj"]
     ),
+    "mtp": Said("--mtp drop", {"mtp": "drop"}, {"mtp": "drop"}, "drop"),
     "calibration.dataset": Said(
         "--dataset text", {"calibration": {"dataset": "text"}}, {"dataset": "text"}, "text"
     ),
@@ -112,6 +113,9 @@ TOGETHER = {
         {"calibration": {"sampling": "windows"}},
         {"sampling": "windows"},
         "windows",
+    ),
+    "calibration.mask": Said(
+        "--mask prompts", {"calibration": {"mask": "prompts"}}, {"mask": "prompts"}, "prompts"
     ),
     "kv_cache": Said(
         "--kv-cache fp8", {"kv_cache": "fp8"}, {"kv_cache": "fp8"}, CACHES["fp8"].to_dict()

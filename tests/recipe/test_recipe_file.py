@@ -187,7 +187,7 @@ RECIPES = st.builds(
     ignore=st.lists(WORDS, max_size=2).map(tuple),
     calibration=st.builds(
         Calibration,
-        WORDS,
+        st.from_regex(r"[a-z][a-z0-9-]{0,9}", fullmatch=True),
         st.dictionaries(WORDS, SCALARS, max_size=2),
         st.integers(1, 999),
         st.integers(1, 999),
@@ -196,6 +196,7 @@ RECIPES = st.builds(
         st.dictionaries(WORDS, SCALARS, max_size=1),
         st.one_of(st.none(), st.integers(1, 9)),
         st.sampled_from(SAMPLINGS),
+        st.sampled_from(["none", "prompts"]),
     ),
     kv_cache=st.sampled_from([None, CACHES["fp8"]]),
     use_qtorch=st.booleans(),

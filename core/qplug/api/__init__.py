@@ -24,7 +24,7 @@ from qplug.api.float_model import (
     WholeModel,
 )
 from qplug.api.format import Format, SingleFile
-from qplug.api.layout import Problem
+from qplug.api.layout import Problem, Stacked
 from qplug.api.model import BuiltFloat, ModelView
 from qplug.api.reader import CodedTensor, Reader
 from qplug.api.tensors import Checkpoint, ComputedTensor, StoredTensor, TensorSpec
@@ -59,6 +59,7 @@ __all__ = [
     "Server",
     "SingleFile",
     "Split",
+    "Stacked",
     "StoredTensor",
     "Stream",
     "StreamAxis",

@@ -72,6 +72,7 @@ class Result:
     shares are known. ``float_share`` is the share of the weights in decoder blocks that stays
     float, 0 to 1; ``floats`` are its parts, by name of the weights with a star for each number.
     ``kept_float`` says of linears that no kernel takes, by name, why they stay float.
+    ``source_format`` says in words how the source was quantized; it is empty for a float source.
     """
 
     out: Path
@@ -87,3 +88,4 @@ class Result:
     float_share: float = 0.0
     floats: Mapping[str, float] = field(default_factory=dict)
     kept_float: Mapping[str, str] = field(default_factory=dict)
+    source_format: str = ""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qplug.api.block import QuantizedWeight
 from qplug.api.groups import dequantize
-from qplug.api.layout import Problem, layout_problems
+from qplug.api.layout import Problem, Stacked, layout_problems
 from qplug.api.model import ModelView
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.api.tensors import Checkpoint, StoredTensor, TensorSpec
@@ -124,6 +124,20 @@ class Format(ABC):
         """
         stored = tensors.get("input_scale")
         return None if stored is None else stored.float().reshape(1)
+
+    # --- experts in one tensor -------------------------------------------------------------------
+
+    def stacked(self, tensors: Collection[str]) -> dict[str, Stacked]:
+        """The tensors that the format stores for the experts of a layer together, by name.
+
+        ``tensors``: the names of all tensors of a folder, as ``layout`` and the float model give
+        them to each linear. The run computes linears as usual, and joins their tensors.
+        """
+        return {}
+
+    def unstacked(self, tensors: Mapping[str, TensorSpec]) -> dict[str, Stacked]:
+        """The inverse of ``stacked``, for the tensors that a folder stores."""
+        return {}
 
     # --- config.json -----------------------------------------------------------------------------
 

@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """How a stored tensor is made of tensors of single experts: its first axis counts the experts.
+
+    ``members[e]``: the names of the tensors of expert ``e``. Their rows follow one another in the
+    stored tensor, or alternate if ``interleaved``.
+    """
+
+    members: tuple[tuple[str, ...], ...]
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
 class Problem:
     """A rule of a format or of a loader that a folder breaks. ``check`` is the rule's name."""
 

@@ -37,7 +37,9 @@ class ModelView:
     ``built_float`` says why linears stay float whatever the scheme, by linear or other weight; a
     linear that only some engines build float may be in ``quantizable`` too. ``other_weights`` are
     the weights in the blocks with two or more axes that are no linears, such as experts stacked in
-    one tensor: shapes by name, without ``.weight``. qplug fills them in from the checkpoint.
+    one tensor: shapes by name, without ``.weight``. ``drafts`` are the linears among
+    ``quantizable`` that are in draft layers (MTP), outside of the blocks: a run quantizes them only
+    if it is asked to. qplug fills in both from the checkpoint.
     """
 
     config: Mapping[str, Any]
@@ -48,6 +50,7 @@ class ModelView:
     head: str | None
     built_float: Mapping[str, BuiltFloat] = field(default_factory=dict)
     other_weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    drafts: frozenset[str] = frozenset()
 
     @property
     def stacked_experts(self) -> tuple[str, ...]:

@@ -42,6 +42,9 @@ class BlockStructures:
             generator = torch.Generator(self._device).manual_seed(0)
             draw = partial(torch.rand, generator=generator, device=self._device)
             for local, weight in weights.items():
+                if not weight.is_floating_point():  # a table of numbers, such as of tokens' experts
+                    set_parameter(module, local, weight)
+                    continue
                 values = draw(weight.shape)  # norms stay away from zero, matrices keep variance
                 if weight.ndim < 2:
                     values += 0.5

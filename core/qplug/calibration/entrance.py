@@ -2,58 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.block_modules import BlockModules
+from qplug.calibration.samples import Samples
 from qplug.calibration.stopped_pass import StoppedPass, StoppingBlocks
-from qplug.checkpoint.names import module_of, split_name
-from qplug.model.parameters import empty_parameters, fill_parameters, refuse_infinite
+from qplug.checkpoint.names import is_within, module_of
+from qplug.model.parameters import fill_parameters, refuse_infinite
 
 
 class Entrance:
     """Starts passes of the model of ``blocks`` that stop at each of its blocks.
 
     The parameters of the decoder outside of the blocks are read at once. The parameters of other
-    parts, such as vision towers, are read when a pass first computes with them.
+    parts, such as vision towers, are read when a pass first computes with these parts, so a run on
+    text reads none of them.
     """
 
     def __init__(self, blocks: BlockModules, source: Checkpoint) -> None:
         """Raises QplugError if a parameter of the decoder is not finite."""
         self._blocks, self._source = blocks, source
         model, device = blocks.model, blocks.device
-        self._outer: dict[str, list[str]] = {}  # names in memory, by module
+        self._decoder = path = module_of(module_of(blocks.in_memory[0]))
+        around = {""}  # the decoder and all modules that contain it
+        while path:
+            around.add(path)
+            path = module_of(path)
+        at_once, self._below = [], dict[str, list[str]]()  # names in memory, by module
         for name, on_disk in blocks.outer.items():
-            if on_disk in source.tensors:
-                self._outer.setdefault(module_of(name), []).append(name)
-        decoder = model.get_submodule(module_of(module_of(blocks.in_memory[0])))
-        inside = {id(module) for module in decoder.modules()}
-        owned = [path for path in self._outer if id(model.get_submodule(path)) in inside]
-        self._fill([name for path in owned for name in self._outer[path]])
+            if on_disk not in source.tensors:
+                continue
+            path = module_of(name)
+            if path in around or self._in_decoder(name):
+                at_once.append(name)
+            while path not in around:
+                self._below.setdefault(path, []).append(name)
+                path = module_of(path)
+        self._later = {name for names in self._below.values() for name in names}
+        self._empty(sorted(self._later))
+        self._fill(at_once)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
-        for path in self._outer:
+        for path in self._below:
             model.get_submodule(path).register_forward_pre_hook(partial(self._fill_empty, path))
         self._stopping = StoppingBlocks(model, blocks.modules)
 
-    def begin(self, inputs: Mapping[str, Tensor]) -> StoppedPass:
-        """A pass of the model on ``inputs``: its arguments, such as ``input_ids``."""
-        device, model = self._blocks.device, self._blocks.model
-        on_device = {name: value.to(device) for name, value in inputs.items()}
-        return self._stopping.begin(partial(model, **on_device, use_cache=False))
+    def begin(self, batch: Samples) -> StoppedPass:
+        """A pass of the model on ``batch``."""
+        blocks = self._blocks
+        inputs = {name: x.to(blocks.device) for name, x in batch.inputs(blocks.dtype).items()}
+        return self._stopping.begin(partial(blocks.model, **inputs, use_cache=False))
 
     def free_embeddings(self) -> None:
         """Frees the memory of embeddings and of parts outside of the decoder.
 
         Their parameters are read again if a pass computes with them once more.
         """
-        for path, names in self._outer.items():
-            if isinstance(self._blocks.model.get_submodule(path), nn.Embedding):
-                empty_parameters(self._blocks.model, names)
+        model = self._blocks.model
+        self._empty(
+            name
+            for name in self._later
+            if isinstance(model.get_submodule(module_of(name)), nn.Embedding)
+            or not self._in_decoder(name)
+        )
 
     def _fill(self, names: list[str]) -> None:
         on_disk = {name: self._blocks.outer[name] for name in names}
@@ -65,11 +81,18 @@ class Entrance:
         fill_parameters(self._blocks.model, self._blocks.computable(stored))
 
     def _fill_empty(self, path: str, module: nn.Module, inputs: object) -> None:
-        parameters = module._parameters
-        empty = [
-            name
-            for name in self._outer[path]
-            if (value := parameters.get(split_name(name)[1])) is not None and value.is_meta
-        ]
+        """Fills ``module`` at ``path``, to its depths, before it computes."""
+        model = self._blocks.model
+        empty = [name for name in self._below[path] if model.get_parameter(name).is_meta]
         if empty:
             self._fill(empty)
+
+    def _empty(self, names: Iterable[str]) -> None:
+        """Frees parameters. Modules ask for their shape and dtype even before they compute."""
+        model, dtype = self._blocks.model, self._blocks.dtype
+        for name in names:
+            meta = model.get_parameter(name).data.to("meta", dtype)
+            fill_parameters(model, {name: meta})
+
+    def _in_decoder(self, name: str) -> bool:
+        return not self._decoder or is_within(self._decoder, name)

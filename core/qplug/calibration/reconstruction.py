@@ -27,8 +27,8 @@ class Data:
     """One process's part of the calibration data at a block, by batch.
 
     ``inputs`` enter the block; ``targets`` leave the float model's block; ``calls`` have the
-    block's other arguments; ``counted`` is ``real`` of ``Batch``. ``tokens`` counts these tokens of
-    all processes, also in batches that this process has no part of.
+    block's other arguments; ``counted`` is ``real`` of ``Batch``. ``tokens`` counts these tokens
+    of all processes, also in batches that this process has no part of.
     """
 
     inputs: HiddenStates

@@ -101,6 +101,18 @@ class Samples:
         if plain:
             yield self._some(plain)
 
+    def probe(self, count: int) -> Samples:
+        """Up to ``count`` tokens of the first sample, without extra inputs.
+
+        Of a sample with extra inputs these are tokens that occur once: the marks at which a model
+        puts a picture occur many times.
+        """
+        tokens = self.tokens[0]
+        if self.extra and self.extra[0]:
+            found, times = tokens[tokens >= 0].unique(return_counts=True)
+            tokens = found[times == times.min()]
+        return Samples(tokens[None, :count])
+
     def digest(self) -> str:
         """A hash of everything that the model and the statistics see."""
         found = hashlib.sha256(self.tokens.numpy().data)

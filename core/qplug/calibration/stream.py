@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qplug.calibration.hidden_states import HiddenStates
+from qplug.calibration.shared_tensors import SharedTensors
 from qplug.calibration.stopped_pass import Stop, StoppedPass
 from qplug.errors import QplugError
 from qplug.model.block_call import BlockCall, Output
@@ -31,10 +32,12 @@ class Stream:
         self._next_at: list[str | None] = []
         self.hidden, self.calls = HiddenStates(device), list[BlockCall]()
         self._next_hidden, self._next_calls = HiddenStates(device), list[BlockCall]()
+        shared = SharedTensors()
         for one in passes:
             stop = one.start()
             self._at.append(None if stop is None else stop.block)
             if stop is not None:
+                shared.share(stop.call.others())
                 self.hidden.append(stop.call.hidden)
                 self.calls.append(self._released(stop.call))
 

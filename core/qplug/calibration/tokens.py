@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from qplug.api import ModelView
 from qplug.calibration.samples import Samples
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.foreign import naming_file
+from qplug.model.processor import load_processor
 from qplug.model.tokenizer import load_tokenizer
 from qplug.recipe.recipe import Calibration
 from qplug.text.conversations import Renderer, Sample
@@ -41,7 +44,12 @@ def calibration_tokens(
         for share in calibration.shares
     ]
     tokenizer = load_tokenizer(model, trust_remote_code=session.trust_remote_code)
-    render = Renderer(tokenizer, answers_only=calibration.mask == "prompts")
+
+    @cache
+    def processor() -> Any:
+        return load_processor(model, trust_remote_code=session.trust_remote_code)
+
+    render = Renderer(tokenizer, calibration.mask == "prompts", processor)
     drawn: list[list[Sample]] = []
     for dataset, count in shares:
         with (

@@ -64,10 +64,10 @@ class Walk:
     ) -> None:
         """Each process of ``session`` takes a part of the ``samples``.
 
-        ``with_drift`` gathers ``InputGroup.drift``; ``with_targets`` gives blocks a
-        ``reconstruction``. ``online``: names of linears whose inputs are rotated while the model
-        runs. ``cache``: how keys and values are stored, None if not quantized. Raises QplugError if
-        there are fewer samples than processes.
+        ``with_drift`` gathers
+        ``InputGroup.drift``; ``with_targets`` gives blocks a ``reconstruction``. ``online``: names
+        of linears whose inputs are rotated while the model runs. ``cache``: how keys and values are
+        stored, None if not quantized. Raises QplugError if there are fewer samples than processes.
         """
         device, processes = session.device, session.processes
         if len(samples) < processes.count:
@@ -100,30 +100,27 @@ class Walk:
         self._quota = SampleQuota([len(part) for part in parts], processes.rank)
         batches = parts[processes.rank]
         self._tokens_by_batch = counted_tokens(parts)
-        self._lengths = [batch.length for batch in batches]
         # Short samples are padded on the right; causal attention keeps padding from real tokens.
         self._real = [batch.real for batch in batches]
-        self._counted = [
-            real if batch.mask is None else batch.mask
+        self._seen = [
+            Seen(batch.length, real, real if batch.mask is None else batch.mask)
             for batch, real in zip(batches, self._real, strict=True)
         ]
         entrance = Entrance(self._blocks, source)
-        starts = [batch.inputs(self._blocks.dtype) for batch in batches]
-        probe = {"input_ids": samples.tokens[:1, :PROBE].clamp(min=0)}
         # What a few tokens meet shows how the linears of a block are connected.
-        self._probe = self._begin(entrance, [probe])
-        #: The batches in the model whose statistics are taken, and in the float model if that is
-        #: another. Before the first block both agree.
-        self._stream = self._begin(entrance, starts)
+        self._probe = self._begin(entrance, [samples.probe(PROBE)])
+        # The batches in the model whose statistics are taken, and in the float model if that is
+        # another. Before the first block both agree.
+        self._stream = self._begin(entrance, batches)
         self._float_stream: Stream | None = None
         if self._with_float and propagate == "quantized":
-            self._float_stream = self._begin(entrance, starts)
+            self._float_stream = self._begin(entrance, batches)
         self._agree = True
         self._targets: HiddenStates | None = None
         entrance.free_embeddings()
 
-    def _begin(self, entrance: Entrance, inputs: Sequence[Mapping[str, Tensor]]) -> Stream:
-        stream = Stream([entrance.begin(one) for one in inputs], self._device)
+    def _begin(self, entrance: Entrance, batches: Sequence[Samples]) -> Stream:
+        stream = Stream([entrance.begin(batch) for batch in batches], self._device)
         # Passes would wait for ever in their threads.
         weakref.finalize(self, stream.close)
         return stream
@@ -175,7 +172,11 @@ class Walk:
         if self._targets is not None:
             stream = self._stream
             data = Data(
-                stream.hidden, self._targets, stream.calls, self._counted, self._tokens_by_batch
+                stream.hidden,
+                self._targets,
+                stream.calls,
+                [seen.counted for seen in self._seen],
+                self._tokens_by_batch,
             )
             block.reconstruction = LiveReconstruction(
                 block, self._blocks.modules[name], data, self._device, self._processes
@@ -269,7 +270,7 @@ class Walk:
         passes_on = first and self._with_float
         # While both models agree, one pass serves both.
         serves_both = passes_on and self._agree
-        passing = float_stream if serves_both else self._stream
+        main = float_stream if serves_both else self._stream
         beside: Stream | None = None
         if not self._agree and (self._with_drift or passes_on):
             beside = float_stream
@@ -277,11 +278,10 @@ class Walk:
         compute_float = partial(blocks.compute, name, float_parameters)
         if first:
             self._targets = HiddenStates(self._device) if self._with_targets else None
-        for stream in (passing, beside or passing):
+        for stream in (main, beside or main):
             stream.expect(name)
-        float_calls: Iterable[BlockCall | None] = beside or [None] * len(passing)
-        tokens = map(Seen, self._lengths, self._real, self._counted)
-        batches = zip(passing, float_calls, tokens, strict=True)
+        float_calls: Iterable[BlockCall | None] = beside or [None] * len(main)
+        batches = zip(main, float_calls, self._seen, strict=True)
         for index, (call, float_call, seen) in enumerate(batches):
             seen_by_float: FloatInputs = {}
             float_output: Output = None

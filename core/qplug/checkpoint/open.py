@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from qplug.api import Checkpoint, Reader, SingleFile, StoredTensor
 from qplug.checkpoint.config_file import CONFIG, read_config, refuse_absurd
 from qplug.checkpoint.sources import read_as_float
 from qplug.checkpoint.tensor_file import read_header
+from qplug.checkpoint.unindexed import draft_tensors
 from qplug.errors import QplugError
 from qplug.files.json_text import read_json
 from qplug.files.regular import refuse_link_out
@@ -45,7 +46,7 @@ def open_checkpoint(
     if single_file and file and file.is_file() and not any(folder.glob("*.safetensors")):
         refuse_link_out(file, folder)
         return Checkpoint(folder, config, single_file.read(file, config))
-    tensors = _read_tensors(folder)
+    tensors = _read_tensors(folder, config)
     refuse_absurd(folder / CONFIG, config, tensors)
     checkpoint = read_as_float(Checkpoint(folder, config, tensors), readers)
     for path in checkpoint.companions():
@@ -72,13 +73,19 @@ def check_companions(folder: Path) -> None:
             read_json(folder / name, within=folder, strict=False)
 
 
-def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of ``folder`` by name, from the index or from a single file."""
+def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """Returns the tensors of ``folder`` by name: those that the index names, and draft layers."""
+    tensors, files = _indexed(folder)
+    return {**tensors, **draft_tensors(folder, config, tensors, files)}
+
+
+def _indexed(folder: Path) -> tuple[dict[str, StoredTensor], set[str]]:
+    """Returns the tensors of ``folder`` by name, and their files: of the index or a single file."""
     index = folder / INDEX
     if not os.path.lexists(index):
         if not os.path.lexists(folder / SINGLE):
             raise QplugError(f"{folder}: has neither {SINGLE} nor {INDEX}")
-        return dict(read_header(folder / SINGLE, within=folder))
+        return dict(read_header(folder / SINGLE, within=folder)), {SINGLE}
     weight_map = Typed(str(index), read_json(index, within=folder)).get("weight_map")
     file_of = {n: file.text() for n, file in weight_map.mapping().items()} if weight_map else {}
     if not file_of:
@@ -93,4 +100,4 @@ def _read_tensors(folder: Path) -> dict[str, StoredTensor]:
     for name, file in file_of.items():
         if name not in headers[file]:
             raise QplugError(f"{index}: {name[:300]} is not in {file[:300]}")
-    return {name: headers[file][name] for name, file in file_of.items()}
+    return {name: headers[file][name] for name, file in file_of.items()}, {*headers}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qplug.api import Checkpoint, StoredTensor, TensorSpec
+from qplug.api import Checkpoint, Format, Stacked, StoredTensor, TensorSpec
 from qplug.checkpoint.names import module_of
 from qplug.checkpoint.tensor_file import tensor_bytes
 
@@ -98,6 +98,42 @@ def stacked_again(checkpoint: Checkpoint, quantized: Collection[str]) -> Checkpo
             assert isinstance(tensor, CutTensor)
             tensors[tensor.stacked] = tensor.source
     return replace(checkpoint, tensors=tensors)
+
+
+def stack(stacked: Stacked, values: Mapping[str, Tensor]) -> Tensor:
+    """Returns the stored tensor that ``stacked`` describes. ``values``: its members by name."""
+    size = len(stacked.members[0])
+    cuts = [Cut(index, size, stacked.interleaved) for index in range(size)]
+    return joined(
+        {
+            number: {cut: values[name] for cut, name in zip(cuts, names, strict=True)}
+            for number, names in enumerate(stacked.members)
+        }
+    )
+
+
+def members(stored: StoredTensor, name: str, stacked: Stacked) -> Iterator[tuple[str, CutTensor]]:
+    """Yields the tensors of single experts in the tensor ``stored`` called ``name``, by name."""
+    for number, names in enumerate(stacked.members):
+        for index, member in enumerate(names):
+            cut = Cut(index, len(names), stacked.interleaved)
+            yield member, cut_tensor(stored, name, number, cut)
+
+
+def unstacked(checkpoint: Checkpoint, format: Format) -> Checkpoint:
+    """Returns ``checkpoint`` with separate tensors of experts that ``format`` stores together."""
+    specs = {name: tensor.spec for name, tensor in checkpoint.tensors.items()}
+    tensors = dict(checkpoint.tensors)
+    for name, stacked in format.unstacked(specs).items():
+        tensors |= members(tensors.pop(name), name, stacked)
+    return replace(checkpoint, tensors=tensors)
+
+
+def stacked_spec(stacked: Stacked, specs: Mapping[str, TensorSpec]) -> TensorSpec:
+    """Returns the dtype and shape of the stored tensor. ``specs``: of its members by name."""
+    each = [specs[name] for name in stacked.members[0]]
+    rows = sum(spec.shape[0] for spec in each)
+    return TensorSpec(each[0].dtype, (len(stacked.members), rows, *each[0].shape[1:]))
 
 
 def joined(parts: Mapping[int, Mapping[Cut, Tensor]]) -> Tensor:

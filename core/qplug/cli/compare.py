@@ -53,7 +53,7 @@ def command(
     check_target(out)
     session = Session(registry, trust_remote_code=trust_remote_code)
     # Opens all folders before it measures any, so that a wrong name is reported at once.
-    overviews = [overview(open_folder(name, session), name) for name in folders]
+    overviews = [overview(open_folder(name, session, or_float=True), name) for name in folders]
     text = TextOptions(dataset, dataset_options, seq_len, windows, device, trust_remote_code)
     compared = [
         Compared(summary, text.measure(summary.folder, registry) if perplexity else None)

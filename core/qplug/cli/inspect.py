@@ -24,7 +24,7 @@ def command(registry: Registry, folder: str, as_json: bool) -> None:
     from qplug.machine.session import Session
     from qplug.reading.folder import open_folder
 
-    opened = open_folder(folder, Session(registry))
+    opened = open_folder(folder, Session(registry), or_float=True)
     view, manifest = opened.view, opened.manifest
     size = sum(tensor.nbytes for tensor in opened.checkpoint.tensors.values())
     weights = sum(out * width for out, width in view.linears.values())
@@ -32,6 +32,7 @@ def command(registry: Registry, folder: str, as_json: bool) -> None:
         "folder": folder,
         "architecture": (view.config.get("architectures") or ["unknown"])[0],
         "backend": opened.exporter.name if opened.exporter else None,
+        "read as float from": opened.checkpoint.quantized or None,
         "recipe": "+".join(manifest.algorithms) if manifest else None,
         "source": manifest.model if manifest else None,
         "versions": dict(manifest.versions) if manifest else {},

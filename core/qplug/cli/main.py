@@ -41,6 +41,7 @@ _LONGEST = 2000
 #: The place of each command of qplug itself, and its line in ``qplug --help``, by name.
 COMMANDS = {
     "quantize": ("qplug.cli.quantize:command", "Quantize a checkpoint."),
+    "convert": ("qplug.cli.convert:command", "Change the format of a folder, keep its codes."),
     "eval": ("qplug.cli.eval:command", "Measure the perplexity of a checkpoint."),
     "config": ("qplug.cli.config:command", "Check and convert recipes and LLMC files."),
     "verify": ("qplug.cli.verify:command", "Check that an engine can load a folder."),

@@ -236,10 +236,13 @@ def _tell_all(done: JobResult) -> None:
 def _tell(result: Result) -> None:
     """Print the result of one run in a few lines."""
     out = result.out
+    if result.source_format:
+        say(f"source: is quantized ({result.source_format}); it was read as float")
     sizes = f"{result.source_bytes / 1e6:,.1f} MB -> {result.bytes / 1e6:,.1f} MB"
     if result.dry_run:
         say(f"{out}: would be written: {sizes}")
         _tell_floats(result)
+        _tell_notes(result)
         return
     if not result.errors:
         say(f"{out}: float weights, no layer quantized, {sizes}, {result.seconds:.1f} s")
@@ -253,6 +256,11 @@ def _tell(result: Result) -> None:
     summary = f"mean {mean:.4f}, worst {losses[worst]:.4f} ({worst})"
     say(f"relative error of {of_what}: {summary}")
     _tell_floats(result)
+    _tell_notes(result)
+
+
+def _tell_notes(result: Result) -> None:
+    """Print the messages of a run to its user."""
     for sentence in result.notes:
         say(f"note: {sentence}")
 

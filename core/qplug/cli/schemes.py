@@ -81,10 +81,7 @@ def _view(model: str, registry: Registry, trust_remote_code: bool) -> ModelView:
     from qplug.reading.folder import open_folder
 
     session = Session(registry, trust_remote_code=trust_remote_code)
-    opened = open_folder(model, session)
-    if opened.exporter is not None:
-        raise QplugError(f"--model {model}: is quantized already; name the float model")
-    return opened.view
+    return open_folder(model, session, or_float=True).view
 
 
 def _fits(row: Capability, view: ModelView | None, target: Target) -> dict[str, str | None]:

@@ -14,6 +14,7 @@ from qplug.api import BuiltFloat, ModelView
 from qplug.api.tensors import FLOAT_DTYPES, Checkpoint
 from qplug.checkpoint.names import block_of, natural_order, split_name
 from qplug.errors import PluginError, QplugError
+from qplug.model.draft_layers import with_drafts
 from qplug.model.experts import experts_apart
 from qplug.model.hollow import build, load_config
 from qplug.model.kept_float import built_float
@@ -35,7 +36,7 @@ def find_view(
     taught = _taught_view(checkpoint, registry)
     if taught is None:
         view = model_view(checkpoint, trust_remote_code=trust_remote_code)
-        return with_other_weights(view, checkpoint)
+        return with_drafts(with_other_weights(view, checkpoint))
     plugin, view = taught
     refuse_quantized(checkpoint)
     for name, shape in view.linears.items():
@@ -48,7 +49,7 @@ def find_view(
                 f"{checkpoint.folder}: {name}.weight is {stored.spec.dtype}; qplug quantizes "
                 f"models in {', '.join(FLOAT_DTYPES)}"
             )
-    return with_other_weights(view, checkpoint)
+    return with_drafts(with_other_weights(view, checkpoint))
 
 
 def with_experts_apart(
@@ -87,7 +88,7 @@ def find_packed_view(
         view = packed_view(checkpoint, packed, trust_remote_code=trust_remote_code)
     else:
         view = taught[1]
-    return with_other_weights(view, checkpoint)
+    return with_drafts(with_other_weights(view, checkpoint))
 
 
 def expected_tensors(

@@ -24,6 +24,7 @@ from qplug.errors import QplugError
 from qplug.model.block_list import decoder_blocks
 from qplug.model.disk_names import DiskNames, disk_names
 from qplug.model.expert_layout import Layout, Part, agrees, find_layout
+from qplug.model.placed import Placement
 from qplug.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -131,39 +132,87 @@ def as_on_disk(
     modules = blocks_by_name(model, blocks)
     in_memory = decoder_blocks(model, Path(str(model.config.name_or_path)))
     for (block, module), before in zip(modules.items(), in_memory, strict=True):
-        paths: dict[str, str] = {}  # full names on disk of modules, by path in the block
+        placement = Placement(module)
         for path in dict.fromkeys(module_of(local) for local, _ in module.named_parameters()):
-            full, part = f"{before}.{path}", module.get_submodule(path)
+            full, part = f"{before}.{path}" if path else before, module.get_submodule(path)
             own = [f"{full}.{local}" for local, _ in part.named_parameters(recurse=False)]
             stack, layout = stacks.get(full), None
             if stack is not None:
-                is_apart = stack.is_apart(stored)
-                paths[path], layout = (stack.experts, stack.layout) if is_apart else (full, None)
-            elif own[0] in names.parts:
+                if stack.is_apart(stored):
+                    placement.module(path, relative_name(block, stack.experts))
+                    layout = stack.layout
+            elif _are_experts(names.parts.get(own[0], ())):
                 traced = [_trace(model, name, names) for name in own]
-                paths[path] = traced[0][0]
+                placement.module(path, relative_name(block, traced[0][0]))
                 layout = layouts.of(full, part, [each for _, parts in traced for each in parts])
             else:
-                paths[path] = _module_on_disk(own, names)
+                _place(placement, model, before, path, own, block, names)
             if layout is not None:
                 parent, local = split_name(path)
                 module.get_submodule(parent).add_module(local, Experts(part, layout))
-        # The deepest come first, while their parents still go by their old names.
-        for path, on_disk in sorted(paths.items(), key=lambda pair: -pair[0].count(".")):
-            if path:
-                _rename(module, path, relative_name(block, on_disk))
+        placement.carry_out()
         for local, _ in module.named_parameters():
             if f"{block}.{local}" not in stored:
                 raise _unknown(f"{block}.{local}")
     return modules
 
 
-def _module_on_disk(parameters: Sequence[str], names: DiskNames) -> str:
-    """The name on disk of the module with ``parameters``, whose own names are the same there."""
+def _are_experts(tensors: Sequence[str]) -> bool:
+    """Whether all ``tensors`` on disk belong to linears of numbered modules."""
+    numbers = [local_of(module_of(module_of(name))) for name in tensors]
+    return bool(numbers) and all(number.isdigit() for number in numbers)
+
+
+def _place(
+    placement: Placement,
+    model: PreTrainedModel,
+    before: str,
+    path: str,
+    parameters: Sequence[str],
+    block: str,
+    names: DiskNames,
+) -> None:
+    """Gives the module at ``path`` of a block, and its ``parameters``, their names on disk.
+
+    ``before`` and ``block``: the names of the block in memory and on disk. Raises QplugError for a
+    parameter that the checkpoint does not have, alone or in parts.
+    """
+    alone: dict[str, str] = {}
     for name in parameters:
-        if local_of(names.of_parameter.get(name, "")) != local_of(name):
+        if name in names.of_parameter:
+            alone[name] = names.of_parameter[name]
+        elif name in names.parts:
+            parts = [
+                (relative_name(block, on_disk), values) for on_disk, values in _parts(model, name)
+            ]
+            placement.parts(relative_name(before, name), parts)
+        else:
             raise _unknown(name)
-    return module_of(names.of_parameter[parameters[0]])
+    modules = {module_of(on_disk) for on_disk in alone.values()}
+    same = all(local_of(name) == local_of(on_disk) for name, on_disk in alone.items())
+    if same and len(modules) == 1 and len(alone) == len(parameters):
+        placement.module(path, relative_name(block, modules.pop()))
+        return
+    for name, on_disk in alone.items():
+        placement.parameter(relative_name(before, name), relative_name(block, on_disk))
+
+
+def _parts(model: PreTrainedModel, name: str) -> list[tuple[str, Tensor]]:
+    """The tensors on disk, in order, whose elements are those of the parameter ``name``.
+
+    The tensors have no memory. Raises QplugError if they are not the parameter's elements in order.
+    """
+    parameter = model.get_parameter(name)
+    numbers = torch.arange(parameter.numel()).view(parameter.shape)
+    parts = sorted(
+        _converted(model, name, numbers).items(), key=lambda item: int(item[1].flatten()[0])
+    )
+    if not torch.equal(torch.cat([values.flatten() for _, values in parts]), numbers.flatten()):
+        raise _unknown(name)
+    return [
+        (on_disk, torch.empty_like(values, device="meta", dtype=parameter.dtype))
+        for on_disk, values in parts
+    ]
 
 
 def blocks_by_name(model: PreTrainedModel, blocks: Sequence[str]) -> dict[str, nn.Module]:
@@ -356,23 +405,6 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
-
-
-def _rename(block: nn.Module, path: str, on_disk: str) -> None:
-    """Register the modules of ``block`` along ``path`` under their names ``on_disk``."""
-    old, new = path.split("."), on_disk.split(".")
-    if len(old) != len(new):
-        raise _unknown(path)
-    for depth, (before, after) in enumerate(zip(old, new, strict=True)):
-        parent = block.get_submodule(".".join(new[:depth]))
-        if after in parent._modules:
-            continue
-        if before not in parent._modules:
-            raise _unknown(path)
-        parent.__dict__[before] = parent._modules[before]  # the model's code uses the old name
-        renamed = [(after if name == before else name, m) for name, m in parent._modules.items()]
-        parent._modules.clear()
-        parent._modules.update(renamed)
 
 
 def _unknown(name: str) -> QplugError:

@@ -179,6 +179,16 @@ KEPT_FLOAT = (
         ),
     ),
     KeptFloat(
+        ("*.eh_proj", "*mtp.fc"),
+        (),
+        BuiltFloat(
+            "it joins a draft layer to the model, which engines do without quantization",
+            _BOTH,
+            "nn.Linear in vLLM 0.32, models/deepseek_mtp.py, and SGLang 0.5.16, "
+            "models/deepseek_nextn.py and models/qwen3_5_mtp.py",
+        ),
+    ),
+    KeptFloat(
         ("*.conv1d", "*.?_conv1d", "*.conv.conv", "*.short_conv.conv", "*.A_log"),
         (),
         BuiltFloat(

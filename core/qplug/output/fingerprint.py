@@ -12,6 +12,8 @@ import torch
 
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.samples import Samples
+from qplug.checkpoint.config_file import CONFIG
+from qplug.checkpoint.open import MODELOPT
 from qplug.machine.session import Session
 from qplug.output.checksums import file_checksum
 from qplug.recipe.recipe import Recipe
@@ -51,6 +53,10 @@ def fingerprint(
         model.update(_sample(path, status.st_size, pages))
     for path in source.companions():  # the tokenizer, and Python code that belongs to the model
         model.update(f"{path.name} {file_checksum(path)}".encode(errors="surrogateescape"))
+    if source.quantized:  # how a reader computes weights, which source.config no longer says
+        for file in (CONFIG, MODELOPT):
+            if (source.folder / file).is_file():
+                model.update(f"{file} {file_checksum(source.folder / file)}".encode())
     for name, tensor in sorted(source.tensors.items()):
         model.update(f"{name} {tensor.location} {tensor.spec}".encode())
     return {

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from qplug.api import Exporter, ModelView, TensorSpec
+from qplug.api import Exporter, ModelView, Stacked, TensorSpec
 from qplug.api.scheme import Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.names import is_within, natural_order, split_name
 from qplug.checkpoint.open import INDEX, SINGLE
+from qplug.checkpoint.stacked import stacked_spec
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,10 @@ class Step:
     """A unit of work that is read, computed and written at once: a linear, a block, or a copy.
 
     ``linears`` are the schemes of the linears to quantize, by name. ``others`` are the names of
-    tensors that keep name, dtype and shape. ``outputs`` are all tensors to write, by full name.
-    ``cache_scales`` are the full names of the scales of a KV cache, which the source does not have.
+    tensors that keep name, dtype and shape. ``outputs`` are all tensors to write, by full name;
+    tensors of single experts that the format joins are in ``stacks`` instead, which says of which
+    an output is made. ``cache_scales`` are the full names of the scales of a KV cache, which the
+    source does not have.
     """
 
     name: str
@@ -26,6 +29,7 @@ class Step:
     others: tuple[str, ...]
     outputs: Mapping[str, TensorSpec]
     cache_scales: tuple[str, ...] = ()
+    stacks: Mapping[str, Stacked] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -93,10 +97,32 @@ def make_plan(
         block = next((b for b in model.blocks if by_block and is_within(b, tensor)), None)
         key = first.get(step.name, step.name) if block is None else block
         steps[key] = _joined(key, steps[key], step) if key in steps else replace(step, name=key)
+    steps = _with_stacks(steps, exporter)
     for block, names in (cache_scales or {}).items():
         outputs = {**steps[block].outputs, **dict.fromkeys(names, TensorSpec("float32", (1,)))}
         steps[block] = replace(steps[block], outputs=outputs, cache_scales=names)
     return Plan(tuple(steps.values()), _assign_shards(list(steps.values()), shard_bytes))
+
+
+def _with_stacks(steps: dict[str, Step], exporter: Exporter[object]) -> dict[str, Step]:
+    """Returns ``steps`` in which tensors that the format stores together are made by one step."""
+    specs = {name: spec for step in steps.values() for name, spec in step.outputs.items()}
+    stacks = exporter.format.stacked(specs)
+    if not stacks:
+        return steps
+    key_of = {name: key for key, step in steps.items() for name in step.outputs}
+    for stored, stacked in stacks.items():
+        names = [name for of_expert in stacked.members for name in of_expert]
+        keys = list(dict.fromkeys(key_of[name] for name in names))
+        first = steps[keys[0]]
+        for key in keys[1:]:
+            first = _joined(first.name, first, steps.pop(key))
+        key_of |= dict.fromkeys(first.outputs, keys[0])
+        outputs = {name: spec for name, spec in first.outputs.items() if name not in {*names}}
+        outputs[stored] = stacked_spec(stacked, specs)
+        steps[keys[0]] = replace(first, outputs=outputs, stacks={**first.stacks, stored: stacked})
+        key_of |= dict.fromkeys(names, keys[0])
+    return steps
 
 
 def _joined(name: str, first: Step, second: Step) -> Step:
@@ -106,6 +132,7 @@ def _joined(name: str, first: Step, second: Step) -> Step:
         {**first.linears, **second.linears},
         first.others + second.others,
         {**first.outputs, **second.outputs},
+        stacks={**first.stacks, **second.stacks},
     )
 
 

@@ -18,8 +18,10 @@ from typing import Any, TypeAlias
 from safetensors.torch import save
 from torch import Tensor
 
+from qplug.api import StoredTensor
 from qplug.checkpoint.names import by_module
 from qplug.checkpoint.open import INDEX
+from qplug.checkpoint.stacked import members
 from qplug.checkpoint.tensor_file import FileTensor, lay_out, read_header, tensor_bytes
 from qplug.errors import QplugError
 from qplug.output import disk
@@ -121,7 +123,7 @@ class Writer:
 
     def _lay_out_shards(self) -> None:
         """Computes the header and the size of each shard, and the place of each tensor."""
-        self._places: dict[str, FileTensor] = {}
+        self._places: dict[str, FileTensor] = {}  # by stored name
         self._headers: dict[Path, bytes] = {}
         self._sizes: dict[Path, int] = {}
         for file, specs in self._plan.shards().items():
@@ -289,13 +291,22 @@ class Writer:
     def stored(self, module: str) -> dict[str, Tensor]:
         """Returns the written tensors of ``module`` by local name, without its children's."""
         return {
-            local: self._places[f"{module}.{local}"].read()
+            local: self._readable[f"{module}.{local}"].read()
             for local in self._by_module.get(module, ())
         }
 
     @cached_property
+    def _readable(self) -> dict[str, StoredTensor]:
+        """All tensors by name, also those of single experts that are stored together."""
+        readable: dict[str, StoredTensor] = dict(self._places)
+        for step in self._plan.steps:
+            for name, stacked in step.stacks.items():
+                readable |= members(self._places[name], name, stacked)
+        return readable
+
+    @cached_property
     def _by_module(self) -> dict[str, list[str]]:
-        return by_module(self._places)
+        return by_module(self._readable)
 
     def cached(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Returns the tensors of ``make()``, stored under ``name`` in the unfinished folder.

@@ -105,7 +105,7 @@ def compare(
     """
     session = Session.alone(device, registry=registry, trust_remote_code=trust_remote_code)
     opened = open_folder(folder, session, backend=backend)
-    source = open_folder(against, session)
+    source = open_folder(against, session, or_float=True)
     if source.view.blocks != opened.view.blocks:
         raise QplugError(f"{against}: has other blocks than {folder}; it is a different model")
     samples = calibration_tokens(

@@ -16,6 +16,7 @@ from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.names import by_module, is_within, split_name
 from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.sources import read_as_float
+from qplug.checkpoint.stacked import unstacked
 from qplug.errors import QplugError
 from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
@@ -143,30 +144,50 @@ class Folder:
         return scales
 
 
-def open_folder(model: str, session: Session, *, backend: str | None = None) -> Folder:
+def open_folder(
+    model: str, session: Session, *, backend: str | None = None, or_float: bool = False
+) -> Folder:
     """Open a float or quantized model without reading its weights.
 
     ``model`` is a folder, a Hub id, or ``qplug:demo``. ``backend`` names the exporter that reads
-    the folder; by default it is the one that wrote it, else one for its format. A folder whose
-    format no exporter has is opened as float, if a reader reads it. Raises QplugError if files are
-    missing or damaged, or if neither an exporter nor a reader reads the folder's format.
+    the folder; by default it is the one that wrote it, else one for its format. A folder that
+    another tool wrote, in a format that no exporter has, is opened as float if a reader reads it;
+    with ``or_float`` also if its exporter refuses it. Raises QplugError if files are missing or
+    damaged, or if neither an exporter nor a reader reads the folder's format.
     """
     folder = find_model(model)
     manifest = read_manifest(folder)
-    exporters, trusted = session.registry.exporters, session.trust_remote_code
+    exporters = session.registry.exporters
     name = backend or (manifest.backend if manifest else None)
     checkpoint = open_checkpoint(folder, exporters[name].format.single_file if name else None)
+    is_foreign = name is None and Reader.quantization(checkpoint.config)
+    if not is_foreign:
+        return _opened(checkpoint, manifest, name, session)
+    config = checkpoint.config.get("quantization_config") or {}
+    name = session.registry.backend_of(config.get("quant_method"))
+    if name is not None:
+        try:
+            return _opened(checkpoint, None, name, session)
+        except QplugError:
+            if not or_float:
+                raise
+    checkpoint = read_as_float(checkpoint, session.registry.sources)
+    refuse_quantized(checkpoint)
+    return _opened(checkpoint, None, None, session)
+
+
+def _opened(
+    checkpoint: Checkpoint, manifest: Manifest | None, backend: str | None, session: Session
+) -> Folder:
+    """Returns the folder of ``checkpoint``, read by the exporter ``backend`` if it is quantized."""
+    folder, trusted = checkpoint.folder, session.trust_remote_code
     config = checkpoint.config.get("quantization_config")
-    if name is None and manifest is None and Reader.quantization(checkpoint.config):
-        name = session.registry.backend_of((config or {}).get("quant_method"))
-        if name is None:
-            checkpoint = read_as_float(checkpoint, session.registry.sources)
-            config = None
-            refuse_quantized(checkpoint)
     exporter: Exporter[Any] | None = None
-    if name is not None and (manifest is not None or config is not None):
-        exporter = exporters.make(name)
+    if backend is not None and (manifest is not None or config is not None):
+        exporter = session.registry.exporters.make(backend)
     with naming_damage(str(folder), exporter.name if exporter else ""):
+        if exporter is not None:
+            checkpoint = unstacked(checkpoint, exporter.format)
         packed = exporter.format.stored_shapes(checkpoint) if exporter else {}
     if exporter is None:
         checkpoint = with_experts_apart(checkpoint, session.registry, trust_remote_code=trusted)

@@ -44,7 +44,7 @@ def load(
     files are missing or damaged, or if no exporter reads the folder's format.
     """
     session = Session.alone(registry=registry, trust_remote_code=trust_remote_code)
-    folder = open_folder(model, session)
+    folder = open_folder(model, session, or_float=True)
     return load_folder(folder, dtype=dtype, quantize_activations=quantize_activations)
 
 

@@ -72,7 +72,7 @@ def evaluate(
         seq_len=seq_len,
         windows=windows,
     )
-    folder = open_folder(model, session)
+    folder = open_folder(model, session, or_float=True)
     with naming_memory(lambda: _held(folder, session, seq_len)):
         net = load_folder(folder)
         net.to(session.device)  # type: ignore[arg-type]

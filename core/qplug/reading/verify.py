@@ -24,6 +24,7 @@ from qplug.model.architectures import expected_tensors, with_experts_apart
 from qplug.model.kv_cache import SCALES
 from qplug.reading.built import built_otherwise, share_of
 from qplug.reading.damage import find_damage
+from qplug.reading.drafts import drafts_missing, dropped_drafts
 from qplug.reading.finite import not_finite
 from qplug.reading.folder import Folder, open_folder
 from qplug.registry.registry import Registry
@@ -88,6 +89,7 @@ def verify(
         *damage.problems,
         *rules,
         *built_otherwise(opened),
+        *drafts_missing(opened, source),
         *not_finite(opened),
         *_tokenizer_missing(opened),
         *_companions_unsound(opened),
@@ -213,9 +215,10 @@ def _floats_differ(opened: Folder, source: Checkpoint) -> list[Problem]:
     problems = []
     tensors = opened.checkpoint.tensors
     rewritten = opened.manifest.rewritten if opened.manifest else frozenset()
+    dropped = dropped_drafts(opened, source)
     for tensor, stored in source.tensors.items():
         name, local = split_name(tensor)
-        if local == "weight" and name in opened.schemes:
+        if tensor in dropped or (local == "weight" and name in opened.schemes):
             continue
         if tensor not in tensors:
             problems.append(Problem("missing", tensor, "is in the float model, but not here"))

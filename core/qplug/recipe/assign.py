@@ -19,15 +19,17 @@ def assign(
 
     A pattern is a glob over module names, or ``re:`` and a regular expression for the whole name.
     Later overrides win; ``ignore`` wins over all overrides. A linear in ``built_float``, which says
-    why the engine builds it float, is quantized only if an override names it. Raises QplugError if
+    why the engine builds it float, is quantized only if an override names it. Linears of draft
+    layers are quantized if the recipe says so. Raises QplugError if
     a pattern matches no linear, or if no linear is quantized.
     """
     floats = built_float or {}
     ignored = _matching(recipe.ignore, [*model.linears, *model.other_weights], "--ignore")
-    wanted = model.quantizable - ignored - floats.keys()
+    drafts = frozenset() if recipe.mtp == "quantize" else model.drafts
+    wanted = model.quantizable - ignored - floats.keys() - drafts
     schemes = {name: recipe.scheme for name in model.linears if name in wanted}
     for pattern, scheme in recipe.overrides:
-        for name in _matching([pattern], model.linears, "--override") - ignored:
+        for name in _matching([pattern], model.linears, "--override") - ignored - drafts:
             schemes[name] = scheme
     if not schemes:
         why = next((floats[name] for name in model.quantizable if name in floats), None)

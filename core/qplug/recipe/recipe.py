@@ -32,6 +32,9 @@ Mask: TypeAlias = Literal["none", "prompts"]
 #: Whether the inputs of a block come from quantized or float blocks in calibration.
 Propagation: TypeAlias = Literal["quantized", "float"]
 
+#: What a run does with the layers of a model that draft tokens ahead of it.
+DraftLayers: TypeAlias = Literal["keep", "quantize", "drop"]
+
 #: The names of observers, which determine the ranges of static inputs.
 ObserverName: TypeAlias = Literal["minmax", "moving-average", "histogram"]
 
@@ -146,6 +149,14 @@ class Recipe:
         tuple[str, ...],
         Param("Leave matching layers float.", metavar="PATTERN", adds=True, heading="Recipe"),
     ] = ()
+    mtp: Annotated[
+        DraftLayers,
+        Param(
+            "What becomes of layers that draft tokens (MTP): they stay float, are rounded to "
+            "nearest in the scheme, or are left out.",
+            heading="Recipe",
+        ),
+    ] = "keep"
     algorithm_options: Annotated[
         Mapping[str, Options],
         Param(

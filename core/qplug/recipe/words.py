@@ -15,7 +15,7 @@ from qplug.recipe.recipe import Calibration, Export, Job, Recipe
 from qplug.recipe.spellings import parse_scheme
 
 if TYPE_CHECKING:
-    from qplug.recipe.recipe import Mask, ObserverName, Propagation, Sampling
+    from qplug.recipe.recipe import DraftLayers, Mask, ObserverName, Propagation, Sampling
 
 
 class RecipeWords(TypedDict, total=False):
@@ -32,6 +32,7 @@ class RecipeWords(TypedDict, total=False):
     backend: str
     overrides: Mapping[str, str | Scheme] | None
     ignore: Sequence[str]
+    mtp: DraftLayers
     algorithm_options: Mapping[str, Mapping[str, Any]] | None
     backend_options: Mapping[str, Any] | None
     dataset: str

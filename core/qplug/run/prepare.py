@@ -20,6 +20,7 @@ from qplug.model.residual_stream import StreamFinder
 from qplug.model.small_copy import SmallCopy, place_of
 from qplug.numerics import one_thread
 from qplug.output.manifest import read_manifest
+from qplug.run.drafts import notes_on
 from qplug.run.stages import Stages
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def prepare(
     not change names and shapes, so that the checks of the call without ``learn`` are not repeated.
     """
     manifest = read_manifest(source.folder)
-    prepared = Prepared(source, view, manifest.online if manifest else ())
+    notes = notes_on(source, view, is_rewritten=bool(stages.preparing))
+    prepared = Prepared(source, view, manifest.online if manifest else (), notes)
     _check_online(prepared.online, stages)
     if not stages.preparing:
         return prepared

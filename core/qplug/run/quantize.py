@@ -14,7 +14,6 @@ from qplug.calibration.tokens import calibration_tokens
 from qplug.checkpoint.config_file import CONFIG
 from qplug.machine.memory import naming_memory
 from qplug.machine.session import Session
-from qplug.model.architectures import find_view
 from qplug.model.foreign import naming_file
 from qplug.output.fingerprint import fingerprint
 from qplug.output.ownership import refuse_existing
@@ -29,10 +28,11 @@ from qplug.recipe.recipe import Recipe
 from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
+from qplug.run.drafts import open_model
 from qplug.run.learning import LearnOnce
 from qplug.run.memory_needs import memory_needs
 from qplug.run.prepare import prepare, with_float_experts_stacked
-from qplug.run.refuse import decide, open_source, refuse_unplanned, servable_cache
+from qplug.run.refuse import open_source, refuse_unplanned, servable_cache
 from qplug.run.stages import Stages
 from qplug.run.steps import Steps
 from qplug.run.streamed import streamed
@@ -82,7 +82,7 @@ def quantize(
         return run(
             model,
             Path(out),
-            recipe,
+            Stages(recipe, session),
             session,
             shard_bytes=shard_bytes,
             overwrite=overwrite,
@@ -94,7 +94,7 @@ def quantize(
 def run(
     model: str,
     out: Path,
-    recipe: Recipe,
+    stages: Stages,
     session: Session,
     *,
     shard_bytes: int,
@@ -102,21 +102,20 @@ def run(
     dry_run: bool,
     watch: Watcher,
 ) -> Result:
-    """Quantize ``model`` into ``out`` as ``recipe`` says, and return the result.
+    """Quantize ``model`` into ``out`` by ``stages``, and return the result.
 
     Raises QplugError. All checks come before the first weight is read and the first file written.
     """
     began, clock = time.monotonic(), session.clock
-    stages = Stages(recipe, session)
     recipe, exporter = stages.recipe, stages.exporter
     if not dry_run:
         session.processes.from_first(lambda: clean_up(out))
     refuse_existing(out, overwrite=overwrite)
     source = open_source(model, out, exporter, session)
     with clock("opening"):
-        view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
+        source, view = open_model(recipe, source, session)
         prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
-    decision = decide(recipe, prepared.view, exporter)
+    decision = stages.decide(source, prepared.view)
     schemes, narrow, share = decision.schemes, decision.narrow, decision.share
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
     coded = {} if exporter.format.stores_float else schemes
@@ -139,7 +138,7 @@ def run(
             out,
             {},
             {},
-            (),
+            prepared.notes,
             source_bytes,
             plan.nbytes,
             0.0,
@@ -148,6 +147,7 @@ def run(
             float_share=share.total,
             floats=share.kinds,
             kept_float=narrow,
+            source_format=source.quantized,
         )
 
     mark = fingerprint(source, recipe, session, shard_bytes, samples, learns=bool(stages.learning))
@@ -223,6 +223,7 @@ def run(
         float_share=share.total,
         floats=share.kinds,
         kept_float=narrow,
+        source_format=source.quantized,
     )
     watchers.run_done(result)
     return result

@@ -21,6 +21,7 @@ from qplug.numerics.qtorch import require_qtorch
 from qplug.output.plan import Plan
 from qplug.recipe.assign import assign, matches
 from qplug.recipe.recipe import Recipe
+from qplug.run.drafts import refuse_static
 from qplug.run.narrow import find_narrow, refuse_narrow
 
 
@@ -67,6 +68,7 @@ def decide(recipe: Recipe, view: ModelView, exporter: Exporter[Any]) -> Decision
     refuse_built_float(assigned, view, exporter)
     narrow = find_narrow(recipe, view, assigned, exporter)
     share = stays_float(recipe, view, assigned, exporter, narrow)
+    refuse_static(assigned, view)
     wide = {name: scheme for name, scheme in assigned.items() if name not in narrow}
     return Decision(servable(wide, view, exporter), narrow, share)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qplug.api import (
     Algorithm,
     Block,
+    Checkpoint,
     Exporter,
     FloatModel,
     InputGroup,
@@ -36,6 +37,7 @@ from qplug.numerics.losses import relative_error, relative_output_error
 from qplug.output.plan import Step
 from qplug.recipe.pipeline import make_pipeline
 from qplug.recipe.recipe import DEFAULT_QUANTIZER, Calibration, Recipe
+from qplug.run.refuse import Decision, decide
 from qplug.run.soundness import blaming_weights, refuse_not_finite, refuse_unsound
 
 if TYPE_CHECKING:
@@ -77,6 +79,13 @@ class Stages:
             # The exporter stores float weights; a resumed run has no others to pass data through.
             return replace(recipe, calibration=replace(recipe.calibration, propagate="float"))
         return recipe
+
+    def decide(self, source: Checkpoint, view: ModelView) -> Decision:
+        """Returns what to quantize of the float model ``source``, whose structure is ``view``.
+
+        Raises QplugError as ``qplug.run.refuse.decide`` does.
+        """
+        return decide(self.recipe, view, self.exporter)
 
     @property
     def needs_data(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from qplug.api import Block, Linear, QuantizedWeight
 from qplug.checkpoint.finite import Magnitudes
 from qplug.checkpoint.rewritten import rewritten_names
+from qplug.checkpoint.stacked import stack
 from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.machine.session import Session
 from qplug.model.parameters import refuse_infinite
@@ -68,7 +69,7 @@ class Steps:
         report = self.stages.report(block, codes, self.rewritten(step))
         self.watchers.block_done(step.name, report, block, codes)
         packed = self.stages.pack(codes, step, dtype)
-        return self.finished(number, packed, report)
+        return self.finished(number, {**packed, **self.copies(step.others)}, report)
 
     def finished(self, number: int, contents: Mapping[str, Content], report: Report) -> Finished:
         """Returns step ``number`` with ``contents`` that are checked, at the latest as written.
@@ -76,7 +77,8 @@ class Steps:
         Raises QplugError, or makes the writer raise it, if a number to store is not finite, or
         overflows the dtype of the model.
         """
-        outputs, dtype = self.plan.steps[number].outputs, self.prepared.view.dtype
+        step, dtype = self.plan.steps[number], self.prepared.view.dtype
+        outputs, contents = step.outputs, self._stacked(step, contents)
         checked: dict[str, Content] = {}
         for name, content in contents.items():
             if name not in outputs:
@@ -88,6 +90,20 @@ class Steps:
             else:
                 checked[name] = magnitudes.checked(content)
         return Finished(number, checked, report)
+
+    def _stacked(self, step: Step, contents: Mapping[str, Content]) -> dict[str, Content]:
+        """Returns ``contents`` with those tensors of experts joined that are stored together."""
+        stored = dict(contents)
+        for name, stacked in step.stacks.items():
+            names = [member for of_expert in stacked.members for member in of_expert]
+            values = {member: self._in_memory(member, stored.pop(member)) for member in names}
+            stored[name] = stack(stacked, values)
+        return stored
+
+    def _in_memory(self, name: str, content: Content) -> Tensor:
+        if isinstance(content, torch.Tensor):
+            return content
+        return self.prepared.checkpoint.read(name)
 
     def copied(self, number: int) -> Finished:
         """Copies the tensors of step ``number``, which has no linears to quantize."""

@@ -16,6 +16,7 @@ from qplug.testing.blocks import tiny_block, tiny_linear
 from qplug.testing.dataset import DatasetContract
 from qplug.testing.exporter import ExporterContract
 from qplug.testing.models import ByteTokenizer, tiny_model, tiny_tokenizer, write_tiny_model
+from qplug.testing.reader import ReaderContract
 from qplug.testing.registries import KitText, bare_registry, registry_with
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "DatasetContract",
     "ExporterContract",
     "KitText",
+    "ReaderContract",
     "bare_registry",
     "registry_with",
     "tiny_block",

@@ -41,7 +41,7 @@ class ByteTokenizer:
         return self.chat_template
 
     def apply_chat_template(
-        self, messages: list[dict[str, Any]], *, tokenize: bool, **variables: Any
+        self, messages: list[dict[str, Any]], tools: object, *, tokenize: bool, **variables: Any
     ) -> str:
         """The role and the content of each message, on a line of its own."""
         return "".join(f"{m['role']}: {m.get('content')}\n" for m in messages)

@@ -27,15 +27,17 @@ _STAND_IN = "qplug-answer-7b1e0c"
 class Template:
     """The chat template of ``tokenizer`` with the tools and the variables of ``conversation``.
 
-    Raises QplugError if there is no template, or if it does not have one of the variables.
+    ``chat_template`` takes its place, if given. Raises QplugError if there is no template, or if it
+    does not have one of the variables.
     """
 
     tokenizer: Any
     conversation: Conversation
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         where = self.conversation.where
-        if not getattr(self.tokenizer, "chat_template", None):
+        if not (self.chat_template or getattr(self.tokenizer, "chat_template", None)):
             raise QplugError(
                 f"{where}: the model's tokenizer has no chat template to render a conversation: "
                 'take a model for chats, or give text ({"text": ...})'
@@ -93,7 +95,7 @@ class Template:
         """Returns where message ``number`` begins: behind what the messages before it become."""
         before = messages[:number]
         for prompt in (True, False):
-            beginning = self._attempt(before, prompt=prompt) if before else ""
+            beginning = self.attempt(before, prompt=prompt) if before else ""
             if beginning is not None and text.startswith(beginning):
                 return len(beginning)
         raise self._cannot("a chat template that writes messages in order")
@@ -104,11 +106,11 @@ class Template:
         Many templates write an answer differently if it is the last message, for example with its
         thoughts. The end is then found from behind: where the same text follows a short answer.
         """
-        through = self._attempt(messages[: number + 1])
+        through = self.attempt(messages[: number + 1])
         if through is not None and text.startswith(through):
             return len(through.rstrip())
         answer = {"role": "assistant", "content": _STAND_IN}
-        other = self._attempt([*messages[:number], answer, *messages[number + 1 :]])
+        other = self.attempt([*messages[:number], answer, *messages[number + 1 :]])
         if other is not None and other.count(_STAND_IN) == 1:
             rest = other.partition(_STAND_IN)[2]
             if text.endswith(rest):
@@ -117,7 +119,7 @@ class Template:
                 return end + max(map(len, special), default=0)
         raise self._cannot("a chat template with {% generation %}")
 
-    def _attempt(self, messages: Sequence[Message], *, prompt: bool = False) -> str | None:
+    def attempt(self, messages: Sequence[Message], *, prompt: bool = False) -> str | None:
         """Returns ``text``, or None if the template refuses the messages."""
         try:
             return self.text(messages, prompt=prompt)
@@ -133,7 +135,7 @@ class Template:
     @property
     def _source(self) -> str:
         """The text of the template."""
-        source: str = self.tokenizer.get_chat_template(None, self._tools)
+        source: str = self.tokenizer.get_chat_template(self.chat_template, self._tools)
         return source
 
     @property
@@ -144,7 +146,7 @@ class Template:
         options = self.conversation.template_options
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), tools=self._tools, **options, **how
+                list(messages), self._tools, chat_template=self.chat_template, **options, **how
             )
         except Exception as error:  # a template raises anything for messages it does not expect
             where = self.conversation.where

@@ -64,7 +64,8 @@ def _leading(
 ) -> list[Sample]:
     """Returns a sample of each of the first ``count`` conversations that have tokens that count.
 
-    A sample is the start of its conversation; with ``rng`` it is any part of a longer one.
+    A sample is the start of its conversation; with ``rng`` it is any part of a longer one. A
+    conversation with pictures is never cut: longer ones are left out.
     """
     samples: list[Sample] = []
     tried = 0
@@ -74,6 +75,8 @@ def _leading(
         tried += 1
         whole = render(conversation)
         spare = max(0, len(whole.tokens) - length)
+        if whole.extra and spare:
+            continue  # pictures cannot be cut
         part = whole.part(rng.randrange(spare + 1) if rng else 0, length)
         if len(part.tokens) and part.counts:
             samples.append(part)

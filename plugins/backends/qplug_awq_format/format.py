@@ -18,6 +18,7 @@ from qplug import (
 )
 from qplug_compressed_tensors.fusing import with_merged_names
 from qplug_compressed_tensors.one_scheme import OneSchemeFormat
+from qplug_compressed_tensors.outside import portable, tower_suffixes
 from qplug_compressed_tensors.packing import pack_words, stored_args, unpack_words
 
 if TYPE_CHECKING:
@@ -100,14 +101,18 @@ class AWQ(OneSchemeFormat):
 
 
 def names_of_floats(model: ModelView, schemes: Mapping[str, Scheme]) -> list[str]:
-    """The full names of modules that stay float, merged matrices included, sorted.
+    """The names of modules that stay float, merged matrices and towers included, sorted.
 
-    Engines load every module as float whose name contains one of these names.
+    Engines load every module as float whose name contains one of these names. Names in composite
+    models are without the modules that engines rename.
     """
     floats = [name for name in model.linears if name not in schemes]
     if model.head is not None and model.head not in model.linears:
         floats.append(model.head)
-    return sorted((*with_merged_names(floats), *model.stacked_experts))
+    names = {*with_merged_names(floats), *model.stacked_experts}
+    ends = [f"{end}." for end in tower_suffixes(model, floats)]
+    blocks = tuple(f"{block}." for block in model.blocks)
+    return sorted({*(portable(n) if n.startswith(blocks) else n for n in names), *ends})
 
 
 def _pack(codes: Tensor) -> Tensor:

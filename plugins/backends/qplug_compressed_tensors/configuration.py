@@ -13,6 +13,7 @@ from typing import Any
 
 from qplug import E4M3_SCALES, E8M0_SCALES, PRESETS, ModelView, QplugError, QuantArgs, Scheme
 from qplug_compressed_tensors.fusing import with_merged_names
+from qplug_compressed_tensors.outside import expert_groups, portable, tower_entries
 
 PACK_QUANTIZED = "pack-quantized"
 INT_QUANTIZED = "int-quantized"
@@ -75,7 +76,7 @@ def write_config(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, A
     floats = [name for name in model.linears if name not in schemes]
     if model.head is not None and model.head not in model.linears:
         floats.append(model.head)  # a tied head has no tensor, but loaders have a module for it
-    ignore = _entries(floats, [*schemes, *floats], model) + experts_entries(model, schemes)
+    ignore = _entries(floats, [*schemes, *floats], model) + float_modules(model, schemes)
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else MIXED,
@@ -92,6 +93,15 @@ def _entries(names: Iterable[str], among: Iterable[str], model: ModelView) -> li
     SGLang looks up ``qkv_proj`` itself, because for most models it does not know its members.
     """
     return patterns(with_merged_names(names), with_merged_names(among), model.blocks)
+
+
+def float_modules(model: ModelView, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Expressions for modules of ``model`` that are float as a whole, in names that engines have.
+
+    They are towers and draft layers outside of the blocks, and experts that are stacked.
+    """
+    floats = model.linears.keys() - schemes.keys()
+    return tower_entries(model, floats) + experts_entries(model, schemes)
 
 
 def experts_entries(model: ModelView, schemes: Mapping[str, Scheme]) -> list[str]:
@@ -159,10 +169,23 @@ def patterns(names: Iterable[str], among: Iterable[str], blocks: tuple[str, ...]
         if members <= wanted and not any(matches(entry, name) for name in present - wanted):
             entries.append(entry)
             covered |= members
+    for experts, inner in expert_groups(wanted - covered).items():
+        entry = rf"re:.*{re.escape(portable(experts))}\..+"
+        if len(inner) > 1 and not any(matches(entry, name) for name in present - wanted):
+            entries.append(entry)
+            covered |= {*inner}
     for name in wanted - covered:
         alone = not any(name in longer for longer in present - {name})
-        entries.append(name if alone else f"re:{re.escape(name)}$")
+        entries.append(name if alone else expression(name, present - {name}))
     return sorted(entries)
+
+
+def expression(name: str, others: Iterable[str]) -> str:
+    """An expression that matches ``name`` and none of ``others``, in composite models too."""
+    entry = rf"re:.*\b{re.escape(portable(name))}$"
+    if portable(name) != name and not any(matches(entry, other) for other in others):
+        return entry
+    return f"re:{re.escape(name)}$"
 
 
 def _any_number(local: str) -> str:

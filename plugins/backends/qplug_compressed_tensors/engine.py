@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from qplug import Checkpoint
 
 
+#: What to do for models whose experts engines load in a layout of their own, by type of model:
+#: load_weights of gpt_oss.py in vLLM 0.32 and in SGLang 0.5.23 passes over other names in silence.
+OWN_LAYOUTS = {
+    "gpt_oss": "take --backend gpt-oss --scheme MXFP4A16, or --ignore '*.experts.*' to keep them "
+    "float"
+}
+
+
 class MergingEngine(Engine):
     """An engine that merges q, k and v into one matrix, and stacks experts, when it loads."""
 
@@ -60,6 +68,14 @@ class CompressedTensorsLoader(MergingEngine):
     @property
     def servers(self) -> frozenset[str]:
         return super().servers or frozenset(("vLLM", "SGLang"))
+
+    def refuses(
+        self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
+    ) -> str | None:
+        own = OWN_LAYOUTS.get(str(model.config.get("model_type")))
+        if own is not None and any(".experts." in name for name in schemes):
+            return f"engines load the experts of this model in another layout alone: {own}"
+        return super().refuses(model, schemes, target)
 
     def check_folder(
         self, folder: Checkpoint, model: ModelView, format: Format

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from qplug import (
     Scheme,
     TensorSpec,
 )
-from qplug_compressed_tensors.configuration import experts_entries, patterns
+from qplug_compressed_tensors.configuration import expression, float_modules, patterns
 from qplug_compressed_tensors.fusing import with_merged_names
 from qplug_compressed_tensors.one_scheme import OneSchemeFormat
 from qplug_compressed_tensors.packing import pack_words, stored_args, unpack_words
@@ -73,8 +73,9 @@ class GPTQ(OneSchemeFormat):
         floats = [n for n in model.linears if n not in schemes and n != model.head]
         merged = with_merged_names(floats)
         # Engines match the names of merged matrices; every block has its own.
-        entries = patterns(merged, [*with_merged_names(schemes), *merged], model.blocks)
-        entries += experts_entries(model, schemes)
+        quantized = with_merged_names(schemes)
+        entries = patterns(merged, [*quantized, *merged], model.blocks)
+        entries += float_modules(model, schemes)
         return {
             "quant_method": "gptq",
             "bits": args.bits,
@@ -84,7 +85,7 @@ class GPTQ(OneSchemeFormat):
             "lm_head": False,
             "checkpoint_format": "gptq",
             "pack_dtype": "int32",
-            "dynamic": {f"-:{_expression(entry)}": {} for entry in entries},
+            "dynamic": {f"-:{_expression(entry, quantized)}": {} for entry in entries},
         }
 
     def stored_shapes(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
@@ -137,8 +138,8 @@ def _skipped(config: Mapping[str, Any]) -> list[str]:
     return [entry[2:] for entry in config.get("dynamic") or {} if entry.startswith("-:")]
 
 
-def _expression(entry: str) -> str:
-    return entry[3:] if entry.startswith("re:") else re.escape(entry) + "$"
+def _expression(entry: str, quantized: Sequence[str]) -> str:
+    return (entry if entry.startswith("re:") else expression(entry, quantized))[3:]
 
 
 def _number_problems(

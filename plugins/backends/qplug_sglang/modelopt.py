@@ -6,7 +6,8 @@ It differs from compressed-tensors in names and in one convention: ``weight_scal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qplug import (
@@ -21,6 +22,7 @@ from qplug import (
 )
 from qplug_compressed_tensors import fp4
 from qplug_compressed_tensors.fusing import merged_matrices, with_merged_names
+from qplug_compressed_tensors.outside import tower_suffixes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +82,8 @@ class ModelOptNVFP4(Format):
         floats = [name for name in model.linears if name not in schemes]
         if model.head is not None and model.head not in model.linears:
             floats.append(model.head)
-        ignore = sorted((*with_merged_names(floats), *model.stacked_experts))
+        ends = [f"*{end}.*" for end in tower_suffixes(model, floats)]
+        ignore = sorted((*with_merged_names(floats), *model.stacked_experts, *ends))
         return {
             "quant_method": self.quant_method,
             "quant_algo": "NVFP4",
@@ -97,11 +100,11 @@ class ModelOptNVFP4(Format):
                 f"qplug reads modelopt's NVFP4 in groups of 16, not quant_algo "
                 f"{config.get('quant_algo')!r} in groups of {config.get('group_size')}"
             )
-        ignored = set(config.get("ignore") or ())
-        return {name: NVFP4 for name in model.linears if name not in ignored}
+        ignored = config.get("ignore") or ()
+        return {name: NVFP4 for name in model.linears if not _matches(ignored, name)}
 
     def quantizes_experts(self, config: Mapping[str, Any], name: str) -> bool:
-        return name not in (config.get("ignore") or ())
+        return not _matches(config.get("ignore") or (), name)
 
     def stored_shapes(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
         return {
@@ -109,6 +112,11 @@ class ModelOptNVFP4(Format):
             for tensor, stored in folder.tensors.items()
             if tensor.endswith(".weight") and stored.spec.dtype == "uint8"
         }
+
+
+def _matches(entries: Iterable[str], name: str) -> bool:
+    """Whether one of ``entries``, names in which a star stands for any text, is ``name``."""
+    return any(entry == name or ("*" in entry and fnmatchcase(name, entry)) for entry in entries)
 
 
 def loader_problems(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -46,6 +46,13 @@ class Params:
             "is a conversation: messages and tools, as in requests to the OpenAI API."
         ),
     ] = "text"
+    role: Annotated[
+        str,
+        Param(
+            "Make each text the message of this role, such as user, in a conversation of its own; "
+            "by default a text stays as it is."
+        ),
+    ] = ""
     template_kwargs: Annotated[
         str,
         Param(
@@ -53,6 +60,12 @@ class Params:
             "chat_template_kwargs of a conversation has its own."
         ),
     ] = ""
+    pictures: Annotated[
+        Path | None,
+        Param(
+            "The folder of the pictures that conversations name; by default the folder of the file."
+        ),
+    ] = None
 
 
 class TextFiles(Dataset[Params]):
@@ -81,9 +94,17 @@ class TextFiles(Dataset[Params]):
         return iter(texts)
 
     def _records(self, path: Path) -> Iterator[str | Conversation]:
-        options = _variables(self.params.template_kwargs)
+        options, pictures = _variables(self.params.template_kwargs), self.params.pictures
         for file in _files(path):
-            yield from _read(file, self.params.field, options)
+            folder = file.parent if pictures is None else pictures.expanduser()
+            for record in _read(file, self.params.field, options):
+                if isinstance(record, Conversation):
+                    yield replace(record, pictures=folder)
+                elif self.params.role:
+                    message = {"role": self.params.role, "content": record}
+                    yield Conversation((message,), (), options, where=str(file))
+                else:
+                    yield record
 
     def samples(
         self, tokenizer: Tokenizer, *, length: int, count: int, seed: int

@@ -66,7 +66,7 @@ def _weight(module: Module, dtype: str) -> StoredTensor:
     args = QuantArgs(
         "int4", "channel" if whole else "group", None if whole else width // groups, symmetric=False
     )
-    scheme = named_scheme(args, None)
+    scheme = named_scheme(args, None).with_scale_dtype(scales.spec.dtype)
     parts = {"qweight": words, "qzeros": zeros, "scales": scales}
     return coded((out, width), dtype, parts, scheme, partial(_unpack, scheme))
 

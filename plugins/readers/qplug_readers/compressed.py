@@ -122,7 +122,7 @@ def _integers(module: Module, inputs: QuantArgs | None, dtype: str) -> StoredTen
         groups = args.scale_shape((out, width))[1]
         shape = (-(-out * bits // 32), groups)
         parts[_ZERO] = module.need(_ZERO, ("int32",), shape, of=_PACKED)
-    scheme = named_scheme(args, inputs)
+    scheme = named_scheme(args, inputs).with_scale_dtype(scales.spec.dtype)
     order = module.find("weight_g_idx")
     if order is not None:
         parts["weight_g_idx"] = order
@@ -196,8 +196,8 @@ def _int8(
         parts["input_scale"] = stored
     elif inputs is not None and not inputs.dynamic:
         inputs = None  # there is no scale for inputs
-    unpack = partial(_unpack_int8, args)
-    return coded((out, width), dtype, parts, named_scheme(args, inputs), unpack)
+    scheme = named_scheme(args, inputs).with_scale_dtype(scales.spec.dtype)
+    return coded((out, width), dtype, parts, scheme, partial(_unpack_int8, args))
 
 
 def _unpack_int8(args: QuantArgs, values: Mapping[str, Tensor]) -> QuantizedWeight:

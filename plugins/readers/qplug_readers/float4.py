@@ -9,11 +9,10 @@ from torch import Tensor
 
 from qplug import PRESETS, QuantizedWeight, Scheme, StoredTensor
 from qplug_compressed_tensors import fp4
-from qplug_readers.float8 import scale_values
+from qplug_readers.float8 import POWERS, scale_values
 from qplug_readers.modules import Module, coded
 
 MXFP4 = PRESETS["MXFP4A16"]
-_POWERS = ("float8_e8m0fnu", "uint8")
 
 
 def mxfp4_weight(
@@ -30,7 +29,7 @@ def mxfp4_weight(
     size = scheme.weights.group_size
     if size is None or width % size:
         raise module.wrong(local, f"has {width} columns, which are no groups of {size}")
-    scales = module.need(scale, _POWERS, (out, width // size), of=local)
+    scales = module.need(scale, POWERS, (out, width // size), of=local)
 
     def unpack(values: Mapping[str, Tensor]) -> QuantizedWeight:
         values4 = fp4.unpack_e2m1(values["codes"].view(torch.uint8))

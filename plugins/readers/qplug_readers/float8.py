@@ -16,8 +16,8 @@ from qplug_readers.modules import Module, coded, computed
 #: The dtypes of codes, and the name of the number format of each.
 FLOAT8 = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 #: The dtypes of scales. In bytes and in e8m0 they are powers of two.
-SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu", "uint8")
-_POWERS = ("float8_e8m0fnu", "uint8")
+FLOAT_SCALES, POWERS = ("float32", "bfloat16", "float16"), ("float8_e8m0fnu", "uint8")
+SCALES = (*FLOAT_SCALES, *POWERS)
 
 
 def scale_values(stored: Tensor) -> Tensor:
@@ -80,7 +80,10 @@ def float8_weight(
         )
 
     by_row = {"tensor": ["codes"], "block": []}.get(args.strategy, ["codes", "scales"])
-    return coded((out, width), dtype, parts, named_scheme(args, activations), unpack, by_row)
+    scheme = named_scheme(args, activations)
+    if scales.spec.dtype in FLOAT_SCALES:
+        scheme = scheme.with_scale_dtype(scales.spec.dtype)
+    return coded((out, width), dtype, parts, scheme, unpack, by_row)
 
 
 def _misfit(
@@ -109,7 +112,7 @@ def _args(
     if len(shape) != 2 or not all(shape) or width % shape[1] or out % shape[0]:
         return None
     if shape[0] == out:
-        powers = scales.spec.dtype in _POWERS
+        powers = scales.spec.dtype in POWERS
         args = QuantArgs(dtype, "group", width // shape[1])
         return replace(args, scale_dtype=E8M0_SCALES) if powers else args
     return QuantArgs(dtype, "block", block=(out // shape[0], width // shape[1]))

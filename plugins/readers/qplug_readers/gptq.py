@@ -93,7 +93,8 @@ def _weight(module: Module, quantization: Mapping[str, Any], dtype: str) -> Stor
         parts["g_idx"] = order
     is_v2 = quantization.get("checkpoint_format") == "gptq_v2"
     stored = _Stored(module.full("qweight"), args, is_v2)
-    tensor = coded((out, width), dtype, parts, named_scheme(args, None), stored.unpack)
+    scheme = named_scheme(args, None).with_scale_dtype(scales.spec.dtype)
+    tensor = coded((out, width), dtype, parts, scheme, stored.unpack)
     return replace(tensor, make=partial(stored.dequantize))
 
 

@@ -118,7 +118,10 @@ def coded(
     unpack: Callable[[Mapping[str, Tensor]], QuantizedWeight],
     by_row: Iterable[str] = (),
 ) -> CodedTensor:
-    """Returns the float weight ``shape`` (out, in) in ``dtype`` that ``parts`` unpack to."""
+    """Returns the float weight ``shape`` (out, in) in ``dtype`` that ``parts`` unpack to.
+
+    ``scheme`` has the dtype in which scales are stored.
+    """
 
     def make(values: Mapping[str, Tensor]) -> Tensor:
         from qplug.numerics import dequantize

@@ -337,7 +337,7 @@ def test_inputs_are_rounded_where_the_scheme_says(
     served = dict(block.weights32)
     walk._propagate = "quantized"
     walk.advance("model.layers.0", served)  # what an engine will compute is what was learned with
-    assert torch.equal(next(iter(walk._inputs)), rounded)
+    assert torch.equal(next(iter(walk.hidden)), rounded)
 
 
 # --- learning -------------------------------------------------------------------------------------

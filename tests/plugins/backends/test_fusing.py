@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from qplug_compressed_tensors.fusing import merged_matrices, with_merged_names, with_partners
 
 

@@ -192,6 +192,17 @@ def test_a_text_beside_messages_is_still_read_as_text(write_chats: WriteChats) -
     assert read(write_chats({"text": "one", "messages": turns("Hi")})) == ["one"]
 
 
+def test_texts_become_messages_of_a_role(tmp_path: Path) -> None:
+    path = write(tmp_path / "samples.json", '[{"question": "one"}, "two"]')
+    first, second = conversations(
+        path, field="question", role="user", template_kwargs="enable_thinking=false"
+    )
+    assert first.messages == ({"role": "user", "content": "one"},)
+    assert second.messages == ({"role": "user", "content": "two"},)
+    assert first.template_options == {"enable_thinking": False}
+    assert first.where == str(path)
+
+
 def test_samples_of_conversations_come_in_their_order(write_chats: WriteChats) -> None:
     path = write_chats(*(turns(f"question {n}", "Ho") for n in range(8)))
 

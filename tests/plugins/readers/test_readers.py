@@ -11,6 +11,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from foreign_folders import pack, pack_awq, pack_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -23,7 +24,7 @@ from qplug.numerics import dequantize
 
 SOURCES = Registry.installed().sources
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=8, deadline=None)
 
 
 def opened(quantization: dict[str, Any], tensors: dict[str, Tensor], **config: Any) -> Checkpoint:
@@ -271,16 +272,6 @@ def test_kimi_has_its_quantization_within_the_text_model() -> None:
 # --- GPTQ and AWQ, by the book -------------------------------------------------------------------
 
 
-def pack(values: Tensor, bits: int) -> Tensor:
-    """Codes ``[rows, columns]`` in int32 words along columns, the first in the low bits."""
-    rows, columns = values.shape
-    per = 32 // bits
-    words = torch.zeros(rows, -(-columns // per), dtype=torch.int64)
-    for column in range(columns):
-        words[:, column // per] |= values[:, column].long() << (bits * (column % per))
-    return torch.where(words >= 2**31, words - 2**32, words).int()
-
-
 @few
 @given(
     st.sampled_from([4, 8]),
@@ -331,27 +322,13 @@ def test_gptq(bits: int, sym: bool, reordered: bool, version: str, groups: int) 
             stored.codes()
 
 
-def pack_rows(values: Tensor, bits: int) -> Tensor:
-    """Codes ``[in, out]`` in int32 words along the rows."""
-    return pack(values.T, bits).T
-
-
 @few
 @given(st.integers(1, 4), st.integers(1, 3))
 def test_awq(words: int, groups: int) -> None:
     size, out = 32, 8 * words
     width = size * groups
     weight, zero, scale = codes(4, width, out), codes(4, groups, out), positive(groups, out).half()
-    places = [0, 2, 4, 6, 1, 3, 5, 7]
-
-    def packed(values: Tensor) -> Tensor:
-        ordered = torch.empty_like(values)
-        for column in range(values.shape[1]):
-            word, place = divmod(column, 8)
-            ordered[:, column] = values[:, 8 * word + places[place]]
-        return pack(ordered, 4)
-
-    tensors = {"q.qweight": packed(weight), "q.qzeros": packed(zero), "q.scales": scale}
+    tensors = {"q.qweight": pack_awq(weight), "q.qzeros": pack_awq(zero), "q.scales": scale}
     told = {"quant_method": "awq", "bits": 4, "group_size": size, "version": "gemm"}
     rows = torch.arange(width) // size
     expected = (weight - zero[rows]).float() * scale[rows].float()

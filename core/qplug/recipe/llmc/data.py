@@ -72,8 +72,11 @@ def read_calibration(calib: Section, usual: Calibration) -> Calibration:
             sampling = "windows"
         if sampling == _USUAL.get(text.dataset, "windows"):
             sampling = "dataset"
+    chat = calib.switch("apply_chat_template") and text.dataset == "text"
+    if chat:  # a question is a conversation, and conversations are padded
+        text = replace(text, options={**text.options, "role": "user"})
     for key in ("padding", "apply_chat_template", "add_answer"):
-        if calib.switch(key):
+        if calib.switch(key) and not (chat and key != "add_answer"):
             calib.warn(key, "no effect: qplug leaves the text unchanged, and fills all windows")
     calib.warn_of_rest()
     return replace(

@@ -1,0 +1,181 @@
+"""Modules and parameters of a block, registered under the names that a checkpoint gives them.
+
+The code of the block goes on to find them by its own names: what is moved stays an attribute of the
+module that it was moved out of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qplug.checkpoint.names import split_name
+from qplug.model.block_proxy import BlockProxy
+
+
+class Placement:
+    """The places of the parts of ``block`` on disk, all paths relative to the block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        self._modules: dict[str, str] = {}
+        self._parameters: list[tuple[nn.Module, str, str]] = []
+        self._parts: list[tuple[nn.Module, str, Sequence[tuple[str, Tensor]]]] = []
+
+    def module(self, path: str, on_disk: str) -> None:
+        """The module at ``path``, with its parameters, goes to ``on_disk``."""
+        self._modules[path] = on_disk
+
+    def parameter(self, path: str, on_disk: str) -> None:
+        """The parameter ``path`` goes to ``on_disk``."""
+        owner, local = split_name(path)
+        self._parameters.append((self._block.get_submodule(owner), local, on_disk))
+
+    def parts(self, path: str, parts: Sequence[tuple[str, Tensor]]) -> None:
+        """The parameter ``path`` goes to several places, as in ``_part_parameter``."""
+        owner, local = split_name(path)
+        self._parts.append((self._block.get_submodule(owner), local, parts))
+
+    def carry_out(self) -> None:
+        """Moves everything to its place."""
+        block = self._block
+        renamed = _renamed(self._modules)
+        apart = [
+            (block.get_submodule(path), on_disk)
+            for path, on_disk in self._modules.items()
+            if path and path not in renamed
+        ]
+        # The deepest come first, while their parents still go by their old names.
+        for path in sorted(renamed, key=lambda path: -path.count(".")):
+            _rename_module(block, path, self._modules[path])
+        for module, on_disk in sorted(apart, key=lambda pair: pair[1].count(".")):
+            if not _move_module(block, module, on_disk):
+                for local in [*module._parameters]:
+                    self._parameters.append((module, local, f"{on_disk}.{local}"))
+        for module, local, on_disk in self._parameters:
+            _move_parameter(block, module, local, on_disk)
+        for module, local, parts in self._parts:
+            _part_parameter(block, module, local, parts)
+
+
+def _renamed(modules: Mapping[str, str]) -> set[str]:
+    """The paths among ``modules`` whose every part has one name on disk, in all of these paths.
+
+    ``modules``: paths on disk by path in memory.
+    """
+    names: dict[str, set[str]] = {}
+    prefixes: dict[str, list[str]] = {}
+    for path, on_disk in modules.items():
+        if path and path.count(".") == on_disk.count("."):
+            old, new = path.split("."), on_disk.split(".")
+            prefixes[path] = [".".join(old[: end + 1]) for end in range(len(old))]
+            for end, prefix in enumerate(prefixes[path]):
+                names.setdefault(prefix, set()).add(".".join(new[: end + 1]))
+    return {
+        path for path, parts in prefixes.items() if all(len(names[part]) == 1 for part in parts)
+    }
+
+
+def _rename_module(block: nn.Module, path: str, on_disk: str) -> None:
+    """Registers the modules of ``block`` along ``path`` under their names ``on_disk``.
+
+    Both paths have the same depth. A module whose name is taken keeps its own.
+    """
+    old, new = path.split("."), on_disk.split(".")
+    for depth, (before, after) in enumerate(zip(old, new, strict=True)):
+        parent = block.get_submodule(".".join(new[:depth]))
+        if after in parent._modules or before not in parent._modules:
+            continue
+        parent.__dict__[before] = parent._modules[before]  # the model's code uses the old name
+        renamed = [(after if name == before else name, m) for name, m in parent._modules.items()]
+        parent._modules.clear()
+        parent._modules.update(renamed)
+
+
+def _move_module(block: nn.Module, module: nn.Module, on_disk: str) -> bool:
+    """Registers ``module``, which lies in ``block``, at the path ``on_disk``.
+
+    Returns whether it lies there now: False if another module does.
+    """
+    before = next(path for path, part in block.named_modules() if part is module)
+    if before == on_disk:
+        return True
+    parent, local = split_name(before)
+    owner = block.get_submodule(parent)
+    if on_disk.startswith(f"{before}."):  # the name of a module that has this one alone
+        owner._modules[local] = _Around(module)
+        parent, new = split_name(on_disk)
+        _container(block, parent)._modules[new] = module
+        return True
+    del owner._modules[local]
+    parent, new = split_name(on_disk)
+    place = _container(block, parent)
+    if new in place._modules:
+        owner._modules[local] = module
+        return False
+    owner.__dict__[local] = module
+    place._modules[new] = module
+    return True
+
+
+def _move_parameter(block: nn.Module, owner: nn.Module, local: str, on_disk: str) -> None:
+    """Registers the parameter ``local`` of ``owner``, which lies in ``block``, as ``on_disk``."""
+    path, new = split_name(on_disk)
+    place, parameter = _container(block, path), owner._parameters[local]
+    if parameter is None or (place is owner and new == local):
+        return
+    _compute(owner, local, lambda: getattr(place, new))
+    place._parameters[new] = parameter
+
+
+def _part_parameter(
+    block: nn.Module, owner: nn.Module, local: str, parts: Sequence[tuple[str, Tensor]]
+) -> None:
+    """Registers parts in the place of the parameter ``local`` of ``owner``, which joins them.
+
+    ``parts``: the name of each part relative to ``block``, and its values in the shape that it has
+    on disk. The parameter holds the elements of all parts, in order.
+    """
+    parameter = owner._parameters[local]
+    assert parameter is not None
+    places = []
+    for on_disk, values in parts:
+        path, new = split_name(on_disk)
+        places.append((_container(block, path), new))
+        places[-1][0]._parameters[new] = nn.Parameter(values, requires_grad=False)
+    shape = parameter.shape
+
+    def join() -> Tensor:
+        values = [getattr(place, name).flatten() for place, name in places]
+        return torch.cat(values).view(shape)
+
+    _compute(owner, local, join)
+
+
+class _Around(BlockProxy):
+    """Stands where a module stood that now lies inside of it, and is called in its place."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["block"](*args, **kwargs)
+
+
+def _container(block: nn.Module, path: str) -> nn.Module:
+    """The module at ``path``; modules that are missing on the way are made, empty."""
+    for name in path.split(".") if path else ():
+        if name not in block._modules:
+            block._modules[name] = nn.Module()
+        following = block._modules[name]
+        assert following is not None
+        block = following
+    return block
+
+
+def _compute(module: nn.Module, local: str, compute: Callable[[], Tensor | None]) -> None:
+    """Makes ``local`` an attribute of ``module`` that is computed, not a parameter of its own."""
+    del module._parameters[local]
+    kind = type(module)
+    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    module.__class__ = type(kind.__name__, (kind,), {**named, local: property(lambda _: compute())})

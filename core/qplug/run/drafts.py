@@ -1,0 +1,72 @@
+"""Does with the draft layers of a model (MTP) what a recipe asks: keep, quantize or drop them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qplug.api import Checkpoint, ModelView
+from qplug.api.scheme import Scheme
+from qplug.checkpoint.draft_names import announced
+from qplug.checkpoint.unindexed import left_behind
+from qplug.errors import QplugError
+from qplug.machine.session import Session
+from qplug.model.architectures import find_view
+from qplug.model.draft_layers import draft_names, without_drafts
+from qplug.recipe.recipe import Recipe
+
+
+def open_model(
+    recipe: Recipe, source: Checkpoint, session: Session
+) -> tuple[Checkpoint, ModelView]:
+    """Returns ``source`` and its view, without draft layers if ``recipe`` drops them.
+
+    Raises QplugError if there are no draft layers to quantize, or if ``find_view`` does.
+    """
+    view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
+    if recipe.mtp == "quantize" and not view.drafts:
+        raise QplugError(f"--mtp quantize: {source.folder} has no draft layers with linears")
+    if recipe.mtp == "quantize":
+        _refuse_stacked(source, view)
+    if recipe.mtp == "drop":
+        source = without_drafts(source, view.blocks)
+        view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
+    return source, view
+
+
+def refuse_static(schemes: Mapping[str, Scheme], view: ModelView) -> None:
+    """Raises QplugError if a draft layer needs ranges of inputs: calibration does not run it."""
+    for name, scheme in schemes.items():
+        if name in view.drafts and scheme.static_inputs:
+            raise QplugError(
+                f"--mtp quantize: {name}: {scheme.name} stores ranges of inputs, which are "
+                "not measured in draft layers; take a scheme with dynamic inputs, or --mtp keep"
+            )
+
+
+def notes_on(source: Checkpoint, view: ModelView, *, is_rewritten: bool) -> tuple[str, ...]:
+    """Returns sentences about draft layers and about files of weights that a run leaves behind.
+
+    ``is_rewritten``: whether an algorithm rewrites the model, but not its draft layers.
+    """
+    notes = [*left_behind(source)]
+    drafts = draft_names(source.tensors, view.blocks)
+    if announced(source.config) and not drafts:
+        notes.append(
+            "config.json announces draft layers (MTP), but the model has none; --mtp drop says so "
+            "in config.json"
+        )
+    if drafts and is_rewritten:
+        notes.append(
+            f"draft layers such as {drafts[0]} are not rewritten with the model: they will draft "
+            "other tokens; --mtp drop leaves them out"
+        )
+    return tuple(notes)
+
+
+def _refuse_stacked(source: Checkpoint, view: ModelView) -> None:
+    """Raises QplugError if a draft layer has experts that are stacked in one tensor."""
+    for name in draft_names(source.tensors, view.blocks):
+        if ".experts." in name and len(source.tensors[name].spec.shape) > 2:
+            raise QplugError(
+                f"--mtp quantize: {name}: its experts are stacked in one tensor; pass --mtp keep"
+            )

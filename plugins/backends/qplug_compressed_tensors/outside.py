@@ -1,0 +1,94 @@
+"""Names that engines have for float modules outside of the decoder blocks: towers, draft layers.
+
+Engines rename modules of composite models, merge linears inside towers, and load draft layers under
+prefixes of their own. vLLM and SGLang rename plain entries of ``ignore``, but not expressions, so
+an expression here names the last part of a module's name alone, which all spellings share.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+
+from qplug import ModelView
+
+#: Where SGLang builds draft layers that have a number after the last block (``*_nextn.py``).
+_DRAFT = "model.decoder"
+
+
+def towers(model: ModelView) -> dict[str, list[str]]:
+    """The linears outside of the decoder blocks, by the module that contains them.
+
+    The module is the outermost that contains no block: ``model.visual``, ``mtp``, or
+    ``model.layers.61`` for a draft layer that stands after the last block. A linear that is no part
+    of such a module, such as a head, is left out.
+    """
+    around = {parent for block in model.blocks for parent in _parents(block)}
+    blocks = {*model.blocks}
+    found: dict[str, list[str]] = {}
+    for name in model.linears:
+        above = [*_parents(name)]
+        tower = next((parent for parent in above if parent not in around), None)
+        if tower is not None and tower not in blocks:
+            found.setdefault(tower, []).append(name)
+    return found
+
+
+def tower_suffixes(model: ModelView, floats: Collection[str]) -> list[str]:
+    """The ends of the names of towers whose linears are all in ``floats``: ``visual``.
+
+    An end that names a part of another module is longer: ``layers.61``. Where SGLang gives a draft
+    layer a name of its own, that name is one of the ends.
+    """
+    others = [name for name in model.linears if name not in floats]
+    ends: dict[str, None] = {}
+    for tower, linears in towers(model).items():
+        if all(name in floats for name in linears):
+            end = tower.rpartition(".")[2]
+            is_draft = end.isdigit()
+            if is_draft:
+                end = ".".join(tower.split(".")[-2:])
+            for candidate in (end, _DRAFT) if is_draft else (end,):
+                if not any(_contains(candidate, name) for name in others):
+                    ends[candidate] = None
+    return list(ends)
+
+
+def tower_entries(model: ModelView, floats: Collection[str]) -> list[str]:
+    """An expression for each of ``tower_suffixes``, which matches all names inside the tower."""
+    return [rf"re:.*{re.escape(end)}\..*" for end in tower_suffixes(model, floats)]
+
+
+def portable(name: str) -> str:
+    """``name`` from its first numbered list on, if more than one module is around the list.
+
+    Engines rename the modules around the lists of composite models, but not the lists:
+    ``model.language_model.layers.0.mlp.up_proj`` becomes ``layers.0.mlp.up_proj``.
+    """
+    parts = name.split(".")
+    number = next((n for n, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[number - 1 :]) if number > 2 else name
+
+
+def expert_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """The linears of experts among ``names``, by the module that contains all experts of a layer.
+
+    The module is ``model.layers.61.mlp.experts``.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer, inside, _ = name.partition(".experts.")
+        if inside:
+            groups.setdefault(f"{layer}.experts", []).append(name)
+    return groups
+
+
+def _parents(name: str) -> Iterator[str]:
+    """Yields the modules around ``name``, the outermost first."""
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        yield ".".join(parts[:count])
+
+
+def _contains(end: str, name: str) -> bool:
+    return f"{end}." in name
