@@ -39,6 +39,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "quarot+rtn W8A8 vllm": {"algo": "quarot+rtn", "scheme": "W8A8", "backend": "vllm"},
     "rtn FP8_DYNAMIC sglang": {"algo": "rtn", "scheme": "FP8_DYNAMIC", "backend": "sglang"},
 }
+#: Runs of models that engines load in a layout of their own.
+OWN_RUNS: dict[str, dict[str, dict[str, Any]]] = {
+    "gpt_oss": {
+        "rtn MXFP4A16 gpt-oss": {"algo": "rtn", "scheme": "MXFP4A16", "backend": "gpt-oss"},
+    },
+}
 #: Calibration is on so many windows of so many tokens.
 SAMPLES, TOKENS = 2, 32
 
