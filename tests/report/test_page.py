@@ -98,7 +98,7 @@ def test_every_field_of_a_recipe_that_is_set_has_a_row() -> None:
     assert rows["algorithm options"] == "gptq.damp=0.1"
     assert rows["kv cache"] == "e4m3, one scale"
     few = dict(recipe_rows(Recipe(calibration=None).to_dict()))
-    assert list(few) == ["algo", "scheme", "backend", "seed"]
+    assert list(few) == ["algo", "scheme", "backend", "mtp", "seed"]
 
 
 def test_what_is_not_known_is_said(findings: Findings) -> None:

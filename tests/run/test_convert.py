@@ -216,6 +216,18 @@ def test_nvfp4_whose_global_scale_has_no_exact_inverse_is_refused(
         qplug.convert(str(source), tmp_path / "out", backend="compressed-tensors")
 
 
+def test_scales_of_a_cache_are_dropped_with_a_note(
+    folder: Callable[[str], Path], tmp_path: Path, cli: Cli
+) -> None:
+    source = tmp_path / "in"
+    shutil.copytree(folder("ModelOpt, fp8"), source)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["kv_cache_quant_algo"] = "FP8"
+    (source / "config.json").write_text(json.dumps(config))
+    done = cli("convert", source, tmp_path / "out", "--backend", "vllm")
+    assert "note: the scales of the KV cache are not kept" in done.output
+
+
 def test_a_float_model_is_refused(pristine_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(QplugError, match="is not quantized; quantize it: qplug quantize"):
         qplug.convert(str(pristine_llama), tmp_path / "out", backend="vllm")

@@ -32,7 +32,11 @@ def make(name: str, folder: Path) -> Path:
     catalogue has no ``name``.
     """
     tiny = CATALOGUE[name]
-    built(tiny).to(torch.bfloat16).save_pretrained(folder)
+    model = built(tiny)
+    for value in (*model.parameters(), *model.buffers()):
+        if value.is_floating_point():  # some models keep tables of complex numbers
+            value.data = value.data.to(torch.bfloat16)
+    model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(find_model(DEMO) / file, folder)
     if tiny.layout is not None:

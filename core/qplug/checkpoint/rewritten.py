@@ -108,6 +108,10 @@ def rewritten(checkpoint: Checkpoint, preparation: Preparation, device: torch.de
         sources = tuple(checkpoint.tensors[source] for source in rewrite.sources)
         tensors[name] = RewrittenTensor(sources[0].spec, name, rewrite, sources, device)
     config = {**checkpoint.config, **preparation.config}
+    text = config.get("text_config")
+    if isinstance(text, dict):  # the configuration of a model with towers
+        own = {key: value for key, value in preparation.config.items() if key in text}
+        config["text_config"] = {**text, **own}
     return replace(checkpoint, config=config, tensors=tensors)
 
 

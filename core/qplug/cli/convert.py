@@ -71,3 +71,5 @@ def command(
             f"{out}: {len(result.errors)} layers keep their codes, from {result.source_format} "
             f"to {backend}, {result.bytes / 1e6:,.1f} MB, {result.seconds:.1f} s"
         )
+        for sentence in result.notes:
+            say(f"note: {sentence}")

@@ -283,7 +283,7 @@ class StreamFinder:
         if kind is None:
             return name
         assert block is not None
-        return f"{blocks[block]}.{relative_name(self.copy.blocks[kind], name)}"
+        return f"{blocks[block]}.{relative_name(self.copy.stored_blocks[kind], name)}"
 
     def _copies(self) -> dict[str, str]:
         """The tensor of the embedding, by the tensor of the head, which becomes a copy of it."""

@@ -59,7 +59,8 @@ class SmallCopy:
     """A random model with one block of each kind, in float32 on the CPU, its head untied.
 
     ``kinds[i]``: the kind of block ``i`` of the real model. ``first[k]``: the first block of kind
-    ``k``. ``blocks[k]``: the name of that block in the copy. ``width``: of the residual stream.
+    ``k``. ``blocks[k]``: the path of that block in the copy's model, ``stored_blocks[k]``: its name
+    on disk. ``width``: of the residual stream.
     """
 
     def __init__(self, config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> None:
@@ -128,7 +129,9 @@ class SmallCopy:
             start = end
         with quiet_transformers():
             on_disk: dict[str, Tensor] = revert_weight_conversion(self.model, numbers)
-        stacks = stacked_experts(self.model, disk_names(self.model, on_disk))
+        names = disk_names(self.model, on_disk)
+        self.stored_blocks = tuple(map(names.block, self.blocks))
+        stacks = stacked_experts(self.model, names)
         whole = {name for stack in stacks for name in stack.stored.values()}
         self._numbers = {name: tensor for name, tensor in on_disk.items() if name not in whole}
         for stack in stacks:
@@ -182,7 +185,7 @@ class SmallCopy:
 
     def place(self, name: str) -> Place:
         """The place of the tensor ``name`` of this copy."""
-        return place_of(name, self.blocks, range(len(self.blocks)))
+        return place_of(name, self.stored_blocks, range(len(self.blocks)))
 
     # --- running ---------------------------------------------------------------------------------
 

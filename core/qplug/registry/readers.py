@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from qplug.api import Reader, StoredTensor
+from qplug.files.damage import naming_damage
 from qplug.registry.border import blaming
 from qplug.registry.offers import Offers
 from qplug.registry.plugin import Plugin
@@ -19,13 +21,14 @@ class BorderedReader(Reader):
         self._inner, self._plugin = inner, plugin
 
     def reads(self, config: Mapping[str, Any]) -> bool:
-        with blaming(lambda error: self._plugin, self.name, "reads"):
+        with self._border("config.json", "reads"):
             return bool(self._inner.reads(config))
 
     def as_float(
         self, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
     ) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-        with blaming(lambda error: self._plugin, self.name, "as_float"):
+        where = next((str(tensor.paths[0].parent) for tensor in tensors.values()), "config.json")
+        with self._border(where, "as_float"):
             answer = self._inner.as_float(config, tensors)
             if not (isinstance(answer, tuple) and len(answer) == 2):
                 raise TypeError("as_float must return a configuration and tensors")
@@ -38,8 +41,17 @@ class BorderedReader(Reader):
             return dict(floats), dict(read)
 
     def describe(self, config: Mapping[str, Any]) -> str:
-        with blaming(lambda error: self._plugin, self.name, "describe"):
+        with self._border("config.json", "describe"):
             return str(self._inner.describe(config))
+
+    def _border(self, where: str, method: str) -> AbstractContextManager[None]:
+        """A context for ``method``: its exceptions name the plugin.
+
+        What qplug's own readers stumble over is the fault of the files at ``where``.
+        """
+        if self._plugin.ships_with_qplug:
+            return naming_damage(where, self.name)
+        return blaming(lambda error: self._plugin, self.name, method)
 
 
 class Sources:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qplug.api import Block, Checkpoint, CodedTensor, ComputedTensor, ModelView, QuantizedWeight
+from qplug.api import (
+    Block,
+    Checkpoint,
+    CodedTensor,
+    ComputedTensor,
+    ModelView,
+    QuantizedWeight,
+    Reader,
+)
 from qplug.api.events import Result
 from qplug.api.groups import dequantize
 from qplug.api.scheme import QuantArgs, Scheme
+from qplug.checkpoint.config_file import read_config
 from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import open_checkpoint
 from qplug.errors import QplugError
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ASYMMETRIC = "_ASYM"
+_CACHE = "the scales of the KV cache are not kept: engines compute with a float cache"
 #: The word that a converted folder records in place of an algorithm.
 CONVERT = "convert"
 
@@ -65,6 +75,8 @@ def convert(
     ):
         path = session.processes.from_first(lambda: find_model(folder))
         source = open_checkpoint(path, readers=session.registry.sources)
+        quantization = Reader.quantization(read_config(path))
+        cache = any(quantization.get(key) for key in ("kv_cache_scheme", "kv_cache_quant_algo"))
         kinds = Counter(tensor.scheme for tensor in coded_linears(source, folder).values())
         recipe = Recipe(
             (DEFAULT_QUANTIZER,),
@@ -75,7 +87,7 @@ def convert(
         return run(
             folder,
             Path(out),
-            KeptCodes(recipe, session, folder),
+            KeptCodes(recipe, session, folder, (_CACHE,) if cache else ()),
             session,
             shard_bytes=shard_bytes,
             overwrite=overwrite,
@@ -87,8 +99,13 @@ def convert(
 class KeptCodes(Stages):
     """The stages of a run that keeps the codes of ``folder``, which is quantized."""
 
-    def __init__(self, recipe: Recipe, session: Session, folder: str) -> None:
-        """Creates the exporter of ``recipe``. Raises QplugError if it stores no codes."""
+    def __init__(
+        self, recipe: Recipe, session: Session, folder: str, notes: Sequence[str] = ()
+    ) -> None:
+        """Creates the exporter of ``recipe``. Raises QplugError if it stores no codes.
+
+        ``notes`` are messages to the user.
+        """
         super().__init__(recipe, session)
         self._instead = (
             f"quantize {folder} again: qplug quantize {folder} --backend {self.exporter.name}"
@@ -96,7 +113,7 @@ class KeptCodes(Stages):
         if self.exporter.format.stores_float:
             raise QplugError(f"{self.exporter.name}: stores float weights; {self._instead}")
         self.recipe = replace(self.recipe, algorithms=(CONVERT,))
-        self._folder = folder
+        self._folder, self._notes = folder, notes
         self._coded: dict[str, CodedTensor] = {}
         self._schemes: dict[str, Scheme] = {}
 
@@ -132,6 +149,9 @@ class KeptCodes(Stages):
 
         Raises QplugError if the exporter would store codes that stand for another weight.
         """
+        first = next(iter(self._schemes))
+        if any(linear.name == first for linear in block.linears):
+            block.notes.extend(self._notes)
         return {linear.name: self._kept(linear.name) for linear in block.linears}
 
     def _kept(self, name: str) -> QuantizedWeight:

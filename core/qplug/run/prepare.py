@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qplug.api import Algorithm, FloatModel, ModelView, Preparation, TensorSpec
+from qplug.api import Algorithm, FloatModel, ModelView, Preparation, Stream, TensorSpec
 from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.names import is_within, natural_order, relative_name, split_name
 from qplug.checkpoint.rewritten import apply, rewritten
@@ -15,6 +15,7 @@ from qplug.checkpoint.stacked import stacked_again
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.architectures import with_other_weights
+from qplug.model.block_list import other_parts
 from qplug.model.hollow import load_config
 from qplug.model.residual_stream import StreamFinder
 from qplug.model.small_copy import SmallCopy, place_of
@@ -90,7 +91,7 @@ def _prepare(
     config = load_config(source.folder, trust_remote_code=trusted)
     copy = SmallCopy(config, source.folder, trusted)
     finder = StreamFinder(copy)
-    tied = bool(view.config.get("tie_word_embeddings", config.tie_word_embeddings))
+    tied = view.head is not None and f"{view.head}.weight" not in source.tensors
     width = config.get_text_config().hidden_size
     for algorithm in stages.preparing:
         specs = {name: tensor.spec for name, tensor in prepared.checkpoint.tensors.items()}
@@ -101,6 +102,7 @@ def _prepare(
         preparation = stages.prepare(algorithm, model)
         if learn is None:
             _check_online(preparation.online, stages)
+            _refuse_other_writers(algorithm.name, copy, preparation, stream)
             _try_on(copy, finder, stages, algorithm, prepared.view, view.blocks, tied=tied)
         tied = bool(preparation.config.get("tie_word_embeddings", tied))
         checkpoint = rewritten(prepared.checkpoint, preparation, session.device)
@@ -163,12 +165,28 @@ def _try_on(
 ) -> None:
     """Tries ``algorithm`` on ``copy``, a small copy of a model with ``view`` and ``blocks``."""
     small = copy.tensors()
-    stream = finder.stream(_specs(small), copy.blocks, _each(copy), copy.width, tied=tied)
+    stream = finder.stream(_specs(small), copy.stored_blocks, _each(copy), copy.width, tied=tied)
     view_of_small = _view_of(copy, view, _specs(small))
     preparation = stages.prepare(algorithm, FloatModel(view_of_small, _specs(small), stream))
     # Tensors that are tied in the model are separate in the copy.
     small |= {head: small[embedding].clone() for head, embedding in stream.copies.items()}
     _check_logits(algorithm.name, preparation, small, copy, finder, blocks)
+
+
+def _refuse_other_writers(
+    name: str, copy: SmallCopy, preparation: Preparation, stream: Stream
+) -> None:
+    """Raises QplugError if the stream is rewritten, and other parts of the model write it too.
+
+    Pictures and sounds enter the stream in the place of embeddings.
+    """
+    others = other_parts(copy.model)
+    writers = {tensor for tensor, axis in stream.tensors.items() if axis.norm is None}
+    if others and not writers.isdisjoint(preparation.rewrites):
+        raise QplugError(
+            f"{name}: {' and '.join(others[:3])} write what the decoder reads, too, and cannot be "
+            "rotated with it; take an algorithm that leaves the residual stream as it is"
+        )
 
 
 def _check_logits(
@@ -231,5 +249,5 @@ def _view_of(copy: SmallCopy, view: ModelView, specs: dict[str, TensorSpec]) -> 
         dtype="float32",
         linears=linears,
         quantizable=frozenset(n for n in linears if copy.place(f"{n}.weight") in quantizable),
-        blocks=copy.blocks,
+        blocks=copy.stored_blocks,
     )

@@ -34,6 +34,7 @@ class ReaderContract:
 
     @pytest.fixture
     def written(self, tmp_path: Path) -> tuple[Checkpoint, Mapping[str, Tensor]]:
+        """The checkpoint that ``write`` wrote, as it is stored, and the float tensors."""
         floats = self.write(tmp_path)
         return open_checkpoint(tmp_path), floats
 

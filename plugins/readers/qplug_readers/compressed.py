@@ -71,6 +71,8 @@ def _weight(module: Module, group: Group | None, dtype: str) -> StoredTensor | N
     from qplug_readers.float8 import FLOAT8, float8_weight
 
     inputs = None if group is None else group.scheme.activations
+    if group is not None and group.scheme.weights.symmetric:
+        module.used.add(_ZERO)  # older releases store zero points that mean nothing
     if _PACKED in module.tensors:
         if module.tensors[_PACKED].spec.dtype == "uint8":
             return _fp4(module, inputs, dtype)
@@ -92,8 +94,6 @@ def _group_args(
 ) -> QuantArgs:
     """The format of integers of ``shape`` (out, in) by the shape of their scales."""
     (out, width), stored = shape, scales.spec.shape
-    if stored in ((1,), (), (1, 1)) and out != 1:
-        return QuantArgs(f"int{bits}", "tensor", symmetric=symmetric)
     if len(stored) != 2 or stored[0] != out or not stored[1] or width % stored[1]:
         raise module.wrong(_SCALE, f"is {list(stored)}, which does not fit {list(shape)}")
     if stored[1] == 1:
@@ -115,7 +115,7 @@ def _integers(module: Module, inputs: QuantArgs | None, dtype: str) -> StoredTen
             "in 4 or 8 bits",
         )
     (bits,) = fitting[:1]
-    symmetric = _ZERO not in module.tensors
+    symmetric = _ZERO not in module.tensors or _ZERO in module.used
     args = _group_args(module, bits, (out, width), scales, symmetric=symmetric)
     parts = {_PACKED: words, _SCALE: scales, "weight_shape": stated}
     if not symmetric:
@@ -186,10 +186,12 @@ def _int8(
     module.used.add("weight")
     out, width = weight.spec.shape
     scales = module.need(_SCALE, _FLOATS, of="weight")
-    args = _group_args(module, 8, (out, width), scales, symmetric=True)
-    zero = module.find(_ZERO)
+    if scales.spec.shape in ((), (1,)):
+        args = QuantArgs("int8", "tensor")
+    else:
+        args = _group_args(module, 8, (out, width), scales, symmetric=True)
     parts = {"weight": weight, _SCALE: scales}
-    if zero is not None:
+    if _ZERO in module.tensors and _ZERO not in module.used:
         parts[_ZERO] = module.need(_ZERO, ("int8",), scales.spec.shape, of="weight")
     stored = module.find("input_scale")
     if stored is not None:

@@ -46,6 +46,8 @@ def float8_weight(
     codes = module.tensors[local]
     module.used.add(local)
     shape = codes.spec.shape
+    if not all(shape):
+        raise module.wrong(local, f"is empty: {list(shape)}")
     if scale not in module.tensors:
         raise module.wrong(local, f"is fp8, and has no {module.full(scale)}")
     scales = module.need(scale, SCALES, of=local)

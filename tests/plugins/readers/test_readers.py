@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -425,3 +426,25 @@ def test_a_broken_folder_is_one_line(name: str) -> None:
         opened(quantization, tensors)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+JUNK = [None, True, -1, 0, 1e300, "x", "re:(", [], [1], ["re:("], {}, {"a": 1}, 10**30]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_strange_configuration_is_no_bug(data: st.DataObject) -> None:
+    case = data.draw(st.sampled_from(["int4 asym", "fp8 block", "nvfp4"]))
+    quantization, stored, _ = compressed(case, 16, 64)
+    group = quantization["config_groups"]["group_0"]
+    changed = data.draw(st.sampled_from([quantization, group, group["weights"]]))
+    changed = dict(changed)
+    key = data.draw(st.sampled_from(sorted(changed.keys() - {"quant_method"})))
+    changed[key] = data.draw(st.sampled_from(JUNK))
+    if "num_bits" in changed:
+        changed = {**group, "weights": changed}
+    if "targets" in changed:
+        changed = {**quantization, "config_groups": {"group_0": changed}}
+    with suppress(QplugError):
+        for tensor in opened(changed, stored).tensors.values():
+            tensor.read()
