@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zoo.hybrids import JAMBA
 from zoo.tiny import Tiny
 
 MODELS: dict[str, Tiny] = {
@@ -12,7 +13,7 @@ MODELS: dict[str, Tiny] = {
     "gemma2_embedding": Tiny("Gemma2Model"),
     "gpt2_ranking": Tiny("GPT2ForSequenceClassification"),
     "gte": Tiny("GteModel"),
-    "jamba_ranking": Tiny("JambaForSequenceClassification"),
+    "jamba_ranking": Tiny("JambaForSequenceClassification", JAMBA),
     "llama_embedding": Tiny("LlamaModel"),
     "llama_ranking": Tiny("LlamaForSequenceClassification"),
     "mistral_embedding": Tiny("MistralModel"),

@@ -6,6 +6,13 @@ from typing import Any
 
 from zoo.tiny import Tiny
 
+BOTH_KINDS = ["linear_attention", "full_attention"]
+JAMBA: dict[str, Any] = {
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+}
 #: The indexer and the hyper-connections, which have no sizes by default.
 QWEN_4: dict[str, Any] = {
     "indexer_n_heads": 4,
@@ -20,12 +27,14 @@ QWEN_4: dict[str, Any] = {
 
 MODELS: dict[str, Tiny] = {
     "bailing_hybrid": Tiny("BailingHybridForCausalLM"),
-    "bamba": Tiny("BambaForCausalLM"),
+    "bamba": Tiny("BambaForCausalLM", {"attn_layer_indices": [1]}),
     "falcon_h1": Tiny("FalconH1ForCausalLM"),
     "falcon_mamba": Tiny("FalconMambaForCausalLM"),
-    "granitemoehybrid": Tiny("GraniteMoeHybridForCausalLM"),
-    "granitemoehybrid_dense": Tiny("GraniteMoeHybridForCausalLM", {"num_local_experts": 0}),
-    "jamba": Tiny("JambaForCausalLM"),
+    "granitemoehybrid": Tiny("GraniteMoeHybridForCausalLM", {"layer_types": BOTH_KINDS}),
+    "granitemoehybrid_dense": Tiny(
+        "GraniteMoeHybridForCausalLM", {"num_local_experts": 0, "layer_types": BOTH_KINDS}
+    ),
+    "jamba": Tiny("JambaForCausalLM", JAMBA),
     "kimi_linear": Tiny("KimiLinearForCausalLM", {"linear_num_heads": 4}),
     "lfm2": Tiny(
         "Lfm2ForCausalLM",
@@ -62,7 +71,7 @@ MODELS: dict[str, Tiny] = {
     "qwen3_5_text_16heads": Tiny("Qwen3_5ForCausalLM", {"linear_num_value_heads": 16}),
     "qwen3_next": Tiny("Qwen3NextForCausalLM"),
     "qwen4_exp_text": Tiny("Qwen4ExpForCausalLM", QWEN_4),
-    "recurrent_gemma": Tiny("RecurrentGemmaForCausalLM"),
+    "recurrent_gemma": Tiny("RecurrentGemmaForCausalLM", {"num_hidden_layers": 3}),
     "zamba": Tiny(
         "ZambaForCausalLM",
         {

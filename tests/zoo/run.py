@@ -13,7 +13,7 @@ from zoo.catalogue import CATALOGUE, family_of
 from zoo.make import make
 from zoo.pool import in_forks
 from zoo.results import read_results, write_results
-from zoo.steps import RUNS, tried
+from zoo.steps import OWN_RUNS, RUNS, tried
 
 #: What most models import: forks have it at once.
 _PRELOADED = (
@@ -37,7 +37,7 @@ def run(
 
     def work(name: str, folder: Path, tell: Callable[[str, Any], None]) -> None:
         model = make(name, folder / name)
-        for key, value in tried(model, wanted):
+        for key, value in tried(model, {**wanted, **OWN_RUNS.get(name, {})}):
             tell(key, value)
 
     for name, record in in_forks(names, work, jobs=jobs, seconds=seconds):

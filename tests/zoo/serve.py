@@ -14,6 +14,7 @@ from torch import Tensor
 
 import qplug
 from qplug.checkpoint.locate import DEMO
+from qplug.checkpoint.open import read_json
 from qplug.machine.session import Session
 from qplug.reading.perplexity import evaluation_tokens
 from zoo.make import make
@@ -29,6 +30,8 @@ ENGINES: dict[str, RealEngine] = {
 }
 #: The text that both read: so many windows of so many tokens.
 WINDOWS, LENGTH = 4, 64
+#: Parts of a configuration that are towers; their processors are not in the folder.
+_TOWERS = ("vision_config", "audio_config")
 #: The mean |difference| of log-probabilities that is allowed, and how many times the difference
 #: that the float model has in the same engine.
 LIMIT, TIMES_FLOAT = 0.05, 3.0
@@ -108,11 +111,12 @@ def _load(
     found: dict[str, dict[str, Any]] = {name: {"run": run} for name in made}
     with engine.started(prompts.tolist(), base) as running:
         for name, loads in made.items():
-            running.give(f"{name} quantized", _asked(loads.folders["quantized"], engine))
+            options = engine.options_for(loads.folders["quantized"])
+            running.give(f"{name} quantized", _asked(loads.folders["quantized"], engine, options))
         _compare(found, made, "quantized", running.answers())
         doubted = [name for name, record in found.items() if verdict(record) != "ok"]
         for name in doubted:
-            running.give(f"{name} float", _asked(made[name].folders["float"], None))
+            running.give(f"{name} float", _asked(made[name].folders["float"], engine, {}))
         _compare({name: found[name] for name in doubted}, made, "float", running.answers())
         told = running.told
     results = read_results(file)
@@ -124,9 +128,12 @@ def _load(
     write_results(file, results)
 
 
-def _asked(folder: Path, engine: RealEngine | None) -> dict[str, Any]:
-    options = engine.options_for(folder) if engine else {}
-    return {"folder": str(folder), "dtype": "auto", "options": options}
+def _asked(folder: Path, engine: RealEngine, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the load of ``folder``: of its text part alone, if it has another."""
+    config = read_json(folder / "config.json")
+    has_tower = any(isinstance(config.get(part), dict) for part in _TOWERS)
+    alone = {"language_model_only": True} if has_tower and engine.name == "vllm" else {}
+    return {"folder": str(folder), "dtype": "auto", "options": {**options, **alone}}
 
 
 def _compare(

@@ -18,7 +18,8 @@ from qplug import QplugError
 from qplug.checkpoint.names import kind_of
 
 #: A search in few steps: whether a model is taken does not depend on how fine it is.
-_COARSE = {"awq": {"ratios": 4, "clip_steps": 4, "clip_in_search": 1}}
+_COARSE_AWQ = {"awq": {"ratios": 3, "clip_steps": 2, "clip_in_search": 1}}
+_COARSE_GPTQ = {"gptq": {"clip_steps": 2}}
 #: The runs, by name: the words of each recipe. Each folder that a run writes is verified.
 RUNS: dict[str, dict[str, Any]] = {
     "rtn W4A16 vllm": {"algo": "rtn", "scheme": "W4A16", "backend": "vllm"},
@@ -27,11 +28,22 @@ RUNS: dict[str, dict[str, Any]] = {
         "algo": "awq",
         "scheme": "W4A16",
         "backend": "vllm",
-        "algorithm_options": _COARSE,
+        "algorithm_options": _COARSE_AWQ,
     },
-    "gptq W4A16 vllm": {"algo": "gptq", "scheme": "W4A16", "backend": "vllm"},
+    "gptq W4A16 vllm": {
+        "algo": "gptq",
+        "scheme": "W4A16",
+        "backend": "vllm",
+        "algorithm_options": _COARSE_GPTQ,
+    },
     "quarot+rtn W8A8 vllm": {"algo": "quarot+rtn", "scheme": "W8A8", "backend": "vllm"},
     "rtn FP8_DYNAMIC sglang": {"algo": "rtn", "scheme": "FP8_DYNAMIC", "backend": "sglang"},
+}
+#: Runs of models that engines load in a layout of their own.
+OWN_RUNS: dict[str, dict[str, dict[str, Any]]] = {
+    "gpt_oss": {
+        "rtn MXFP4A16 gpt-oss": {"algo": "rtn", "scheme": "MXFP4A16", "backend": "gpt-oss"},
+    },
 }
 #: Calibration is on so many windows of so many tokens.
 SAMPLES, TOKENS = 2, 32

@@ -8,6 +8,13 @@ from zoo.hybrids import QWEN_4
 from zoo.text import BY_KIND
 from zoo.tiny import Tiny
 
+
+def by_axes(*section: int, **others: Any) -> dict[str, Any]:
+    """Returns the changes of a text part whose rotary embeddings are split among axes."""
+    rotary = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(section)}
+    return {"text_config": {"rope_parameters": {**rotary, **others}}}
+
+
 GEMMA_EXPERTS: dict[str, Any] = {
     "num_experts": 4,
     "top_k_experts": 2,
@@ -84,7 +91,19 @@ MODELS: dict[str, Tiny] = {
     "gemma4_unified": Tiny("Gemma4UnifiedForConditionalGeneration"),
     "glm46v": Tiny("Glm46VForConditionalGeneration"),
     "glm4v": Tiny("Glm4vForConditionalGeneration"),
-    "glm4v_moe": Tiny("Glm4vMoeForConditionalGeneration"),
+    "glm4v_moe": Tiny(
+        "Glm4vMoeForConditionalGeneration",
+        {
+            "text_config": {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.5,
+                    "mrope_section": [4, 6, 6],
+                }
+            }
+        },
+    ),
     "glm5_next": Tiny(
         "Glm5NextForConditionalGeneration",
         {
@@ -105,7 +124,18 @@ MODELS: dict[str, Tiny] = {
         },
     ),
     "granite_speech": Tiny("GraniteSpeechForConditionalGeneration"),
-    "hunyuan_vl": Tiny("HunYuanVLForConditionalGeneration"),
+    "hunyuan_vl": Tiny(
+        "HunYuanVLForConditionalGeneration",
+        {
+            "text_config": {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [8, 8, 8, 8],
+                }
+            }
+        },
+    ),
     "hyperclovax_vision_v2": Tiny("HyperCLOVAXVisionV2ForConditionalGeneration"),
     "idefics2": Tiny("Idefics2ForConditionalGeneration"),
     "idefics3": Tiny("Idefics3ForConditionalGeneration"),
@@ -188,7 +218,7 @@ MODELS: dict[str, Tiny] = {
         },
     ),
     "ovis2": Tiny("Ovis2ForConditionalGeneration"),
-    "paddleocr_vl": Tiny("PaddleOCRVLForConditionalGeneration"),
+    "paddleocr_vl": Tiny("PaddleOCRVLForConditionalGeneration", by_axes(8, 12, 12)),
     "paligemma": Tiny("PaliGemmaForConditionalGeneration"),
     "phi4_multimodal": Tiny(
         "Phi4MultimodalForCausalLM",
@@ -208,16 +238,28 @@ MODELS: dict[str, Tiny] = {
         {"vision_config": {"model_type": "pixtral"}, "text_config": {"model_type": "mistral"}},
     ),
     "qianfan_ocr": Tiny("QianfanOCRForConditionalGeneration"),
-    "qwen2_5_omni_thinker": Tiny("Qwen2_5OmniThinkerForConditionalGeneration"),
-    "qwen2_5_vl": Tiny("Qwen2_5_VLForConditionalGeneration"),
+    "qwen2_5_omni_thinker": Tiny("Qwen2_5OmniThinkerForConditionalGeneration", by_axes(8, 12, 12)),
+    "qwen2_5_vl": Tiny("Qwen2_5_VLForConditionalGeneration", by_axes(8, 12, 12)),
     "qwen2_audio": Tiny("Qwen2AudioForConditionalGeneration"),
-    "qwen2_vl": Tiny("Qwen2VLForConditionalGeneration"),
-    "qwen3_5": Tiny("Qwen3_5ForConditionalGeneration"),
-    "qwen3_5_moe": Tiny("Qwen3_5MoeForConditionalGeneration"),
+    "qwen2_vl": Tiny("Qwen2VLForConditionalGeneration", by_axes(8, 12, 12)),
+    "qwen3_5": Tiny(
+        "Qwen3_5ForConditionalGeneration",
+        by_axes(4, 2, 2, mrope_interleaved=True, partial_rotary_factor=0.25),
+    ),
+    "qwen3_5_moe": Tiny(
+        "Qwen3_5MoeForConditionalGeneration",
+        by_axes(4, 2, 2, mrope_interleaved=True, partial_rotary_factor=0.25),
+    ),
     "qwen3_asr": Tiny("Qwen3ASRForConditionalGeneration"),
-    "qwen3_omni_moe_thinker": Tiny("Qwen3OmniMoeThinkerForConditionalGeneration"),
-    "qwen3_vl": Tiny("Qwen3VLForConditionalGeneration"),
-    "qwen3_vl_moe": Tiny("Qwen3VLMoeForConditionalGeneration"),
+    "qwen3_omni_moe_thinker": Tiny(
+        "Qwen3OmniMoeThinkerForConditionalGeneration", by_axes(12, 10, 10, mrope_interleaved=True)
+    ),
+    "qwen3_vl": Tiny(
+        "Qwen3VLForConditionalGeneration", by_axes(12, 10, 10, mrope_interleaved=True)
+    ),
+    "qwen3_vl_moe": Tiny(
+        "Qwen3VLMoeForConditionalGeneration", by_axes(12, 10, 10, mrope_interleaved=True)
+    ),
     "qwen4_exp": Tiny("Qwen4ExpForConditionalGeneration", {"text_config": QWEN_4}),
     "smolvlm": Tiny("SmolVLMForConditionalGeneration"),
     "step3p7": Tiny("Step3p7ForConditionalGeneration"),
