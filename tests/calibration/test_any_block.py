@@ -50,6 +50,7 @@ ODD = {
     "axk2": "parts of norms that are linears",
     "mllama": "pictures, which no sample has",
     "qwen3_vl": "a decoder inside of a model of pictures",
+    "minimax_m3_vl": "a linear whose rows are two linears on disk",
 }
 QUICK = ("gptj", "bamba", "gemma4_text", "ernie4_5_moe", "granitemoe")
 #: Models with a table of positions that the reference has in another dtype.

@@ -57,8 +57,18 @@ class Placement:
                     self._parameters.append((module, local, f"{on_disk}.{local}"))
         for module, local, on_disk in self._parameters:
             _move_parameter(block, module, local, on_disk)
+        of_linears: dict[nn.Linear, dict[str, Sequence[tuple[str, Tensor]]]] = {}
         for module, local, parts in self._parts:
-            _part_parameter(block, module, local, parts)
+            if isinstance(module, nn.Linear):
+                of_linears.setdefault(module, {})[local] = parts
+            else:
+                _part_parameter(block, module, local, parts)
+        for linear, of_linear in of_linears.items():
+            if all(p is None or local in of_linear for local, p in linear._parameters.items()):
+                _part_linear(block, linear, of_linear)
+                continue
+            for local, parts in of_linear.items():
+                _part_parameter(block, linear, local, parts)
 
 
 def _renamed(modules: Mapping[str, str]) -> set[str]:
@@ -153,6 +163,35 @@ def _part_parameter(
         return torch.cat(values).view(shape)
 
     _compute(owner, local, join)
+
+
+def _part_linear(
+    block: nn.Module, linear: nn.Linear, parts: Mapping[str, Sequence[tuple[str, Tensor]]]
+) -> None:
+    """Registers linears of their own in the place of ``linear``, which joins their outputs.
+
+    ``parts``: as for ``_part_parameter``, of the weight and of the bias.
+    """
+    linears = []
+    for local, values_by_name in parts.items():
+        for on_disk, values in values_by_name:
+            path, new = split_name(on_disk)
+            parent, last = split_name(path)
+            place = _container(block, parent)
+            if last not in place._modules:
+                out, width = values.shape[0], linear.in_features
+                place._modules[last] = nn.Linear(width, out, bias=False, device="meta")
+            part = place.get_submodule(last)
+            part._parameters[new] = nn.Parameter(values, requires_grad=False)
+            if local == "weight":
+                linears.append(part)
+        linear._parameters[local] = None
+    before = next(path for path, part in block.named_modules() if part is linear)
+    parent, own = split_name(before)
+    owner = block.get_submodule(parent)
+    del owner._modules[own]
+    owner.__dict__[own] = linear  # the model's code goes on to call it
+    linear.__dict__["forward"] = lambda x: torch.cat([part(x) for part in linears], -1)
 
 
 class _Around(BlockProxy):

@@ -16,7 +16,7 @@ from torch import nn
 from qplug.api import ModelView, Reader
 from qplug.api.reader import QUANTIZATION
 from qplug.api.tensors import FLOAT_DTYPES, Checkpoint
-from qplug.checkpoint.names import block_of, local_of, natural_order, split_name
+from qplug.checkpoint.names import block_of, local_of, module_of, natural_order, split_name
 from qplug.errors import QplugError
 from qplug.model.block_list import decoder_blocks
 from qplug.model.disk_names import disk_names, tied_name
@@ -70,12 +70,14 @@ def packed_view(
 class _Tree:
     """An untrained model under its names on disk: modules with a weight, blocks, the head.
 
+    ``parts`` are the modules on disk whose weights transformers joins or cuts into linears.
     ``tensors`` has the shapes of all tensors that a float checkpoint of the model has, by name.
     """
 
     modules: Mapping[str, nn.Module]
     blocks: tuple[str, ...]
     head: str | None
+    parts: frozenset[str]
     tensors: Mapping[str, tuple[int, ...]]
 
 
@@ -103,7 +105,14 @@ def _tree(checkpoint: Checkpoint, stored: Collection[str], trust_remote_code: bo
         if stack.is_apart(stored) and any(each in stored for each, *_ in stack.linears()):
             whole = {each: shapes.pop(each) for each in stack.stored.values()}
             shapes |= {each: cut.shape(whole[of]) for each, of, _, cut in stack.linears()}
-    return _Tree(modules, blocks, head, shapes)
+    parts = {
+        module_of(part)
+        for name, of_linear in names.parts.items()
+        if isinstance(model.get_submodule(module_of(name)), nn.Linear)
+        for part in of_linear
+        if local_of(part) == "weight"
+    }
+    return _Tree(modules, blocks, head, frozenset(parts), shapes)
 
 
 def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, int]]) -> ModelView:
@@ -121,7 +130,11 @@ def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, i
     quantizable = {
         name
         for name in shapes
-        if (isinstance(in_blocks.get(name), nn.Linear) or _is_expert(tree.blocks, name))
+        if (
+            isinstance(in_blocks.get(name), nn.Linear)
+            or _is_expert(tree.blocks, name)
+            or (name in tree.parts and _is_in(tree.blocks, name))
+        )
         and (name not in floats or floats[name].engines)
     }
     return ModelView(
