@@ -66,6 +66,9 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "opt, gelu": lambda: transformers.OPTConfig(
         **SIZES, ffn_dim=96, word_embed_proj_dim=64, activation_function="gelu"
     ),
+    "opt, squared": lambda: transformers.OPTConfig(
+        **SIZES, ffn_dim=96, word_embed_proj_dim=64, activation_function="relu2"
+    ),
     "opt, norm after": lambda: transformers.OPTConfig(
         **SIZES, ffn_dim=96, word_embed_proj_dim=64, do_layer_norm_before=False
     ),
@@ -174,6 +177,7 @@ def start_walk() -> StartWalk:
         batch_size: int | None = None,
         with_drift: bool = False,
         with_targets: bool = False,
+        all_experts: bool = False,
     ) -> Walk:
         source = open_checkpoint(folder)
         view = model_view(source)
@@ -189,6 +193,7 @@ def start_walk() -> StartWalk:
             batch_size=batch_size,
             with_drift=with_drift,
             with_targets=with_targets,
+            all_experts=all_experts,
         )
 
     return start

@@ -25,6 +25,7 @@ from qplug.machine.session import Session
 from qplug.model.experts import Experts, as_on_disk
 from qplug.model.view import model_view
 from qplug.numerics.rounding import round_to_nearest
+from qplug.output.manifest import read_manifest
 
 Family = Callable[..., Path]
 StartWalk = Callable[..., Walk]
@@ -213,6 +214,32 @@ def test_an_expert_is_known_by_its_own_tokens(
         block.smooth(group.by_expert[0], torch.ones(64))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe"])
+def test_all_experts_see_all_tokens_and_the_layer_gives_the_same(
+    name: str, family: Family, start_walk: StartWalk, make_tokens: MakeTokens
+) -> None:
+    tokens = make_tokens(3, 12)
+    tokens[1, 9:] = -1
+    routed, every = (
+        start_walk(family(name), tokens, with_targets=True, all_experts=each)
+        for each in (False, True)
+    )
+    for block_name in ("model.layers.0", BLOCK):
+        blocks = [walk.gather(block_name) for walk in (routed, every)]
+        outputs = [
+            torch.cat([batch.target for batch in block.reconstruction.batches()])
+            for block in blocks
+            if block.reconstruction is not None
+        ]
+        assert distance(*outputs) <= RTOL
+        for group in (*experts_group(blocks[1]).by_expert, *last_groups(blocks[1])):
+            assert group.tokens == 33
+        few = {group.tokens for group in experts_group(blocks[0]).by_expert}
+        assert max(few) < 33
+        for walk in (routed, every):
+            walk.advance(block_name, {})
+
+
 def test_padding_is_no_token_of_an_expert(
     family: Family, start_walk: StartWalk, make_tokens: MakeTokens
 ) -> None:
@@ -391,6 +418,11 @@ def test_an_expert_that_saw_no_token_is_rounded_to_nearest(
     assert note.endswith("; rounded to nearest")
     unseen = note.partition("no token reached ")[2].partition(";")[0].split(", ")
     assert len(unseen) == 2
+    manifest = read_manifest(result.out)
+    assert manifest is not None
+    assert {block for block in mixtures if f"{block}.{path}" in manifest.experts} == mixtures
+    counts = manifest.experts[f"{BLOCK}.{path}"]
+    assert [str(number) for number, count in enumerate(counts) if not count] == unseen
     weights, source = unpacked(result.out), load_file(family(name) / "model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
     grouped = qplug.preset("W4A16").with_group_size(16)

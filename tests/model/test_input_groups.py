@@ -77,6 +77,7 @@ EXPECTED: dict[str, Expected] = {
     },
     "opt": OPT,
     "opt, gelu": {**OPT, ("fc2",): None},
+    "opt, squared": OPT,  # the rows of fc1 take the root of the scale
     # The residual stream is what these norms make, so that they cannot be divided.
     "opt, norm after": {**OPT, QKV: None, ("fc1",): None},
     "gpt-neox": NEOX,
@@ -91,6 +92,7 @@ EXPECTED: dict[str, Expected] = {
 SHIFTABLE: dict[str, set[tuple[str, ...]]] = {
     "opt": {QKV, ("fc1",)},
     "opt, gelu": {QKV, ("fc1",)},
+    "opt, squared": {QKV, ("fc1",)},
     "gpt-neox": {("attention.query_key_value",), ("mlp.dense_h_to_4h",)},
     "gpt-neox, in sequence": {("attention.query_key_value",), ("mlp.dense_h_to_4h",)},
     "phi": {(*QKV, "mlp.fc1")},

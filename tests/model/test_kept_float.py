@@ -99,7 +99,7 @@ def test_inspect_says_why(odd_model: OddModel, cli: Cli) -> None:
     shown = cli("inspect", odd_model("deepseek_v32"))
     assert "stays float: model.layers.*.self_attn.indexer.weights_proj: vLLM" in shown.output
     plain = json.loads(cli("inspect", odd_model("gpt_oss"), "--json").output)
-    assert "model.layers.*.mlp.experts.down_proj" in plain["stays float"]
+    assert "model.layers.*.mlp.router" in plain["stays float"]
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,12 @@ TOGETHER = {
         {"propagate": "float"},
         "float",
     ),
+    "calibration.experts": Said(
+        "--experts all",
+        {"calibration": {"experts": "all"}},
+        {"experts": "all"},
+        "all",
+    ),
     "calibration.observer": Said(
         "--observer histogram",
         {"calibration": {"observer": "histogram"}},

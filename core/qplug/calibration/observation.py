@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -16,7 +16,7 @@ from qplug.api.scheme import Scheme
 from qplug.calibration.statistics import Statistics
 from qplug.calibration.statistics import share as share_statistics
 from qplug.machine.processes import Processes
-from qplug.model.experts import rows_of
+from qplug.model.experts import rows_of, seeing_all
 from qplug.model.hooks import hooked
 from qplug.model.input_groups import GroupPaths
 
@@ -75,9 +75,10 @@ class Observation:
         device: torch.device,
         *,
         with_drift: bool,
+        all_experts: bool = False,
     ) -> None:
         """``schemes``: the scheme of each quantized linear, by path within the block."""
-        self._block = block
+        self._block, self._all_experts = block, all_experts
         self._rows_per_batch: dict[str, int] = {}
         self.statistics: dict[str, Statistics] = {}
         for group in structure:
@@ -165,7 +166,7 @@ class Observation:
             self._block.get_submodule(path).register_forward_pre_hook(partial(show, path))
             for path in self.statistics
         ]
-        with hooked(handles):
+        with hooked(handles), seeing_all(self._block) if self._all_experts else nullcontext():
             yield
 
 

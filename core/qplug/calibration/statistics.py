@@ -67,8 +67,13 @@ class Statistics:
         expert was given, by their place in the batch; ``float_rows``: those that it is given in the
         float model. Only tokens in both count for ``drift``.
         """
+        tokens = rows
+        if rows is None and real is not None:
+            tokens = _tokens_of(x, real.shape)
+            if tokens is None:  # nothing says which rows are padding
+                real = counted = None
         x = x.flatten(0, -2)
-        tokens = torch.arange(len(x), device=x.device) if rows is None else rows
+        tokens = torch.arange(len(x), device=x.device) if tokens is None else tokens
         float_x = None if float_x is None else float_x.flatten(0, -2)
         if real is not None:
             kept = real.flatten().to(x.device)[tokens]
@@ -169,6 +174,24 @@ class Statistics:
             self.drift.addmm_(x.T.float(), shift)
         else:  # the difference of two close numbers has few significant digits anyway
             self.drift += torch.mm(x.T, shift.to(x.dtype), out_dtype=torch.float32)
+
+
+def _tokens_of(x: Tensor, shape: torch.Size) -> Tensor | None:
+    """The place in the batch of the token of each row of ``x: [..., in]``, int64 ``[rows]``.
+
+    ``shape``: windows and tokens of a batch. These are neighbouring axes of ``x``, or one axis;
+    others, such as heads or parallel streams, give a token several rows. None if no axes fit, as
+    where a block joins neighbouring tokens.
+    """
+    axes, count = [*x.shape[:-1]], shape.numel()
+    for wanted in ([*shape], [count]):
+        for start in range(len(axes)):
+            end = start + len(wanted)
+            if axes[start:end] == wanted:
+                around = [1] * start + wanted + [1] * (len(axes) - end)
+                numbers = torch.arange(count, device=x.device).view(around)
+                return numbers.expand(axes).flatten()
+    return None
 
 
 def share(statistics: Sequence[Statistics], processes: Processes) -> None:

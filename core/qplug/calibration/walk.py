@@ -56,6 +56,7 @@ class Walk:
         session: Session,
         *,
         propagate: str = "quantized",
+        all_experts: bool = False,
         batch_size: int | None = None,
         with_drift: bool = False,
         with_targets: bool = False,
@@ -64,10 +65,11 @@ class Walk:
     ) -> None:
         """Each process of ``session`` takes a part of the ``samples``.
 
-        ``with_drift`` gathers
-        ``InputGroup.drift``; ``with_targets`` gives blocks a ``reconstruction``. ``online``: names
-        of linears whose inputs are rotated while the model runs. ``cache``: how keys and values are
-        stored, None if not quantized. Raises QplugError if there are fewer samples than processes.
+        ``all_experts`` shows each expert all tokens of its layer, for statistics alone.
+        ``with_drift`` gathers ``InputGroup.drift``; ``with_targets`` gives blocks a
+        ``reconstruction``. ``online``: names of linears whose inputs are rotated while the model
+        runs. ``cache``: how keys and values are stored, None if not quantized. Raises QplugError if
+        there are fewer samples than processes.
         """
         device, processes = session.device, session.processes
         if len(samples) < processes.count:
@@ -92,7 +94,7 @@ class Walk:
         )
         self._reader.start(view.blocks[0])
         self._with_drift = with_drift and propagate == "quantized"
-        self._with_targets = with_targets
+        self._with_targets, self._all_experts = with_targets, all_experts
         # Whether the float model runs too, or alone.
         self._with_float = with_drift or with_targets or propagate == "float"
         size = batch_size or samples_in_a_batch(samples.length, device)
@@ -265,6 +267,7 @@ class Walk:
             self._quota,
             self._device,
             with_drift=self._with_drift and not self._agree,
+            all_experts=self._all_experts,
         )
         float_stream = self._float_stream or self._stream
         passes_on = first and self._with_float

@@ -10,6 +10,7 @@ here.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,8 @@ class Experts(nn.Module):
     linear. ``gathers``: whether it is given the tokens of the layer, of which each expert reads
     some; else each expert has a copy of the tokens of its own, zero for tokens that it is not
     given. ``rows[e]``: the tokens that expert ``e`` was given in the last pass, int64, ascending.
+    ``sees_all``: whether experts that gather compute all tokens, of which the output has those that
+    were routed to them.
     """
 
     def __init__(self, fused: nn.Module, layout: Layout) -> None:
@@ -48,6 +51,7 @@ class Experts(nn.Module):
         self.readers = tuple(part.linear for part in layout.readers)
         self.last, self.gathers = layout.last.linear, layout.gathers
         self.rows: tuple[Tensor, ...] = ()
+        self.sees_all = False
         self.__dict__["_fused"] = fused  # not registered: the linears have its parameters
         self.__dict__["_layout"] = layout
         parameters = dict(fused.named_parameters(recurse=False))
@@ -79,12 +83,17 @@ class Experts(nn.Module):
         order = torch.argsort(chosen.flatten(), stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=len(self._modules)).tolist()
         places = order.split(counts)[: len(self._modules)]
-        self.rows = tuple(place // per_token for place in places)
+        routed = tuple(place // per_token for place in places)
+        self.rows = routed
+        if self.sees_all:
+            self.rows = (torch.arange(len(tokens), device=tokens.device),) * len(routed)
         outputs = torch.zeros(
             len(order), tokens.shape[-1], dtype=tokens.dtype, device=tokens.device
         )
-        for expert, place, rows in zip(self.children(), places, self.rows, strict=True):
-            if len(rows):
+        for expert, place, rows in zip(self.children(), places, routed, strict=True):
+            if self.sees_all:
+                outputs[place] = self._output(expert, tokens)[rows]
+            elif len(rows):
                 outputs[place] = self._output(expert, tokens[rows])
         weighted = outputs.unflatten(0, (-1, per_token)) * shares.unsqueeze(-1)
         mixed: Tensor = weighted.sum(1).to(tokens.dtype)
@@ -106,6 +115,19 @@ class Experts(nn.Module):
         )
         output: Tensor = expert.get_submodule(self.last)(inner)
         return output
+
+
+@contextmanager
+def seeing_all(block: nn.Module) -> Iterator[None]:
+    """Within it, every expert of ``block`` computes all tokens of its layer."""
+    layers = [part for part in block.modules() if isinstance(part, Experts)]
+    for layer in layers:
+        layer.sees_all = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.sees_all = False
 
 
 def rows_of(block: nn.Module, path: str) -> Tensor | None:

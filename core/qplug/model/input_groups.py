@@ -32,12 +32,15 @@ class Producer:
     """The operation that makes a group's input. ``rows[c]``, int64: the row behind channel ``c``.
 
     ``kind``: a ``norm`` multiplies by its weight, an ``offset-norm`` by one plus its weight
-    (Gemma), ``rows`` means a linear. ``module``: its path within the block.
+    (Gemma), ``rows`` means a linear. ``module``: its path within the block. ``power``: the rows are
+    divided by the scale to this power; a half where a squared activation lies between, since the
+    square root of a scale leaves it as the scale.
     """
 
     kind: Literal["norm", "offset-norm", "rows"]
     module: str
     rows: Tensor
+    power: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,10 @@ def _candidates(
         if isinstance(linear, nn.Linear):
             for rows in _sections(linear.out_features, width, read.device):
                 yield Producer("rows", name, rows)
+    for name in earlier[-1:]:
+        linear = block.get_submodule(name)
+        if isinstance(linear, nn.Linear) and linear.out_features == width:
+            yield Producer("rows", name, each, power=0.5)
 
 
 def _sections(out: int, width: int, device: torch.device) -> Iterator[Tensor]:
@@ -302,6 +309,8 @@ def divided(
         channels = torch.full((len(weight),), -1, device=device)
         channels[rows.flip(0)] = torch.arange(len(rows), device=device).flip(0)
         scale = torch.where(channels >= 0, scale.to(weight.dtype)[channels.clamp(min=0)], 1)
+        if producer.power != 1:
+            scale = scale**producer.power
         new_weight = weight / scale[:, None]
     elif producer.kind == "offset-norm":
         new_weight = (weight + 1) / scale - 1

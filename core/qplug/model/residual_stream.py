@@ -244,6 +244,12 @@ class StreamFinder:
                 norm_name = module_of(self._in_block(f"{norm}.weight", block, blocks))
                 readers.setdefault((norm_name, norm), []).append(name)
             axes[name] = StreamAxis(axis, norm_name, bias if has_bias else None)
+        missing = by_place.keys() - {place_of(name, blocks, kinds) for name in shapes}
+        if missing:
+            raise QplugError(
+                f"{min(local for _, local in missing)}: writes the residual stream or reads it, "
+                "and the checkpoint has no such tensor, so the model cannot be rewritten"
+            )
         norms = {
             name: StreamNorm(
                 weight=f"{name}.weight",

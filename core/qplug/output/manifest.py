@@ -32,6 +32,7 @@ class Manifest:
     ``clips``. The last three exist only for linears that calibration data measured. ``rewritten``
     names tensors that an algorithm rewrote, ``online`` linears whose inputs must be rotated as the
     model runs. ``kept_float`` says of linears that no kernel takes why they are float.
+    ``experts`` are the numbers of tokens in the statistics of each expert, by layer.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Manifest:
     clips: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     kept_float: Mapping[str, str] = field(default_factory=dict)
+    experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -68,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     layers = record.need("layers").mapping()
     recipe = record.need("recipe")
     cache, online = recipe.get("kv_cache"), record.get("online")
-    kept = record.get("kept_float")
+    kept, experts = record.get("kept_float"), record.get("experts")
     _read(Recipe.from_dict, recipe)
     losses = {name: layer.get("loss") for name, layer in layers.items()}
     inputs = {name: layer.get("inputs") for name, layer in layers.items()}
@@ -99,6 +101,10 @@ def read_manifest(folder: Path) -> Manifest | None:
             if counts is not None
         },
         notes=record.need("notes").texts(),
+        experts={
+            name: tuple(count.whole(0, 1 << 62) for count in counts.items())
+            for name, counts in (experts.mapping() if experts else {}).items()
+        },
         kept_float={} if kept is None else {n: why.text() for n, why in kept.mapping().items()},
     )
 

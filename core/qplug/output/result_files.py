@@ -87,6 +87,9 @@ def result_files(
         "online": list(online),
         "notes": [*notes, *(note for report in reports for note in report.notes)],
     }
+    experts = {n: list(counts) for report in reports for n, counts in report.experts.items()}
+    if experts:
+        manifest["experts"] = experts
     if kept_float:
         manifest["kept_float"] = dict(kept_float)
     card = _card(name, recipe, exporter, errors, config)

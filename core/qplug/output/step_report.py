@@ -21,7 +21,7 @@ class Report:
     ``rewritten`` are the names of tensors whose float values an algorithm changed. ``notes`` are
     messages of algorithms to the user. ``inputs`` are the ranges of the linears' inputs, before and
     after all transforms, by linear. ``clips`` are the ``clip_counts`` of linears with clipped
-    scales.
+    scales. ``experts`` are the numbers of tokens in the statistics of each expert, by layer.
     """
 
     errors: Mapping[str, float] = field(default_factory=dict)
@@ -30,6 +30,7 @@ class Report:
     notes: tuple[str, ...] = ()
     inputs: Mapping[str, tuple[InputRange, InputRange]] = field(default_factory=dict)
     clips: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def loss(self) -> float | None:
@@ -45,6 +46,7 @@ class Report:
             "notes": list(self.notes),
             "inputs": {n: [r.to_list() for r in both] for n, both in self.inputs.items()},
             "clips": {name: list(counts) for name, counts in self.clips.items()},
+            "experts": {name: list(counts) for name, counts in self.experts.items()},
         }
 
     @staticmethod
@@ -55,14 +57,15 @@ class Report:
         """
         if not (isinstance(plain, dict) and plain.keys() == Report().to_dict().keys()):
             return False
-        errors, losses, inputs, clips = (plain[k] for k in ("errors", "losses", "inputs", "clips"))
+        names = ("errors", "losses", "inputs", "clips", "experts")
+        errors, losses, inputs, clips, experts = (plain[name] for name in names)
         return (
-            all(isinstance(each, dict) for each in (errors, losses, inputs, clips))
+            all(isinstance(each, dict) for each in (errors, losses, inputs, clips, experts))
             and errors.keys() >= {*linears}
             and _are([*errors.values(), *losses.values()], int, float)
             and all(_are(ranges, list) and len(ranges) == 2 for ranges in inputs.values())
             and all(_are(r, int, float) and len(r) == 3 for both in inputs.values() for r in both)
-            and all(_are(counts, int) for counts in clips.values())
+            and all(_are(counts, int) for counts in [*clips.values(), *experts.values()])
             and _are(plain["rewritten"], str)
             and _are(plain["notes"], str)
         )
@@ -78,6 +81,7 @@ class Report:
             notes=tuple(plain["notes"]),
             inputs={n: (read(old), read(new)) for n, (old, new) in plain["inputs"].items()},
             clips={name: tuple(counts) for name, counts in plain["clips"].items()},
+            experts={name: tuple(counts) for name, counts in plain["experts"].items()},
         )
 
 

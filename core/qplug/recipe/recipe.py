@@ -28,6 +28,7 @@ SAMPLINGS: tuple[Sampling, ...] = get_args(Sampling)
 
 #: The tokens that statistics leave out.
 Mask: TypeAlias = Literal["none", "prompts"]
+SeenExperts: TypeAlias = Literal["routed", "all"]
 
 #: Whether the inputs of a block come from quantized or float blocks in calibration.
 Propagation: TypeAlias = Literal["quantized", "float"]
@@ -93,6 +94,13 @@ class Calibration:
             "conversation but the assistant's messages.",
         ),
     ] = "none"
+    experts: Annotated[
+        SeenExperts,
+        Param(
+            "The tokens in the statistics of an expert: those that are routed to it, or all of "
+            "the layer.",
+        ),
+    ] = "routed"
 
     def __post_init__(self) -> None:
         check_fields(self)

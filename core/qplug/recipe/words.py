@@ -15,7 +15,14 @@ from qplug.recipe.recipe import Calibration, Export, Job, Recipe
 from qplug.recipe.spellings import parse_scheme
 
 if TYPE_CHECKING:
-    from qplug.recipe.recipe import DraftLayers, Mask, ObserverName, Propagation, Sampling
+    from qplug.recipe.recipe import (
+        DraftLayers,
+        Mask,
+        ObserverName,
+        Propagation,
+        Sampling,
+        SeenExperts,
+    )
 
 
 class RecipeWords(TypedDict, total=False):
@@ -45,6 +52,7 @@ class RecipeWords(TypedDict, total=False):
     batch_size: int | None
     sampling: Sampling
     mask: Mask
+    experts: SeenExperts
     kv_cache: str | None
     use_qtorch: bool
     seed: int

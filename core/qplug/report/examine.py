@@ -51,6 +51,7 @@ def overview(folder: Folder, name: str) -> Overview:
         parameters=sum(matrices.values()) + rest,
         errors=manifest.errors if manifest else {},
         losses=manifest.losses if manifest else {},
+        experts=manifest.experts if manifest else {},
         serve=serve.format(shlex.quote(as_word(name))) if serve else None,
     )
 

@@ -33,7 +33,8 @@ class Overview:
     empty without it. ``weights`` is the number of quantized weights, ``linear_weights`` of the
     weights of all linears, ``parameters`` of all parameters. ``errors`` and ``losses`` are by
     linear, as in ``output.step_report.Report``. ``serve`` is the command that serves the folder,
-    None if no engine does.
+    None if no engine does. ``experts`` are the numbers of calibration tokens of the experts of each
+    layer.
     """
 
     folder: str
@@ -51,6 +52,7 @@ class Overview:
     errors: Mapping[str, float]
     losses: Mapping[str, float]
     serve: str | None
+    experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float | None:

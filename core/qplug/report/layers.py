@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from qplug.calibration.ranges import CLIP_BINS
@@ -210,3 +210,14 @@ def _bar(series: int, values: Span, mark: float | None = None) -> charts.Bar:
 
 def _span(values: Span | None) -> str:
     return "-" if values is None else span(values.low, values.high)
+
+
+def experts(findings: Findings) -> Iterator[tuple[str, ...]]:
+    """Yields a row for each layer with experts: tokens of the least, median and most used expert.
+
+    The last column names the experts that got no token.
+    """
+    for layer, counts in findings.overview.experts.items():
+        none = [str(number) for number, count in enumerate(counts) if not count]
+        numbers = (min(counts), int(median(counts)), max(counts))
+        yield layer, *map(str, numbers), ", ".join(none) or "-"

@@ -62,6 +62,7 @@ def report_page(
         "inputs": layers.inputs(findings),
         "scales": layers.scales(findings),
         "clips": layers.clips(findings),
+        "experts": [*layers.experts(findings)],
         "perplexities": [*_perplexities(measured or {})],
         "stages": None if seconds is None or not stages else _stages(stages, seconds),
         "layers": [*layers.every_layer(findings)],

@@ -38,6 +38,7 @@ def start_walk(
             samples,
             session,
             propagate=data.propagate,
+            all_experts=data.experts == "all",
             batch_size=data.batch_size,
             with_drift=stages.needs_drift,
             with_targets=stages.learns,

@@ -52,8 +52,8 @@ def notes_on(source: Checkpoint, view: ModelView, *, is_rewritten: bool) -> tupl
     drafts = draft_names(source.tensors, view.blocks)
     if announced(source.config) and not drafts:
         notes.append(
-            "config.json announces draft layers (MTP), but the model has none; --mtp drop says so "
-            "in config.json"
+            "config.json announces draft layers (MTP) that the model lacks; --mtp drop takes them "
+            "out of config.json"
         )
     if drafts and is_rewritten:
         notes.append(

@@ -91,8 +91,9 @@ def _prepare(
     config = load_config(source.folder, trust_remote_code=trusted)
     copy = SmallCopy(config, source.folder, trusted)
     finder = StreamFinder(copy)
-    tied = view.head is not None and f"{view.head}.weight" not in source.tensors
-    width = config.get_text_config().hidden_size
+    text = config.get_text_config()
+    tied = bool(view.config.get("tie_word_embeddings", text.tie_word_embeddings))
+    width = text.hidden_size
     for algorithm in stages.preparing:
         specs = {name: tensor.spec for name, tensor in prepared.checkpoint.tensors.items()}
         stream = finder.stream(specs, view.blocks, copy.kinds, width, tied=tied)

@@ -225,6 +225,7 @@ class Stages:
             tuple(block.notes),
             inputs={name: (before, after[name]) for name, before in inputs.items()},
             clips={name: counts for name, counts in clips.items() if counts},
+            experts=_tokens_of_experts(block),
         )
 
     def pack(
@@ -288,6 +289,16 @@ def _check(tensor: str, packed: Mapping[str, Tensor], step: Step) -> None:
             f"pack gave {tensor} as {value.dtype} {list(value.shape)}, but layout promised "
             f"{spec.dtype} {list(spec.shape)}"
         )
+
+
+def _tokens_of_experts(block: Block) -> dict[str, tuple[int, ...]]:
+    """Returns the numbers of tokens of the experts of each layer of ``block``, by layer."""
+    found: dict[str, list[int]] = {}
+    for whole in block.groups:
+        for group in whole.by_expert:
+            layer, _ = split_name(module_of(group.linears[0].name))
+            found.setdefault(layer, []).append(group.tokens)
+    return {layer: tuple(counts) for layer, counts in found.items()}
 
 
 def _unseen(block: Block) -> Iterator[str]:

@@ -6,7 +6,7 @@ It differs from compressed-tensors in names and in one convention: ``weight_scal
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -100,11 +100,11 @@ class ModelOptNVFP4(Format):
                 f"qplug reads modelopt's NVFP4 in groups of 16, not quant_algo "
                 f"{config.get('quant_algo')!r} in groups of {config.get('group_size')}"
             )
-        ignored = config.get("ignore") or ()
+        ignored = frozenset(config.get("ignore") or ())
         return {name: NVFP4 for name in model.linears if not _matches(ignored, name)}
 
     def quantizes_experts(self, config: Mapping[str, Any], name: str) -> bool:
-        return not _matches(config.get("ignore") or (), name)
+        return not _matches(frozenset(config.get("ignore") or ()), name)
 
     def stored_shapes(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
         return {
@@ -114,9 +114,9 @@ class ModelOptNVFP4(Format):
         }
 
 
-def _matches(entries: Iterable[str], name: str) -> bool:
+def _matches(entries: frozenset[str], name: str) -> bool:
     """Whether one of ``entries``, names in which a star stands for any text, is ``name``."""
-    return any(entry == name or ("*" in entry and fnmatchcase(name, entry)) for entry in entries)
+    return name in entries or any("*" in entry and fnmatchcase(name, entry) for entry in entries)
 
 
 def loader_problems(

@@ -27,6 +27,9 @@ from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.rewritten import RewrittenTensor
 from qplug.checkpoint.tensor_file import StoredTensor
 from qplug.machine.session import Session
+from qplug.model.architectures import with_experts_apart
+from qplug.model.experts import with_stacked_experts
+from qplug.model.hollow import build, load_config
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.view import model_view
 from qplug.numerics.hadamard import hadamard_matrix
@@ -82,7 +85,7 @@ def stages(algo: str = "quarot", backend: str = "fake", **options: Any) -> Stage
 
 
 def rotated(folder: Path, **options: Any) -> Prepared:
-    source = open_checkpoint(folder)
+    source = with_experts_apart(open_checkpoint(folder), Registry([]))
     return prepare(stages(**options), source, model_view(source), Session(Registry([])))
 
 
@@ -90,6 +93,9 @@ def save(prepared: Prepared, folder: Path) -> Path:
     """The rewritten model as a float32 checkpoint of its own."""
     folder.mkdir()
     tensors = {n: prepared.checkpoint.read(n) for n in prepared.checkpoint.tensors}
+    source = prepared.checkpoint.folder
+    config = load_config(source, trust_remote_code=False)
+    tensors = with_stacked_experts(build(config, source, trust_remote_code=False), tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(prepared.checkpoint.config))
     return folder
@@ -570,7 +576,7 @@ def test_rotated_inputs_need_rotated_weights(family: Family, tmp_path: Path) -> 
     model = reference(save(prepared, tmp_path / "out"))
     wanted = logits(reference(family("llama")))
     assert distance(logits(model), wanted) > 0.1
-    rotate_inputs(model, prepared.online)
+    rotate_inputs(dict(model.named_modules()), prepared.online)
     assert distance(logits(model), wanted) <= RTOL
 
 
