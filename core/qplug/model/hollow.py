@@ -29,6 +29,11 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
                 folder, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # transformers raises anything for a wrong field
+        if "trust_remote_code" in str(error):
+            raise QplugError(
+                f"{folder}: comes with Python code of its own; if you trust it, pass "
+                "--trust-remote-code"
+            ) from error
         raise QplugError(
             f"{folder / 'config.json'}: unknown architecture: {reason_of(error)}"
         ) from error
