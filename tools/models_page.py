@@ -27,9 +27,6 @@ _ENGINES = {
     "vllm-gpu": "vLLM, GPU",
     "sglang-gpu": "SGLang, GPU",
 }
-#: The mean |difference| of log-probabilities that counts as the same answer, and how many times
-#: the float model's difference.
-_LIMIT, _TIMES_FLOAT = 0.05, 3.0
 
 
 def kept_float() -> str:
@@ -168,12 +165,9 @@ def _served(record: Mapping[str, Any] | None) -> str:
     """Returns what became of a folder in an engine."""
     if record is None:
         return ""
-    if "float error" in record:
-        return "not its model"
-    if "error" in record:
-        return "no"
-    limit = max(_LIMIT, _TIMES_FLOAT * record.get("float difference", 0.0))
-    return "yes" if record["difference"] < limit else f"differs by {record['difference']}"
+    words = {"ok": "yes", "differs": f"differs by {record.get('difference')}", "not loaded": "no"}
+    outcome: str = record["outcome"]
+    return words.get(outcome, outcome)
 
 
 def _kinds(names: Iterable[str]) -> str:

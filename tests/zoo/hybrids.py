@@ -42,6 +42,7 @@ MODELS: dict[str, Tiny] = {
             "layer_types": ["conv", "full_attention"],
             "num_hidden_layers": 2,
             "block_auto_adjust_ff_dim": False,
+            "conv_dim": 256,  # the engine reads it, as files on the Hub have it,
         },
     ),
     "lfm2_moe": Tiny(

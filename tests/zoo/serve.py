@@ -121,7 +121,7 @@ def _load(
         told = running.told
     results = read_results(file)
     for name, record in found.items():
-        record |= {"device": told.get("device")}
+        record |= {"outcome": verdict(record), "device": told.get("device")}
         record |= {"version": told.get("versions", {}).get(engine.name)}
         results.setdefault(name, {}).setdefault("served", {})[called] = record
         print(f"{name}: {verdict(record)} {record}", flush=True)

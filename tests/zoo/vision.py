@@ -71,7 +71,7 @@ MODELS: dict[str, Tiny] = {
     ),
     "ernie4_5_vl_moe": Tiny(
         "Ernie4_5_VLMoeForConditionalGeneration",
-        {"text_config": {"moe_intermediate_size": [256, 128], "num_attention_heads": 2}},
+        {"text_config": {"moe_intermediate_size": [512, 384], "num_attention_heads": 2}},
     ),
     "exaone4_5": Tiny("Exaone4_5_ForConditionalGeneration"),
     "fuyu": Tiny("FuyuForCausalLM"),
