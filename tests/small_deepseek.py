@@ -20,6 +20,7 @@ def small_deepseek(**sizes: Any) -> transformers.DeepseekV3Config:
         n_group=2,
         topk_group=1,
         first_k_dense_replace=1,
+        num_nextn_predict_layers=0,
         q_lora_rank=32,
         kv_lora_rank=32,
         qk_nope_head_dim=16,

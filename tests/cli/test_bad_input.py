@@ -134,7 +134,7 @@ def test_a_config_that_is_not_json(
     [
         ({"model_type": "llama9000"}, "llama9000"),
         ({"model_type": None}, "unknown architecture"),
-        ({"model_type": "bert", "architectures": ["BertModel"]}, "lacks bert.embeddings."),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "lacks embeddings."),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"num_hidden_layers": -1}, "no list of decoder blocks"),
         ({"num_attention_heads": 0, "head_dim": None}, "by zero"),

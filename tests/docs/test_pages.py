@@ -113,6 +113,7 @@ def parse(command: click.Command, name: str, words: list[str]) -> None:
 
 #: Options of other programs, which pages name.
 OF_OTHERS = {
+    *("--again", "--only", "--run", "--jobs", "--engine"),  # of the zoo of tests
     "--kv-cache-dtype",
     "--tp",
     "--strict",

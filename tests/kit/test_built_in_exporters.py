@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
+
+from zoo.make import make
 
 from qplug.registry.registry import Registry
 from qplug.testing import ExporterContract
 from qplug_awq_format.exporter import AWQExporter
 from qplug_compressed_tensors.exporter import CompressedTensorsExporter
 from qplug_fake.exporter import Fake
+from qplug_gpt_oss.exporter import GptOssExporter
 from qplug_gptq_format.exporter import GPTQExporter
 from qplug_hf.exporter import HuggingFace
 from qplug_sglang.exporter import SGLangExporter
@@ -50,6 +55,16 @@ class TestGPTQFormat(ExporterContract):
 
     def model(self, folder: Path) -> str:
         return "qplug:demo"
+
+
+class TestGptOss(ExporterContract):
+    exporter = GptOssExporter
+    linear = "model.layers.0.mlp.experts.0.up_proj"
+    model_config: ClassVar[Mapping[str, Any]] = {"model_type": "gpt_oss"}
+    served = ("MXFP4A16", None)
+
+    def model(self, folder: Path) -> str:
+        return str(make("gpt_oss", folder / "gpt_oss"))
 
 
 def test_every_exporter_has_one() -> None:

@@ -23,13 +23,12 @@ from qplug.testing.checking import ComponentContract, demand, demanding, refusal
 from qplug.testing.models import write_tiny_model
 from qplug.testing.registries import registry_with
 
-_NAME = "model.layers.0.mlp.down_proj"
-
 
 class ExporterContract(ComponentContract):
     """Tests an exporter. Subclass it as ``class TestMine(ExporterContract): exporter = Mine``.
 
-    ``shape``: the shape (out, in) of the weights that the tests pack. ``model_config``: the
+    ``shape``: the shape (out, in) of the weights that the tests pack, ``linear``: the name of the
+    linear that they belong to. ``model_config``: the
     config.json of the model that the weights belong to. ``served``: a scheme and a group size (or
     None) that the exporter takes for ``model``; the tests quantize ``model`` with them, unless
     ``served`` is None. ``digests``: the first digits of the SHA-256 of the tensors that ``pack``
@@ -39,6 +38,7 @@ class ExporterContract(ComponentContract):
 
     exporter: ClassVar[type[Exporter[Any]]]
     shape: ClassVar[tuple[int, int]] = (128, 256)
+    linear: ClassVar[str] = "model.layers.0.mlp.down_proj"
     model_config: ClassVar[Mapping[str, Any]] = {"model_type": "llama"}
     served: ClassVar[tuple[str, int | None] | None] = ("W8A16", 32)
     digests: ClassVar[Mapping[str, str]] = {}
@@ -79,7 +79,7 @@ class ExporterContract(ComponentContract):
         accepted = 0
         for label, scheme in _schemes():
             with demanding(f"{self._who}.refuses fails for {label}; it must return a sentence"):
-                sentence = exporter.refuses(self._view(), {_NAME: scheme})
+                sentence = exporter.refuses(self._view(), {self.linear: scheme})
             accepted += sentence is None
             demand(
                 sentence is None or (isinstance(sentence, str) and sentence.strip()),
@@ -180,7 +180,7 @@ class ExporterContract(ComponentContract):
         format_ = self._format()
         for label, scheme in self._accepted():
             with demanding(f"{self._format_name}.config fails for {label}"):
-                config = format_.config(self._view(), {_NAME: scheme})
+                config = format_.config(self._view(), {self.linear: scheme})
             if config is None:
                 continue
             with demanding(f"{self._format_name}.config must be JSON; for {label} it is not"):
@@ -192,8 +192,8 @@ class ExporterContract(ComponentContract):
             with demanding(f"{self._format_name}.read_schemes fails on its own config for {label}"):
                 schemes = format_.read_schemes(read, self._view())
             demand(
-                set(schemes) == {_NAME},
-                f"{self._format_name}.read_schemes must find {[_NAME]} in its own config for "
+                set(schemes) == {self.linear},
+                f"{self._format_name}.read_schemes must find {[self.linear]} in its own config for "
                 f"{label}, and found {sorted(schemes)}",
             )
 
@@ -267,8 +267,8 @@ class ExporterContract(ComponentContract):
         return ModelView(
             config=self.model_config,
             dtype="bfloat16",
-            linears={_NAME: self.shape},
-            quantizable=frozenset({_NAME}),
+            linears={self.linear: self.shape},
+            quantizable=frozenset({self.linear}),
             blocks=("model.layers.0",),
             head=None,
         )
@@ -278,7 +278,7 @@ class ExporterContract(ComponentContract):
         exporter: Exporter[Any] = self.make()
         if not exporter.format.stores_float:
             for label, scheme in _schemes():
-                if exporter.refuses(self._view(), {_NAME: scheme}) is None:
+                if exporter.refuses(self._view(), {self.linear: scheme}) is None:
                     yield label, scheme
 
     def _weights(self) -> Iterator[tuple[str, Scheme, str, QuantizedWeight]]:

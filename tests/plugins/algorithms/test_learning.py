@@ -326,7 +326,7 @@ def test_what_has_ended_does_not_count(
 def test_inputs_are_rounded_where_the_scheme_says(
     family: Family, start: Callable[..., Walk], make_tokens: MakeTokens
 ) -> None:
-    walk = start(family("llama"), make_tokens(2, 12), scheme=W4A8)
+    walk = start(family("llama"), make_tokens(2, 12), scheme=W4A8, propagate="quantized")
     block = walk.gather("model.layers.0")
     reconstruction = reconstruction_of(block)
     (batch,) = reconstruction.batches()
@@ -335,7 +335,6 @@ def test_inputs_are_rounded_where_the_scheme_says(
     )
     assert 1e-4 < distance(rounded, plain) < 0.1
     served = dict(block.weights32)
-    walk._propagate = "quantized"
     walk.advance("model.layers.0", served)  # what an engine will compute is what was learned with
     assert torch.equal(next(iter(walk.hidden)), rounded)
 

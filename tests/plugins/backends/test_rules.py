@@ -699,7 +699,7 @@ def test_codes_that_are_larger_than_the_floats_are_sound(quantized: Quantized) -
 
 
 def test_blocks_of_fp8_of_another_method_are_one_line(quantized: Quantized, tmp_path: Path) -> None:
-    """SGLang serves garbage from ``quant_method: fp8``; qplug reads it, and calls it float."""
+    """SGLang serves garbage from ``quant_method: fp8``: no exporter of qplug writes it."""
     folder = shutil.copytree(quantized("FP8_BLOCK", backend="vllm"), tmp_path / "fp8")
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith("weight_scale")]:
@@ -709,7 +709,7 @@ def test_blocks_of_fp8_of_another_method_are_one_line(quantized: Quantized, tmp_
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "qplug.json").unlink()
-    with pytest.raises(qplug.QplugError, match="is not quantized; there is nothing to verify"):
+    with pytest.raises(qplug.QplugError, match="'fp8' is another format's, not compressed-tensors"):
         qplug.verify(str(folder), backend="sglang")
 
 
