@@ -217,7 +217,7 @@ def place_of(name: str, blocks: tuple[str, ...], kinds: tuple[int, ...] | range)
 
 def _keep_hidden(hidden: list[Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
     state = hidden_states(output)
-    hidden.append(state[0] if state.ndim == 3 else state)
+    hidden.append(state.flatten(0, -2))  # one sample; some models have several streams
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:
