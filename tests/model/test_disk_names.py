@@ -36,7 +36,7 @@ def test_the_folder_is_sound(odd_model: OddModel, tmp_path: Path, name: str) -> 
     assert verified.float_share < 0.1
 
 
-@pytest.mark.parametrize("name", ["gemma3", "nemotron_h"])
+@pytest.mark.parametrize("name", list(BLOCKS))
 def test_calibration_finds_the_blocks(odd_model: OddModel, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     result = qplug.quantize(
@@ -50,20 +50,4 @@ def test_calibration_finds_the_blocks(odd_model: OddModel, tmp_path: Path, name:
         seq_len=16,
     )
     assert result.losses.keys() == result.errors.keys()
-    assert qplug.verify(str(out)).ok
-
-
-def test_experts_of_another_name_are_calibrated(odd_model: OddModel, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    result = qplug.quantize(
-        str(odd_model("hy_v3")),
-        out,
-        algo="gptq",
-        scheme="W8A16",
-        group_size=32,
-        backend="vllm",
-        samples=2,
-        seq_len=16,
-    )
-    assert any(".experts.1." in name for name in result.losses)
     assert qplug.verify(str(out)).ok

@@ -44,10 +44,14 @@ class BlockModules:
         """``online``: linears whose inputs are rotated while the model runs."""
         config = load_config(source.folder, trust_remote_code=trust_remote_code)
         self.model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
-        names = disk_names(self.model, source.tensors).of_parameter
-        self.outer = {n: d for n, d in names.items() if block_of(d, view.blocks) is None}
+        names = disk_names(self.model, source.tensors)
+        self.outer = {
+            name: on_disk
+            for name, on_disk in names.of_parameter.items()
+            if block_of(on_disk, view.blocks) is None
+        }
         self.in_memory = decoder_blocks(self.model, source.folder)
-        self.modules = as_on_disk(self.model, view.blocks, source.tensors)
+        self.modules = as_on_disk(self.model, view.blocks, source.tensors, names)
         rotate_inputs(modules_of_blocks(self.modules), online)
         self.parameters = {
             name: [

@@ -139,16 +139,19 @@ def rows_of(block: nn.Module, path: str) -> Tensor | None:
 
 @torch.no_grad()
 def as_on_disk(
-    model: PreTrainedModel, blocks: Sequence[str], stored: Collection[str]
+    model: PreTrainedModel,
+    blocks: Sequence[str],
+    stored: Collection[str],
+    names: DiskNames | None = None,
 ) -> dict[str, nn.Module]:
     """Give the parameters in the blocks of ``model`` the names and shapes that they have on disk.
 
-    ``blocks``: the names of the blocks on disk; ``stored``: the names of the checkpoint's tensors.
-    Returns the blocks by name; within a block, modules have their names on disk. The outputs of
-    ``model`` stay the same; the weights of experts are views of its own tensors. Raises QplugError
-    for an unknown layout.
+    ``blocks``: the names of the blocks on disk; ``stored``: the names of the checkpoint's tensors;
+    ``names``: their map, if it was made already. Returns the blocks by name; within a block,
+    modules have their names on disk. The outputs of ``model`` stay the same; the weights of experts
+    are views of its own tensors. Raises QplugError for an unknown layout.
     """
-    names = disk_names(model, stored)
+    names = disk_names(model, stored) if names is None else names
     stacks = {stack.module: stack for stack in stacked_experts(model, names)}
     layouts = _Layouts()
     modules = blocks_by_name(model, blocks)
