@@ -22,7 +22,8 @@ from qplug.calibration.samples import Samples
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
 from qplug.machine.session import Session
-from qplug.model.experts import Experts, as_on_disk
+from qplug.model.experts import Experts
+from qplug.model.on_disk import as_on_disk
 from qplug.model.view import model_view
 from qplug.numerics.rounding import round_to_nearest
 from qplug.output.manifest import read_manifest

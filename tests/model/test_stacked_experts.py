@@ -17,7 +17,7 @@ from qplug import Stacked
 from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.stacked import Cut, stack
 from qplug.model.architectures import with_experts_apart
-from qplug.model.experts import as_on_disk
+from qplug.model.on_disk import as_on_disk
 from qplug.model.view import model_view
 from qplug.reading.load import load
 from qplug.registry.registry import Registry

@@ -16,8 +16,8 @@ from qplug.checkpoint.names import block_of
 from qplug.model.block_call import BlockCall, Output
 from qplug.model.block_list import decoder_blocks
 from qplug.model.disk_names import disk_names
-from qplug.model.experts import as_on_disk, modules_of_blocks
 from qplug.model.hollow import build, load_config
+from qplug.model.on_disk import as_on_disk, modules_of_blocks
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.rounding_hooks import InputRounding, rounding_inputs
 

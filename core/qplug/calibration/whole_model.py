@@ -33,9 +33,9 @@ from qplug.model.block_call import Output
 from qplug.model.block_list import decoder_blocks
 from qplug.model.block_proxy import BlockProxy
 from qplug.model.disk_names import disk_names, tied_name
-from qplug.model.experts import as_on_disk
 from qplug.model.hollow import build, load_config
 from qplug.model.hooks import hooked
+from qplug.model.on_disk import as_on_disk
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.rounding_hooks import InputRounding, rounding_inputs
 from qplug.numerics.straight_through import (

@@ -15,9 +15,9 @@ from qplug.api.tensors import FLOAT_DTYPES, Checkpoint
 from qplug.checkpoint.names import block_of, natural_order, split_name
 from qplug.errors import PluginError, QplugError
 from qplug.model.draft_layers import with_drafts
-from qplug.model.experts import experts_apart
 from qplug.model.hollow import build, load_config
 from qplug.model.kept_float import built_float
+from qplug.model.stacked_experts import experts_apart
 from qplug.model.view import float_tensors, model_view, packed_view, refuse_quantized
 from qplug.registry.border import is_ctrl_c
 from qplug.registry.plugin import Plugin

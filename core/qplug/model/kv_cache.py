@@ -20,9 +20,9 @@ from qplug.api import ModelView
 from qplug.api.scheme import QuantArgs
 from qplug.api.tensors import Checkpoint
 from qplug.errors import QplugError
-from qplug.model.experts import blocks_by_name
 from qplug.model.hollow import build, load_config
 from qplug.model.hooks import hooked
+from qplug.model.on_disk import blocks_by_name
 from qplug.numerics.activations import fake_quantize_activations, input_scale
 
 #: The names of the scales of keys and values, float32 ``[1]``, in a module of attention.

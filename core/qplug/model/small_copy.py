@@ -21,11 +21,11 @@ from qplug.errors import QplugError
 from qplug.model.block_call import hidden_states
 from qplug.model.block_list import decoder_blocks
 from qplug.model.disk_names import disk_names, modules_on_disk
-from qplug.model.experts import stacked_experts
 from qplug.model.hollow import build
 from qplug.model.hooks import hooked
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.quiet import quiet_transformers
+from qplug.model.stacked_experts import stacked_experts
 from qplug.numerics.hadamard import hadamard_exists
 
 if TYPE_CHECKING:

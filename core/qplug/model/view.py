@@ -20,9 +20,9 @@ from qplug.checkpoint.names import block_of, local_of, module_of, natural_order,
 from qplug.errors import QplugError
 from qplug.model.block_list import decoder_blocks
 from qplug.model.disk_names import disk_names, tied_name
-from qplug.model.experts import stacked_experts
 from qplug.model.hollow import build, load_config
 from qplug.model.kept_float import built_float
+from qplug.model.stacked_experts import stacked_experts
 
 _EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
 

@@ -12,13 +12,14 @@ from qplug.checkpoint.config_file import CONFIG
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.disk_names import modules_on_disk
-from qplug.model.experts import as_on_disk, modules_of_blocks, with_stacked_experts
 from qplug.model.foreign import naming_file
 from qplug.model.hollow import build, load_config
 from qplug.model.kv_cache import round_cache
+from qplug.model.on_disk import as_on_disk, modules_of_blocks
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.quiet import quiet_transformers
 from qplug.model.rounding_hooks import InputRounding, round_inputs_of
+from qplug.model.stacked_experts import with_stacked_experts
 from qplug.numerics.qtorch import require_qtorch
 from qplug.numerics.scales import check_widths
 from qplug.registry.registry import Registry

@@ -28,9 +28,9 @@ from qplug.checkpoint.rewritten import RewrittenTensor
 from qplug.checkpoint.tensor_file import StoredTensor
 from qplug.machine.session import Session
 from qplug.model.architectures import with_experts_apart
-from qplug.model.experts import with_stacked_experts
 from qplug.model.hollow import build, load_config
 from qplug.model.online_rotation import rotate_inputs
+from qplug.model.stacked_experts import with_stacked_experts
 from qplug.model.view import model_view
 from qplug.numerics.hadamard import hadamard_matrix
 from qplug.numerics.rotation import HadamardRotation, KeepingMean, RandomRotation, Rotation
