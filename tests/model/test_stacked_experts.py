@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from zoo.make import make
 
 import qplug
@@ -83,6 +84,21 @@ def test_separate_experts_compute_what_the_module_does(model: dict[str, Path], n
     with torch.no_grad():
         expected, found = (each(input_ids=tokens).logits for each in (whole, apart))
     assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_the_layout_is_found_whatever_grouped_products_leave_in_memory(
+    model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def grouped(
+        self: nn.Module, tokens: Tensor, chosen: Tensor, shares: Tensor, *_: object
+    ) -> Tensor:
+        # Rows past the last expert keep what was in their memory, such as the tokens themselves.
+        return tokens * shares.sum(-1, keepdim=True)
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", grouped)
+    source = open_checkpoint(model["gemma4_moe"])
+    apart = with_experts_apart(source, Registry.installed())
+    assert any(".experts.0." in name for name in apart.tensors)
 
 
 @pytest.mark.parametrize("name", [n for n in STACKED if n != "gpt_oss"])

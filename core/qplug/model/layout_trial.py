@@ -6,10 +6,13 @@ have. No architecture is named here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +64,7 @@ def agrees(fused: nn.Module, layout: Layout) -> bool:
                 values[f"{part.fused}_bias"] = draw(layout.count, rows)
             for name, value in values.items():
                 fused._parameters[name] = nn.Parameter(value, requires_grad=False)
-        with _sizes(fused):
+        with _small_and_eager(fused):
             if layout.gathers:
                 call = (x, chosen, shares)
                 if _returns_others(fused, layout, x, shares):
@@ -127,21 +130,26 @@ def _named(fused: nn.Module, layout: Layout) -> tuple[Part, ...] | None:
     return replace(first, linear=names[0]), replace(second, linear=names[1])
 
 
-class _sizes:  # a context, used like a function
-    """Within it, attributes of a module that hold the width of its input have the small width."""
+@contextmanager
+def _small_and_eager(module: nn.Module) -> Iterator[None]:
+    """Within it, ``module`` takes inputs of the small width, and runs its own code.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._kept: Mapping[str, int] = {
-            name: value
-            for name in ("hidden_size", "hidden_dim")
-            if type(value := getattr(module, name, None)) is int
-        }
-
-    def __enter__(self) -> None:
-        for name in self._kept:
-            setattr(self._module, name, _WIDTH)
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self._kept.items():
-            setattr(self._module, name, value)
+    transformers may replace that code by grouped products, which leave rows of tokens that are
+    routed past the last expert as they find them in memory.
+    """
+    kept: dict[str, Any] = {
+        name: value
+        for name in ("hidden_size", "hidden_dim")
+        if type(value := getattr(module, name, None)) is int
+    }
+    small: dict[str, Any] = dict.fromkeys(kept, _WIDTH)
+    if hasattr(config := getattr(module, "config", None), "_experts_implementation"):
+        kept["config"], small["config"] = config, deepcopy(config)
+        small["config"]._experts_implementation = "eager"
+    for name, value in small.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(module, name, value)
