@@ -45,7 +45,7 @@ def test_a_pass_that_was_ended_leaves_no_tensor() -> None:
     def observe() -> None:
         given = torch.ones(1, 4, 8)
         seen.append(weakref.ref(given))
-        with observation.gathering(Seen(4, None, None), {}, stop=True):
+        with observation.gathering(Seen(1, 4, None, None), {}, stop=True):
             block(given)
 
     gc.collect()

@@ -137,9 +137,10 @@ def test_a_correction_makes_good_what_it_can(
     weight = make_linear(16, 24, QuantArgs("int4", "channel")).weight
     wanted = torch.linalg.lstsq(x.double(), y.double() @ weight.T.double()).solution.T
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
-    factor, _ = solver.inverse_factor(x.T @ x, order, 1e-7)
+    factor, _ = solver.inverse_factor((x.T @ x)[None], order[None], 1e-7)
     for part in (0.0, 0.5, 1.0):
-        found = solver.corrected(weight, x.T @ (y - x), factor, order, part)
+        drift = (x.T @ (y - x))[None]
+        (found,) = solver.corrected(weight[None], drift, factor, order[None], part)
         assert distance(found, weight + part * (wanted - weight)) <= 1e-3
 
 
@@ -166,15 +167,40 @@ def test_a_factor_made_in_panels_is_that_of_the_whole(
     panel: int, make_inputs: MakeInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(solver, "_PANEL", panel)
-    x = make_inputs(200, 23)
-    gram = (x.T @ x).double()
-    order = torch.randperm(23, generator=torch.Generator().manual_seed(0))
-    factor, damp = solver.inverse_factor(gram.float(), order, 0.01)
-    assert damp == 0.01
-    assert torch.equal(factor, factor.triu())
-    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(23)
-    inverse = torch.linalg.inv(damped[order[:, None], order])
-    assert distance(factor.T @ factor, inverse) <= RTOL
+    monkeypatch.setattr(solver, "_PANEL_OF_SEVERAL", panel)
+    several = [make_inputs(200, 23, seed=seed) for seed in range(3)]
+    grams = [(x.T @ x).double() for x in several]
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(23, generator=generator) for _ in grams]
+    alone = [
+        solver.inverse_factor(gram.float()[None], order[None], 0.01)
+        for gram, order in zip(grams, orders, strict=True)
+    ]
+    factors, damps = solver.inverse_factor(torch.stack(grams).float(), torch.stack(orders), 0.01)
+    assert damps == [0.01] * 3
+    for factor, gram, order, (own, _) in zip(factors, grams, orders, alone, strict=True):
+        assert distance(factor, own[0]) <= RTOL
+        assert torch.equal(factor, factor.triu())
+        damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(23)
+        inverse = torch.linalg.inv(damped[order[:, None], order])
+        assert distance(factor.T @ factor, inverse) <= RTOL
+
+
+def test_a_matrix_that_needs_more_damping_leaves_its_neighbours_as_they_are(
+    make_inputs: MakeInputs,
+) -> None:
+    whole = make_inputs(200, 23)
+    narrow = whole[:5].T @ whole[:5]  # of rank 5
+    grams = [whole.T @ whole, narrow - 0.02 * narrow.diagonal().mean() * torch.eye(23)]
+    grams.append(grams[0])
+    order = torch.arange(23).expand(3, 23)
+    assert torch.linalg.eigvalsh(grams[1]).min() < 0
+    factors, damps = solver.inverse_factor(torch.stack(grams), order, 0.01)
+    (alone,), (damp,) = solver.inverse_factor(grams[1][None], order[:1], 0.01)
+    assert damps == [0.01, damp, 0.01]
+    assert damp > 0.01
+    assert torch.equal(factors[0], factors[2])
+    assert distance(factors[1], alone) <= RTOL
 
 
 # --- true-sequential ------------------------------------------------------------------------------

@@ -107,6 +107,11 @@ class InputGroup:
     by_expert: tuple[InputGroup, ...] = ()
 
     @property
+    def width(self) -> int:
+        """The number of channels of the input."""
+        return len(self.mean)
+
+    @property
     def by_tokens(self) -> tuple[InputGroup, ...]:
         """The group divided into groups whose linears see the same tokens.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -16,6 +16,7 @@ from qplug.checkpoint.names import block_of
 from qplug.model.block_call import BlockCall, Output
 from qplug.model.block_list import decoder_blocks
 from qplug.model.disk_names import disk_names
+from qplug.model.experts import with_experts_together
 from qplug.model.hollow import build, load_config
 from qplug.model.on_disk import as_on_disk, modules_of_blocks
 from qplug.model.online_rotation import rotate_inputs
@@ -63,6 +64,7 @@ class BlockModules:
         }
         self.device, self.dtype = device, passing_dtype(device, getattr(torch, view.dtype))
         self._schemes = schemes
+        self._tied = {name for name, block in self.modules.items() if _has_ties(block)}
         self._buffers = {n for block in self.modules.values() for n, _ in block.named_buffers()}
 
     def computable(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -76,9 +78,16 @@ class BlockModules:
         """The parameters of ``block`` among ``values`` (by relative names), ``computable``."""
         return self.computable({local: values[local] for local in self.parameters[block]})
 
-    def compute(self, block: str, parameters: Mapping[str, Tensor], call: BlockCall) -> Output:
-        """What ``block`` returns for ``call`` with ``parameters``."""
-        return call.run(self.modules[block], parameters)
+    def computing(
+        self, block: str, parameters: Mapping[str, Tensor]
+    ) -> Callable[[BlockCall], Output]:
+        """A function that returns what ``block`` returns for a call with ``parameters``.
+
+        It is for the hooks that the linears of the block have now.
+        """
+        module = self.modules[block]
+        given = with_experts_together(module, parameters)
+        return lambda call: call.run(module, given, tied=block in self._tied)
 
     def rounding_inputs(
         self, block: str, weights: Sequence[str], values: Mapping[str, Tensor]
@@ -97,3 +106,9 @@ class BlockModules:
                 scale = None if scale is None else scale.to(self.device)
                 roundings[path] = InputRounding(scheme.activations, scale)
         return rounding_inputs(self.modules[block], roundings)
+
+
+def _has_ties(block: nn.Module) -> bool:
+    """Whether a parameter of ``block`` goes by several names."""
+    every = [*block.named_parameters(remove_duplicate=False)]
+    return len(every) > len({id(parameter) for _, parameter in every})

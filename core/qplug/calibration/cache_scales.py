@@ -35,10 +35,11 @@ def find_cache_scales(
     observer, count = ObservedCache(), 0
     parameters = blocks.parameters_of(block, effective)
     with blocks.rounding_inputs(block, blocks.parameters[block], effective):
+        compute = blocks.computing(block, parameters)
         for call, real in batches:
             observer.real = real
             call = call.apart().with_argument(cache.argument, observer)
-            blocks.compute(block, parameters, call)
+            compute(call)
             count += 1
     if observer.times != count:
         raise QplugError(

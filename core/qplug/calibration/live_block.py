@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -46,7 +47,7 @@ class LiveBlock(Block):
     ) -> None:
         """``stored``: the dtype in which the checkpoint holds each of ``weights``."""
         self._processes = processes
-        self.weights32 = {n: weight.to(torch.float32, copy=True) for n, weight in weights.items()}
+        self.weights32 = _float_copies(weights, structure)
         self._dtypes: dict[str, torch.dtype] = {n: getattr(torch, d) for n, d in stored.items()}
         self._observe_again = observe_again
         self._codes_in_use: dict[str, QuantizedWeight] = {}
@@ -84,7 +85,10 @@ class LiveBlock(Block):
     # --- what algorithms do to a block -----------------------------------------------------------
 
     def shared(self, group: InputGroup, per_channel: Tensor) -> Tensor:
-        rows = self._producer(group).rows
+        producer = self._producer(group)
+        if not producer.repeats:
+            return per_channel.float()
+        rows = producer.rows
         count = int(rows.max()) + 1
         total = torch.zeros(count, device=rows.device).index_add_(0, rows, per_channel.float())
         return (total / torch.bincount(rows, minlength=count).clamp_(min=1))[rows]
@@ -256,6 +260,29 @@ class LiveBlock(Block):
     def _round(self, local: str) -> None:
         """Rounds a parameter to values that the checkpoint's dtype can hold."""
         self.weights32[local].copy_(self.weights32[local].to(self._dtypes[local]))
+
+
+def _float_copies(
+    weights: Mapping[str, Tensor], structure: Sequence[GroupPaths]
+) -> dict[str, Tensor]:
+    """Float32 copies of ``weights``; those of the experts of a layer follow one another in memory.
+
+    So ``qplug.numerics.together`` copies none of them.
+    """
+    copies = {}
+    of_experts = [[*zip(*paths.by_expert, strict=True)] for paths in structure]
+    for layer, same in groupby(structure, lambda paths: paths.experts):
+        if layer is not None:
+            of_experts.append([tuple(paths.linears[0] for paths in same)])
+    for alike in (linears for of_layer in of_experts for linears in of_layer):
+        names = [f"{linear}.weight" for linear in alike]
+        first = weights[names[0]]
+        whole = torch.empty(len(names), *first.shape, device=first.device)
+        for name, copy in zip(names, whole, strict=True):
+            copies[name] = copy.copy_(weights[name])
+    return {
+        n: copies[n] if n in copies else w.to(torch.float32, copy=True) for n, w in weights.items()
+    }
 
 
 def _group(

@@ -7,27 +7,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from qplug.api.scheme import Scheme
-from qplug.calibration.statistics import Statistics
+from qplug.calibration.statistics import SeenTokens, Statistics
 from qplug.calibration.statistics import share as share_statistics
 from qplug.machine.processes import Processes
-from qplug.model.experts import rows_of, seeing_all
+from qplug.model.experts import Given, expert_of, experts_in, given_to, seeing_all
 from qplug.model.hooks import hooked
 from qplug.model.input_groups import GroupPaths
 
 #: Tokens in the sample of a group. The experts of a layer divide that number, each has the least.
 SAMPLE = 2048
 _LEAST_OF_EXPERT = 64
-#: Rows of an expert that a CPU holds back: each of many experts gets few rows at a time.
-_PATIENCE_OF_EXPERT = 512
 
-#: Inputs in the float model by module path, and the tokens that they are of (None: all tokens).
-FloatInputs: TypeAlias = dict[str, "tuple[Tensor, Tensor | None]"]
+#: Inputs in the float model by module path.
+FloatInputs: TypeAlias = dict[str, Tensor]
+#: What the experts of a layer were given in a pass, after the number of its batch.
+Passed: TypeAlias = "tuple[int, Given]"
 
 
 @dataclass(frozen=True)
@@ -48,22 +50,28 @@ class SampleQuota:
 
 @dataclass(frozen=True)
 class Seen:
-    """The tokens of a batch: windows of ``length``.
+    """A batch of ``windows``, each of ``length`` tokens.
 
     ``real`` and ``counted``, bool ``[windows, length]``, are false for padding, and for padding and
     all other tokens that sums leave out; None if there are none.
     """
 
+    windows: int
     length: int
     real: Tensor | None
     counted: Tensor | None
+
+    def tokens(self, device: torch.device) -> SeenTokens:
+        """The same batch, token by token."""
+        return SeenTokens.of(self.length, self.windows, self.real, self.counted, device)
 
 
 class Observation:
     """Gathers ``statistics`` of the input groups of one block, by the path of a reading module.
 
     A group is observed where its whole tensor is read, and at the first linear of each expert that
-    reads some of its tokens.
+    reads some of its tokens. What experts are given is kept until the end, so that each expert
+    computes all its tokens at once.
     """
 
     def __init__(
@@ -79,43 +87,62 @@ class Observation:
     ) -> None:
         """``schemes``: the scheme of each quantized linear, by path within the block."""
         self._block, self._all_experts = block, all_experts
-        self._rows_per_batch: dict[str, int] = {}
+        self._device = device
+        self._sampled: dict[str, int] = {}  # rows that one call adds to a sample
         self.statistics: dict[str, Statistics] = {}
+        own = quota.batches[quota.rank]
+        grams: dict[str, Iterator[Tensor]] = {}  # of the experts of a layer, together
         for group in structure:
             quantized = [path for path in group.linears if path in schemes]
             if not quantized:
                 continue
             linear = block.get_submodule(quantized[0])
             assert isinstance(linear, nn.Linear)
+            width = linear.in_features
             start = partial(
                 Statistics,
-                linear.in_features,
+                width,
                 device,
                 by_window=any(schemes[path].static_inputs for path in quantized),
                 with_drift=with_drift,
             )
             of_experts = [linears[0] for linears in group.by_expert]
             if group.experts is None:
-                self._rows_per_batch[group.at], room = quota.of_sample(SAMPLE)
+                self._sampled[group.at], room = quota.of_sample(SAMPLE)
                 self.statistics[group.at] = start(room)
                 count = max(_LEAST_OF_EXPERT, SAMPLE // max(1, len(of_experts)))
+                rooms = iter(torch.zeros(len(of_experts), width, width, device=device))
             else:
                 of_experts = [group.at]
                 experts = len([*block.get_submodule(group.experts).children()])
                 count = max(_LEAST_OF_EXPERT, SAMPLE // experts)
+                if group.experts not in grams:
+                    grams[group.experts] = iter(torch.zeros(experts, width, width, device=device))
+                rooms = grams[group.experts]
             for path in of_experts:
-                self._rows_per_batch[path], _ = quota.of_sample(count)
+                self._sampled[path] = quota.of_sample(count)[0] * own
                 # A process may see all tokens of an expert, or none.
-                self.statistics[path] = start(count, patience=_PATIENCE_OF_EXPERT)
+                self.statistics[path] = start(count, room=next(rooms))
+        self._of_experts: dict[str, dict[int, list[str]]] = {}
+        for path in self.statistics:
+            if (expert := expert_of(block, path)) is not None:
+                self._of_experts.setdefault(expert[0], {}).setdefault(expert[1], []).append(path)
+        self._layers = experts_in(block)
+        self._given: dict[str, list[Passed]] = {path: [] for path in self._of_experts}
+        self._float_given: dict[str, list[Passed]] = {path: [] for path in self._of_experts}
+        self._seen: list[SeenTokens] = []
 
     @contextmanager
     def recording_float(self, inputs: FloatInputs) -> Iterator[None]:
         """Within it, a pass of the float block puts what its linears read into ``inputs``."""
 
-        def keep(path: str, x: Tensor) -> None:
-            inputs[path] = x, rows_of(self._block, path)
+        def see(path: str, x: Tensor) -> None:
+            inputs[path] = x
 
-        with self._seeing(keep):
+        def keep(path: str, given: Given) -> None:
+            self._float_given[path].append((len(self._seen), given))
+
+        with self._seeing(see, keep):
             yield
 
     @contextmanager
@@ -125,49 +152,151 @@ class Observation:
         ``float_inputs`` as ``recording_float`` left them. ``stop`` ends the pass once all inputs
         have been seen.
         """
+        coming = {*self._whole, *self._given}
+
+        def came(path: str) -> None:
+            coming.discard(path)
+            if stop and not coming:
+                raise _SeenEnoughError
 
         def observe(path: str, x: Tensor) -> None:
-            rows = rows_of(self._block, path)
-            float_x, float_rows = float_inputs.get(path, (None, None))
             self.statistics[path].observe_windows(
                 x,
-                self._rows_per_batch[path],
+                self._sampled[path],
                 seen.length,
                 seen.real,
-                float_x,
-                rows,
-                float_rows,
+                float_inputs.get(path),
                 counted=seen.counted,
             )
+            came(path)
+
+        def keep(path: str, given: Given) -> None:
+            self._given[path].append((len(self._seen), given))
+            came(path)
 
         try:
-            with self._seeing(observe, stop=stop):
+            with self._seeing(observe, keep):
                 yield
         except _SeenEnoughError as enough:
             # A reference to this exception would keep all tensors of the pass alive. From Python
             # 3.12 on its traceback also holds this frame, which holds the exception.
             traceback.clear_frames(enough.__traceback__)
             enough.__traceback__ = None
+        self._seen.append(seen.tokens(self._device))
+
+    def finish(
+        self, parameters: Mapping[str, Tensor], float_parameters: Mapping[str, Tensor]
+    ) -> None:
+        """Adds what experts read, after all batches; both are parameters of the whole block.
+
+        ``float_parameters`` are those of the block whose passes ``recording_float`` saw.
+        """
+        seen = SeenTokens.joined(self._seen) if any(self._given.values()) else None
+        before = [0, *accumulate(batch.tokens for batch in self._seen)]
+        for layer, passes in self._given.items():
+            if not passes or seen is None:
+                continue
+            given = _joined(passes, before)
+            float_passes = self._float_given[layer]
+            of_float = _joined(float_passes, before) if float_passes else None
+            self._add_experts(layer, given, of_float, seen, parameters, float_parameters)
+        self._seen.clear()
+
+    def _add_experts(
+        self,
+        layer: str,
+        given: Given,
+        of_float: Given | None,
+        seen: SeenTokens,
+        parameters: Mapping[str, Tensor],
+        float_parameters: Mapping[str, Tensor],
+    ) -> None:
+        experts = self._layers[layer]
+        places = given.by_expert(len(experts))
+        float_places = None if of_float is None else of_float.by_expert(len(experts))
+        for number, paths in self._of_experts[layer].items():
+            expert = experts.get_submodule(str(number))
+            names = [
+                (f"{name}.{local}", f"{layer}.{number}.{name}.{local}")
+                for name in experts.linears
+                for local in ("weight", "bias")
+            ]
+            rows, tokens = places[number]
+            if not len(rows):
+                continue
+            in_float: dict[str, Tensor] = {}
+            float_tokens: Tensor | None = None
+            if of_float is not None and float_places is not None:
+                float_rows, float_tokens = float_places[number]
+                own = {n: float_parameters[full] for n, full in names if full in float_parameters}
+                in_float = _inputs(self._block, paths, expert, own, of_float.source[float_rows])
+            own = {n: parameters[full] for n, full in names if full in parameters}
+            read = _inputs(self._block, paths, expert, own, given.source[rows])
+            for path, x in read.items():
+                statistics = self.statistics[path]
+                statistics.observe_tokens(
+                    x, tokens, seen, self._sampled[path], in_float.get(path), float_tokens
+                )
+                statistics.settle()
 
     def share(self, processes: Processes) -> None:
         """Merges the statistics of all ``processes``; afterwards each process has the same."""
         share_statistics(list(self.statistics.values()), processes)
 
-    @contextmanager
-    def _seeing(self, see: Callable[[str, Tensor], None], *, stop: bool = False) -> Iterator[None]:
-        last = [*self.statistics][-1:]
+    @property
+    def _whole(self) -> list[str]:
+        """The paths at which whole tensors are read."""
+        return [path for path in self.statistics if expert_of(self._block, path) is None]
 
+    @contextmanager
+    def _seeing(
+        self, see: Callable[[str, Tensor], None], see_given: Callable[[str, Given], None]
+    ) -> Iterator[None]:
         def show(path: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             see(path, inputs[0])
-            if stop and path in last:
-                raise _SeenEnoughError
 
         handles = [
             self._block.get_submodule(path).register_forward_pre_hook(partial(show, path))
-            for path in self.statistics
+            for path in self._whole
         ]
-        with hooked(handles), seeing_all(self._block) if self._all_experts else nullcontext():
+        layers = {path: self._layers[path] for path in self._of_experts}
+        all_tokens = seeing_all(layers) if self._all_experts else nullcontext()
+        with hooked(handles), given_to(layers, see_given), all_tokens:
             yield
+
+
+def _joined(passes: list[Passed], before: Sequence[int]) -> Given:
+    """All ``passes`` as one, whose list is emptied; ``before``: the tokens before each batch."""
+    joined = Given.joined([given for _, given in passes], [before[batch] for batch, _ in passes])
+    passes.clear()
+    return joined
+
+
+def _inputs(
+    block: nn.Module,
+    paths: Sequence[str],
+    expert: nn.Module,
+    parameters: Mapping[str, Tensor],
+    x: Tensor,
+) -> dict[str, Tensor]:
+    """What the linears of ``block`` at ``paths`` read, which belong to ``expert``, given ``x``."""
+    read: dict[str, Tensor] = {}
+
+    def keep(path: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        read[path] = inputs[0]
+        if len(read) == len(paths):
+            raise _SeenEnoughError
+
+    handles = [
+        block.get_submodule(path).register_forward_pre_hook(partial(keep, path)) for path in paths
+    ]
+    try:
+        with hooked(handles):
+            functional_call(expert, dict(parameters), (x,))
+    except _SeenEnoughError as enough:
+        traceback.clear_frames(enough.__traceback__)
+        enough.__traceback__ = None
+    return read
 
 
 class _SeenEnoughError(Exception):

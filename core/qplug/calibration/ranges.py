@@ -5,7 +5,7 @@ A run gives the same numbers each time, so reports find them in ``qplug.json``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
@@ -45,31 +45,45 @@ def input_ranges(block: Block) -> dict[str, InputRange]:
 
     Linears that no token reached, such as those of some experts, are left out.
     """
-    ranges = {}
-    for group in block.groups:
-        if not group.tokens:
-            continue
-        channels = torch.maximum(-group.low, group.high)
-        group_range = InputRange(
-            four_digits(group.low.min().item()),
-            four_digits(group.high.max().item()),
-            four_digits(channels.median().item()),
+    groups = [group for group in block.groups if group.tokens]
+    if not groups:
+        return {}
+    found = [  # a GPU is waited for once
+        torch.stack(
+            [group.low.min(), group.high.max(), torch.maximum(-group.low, group.high).median()]
         )
+        for group in groups
+    ]
+    ranges = {}
+    for group, numbers in zip(groups, torch.stack(found).tolist(), strict=True):
+        group_range = InputRange(*map(four_digits, numbers))
         ranges.update({linear.name: group_range for linear in group.linears})
     return ranges
 
 
-def clip_counts(linear: Linear, quantized: QuantizedWeight) -> tuple[int, ...]:
-    """Counts of the scales of ``quantized`` by their ratio to the scales that cover the weight.
+def clip_counts(
+    linears: Sequence[Linear], codes: Mapping[str, QuantizedWeight]
+) -> dict[str, tuple[int, ...]]:
+    """Counts of the scales in ``codes`` by their ratio to the scales that cover the weight.
 
-    ``CLIP_BINS`` has the ratios. Empty if nothing is clipped.
+    Both are by linear. ``CLIP_BINS`` has the ratios. Linears that clip nothing are left out.
     """
-    covering, _ = minmax_scale(linear.weight, linear.args, quantized.global_scale)
-    ratios = quantized.scale / covering
-    edges = torch.tensor(CLIP_BINS[1:], device=ratios.device)
-    bins = torch.bucketize(ratios.flatten(), edges, right=True)
-    counts: list[int] = torch.bincount(bins, minlength=len(CLIP_BINS)).tolist()
-    return tuple(counts) if any(counts[:-1]) else ()
+    if not linears:
+        return {}
+    edges = torch.tensor(CLIP_BINS[1:], device=linears[0].weight.device)
+    found = []
+    for linear in linears:
+        quantized = codes[linear.name]
+        covering, _ = minmax_scale(linear.weight, linear.args, quantized.global_scale)
+        ratios = quantized.scale / covering
+        bins = torch.bucketize(ratios.flatten(), edges, right=True)
+        found.append(torch.bincount(bins, minlength=len(CLIP_BINS)))
+    counts: list[list[int]] = torch.stack(found).tolist()
+    return {
+        linear.name: tuple(own)
+        for linear, own in zip(linears, counts, strict=True)
+        if any(own[:-1])
+    }
 
 
 def four_digits(number: float) -> float:

@@ -2,16 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from qplug.calibration.gram import MOST_ROWS, Gram
+from qplug.calibration.gram import Gram
 from qplug.machine.processes import Processes
 
 #: Values that a CPU works on at a time, so that they stay in the cache of a core.
 _CHUNK = 1 << 18
+
+
+@dataclass(frozen=True, eq=False)
+class SeenTokens:
+    """The tokens of a batch, or of several that follow one another.
+
+    ``starts``: the first token of each window, int64, ascending. ``real`` and ``counted``, bool
+    ``[tokens]``, are false for padding, and for padding and all other tokens that sums leave out;
+    None if there are none.
+    """
+
+    starts: Tensor
+    tokens: int
+    real: Tensor | None
+    counted: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        length: int,
+        windows: int,
+        real: Tensor | None,
+        counted: Tensor | None,
+        device: torch.device,
+    ) -> SeenTokens:
+        """A batch of ``windows`` of ``length`` tokens; ``real``, ``counted`` by window and token.
+
+        ``counted`` is ``real`` by default.
+        """
+        flat = None if real is None else real.flatten().to(device)
+        is_own = counted is not None and counted is not real
+        own = counted.flatten().to(device) if counted is not None and is_own else flat
+        starts = torch.arange(0, windows * length, max(1, length), device=device)
+        return cls(starts, windows * length, flat, own)
+
+    @classmethod
+    def joined(cls, batches: Sequence[SeenTokens]) -> SeenTokens:
+        """All ``batches``, one after the other."""
+        before, starts = 0, []
+        for batch in batches:
+            starts.append(batch.starts + before)
+            before += batch.tokens
+
+        def masks(of: Callable[[SeenTokens], Tensor | None]) -> Tensor | None:
+            found = [of(batch) for batch in batches]
+            if all(mask is None for mask in found):
+                return None
+            device = batches[0].starts.device
+            return torch.cat(
+                [
+                    torch.ones(batch.tokens, dtype=torch.bool, device=device)
+                    if mask is None
+                    else mask
+                    for batch, mask in zip(batches, found, strict=True)
+                ]
+            )
+
+        real = masks(lambda batch: batch.real)
+        is_own = any(batch.counted is not batch.real for batch in batches)
+        counted = masks(lambda batch: batch.counted) if is_own else real
+        return cls(torch.cat(starts), before, real, counted)
+
+    def windows(self, tokens: Tensor) -> Tensor:
+        """The window of each of ``tokens``, int64."""
+        return torch.searchsorted(self.starts, tokens, right=True) - 1
 
 
 class Statistics:
@@ -30,11 +96,11 @@ class Statistics:
         *,
         by_window: bool = False,
         with_drift: bool = False,
-        patience: int = MOST_ROWS,
+        room: Tensor | None = None,
     ) -> None:
-        """``sample``: rows to keep at most. ``patience``: as in ``Gram``."""
+        """``sample``: rows to keep at most. ``room``: as in ``Gram``."""
         self.tokens = 0
-        self._gram = Gram(width, device, patience)
+        self._gram = Gram(width, device, room)
         self.drift = torch.zeros(width, width, device=device) if with_drift else None
         self.total_shift = torch.zeros(width, device=device) if with_drift else None
         self.total = torch.zeros(width, dtype=torch.float64, device=device)
@@ -54,8 +120,6 @@ class Statistics:
         length: int,
         real: Tensor | None = None,
         float_x: Tensor | None = None,
-        rows: Tensor | None = None,
-        float_rows: Tensor | None = None,
         *,
         counted: Tensor | None = None,
     ) -> None:
@@ -63,34 +127,53 @@ class Statistics:
 
         Extremes are kept for each window. ``real``, bool ``[windows, tokens]``, is false for
         padding. ``counted`` is also false for tokens that count for extremes alone, since engines
-        round these too; by default it is ``real``. ``rows``, int64 ascending: the tokens that an
-        expert was given, by their place in the batch; ``float_rows``: those that it is given in the
-        float model. Only tokens in both count for ``drift``.
+        round these too; by default it is ``real``.
         """
-        tokens = rows
-        if rows is None and real is not None:
-            tokens = _tokens_of(x, real.shape)
-            if tokens is None:  # nothing says which rows are padding
-                real = counted = None
-        x = x.flatten(0, -2)
-        tokens = torch.arange(len(x), device=x.device) if tokens is None else tokens
-        float_x = None if float_x is None else float_x.flatten(0, -2)
+        seen = SeenTokens.of(
+            length, -(-x.shape[:-1].numel() // max(1, length)), real, counted, x.device
+        )
+        tokens = torch.arange(x.shape[:-1].numel(), device=x.device)
         if real is not None:
-            kept = real.flatten().to(x.device)[tokens]
+            found = _tokens_of(x, real.shape)
+            if found is None:  # nothing says which rows are padding
+                seen = replace(seen, real=None, counted=None)
+            else:
+                tokens = found
+        float_x = None if float_x is None else float_x.flatten(0, -2)
+        self.observe_tokens(x.flatten(0, -2), tokens, seen, sampled, float_x)
+
+    def observe_tokens(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        seen: SeenTokens,
+        sampled: int,
+        float_x: Tensor | None = None,
+        float_tokens: Tensor | None = None,
+    ) -> None:
+        """``observe`` for ``x: [rows, in]``, whose rows belong to ``tokens``, int64 ``[rows]``.
+
+        ``tokens`` are places in the batch ``seen``, ascending. ``float_x`` are the rows of the
+        float model, which belong to ``float_tokens``, by default to the same; only tokens in both
+        count for ``drift``.
+        """
+        same = float_tokens is None
+        if seen.real is not None:
+            kept = seen.real[tokens]
             x, tokens = x[kept], tokens[kept]
-            float_x = float_x[kept] if float_x is not None and float_rows is None else float_x
+            float_x = float_x[kept] if float_x is not None and same else float_x
         if self._by_window and len(x):
-            _, counts = torch.unique_consecutive(tokens // length, return_counts=True)
+            _, counts = torch.unique_consecutive(seen.windows(tokens), return_counts=True)
             windows = x.float().split(counts.tolist())
             self._lows.append(torch.stack([window.amin(0) for window in windows]))
             self._highs.append(torch.stack([window.amax(0) for window in windows]))
-        if counted is not None and counted is not real:
+        if seen.counted is not None and seen.counted is not seen.real:
             self._widen(x)
-            kept = counted.flatten().to(x.device)[tokens]
+            kept = seen.counted[tokens]
             x, tokens = x[kept], tokens[kept]
-            float_x = float_x[kept] if float_x is not None and float_rows is None else float_x
-        if float_x is not None and float_rows is not None:
-            in_both = torch.isin(tokens, float_rows), torch.isin(float_rows, tokens)
+            float_x = float_x[kept] if float_x is not None and same else float_x
+        if float_x is not None and float_tokens is not None:
+            in_both = torch.isin(tokens, float_tokens), torch.isin(float_tokens, tokens)
             self.compare(x[in_both[0]], float_x[in_both[1]])
             float_x = None
         self.observe(x, sampled, float_x)
@@ -118,6 +201,10 @@ class Statistics:
             even = torch.arange(count, device=x.device) * x.shape[0] // count
             self._kept.append(x[even].float())
             self._room -= count
+
+    def settle(self) -> None:
+        """Frees what was held back for more rows, of which few or none will come."""
+        self._gram.value  # noqa: B018  # brings the sum up to date
 
     @property
     def gram(self) -> Tensor:

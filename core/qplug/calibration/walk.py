@@ -105,7 +105,7 @@ class Walk:
         # Short samples are padded on the right; causal attention keeps padding from real tokens.
         self._real = [batch.real for batch in batches]
         self._seen = [
-            Seen(batch.length, real, real if batch.mask is None else batch.mask)
+            Seen(len(batch), batch.length, real, real if batch.mask is None else batch.mask)
             for batch, real in zip(batches, self._real, strict=True)
         ]
         entrance = Entrance(self._blocks, source)
@@ -159,7 +159,7 @@ class Walk:
         parameters = self._blocks.computable(weights)
         statistics = self._observe(name, structure, parameters, parameters, first=True)
         if self._propagate == "float" and name != self._view.blocks[-1]:
-            self._replace(name, self._probe, partial(self._blocks.compute, name, parameters))
+            self._replace(name, self._probe, self._blocks.computing(name, parameters))
         del parameters
         block = LiveBlock(
             name,
@@ -194,8 +194,8 @@ class Walk:
             self._stream.step()
             return
         parameters = self._blocks.parameters_of(name, effective)
-        compute = partial(self._blocks.compute, name, parameters)
         with self._blocks.rounding_inputs(name, self._blocks.parameters[name], effective):
+            compute = self._blocks.computing(name, parameters)
             self._replace(name, self._stream, self._through_cache(name, effective, compute))
             self._replace(name, self._probe, compute)
         if self._float_stream is not None:
@@ -207,7 +207,7 @@ class Walk:
         """``advance`` for a block that an earlier run has finished; gathers no statistics."""
         if self._with_float and name != self._view.blocks[-1]:
             parameters = self._blocks.computable(self._reader.read(name))
-            compute = partial(self._blocks.compute, name, parameters)
+            compute = self._blocks.computing(name, parameters)
             stream = self._float_stream or self._stream
             stream.expect(name)
             for index, call in enumerate(stream):
@@ -277,8 +277,10 @@ class Walk:
         beside: Stream | None = None
         if not self._agree and (self._with_drift or passes_on):
             beside = float_stream
-        compute = partial(blocks.compute, name, parameters)
-        compute_float = partial(blocks.compute, name, float_parameters)
+        compute = blocks.computing(name, parameters)
+        compute_float = compute
+        if float_parameters is not parameters:
+            compute_float = blocks.computing(name, float_parameters)
         if first:
             self._targets = HiddenStates(self._device) if self._with_targets else None
         for stream in (main, beside or main):
@@ -297,6 +299,7 @@ class Walk:
                 float_output = output if serves_both else float_output
             if passes_on:
                 self._pass_on_float(name, index, float_call or call, float_output, compute_float)
+        observation.finish(parameters, float_parameters)
         observation.share(self._processes)
         return observation.statistics
 

@@ -85,9 +85,17 @@ class BlockCall:
             if place != self.place:
                 yield from _tensors(value)
 
-    def run(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> Output:
-        """Returns what the block ``module`` returns with ``parameters``, by relative name."""
-        return functional_call(module, dict(parameters), self.args, dict(self.kwargs))
+    def run(
+        self, module: nn.Module, parameters: Mapping[str, Tensor], *, tied: bool = True
+    ) -> Output:
+        """Returns what the block ``module`` returns with ``parameters``, by relative name.
+
+        ``tied``: whether parameters of the module may go by several names, of which one is given.
+        Without, calls of a block of many experts cost half as much.
+        """
+        return functional_call(
+            module, dict(parameters), self.args, dict(self.kwargs), tie_weights=tied
+        )
 
 
 def hidden_states(output: Output) -> Tensor:

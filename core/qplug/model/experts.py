@@ -6,14 +6,69 @@ three axes for all experts of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qplug.checkpoint.names import module_of, split_name
 from qplug.model.expert_layout import Layout
+from qplug.numerics.alike import together
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What the experts of a layer were given in one pass, or in several that were joined.
+
+    ``source: [n, in]`` has the tensors that experts read. Entry ``i`` says that the expert
+    ``expert[i]`` read row ``row[i]`` of it, which belongs to the token ``token[i]`` of the passes;
+    int64, each expert's tokens ascending.
+    """
+
+    source: Tensor
+    expert: Tensor
+    row: Tensor
+    token: Tensor
+
+    @classmethod
+    def joined(cls, passes: Sequence[Given], before: Sequence[int]) -> Given:
+        """All ``passes`` as one; ``before``: the number of tokens before each of them."""
+        rows, places, first = [], [], 0
+        for given, start in zip(passes, before, strict=True):
+            rows.append(given.row + first)
+            places.append(given.token + start)
+            first += len(given.source)
+        return cls(
+            torch.cat([given.source for given in passes]),
+            torch.cat([given.expert for given in passes]),
+            torch.cat(rows),
+            torch.cat(places),
+        )
+
+    def by_expert(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """The rows and the tokens of each of ``count`` experts, int64."""
+        order = torch.argsort(self.expert, stable=True)
+        counts = torch.bincount(self.expert, minlength=count).tolist()
+        rows = self.row[order].split(counts)[:count]
+        return [*zip(rows, self.token[order].split(counts)[:count], strict=True)]
+
+
+class Expert(nn.Module):
+    """The linears of one expert, under the names that a checkpoint gives them."""
+
+    def __init__(self, readers: Sequence[str], last: str, inner: Callable[..., Tensor]) -> None:
+        """``inner`` makes what the linear ``last`` reads of the outputs of ``readers``."""
+        super().__init__()
+        self._readers, self._last, self._inner = readers, last, inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x: [tokens, width]``."""
+        outputs = [self._modules[name](x) for name in self._readers]  # type: ignore[misc]
+        output: Tensor = self._modules[self._last](self._inner(outputs))  # type: ignore[misc]
+        return output
 
 
 class Experts(nn.Module):
@@ -22,22 +77,24 @@ class Experts(nn.Module):
     ``readers``: the names of an expert's linears that read tokens. ``last``: the name of its output
     linear. ``gathers``: whether it is given the tokens of the layer, of which each expert reads
     some; else each expert has a copy of the tokens of its own, zero for tokens that it is not
-    given. ``rows[e]``: the tokens that expert ``e`` was given in the last pass, int64, ascending.
-    ``sees_all``: whether experts that gather compute all tokens, of which the output has those that
-    were routed to them.
+    given. ``on_given`` is called with what the experts are given, before they compute; None if
+    nobody asks. ``sees_all``: whether ``on_given`` is told that each expert reads all tokens.
+
+    A caller of many passes may give the weights of all experts as one parameter for each linear,
+    ``all_gate_proj: [experts, out, in]`` and so on, in place of the parameters of each expert.
     """
 
     def __init__(self, fused: nn.Module, layout: Layout) -> None:
         super().__init__()
         self.readers = tuple(part.linear for part in layout.readers)
         self.last, self.gathers = layout.last.linear, layout.gathers
-        self.rows: tuple[Tensor, ...] = ()
+        self.on_given: Callable[[Given], None] | None = None
         self.sees_all = False
         self.__dict__["_fused"] = fused  # not registered: the linears have its parameters
         self.__dict__["_layout"] = layout
         parameters = dict(fused.named_parameters(recurse=False))
         for number in range(layout.count):
-            expert = nn.Module()
+            expert = Expert(self.readers, self.last, self._inner)
             for part in layout.parts:
                 bias = parameters.get(f"{part.fused}_bias")
                 expert.add_module(
@@ -48,8 +105,19 @@ class Experts(nn.Module):
                     ),
                 )
             self.add_module(str(number), expert)
+        for name in self.linears:
+            self.register_parameter(f"all_{name}", None)
+            self.register_parameter(f"all_{name}_bias", None)
         for name in parameters:
             fused._parameters[name] = None
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The names of an expert's linears."""
+        return (*self.readers, self.last)
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
     def forward(
         self, tokens: Tensor, chosen: Tensor | None = None, shares: Tensor | None = None
@@ -61,61 +129,147 @@ class Experts(nn.Module):
         if chosen is None or shares is None:
             return self._of_copies(tokens)
         per_token = chosen.shape[-1]
-        order = torch.argsort(chosen.flatten(), stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=len(self._modules)).tolist()
-        places = order.split(counts)[: len(self._modules)]
-        routed = tuple(place // per_token for place in places)
-        self.rows = routed
-        if self.sees_all:
-            self.rows = (torch.arange(len(tokens), device=tokens.device),) * len(routed)
-        outputs = torch.zeros(
-            len(order), tokens.shape[-1], dtype=tokens.dtype, device=tokens.device
-        )
-        for expert, place, rows in zip(self.children(), places, routed, strict=True):
-            if self.sees_all:
-                outputs[place] = self._output(expert, tokens)[rows]
-            elif len(rows):
-                outputs[place] = self._output(expert, tokens[rows])
-        weighted = outputs.unflatten(0, (-1, per_token)) * shares.unsqueeze(-1)
+        flat = chosen.flatten()
+        place = torch.arange(len(flat), device=flat.device) // per_token
+        if self.on_given is not None:
+            self.on_given(self._all(tokens) if self.sees_all else Given(tokens, flat, place, place))
+        order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat, minlength=len(self))
+        outputs = self._computed(tokens[place[order]], counts[: len(self)])
+        unsorted = torch.empty_like(outputs)
+        unsorted[order] = outputs
+        weighted = unsorted.unflatten(0, (-1, per_token)) * shares.unsqueeze(-1)
         mixed: Tensor = weighted.sum(1).to(tokens.dtype)
         return mixed
 
+    def _all(self, tokens: Tensor) -> Given:
+        place = torch.arange(len(tokens), device=tokens.device)
+        expert = torch.arange(len(self), device=tokens.device)
+        every = place.repeat(len(self))
+        return Given(tokens, expert.repeat_interleave(len(tokens)), every, every)
+
     def _of_copies(self, tokens: Tensor) -> Tensor:
-        copies = tokens.unflatten(0, (len(self._modules), -1))
-        self.rows = tuple(copy.any(-1).nonzero().flatten() for copy in copies)
+        copies = tokens.unflatten(0, (len(self), -1))
+        given = copies.any(-1)
+        expert, token = given.nonzero(as_tuple=True)
+        rows = copies[given]
+        if self.on_given is not None:
+            self.on_given(Given(rows, expert, torch.arange(len(rows), device=rows.device), token))
         outputs = torch.zeros_like(copies)
-        for number, (expert, rows) in enumerate(zip(self.children(), self.rows, strict=True)):
-            if len(rows):
-                outputs[number, rows] = self._output(expert, copies[number, rows])
+        outputs[given] = self._computed(rows, given.sum(1))
         return outputs.flatten(0, 1)
 
-    def _output(self, expert: nn.Module, x: Tensor) -> Tensor:
+    def _computed(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """The outputs for ``rows: [n, width]``: first those of the first expert, and so on.
+
+        ``counts``: the number of rows of each expert, int64. Rows beyond give zeros.
+        """
+        if self._parameters[f"all_{self.last}"] is not None:
+            return self._grouped(rows, counts)
+        outputs = torch.zeros_like(rows)
+        start = 0
+        for expert, count in zip(self.children(), counts.tolist(), strict=True):
+            if count:
+                outputs[start : start + count] = expert(rows[start : start + count])
+            start += count
+        return outputs
+
+    def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """``_computed`` as one product for each linear, with the weights of all experts."""
+        ends = counts.cumsum(0)
+        expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device), right=True)
+        is_routed = (expert < len(self))[:, None]
+        expert.clamp_(max=len(self) - 1)
+
+        def product(x: Tensor, name: str) -> Tensor:
+            weight = self._parameters[f"all_{name}"]
+            assert weight is not None
+            output = functional.grouped_mm(x, weight.transpose(1, 2), offs=ends.to(torch.int32))
+            bias = self._parameters[f"all_{name}_bias"]
+            return output if bias is None else output + bias[expert]
+
+        inner = self._inner([product(rows, name) for name in self.readers])
+        # The product leaves the memory of rows beyond the last expert as it was.
+        return product(inner, self.last).masked_fill_(~is_routed, 0)
+
+    def _inner(self, outputs: list[Tensor]) -> Tensor:
         layout: Layout = self.__dict__["_layout"]
-        inner = layout.inner(
-            self.__dict__["_fused"], [expert.get_submodule(name)(x) for name in self.readers]
-        )
-        output: Tensor = expert.get_submodule(self.last)(inner)
-        return output
+        return layout.inner(self.__dict__["_fused"], outputs)
 
 
 @contextmanager
-def seeing_all(block: nn.Module) -> Iterator[None]:
-    """Within it, every expert of ``block`` computes all tokens of its layer."""
-    layers = [part for part in block.modules() if isinstance(part, Experts)]
-    for layer in layers:
+def given_to(layers: Mapping[str, Experts], see: Callable[[str, Given], None]) -> Iterator[None]:
+    """Within it, ``see`` is called with the path of each of ``layers`` and what it is given."""
+    for path, layer in layers.items():
+        layer.on_given = lambda given, path=path: see(path, given)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.on_given = None
+
+
+@contextmanager
+def seeing_all(layers: Mapping[str, Experts]) -> Iterator[None]:
+    """Within it, each expert of ``layers`` is said to be given all tokens of its layer."""
+    for layer in layers.values():
         layer.sees_all = True
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in layers.values():
             layer.sees_all = False
 
 
-def rows_of(block: nn.Module, path: str) -> Tensor | None:
-    """The tokens that the linear at ``path`` reads in the current pass, int64; None if all."""
+def expert_of(block: nn.Module, path: str) -> tuple[str, int] | None:
+    """The path of the experts of ``block`` and the number of the one whose linear is at ``path``.
+
+    None if the module at ``path`` is no linear of an expert.
+    """
     parent, number = split_name(module_of(path))
-    experts = block.get_submodule(parent)
-    return experts.rows[int(number)] if isinstance(experts, Experts) else None
+    is_expert = number.isdigit() and isinstance(block.get_submodule(parent), Experts)
+    return (parent, int(number)) if is_expert else None
+
+
+def with_experts_together(block: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``parameters`` of ``block`` with the weights of the experts of a layer in one tensor each.
+
+    Layers stay as they are that a GPU cannot compute by one product of all experts, or whose
+    linears have hooks.
+    """
+    joined = dict(parameters)
+    for path, layer in experts_in(block).items():
+        if not _multiplies_together(layer, path, parameters):
+            continue
+        for name in layer.linears:
+            for local in ("weight", "bias"):
+                names = [f"{path}.{number}.{name}.{local}" for number in range(len(layer))]
+                if names[0] not in parameters:
+                    continue
+                whole = f"{path}.all_{name}" + ("" if local == "weight" else "_bias")
+                joined[whole] = together([joined.pop(each) for each in names])
+    return joined
+
+
+def experts_in(block: nn.Module) -> dict[str, Experts]:
+    """The experts of the layers of ``block``, by path."""
+    return {path: part for path, part in block.named_modules() if isinstance(part, Experts)}
+
+
+def _multiplies_together(layer: Experts, path: str, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether a GPU multiplies by the weights of all experts of ``layer`` at once."""
+    linears = [expert.get_submodule(name) for expert in layer.children() for name in layer.linears]
+    if any(linear._forward_pre_hooks or linear._forward_hooks for linear in linears):
+        return False
+    for name in layer.linears:
+        weight = parameters.get(f"{path}.0.{name}.weight")
+        if weight is None or weight.dtype != torch.bfloat16 or not weight.is_cuda:
+            return False
+        if any(size * weight.element_size() % 16 for size in weight.shape):
+            return False
+        if torch.cuda.get_device_capability(weight.device) < (8, 0):
+            return False
+    return hasattr(functional, "grouped_mm")
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import gcd
 from typing import Literal
 
@@ -41,6 +42,11 @@ class Producer:
     module: str
     rows: Tensor
     power: float = 1.0
+
+    @cached_property
+    def repeats(self) -> bool:
+        """Whether several channels come from one row, so that they share a scale."""
+        return bool(len(self.rows.unique()) < len(self.rows))
 
 
 @dataclass(frozen=True)

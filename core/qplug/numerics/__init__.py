@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 from qplug.api.groups import dequantize, in_groups, out_of_groups, per_row_scale
 from qplug.api.old_paths import moved_names
 from qplug.numerics.activations import activation_top, fake_quantize_activations, input_scale
-from qplug.numerics.clipping import scaling_error, search_clip, unclipped_ratio
+from qplug.numerics.alike import side_by_side, together
+from qplug.numerics.clipping import (
+    scaling_error,
+    scaling_errors,
+    search_clip,
+    search_clips,
+    unclipped_ratio,
+)
 from qplug.numerics.hadamard import hadamard_exists, hadamard_matrix, hadamard_transform
 from qplug.numerics.learning import Learned, SignSGD, learn, learns_ranges, start_clips
 from qplug.numerics.losses import output_error, relative_error, relative_output_error
@@ -96,9 +103,13 @@ __all__ = [
     "round_to_nearest",
     "scale_of",
     "scaling_error",
+    "scaling_errors",
     "search_clip",
+    "search_clips",
+    "side_by_side",
     "start_clips",
     "stretched",
+    "together",
     "unclipped_ratio",
     "weight_range",
 ]

@@ -30,8 +30,14 @@ def _clip_errors(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program handles ``ROWS`` rows of one group, with the group's block of the Gram matrix."""
-    group = tl.program_id(1)
+    """One program handles ``ROWS`` rows of one group, with the group's block of the Gram matrix.
+
+    ``rows`` are those of one matrix; candidates have the scales of all matrices, one after another.
+    """
+    group, matrix = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    weight += matrix * rows * width
+    blocks += matrix * groups * GROUP * GROUP
+    all_rows = tl.num_programs(2).to(tl.int64) * rows
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = row < rows
     column = tl.arange(0, GROUP)
@@ -39,7 +45,7 @@ def _clip_errors(  # type: ignore[no-untyped-def]
     values = tl.load(weight + place, mask=inside[:, None], other=0.0)
     gram = tl.load(blocks + (group * GROUP + column[:, None]) * GROUP + column[None, :])
     for candidate in range(candidates):
-        here = (candidate * rows + row) * groups + group
+        here = (candidate * all_rows + matrix * rows + row) * groups + group
         scale = tl.load(scales + here, mask=inside, other=1.0)[:, None]
         # Adding and subtracting 1.5 * 2^23 rounds to nearest, ties to even, as torch does.
         ratio = tl.math.div_rn(values, tl.broadcast_to(scale, (ROWS, GROUP)))
@@ -59,10 +65,11 @@ def clip_errors_on_gpu(
     weight: Tensor, scales: Tensor, zeros: Tensor | None, blocks: Tensor, args: QuantArgs
 ) -> Tensor:
     """``clipping.clip_errors`` as one kernel; products are in TF32."""
-    rows, width = weight.shape
+    count, rows, width = weight.shape
+    groups = blocks.shape[1]
     errors = torch.empty(scales.shape, device=weight.device)
     low, high = args.code_range
-    _clip_errors[(triton.cdiv(rows, _ROWS), len(blocks))](
+    _clip_errors[(triton.cdiv(rows, _ROWS), groups, count)](
         weight.contiguous(),
         blocks,
         scales,
@@ -70,12 +77,12 @@ def clip_errors_on_gpu(
         errors,
         rows,
         width,
-        len(blocks),
+        groups,
         len(scales),
         float(low),
         float(high),
         HAS_ZERO=zeros is not None,
-        GROUP=blocks.shape[1],
+        GROUP=blocks.shape[2],
         ROWS=_ROWS,
         num_warps=4,
     )
@@ -102,8 +109,12 @@ def _scaled_differences(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program finds the range of least error for ``ROWS`` rows of one group."""
-    group = tl.program_id(1)
+    """One program finds the range of least error for ``ROWS`` rows of one group of one matrix."""
+    group, matrix = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    weight += matrix * rows * width
+    differences += matrix * rows * width
+    column_scales += matrix * width
+    blocks += matrix * width * GROUP
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = row < rows
     column = tl.arange(0, GROUP)
@@ -161,12 +172,15 @@ def scaled_difference_on_gpu(
     smallest: float,
     least: float,
 ) -> Tensor:
-    """``clipping.scaled_difference`` as one kernel, in bfloat16."""
-    rows, width = weight.shape
+    """``clipping.scaled_difference`` of several weights ``[n, out, in]`` as one kernel, bfloat16.
+
+    ``scale: [n, in]``.
+    """
+    count, rows, width = weight.shape
     differences = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
     low, high = args.code_range
     stored = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
-    _scaled_differences[(triton.cdiv(rows, _ROWS), len(blocks))](
+    _scaled_differences[(triton.cdiv(rows, _ROWS), blocks.shape[1], count)](
         weight.contiguous(),
         scale.contiguous(),
         blocks,
@@ -182,7 +196,7 @@ def scaled_difference_on_gpu(
         least,
         SYMMETRIC=args.symmetric,
         STORED=stored[args.scale_dtype],
-        GROUP=blocks.shape[1],
+        GROUP=blocks.shape[2],
         ROWS=_ROWS,
         num_warps=8,
     )

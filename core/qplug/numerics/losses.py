@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,30 +49,61 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
 
     NaN if squares of the weight overflow float32, or vanish although the weight is not zero.
     """
+    return relative_errors([(weight, quantized)])[0]
+
+
+def relative_errors(pairs: Sequence[tuple[Tensor, QuantizedWeight]]) -> list[float]:
+    """The ``relative_error`` of each pair; a GPU is waited for once."""
+    if not pairs:
+        return []
+    squares = torch.stack([_squares(weight, quantized) for weight, quantized in pairs])
+    found = []
+    for (error, norm), (weight, _) in zip(squares.tolist(), pairs, strict=True):
+        if norm < TOO_SMALL**2 * weight.numel() and weight.any():
+            found.append(math.nan)
+        else:
+            found.append((error / norm) ** 0.5 if norm else float(error > 0))
+    return found
+
+
+def _squares(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
+    """``||W' - W||²`` and ``||W||²``, float64 ``[2]``."""
     args, step = quantized.args, row_step(quantized.args)
     scale = quantized.scale.expand(row_scales(weight, args))
     zero = None if quantized.zero is None else quantized.zero.expand(scale.shape)
-    error = norm = 0.0
+    squares = torch.zeros(2, dtype=torch.float64, device=weight.device)
     for rows, groups in in_chunks(weight, args):
         codes = quantized.codes[rows.start * step : rows.stop * step]
         part = in_groups(codes.float(), args)
         if zero is not None:
             part -= spread_scales(zero[rows])
         part *= spread_scales(scale[rows])
-        norm += groups.square().sum(dtype=torch.float64).item()
+        squares[1] += groups.square().sum(dtype=torch.float64)
         # Cut to the weight's shape: the padding of ragged blocks is no error.
         difference = out_of_groups(part.sub_(groups), codes.shape[1], codes.shape[0])
-        error += difference.square_().sum(dtype=torch.float64).item()
-    if norm < TOO_SMALL**2 * weight.numel() and weight.any():
-        return math.nan
-    return (error / norm) ** 0.5 if norm else float(error > 0)
+        squares[0] += difference.square_().sum(dtype=torch.float64)
+    return squares
 
 
 def relative_output_error(weight: Tensor, quantized: QuantizedWeight, gram: Tensor) -> float:
     """``||XW'ᵀ - XWᵀ|| / ||XWᵀ||`` over all tokens; ``gram: [in, in]`` is the sum of ``xᵀx``."""
-    norm = output_error(weight.float(), gram)
-    error = output_error(dequantize(quantized).sub_(weight), gram)
-    return (max(error, 0.0) / norm) ** 0.5 if norm > 0 else 0.0
+    return relative_output_errors(weight[None], [quantized], gram[None])[0]
+
+
+def relative_output_errors(
+    weight: Tensor, quantized: Sequence[QuantizedWeight], gram: Tensor
+) -> list[float]:
+    """The ``relative_output_error`` of several linears.
+
+    ``weight: [n, out, in]``, ``gram: [n, in, in]``.
+    """
+    norms = output_errors(weight.float(), gram)
+    difference = torch.empty(weight.shape, device=weight.device)
+    for out, own, codes in zip(difference, weight, quantized, strict=True):
+        torch.sub(dequantize(codes), own, out=out)
+    errors = output_errors(difference, gram)
+    pairs = zip(errors.tolist(), norms.tolist(), strict=True)
+    return [(max(error, 0.0) / norm) ** 0.5 if norm > 0 else 0.0 for error, norm in pairs]
 
 
 def output_error(difference: Tensor, gram: Tensor) -> float:
@@ -81,12 +113,21 @@ def output_error(difference: Tensor, gram: Tensor) -> float:
     multiplies in bfloat16 and sums in float32: over 10^8 terms rounding changes the sum far less
     than the differences of interest.
     """
+    return float(output_errors(difference[None], gram[None]))
+
+
+def output_errors(difference: Tensor, gram: Tensor) -> Tensor:
+    """``output_error`` of several linears: float64 ``[n]``, on their device.
+
+    ``difference: [n, out, in]``, ``gram: [n, in, in]``.
+    """
     halved = gram.bfloat16() if difference.is_cuda else gram
-    total = torch.zeros((), dtype=torch.float64, device=difference.device)
-    for part in difference.split(max(1, GPU_CHUNK // 4 // difference.shape[1])):
+    totals = torch.zeros(len(difference), dtype=torch.float64, device=difference.device)
+    rows = max(1, GPU_CHUNK // 4 // difference[0, 0].numel() // len(difference))
+    for part in difference.split(rows, dim=1):
         if difference.is_cuda:
-            product = torch.mm(part.bfloat16(), halved, out_dtype=torch.float32)
+            product = torch.bmm(part.bfloat16(), halved, out_dtype=torch.float32)
         else:
             product = part @ halved
-        total += product.mul_(part).sum(dtype=torch.float64)
-    return total.item()
+        totals += product.mul_(part).sum((1, 2), dtype=torch.float64)
+    return totals

@@ -111,16 +111,18 @@ def column_scales(
 ) -> tuple[Tensor, Tensor | None]:
     """The scale and zero point of each weight in ``columns`` of a matrix with ``rows`` rows.
 
-    ``columns``: int64 ``[n]``. Returns float32 ``[n, rows]``, contiguous.
+    ``columns``: int64 ``[n]``. Returns float32 ``[n, rows]``, contiguous. Several matrices side by
+    side have a leading axis in all tensors.
     """
     tall, wide = args.block or (1, args.group_size)
     places = columns // wide if wide else torch.zeros_like(columns)
 
     def spread(values: Tensor) -> Tensor:
-        picked = values.T[places].float()
+        index = places[..., None].expand(*places.shape, values.shape[-2])
+        picked = values.mT.gather(-2, index).float()
         if args.strategy == "tensor":
-            return picked.expand(-1, rows).contiguous()
-        return picked.repeat_interleave(tall, dim=1)[:, :rows].contiguous()
+            return picked.expand(*places.shape, rows).contiguous()
+        return picked.repeat_interleave(tall, dim=-1)[..., :rows].contiguous()
 
     return spread(scale), None if zero is None else spread(zero)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from qplug.api import (
     Algorithm,
@@ -33,7 +35,8 @@ from qplug.checkpoint.names import by_module, module_of, split_name
 from qplug.checkpoint.open import INDEX, open_checkpoint
 from qplug.errors import PluginError, QplugError, RelayedError
 from qplug.machine.session import Session
-from qplug.numerics.losses import relative_error, relative_output_error
+from qplug.numerics.alike import side_by_side, together
+from qplug.numerics.losses import relative_errors, relative_output_errors
 from qplug.output.plan import Step
 from qplug.recipe.pipeline import make_pipeline
 from qplug.recipe.recipe import DEFAULT_QUANTIZER, Calibration, Recipe
@@ -193,38 +196,43 @@ class Stages:
         rewritten: tuple[str, ...],
         inputs: Mapping[str, InputRange],
     ) -> Report:
-        errors = {
-            linear.name: four_digits(relative_error(block.original(linear), codes[linear.name]))
-            for linear in block.linears
-            if linear.name in codes
-        }
+        coded = [linear for linear in block.linears if linear.name in codes]
+        pairs = [(block.original(linear), codes[linear.name]) for linear in coded]
+        names = [linear.name for linear in coded]
+        errors = dict(zip(names, map(four_digits, relative_errors(pairs)), strict=True))
+        parts = [part for whole in block.groups for part in whole.by_tokens if part.tokens]
         read = [
-            (group, linear)
-            for whole in block.groups
-            for group in whole.by_tokens
-            for linear in group.linears
-            if linear.name in codes and group.tokens
+            (alike, linears)
+            for alike in side_by_side(parts)
+            for linears in zip(*(group.linears for group in alike), strict=True)
+            if linears[0].name in codes
         ]
 
-        def loss_of(pair: tuple[InputGroup, Linear]) -> float:
-            group, linear = pair
-            weight = codes[linear.name]
-            return four_digits(relative_output_error(block.original(linear), weight, group.gram))
+        def losses_of(pair: tuple[Sequence[InputGroup], Sequence[Linear]]) -> list[float]:
+            groups, linears = pair
+            weight = together([block.original(linear) for linear in linears])
+            quantized = [codes[linear.name] for linear in linears]
+            gram = together([group.gram for group in groups])
+            return [four_digits(loss) for loss in relative_output_errors(weight, quantized, gram)]
 
         with blaming_weights(block.linears):
             refuse_not_finite(errors, "the error of its weight")
-        in_order = block.spread(read, loss_of, cost=lambda pair: _products(*pair))
-        losses = {linear.name: loss for (_, linear), loss in zip(read, in_order, strict=True)}
+        in_order = block.spread(read, losses_of, cost=lambda pair: _products(*pair))
+        losses = {
+            linear.name: loss
+            for (_, linears), found in zip(read, in_order, strict=True)
+            for linear, loss in zip(linears, found, strict=True)
+        }
         refuse_not_finite(losses, "the error of its output")
         after = input_ranges(block)
-        clips = {linear.name: clip_counts(linear, codes[linear.name]) for _, linear in read}
+        clips = clip_counts([linear for _, linears in read for linear in linears], codes)
         return Report(
             errors,
             losses,
             rewritten,
             tuple(block.notes),
             inputs={name: (before, after[name]) for name, before in inputs.items()},
-            clips={name: counts for name, counts in clips.items() if counts},
+            clips=clips,
             experts=_tokens_of_experts(block),
         )
 
@@ -244,11 +252,14 @@ class Stages:
                 packed.update({f"{name}.{local}": tensor for local, tensor in tensors.items()})
                 for local in planned.get(name, ()):
                     _check(f"{name}.{local}", packed, step)
+        if any(weight.codes.is_cuda for weight in codes.values()):
+            with self._clock("pack"):
+                torch.cuda.synchronize()  # the copies of all tensors are waited for once
         return packed
 
     def _packed(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
         tensors = self.exporter.format.pack(weight, scheme, dtype)
-        return {local: tensor.cpu() for local, tensor in tensors.items()}
+        return {local: tensor.to("cpu", non_blocking=True) for local, tensor in tensors.items()}
 
     def convert(self, folder: Path, model: ModelView, schemes: Mapping[str, Scheme]) -> None:
         """Replaces the shards in ``folder`` by the format's own file, if it has one."""
@@ -313,6 +324,6 @@ def _unseen(block: Block) -> Iterator[str]:
         yield f"{layer}: no token reached {', '.join(numbers)}; rounded to nearest"
 
 
-def _products(group: InputGroup, linear: Linear) -> float:
+def _products(groups: Sequence[InputGroup], linears: Sequence[Linear]) -> float:
     """Returns the number of products in ``weight @ gram``, as a measure of its cost."""
-    return linear.weight.numel() * len(group.gram)
+    return sum(linear.weight.numel() for linear in linears) * groups[0].width

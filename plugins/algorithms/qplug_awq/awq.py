@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from qplug import Algorithm, Block, InputGroup, Linear, Param
-from qplug.numerics import scaling_error, search_clip
+from qplug.numerics import (
+    scaling_error,
+    scaling_errors,
+    search_clips,
+    side_by_side,
+    together,
+)
 
 
 @dataclass(frozen=True)
@@ -59,68 +65,99 @@ class AWQ(Algorithm[Params]):
         """
         steps = self.params.ratios
         ratios: list[float | None] = [None, *(step / steps for step in range(steps))]
-        groups = [group for group in block.groups if group.scalable]
-        candidates = [(group, ratio) for group in groups for ratio in ratios]
+        units = side_by_side([group for group in block.groups if group.scalable])
+        weights = {id(unit): self._relative_weights(unit) for unit in units}
+        trials = [(unit, ratio) for unit in units for ratio in ratios]
 
-        def loss(candidate: tuple[InputGroup, float | None]) -> float:
-            group, ratio = candidate
-            return self._loss(group, self._candidate(block, group, ratio))
+        def losses(trial: tuple[list[InputGroup], float | None]) -> list[float]:
+            unit, ratio = trial
+            return self._losses(unit, self._candidates(block, unit, ratio, weights[id(unit)]))
 
-        losses = block.spread(candidates, loss, cost=lambda candidate: _products(candidate[0]))
-        for number, group in enumerate(groups):
-            own = losses[number * len(ratios) : (number + 1) * len(ratios)]
-            best = ratios[own.index(min(own))]
-            block.smooth(group, self._candidate(block, group, best))
+        found = block.spread(trials, losses, cost=lambda trial: _products(trial[0]))
+        for number, unit in enumerate(units):
+            own = found[number * len(ratios) : (number + 1) * len(ratios)]
+            scales = [self._candidates(block, unit, ratio, weights[id(unit)]) for ratio in ratios]
+            for place, group in enumerate(unit):
+                of_group = [by_group[place] for by_group in own]
+                block.smooth(group, scales[of_group.index(min(of_group))][place])
 
     def _clip_all(self, block: Block) -> None:
         params = self.params
+        parts = [part for whole in block.groups for part in whole.by_tokens if part.tokens]
         clipped = [
-            (group, linear)
-            for whole in block.groups
-            for group in whole.by_tokens
-            for linear in group.linears
-            if self._clips(linear) and group.tokens
+            (alike, [group.linears[place] for group in alike])
+            for alike in side_by_side(parts)
+            for place, linear in enumerate(alike[0].linears)
+            if self._clips(linear)
         ]
 
-        def search(pair: tuple[InputGroup, Linear]) -> tuple[Tensor | None, Tensor | None]:
-            group, linear = pair
-            trial = replace(linear)
-            search_clip(trial, group.gram, steps=params.clip_steps, smallest=params.clip_smallest)
-            return trial.scale, trial.zero
+        def search(
+            pair: tuple[list[InputGroup], list[Linear]],
+        ) -> list[tuple[Tensor | None, Tensor | None]]:
+            groups, linears = pair
+            trials = [replace(linear) for linear in linears]
+            gram = together([group.gram for group in groups])
+            search_clips(trials, gram, steps=params.clip_steps, smallest=params.clip_smallest)
+            return [(trial.scale, trial.zero) for trial in trials]
 
         clips = block.spread(clipped, search, cost=lambda pair: _clip_cost(pair[1]))
-        for (_, linear), clip in zip(clipped, clips, strict=True):
-            linear.scale, linear.zero = clip
+        for (_, linears), found in zip(clipped, clips, strict=True):
+            for linear, (scale, zero) in zip(linears, found, strict=True):
+                linear.scale, linear.zero = scale, zero
 
     def _clips(self, linear: Linear) -> bool:
         """Whether the range of ``linear`` is clipped; with 8 bits the full range is fine enough."""
         return self.params.clip and linear.args.bits < 8
 
-    def _candidate(self, block: Block, group: InputGroup, ratio: float | None) -> Tensor:
-        """The scale ``[in]`` for ``ratio``, the geometric mean of its extremes being 1.
+    def _candidates(
+        self, block: Block, groups: list[InputGroup], ratio: float | None, weights: Tensor | None
+    ) -> Tensor:
+        """The scales ``[n, in]`` of ``groups`` for ``ratio``; each has 1 between its extremes.
 
-        ``ratio`` None gives ones.
+        ``ratio`` None gives ones. ``weights: [n, in]``: the relative weights, if v1 needs them.
         """
+        magnitudes = together([group.mean_abs for group in groups])
         if ratio is None:  # the same as ratio 0 of v2; also tried in v1
-            return torch.ones_like(group.mean_abs)
-        scale = group.mean_abs.pow(ratio)
-        if self.params.version == "v1":
-            scale = scale / _relative_weight(group.linears).pow(1 - ratio)
+            return torch.ones_like(magnitudes)
+        scale = magnitudes.pow(ratio)
+        if weights is not None:
+            scale = scale / weights.pow(1 - ratio)
         scale = scale.clamp(min=1e-4)
-        return block.shared(group, scale / (scale.max() * scale.min()).sqrt())
+        scale = scale / (scale.amax(1, keepdim=True) * scale.amin(1, keepdim=True)).sqrt()
+        return torch.stack(
+            [block.shared(group, own) for group, own in zip(groups, scale, strict=True)]
+        )
 
-    def _loss(self, group: InputGroup, scale: Tensor) -> float:
+    def _relative_weights(self, groups: list[InputGroup]) -> Tensor | None:
+        if self.params.version == "v2":
+            return None
+        return torch.stack([_relative_weight(group.linears) for group in groups])
+
+    def _losses(self, groups: list[InputGroup], scales: Tensor) -> list[float]:
+        """The loss of each of ``groups`` under its own of ``scales: [n, in]``."""
         steps = self.params.clip_in_search if self.params.clip else 0
-        return scaling_error(group, scale, steps=steps, smallest=self.params.clip_smallest)
+        smallest = self.params.clip_smallest
+        if groups[0].by_expert:
+            return [
+                scaling_error(group, own, steps=steps, smallest=smallest)
+                for group, own in zip(groups, scales, strict=True)
+            ]
+        losses: list[float] = scaling_errors(
+            groups, scales, steps=steps, smallest=smallest
+        ).tolist()
+        return losses
 
 
-def _products(group: InputGroup) -> float:
-    """The cost of multiplying the errors of a group's linears by the Gram matrix."""
-    return len(group.gram) * sum(linear.weight.numel() for linear in group.linears)
+def _products(groups: list[InputGroup]) -> float:
+    """The cost of multiplying the errors of all linears by the Gram matrix."""
+    return sum(group.width * sum(one.weight.numel() for one in group.linears) for group in groups)
 
 
-def _clip_cost(linear: Linear) -> float:
-    return linear.weight.numel() * (linear.args.group_size or linear.weight.shape[1])
+def _clip_cost(linears: list[Linear]) -> float:
+    return sum(
+        linear.weight.numel() * (linear.args.group_size or linear.weight.shape[1])
+        for linear in linears
+    )
 
 
 def _relative_weight(linears: tuple[Linear, ...]) -> Tensor:

@@ -5,7 +5,7 @@ Linears that read one tensor share its Gram matrix, so they are solved with one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Annotated
@@ -18,7 +18,9 @@ from qplug.numerics import (
     nearest,
     range_scale,
     scale_of,
-    search_clip,
+    search_clips,
+    side_by_side,
+    together,
     unclipped_ratio,
     weight_range,
 )
@@ -68,7 +70,7 @@ class GPTQ(Algorithm[Params]):
             if codes:
                 block.use_codes(codes)
             parts = [part for group in groups for part in group.by_tokens]
-            for solved in block.spread(parts, self._solve, cost=_cost):
+            for solved in block.spread(side_by_side(parts), self._solve, cost=_cost):
                 codes.update(solved.codes)
                 block.notes.extend(solved.notes)
         for linear in block.linears:
@@ -77,52 +79,79 @@ class GPTQ(Algorithm[Params]):
                 block.notes.append(f"{linear.name}: no token reached it; rounded to nearest")
         return codes
 
-    def _solve(self, group: InputGroup) -> _Solved:
+    def _solve(self, groups: Sequence[InputGroup]) -> _Solved:
+        """Solves ``groups``, which are alike."""
         params = self.params
-        if not group.tokens:  # an expert without tokens
-            return _Solved({linear.name: nearest(linear) for linear in group.linears}, [])
-        order = torch.argsort(group.gram.diagonal(), descending=True, stable=True)
-        if not params.act_order:
-            order = torch.arange(len(order), device=order.device)
-        factor, damp = inverse_factor(group.gram, order, params.damp)
+        if not groups[0].tokens:  # experts without tokens
+            every = (linear for group in groups for linear in group.linears)
+            return _Solved({linear.name: nearest(linear) for linear in every}, [])
+        gram = together([group.gram for group in groups])
+        width = gram.shape[1]
+        order = torch.arange(width, device=gram.device).expand(len(groups), width)
+        if params.act_order:
+            diagonal = gram.diagonal(dim1=1, dim2=2)
+            order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+        factor, dampings = inverse_factor(gram, order, params.damp)
         notes = []
-        if damp > params.damp:
-            names = ", ".join(linear.name for linear in group.linears)
-            notes.append(f"{names}: damping was raised from {params.damp:g} to {damp:g}")
+        for group, damp in zip(groups, dampings, strict=True):
+            if damp > params.damp:
+                names = ", ".join(linear.name for linear in group.linears)
+                notes.append(f"{names}: damping was raised from {params.damp:g} to {damp:g}")
+        drifts = [group.drift for group in groups if group.drift is not None]
         codes = {}
-        for linear in group.linears:
-            weight = linear.weight
-            if params.correct and group.drift is not None:
-                weight = corrected(weight, group.drift, factor, order, params.correct)
-            scale, zero = self._scale(linear, weight, group.gram)
-            solution = solve(weight, scale, zero, linear.args, factor, order, params.block_size)
-            codes[linear.name] = QuantizedWeight(solution, scale, zero, linear.args)
+        for linears in zip(*(group.linears for group in groups), strict=True):
+            weight = together([linear.weight for linear in linears])
+            if params.correct and drifts:
+                weight = corrected(weight, together(drifts), factor, order, params.correct)
+            scale, zero = self._scale(linears, weight, gram)
+            args = linears[0].args
+            solution = solve(weight, scale, zero, args, factor, order, params.block_size)
+            for number, linear in enumerate(linears):
+                own = None if zero is None else zero[number]
+                codes[linear.name] = QuantizedWeight(solution[number], scale[number], own, args)
         return _Solved(codes, notes)
 
-    def _scale(self, linear: Linear, weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scales chosen for ``linear``, or else scales for ``weight``, which is corrected."""
-        params = self.params
-        if linear.scale is not None:
-            return scale_of(linear)
-        if params.clip and linear.args.bits < 8:
-            trial = Linear(linear.name, weight, linear.args, global_scale=linear.global_scale)
-            search_clip(trial, gram, steps=params.clip_steps, smallest=params.clip_smallest)
-            return scale_of(trial)
+    def _scale(
+        self, linears: Sequence[Linear], weight: Tensor, gram: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The scales chosen for ``linears``, or else scales for ``weight``, which is corrected.
+
+        ``weight: [n, out, in]``, ``gram: [n, in, in]``; the results have a leading axis, too.
+        """
+        params, args = self.params, linears[0].args
+        if linears[0].scale is not None:
+            return _stacked([scale_of(linear) for linear in linears])
+        if params.clip and args.bits < 8:
+            trials = [
+                Linear(linear.name, own, args, global_scale=linear.global_scale)
+                for linear, own in zip(linears, weight, strict=True)
+            ]
+            search_clips(trials, gram, steps=params.clip_steps, smallest=params.clip_smallest)
+            return _stacked([scale_of(trial) for trial in trials])
         # Do not clip: GPTQ compensates rounding errors, but not clipping errors.
-        low, high = weight_range(weight, linear.args)
-        ratio = unclipped_ratio(linear.args)
-        return range_scale(low * ratio, high * ratio, linear.args, linear.global_scale)
+        ratio = unclipped_ratio(args)
+        found = []
+        for linear, own in zip(linears, weight, strict=True):
+            low, high = weight_range(own, args)
+            found.append(range_scale(low * ratio, high * ratio, args, linear.global_scale))
+        return _stacked(found)
+
+
+def _stacked(found: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points of several linears, each as one tensor."""
+    zeros = [zero for _, zero in found if zero is not None]
+    return together([scale for scale, _ in found]), together(zeros) if zeros else None
 
 
 @dataclass(frozen=True)
 class _Solved:
-    """The result for an input group: codes by linear, and notes for the user."""
+    """The result for input groups: codes by linear, and notes for the user."""
 
     codes: dict[str, QuantizedWeight]
     notes: list[str]
 
 
-def _cost(group: InputGroup) -> float:
+def _cost(groups: Sequence[InputGroup]) -> float:
     """The cost of a factorisation, and of pushing every column's error onto all later ones."""
-    width = len(group.gram)
-    return width**3 + width**2 * sum(len(linear.weight) for linear in group.linears)
+    width, linears = groups[0].width, groups[0].linears
+    return len(groups) * (width**3 + width**2 * sum(len(linear.weight) for linear in linears))

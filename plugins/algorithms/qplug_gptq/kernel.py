@@ -23,6 +23,8 @@ def _round_block(  # type: ignore[no-untyped-def]
     errors,
     rows,
     columns,
+    work_step,
+    factor_step,
     factor_stride,
     low,
     high,
@@ -31,7 +33,18 @@ def _round_block(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Tensors are ``[columns, rows]``; ``factor: [columns, columns]``."""
+    """Tensors are ``[n, columns, rows]``; ``factor: [n, columns, columns]``.
+
+    ``work`` and ``factor`` have steps of their own from one of ``n`` matrices to the next.
+    """
+    matrix = tl.program_id(1).to(tl.int64)
+    work += matrix * work_step
+    factor += matrix * factor_step
+    scales += matrix * rows * columns
+    codes += matrix * rows * columns
+    errors += matrix * rows * columns
+    if HAS_ZERO:
+        zeros += matrix * rows * columns
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     column = tl.arange(0, COLUMNS)
@@ -69,10 +82,13 @@ def round_columns_on_gpu(
     work: Tensor, scales: Tensor, zeros: Tensor | None, factor: Tensor, args: QuantArgs
 ) -> tuple[Tensor, Tensor]:
     """``solver.round_columns`` as one kernel; it leaves ``work`` unchanged."""
-    columns, rows = work.shape
-    codes, errors = torch.empty_like(work), torch.empty_like(work)
+    count, columns, rows = work.shape
+    assert work.stride(1) == rows
+    assert factor.stride(2) == 1
+    codes = torch.empty(work.shape, device=work.device)
+    errors = torch.empty_like(codes)
     low, high = args.code_range if not args.is_float else (-FLOAT_MAX["e4m3"], FLOAT_MAX["e4m3"])
-    _round_block[(triton.cdiv(rows, _ROWS),)](
+    _round_block[(triton.cdiv(rows, _ROWS), count)](
         work,
         scales.contiguous(),
         scales if zeros is None else zeros.contiguous(),
@@ -81,7 +97,9 @@ def round_columns_on_gpu(
         errors,
         rows,
         columns,
+        work.stride(0),
         factor.stride(0),
+        factor.stride(1),
         float(low),
         float(high),
         HAS_ZERO=zeros is not None,

@@ -1,4 +1,7 @@
-"""The recursion of GPTQ, in blocks of columns with lazy updates (algorithm 1 of the paper)."""
+"""The recursion of GPTQ, in blocks of columns with lazy updates (algorithm 1 of the paper).
+
+All tensors have a leading axis: the layers that are solved side by side, such as experts.
+"""
 
 from __future__ import annotations
 
@@ -18,78 +21,124 @@ Rounder: TypeAlias = Callable[
 
 #: The largest damping; it is raised tenfold until the matrix can be factored.
 _MOST_DAMP = 10.0
-#: Rows of a matrix that are factored at a time.
-_PANEL = 1024
+#: Rows of a matrix that are factored at a time: of one matrix, and of several side by side, for
+#: which a GPU has a kernel that is fast on small matrices.
+_PANEL, _PANEL_OF_SEVERAL = 1024, 128
 
 
-def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> tuple[Tensor, float]:
-    """Upper ``U: [in, in]`` with ``UᵀU = (G + damp * mean(diag G) I)⁻¹``, and the damping used.
+def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> tuple[Tensor, list[float]]:
+    """Upper ``U: [n, in, in]``, ``UᵀU = (G + damp * mean(diag G) I)⁻¹``, and the dampings used.
 
-    ``G`` is ``gram: [in, in]`` with its columns in ``order``. The Cholesky factorisation goes from
-    the last row to the first, and is followed by a triangular inverse, both in the memory of one
-    matrix; the inverse of ``G`` is never formed. Columns that are zero in all tokens get the mean
-    as their diagonal, so they are rounded to nearest. Raises QplugError if the matrix cannot be
-    factored with any damping.
+    ``G`` is ``gram: [n, in, in]`` with its columns in ``order: [n, in]``. The Cholesky
+    factorisation goes from the last row to the first, and is followed by a triangular inverse, both
+    in the memory of one matrix; the inverse of ``G`` is never formed. Columns that are zero in all
+    tokens get the mean as their diagonal, so they are rounded to nearest. Raises QplugError if a
+    matrix cannot be factored with any damping.
     """
-    diagonal = gram.diagonal()[order]
+    diagonal = gram.diagonal(dim1=1, dim2=2).gather(1, order)
     if not torch.isfinite(diagonal).all():  # the largest entries are on the diagonal
         raise QplugError("the inputs of this layer are not finite")
-    mean = diagonal.mean() if diagonal.any() else torch.ones((), device=gram.device)
-    while damp <= _MOST_DAMP:
-        factor = torch.empty_like(gram)
-        for part, rows in zip(factor.split(_PANEL), order.split(_PANEL), strict=True):
-            torch.index_select(gram[rows], 1, order, out=part)
-        factor.diagonal().add_(damp * mean)
-        factor.diagonal()[diagonal == 0] = mean
-        if _factor(factor):
+    mean = diagonal.mean(1)
+    mean = torch.where(diagonal.any(1), mean, 1.0)
+    dampings = [damp] * len(gram)
+    factors = _damped(gram, order, diagonal, mean, damp)
+    failed = _factor(factors)
+    _invert(factors)
+    for number in failed:
+        factors[number], dampings[number] = _with_more_damp(
+            gram[number], order[number], diagonal[number], mean[number], damp
+        )
+    return factors, dampings
+
+
+def _with_more_damp(
+    gram: Tensor, order: Tensor, diagonal: Tensor, mean: Tensor, damp: float
+) -> tuple[Tensor, float]:
+    """The factor of one matrix that could not be factored with ``damp``, and the damping used."""
+    while (damp := max(damp * 10, 1e-4)) <= _MOST_DAMP:
+        factor = _damped(gram[None], order[None], diagonal[None], mean[None], damp)
+        if not _factor(factor):
             _invert(factor)
-            return factor, damp
-        damp = max(damp * 10, 1e-4)
+            return factor[0], damp
     raise QplugError("the statistics of this layer cannot be factored: too few calibration tokens")
 
 
-def _factor(matrix: Tensor) -> bool:
-    """Replace ``matrix`` by upper ``R``, ``R Rᵀ = matrix``; False if not positive definite."""
-    for start in reversed(range(0, len(matrix), _PANEL)):
-        panel = slice(start, start + _PANEL)
-        corner, above = matrix[panel, panel], matrix[:start, panel]
+def _damped(gram: Tensor, order: Tensor, diagonal: Tensor, mean: Tensor, damp: float) -> Tensor:
+    """``gram: [n, in, in]`` in ``order: [n, in]``, with ``damp`` times ``mean: [n]`` added."""
+    matrix = torch.empty_like(gram)
+    for out, whole, columns in zip(matrix, gram, order, strict=True):
+        for part, rows in zip(out.split(_PANEL), columns.split(_PANEL), strict=True):
+            torch.index_select(whole[rows], 1, columns, out=part)
+    own = matrix.diagonal(dim1=1, dim2=2)
+    own.add_(damp * mean[:, None])
+    own.copy_(torch.where(diagonal == 0, mean[:, None], own))
+    return matrix
+
+
+def _panel(matrices: Tensor) -> int:
+    return _PANEL if len(matrices) == 1 else _PANEL_OF_SEVERAL
+
+
+def _factor(matrices: Tensor) -> list[int]:
+    """Replace each of ``matrices: [n, in, in]`` by upper ``R``, ``R Rᵀ = matrix``.
+
+    Returns the numbers of those that are not positive definite, whose factors are of no use.
+    """
+    width, size = matrices.shape[1], _panel(matrices)
+    failed = torch.zeros(len(matrices), dtype=torch.int32, device=matrices.device)
+    for start in reversed(range(0, width, size)):
+        panel = slice(start, start + size)
+        corner, above = matrices[:, panel, panel], matrices[:, :start, panel]
         with one_thread():  # the same bytes with any number; a panel takes little time
-            lower, failed = torch.linalg.cholesky_ex(corner.flip(0, 1))
-        if failed:
-            return False
-        corner.copy_(lower.flip(0, 1))
+            lower, info = torch.linalg.cholesky_ex(corner.flip(1, 2))
+        failed |= info != 0
+        corner.copy_(lower.flip(1, 2))
         if start:
-            above.copy_(torch.linalg.solve_triangular(corner.T, above, upper=False, left=False))
-            matrix[panel, :start] = 0
+            above.copy_(torch.linalg.solve_triangular(corner.mT, above, upper=False, left=False))
+            matrices[:, panel, :start] = 0
         for row in range(0, start, _PANEL):  # only the upper half is used
-            rows = slice(row, row + _PANEL)
-            matrix[rows, row:start].addmm_(above[rows], above[row:].T, alpha=-1)
-    return True
+            rows = slice(row, min(row + _PANEL, start))
+            _subtract(matrices[:, rows, row:start], above[:, rows], above[:, row:].mT)
+    return failed.nonzero().flatten().tolist()
 
 
 def _invert(upper: Tensor) -> None:
-    """Replace a matrix that is zero below its diagonal by its inverse."""
-    for start in range(0, len(upper), _PANEL):
-        panel = slice(start, start + _PANEL)
-        corner, above = upper[panel, panel], upper[:start, panel]
-        eye = torch.eye(len(corner), device=upper.device)
+    """Replace matrices ``[n, in, in]`` that are zero below their diagonals by their inverses."""
+    width, size = upper.shape[1], _panel(upper)
+    for start in range(0, width, size):
+        panel = slice(start, start + size)
+        corner, above = upper[:, panel, panel], upper[:, :start, panel]
+        eye = torch.eye(corner.shape[1], device=upper.device).expand(corner.shape)
         corner.copy_(torch.linalg.solve_triangular(corner, eye, upper=True))
         right = above @ corner
         for row in range(0, start, _PANEL):
-            rows = slice(row, row + _PANEL)
-            above[rows] = -(upper[rows, row:start] @ right[row:])
+            rows = slice(row, min(row + _PANEL, start))
+            above[:, rows] = -(upper[:, rows, row:start] @ right[:, row:])
+
+
+def _subtract(result: Tensor, left: Tensor, right: Tensor) -> None:
+    """``result -= left @ right`` for each of ``n`` matrices.
+
+    A CPU computes one after the other: its products of several matrices are slower.
+    """
+    if result.is_cuda:
+        result.baddbmm_(left, right, alpha=-1)
+        return
+    for own, first, second in zip(result, left, right, strict=True):
+        own.addmm_(first, second, alpha=-1)
 
 
 def corrected(weight: Tensor, drift: Tensor, factor: Tensor, order: Tensor, part: float) -> Tensor:
-    """The weight that corrects ``part`` of the drift of its inputs (GPTAQ, arXiv 2504.02692).
+    """The weights that correct ``part`` of the drift of their inputs (GPTAQ, arXiv 2504.02692).
 
     ``W + part * W driftᵀ (G + damp I)⁻¹``: for ``part`` 1 its outputs on inputs ``x`` are as close,
-    in least squares, to the outputs of ``weight: [out, in]`` on the float model's ``y`` as
-    possible. ``factor``: from ``inverse_factor``, for columns in ``order``. ``drift: [in, in]``:
-    the sum of ``xᵀ(y - x)``.
+    in least squares, to the outputs of ``weight: [n, out, in]`` on the float model's ``y`` as
+    possible. ``factor``: from ``inverse_factor``, for columns in ``order: [n, in]``. ``drift: [n,
+    in, in]``: the sum of ``xᵀ(y - x)``.
     """
-    pull = (weight @ drift.T)[:, order] @ factor.T @ factor
-    return weight.index_add(1, order, pull, alpha=part)
+    moved = (weight @ drift.mT).gather(2, order[:, None].expand(weight.shape))
+    pull = moved @ factor.mT @ factor
+    return weight.scatter_add(2, order[:, None].expand(weight.shape), part * pull)
 
 
 def solve(
@@ -101,24 +150,30 @@ def solve(
     order: Tensor,
     block_size: int,
 ) -> Tensor:
-    """Codes ``[out, in]`` of ``weight: [out, in]`` under given scales (static groups).
+    """Codes ``[n, out, in]`` of ``weight: [n, out, in]`` under given scales (static groups).
 
-    ``factor``: from ``inverse_factor``, for columns in ``order``. Codes are in the order of the
-    weight.
+    ``scale`` and ``zero``: ``[n, *args.scale_shape]``. ``factor``: from ``inverse_factor``, for
+    columns in ``order: [n, in]``. Codes are in the order of the weight.
     """
-    work = weight.T[order]  # [in, out]: columns are contiguous
+    count, rows, width = weight.shape
+    # [n, in, out]: columns are contiguous
+    work = weight.mT.gather(1, order[:, :, None].expand(count, width, rows))
     codes = torch.empty(work.shape, dtype=code_dtype(args), device=work.device)
+    # torch scatters no fp8, but its bytes.
+    stored = codes.view(torch.uint8) if codes.element_size() == 1 else codes
     round_columns = _rounder(work, args, block_size)
-    for start in range(0, len(work), block_size):
-        stop = min(start + block_size, len(work))
-        columns = order[start:stop]
-        scales, zeros = column_scales(scale, zero, args, columns, work.shape[1])
+    for start in range(0, width, block_size):
+        stop = min(start + block_size, width)
+        columns = order[:, start:stop]
+        scales, zeros = column_scales(scale, zero, args, columns, rows)
         rounded, errors = round_columns(
-            work[start:stop], scales, zeros, factor[start:stop, start:stop], args
+            work[:, start:stop], scales, zeros, factor[:, start:stop, start:stop], args
         )
-        codes[columns] = rounded.to(codes.dtype)
-        work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return codes.T.contiguous()
+        places = columns[:, :, None].expand(rounded.shape)
+        stored.scatter_(1, places, rounded.to(codes.dtype).view(stored.dtype))
+        if stop < width:
+            _subtract(work[:, stop:], factor[:, start:stop, stop:].mT, errors)
+    return codes.mT.contiguous()
 
 
 def _rounder(work: Tensor, args: QuantArgs, block_size: int) -> Rounder:
@@ -135,15 +190,16 @@ def _rounder(work: Tensor, args: QuantArgs, block_size: int) -> Rounder:
 def round_columns(
     work: Tensor, scales: Tensor, zeros: Tensor | None, factor: Tensor, args: QuantArgs
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scaled errors, ``[columns, out]``, of a block of columns, rounded in order.
+    """Codes and scaled errors, ``[n, columns, out]``, of a block of columns, rounded in order.
 
-    Overwrites ``work: [columns, out]``. ``scales`` and ``zeros``: ``[columns, out]``. ``factor:
-    [columns, columns]``, upper. Each column's error is pushed onto the later columns of the block.
+    Overwrites ``work: [n, columns, out]``. ``scales`` and ``zeros``: ``[n, columns, out]``.
+    ``factor: [n, columns, columns]``, upper. Each column's error is pushed onto the later columns
+    of the block.
     """
     codes, errors = torch.empty_like(work), torch.empty_like(work)
-    for column in range(len(work)):
-        zero = None if zeros is None else zeros[column]
-        codes[column], value = round_codes(work[column], scales[column], zero, args)
-        errors[column] = (work[column] - value) / factor[column, column]
-        work[column + 1 :] -= factor[column, column + 1 :, None] * errors[column]
+    for column in range(work.shape[1]):
+        zero = None if zeros is None else zeros[:, column]
+        codes[:, column], value = round_codes(work[:, column], scales[:, column], zero, args)
+        errors[:, column] = (work[:, column] - value) / factor[:, column, column, None]
+        work[:, column + 1 :] -= factor[:, column, column + 1 :, None] * errors[:, None, column]
     return codes, errors

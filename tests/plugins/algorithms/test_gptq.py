@@ -521,7 +521,7 @@ def test_factors_do_not_depend_on_the_number_of_threads() -> None:
     try:
         for count in (1, 2, 4):
             torch.set_num_threads(count)
-            factors.append(solver.inverse_factor(x.T @ x, torch.arange(384), 0.05)[0])
+            factors.append(solver.inverse_factor((x.T @ x)[None], torch.arange(384)[None], 0.05)[0])
     finally:
         torch.set_num_threads(threads)
     assert all(factor.equal(factors[0]) for factor in factors)
