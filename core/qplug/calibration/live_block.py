@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +15,7 @@ from qplug.calibration.statistics import Statistics
 from qplug.checkpoint.names import relative_name
 from qplug.machine.processes import ALONE, Processes
 from qplug.model.input_groups import GroupPaths, Producer, divide
+from qplug.numerics.alike import as_one, copied, of_one_shape
 from qplug.numerics.scales import clip_to_scale
 
 #: Gathers statistics again. Arguments: the block's current parameters; the float block's; the
@@ -44,10 +44,15 @@ class LiveBlock(Block):
         stored: Mapping[str, str],
         observe_again: Observe,
         processes: Processes = ALONE,
+        *,
+        alike: Sequence[Sequence[str]] = (),
     ) -> None:
-        """``stored``: the dtype in which the checkpoint holds each of ``weights``."""
+        """``stored``: the dtype in which the checkpoint holds each of ``weights``.
+
+        ``alike``: names of parameters that are kept together in memory, those of experts.
+        """
         self._processes = processes
-        self.weights32 = _float_copies(weights, structure)
+        self.weights32 = copied(weights, torch.float32, alike)
         self._dtypes: dict[str, torch.dtype] = {n: getattr(torch, d) for n, d in stored.items()}
         self._observe_again = observe_again
         self._codes_in_use: dict[str, QuantizedWeight] = {}
@@ -94,7 +99,7 @@ class LiveBlock(Block):
         return (total / torch.bincount(rows, minlength=count).clamp_(min=1))[rows]
 
     def smooth(self, group: InputGroup, scale: Tensor) -> None:
-        if not (torch.isfinite(scale).all() and (scale > 0).all()):
+        if not (torch.isfinite(scale) & (scale > 0)).all():
             raise ValueError("a scale must be positive and finite")
         producer = self._producer(group)
         scale = self._divide(producer, self.shared(group, scale))
@@ -204,7 +209,16 @@ class LiveBlock(Block):
         ``codes`` are dequantized to ``dtype``; ``floats`` (by full name) stay as they are. Static
         scales of inputs are added as ``input_scale`` of their linears.
         """
-        values = {f"{name}.weight": dequantize(weight).to(dtype) for name, weight in codes.items()}
+        values: dict[str, Tensor] = {}
+        names = [*codes]
+        for places in of_one_shape([codes[name].codes for name in names]):
+            run = [names[place] for place in places]
+            joined = as_one([codes[name] for name in run])
+            if joined is None:
+                found = [dequantize(codes[name]).to(dtype) for name in run]
+            else:
+                found = [*dequantize(joined).to(dtype).chunk(len(run))]
+            values.update({f"{name}.weight": w for name, w in zip(run, found, strict=True)})
         for name, weight in codes.items():
             if weight.input_scale is not None:
                 values[f"{name}.input_scale"] = weight.input_scale
@@ -260,29 +274,6 @@ class LiveBlock(Block):
     def _round(self, local: str) -> None:
         """Rounds a parameter to values that the checkpoint's dtype can hold."""
         self.weights32[local].copy_(self.weights32[local].to(self._dtypes[local]))
-
-
-def _float_copies(
-    weights: Mapping[str, Tensor], structure: Sequence[GroupPaths]
-) -> dict[str, Tensor]:
-    """Float32 copies of ``weights``; those of the experts of a layer follow one another in memory.
-
-    So ``qplug.numerics.together`` copies none of them.
-    """
-    copies = {}
-    of_experts = [[*zip(*paths.by_expert, strict=True)] for paths in structure]
-    for layer, same in groupby(structure, lambda paths: paths.experts):
-        if layer is not None:
-            of_experts.append([tuple(paths.linears[0] for paths in same)])
-    for alike in (linears for of_layer in of_experts for linears in of_layer):
-        names = [f"{linear}.weight" for linear in alike]
-        first = weights[names[0]]
-        whole = torch.empty(len(names), *first.shape, device=first.device)
-        for name, copy in zip(names, whole, strict=True):
-            copies[name] = copy.copy_(weights[name])
-    return {
-        n: copies[n] if n in copies else w.to(torch.float32, copy=True) for n, w in weights.items()
-    }
 
 
 def _group(

@@ -127,6 +127,8 @@ class Observation:
         for path in self.statistics:
             if (expert := expert_of(block, path)) is not None:
                 self._of_experts.setdefault(expert[0], {}).setdefault(expert[1], []).append(path)
+        #: The paths at which whole tensors are read.
+        self._whole = [path for path in self.statistics if expert_of(block, path) is None]
         self._layers = experts_in(block)
         self._given: dict[str, list[Passed]] = {path: [] for path in self._of_experts}
         self._float_given: dict[str, list[Passed]] = {path: [] for path in self._of_experts}
@@ -242,11 +244,6 @@ class Observation:
     def share(self, processes: Processes) -> None:
         """Merges the statistics of all ``processes``; afterwards each process has the same."""
         share_statistics(list(self.statistics.values()), processes)
-
-    @property
-    def _whole(self) -> list[str]:
-        """The paths at which whole tensors are read."""
-        return [path for path in self.statistics if expert_of(self._block, path) is None]
 
     @contextmanager
     def _seeing(

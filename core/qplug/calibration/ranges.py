@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
+from torch import Tensor
 
 from qplug.api import Block, Linear, QuantizedWeight
+from qplug.numerics.alike import as_one, of_one_shape, together
 from qplug.numerics.scales import minmax_scale
 
 #: The least ratio of each count of ``clip_counts``: 0 to 0.55, 0.55 to 0.6 and so on. The last
@@ -71,19 +73,28 @@ def clip_counts(
     if not linears:
         return {}
     edges = torch.tensor(CLIP_BINS[1:], device=linears[0].weight.device)
-    found = []
-    for linear in linears:
-        quantized = codes[linear.name]
-        covering, _ = minmax_scale(linear.weight, linear.args, quantized.global_scale)
-        ratios = quantized.scale / covering
-        bins = torch.bucketize(ratios.flatten(), edges, right=True)
-        found.append(torch.bincount(bins, minlength=len(CLIP_BINS)))
-    counts: list[list[int]] = torch.stack(found).tolist()
-    return {
-        linear.name: tuple(own)
-        for linear, own in zip(linears, counts, strict=True)
-        if any(own[:-1])
-    }
+    names, found = [], []
+    for alike in of_one_shape([linear.weight for linear in linears]):
+        run = [linears[place] for place in alike]
+        names += [linear.name for linear in run]
+        joined = as_one([codes[linear.name] for linear in run])
+        if joined is None or joined.args.strategy == "tensor" or joined.args.two_level:
+            found += [_counts(linear.weight, codes[linear.name], 1, edges) for linear in run]
+        else:
+            weight = together([linear.weight for linear in run]).flatten(0, 1)
+            found.append(_counts(weight, joined, len(run), edges))
+    counts: list[list[int]] = torch.cat(found).tolist()
+    by_name = {name: tuple(own) for name, own in zip(names, counts, strict=True) if any(own[:-1])}
+    return {linear.name: by_name[linear.name] for linear in linears if linear.name in by_name}
+
+
+def _counts(weight: Tensor, quantized: QuantizedWeight, count: int, edges: Tensor) -> Tensor:
+    """The counts of ``count`` weights that lie one below the other, int64 ``[count, bins]``."""
+    covering, _ = minmax_scale(weight, quantized.args, quantized.global_scale)
+    bins = torch.bucketize((quantized.scale / covering).view(count, -1), edges, right=True)
+    width = len(edges) + 1
+    bins += width * torch.arange(count, device=bins.device)[:, None]
+    return torch.bincount(bins.flatten(), minlength=count * width).view(count, width)
 
 
 def four_digits(number: float) -> float:

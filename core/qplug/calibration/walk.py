@@ -33,9 +33,11 @@ from qplug.checkpoint.names import within
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.block_call import BlockCall, Output, hidden_states
+from qplug.model.experts import alike_in
 from qplug.model.input_groups import GroupPaths
 from qplug.model.kv_cache import KVCache
 from qplug.model.parameters import refuse_infinite
+from qplug.numerics.alike import copied
 
 
 class Walk:
@@ -150,7 +152,8 @@ class Walk:
         Raises QplugError if a weight is not finite.
         """
         on_cpu = self._reader.read(name)
-        weights = {n: w.to(self._device, non_blocking=True) for n, w in on_cpu.items()}
+        alike = alike_in(self._blocks.modules[name])
+        weights = copied(on_cpu, None, alike if self._device.type == "cuda" else (), self._device)
         del on_cpu
         refuse_infinite({f"{name}.{n}": w for n, w in weights.items()}, self._view.dtype)
         self._probe.expect(name)
@@ -170,6 +173,7 @@ class Walk:
             {local: self._source.tensors[f"{name}.{local}"].spec.dtype for local in weights},
             partial(self._observe_again, name, structure),
             self._processes,
+            alike=alike,
         )
         if self._targets is not None:
             stream = self._stream

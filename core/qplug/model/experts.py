@@ -231,6 +231,16 @@ def expert_of(block: nn.Module, path: str) -> tuple[str, int] | None:
     return (parent, int(number)) if is_expert else None
 
 
+def alike_in(block: nn.Module) -> list[list[str]]:
+    """The names of parameters of ``block`` that the experts of a layer have, one list for each."""
+    return [
+        [f"{path}.{number}.{name}.{local}" for number in range(len(layer))]
+        for path, layer in experts_in(block).items()
+        for name in layer.linears
+        for local in ("weight", "bias")
+    ]
+
+
 def with_experts_together(block: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``parameters`` of ``block`` with the weights of the experts of a layer in one tensor each.
 

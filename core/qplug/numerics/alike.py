@@ -5,12 +5,13 @@ A GPU takes as long for one of many small matrices as for a dozen of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from qplug.api import InputGroup
+from qplug.api import InputGroup, QuantizedWeight
+from qplug.api.groups import row_scales, row_step
 
 #: Values of a Gram matrix, and of weights, in matrices that are worked on at a time.
 _ROOM = {"cuda": 1 << 26}
@@ -48,6 +49,82 @@ def _likeness(group: InputGroup) -> tuple[object, ...]:
         for linear in group.linears
     )
     return (group.width, group.tokens > 0, group.drift is None, len(group.by_expert), *linears)
+
+
+def of_one_shape(weights: Sequence[Tensor]) -> list[list[int]]:
+    """The places of ``weights`` of one shape and dtype, in lists.
+
+    As in ``side_by_side``, a list has as many as a GPU computes at a time.
+    """
+    places: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for place, weight in enumerate(weights):
+        places.setdefault((weight.shape, weight.dtype), []).append(place)
+    found = []
+    for alike in places.values():
+        first = weights[alike[0]]
+        size = max(1, _ROOM.get(first.device.type, 0) // max(1, first.numel()))
+        found += [alike[start : start + size] for start in range(0, len(alike), size)]
+    return found
+
+
+def as_one(weights: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
+    """``weights`` of one shape, one below the other: codes ``[n * out, in]``.
+
+    Each row has scales of its own. None if the weights have different grids, or scales that rows of
+    two weights would share.
+    """
+    first = weights[0]
+    args, rows = first.args, first.codes.shape[0]
+    alike = all(w.args == args and (w.zero is None) == (first.zero is None) for w in weights)
+    if not alike or rows % row_step(args):
+        return None
+    shape = row_scales(first.codes, args)
+    zeros = [weight.zero.expand(shape) for weight in weights if weight.zero is not None]
+    return QuantizedWeight(
+        together([weight.codes for weight in weights]).flatten(0, 1),
+        together([weight.scale.expand(shape) for weight in weights]).flatten(0, 1),
+        together(zeros).flatten(0, 1) if zeros else None,
+        args,
+    )
+
+
+def copied(
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    alike: Sequence[Sequence[str]],
+    device: torch.device | None = None,
+) -> dict[str, Tensor]:
+    """Copies of ``tensors`` in ``dtype`` on ``device``, by default their own.
+
+    Those of the names in a list of ``alike`` follow one another in memory, if all are there, of one
+    shape and dtype; then ``together`` copies none of them. Others that are right stay uncopied if
+    ``dtype`` is None.
+    """
+    copies: dict[str, Tensor] = {}
+    for names in alike:
+        own = [tensors[name] for name in names if name in tensors]
+        if len(own) < len(names) or len({(one.shape, one.dtype, one.device) for one in own}) > 1:
+            continue
+        whole = torch.empty(
+            len(own), *own[0].shape, dtype=dtype or own[0].dtype, device=device or own[0].device
+        )
+        if whole.device == own[0].device:
+            whole.copy_(together(own))
+        else:
+            for part, tensor in zip(whole, own, strict=True):
+                part.copy_(tensor, non_blocking=True)
+        copies.update(zip(names, whole, strict=True))
+    return {
+        name: copies[name]
+        if name in copies
+        else tensor.to(
+            device or tensor.device,
+            dtype or tensor.dtype,
+            non_blocking=True,
+            copy=dtype is not None,
+        )
+        for name, tensor in tensors.items()
+    }
 
 
 def together(tensors: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from qplug.api.groups import (
     row_step,
     spread_scales,
 )
+from qplug.numerics.alike import as_one, of_one_shape, together
 from qplug.numerics.chunks import GPU_CHUNK, in_chunks
 
 #: Magnitudes of weights beyond which squares overflow, or underflow, in float32.
@@ -56,33 +57,52 @@ def relative_errors(pairs: Sequence[tuple[Tensor, QuantizedWeight]]) -> list[flo
     """The ``relative_error`` of each pair; a GPU is waited for once."""
     if not pairs:
         return []
-    squares = torch.stack([_squares(weight, quantized) for weight, quantized in pairs])
-    found = []
-    for (error, norm), (weight, _) in zip(squares.tolist(), pairs, strict=True):
-        if norm < TOO_SMALL**2 * weight.numel() and weight.any():
-            found.append(math.nan)
+    places, found = [], []
+    for alike in of_one_shape([weight for weight, _ in pairs]):
+        run = [pairs[place] for place in alike]
+        places += alike
+        joined = as_one([quantized for _, quantized in run])
+        if joined is None:
+            found += [_squares(weight, quantized, 1) for weight, quantized in run]
         else:
-            found.append((error / norm) ** 0.5 if norm else float(error > 0))
-    return found
+            weight = together([weight for weight, _ in run]).flatten(0, 1)
+            found.append(_squares(weight, joined, len(run)))
+    errors = [0.0] * len(pairs)
+    for place, (error, norm) in zip(places, torch.cat(found).tolist(), strict=True):
+        weight = pairs[place][0]
+        if norm < TOO_SMALL**2 * weight.numel() and weight.any():
+            errors[place] = math.nan
+        else:
+            errors[place] = (error / norm) ** 0.5 if norm else float(error > 0)
+    return errors
 
 
-def _squares(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
-    """``||W' - W||²`` and ``||W||²``, float64 ``[2]``."""
+def _squares(weight: Tensor, quantized: QuantizedWeight, count: int) -> Tensor:
+    """``||W' - W||²`` and ``||W||²`` of ``count`` weights, float64 ``[count, 2]``.
+
+    ``weight: [count * out, in]`` and ``quantized`` have one weight below the other.
+    """
     args, step = quantized.args, row_step(quantized.args)
     scale = quantized.scale.expand(row_scales(weight, args))
     zero = None if quantized.zero is None else quantized.zero.expand(scale.shape)
-    squares = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    errors, norms = [], []  # of each row
     for rows, groups in in_chunks(weight, args):
         codes = quantized.codes[rows.start * step : rows.stop * step]
         part = in_groups(codes.float(), args)
         if zero is not None:
             part -= spread_scales(zero[rows])
         part *= spread_scales(scale[rows])
-        squares[1] += groups.square().sum(dtype=torch.float64)
+        norms.append(_row_squares(out_of_groups(groups, codes.shape[1], codes.shape[0])))
         # Cut to the weight's shape: the padding of ragged blocks is no error.
         difference = out_of_groups(part.sub_(groups), codes.shape[1], codes.shape[0])
-        squares[0] += difference.square_().sum(dtype=torch.float64)
-    return squares
+        errors.append(_row_squares(difference))
+    sums = [torch.cat(each).view(count, -1).sum(1) for each in (errors, norms)]
+    return torch.stack(sums, 1)
+
+
+def _row_squares(rows: Tensor) -> Tensor:
+    """The sum of squares of each row, float64."""
+    return rows.square().sum(1, dtype=torch.float64)
 
 
 def relative_output_error(weight: Tensor, quantized: QuantizedWeight, gram: Tensor) -> float:
@@ -98,9 +118,11 @@ def relative_output_errors(
     ``weight: [n, out, in]``, ``gram: [n, in, in]``.
     """
     norms = output_errors(weight.float(), gram)
-    difference = torch.empty(weight.shape, device=weight.device)
-    for out, own, codes in zip(difference, weight, quantized, strict=True):
-        torch.sub(dequantize(codes), own, out=out)
+    joined = as_one(quantized)
+    if joined is not None:
+        difference = dequantize(joined).view(weight.shape).sub_(weight)
+    else:
+        difference = torch.stack([dequantize(each) for each in quantized]).sub_(weight)
     errors = output_errors(difference, gram)
     pairs = zip(errors.tolist(), norms.tolist(), strict=True)
     return [(max(error, 0.0) / norm) ** 0.5 if norm > 0 else 0.0 for error, norm in pairs]

@@ -196,10 +196,34 @@ class Stages:
         rewritten: tuple[str, ...],
         inputs: Mapping[str, InputRange],
     ) -> Report:
+        errors = self._errors(block, codes)
+        losses = self._losses(block, codes)
+        after = input_ranges(block)
+        clips = clip_counts([linear for linear in block.linears if linear.name in losses], codes)
+        return Report(
+            errors,
+            losses,
+            rewritten,
+            tuple(block.notes),
+            inputs={name: (before, after[name]) for name, before in inputs.items()},
+            clips=clips,
+            experts=_tokens_of_experts(block),
+        )
+
+    def _errors(self, block: Block, codes: Mapping[str, QuantizedWeight]) -> dict[str, float]:
+        """Returns the error of each weight, relative to its norm, by linear."""
         coded = [linear for linear in block.linears if linear.name in codes]
         pairs = [(block.original(linear), codes[linear.name]) for linear in coded]
-        names = [linear.name for linear in coded]
-        errors = dict(zip(names, map(four_digits, relative_errors(pairs)), strict=True))
+        found = relative_errors(pairs)
+        errors = {
+            linear.name: four_digits(error) for linear, error in zip(coded, found, strict=True)
+        }
+        with blaming_weights(block.linears):
+            refuse_not_finite(errors, "the error of its weight")
+        return errors
+
+    def _losses(self, block: Block, codes: Mapping[str, QuantizedWeight]) -> dict[str, float]:
+        """Returns the error of each output over all tokens, relative to its norm, by linear."""
         parts = [part for whole in block.groups for part in whole.by_tokens if part.tokens]
         read = [
             (alike, linears)
@@ -215,8 +239,6 @@ class Stages:
             gram = together([group.gram for group in groups])
             return [four_digits(loss) for loss in relative_output_errors(weight, quantized, gram)]
 
-        with blaming_weights(block.linears):
-            refuse_not_finite(errors, "the error of its weight")
         in_order = block.spread(read, losses_of, cost=lambda pair: _products(*pair))
         losses = {
             linear.name: loss
@@ -224,17 +246,7 @@ class Stages:
             for linear, loss in zip(linears, found, strict=True)
         }
         refuse_not_finite(losses, "the error of its output")
-        after = input_ranges(block)
-        clips = clip_counts([linear for _, linears in read for linear in linears], codes)
-        return Report(
-            errors,
-            losses,
-            rewritten,
-            tuple(block.notes),
-            inputs={name: (before, after[name]) for name, before in inputs.items()},
-            clips=clips,
-            experts=_tokens_of_experts(block),
-        )
+        return losses
 
     def pack(
         self, codes: Mapping[str, QuantizedWeight], step: Step, dtype: str
@@ -246,14 +258,14 @@ class Stages:
         packed: dict[str, Tensor] = {}
         copied = {*step.others}
         planned = by_module(name for name in step.outputs if name not in copied)
-        for name, weight in codes.items():
-            with self._clock("pack"), self._naming_in_errors(self.exporter, name):
-                tensors = self._packed(weight, step.linears[name], dtype)
-                packed.update({f"{name}.{local}": tensor for local, tensor in tensors.items()})
-                for local in planned.get(name, ()):
-                    _check(f"{name}.{local}", packed, step)
-        if any(weight.codes.is_cuda for weight in codes.values()):
-            with self._clock("pack"):
+        with self._clock("pack"):
+            for name, weight in codes.items():
+                with self._naming_in_errors(self.exporter, name):
+                    tensors = self._packed(weight, step.linears[name], dtype)
+                    packed.update({f"{name}.{local}": tensor for local, tensor in tensors.items()})
+                    for local in planned.get(name, ()):
+                        _check(f"{name}.{local}", packed, step)
+            if any(weight.codes.is_cuda for weight in codes.values()):
                 torch.cuda.synchronize()  # the copies of all tensors are waited for once
         return packed
 

@@ -76,10 +76,12 @@ class AWQ(Algorithm[Params]):
         found = block.spread(trials, losses, cost=lambda trial: _products(trial[0]))
         for number, unit in enumerate(units):
             own = found[number * len(ratios) : (number + 1) * len(ratios)]
-            scales = [self._candidates(block, unit, ratio, weights[id(unit)]) for ratio in ratios]
-            for place, group in enumerate(unit):
-                of_group = [by_group[place] for by_group in own]
-                block.smooth(group, scales[of_group.index(min(of_group))][place])
+            best = [column.index(min(column)) for column in zip(*own, strict=True)]
+            for place in sorted({*best}):
+                scales = self._candidates(block, unit, ratios[place], weights[id(unit)])
+                for group, scale, chosen in zip(unit, scales, best, strict=True):
+                    if chosen == place:
+                        block.smooth(group, scale)
 
     def _clip_all(self, block: Block) -> None:
         params = self.params
