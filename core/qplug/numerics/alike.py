@@ -1,6 +1,6 @@
 """Layers that are alike, such as the experts of a layer, computed side by side.
 
-A GPU takes as long for one of many small matrices as for a dozen of them.
+A step on one small matrix takes as long as a step on a dozen of them.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 from qplug.api import InputGroup, QuantizedWeight
 from qplug.api.groups import row_scales, row_step
 
-#: Values of a Gram matrix, and of weights, in matrices that are worked on at a time.
-_ROOM = {"cuda": 1 << 26}
+#: Values of the largest matrix of each layer, in layers that are worked on at a time. Those of a CPU
+#: stay in the cache of a core.
+_ROOM = {"cuda": 1 << 26, "cpu": 1 << 20}
 
 
 def side_by_side(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
     """``groups``, in order, with neighbours that are alike in one list.
 
-    A list has as many as a GPU computes at a time; on a CPU each group is alone. Groups are alike
-    if their linears have the same shapes and grids, in order, and if all of them or none have
-    scales, and tokens.
+    A list has as many as are worked on at a time. Groups are alike if their linears have the same
+    shapes and grids, in order, and if all of them or none have scales, and tokens.
     """
     found: list[list[InputGroup]] = []
     for group in groups:
@@ -54,7 +54,7 @@ def _likeness(group: InputGroup) -> tuple[object, ...]:
 def of_one_shape(weights: Sequence[Tensor]) -> list[list[int]]:
     """The places of ``weights`` of one shape and dtype, in lists.
 
-    As in ``side_by_side``, a list has as many as a GPU computes at a time.
+    A list has half as many as in ``side_by_side``: more copies are made of them.
     """
     places: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
     for place, weight in enumerate(weights):
@@ -62,7 +62,7 @@ def of_one_shape(weights: Sequence[Tensor]) -> list[list[int]]:
     found = []
     for alike in places.values():
         first = weights[alike[0]]
-        size = max(1, _ROOM.get(first.device.type, 0) // max(1, first.numel()))
+        size = max(1, _ROOM.get(first.device.type, 0) // 2 // max(1, first.numel()))
         found += [alike[start : start + size] for start in range(0, len(alike), size)]
     return found
 
