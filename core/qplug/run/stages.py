@@ -29,6 +29,7 @@ from qplug.calibration.shared_scales import (
     share_global_scales,
     share_tensor_scales,
 )
+from qplug.checkpoint.into_memory import off_gpu
 from qplug.checkpoint.names import by_module, module_of, split_name
 from qplug.checkpoint.open import INDEX, open_checkpoint
 from qplug.errors import PluginError, QplugError, RelayedError
@@ -248,7 +249,7 @@ class Stages:
 
     def _packed(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
         tensors = self.exporter.format.pack(weight, scheme, dtype)
-        return {local: tensor.cpu() for local, tensor in tensors.items()}
+        return {local: off_gpu(tensor) for local, tensor in tensors.items()}
 
     def convert(self, folder: Path, model: ModelView, schemes: Mapping[str, Scheme]) -> None:
         """Replaces the shards in ``folder`` by the format's own file, if it has one."""
