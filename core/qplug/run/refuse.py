@@ -103,10 +103,11 @@ def servable(
     sentence = exporter.refuses(view, schemes)
     if sentence is not None:
         raise QplugError(f"{exporter.name}: {sentence}")
-    return {
-        name: scheme.with_scale_dtype(exporter.format.scale_dtype(scheme, view.dtype))
-        for name, scheme in schemes.items()
+    stored = {
+        scheme: scheme.with_scale_dtype(exporter.format.scale_dtype(scheme, view.dtype))
+        for scheme in dict.fromkeys(schemes.values())
     }
+    return {name: stored[scheme] for name, scheme in schemes.items()}
 
 
 def stays_float(
