@@ -36,6 +36,7 @@ from qplug.model.block_call import BlockCall, Output, hidden_states
 from qplug.model.input_groups import GroupPaths
 from qplug.model.kv_cache import KVCache
 from qplug.model.parameters import refuse_infinite
+from qplug.model.skeleton import Skeleton
 
 
 class Walk:
@@ -62,14 +63,15 @@ class Walk:
         with_targets: bool = False,
         online: Sequence[str] = (),
         cache: KVCache | None = None,
+        skeleton: Skeleton | None = None,
     ) -> None:
         """Each process of ``session`` takes a part of the ``samples``.
 
         ``all_experts`` shows each expert all tokens of its layer, for statistics alone.
         ``with_drift`` gathers ``InputGroup.drift``; ``with_targets`` gives blocks a
         ``reconstruction``. ``online``: names of linears whose inputs are rotated while the model
-        runs. ``cache``: how keys and values are stored, None if not quantized. Raises QplugError if
-        there are fewer samples than processes.
+        runs. ``cache``: how keys and values are stored, None if not quantized. ``skeleton``: of the
+        source, if it is made already. Raises QplugError if there are fewer samples than processes.
         """
         device, processes = session.device, session.processes
         if len(samples) < processes.count:
@@ -85,8 +87,8 @@ class Walk:
             view,
             schemes,
             device,
+            skeleton or Skeleton(source.folder, trust_remote_code=session.trust_remote_code),
             online=online,
-            trust_remote_code=session.trust_remote_code,
         )
         self._structures = BlockStructures(device)
         self._reader = BlockReader(

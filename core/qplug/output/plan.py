@@ -94,8 +94,8 @@ def make_plan(
             packed = exporter.format.layout(model.linears[name], scheme, model.dtype)
             outputs = {f"{name}.{part}": spec for part, spec in packed.items()}
             step = Step(name, {name: scheme}, (), outputs)
-        block = block_of(tensor, model.blocks) if by_block else None
-        key = first.get(step.name, step.name) if block is None else model.blocks[block]
+        number = block_of(tensor, model.blocks) if by_block else None
+        key = first.get(step.name, step.name) if number is None else model.blocks[number]
         parts.setdefault(key, []).append(step)
     steps = {key: _joined(key, each) for key, each in parts.items()}
     steps = _with_stacks(steps, exporter)

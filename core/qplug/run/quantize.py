@@ -112,9 +112,9 @@ def run(
     if not dry_run:
         session.processes.from_first(lambda: clean_up(out))
     refuse_existing(out, overwrite=overwrite)
-    source = open_source(model, out, exporter, session)
+    source, skeleton = open_source(model, out, exporter, session)
     with clock("opening"):
-        source, view = open_model(recipe, source, session)
+        source, view = open_model(recipe, source, session, skeleton)
         prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
     decision = stages.decide(source, prepared.view)
     schemes, narrow, share = decision.schemes, decision.narrow, decision.share
@@ -191,7 +191,9 @@ def run(
             finished = streamed(steps, done, source_bytes)
         else:
             # The walk is not a local here: a stored traceback would keep its hidden states alive.
-            finished = calibrated(steps, start_walk(steps, schemes, samples, cache), output, done)
+            finished = calibrated(
+                steps, start_walk(steps, schemes, samples, cache, skeleton), output, done
+            )
         for step in finished:
             with clock("writing"):
                 output.write(step.number, step.contents, step.report.to_dict(), step.read)
