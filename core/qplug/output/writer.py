@@ -38,7 +38,7 @@ from qplug.output.unfinished import KeptError, Unfinished, clean_up
 _PIECE = 1 << 22  # bytes of a tensor that are written at once
 _SMALL = 1 << 18  # bytes whose checksum takes less time than it takes to wake a thread
 _PENDING = 2  # steps that may wait for the disk; more steps would only cost memory
-_OPEN_SHARDS = 8  # that are open at once; steps fill them in order
+_OPEN_SHARDS = 8  # that are open at once, more than steps are pending; steps fill them in order
 _CHECKERS = 4  # threads that read what an earlier run wrote
 _TEXTS = ("config.json", "README.md", INDEX, MANIFEST)
 
@@ -120,7 +120,8 @@ class Writer:
         self._files: dict[Path, int] = {}
         self._thread = ThreadPoolExecutor(1, "qplug-writer")
         self._summing = ThreadPoolExecutor(1, "qplug-summing")
-        self._pending: list[Future[None]] = []
+        self._noting = ThreadPoolExecutor(1, "qplug-noting")
+        self._pending: list[Future[Future[None]]] = []
 
     # --- beginning -------------------------------------------------------------------------------
 
@@ -255,7 +256,7 @@ class Writer:
     def _wait(self) -> None:
         """Waits for the oldest pending step. Raises the error for which it was not written."""
         with self._keeping():
-            self._pending.pop(0).result()
+            self._pending.pop(0).result().result()
 
     def _write(
         self,
@@ -263,7 +264,8 @@ class Writer:
         contents: Mapping[str, Content],
         report: dict[str, Any],
         read: Mapping[str, int],
-    ) -> None:
+    ) -> Future[None]:
+        """Writes a step; returns when it will be in the journal."""
         step = self._plan.steps[number]
         files: dict[int, None] = {}
         known = dict(read)
@@ -274,11 +276,27 @@ class Writer:
             if not isinstance(content, Tensor):
                 known[name] = self._crcs[name]
             files[file] = None
+        crcs = tuple(self._crcs[name] for name in step.outputs)
+        # Another thread waits for the disk, while this one writes the next step.
+        return self._noting.submit(self._note, number, [*files], crcs, known, report)
+
+    def _note(
+        self,
+        number: int,
+        files: Sequence[int],
+        crcs: tuple[int, ...],
+        known: Mapping[str, int],
+        report: dict[str, Any],
+    ) -> None:
+        """Enters step ``number`` in the journal, once the disk has what was written to ``files``.
+
+        ``known``: as for ``SourceBytes.of_step``.
+        """
+        step = self._plan.steps[number]
         for file in files:
             # Before the journal entry: after a power cut it must not list bytes that are lost.
             # Now, while the next step is computed; at the end of the run it would have to wait.
             os.fsync(file)
-        crcs = tuple(self._crcs[name] for name in step.outputs)
         entry = Entry(number, crcs, self._source.of_step(number, known), report)
         try:
             self._folder.journal.append(entry.to_dict())
@@ -439,14 +457,19 @@ class Writer:
             ) from error
 
     def _close(self) -> None:
-        """Stops the writing thread, and closes the shards and the journal."""
-        self._thread.shutdown(cancel_futures=True)
-        self._summing.shutdown()
+        """Stops the threads, and closes the shards and the journal."""
+        self._stop()
         for file in self._files.values():
             with suppress(OSError):
                 os.close(file)
         self._files.clear()
         self._folder.journal.close()
+
+    def _stop(self) -> None:
+        """Ends the threads, after what they are doing."""
+        self._thread.shutdown(cancel_futures=True)
+        self._summing.shutdown()
+        self._noting.shutdown()
 
     def __enter__(self) -> Writer:
         return self
@@ -461,7 +484,7 @@ class Writer:
             return
         limit = _limit_reached(error)
         if limit or (isinstance(error, QplugError) and not isinstance(error, KeptError)):
-            self._thread.shutdown(cancel_futures=True)
+            self._stop()
             with suppress(OSError):
                 self._folder.remove()
         self._close()
