@@ -166,7 +166,7 @@ def _member(kind: type, method: ast.FunctionDef) -> str:
         return f"- `{method.name}`"
     decorators = [_code(decorator) for decorator in method.decorator_list]
     returns = _code(method.returns) if method.returns else "None"
-    if "property" in decorators:
+    if not {"property", "cached_property"}.isdisjoint(decorators):
         title = f"{method.name}: {returns}"
     else:
         title = f"{method.name}({_arguments(method, bound='staticmethod' not in decorators)})"

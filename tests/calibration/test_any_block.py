@@ -64,7 +64,7 @@ def walk_of(monkeypatch: pytest.MonkeyPatch) -> WalkOf:
 
     def start(folder: Path, samples: Samples) -> tuple[Walk, ModelView]:
         registry = Registry([])
-        source = with_experts_apart(open_checkpoint(folder), registry, trust_remote_code=False)
+        source = with_experts_apart(open_checkpoint(folder), registry)
         view = model_view(source)
         schemes = {name: INT4 for name in view.linears if name in view.quantizable}
         walk = Walk(

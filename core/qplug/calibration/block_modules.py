@@ -15,12 +15,11 @@ from qplug.calibration.batches import passing_dtype
 from qplug.checkpoint.names import block_of
 from qplug.model.block_call import BlockCall, Output
 from qplug.model.block_list import decoder_blocks
-from qplug.model.disk_names import disk_names
 from qplug.model.experts import with_experts_together
-from qplug.model.hollow import build, load_config
 from qplug.model.on_disk import as_on_disk, modules_of_blocks
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.rounding_hooks import InputRounding, rounding_inputs
+from qplug.model.skeleton import Skeleton
 
 
 class BlockModules:
@@ -38,14 +37,16 @@ class BlockModules:
         view: ModelView,
         schemes: Mapping[str, Scheme],
         device: torch.device,
+        skeleton: Skeleton,
         *,
         online: Sequence[str] = (),
-        trust_remote_code: bool = False,
     ) -> None:
-        """``online``: linears whose inputs are rotated while the model runs."""
-        config = load_config(source.folder, trust_remote_code=trust_remote_code)
-        self.model = build(config, source.folder, trust_remote_code=trust_remote_code).eval()
-        names = disk_names(self.model, source.tensors)
+        """Takes the model of ``skeleton``, which is that of ``source``.
+
+        ``online``: linears whose inputs are rotated while the model runs.
+        """
+        names = skeleton.names(source.tensors)
+        self.model = skeleton.take().eval()
         self.outer = {
             name: on_disk
             for name, on_disk in names.of_parameter.items()

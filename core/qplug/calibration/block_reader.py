@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from qplug.api.tensors import Checkpoint
+from qplug.checkpoint.into_memory import READERS, all_into_memory
 from qplug.machine.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class BlockReader:
-    """Reads the parameters of a block in a thread, while the run works on the block before.
+    """Reads the parameters of a block in threads, while the run works on the block before.
 
     ``parameters``: the relative names of each block's parameters, by block, in order.
     """
@@ -31,7 +32,8 @@ class BlockReader:
         self._pinned = pinned
         self._source, self._parameters, self._clock = source, parameters, clock
         self._following = dict(zip(parameters, [*parameters][1:], strict=False))
-        self._thread = ThreadPoolExecutor(1, "qplug-reader")
+        self._thread = ThreadPoolExecutor(1, "qplug-block-reader")
+        self._readers = ThreadPoolExecutor(READERS, "qplug-reader")
         self._coming: dict[str, Future[dict[str, Tensor]]] = {}
 
     def start(self, block: str) -> None:
@@ -52,10 +54,7 @@ class BlockReader:
         return weights
 
     def _read(self, block: str) -> dict[str, Tensor]:
-        weights = {
-            local: self._source.read(f"{block}.{local}") for local in self._parameters[block]
+        tensors = {
+            local: self._source.tensors[f"{block}.{local}"] for local in self._parameters[block]
         }
-        if not self._pinned:
-            return weights
-        # Rewritten tensors are on the GPU already.
-        return {n: w if w.is_cuda else w.pin_memory() for n, w in weights.items()}
+        return all_into_memory(tensors, self._readers, page_locked=self._pinned)

@@ -37,6 +37,7 @@ from qplug.model.experts import alike_in
 from qplug.model.input_groups import GroupPaths
 from qplug.model.kv_cache import KVCache
 from qplug.model.parameters import refuse_infinite
+from qplug.model.skeleton import Skeleton
 from qplug.numerics.alike import copied
 
 
@@ -64,14 +65,15 @@ class Walk:
         with_targets: bool = False,
         online: Sequence[str] = (),
         cache: KVCache | None = None,
+        skeleton: Skeleton | None = None,
     ) -> None:
         """Each process of ``session`` takes a part of the ``samples``.
 
         ``all_experts`` shows each expert all tokens of its layer, for statistics alone.
         ``with_drift`` gathers ``InputGroup.drift``; ``with_targets`` gives blocks a
         ``reconstruction``. ``online``: names of linears whose inputs are rotated while the model
-        runs. ``cache``: how keys and values are stored, None if not quantized. Raises QplugError if
-        there are fewer samples than processes.
+        runs. ``cache``: how keys and values are stored, None if not quantized. ``skeleton``: of the
+        source, if it is made already. Raises QplugError if there are fewer samples than processes.
         """
         device, processes = session.device, session.processes
         if len(samples) < processes.count:
@@ -87,8 +89,8 @@ class Walk:
             view,
             schemes,
             device,
+            skeleton or Skeleton(source.folder, trust_remote_code=session.trust_remote_code),
             online=online,
-            trust_remote_code=session.trust_remote_code,
         )
         self._structures = BlockStructures(device)
         self._reader = BlockReader(

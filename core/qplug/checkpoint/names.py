@@ -46,8 +46,16 @@ def is_within(block: str, name: str) -> bool:
 
 
 def block_of(name: str, blocks: Sequence[str]) -> int | None:
-    """The index of the block of ``blocks`` that ``name`` is inside, or None."""
-    return next((n for n, block in enumerate(blocks) if is_within(block, name)), None)
+    """The index of the block of ``blocks`` that ``name`` is inside, or None.
+
+    No block is inside of another.
+    """
+    end = name.find(".")
+    while end >= 0:
+        if name[:end] in blocks:
+            return blocks.index(name[:end])
+        end = name.find(".", end + 1)
+    return None
 
 
 def relative_name(block: str, name: str) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,11 +74,24 @@ class FileTensor(StoredTensor):
 
     def read(self) -> Tensor:
         """Returns a copy of the tensor in memory. Raises QplugError if the file became shorter."""
-        buffer = torch.empty(self.nbytes, dtype=torch.uint8)
-        with self.path.open("rb") as file:
+        # NumPy asks for large pages. With small ones the system spends more time on giving memory
+        # to the process than on copying bytes into it.
+        pages = np.empty(max(1, self.nbytes), np.uint8)  # torch cannot view memory of 0 bytes
+        return self.read_into(torch.from_numpy(pages)[: self.nbytes])
+
+    def read_into(self, buffer: Tensor) -> Tensor:
+        """Returns the tensor, read into ``buffer``, uint8 ``[nbytes]`` on the CPU.
+
+        Raises QplugError if the file became shorter.
+        """
+        with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
-            if self.nbytes and file.readinto(buffer.numpy().data) != self.nbytes:
-                raise QplugError(f"{self.path} became shorter while it was read")
+            rest: memoryview = buffer.numpy().data
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise QplugError(f"{self.path} became shorter while it was read")
+                rest = rest[count:]
         return buffer.view(getattr(torch, self.spec.dtype)).view(self.spec.shape)
 
     def read_rows(self, rows: slice) -> Tensor:

@@ -15,8 +15,8 @@ from qplug.api.tensors import FLOAT_DTYPES, Checkpoint
 from qplug.checkpoint.names import block_of, natural_order, split_name
 from qplug.errors import PluginError, QplugError
 from qplug.model.draft_layers import with_drafts
-from qplug.model.hollow import build, load_config
 from qplug.model.kept_float import built_float
+from qplug.model.skeleton import Skeleton
 from qplug.model.stacked_experts import experts_apart
 from qplug.model.view import float_tensors, model_view, packed_view, refuse_quantized
 from qplug.registry.border import is_ctrl_c
@@ -27,15 +27,15 @@ _NOT_TAUGHT = BuiltFloat("the plugin that teaches the architecture leaves it flo
 
 
 def find_view(
-    checkpoint: Checkpoint, registry: Registry, *, trust_remote_code: bool = False
+    checkpoint: Checkpoint, registry: Registry, skeleton: Skeleton | None = None
 ) -> ModelView:
-    """The view of a float checkpoint.
+    """The view of a float checkpoint, whose ``skeleton`` may be made already.
 
     Raises QplugError as ``model_view`` does, or if a plugin's view does not fit the checkpoint.
     """
     taught = _taught_view(checkpoint, registry)
     if taught is None:
-        view = model_view(checkpoint, trust_remote_code=trust_remote_code)
+        view = model_view(checkpoint, skeleton)
         return with_drafts(with_other_weights(view, checkpoint))
     plugin, view = taught
     refuse_quantized(checkpoint)
@@ -53,13 +53,13 @@ def find_view(
 
 
 def with_experts_apart(
-    checkpoint: Checkpoint, registry: Registry, *, trust_remote_code: bool = False
+    checkpoint: Checkpoint, registry: Registry, skeleton: Skeleton | None = None
 ) -> Checkpoint:
     """Returns ``checkpoint`` with a tensor for each linear of each expert.
 
-    Tensors that hold all experts of a layer are cut as they are read. Checkpoints without such
-    tensors, and architectures that a plugin teaches, stay as they are. Raises QplugError if the
-    architecture is unknown.
+    ``skeleton``: of the checkpoint, if it is made already. Tensors that hold all experts of a layer
+    are cut as they are read. Checkpoints without such tensors, and architectures that a plugin
+    teaches, stay as they are. Raises QplugError if the architecture is unknown.
     """
     may_be_stacked = any(
         len(tensor.spec.shape) == 3 and min(tensor.spec.shape[1:]) > 1
@@ -67,9 +67,8 @@ def with_experts_apart(
     )
     if not may_be_stacked or _taught_view(checkpoint, registry) is not None:
         return checkpoint
-    config = load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
-    model = build(config, checkpoint.folder, trust_remote_code=trust_remote_code)
-    return experts_apart(model, checkpoint)
+    skeleton = skeleton or Skeleton(checkpoint.folder)
+    return experts_apart(skeleton.model(), skeleton.names(checkpoint.tensors), checkpoint)
 
 
 def find_packed_view(

@@ -284,8 +284,12 @@ def _multiplies_together(layer: Experts, path: str, parameters: Mapping[str, Ten
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear that uses the memory of ``weight: [out, in]`` and ``bias: [out]``."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    # Not by its own constructor, which draws values: a model has ten thousands of such linears.
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
+    linear.register_parameter(
+        "bias", None if bias is None else nn.Parameter(bias, requires_grad=False)
+    )
     return linear

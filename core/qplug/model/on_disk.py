@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qplug.checkpoint.names import local_of, module_of, relative_name, split_name
+from qplug.checkpoint.names import block_of, local_of, module_of, relative_name, split_name
 from qplug.checkpoint.stacked import Cut
 from qplug.errors import QplugError
 from qplug.model.block_list import decoder_blocks
@@ -54,6 +54,14 @@ def as_on_disk(
     layouts = _Layouts()
     modules = blocks_by_name(model, blocks)
     in_memory = decoder_blocks(model, Path(str(model.config.name_or_path)))
+    # First, as a conversion looks at all modules of the model, and each expert will be some.
+    traces = {
+        name: _trace(model, name, names)
+        for name, parts in names.parts.items()
+        if _are_experts(parts)
+        and module_of(name) not in stacks
+        and block_of(name, in_memory) is not None
+    }
     for (block, module), before in zip(modules.items(), in_memory, strict=True):
         placement = Placement(module)
         for path in dict.fromkeys(module_of(local) for local, _ in module.named_parameters()):
@@ -65,7 +73,7 @@ def as_on_disk(
                     placement.module(path, relative_name(block, stack.experts))
                     layout = stack.layout
             elif _are_experts(names.parts.get(own[0], ())):
-                traced = [_trace(model, name, names) for name in own]
+                traced = [traces.get(name) or _trace(model, name, names) for name in own]
                 placement.module(path, relative_name(block, traced[0][0]))
                 layout = layouts.of(full, part, [each for _, parts in traced for each in parts])
             else:

@@ -81,11 +81,14 @@ def stacked_experts(
     return tuple(stacks)
 
 
-def experts_apart(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoint:
-    """Returns ``checkpoint`` with stacked tensors cut: a tensor for each linear of an expert."""
+def experts_apart(model: PreTrainedModel, names: DiskNames, checkpoint: Checkpoint) -> Checkpoint:
+    """Returns ``checkpoint`` with stacked tensors cut: a tensor for each linear of an expert.
+
+    ``names``: on disk, of the parameters of ``model``.
+    """
     tensors = dict(checkpoint.tensors)
     shapes = {name: tensor.spec.shape for name, tensor in tensors.items()}
-    for stack in stacked_experts(model, disk_names(model, tensors), shapes):
+    for stack in stacked_experts(model, names, shapes):
         if any(name not in tensors for name in stack.stored.values()):
             continue
         for name, stacked, number, cut in stack.linears():

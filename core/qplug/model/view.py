@@ -19,22 +19,22 @@ from qplug.api.tensors import FLOAT_DTYPES, Checkpoint
 from qplug.checkpoint.names import block_of, local_of, module_of, natural_order, split_name
 from qplug.errors import QplugError
 from qplug.model.block_list import decoder_blocks
-from qplug.model.disk_names import disk_names, tied_name
-from qplug.model.hollow import build, load_config
+from qplug.model.disk_names import tied_name
 from qplug.model.kept_float import built_float
+from qplug.model.skeleton import Skeleton
 from qplug.model.stacked_experts import stacked_experts
 
 _EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
 
 
-def model_view(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> ModelView:
-    """The view of a float checkpoint.
+def model_view(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> ModelView:
+    """The view of a float checkpoint, whose ``skeleton`` may be made already.
 
     Raises QplugError if the architecture is unknown, the checkpoint lacks a weight that the
     architecture has, or it is quantized already.
     """
     refuse_quantized(checkpoint)
-    tree = _tree(checkpoint, checkpoint.tensors, trust_remote_code)
+    tree = _tree(checkpoint, checkpoint.tensors, skeleton or Skeleton(checkpoint.folder))
     _check_whole(checkpoint, tree)
     return _view(checkpoint, tree, {})
 
@@ -62,7 +62,8 @@ def packed_view(
     the folder lacks them.
     """
     weights = [f"{name}.weight" for name in packed]
-    tree = _tree(checkpoint, {*checkpoint.tensors, *weights}, trust_remote_code)
+    skeleton = Skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
+    tree = _tree(checkpoint, {*checkpoint.tensors, *weights}, skeleton)
     return _view(checkpoint, tree, packed)
 
 
@@ -81,12 +82,9 @@ class _Tree:
     tensors: Mapping[str, tuple[int, ...]]
 
 
-def _tree(checkpoint: Checkpoint, stored: Collection[str], trust_remote_code: bool) -> _Tree:
+def _tree(checkpoint: Checkpoint, stored: Collection[str], skeleton: Skeleton) -> _Tree:
     """Returns the model of ``checkpoint``; ``stored`` are the names of its tensors, as float."""
-    folder = checkpoint.folder
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    model = build(config, folder, trust_remote_code=trust_remote_code)
-    names = disk_names(model, stored)
+    folder, model, names = checkpoint.folder, skeleton.model(), skeleton.names(stored)
     modules = {
         name: module
         for path, module in model.named_modules()
@@ -164,7 +162,8 @@ def float_tensors(
     ``stored``: the names of the tensors in ``checkpoint`` if its codes were float weights. A head
     that is tied to the embedding has no tensor.
     """
-    return dict(_tree(checkpoint, stored, trust_remote_code).tensors)
+    skeleton = Skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
+    return dict(_tree(checkpoint, stored, skeleton).tensors)
 
 
 def _check_whole(checkpoint: Checkpoint, tree: _Tree) -> None:

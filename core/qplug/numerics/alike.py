@@ -13,8 +13,8 @@ from torch import Tensor
 from qplug.api import InputGroup, QuantizedWeight
 from qplug.api.groups import row_scales, row_step
 
-#: Values of the largest matrix of each layer, in layers that are worked on at a time. Those of a CPU
-#: stay in the cache of a core.
+#: Values of the largest matrix of each layer, in layers that are worked on at a time. Those of a
+#: CPU stay in the cache of a core.
 _ROOM = {"cuda": 1 << 26, "cpu": 1 << 20}
 
 

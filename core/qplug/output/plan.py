@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from qplug.api import Exporter, ModelView, Stacked, TensorSpec
 from qplug.api.scheme import Scheme
 from qplug.api.tensors import Checkpoint
-from qplug.checkpoint.names import is_within, natural_order, split_name
+from qplug.checkpoint.names import block_of, natural_order, split_name
 from qplug.checkpoint.open import INDEX, SINGLE
 from qplug.checkpoint.stacked import stacked_spec
 
@@ -84,7 +84,7 @@ def make_plan(
     """
     two_level = [name for name, scheme in schemes.items() if scheme.weights.two_level]
     first = {name: group[0] for group in exporter.merged(two_level) for name in group}
-    steps: dict[str, Step] = {}
+    parts: dict[str, list[Step]] = {}  # of each step
     for tensor in natural_order(source.tensors):
         name, local = split_name(tensor)
         scheme = schemes.get(name) if local == "weight" else None
@@ -94,9 +94,10 @@ def make_plan(
             packed = exporter.format.layout(model.linears[name], scheme, model.dtype)
             outputs = {f"{name}.{part}": spec for part, spec in packed.items()}
             step = Step(name, {name: scheme}, (), outputs)
-        block = next((b for b in model.blocks if by_block and is_within(b, tensor)), None)
-        key = first.get(step.name, step.name) if block is None else block
-        steps[key] = _joined(key, steps[key], step) if key in steps else replace(step, name=key)
+        number = block_of(tensor, model.blocks) if by_block else None
+        key = first.get(step.name, step.name) if number is None else model.blocks[number]
+        parts.setdefault(key, []).append(step)
+    steps = {key: _joined(key, each) for key, each in parts.items()}
     steps = _with_stacks(steps, exporter)
     for block, names in (cache_scales or {}).items():
         outputs = {**steps[block].outputs, **dict.fromkeys(names, TensorSpec("float32", (1,)))}
@@ -114,25 +115,24 @@ def _with_stacks(steps: dict[str, Step], exporter: Exporter[object]) -> dict[str
     for stored, stacked in stacks.items():
         names = [name for of_expert in stacked.members for name in of_expert]
         keys = list(dict.fromkeys(key_of[name] for name in names))
-        first = steps[keys[0]]
-        for key in keys[1:]:
-            first = _joined(first.name, first, steps.pop(key))
+        first = _joined(steps[keys[0]].name, [steps[keys[0]], *map(steps.pop, keys[1:])])
         key_of |= dict.fromkeys(first.outputs, keys[0])
-        outputs = {name: spec for name, spec in first.outputs.items() if name not in {*names}}
+        within = {*names}
+        outputs = {name: spec for name, spec in first.outputs.items() if name not in within}
         outputs[stored] = stacked_spec(stacked, specs)
         steps[keys[0]] = replace(first, outputs=outputs, stacks={**first.stacks, stored: stacked})
         key_of |= dict.fromkeys(names, keys[0])
     return steps
 
 
-def _joined(name: str, first: Step, second: Step) -> Step:
-    """Returns a step that does the work of two."""
+def _joined(name: str, parts: Sequence[Step]) -> Step:
+    """Returns a step called ``name`` that does the work of all ``parts``, in their order."""
     return Step(
         name,
-        {**first.linears, **second.linears},
-        first.others + second.others,
-        {**first.outputs, **second.outputs},
-        stacks={**first.stacks, **second.stacks},
+        {linear: scheme for part in parts for linear, scheme in part.linears.items()},
+        tuple(other for part in parts for other in part.others),
+        {output: spec for part in parts for output, spec in part.outputs.items()},
+        stacks={stored: stack for part in parts for stored, stack in part.stacks.items()},
     )
 
 

@@ -56,10 +56,16 @@ class SharedWriter:
         """
         return self._processes.from_first(lambda: self._of_first().cached(name, make))
 
-    def write(self, number: int, contents: Mapping[str, Content], report: dict[str, Any]) -> None:
+    def write(
+        self,
+        number: int,
+        contents: Mapping[str, Content],
+        report: dict[str, Any],
+        read: Mapping[str, int],
+    ) -> None:
         """Calls ``Writer.write`` in the first process; the others do not read ``contents``."""
         if self._writer is not None:
-            self._writer.write(number, contents, report)
+            self._writer.write(number, contents, report, read)
 
     def finish(
         self,

@@ -1,7 +1,8 @@
 """Checksums of the float tensors that each step of a run read, so that no other model is mixed in.
 
-A run notes them as it goes. A resumed run computes them again for the steps that are finished, as
-fast as the disk reads: the files may have the same sizes and times, and other weights.
+A run notes them as it goes, where it can of bytes that are in memory anyway. A resumed run computes
+them again for the steps that are finished, as fast as the disk reads: the files may have the same
+sizes and times, and other weights.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from qplug.api.tensors import Checkpoint, StoredTensor
+from qplug.checkpoint.into_memory import READERS, is_plain
+from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.output.checksums import crc32
 from qplug.output.plan import Plan, Step
 
-_READERS = 4  # threads that read at once
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SourceBytes:
@@ -28,9 +33,31 @@ class SourceBytes:
         self._plan, self._tensors = plan, checkpoint.tensors
         self._blocks = blocks
 
-    def of_step(self, number: int) -> int:
-        """Returns the checksum of the tensors that step ``number`` depends on; reads them."""
-        return self._joined(crc32(leaf.chunks()) for leaf in self._leaves(self._steps(number)))
+    def of_values(self, values: Mapping[str, Tensor]) -> dict[str, int]:
+        """Returns the CRC-32 of ``values`` by name, where they are the bytes of stored tensors.
+
+        ``values``: tensors as they were read, by name.
+        """
+        return {
+            name: crc32([tensor_bytes(value)])
+            for name, value in values.items()
+            if is_plain(self._tensors[name])
+        }
+
+    def of_step(self, number: int, known: Mapping[str, int] | None = None) -> int:
+        """Returns the checksum of the tensors that step ``number`` depends on.
+
+        ``known``: the CRC-32 of stored bytes, by name of their tensor. All other tensors are read.
+        """
+        known = known or {}
+        crcs = []
+        for step in self._steps(number):
+            for name in _names(step):
+                tensor = self._tensors.get(name)
+                for leaf in self._leaves_of(name):
+                    is_known = leaf is tensor and name in known
+                    crcs.append(known[name] if is_known else crc32(leaf.chunks()))
+        return self._joined(crcs)
 
     def of_model(self) -> int:
         """Returns the checksum of all tensors; reads them."""
@@ -44,7 +71,7 @@ class SourceBytes:
         wanted = {number: self._leaves(self._steps(number)) for number in steps}
         whole = self._leaves(self._plan.steps) if model is not None else []
         each = {id(leaf): leaf for leaves in (*wanted.values(), whole) for leaf in leaves}
-        with ThreadPoolExecutor(_READERS, "qplug-checker") as pool:
+        with ThreadPoolExecutor(READERS, "qplug-checker") as pool:
             computed = pool.map(lambda leaf: crc32(leaf.chunks()), each.values())
             crcs = dict(zip(each, computed, strict=True))
         now = {n: self._joined(crcs[id(leaf)] for leaf in wanted[n]) for n in wanted}

@@ -35,8 +35,10 @@ from qplug.output.result_files import manifest_text
 from qplug.output.source_bytes import SourceBytes
 from qplug.output.unfinished import KeptError, Unfinished, clean_up
 
+_PIECE = 1 << 22  # bytes of a tensor that are written at once
+_SMALL = 1 << 18  # bytes whose checksum takes less time than it takes to wake a thread
 _PENDING = 2  # steps that may wait for the disk; more steps would only cost memory
-_OPEN_SHARDS = 8  # that are open at once; steps fill them in order
+_OPEN_SHARDS = 8  # that are open at once, more than steps are pending; steps fill them in order
 _CHECKERS = 4  # threads that read what an earlier run wrote
 _TEXTS = ("config.json", "README.md", INDEX, MANIFEST)
 
@@ -117,7 +119,9 @@ class Writer:
             raise
         self._files: dict[Path, int] = {}
         self._thread = ThreadPoolExecutor(1, "qplug-writer")
-        self._pending: list[Future[None]] = []
+        self._summing = ThreadPoolExecutor(1, "qplug-summing")
+        self._noting = ThreadPoolExecutor(1, "qplug-noting")
+        self._pending: list[Future[Future[None]]] = []
 
     # --- beginning -------------------------------------------------------------------------------
 
@@ -232,43 +236,88 @@ class Writer:
 
     # --- writing ---------------------------------------------------------------------------------
 
-    def write(self, number: int, contents: Mapping[str, Content], report: dict[str, Any]) -> None:
+    def write(
+        self,
+        number: int,
+        contents: Mapping[str, Content],
+        report: dict[str, Any],
+        read: Mapping[str, int] | None = None,
+    ) -> None:
         """Writes the tensors of step ``number`` in the background, then enters it in the journal.
 
-        ``contents`` are by full name. Waits if too many steps are pending. Raises the error of an
-        earlier step that could not be written.
+        ``contents`` are by full name; bytes in pieces are those of a tensor of the source. ``read``
+        are the checksums of further tensors of the source, as far as they are known. Waits if too
+        many steps are pending. Raises the error of an earlier step that could not be written.
         """
         while len(self._pending) >= _PENDING:
             self._wait()
-        self._pending.append(self._thread.submit(self._write, number, contents, report))
+        self._pending.append(self._thread.submit(self._write, number, contents, report, read or {}))
 
     def _wait(self) -> None:
         """Waits for the oldest pending step. Raises the error for which it was not written."""
         with self._keeping():
-            self._pending.pop(0).result()
+            self._pending.pop(0).result().result()
 
-    def _write(self, number: int, contents: Mapping[str, Content], report: dict[str, Any]) -> None:
+    def _write(
+        self,
+        number: int,
+        contents: Mapping[str, Content],
+        report: dict[str, Any],
+        read: Mapping[str, int],
+    ) -> Future[None]:
+        """Writes a step; returns when it will be in the journal."""
         step = self._plan.steps[number]
         files: dict[int, None] = {}
+        known = dict(read)
         for name in step.outputs:
             content, place = contents[name], self._places[name]
             file = self._file(place.path)
-            offset, crc = place.start, 0
-            for piece in [tensor_bytes(content)] if isinstance(content, Tensor) else content:
-                offset = disk.write_at(file, piece, offset)
-                crc = zlib.crc32(piece, crc)
-            self._crcs[name] = crc
+            self._crcs[name] = self._write_tensor(content, file, place.start)
+            if not isinstance(content, Tensor):
+                known[name] = self._crcs[name]
             files[file] = None
+        crcs = tuple(self._crcs[name] for name in step.outputs)
+        # Another thread waits for the disk, while this one writes the next step.
+        return self._noting.submit(self._note, number, [*files], crcs, known, report)
+
+    def _note(
+        self,
+        number: int,
+        files: Sequence[int],
+        crcs: tuple[int, ...],
+        known: Mapping[str, int],
+        report: dict[str, Any],
+    ) -> None:
+        """Enters step ``number`` in the journal, once the disk has what was written to ``files``.
+
+        ``known``: as for ``SourceBytes.of_step``.
+        """
+        step = self._plan.steps[number]
         for file in files:
             # Before the journal entry: after a power cut it must not list bytes that are lost.
             # Now, while the next step is computed; at the end of the run it would have to wait.
             os.fsync(file)
-        crcs = tuple(self._crcs[name] for name in step.outputs)
-        entry = Entry(number, crcs, self._source.of_step(number), report)
+        entry = Entry(number, crcs, self._source.of_step(number, known), report)
         try:
             self._folder.journal.append(entry.to_dict())
         except ValueError as error:
             raise QplugError(f"{step.name}: an error or a range of it is not finite") from error
+
+    def _write_tensor(self, content: Content, file: int, offset: int) -> int:
+        """Writes ``content`` at ``offset`` of ``file``; returns its CRC-32.
+
+        A second thread computes the checksum of a piece while the piece is written: neither waits
+        for the other's half of the time.
+        """
+        crc, coming = 0, None
+        for piece in _pieces(content):
+            if coming is not None:
+                crc = coming.result()
+            coming = self._summing.submit(zlib.crc32, piece, crc) if len(piece) > _SMALL else None
+            offset = disk.write_at(file, piece, offset)
+            if coming is None:
+                crc = zlib.crc32(piece, crc)
+        return crc if coming is None else coming.result()
 
     def _file(self, path: Path) -> int:
         """Returns the descriptor of a shard, which is open, with its header written."""
@@ -408,13 +457,19 @@ class Writer:
             ) from error
 
     def _close(self) -> None:
-        """Stops the writing thread, and closes the shards and the journal."""
-        self._thread.shutdown(cancel_futures=True)
+        """Stops the threads, and closes the shards and the journal."""
+        self._stop()
         for file in self._files.values():
             with suppress(OSError):
                 os.close(file)
         self._files.clear()
         self._folder.journal.close()
+
+    def _stop(self) -> None:
+        """Ends the threads, after what they are doing."""
+        self._thread.shutdown(cancel_futures=True)
+        self._summing.shutdown()
+        self._noting.shutdown()
 
     def __enter__(self) -> Writer:
         return self
@@ -429,7 +484,7 @@ class Writer:
             return
         limit = _limit_reached(error)
         if limit or (isinstance(error, QplugError) and not isinstance(error, KeptError)):
-            self._thread.shutdown(cancel_futures=True)
+            self._stop()
             with suppress(OSError):
                 self._folder.remove()
         self._close()
@@ -441,6 +496,16 @@ def _name_of(companion: Path) -> str:
     """Returns where a file of the source goes in OUT, as a relative path."""
     is_template = companion.parent.name == "additional_chat_templates"
     return f"{companion.parent.name}/{companion.name}" if is_template else companion.name
+
+
+def _pieces(content: Content) -> Iterator[bytes | memoryview]:
+    """Yields the bytes of ``content``, a few MiB at a time."""
+    if not isinstance(content, Tensor):
+        yield from content
+        return
+    whole = tensor_bytes(content)
+    for start in range(0, len(whole), _PIECE):
+        yield whole[start : start + _PIECE]
 
 
 def _limit_reached(error: BaseException) -> str | None:

@@ -22,6 +22,7 @@ from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
 from qplug.model.architectures import find_packed_view, with_experts_apart
 from qplug.model.kv_cache import SCALES
+from qplug.model.skeleton import Skeleton
 from qplug.model.view import refuse_quantized
 from qplug.output.manifest import Manifest, read_manifest
 
@@ -190,7 +191,8 @@ def _opened(
             checkpoint = unstacked(checkpoint, exporter.format)
         packed = exporter.format.stored_shapes(checkpoint) if exporter else {}
     if exporter is None:
-        checkpoint = with_experts_apart(checkpoint, session.registry, trust_remote_code=trusted)
+        skeleton = Skeleton(folder, trust_remote_code=trusted)
+        checkpoint = with_experts_apart(checkpoint, session.registry, skeleton)
     view = find_packed_view(checkpoint, packed, session.registry, trust_remote_code=trusted)
     schemes, cache = {}, None
     if exporter is not None and config is not None:

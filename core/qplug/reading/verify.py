@@ -22,6 +22,7 @@ from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
 from qplug.model.architectures import expected_tensors, with_experts_apart
 from qplug.model.kv_cache import SCALES
+from qplug.model.skeleton import Skeleton
 from qplug.reading.built import built_otherwise, share_of
 from qplug.reading.damage import find_damage
 from qplug.reading.drafts import drafts_missing, dropped_drafts
@@ -150,11 +151,9 @@ def find_source(
 
 
 def _open_source(folder: Path, opened: Folder, session: Session) -> Checkpoint:
-    source = with_experts_apart(
-        open_checkpoint(folder, readers=session.registry.sources),
-        session.registry,
-        trust_remote_code=session.trust_remote_code,
-    )
+    source = open_checkpoint(folder, readers=session.registry.sources)
+    skeleton = Skeleton(source.folder, trust_remote_code=session.trust_remote_code)
+    source = with_experts_apart(source, session.registry, skeleton)
     return stacked_again(source, opened.schemes)
 
 

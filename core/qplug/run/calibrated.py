@@ -12,6 +12,7 @@ from qplug.calibration.samples import Samples
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.names import by_module, module_of, relative_name, split_name
 from qplug.model.kv_cache import KVCache
+from qplug.model.skeleton import Skeleton
 from qplug.output.plan import Step
 from qplug.output.shared_writer import SharedWriter
 from qplug.run.steps import Finished, Steps
@@ -21,11 +22,16 @@ if TYPE_CHECKING:
 
 
 def start_walk(
-    steps: Steps, schemes: Mapping[str, Scheme], samples: Samples, cache: KVCache | None
+    steps: Steps,
+    schemes: Mapping[str, Scheme],
+    samples: Samples,
+    cache: KVCache | None,
+    skeleton: Skeleton,
 ) -> Walk:
     """Returns a walk of ``samples`` that stands at the first block.
 
-    ``cache`` are the modules that fill a KV cache, if its scales are to be stored.
+    ``cache`` are the modules that fill a KV cache, if its scales are to be stored. The walk takes
+    the model of ``skeleton``.
     """
     stages, prepared, session = steps.stages, steps.prepared, steps.session
     data = stages.recipe.calibration
@@ -44,6 +50,7 @@ def start_walk(
             with_targets=stages.learns,
             online=prepared.online,
             cache=cache,
+            skeleton=skeleton,
         )
 
 

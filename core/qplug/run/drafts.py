@@ -10,26 +10,29 @@ from qplug.checkpoint.draft_names import announced
 from qplug.checkpoint.unindexed import left_behind
 from qplug.errors import QplugError
 from qplug.machine.session import Session
-from qplug.model.architectures import find_view
+from qplug.model.architectures import find_view, with_experts_apart
 from qplug.model.draft_layers import draft_names, without_drafts
+from qplug.model.skeleton import Skeleton
 from qplug.recipe.recipe import Recipe
 
 
 def open_model(
-    recipe: Recipe, source: Checkpoint, session: Session
+    recipe: Recipe, source: Checkpoint, session: Session, skeleton: Skeleton
 ) -> tuple[Checkpoint, ModelView]:
     """Returns ``source`` and its view, without draft layers if ``recipe`` drops them.
 
+    The checkpoint has a tensor for each linear of each expert. ``skeleton`` is that of ``source``.
     Raises QplugError if there are no draft layers to quantize, or if ``find_view`` does.
     """
-    view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
+    source = with_experts_apart(source, session.registry, skeleton)
+    view = find_view(source, session.registry, skeleton)
     if recipe.mtp == "quantize" and not view.drafts:
         raise QplugError(f"--mtp quantize: {source.folder} has no draft layers with linears")
     if recipe.mtp == "quantize":
         _refuse_stacked(source, view)
     if recipe.mtp == "drop":
         source = without_drafts(source, view.blocks)
-        view = find_view(source, session.registry, trust_remote_code=session.trust_remote_code)
+        view = find_view(source, session.registry, skeleton)
     return source, view
 
 

@@ -12,6 +12,7 @@ from qplug.api.events import Result
 from qplug.calibration.samples import Samples
 from qplug.calibration.tokens import calibration_tokens
 from qplug.checkpoint.config_file import CONFIG
+from qplug.checkpoint.into_memory import nbytes_of
 from qplug.machine.memory import naming_memory
 from qplug.machine.session import Session
 from qplug.model.foreign import naming_file
@@ -111,9 +112,9 @@ def run(
     if not dry_run:
         session.processes.from_first(lambda: clean_up(out))
     refuse_existing(out, overwrite=overwrite)
-    source = open_source(model, out, exporter, session)
+    source, skeleton = open_source(model, out, exporter, session)
     with clock("opening"):
-        source, view = open_model(recipe, source, session)
+        source, view = open_model(recipe, source, session, skeleton)
         prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
     decision = stages.decide(source, prepared.view)
     schemes, narrow, share = decision.schemes, decision.narrow, decision.share
@@ -132,14 +133,14 @@ def run(
         )
     refuse_unplanned(plan, coded)
     samples = _samples(recipe, model, prepared.view, session)
-    source_bytes = sum(tensor.nbytes for tensor in source.tensors.values())
+    source_size = nbytes_of(source.tensors.values())
     if dry_run:
         return Result(
             out,
             {},
             {},
             prepared.notes,
-            source_bytes,
+            source_size,
             plan.nbytes,
             0.0,
             0,
@@ -152,13 +153,18 @@ def run(
 
     mark = fingerprint(source, recipe, session, shard_bytes, samples, learns=bool(stages.learning))
     single = exporter.format.single_file
+    source_bytes = SourceBytes(
+        plan,
+        prepared.checkpoint,
+        # The steps of a calibrated run depend on one another: its blocks pass tokens on.
+        prepared.view.blocks if recipe.calibration else (),
+    )
     make_writer = partial(
         Writer,
         out,
         plan,
         mark,
-        # The steps of a calibrated run depend on one another: its blocks pass tokens on.
-        SourceBytes(plan, prepared.checkpoint, prepared.view.blocks if recipe.calibration else ()),
+        source_bytes,
         overwrite=overwrite,
         companions=source.companions(),
         single_file=single.name if single else None,
@@ -182,17 +188,19 @@ def run(
         watchers = Watchers(session, len(plan.steps), len(done), watch)
         steps = Steps(stages, plan, prepared, watchers, session)
         if samples is None:
-            finished = streamed(steps, done)
+            finished = streamed(steps, done, source_bytes)
         else:
             # The walk is not a local here: a stored traceback would keep its hidden states alive.
-            finished = calibrated(steps, start_walk(steps, schemes, samples, cache), output, done)
+            finished = calibrated(
+                steps, start_walk(steps, schemes, samples, cache, skeleton), output, done
+            )
         for step in finished:
             with clock("writing"):
-                output.write(step.number, step.contents, step.report.to_dict())
+                output.write(step.number, step.contents, step.report.to_dict(), step.read)
             reports[step.number] = step.report
             watchers.step_written(plan.steps[step.number].name, step.report)
         shared = session.processes.from_first(lambda: reports)
-        in_order = [shared[number] for number in range(len(plan.steps))]
+        reported = [shared[number] for number in range(len(plan.steps))]
         with session.registry.blaming(exporter, "config.json"):
             texts, record = result_files(
                 model,
@@ -200,7 +208,7 @@ def run(
                 recipe,
                 exporter,
                 coded,
-                in_order,
+                reported,
                 session.registry,
                 online=prepared.online,
                 notes=prepared.notes,
@@ -212,10 +220,10 @@ def run(
             )
     result = Result(
         out=out,
-        errors={name: error for report in in_order for name, error in report.errors.items()},
-        losses={name: loss for report in in_order for name, loss in report.losses.items()},
-        notes=prepared.notes + tuple(note for report in in_order for note in report.notes),
-        source_bytes=source_bytes,
+        errors={name: error for report in reported for name, error in report.errors.items()},
+        losses={name: loss for report in reported for name, loss in report.losses.items()},
+        notes=prepared.notes + tuple(note for report in reported for note in report.notes),
+        source_bytes=source_size,
         bytes=plan.nbytes,
         seconds=time.monotonic() - began,
         resumed=len(done),

@@ -14,9 +14,9 @@ from qplug.checkpoint.names import kind_of
 from qplug.checkpoint.open import check_companions, open_checkpoint
 from qplug.errors import QplugError
 from qplug.machine.session import Session
-from qplug.model.architectures import with_experts_apart
 from qplug.model.float_share import FloatShare, float_share
 from qplug.model.kv_cache import KVCache, find_cache
+from qplug.model.skeleton import Skeleton
 from qplug.numerics.qtorch import require_qtorch
 from qplug.output.plan import Plan
 from qplug.recipe.assign import assign, matches
@@ -25,8 +25,10 @@ from qplug.run.drafts import refuse_static
 from qplug.run.narrow import find_narrow, refuse_narrow
 
 
-def open_source(model: str, out: Path, exporter: Exporter[Any], session: Session) -> Checkpoint:
-    """Returns the checkpoint of ``model``, opened, with a tensor for each linear of each expert.
+def open_source(
+    model: str, out: Path, exporter: Exporter[Any], session: Session
+) -> tuple[Checkpoint, Skeleton]:
+    """Returns the checkpoint of ``model``, opened, and its skeleton, of which nothing is built yet.
 
     All processes must call this together.
 
@@ -42,7 +44,7 @@ def open_source(model: str, out: Path, exporter: Exporter[Any], session: Session
     sentence = file.refuses(source.folder) if file is not None else None
     if sentence is not None:
         raise QplugError(f"{exporter.name}: {sentence}")
-    return with_experts_apart(source, session.registry, trust_remote_code=session.trust_remote_code)
+    return source, Skeleton(source.folder, trust_remote_code=session.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,11 @@ def servable(
     sentence = exporter.refuses(view, schemes)
     if sentence is not None:
         raise QplugError(f"{exporter.name}: {sentence}")
-    return {
-        name: scheme.with_scale_dtype(exporter.format.scale_dtype(scheme, view.dtype))
-        for name, scheme in schemes.items()
+    stored = {
+        scheme: scheme.with_scale_dtype(exporter.format.scale_dtype(scheme, view.dtype))
+        for scheme in dict.fromkeys(schemes.values())
     }
+    return {name: stored[scheme] for name, scheme in schemes.items()}
 
 
 def stays_float(

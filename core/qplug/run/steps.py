@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from qplug.api import Block, Linear, QuantizedWeight
+from qplug.api import Block, Linear, QuantizedWeight, StoredTensor
 from qplug.checkpoint.finite import Magnitudes
+from qplug.checkpoint.into_memory import into_memory
 from qplug.checkpoint.rewritten import rewritten_names
 from qplug.checkpoint.stacked import stack
 from qplug.checkpoint.tensor_file import tensor_bytes
@@ -31,11 +32,16 @@ Quantize = Callable[[Block], Mapping[str, QuantizedWeight]]
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """A computed step: its number, the tensors to write by full name, and its report."""
+    """A computed step: its number, the tensors to write by full name, and its report.
+
+    ``read``: the CRC-32 of tensors of the source that were read for the step, by name, as far as
+    they are known already.
+    """
 
     number: int
     contents: Mapping[str, Content]
     report: Report
+    read: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,15 +54,24 @@ class Steps:
     watchers: Watchers
     session: Session
 
-    def weights(self, step: Step) -> list[Tensor]:
-        """Returns the weights ``[out, in]`` of the linears in ``step``, in their order."""
-        weights = [self.prepared.checkpoint.read(f"{name}.weight") for name in step.linears]
-        # torch computes nothing in fp8; bfloat16 holds each of its values.
-        return [w.bfloat16() if w.element_size() == 1 else w for w in weights]
+    def stored_weights(self, step: Step) -> dict[str, StoredTensor]:
+        """Returns the stored weights of the linears in ``step``, by full name, in their order."""
+        names = [f"{name}.weight" for name in step.linears]
+        return {name: self.prepared.checkpoint.tensors[name] for name in names}
 
-    def quantized(self, number: int, weights: Sequence[Tensor], quantize: Quantize) -> Finished:
-        """Quantizes step ``number`` without statistics; ``weights`` are those of its linears."""
+    def weights(self, step: Step) -> dict[str, Tensor]:
+        """Returns the weights ``[out, in]`` of the linears in ``step``, by full name, in order."""
+        on_gpu = self.session.device.type == "cuda"
+        return {
+            name: into_memory(stored, page_locked=on_gpu)
+            for name, stored in self.stored_weights(step).items()
+        }
+
+    def quantized(self, number: int, read: Mapping[str, Tensor], quantize: Quantize) -> Finished:
+        """Quantizes step ``number`` without statistics; ``read`` are the weights that it reads."""
         step, dtype = self.plan.steps[number], self.prepared.view.dtype
+        # torch computes nothing in fp8; bfloat16 holds each of its values.
+        weights = [w.bfloat16() if w.element_size() == 1 else w for w in read.values()]
         if dtype == "float16":  # all other dtypes hold the weights of all checkpoints
             named = {f"{name}.weight": w for name, w in zip(step.linears, weights, strict=True)}
             refuse_infinite(named, dtype)

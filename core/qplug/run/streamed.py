@@ -1,31 +1,91 @@
-"""Runs without calibration data: rounds one tensor while the next one is read from disk."""
+"""Runs without calibration data: rounds one tensor while the next ones are read from disk."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from qplug.checkpoint.into_memory import READERS, is_plain, nbytes_of
+from qplug.output.source_bytes import SourceBytes
 from qplug.run.steps import Finished, Steps
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def streamed(steps: Steps, done: Collection[int]) -> Iterator[Finished]:
+#: Bytes of weights that are read ahead of the work, at most, unless a single step has more.
+_AHEAD = 1 << 28
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """The weights that a step reads, by full name, and the CRC-32 of those that are stored so."""
+
+    weights: dict[str, Tensor]
+    crcs: dict[str, int]
+
+
+def streamed(steps: Steps, done: Collection[int], source: SourceBytes) -> Iterator[Finished]:
     """Yields every step that is not ``done``, in order, computed.
 
-    The first process does all the work, since most of the time goes into reading and writing.
+    ``source`` computes the checksums of what was read. The first process does all the work, since
+    most of the time goes into reading and writing.
     """
     if not steps.session.processes.is_first:
         return
-    todo = [number for number in range(len(steps.plan.steps)) if number not in done]
-    with ThreadPoolExecutor(1, "qplug-reader") as reader:
-        reading = reader.submit(steps.weights, steps.plan.steps[todo[0]]) if todo else None
-        for number, following in zip_longest(todo, todo[1:]):
-            assert reading is not None
-            with steps.session.clock("reading"):
-                weights = reading.result()
-            if following is not None:
-                reading = reader.submit(steps.weights, steps.plan.steps[following])
-            if weights:
-                yield steps.quantized(number, weights, steps.stages.quantize)
+    with _ReadAhead(steps, source, done) as ahead:
+        for number, read in ahead:
+            if read.weights:
+                finished = steps.quantized(number, read.weights, steps.stages.quantize)
             else:
-                yield steps.copied(number)
+                finished = steps.copied(number)
+            yield replace(finished, read=read.crcs)
+
+
+class _ReadAhead:
+    """Reads the weights of steps in several threads, in order, before they are needed.
+
+    The threads also compute checksums: the bytes are in the cache of the processor then. Steps
+    whose weights are computed from what is stored are read alone, since each computation needs
+    memory of its own.
+    """
+
+    def __init__(self, steps: Steps, source: SourceBytes, done: Collection[int]) -> None:
+        self._steps, self._source = steps, source
+        self._todo = deque(n for n in range(len(steps.plan.steps)) if n not in done)
+        self._coming: deque[tuple[int, int, Future[_Read]]] = deque()  # number, bytes, weights
+        self._threads = ThreadPoolExecutor(READERS, "qplug-reader")
+
+    def __enter__(self) -> _ReadAhead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[tuple[int, _Read]]:
+        """Yields each step's number and its weights."""
+        self._read_on()
+        while self._coming:
+            number, _, coming = self._coming.popleft()
+            with self._steps.session.clock("reading"):
+                read = coming.result()
+            del coming  # it would keep the weights in memory
+            self._read_on()
+            yield number, read
+
+    def _read_on(self) -> None:
+        """Begins to read further steps, as far as there is room for them."""
+        while self._todo:
+            stored = self._steps.stored_weights(self._steps.plan.steps[self._todo[0]]).values()
+            alone = not all(map(is_plain, stored))
+            size = _AHEAD if alone else nbytes_of(stored)
+            if self._coming and size + sum(size for _, size, _ in self._coming) > _AHEAD:
+                return
+            number = self._todo.popleft()
+            self._coming.append((number, size, self._threads.submit(self._read, number)))
+
+    def _read(self, number: int) -> _Read:
+        weights = self._steps.weights(self._steps.plan.steps[number])
+        return _Read(weights, self._source.of_values(weights))
