@@ -37,21 +37,36 @@ def towers(model: ModelView) -> dict[str, list[str]]:
 def tower_suffixes(model: ModelView, floats: Collection[str]) -> list[str]:
     """The ends of the names of towers whose linears are all in ``floats``: ``visual``.
 
-    An end that names a part of another module is longer: ``layers.61``. Where SGLang gives a draft
-    layer a name of its own, that name is one of the ends.
+    An end that names a part of another module is longer: ``layers.61``. Where an engine gives a
+    draft layer a name of its own, that name is one of the ends.
     """
     others = [name for name in model.linears if name not in floats]
     ends: dict[str, None] = {}
     for tower, linears in towers(model).items():
         if all(name in floats for name in linears):
             end = tower.rpartition(".")[2]
-            is_draft = end.isdigit()
-            if is_draft:
-                end = ".".join(tower.split(".")[-2:])
-            for candidate in (end, _DRAFT) if is_draft else (end,):
+            if end.isdigit():
+                candidates = [".".join(tower.split(".")[-2:]), _DRAFT]
+            else:
+                candidates = [end, *_numbered_on(model, tower, linears)]
+            for candidate in candidates:
                 if not any(_contains(candidate, name) for name in others):
                     ends[candidate] = None
     return list(ends)
+
+
+def _numbered_on(model: ModelView, tower: str, linears: Iterable[str]) -> list[str]:
+    """The names in vLLM of draft layers that ``tower`` lists: ``layers.36`` for ``mtp_layers.0``.
+
+    vLLM numbers such layers on after the last block (MiMo, ERNIE). A list inside of ``tower``
+    (``mtp.layers``) keeps its name, so there is no other name for it.
+    """
+    inside = {name.removeprefix(f"{tower}.").partition(".")[0] for name in linears}
+    if not model.drafts.intersection(linears) or not model.blocks:
+        return []
+    above = model.blocks[-1].split(".")[-2]
+    last = len(model.blocks)
+    return [f"{above}.{last + int(number)}" for number in sorted(inside) if number.isdigit()]
 
 
 def tower_entries(model: ModelView, floats: Collection[str]) -> list[str]:

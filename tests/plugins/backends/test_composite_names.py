@@ -135,6 +135,19 @@ def test_a_draft_layer_after_the_last_block_has_the_names_of_both_engines() -> N
     assert not ignored(ignore, "language_model.model.layers.2.mlp.down_proj")
 
 
+@pytest.mark.parametrize("listed", ["mtp_layers", "mtp_block"])
+def test_draft_layers_in_a_list_have_numbers_after_the_last_block_too(listed: str) -> None:
+    draft = f"model.{listed}.0.mlp.up_proj"
+    linears = {f"model.layers.{n}.mlp.up_proj": (8, 8) for n in range(11)} | {draft: (8, 8)}
+    blocks = tuple(f"model.layers.{n}" for n in range(11))
+    view = ModelView({}, "bfloat16", linears, frozenset(linears), blocks, None)
+    view = replace(view, drafts=frozenset({draft}))
+    given = dict.fromkeys(linears.keys() - {draft}, preset("W4A16"))
+    ignore = write_config(view, given)["ignore"]
+    assert ignored(ignore, "model.layers.11.self_attn.qkv_proj")  # vLLM's mimo_mtp, ernie_mtp
+    assert not ignored(ignore, "model.layers.1.mlp.gate_up_proj")
+
+
 def test_no_expression_matches_what_is_quantized() -> None:
     names = ("model.decoder.layers.0.mlp.up_proj", "model.visual.layers.0.mlp.up_proj")
     view = ModelView({}, "bfloat16", dict.fromkeys(names, (8, 8)), frozenset(names), (), None)
