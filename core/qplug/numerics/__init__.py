@@ -11,6 +11,7 @@ from qplug.api.groups import dequantize, in_groups, out_of_groups, per_row_scale
 from qplug.api.old_paths import moved_names
 from qplug.numerics.activations import activation_top, fake_quantize_activations, input_scale
 from qplug.numerics.clipping import scaling_error, search_clip, unclipped_ratio
+from qplug.numerics.few_tokens import completed_experts, completed_gram, completed_grams
 from qplug.numerics.hadamard import hadamard_exists, hadamard_matrix, hadamard_transform
 from qplug.numerics.learning import Learned, SignSGD, learn, learns_ranges, start_clips
 from qplug.numerics.losses import output_error, relative_error, relative_output_error
@@ -62,6 +63,9 @@ __all__ = [
     "clip_to_scale",
     "code_dtype",
     "column_scales",
+    "completed_experts",
+    "completed_gram",
+    "completed_grams",
     "covering_global_scale",
     "dequantize",
     "fake_quantize",

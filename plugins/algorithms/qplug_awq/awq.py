@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qplug import Algorithm, Block, InputGroup, Linear, Param
-from qplug.numerics import scaling_error, search_clip
+from qplug.numerics import completed_experts, completed_gram, scaling_error, search_clip
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,14 @@ class Params:
     clip_in_search: Annotated[
         int, Param("Steps of a clip search for each ratio; 0 judges ratios unclipped.", 0)
     ] = 5
+    prior: Annotated[
+        float,
+        Param(
+            "Tokens of the layer that complete the statistics of an expert with n tokens, in units "
+            "of sqrt(width * n), for its final clips; 0 adds none.",
+            0,
+        ),
+    ] = 2.0
 
 
 class AWQ(Algorithm[Params]):
@@ -75,22 +83,29 @@ class AWQ(Algorithm[Params]):
     def _clip_all(self, block: Block) -> None:
         params = self.params
         clipped = [
-            (group, linear)
+            (group, whole, linear)
             for whole in block.groups
             for group in whole.by_tokens
             for linear in group.linears
-            if self._clips(linear) and group.tokens
+            if self._clips(linear)
         ]
 
-        def search(pair: tuple[InputGroup, Linear]) -> tuple[Tensor | None, Tensor | None]:
-            group, linear = pair
+        def search(
+            item: tuple[InputGroup, InputGroup, Linear],
+        ) -> tuple[Tensor | None, Tensor | None]:
+            group, whole, linear = item
+            gram = completed_gram(group, whole, params.prior)
+            if not group.tokens and not gram.any():  # an expert of which nothing is known
+                return None, None
             trial = replace(linear)
-            search_clip(trial, group.gram, steps=params.clip_steps, smallest=params.clip_smallest)
+            search_clip(trial, gram, steps=params.clip_steps, smallest=params.clip_smallest)
             return trial.scale, trial.zero
 
-        clips = block.spread(clipped, search, cost=lambda pair: _clip_cost(pair[1]))
-        for (_, linear), clip in zip(clipped, clips, strict=True):
+        clips = block.spread(clipped, search, cost=lambda item: _clip_cost(item[2]))
+        for (*_, linear), clip in zip(clipped, clips, strict=True):
             linear.scale, linear.zero = clip
+        if clipped and params.prior:
+            block.notes.extend(completed_experts(block.groups))
 
     def _clips(self, linear: Linear) -> bool:
         """Whether the range of ``linear`` is clipped; with 8 bits the full range is fine enough."""

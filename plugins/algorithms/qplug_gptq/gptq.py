@@ -15,6 +15,8 @@ from torch import Tensor
 
 from qplug import Algorithm, Block, InputGroup, Linear, Param, QuantizedWeight
 from qplug.numerics import (
+    completed_experts,
+    completed_gram,
     nearest,
     range_scale,
     scale_of,
@@ -48,6 +50,14 @@ class Params:
     ] = True
     clip_steps: Annotated[int, Param("Steps of the clip search.", 1)] = 20
     clip_smallest: Annotated[float, Param("The smallest range, of the full one.", 0.05, 1)] = 0.6
+    prior: Annotated[
+        float,
+        Param(
+            "Tokens of the layer that complete the statistics of an expert with n tokens, in units "
+            "of sqrt(width * n); 0 adds none.",
+            0,
+        ),
+    ] = 2.0
 
 
 class GPTQ(Algorithm[Params]):
@@ -67,7 +77,7 @@ class GPTQ(Algorithm[Params]):
         for groups in in_order if self.params.true_sequential else [block.groups]:
             if codes:
                 block.use_codes(codes)
-            parts = [part for group in groups for part in group.by_tokens]
+            parts = [(part, group) for group in groups for part in group.by_tokens]
             for solved in block.spread(parts, self._solve, cost=_cost):
                 codes.update(solved.codes)
                 block.notes.extend(solved.notes)
@@ -75,16 +85,21 @@ class GPTQ(Algorithm[Params]):
             if linear.name not in codes:  # it is in no input group
                 codes[linear.name] = nearest(linear)
                 block.notes.append(f"{linear.name}: no token reached it; rounded to nearest")
+        if self.params.prior:
+            noted = (note for note in completed_experts(block.groups) if note not in block.notes)
+            block.notes.extend([*noted])  # AWQ may have
         return codes
 
-    def _solve(self, group: InputGroup) -> _Solved:
+    def _solve(self, pair: tuple[InputGroup, InputGroup]) -> _Solved:
+        group, whole = pair
         params = self.params
-        if not group.tokens:  # an expert without tokens
+        gram = completed_gram(group, whole, params.prior)
+        if not group.tokens and not gram.any():  # an expert of which nothing is known
             return _Solved({linear.name: nearest(linear) for linear in group.linears}, [])
-        order = torch.argsort(group.gram.diagonal(), descending=True, stable=True)
+        order = torch.argsort(gram.diagonal(), descending=True, stable=True)
         if not params.act_order:
             order = torch.arange(len(order), device=order.device)
-        factor, damp = inverse_factor(group.gram, order, params.damp)
+        factor, damp = inverse_factor(gram, order, params.damp)
         notes = []
         if damp > params.damp:
             names = ", ".join(linear.name for linear in group.linears)
@@ -94,7 +109,7 @@ class GPTQ(Algorithm[Params]):
             weight = linear.weight
             if params.correct and group.drift is not None:
                 weight = corrected(weight, group.drift, factor, order, params.correct)
-            scale, zero = self._scale(linear, weight, group.gram)
+            scale, zero = self._scale(linear, weight, gram)
             solution = solve(weight, scale, zero, linear.args, factor, order, params.block_size)
             codes[linear.name] = QuantizedWeight(solution, scale, zero, linear.args)
         return _Solved(codes, notes)
@@ -122,7 +137,8 @@ class _Solved:
     notes: list[str]
 
 
-def _cost(group: InputGroup) -> float:
+def _cost(pair: tuple[InputGroup, InputGroup]) -> float:
     """The cost of a factorisation, and of pushing every column's error onto all later ones."""
+    group, _ = pair
     width = len(group.gram)
     return width**3 + width**2 * sum(len(linear.weight) for linear in group.linears)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -497,6 +497,56 @@ def test_statistics_that_no_damping_mends(make_linear: MakeLinear, make_group: M
     group.gram = torch.tensor([[1.0, float("nan")], [float("nan"), float("nan")]])
     with pytest.raises(QplugError, match="the inputs of this layer are not finite"):
         quantized(group)
+
+
+# --- experts that see few tokens ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [0, 4, 24, 96, 300])
+def test_a_rare_expert_errs_less_on_fresh_tokens_than_by_its_own_tokens(
+    tokens: int, make_inputs: MakeInputs, make_linear: MakeLinear, make_group: MakeGroup
+) -> None:
+    """``make_inputs`` draws channels that go together: what the layer's tokens have in common."""
+    x = make_inputs(2000, 96)
+    seen, rest, fresh = x[:tokens], x[tokens:1000], x[1000:]
+    before, after = 0.0, 0.0
+    for seed in range(4):
+        rare = make_linear(48, 96, GRIDS["int4 groups"], name="mlp.experts.0.up", seed=seed)
+        other = make_linear(48, 96, GRIDS["int4 groups"], name="mlp.experts.1.up", seed=9)
+        inner = make_linear(48, 96, GRIDS["int4 groups"], name="mlp.experts.0.down", seed=seed)
+        if tokens:
+            parts = (make_group(seen, rare), make_group(rest, other))
+            last = replace(make_group(seen, inner), experts="mlp.experts")
+        else:  # a group without tokens has statistics of zeros
+            parts = (make_group(rest[:1] * 0, rare), make_group(rest, other))
+            last = replace(make_group(rest[:1] * 0, inner), experts="mlp.experts")
+            parts[0].tokens = last.tokens = 0
+        whole = replace(make_group(x[:1000], rare, other), by_expert=parts)
+        block = Block("block", (rare, other, inner), (whole, last))
+        alone = dict(GPTQ(Params(prior=0.0)).quantize(block))
+        assert not any("complete" in note for note in block.notes)
+        completed = dict(GPTQ(Params()).quantize(block))
+        assert any("complete" in note for note in block.notes) == (tokens < 96)
+        gram = fresh.T @ fresh
+        for linear in (rare, inner):
+            before += output_error(linear, alone[linear.name], gram)
+            after += output_error(linear, completed[linear.name], gram)
+    assert after < (0.97 if tokens < 300 else 1) * before
+
+
+def test_completed_experts_are_solved_as_the_textbook_does(
+    make_inputs: MakeInputs, make_linear: MakeLinear, make_group: MakeGroup
+) -> None:
+    x = make_inputs(400, 96)
+    rare, other = (make_linear(40, 96, GRIDS["int4 groups"], name=f"mlp.{e}.up") for e in (0, 1))
+    parts = (make_group(x[:30], rare), make_group(x[30:], other))
+    whole = replace(make_group(x, rare, other), by_expert=parts)
+    made = GPTQ(Params(damp=0.01)).quantize(Block("block", (rare, other), (whole,)))
+    for part, linear in zip(parts, (rare, other), strict=True):
+        gram = part.gram.double() + 2 * (96 * part.tokens) ** 0.5 / 400 * (
+            0.75 * whole.gram.double() + 0.25 * whole.gram.double().diagonal().diag()
+        )
+        check_codes(made[linear.name], textbook(linear, gram, made[linear.name]), rows=0.05)
 
 
 # --- linears without statistics -------------------------------------------------------------------
