@@ -375,7 +375,11 @@ def test_every_algorithm_takes_experts(
     view = model_view(open_checkpoint(family(name)))
     assert set(result.errors) == view.quantizable
     assert all(0 < error < 0.3 for error in result.errors.values())
-    assert result.notes == ()
+    # Some experts get fewer tokens than they have channels.
+    completed = {f"{block}.{NAMES[name][0]}" for block in view.blocks if algo != "rtn"}
+    assert {
+        note.partition(": fewer tokens than channels reached ")[0] for note in result.notes
+    } <= (completed if {"awq", "gptq"} & {*algo.split("+")} else set())
     assert set(result.losses) == view.quantizable
     assert qplug.verify(str(result.out)).problems == ()
     for weight in unpacked(result.out).values():
@@ -401,12 +405,16 @@ def test_every_algorithm_takes_experts(
         ("deepseek-v3", "awq"),
     ],
 )
-def test_an_expert_that_saw_no_token_is_rounded_to_nearest(
+def test_an_expert_that_saw_no_token_is_rounded_to_nearest_unless_the_layer_completes_it(
     name: str, algo: str, family: Family, make_tokens: MakeTokens, run: Any
 ) -> None:
     tokens = make_tokens(1, 1)  # goes to two experts of four
     schemes = {"rtn": "W8A8_STATIC", "smoothquant": "W8A8", "osplus": "W8A8"}
-    options = {"scheme": schemes[algo], "group_size": None} if algo in schemes else {}
+    options: dict[str, Any] = {}
+    if algo in schemes:
+        options = {"scheme": schemes[algo], "group_size": None}
+    if calibrated := {"awq", "gptq"} & {*algo.split("+")}:
+        options["algorithm_options"] = {part: {"prior": 0.0} for part in calibrated}
     result = run(family(name), algo, tokens, **options)
     path, locals_, _ = NAMES[name]
     view = model_view(open_checkpoint(family(name)))
@@ -416,8 +424,7 @@ def test_an_expert_that_saw_no_token_is_rounded_to_nearest(
     notes = [note for note in result.notes if "no token reached" in note]
     assert {note.partition(f".{path}: ")[0] for note in notes} == mixtures
     (note,) = (note for note in notes if note.startswith(f"{BLOCK}."))
-    assert note.endswith("; rounded to nearest")
-    unseen = note.partition("no token reached ")[2].partition(";")[0].split(", ")
+    unseen = note.partition("no token reached ")[2].split(", ")
     assert len(unseen) == 2
     manifest = read_manifest(result.out)
     assert manifest is not None

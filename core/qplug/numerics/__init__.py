@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qplug.api.groups import dequantize, in_groups, out_of_groups, per_row_scale
 from qplug.api.old_paths import moved_names
 from qplug.numerics.activations import activation_top, fake_quantize_activations, input_scale
-from qplug.numerics.alike import side_by_side, together
+from qplug.numerics.alike import parts_side_by_side, side_by_side, together
 from qplug.numerics.clipping import (
     scaling_error,
     scaling_errors,
@@ -18,6 +18,7 @@ from qplug.numerics.clipping import (
     search_clips,
     unclipped_ratio,
 )
+from qplug.numerics.few_tokens import completed_experts, completed_gram, completed_grams
 from qplug.numerics.hadamard import hadamard_exists, hadamard_matrix, hadamard_transform
 from qplug.numerics.learning import Learned, SignSGD, learn, learns_ranges, start_clips
 from qplug.numerics.losses import output_error, relative_error, relative_output_error
@@ -69,6 +70,9 @@ __all__ = [
     "clip_to_scale",
     "code_dtype",
     "column_scales",
+    "completed_experts",
+    "completed_gram",
+    "completed_grams",
     "covering_global_scale",
     "dequantize",
     "fake_quantize",
@@ -87,6 +91,7 @@ __all__ = [
     "one_thread",
     "out_of_groups",
     "output_error",
+    "parts_side_by_side",
     "per_row_scale",
     "power_of_two",
     "quantize",

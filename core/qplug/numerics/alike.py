@@ -5,7 +5,8 @@ A step on one small matrix takes as long as a step on a dozen of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -34,6 +35,20 @@ def side_by_side(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
         else:
             found.append([group])
     return found
+
+
+def parts_side_by_side(
+    groups: Sequence[InputGroup],
+) -> Iterator[tuple[list[InputGroup], InputGroup]]:
+    """Yields the parts of ``groups`` whose linears see the same tokens, as ``side_by_side`` does.
+
+    With them comes the group whose parts they are, or the first of several groups of experts.
+    """
+    for experts, same in groupby(groups, key=lambda group: group.experts or id(group)):
+        wholes = [*same]
+        parts = wholes if isinstance(experts, str) else wholes[0].by_tokens
+        for alike in side_by_side(parts):
+            yield alike, wholes[0]
 
 
 def _likeness(group: InputGroup) -> tuple[object, ...]:

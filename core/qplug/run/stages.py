@@ -333,7 +333,7 @@ def _unseen(block: Block) -> Iterator[str]:
                 layer, number = split_name(module_of(group.linears[0].name))
                 unseen.setdefault(layer, []).append(number)
     for layer, numbers in unseen.items():
-        yield f"{layer}: no token reached {', '.join(numbers)}; rounded to nearest"
+        yield f"{layer}: no token reached {', '.join(numbers)}"
 
 
 def _products(groups: Sequence[InputGroup], linears: Sequence[Linear]) -> float:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from qplug import Algorithm, Block, InputGroup, Linear, Param
 from qplug.numerics import (
+    completed_experts,
+    completed_gram,
+    parts_side_by_side,
     scaling_error,
     scaling_errors,
     search_clips,
@@ -38,6 +41,14 @@ class Params:
     clip_in_search: Annotated[
         int, Param("Steps of a clip search for each ratio; 0 judges ratios unclipped.", 0)
     ] = 5
+    prior: Annotated[
+        float,
+        Param(
+            "Tokens of the layer that complete the statistics of an expert with n tokens, in units "
+            "of sqrt(width * n), for its final clips; 0 adds none.",
+            0,
+        ),
+    ] = 2.0
 
 
 class AWQ(Algorithm[Params]):
@@ -85,27 +96,30 @@ class AWQ(Algorithm[Params]):
 
     def _clip_all(self, block: Block) -> None:
         params = self.params
-        parts = [part for whole in block.groups for part in whole.by_tokens if part.tokens]
         clipped = [
-            (alike, [group.linears[place] for group in alike])
-            for alike in side_by_side(parts)
+            (alike, whole, [group.linears[place] for group in alike])
+            for alike, whole in parts_side_by_side(block.groups)
             for place, linear in enumerate(alike[0].linears)
             if self._clips(linear)
         ]
 
         def search(
-            pair: tuple[list[InputGroup], list[Linear]],
+            item: tuple[list[InputGroup], InputGroup, list[Linear]],
         ) -> list[tuple[Tensor | None, Tensor | None]]:
-            groups, linears = pair
+            groups, whole, linears = item
+            gram = completed_gram(groups, whole, params.prior)
+            if not groups[0].tokens and not gram.any():  # experts of which nothing is known
+                return [(None, None)] * len(linears)
             trials = [replace(linear) for linear in linears]
-            gram = together([group.gram for group in groups])
             search_clips(trials, gram, steps=params.clip_steps, smallest=params.clip_smallest)
             return [(trial.scale, trial.zero) for trial in trials]
 
-        clips = block.spread(clipped, search, cost=lambda pair: _clip_cost(pair[1]))
-        for (_, linears), found in zip(clipped, clips, strict=True):
+        clips = block.spread(clipped, search, cost=lambda item: _clip_cost(item[2]))
+        for (*_, linears), found in zip(clipped, clips, strict=True):
             for linear, (scale, zero) in zip(linears, found, strict=True):
                 linear.scale, linear.zero = scale, zero
+        if clipped and params.prior:
+            block.notes.extend(completed_experts(block.groups))
 
     def _clips(self, linear: Linear) -> bool:
         """Whether the range of ``linear`` is clipped; with 8 bits the full range is fine enough."""

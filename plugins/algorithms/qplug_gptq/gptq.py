@@ -15,11 +15,13 @@ from torch import Tensor
 
 from qplug import Algorithm, Block, InputGroup, Linear, Param, QuantizedWeight
 from qplug.numerics import (
+    completed_experts,
+    completed_gram,
     nearest,
+    parts_side_by_side,
     range_scale,
     scale_of,
     search_clips,
-    side_by_side,
     together,
     unclipped_ratio,
     weight_range,
@@ -50,6 +52,14 @@ class Params:
     ] = True
     clip_steps: Annotated[int, Param("Steps of the clip search.", 1)] = 20
     clip_smallest: Annotated[float, Param("The smallest range, of the full one.", 0.05, 1)] = 0.6
+    prior: Annotated[
+        float,
+        Param(
+            "Tokens of the layer that complete the statistics of an expert with n tokens, in units "
+            "of sqrt(width * n); 0 adds none.",
+            0,
+        ),
+    ] = 2.0
 
 
 class GPTQ(Algorithm[Params]):
@@ -69,23 +79,27 @@ class GPTQ(Algorithm[Params]):
         for groups in in_order if self.params.true_sequential else [block.groups]:
             if codes:
                 block.use_codes(codes)
-            parts = [part for group in groups for part in group.by_tokens]
-            for solved in block.spread(side_by_side(parts), self._solve, cost=_cost):
+            units = [*parts_side_by_side(groups)]
+            for solved in block.spread(units, self._solve, cost=lambda unit: _cost(unit[0])):
                 codes.update(solved.codes)
                 block.notes.extend(solved.notes)
         for linear in block.linears:
             if linear.name not in codes:  # it is in no input group
                 codes[linear.name] = nearest(linear)
                 block.notes.append(f"{linear.name}: no token reached it; rounded to nearest")
+        if self.params.prior:
+            noted = (note for note in completed_experts(block.groups) if note not in block.notes)
+            block.notes.extend([*noted])  # AWQ may have
         return codes
 
-    def _solve(self, groups: Sequence[InputGroup]) -> _Solved:
-        """Solves ``groups``, which are alike."""
+    def _solve(self, unit: tuple[list[InputGroup], InputGroup]) -> _Solved:
+        """Solves groups that are alike, which are parts of a group."""
+        groups, whole = unit
         params = self.params
-        if not groups[0].tokens:  # experts without tokens
+        gram = completed_gram(groups, whole, params.prior)
+        if not groups[0].tokens and not gram.any():  # experts of which nothing is known
             every = (linear for group in groups for linear in group.linears)
             return _Solved({linear.name: nearest(linear) for linear in every}, [])
-        gram = together([group.gram for group in groups])
         width = gram.shape[1]
         order = torch.arange(width, device=gram.device).expand(len(groups), width)
         if params.act_order:

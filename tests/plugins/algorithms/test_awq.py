@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.samples import Samples
 from qplug.calibration.walk import Walk
 from qplug.machine.session import Session
+from qplug.numerics import completed_experts, completed_gram
 from qplug.numerics.clipping import search_clip
 from qplug.numerics.losses import output_error
 from qplug.numerics.rounding import nearest
@@ -470,6 +471,42 @@ def test_clips_of_least_error_are_chosen(
     assert (dequantize(codes)[4] == 0).all()
     if not args.is_float and steps > 1:
         assert len(best.unique()) > 1  # it is not one ratio for all
+
+
+def test_the_layer_completes_the_statistics_by_which_an_expert_is_clipped(
+    make_inputs: MakeInputs, make_linear: MakeLinear, make_group: MakeGroup
+) -> None:
+    """Also those of an expert without tokens; with ``prior`` 0 its range stays full."""
+    x, args = make_inputs(200, 64), GRIDS["int4 groups"]
+    gram = x.T @ x
+    scales: dict[float, list[Tensor | None]] = {}
+    for prior in (0.0, 2.0):
+        few, none, rest = (make_linear(8, 64, args, name=f"mlp.{e}.up") for e in range(3))
+        parts = (make_group(x[:5], few), make_group(x[:1] * 0, none), make_group(x[5:], rest))
+        parts[1].tokens = 0
+        whole = replace(make_group(x, few, none, rest), by_expert=parts)
+        block = Block("block", whole.linears, (whole,))
+        awq(scale=False, clip=True, prior=prior).transform(block)
+        scales[prior] = [linear.scale for linear in (few, none)]
+        grams = [part.gram for part in parts[:2]]
+        if prior:
+            grams = [completed_gram([part], whole, prior)[0] for part in parts[:2]]
+            assert block.notes == [*completed_experts([whole])]
+        for linear, own in zip((few, none), grams, strict=True):
+            wanted = make_linear(8, 64, args)
+            search_clip(wanted, own, steps=20, smallest=0.6)
+            assert linear.scale is None if not own.any() else linear.scale is not None
+            if linear.scale is not None and wanted.scale is not None:
+                assert torch.equal(linear.scale, wanted.scale)
+
+    def error(scale: Tensor | None) -> float:
+        linear = make_linear(8, 64, args)
+        linear.scale = scale
+        off = dequantize(nearest(linear)) - linear.weight
+        return float(((off @ gram) * off).sum())
+
+    for alone, completed in zip(scales[0.0], scales[2.0], strict=True):
+        assert error(completed) < error(alone)
 
 
 def test_clips_are_searched_for_a_part_of_the_rows_at_a_time(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -497,6 +497,85 @@ def test_statistics_that_no_damping_mends(make_linear: MakeLinear, make_group: M
     group.gram = torch.tensor([[1.0, float("nan")], [float("nan"), float("nan")]])
     with pytest.raises(QplugError, match="the inputs of this layer are not finite"):
         quantized(group)
+
+
+# --- experts that see few tokens ------------------------------------------------------------------
+
+
+def fresh_error(
+    make_linear: MakeLinear, whole: Callable[[Linear], InputGroup], fresh: Tensor, **options: Any
+) -> float:
+    """The squared error on ``fresh`` tokens of a rare expert's linear, over four weights."""
+    total = 0.0
+    for seed in range(4):
+        linear = make_linear(48, 96, GRIDS["int4 groups"], name="mlp.experts.0.up", seed=seed)
+        _, made = quantized(whole(linear), damp=0.05, **options)
+        total += output_error(linear, made[linear.name], fresh.T @ fresh)
+    return total
+
+
+def rare(make_group: MakeGroup, x: Tensor, linear: Linear) -> InputGroup:
+    """A group with the tokens ``x``, of which there may be none."""
+    group = make_group(x if len(x) else torch.zeros(1, x.shape[1]), linear)
+    group.tokens = len(x)
+    return group
+
+
+@pytest.mark.parametrize("tokens", [0, 4, 24, 96, 300])
+def test_the_layer_helps_an_expert_on_tokens_that_it_has_not_seen(
+    tokens: int, make_inputs: MakeInputs, make_linear: MakeLinear, make_group: MakeGroup
+) -> None:
+    x = make_inputs(2000, 96)
+
+    def whole(linear: Linear) -> InputGroup:
+        other = make_linear(8, 96, GRIDS["int4 groups"], name="mlp.experts.1.up")
+        parts = (rare(make_group, x[:tokens], linear), make_group(x[tokens:1000], other))
+        return replace(make_group(x[:1000], linear, other), by_expert=parts)
+
+    alone = fresh_error(make_linear, whole, x[1000:], prior=0.0)
+    completed = fresh_error(make_linear, whole, x[1000:])
+    assert completed < (0.9 if tokens < 300 else 1) * alone
+
+
+@pytest.mark.parametrize("tokens", [0, 4, 24])
+def test_an_experts_last_linear_is_helped_where_tokens_are_few(
+    tokens: int, make_inputs: MakeInputs, make_linear: MakeLinear, make_group: MakeGroup
+) -> None:
+    """With more tokens than channels it depends on how channels correlate; here they do much."""
+    x = make_inputs(2000, 96)
+
+    def whole(linear: Linear) -> InputGroup:
+        return replace(rare(make_group, x[:tokens], linear), experts="mlp.experts")
+
+    alone = fresh_error(make_linear, whole, x[1000:], prior=0.0)
+    assert fresh_error(make_linear, whole, x[1000:]) < 0.95 * alone
+
+
+def test_completed_experts_are_noted_once(
+    make_inputs: MakeInputs, make_linear: MakeLinear, make_group: MakeGroup
+) -> None:
+    linear = make_linear(8, 96, GRIDS["int4 groups"], name="mlp.experts.7.down")
+    group = replace(make_group(make_inputs(5, 96), linear), experts="mlp.experts")
+    block = Block("block", (linear,), (group,))
+    for prior, count in ((0.0, 0), (2.0, 1), (2.0, 1)):
+        GPTQ(Params(prior=prior)).quantize(block)
+        assert len(block.notes) == count
+    assert "complete" in block.notes[0]
+
+
+def test_completed_experts_are_solved_as_the_textbook_does(
+    make_inputs: MakeInputs, make_linear: MakeLinear, make_group: MakeGroup
+) -> None:
+    x = make_inputs(400, 96)
+    rare, other = (make_linear(40, 96, GRIDS["int4 groups"], name=f"mlp.{e}.up") for e in (0, 1))
+    parts = (make_group(x[:30], rare), make_group(x[30:], other))
+    whole = replace(make_group(x, rare, other), by_expert=parts)
+    made = GPTQ(Params(damp=0.01)).quantize(Block("block", (rare, other), (whole,)))
+    for part, linear in zip(parts, (rare, other), strict=True):
+        gram = part.gram.double() + 2 * (96 * part.tokens) ** 0.5 / 400 * (
+            0.75 * whole.gram.double() + 0.25 * whole.gram.double().diagonal().diag()
+        )
+        check_codes(made[linear.name], textbook(linear, gram, made[linear.name]), rows=0.05)
 
 
 # --- linears without statistics -------------------------------------------------------------------
