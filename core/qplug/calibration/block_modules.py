@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -68,16 +68,26 @@ class BlockModules:
         self._tied = {name for name, block in self.modules.items() if _has_ties(block)}
         self._buffers = {n for block in self.modules.values() for n, _ in block.named_buffers()}
 
-    def computable(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``values`` on the device and in the dtype of blocks; buffers keep their own dtype."""
+    def computable(
+        self, values: Mapping[str, Tensor], on_host: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """``values`` on the device and in the dtype of blocks; buffers keep their own dtype.
+
+        Those in ``on_host`` stay where they are.
+        """
         return {
-            name: value.to(self.device, None if name in self._buffers else self.dtype)
+            name: value.to(
+                value.device if name in on_host else self.device,
+                None if name in self._buffers else self.dtype,
+            )
             for name, value in values.items()
         }
 
-    def parameters_of(self, block: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def parameters_of(
+        self, block: str, values: Mapping[str, Tensor], on_host: Collection[str] = ()
+    ) -> dict[str, Tensor]:
         """The parameters of ``block`` among ``values`` (by relative names), ``computable``."""
-        return self.computable({local: values[local] for local in self.parameters[block]})
+        return self.computable({local: values[local] for local in self.parameters[block]}, on_host)
 
     def computing(
         self, block: str, parameters: Mapping[str, Tensor]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qplug.model.block_call import BlockCall, hidden_states
+from qplug.model.experts import alike_in
 from qplug.model.input_groups import GroupPaths, find_groups
 from qplug.model.parameters import empty_parameters, set_parameter
 
@@ -41,9 +42,15 @@ class BlockStructures:
         if key not in self._found:
             generator = torch.Generator(self._device).manual_seed(0)
             draw = partial(torch.rand, generator=generator, device=self._device)
+            # All experts share one expert's memory: there is room for one in float32.
+            first = {name: names[0] for names in alike_in(module) for name in names}
+            drawn: dict[str, Tensor] = {}
             for local, weight in weights.items():
+                if first.get(local, local) in drawn:
+                    set_parameter(module, local, drawn[first[local]])
+                    continue
                 if not weight.is_floating_point():  # a table of numbers, such as of tokens' experts
-                    set_parameter(module, local, weight)
+                    set_parameter(module, local, weight.to(self._device))
                     continue
                 values = draw(weight.shape)  # norms stay away from zero, matrices keep variance
                 if weight.ndim < 2:
@@ -51,6 +58,7 @@ class BlockStructures:
                 else:
                     values = (values - 0.5) * (12 / weight.shape[-1]) ** 0.5
                 set_parameter(module, local, values)
+                drawn[first.get(local, local)] = values
             probe = call.in_float32().with_hidden(draw(call.hidden.shape) - 0.5)
             self._found[key] = find_groups(
                 module, lambda: hidden_states(module(*probe.args, **probe.kwargs))

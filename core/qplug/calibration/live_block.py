@@ -46,11 +46,14 @@ class LiveBlock(Block):
         processes: Processes = ALONE,
         *,
         alike: Sequence[Sequence[str]] = (),
+        is_whole: bool = True,
     ) -> None:
         """``stored``: the dtype in which the checkpoint holds each of ``weights``.
 
         ``alike``: names of parameters that are kept together in memory, those of experts.
+        ``is_whole``: whether it has all parameters of the block.
         """
+        self.is_whole = is_whole
         self._processes = processes
         self.weights32 = copied(weights, torch.float32, alike)
         self._dtypes: dict[str, torch.dtype] = {n: getattr(torch, d) for n, d in stored.items()}
@@ -163,6 +166,11 @@ class LiveBlock(Block):
         cost: Callable[[T], float] | None = None,
     ) -> list[R]:
         return self._processes.spread(items, work, cost)
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """The full names of the parameters."""
+        return frozenset(map(self._full, self.weights32))
 
     # --- what a run reads from a block -----------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +16,7 @@ from torch.func import functional_call
 
 from qplug.api.scheme import Scheme
 from qplug.calibration.statistics import SeenTokens, Statistics
-from qplug.calibration.statistics import share as share_statistics
-from qplug.machine.processes import Processes
-from qplug.model.experts import Given, expert_of, experts_in, given_to, seeing_all
+from qplug.model.experts import Given, expert_of, experts_in, given_to, seeing_all, silent
 from qplug.model.hooks import hooked
 from qplug.model.input_groups import GroupPaths
 
@@ -66,6 +64,14 @@ class Seen:
         return SeenTokens.of(self.length, self.windows, self.real, self.counted, device)
 
 
+@dataclass(frozen=True, eq=False)
+class _Begin:
+    """How the statistics of a linear of an expert begin, whose input has ``width`` channels."""
+
+    width: int
+    statistics: Callable[..., Statistics]
+
+
 class Observation:
     """Gathers ``statistics`` of the input groups of one block, by the path of a reading module.
 
@@ -90,18 +96,18 @@ class Observation:
         self._device = device
         self._sampled: dict[str, int] = {}  # rows that one call adds to a sample
         self.statistics: dict[str, Statistics] = {}
+        #: What begins the statistics of the experts of a layer, by layer, number and path.
+        self._of_experts: dict[str, dict[int, dict[str, _Begin]]] = {}
         own = quota.batches[quota.rank]
-        grams: dict[str, Iterator[Tensor]] = {}  # of the experts of a layer, together
         for group in structure:
             quantized = [path for path in group.linears if path in schemes]
             if not quantized:
                 continue
             linear = block.get_submodule(quantized[0])
             assert isinstance(linear, nn.Linear)
-            width = linear.in_features
             start = partial(
                 Statistics,
-                width,
+                linear.in_features,
                 device,
                 by_window=any(schemes[path].static_inputs for path in quantized),
                 with_drift=with_drift,
@@ -111,27 +117,26 @@ class Observation:
                 self._sampled[group.at], room = quota.of_sample(SAMPLE)
                 self.statistics[group.at] = start(room)
                 count = max(_LEAST_OF_EXPERT, SAMPLE // max(1, len(of_experts)))
-                rooms = iter(torch.zeros(len(of_experts), width, width, device=device))
             else:
                 of_experts = [group.at]
                 experts = len([*block.get_submodule(group.experts).children()])
                 count = max(_LEAST_OF_EXPERT, SAMPLE // experts)
-                if group.experts not in grams:
-                    grams[group.experts] = iter(torch.zeros(experts, width, width, device=device))
-                rooms = grams[group.experts]
             for path in of_experts:
                 self._sampled[path] = quota.of_sample(count)[0] * own
                 # A process may see all tokens of an expert, or none.
-                self.statistics[path] = start(count, room=next(rooms))
-        self._of_experts: dict[str, dict[int, list[str]]] = {}
-        for path in self.statistics:
-            if (expert := expert_of(block, path)) is not None:
-                self._of_experts.setdefault(expert[0], {}).setdefault(expert[1], []).append(path)
+                begin = partial(start, count)
+                expert = expert_of(block, path)
+                assert expert is not None
+                layer, number = expert
+                of_layer = self._of_experts.setdefault(layer, {})
+                of_layer.setdefault(number, {})[path] = _Begin(linear.in_features, begin)
         #: The paths at which whole tensors are read.
-        self._whole = [path for path in self.statistics if expert_of(block, path) is None]
+        self._whole = [*self.statistics]
         self._layers = experts_in(block)
-        self._given: dict[str, list[Passed]] = {path: [] for path in self._of_experts}
-        self._float_given: dict[str, list[Passed]] = {path: [] for path in self._of_experts}
+        self._last = {group.experts for group in structure if group.is_last}
+        self._passes: dict[str, list[Passed]] = {path: [] for path in self._of_experts}
+        self._float_passes: dict[str, list[Passed]] = {path: [] for path in self._of_experts}
+        self._given: dict[str, tuple[Given, Given | None]] = {}
         self._seen: list[SeenTokens] = []
 
     @contextmanager
@@ -142,7 +147,7 @@ class Observation:
             inputs[path] = x
 
         def keep(path: str, given: Given) -> None:
-            self._float_given[path].append((len(self._seen), given))
+            self._float_passes[path].append((len(self._seen), given))
 
         with self._seeing(see, keep):
             yield
@@ -154,7 +159,8 @@ class Observation:
         ``float_inputs`` as ``recording_float`` left them. ``stop`` ends the pass once all inputs
         have been seen.
         """
-        coming = {*self._whole, *self._given}
+        coming = {*self._whole, *self._of_experts}
+        needless = [self._layers[path] for path in self._of_experts if path in self._last]
 
         def came(path: str) -> None:
             coming.discard(path)
@@ -173,11 +179,12 @@ class Observation:
             came(path)
 
         def keep(path: str, given: Given) -> None:
-            self._given[path].append((len(self._seen), given))
+            self._passes[path].append((len(self._seen), given))
             came(path)
 
         try:
-            with self._seeing(observe, keep):
+            # The output is not used if the pass is stopped; nor is that of the last experts.
+            with self._seeing(observe, keep), silent(needless if stop else ()):
                 yield
         except _SeenEnoughError as enough:
             # A reference to this exception would keep all tensors of the pass alive. From Python
@@ -186,38 +193,65 @@ class Observation:
             enough.__traceback__ = None
         self._seen.append(seen.tokens(self._device))
 
-    def finish(
-        self, parameters: Mapping[str, Tensor], float_parameters: Mapping[str, Tensor]
-    ) -> None:
-        """Adds what experts read, after all batches; both are parameters of the whole block.
+    def experts(
+        self,
+        parameters: Mapping[str, Tensor],
+        float_parameters: Mapping[str, Tensor],
+        numbers: Collection[int] | None = None,
+    ) -> dict[str, Statistics]:
+        """The statistics of experts, of which all are computed by default, by path.
 
-        ``float_parameters`` are those of the block whose passes ``recording_float`` saw.
+        They are also added to ``statistics`` if all are computed. Call it after all batches.
+        ``parameters`` and ``float_parameters`` are parameters of the whole block; the latter of the
+        block whose passes ``recording_float`` saw. ``numbers`` chooses experts of each layer.
         """
-        seen = SeenTokens.joined(self._seen) if any(self._given.values()) else None
-        before = [0, *accumulate(batch.tokens for batch in self._seen)]
-        for layer, passes in self._given.items():
-            if not passes or seen is None:
-                continue
-            given = _joined(passes, before)
-            float_passes = self._float_given[layer]
-            of_float = _joined(float_passes, before) if float_passes else None
-            self._add_experts(layer, given, of_float, seen, parameters, float_parameters)
-        self._seen.clear()
+        for layer, passes in self._passes.items():
+            if passes:
+                before = [0, *accumulate(batch.tokens for batch in self._seen)]
+                in_float = self._float_passes[layer]
+                of_float = _joined(in_float, before) if in_float else None
+                self._given[layer] = _joined(passes, before), of_float
+        found: dict[str, Statistics] = {}
+        for layer, all_of_layer in self._of_experts.items():
+            chosen = {n: b for n, b in all_of_layer.items() if numbers is None or n in numbers}
+            found |= self._begun(chosen)
+            if layer in self._given:
+                self._add(layer, chosen, found, parameters, float_parameters)
+        if numbers is None:
+            self.statistics |= found
+            self._given.clear()
+        return found
 
-    def _add_experts(
+    def _begun(self, experts: Mapping[int, Mapping[str, _Begin]]) -> dict[str, Statistics]:
+        """Empty statistics; the Gram matrices of one width are together in memory."""
+        widths = [begin.width for paths in experts.values() for begin in paths.values()]
+        rooms = {
+            width: iter(torch.zeros(widths.count(width), width, width, device=self._device))
+            for width in {*widths}
+        }
+        found = {}
+        # All first linears come before all last ones, which may have the same width.
+        for place in range(max((len(paths) for paths in experts.values()), default=0)):
+            for paths in experts.values():
+                for path, begin in [*paths.items()][place : place + 1]:
+                    found[path] = begin.statistics(room=next(rooms[begin.width]))
+        return found
+
+    def _add(
         self,
         layer: str,
-        given: Given,
-        of_float: Given | None,
-        seen: SeenTokens,
+        chosen: Mapping[int, Mapping[str, _Begin]],
+        statistics: Mapping[str, Statistics],
         parameters: Mapping[str, Tensor],
         float_parameters: Mapping[str, Tensor],
     ) -> None:
-        experts = self._layers[layer]
+        """Adds what the ``chosen`` experts of ``layer`` read to their ``statistics``."""
+        experts, seen = self._layers[layer], SeenTokens.joined(self._seen)
+        given, of_float = self._given[layer]
         places = given.by_expert(len(experts))
         float_places = None if of_float is None else of_float.by_expert(len(experts))
-        for number, paths in self._of_experts[layer].items():
-            expert = experts.get_submodule(str(number))
+        for number, begun in chosen.items():
+            expert, paths = experts.get_submodule(str(number)), [*begun]
             names = [
                 (f"{name}.{local}", f"{layer}.{number}.{name}.{local}")
                 for name in experts.linears
@@ -235,15 +269,10 @@ class Observation:
             own = {n: parameters[full] for n, full in names if full in parameters}
             read = _inputs(self._block, paths, expert, own, given.source[rows])
             for path, x in read.items():
-                statistics = self.statistics[path]
-                statistics.observe_tokens(
+                statistics[path].observe_tokens(
                     x, tokens, seen, self._sampled[path], in_float.get(path), float_tokens
                 )
-                statistics.settle()
-
-    def share(self, processes: Processes) -> None:
-        """Merges the statistics of all ``processes``; afterwards each process has the same."""
-        share_statistics(list(self.statistics.values()), processes)
+                statistics[path].settle()
 
     @contextmanager
     def _seeing(

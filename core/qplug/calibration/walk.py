@@ -6,7 +6,7 @@ Weights of one block are in memory, and the hidden states of all tokens between 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -25,15 +25,17 @@ from qplug.calibration.entrance import Entrance
 from qplug.calibration.hidden_states import HiddenStates
 from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.observation import FloatInputs, Observation, SampleQuota, Seen
+from qplug.calibration.portions import divide_experts, part_of_structure, part_of_weights
 from qplug.calibration.reconstruction import Data, LiveReconstruction
 from qplug.calibration.samples import Samples
-from qplug.calibration.statistics import Statistics
+from qplug.calibration.statistics import Statistics, share
 from qplug.calibration.stream import Compute, Stream
 from qplug.checkpoint.names import within
 from qplug.errors import QplugError
+from qplug.machine.memory import free_memory
 from qplug.machine.session import Session
 from qplug.model.block_call import BlockCall, Output, hidden_states
-from qplug.model.experts import alike_in
+from qplug.model.experts import alike_in, expert_of
 from qplug.model.input_groups import GroupPaths
 from qplug.model.kv_cache import KVCache
 from qplug.model.parameters import refuse_infinite
@@ -66,6 +68,7 @@ class Walk:
         online: Sequence[str] = (),
         cache: KVCache | None = None,
         skeleton: Skeleton | None = None,
+        memory: int | None = None,
     ) -> None:
         """Each process of ``session`` takes a part of the ``samples``.
 
@@ -73,7 +76,8 @@ class Walk:
         ``with_drift`` gathers ``InputGroup.drift``; ``with_targets`` gives blocks a
         ``reconstruction``. ``online``: names of linears whose inputs are rotated while the model
         runs. ``cache``: how keys and values are stored, None if not quantized. ``skeleton``: of the
-        source, if it is made already. Raises QplugError if there are fewer samples than processes.
+        source, if it is made already. ``memory``: bytes that a block may take; by default those
+        that are free. Raises QplugError if there are fewer samples than processes.
         """
         device, processes = session.device, session.processes
         if len(samples) < processes.count:
@@ -92,6 +96,8 @@ class Walk:
             skeleton or Skeleton(source.folder, trust_remote_code=session.trust_remote_code),
             online=online,
         )
+        self._memory = memory
+        self._rooms: dict[str, Tensor] = {}  # for the weights of experts with which tokens go on
         self._structures = BlockStructures(device)
         self._reader = BlockReader(
             source, self._blocks.parameters, session.clock, pinned=device.type == "cuda"
@@ -153,30 +159,31 @@ class Walk:
 
         Raises QplugError if a weight is not finite.
         """
+        return self._gathered(name, self._reader.read(name))
+
+    def gather_parts(self, name: str) -> Iterator[LiveBlock]:
+        """Yields ``gather(name)``, or parts of it if there is not memory for all experts at once.
+
+        The first part is the block without its experts; others have some of the experts each. No
+        scale can be moved from outside of the experts into them. Use a part before the next one.
+        """
         on_cpu = self._reader.read(name)
-        alike = alike_in(self._blocks.modules[name])
-        weights = copied(on_cpu, None, alike if self._device.type == "cuda" else (), self._device)
-        del on_cpu
-        refuse_infinite({f"{name}.{n}": w for n, w in weights.items()}, self._view.dtype)
-        self._probe.expect(name)
-        (probe,) = self._probe
-        structure = self._structures.of(self._blocks.modules[name], weights, probe)
+        portions = self._portions(name, on_cpu)
+        if portions is None:
+            yield self._gathered(name, on_cpu)
+        else:
+            yield from self._in_portions(name, on_cpu, portions)
+
+    @torch.no_grad()
+    def _gathered(self, name: str, on_cpu: Mapping[str, Tensor]) -> LiveBlock:
+        structure = self._structure(name, on_cpu)
+        weights = self._on_device(name, on_cpu)
         parameters = self._blocks.computable(weights)
         statistics = self._observe(name, structure, parameters, parameters, first=True)
         if self._propagate == "float" and name != self._view.blocks[-1]:
             self._replace(name, self._probe, self._blocks.computing(name, parameters))
         del parameters
-        block = LiveBlock(
-            name,
-            structure,
-            statistics,
-            weights,
-            self._schemes,
-            {local: self._source.tensors[f"{name}.{local}"].spec.dtype for local in weights},
-            partial(self._observe_again, name, structure),
-            self._processes,
-            alike=alike,
-        )
+        block = self._live(name, structure, statistics, weights)
         if self._targets is not None:
             stream = self._stream
             data = Data(
@@ -192,6 +199,120 @@ class Walk:
         return block
 
     @torch.no_grad()
+    def _in_portions(
+        self, name: str, on_cpu: Mapping[str, Tensor], portions: Sequence[Collection[int]]
+    ) -> Iterator[LiveBlock]:
+        structure = self._structure(name, on_cpu)
+        observation = self._passed_without_experts(name, structure, on_cpu)
+        # No local refers to what is yielded: it is freed before the next part is made.
+        for numbers in ((), *portions):
+            yield self._portion(name, structure, observation, on_cpu, numbers)
+
+    def _passed_without_experts(
+        self, name: str, structure: tuple[GroupPaths, ...], on_cpu: Mapping[str, Tensor]
+    ) -> Observation:
+        rest = part_of_weights(self._blocks.modules[name], on_cpu, ())
+        parameters = self._blocks.computable(self._on_device(name, rest))
+        observation = self._passed(name, structure, parameters, parameters, first=True)
+        share(list(observation.statistics.values()), self._processes)
+        return observation
+
+    def _portion(
+        self,
+        name: str,
+        structure: tuple[GroupPaths, ...],
+        observation: Observation,
+        on_cpu: Mapping[str, Tensor],
+        numbers: Collection[int],
+    ) -> LiveBlock:
+        """The experts with these ``numbers``; without any, the rest of the block."""
+        module = self._blocks.modules[name]
+        weights = self._on_device(name, part_of_weights(module, on_cpu, numbers))
+        statistics = dict(observation.statistics)
+        if numbers:
+            parameters = self._blocks.computable(weights)
+            own = observation.experts(parameters, parameters, numbers)
+            share(list(own.values()), self._processes)
+            statistics |= own
+        part = part_of_structure(structure, module, numbers)
+        return self._live(name, part, statistics, weights)
+
+    def _portions(self, name: str, on_cpu: Mapping[str, Tensor]) -> list[range] | None:
+        """The experts of each part of block ``name``; None if there is memory for the whole."""
+        if self._with_float or self._cache is not None:  # the float experts must compute, too
+            return None
+        module = self._blocks.modules[name]
+        schemes = within(name, self._schemes)
+        if any(s.static_inputs for path, s in schemes.items() if expert_of(module, path)):
+            return None  # the experts of a layer share a scale
+        budget = self._memory if self._memory is not None else free_memory(self._device)
+        tokens = sum(seen.windows * seen.length for seen in self._seen)
+        return divide_experts(module, on_cpu, tokens, budget)
+
+    def _structure(self, name: str, weights: Mapping[str, Tensor]) -> tuple[GroupPaths, ...]:
+        self._probe.expect(name)
+        (probe,) = self._probe
+        return self._structures.of(self._blocks.modules[name], weights, probe)
+
+    def _on_device(self, name: str, on_cpu: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights ``on_cpu`` of block ``name``, checked."""
+        alike = alike_in(self._blocks.modules[name]) if self._device.type == "cuda" else []
+        here = [own for names in alike if (own := [n for n in names if n in on_cpu])]
+        weights = copied(on_cpu, None, here, self._device)
+        refuse_infinite({f"{name}.{n}": w for n, w in weights.items()}, self._view.dtype)
+        return weights
+
+    def _live(
+        self,
+        name: str,
+        structure: tuple[GroupPaths, ...],
+        statistics: Mapping[str, Statistics],
+        weights: Mapping[str, Tensor],
+    ) -> LiveBlock:
+        alike = alike_in(self._blocks.modules[name])
+        is_whole = len(weights) == len(self._blocks.parameters[name])
+        return LiveBlock(
+            name,
+            structure,
+            statistics,
+            weights,
+            self._schemes,
+            {local: self._source.tensors[f"{name}.{local}"].spec.dtype for local in weights},
+            partial(self._observe_again, name, structure, is_whole),
+            self._processes,
+            alike=[own for names in alike if (own := [n for n in names if n in weights])],
+            is_whole=is_whole,
+        )
+
+    def parked(self, name: str, effective: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``effective`` of a part of block ``name``, where ``advance`` wants it.
+
+        On a GPU the weights of all experts are together, or on the host if they take more than half
+        of the memory that a block may take.
+        """
+        if self._device.type != "cuda":
+            return effective
+        if not self._fits(name):
+            return {local: value.cpu() for local, value in effective.items()}
+        parked = dict(effective)
+        for names in alike_in(self._blocks.modules[name]):
+            for place, local in enumerate(names):
+                if local not in effective:
+                    continue
+                value = effective[local]
+                if names[0] not in self._rooms:
+                    self._rooms[names[0]] = value.new_empty(len(names), *value.shape)
+                parked[local] = self._rooms[names[0]][place].copy_(value)
+        return parked
+
+    def _fits(self, name: str) -> bool:
+        module = self._blocks.modules[name]
+        stored = [f"{name}.{local}" for names in alike_in(module) for local in names]
+        size = sum(self._source.tensors[n].nbytes for n in stored if n in self._source.tensors)
+        budget = self._memory if self._memory is not None else free_memory(self._device)
+        return budget is None or size <= budget / 2
+
+    @torch.no_grad()
     def advance(self, name: str, effective: Mapping[str, Tensor]) -> None:
         """Sends the tokens through block ``name`` with the parameters ``effective``."""
         if name == self._view.blocks[-1]:
@@ -199,7 +320,11 @@ class Walk:
         if self._propagate == "float":
             self._stream.step()
             return
-        parameters = self._blocks.parameters_of(name, effective)
+        self._rooms.clear()
+        on_host: set[str] = set()
+        if self._device.type == "cuda" and not self._fits(name):
+            on_host = {n for names in alike_in(self._blocks.modules[name]) for n in names}
+        parameters = self._blocks.parameters_of(name, effective, on_host)
         with self._blocks.rounding_inputs(name, self._blocks.parameters[name], effective):
             compute = self._blocks.computing(name, parameters)
             self._replace(name, self._stream, self._through_cache(name, effective, compute))
@@ -262,6 +387,24 @@ class Walk:
     ) -> dict[str, Statistics]:
         """The statistics of the groups in ``structure``, by the module path they are taken at.
 
+        As ``_passed``, with the experts.
+        """
+        observation = self._passed(name, structure, parameters, float_parameters, first=first)
+        observation.experts(parameters, float_parameters)
+        share(list(observation.statistics.values()), self._processes)
+        return observation.statistics
+
+    def _passed(
+        self,
+        name: str,
+        structure: tuple[GroupPaths, ...],
+        parameters: Mapping[str, Tensor],
+        float_parameters: Mapping[str, Tensor],
+        *,
+        first: bool = False,
+    ) -> Observation:
+        """An observation of all batches, whose experts are still to be computed.
+
         The block computes with ``parameters``, and the float model's block with
         ``float_parameters``. The ``first`` pass at a block sends the float model on, if it runs.
         """
@@ -305,9 +448,7 @@ class Walk:
                 float_output = output if serves_both else float_output
             if passes_on:
                 self._pass_on_float(name, index, float_call or call, float_output, compute_float)
-        observation.finish(parameters, float_parameters)
-        observation.share(self._processes)
-        return observation.statistics
+        return observation
 
     def _pass_on_float(
         self, name: str, index: int, call: BlockCall, output: Output, compute: Compute
@@ -323,6 +464,7 @@ class Walk:
         self,
         name: str,
         structure: tuple[GroupPaths, ...],
+        is_whole: bool,
         values: Mapping[str, Tensor],
         float_values: Mapping[str, Tensor],
         rounded: Sequence[str],
@@ -330,8 +472,13 @@ class Walk:
         """Like ``_observe``, but half-way through a block.
 
         ``values`` and ``float_values`` are parameters of the block and of the float block; linears
-        of the weights in ``rounded`` read rounded inputs.
+        of the weights in ``rounded`` read rounded inputs. Raises QplugError unless ``is_whole``.
         """
+        if not is_whole:
+            raise QplugError(
+                f"{name}: does not fit into memory at once, as this algorithm or option needs; "
+                "raise --memory, or use fewer --samples"
+            )
         with self._blocks.rounding_inputs(name, rounded, values):
             return self._observe(
                 name,

@@ -65,6 +65,11 @@ _result_option = partial(click.option, cls=HeadedOption, heading="Result")
     help="Write an HTML report on the result to FILE, by default OUT.report.html.",
 )
 @_run_option("--device", default="auto", show_default=True, help="auto, cpu, or cuda[:N].")
+@_run_option(
+    "--memory",
+    metavar="SIZE",
+    help="What a block may take on the device, such as 20GiB; by default what is free.",
+)
 @_run_option("--trust-remote-code", is_flag=True, help="Run Python code from the model's folder.")
 @_run_option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @_run_option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -78,6 +83,7 @@ def command(
     overwrite: bool,
     report: str | None,
     device: str,
+    memory: str | None,
     trust_remote_code: bool,
     dry_run: bool,
     as_json: bool,
@@ -92,7 +98,7 @@ def command(
     """
     from qplug.run.perform import RunOptions
 
-    options = RunOptions(device, int(shard_size * 1e9), overwrite, trust_remote_code)
+    options = RunOptions(device, int(shard_size * 1e9), overwrite, trust_remote_code, memory)
     words, registry = typed_words(ctx), ctx.obj
     if config is not None:
         done = _from_file(config, words, model, out, options, registry, dry_run, report)
@@ -136,6 +142,7 @@ def _from_words(
             overwrite=options.overwrite,
             dry_run=dry_run,
             trust_remote_code=options.trust_remote_code,
+            memory=options.memory,
             registry=registry.with_(bar, "progress-bar"),
             **words,
         )
@@ -179,6 +186,7 @@ def _from_file(
             overwrite=options.overwrite,
             dry_run=dry_run,
             trust_remote_code=options.trust_remote_code,
+            memory=options.memory,
             registry=registry,
             watch=lambda what, n, total, name, loss: bar(n, total, f"{what} {name}", loss),
         )

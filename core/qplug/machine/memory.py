@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -45,3 +47,31 @@ def ran_out(error: BaseException | None) -> bool:
 def gibibytes(size: float) -> str:
     """``size`` in bytes as text, such as ``1.5 GiB``."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """The bytes that are free on ``device``, with a reserve; None if the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (free + cached) * 9 // 10
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = dict(line.split(":", 1) for line in lines if ":" in line)
+    available = sizes.get("MemAvailable", "").split()
+    return int(available[0]) * 1024 * 9 // 10 if available else None
+
+
+def parse_size(text: str) -> int:
+    """The bytes that ``text`` says, such as ``20GiB``, ``20GB`` or ``500MiB``.
+
+    Raises QplugError for other text.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", text, re.IGNORECASE)
+    if found is None:
+        raise QplugError(f"{text}: is no size; write 20GiB, 20GB or 500MiB")
+    number, unit = found.groups()
+    base = 1024 if "i" in unit.lower() else 1000
+    return int(float(number) * base ** (" KMGT".index(unit[0].upper())))

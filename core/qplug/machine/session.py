@@ -22,7 +22,8 @@ class Session:
 
     ``registry`` has the plugins. Tensors are computed on ``device``. ``processes`` share the work.
     ``clock`` measures the time and memory of each stage. ``trust_remote_code`` allows qplug to run
-    Python code that comes with a model.
+    Python code that comes with a model. ``memory``: the bytes that a block of a calibrated run may
+    take on ``device``, None for those that are free.
     """
 
     registry: Registry
@@ -30,6 +31,7 @@ class Session:
     trust_remote_code: bool = False
     processes: Processes = ALONE
     clock: Stopwatch = field(default_factory=Stopwatch)
+    memory: int | None = None
 
     @classmethod
     def alone(
@@ -57,6 +59,7 @@ class Session:
         *,
         registry: Registry | None = None,
         trust_remote_code: bool = False,
+        memory: int | None = None,
     ) -> Iterator[Session]:
         """A context with the session of this process, joined to those that torchrun started.
 
@@ -67,4 +70,4 @@ class Session:
         usable = find_device(device, launch)
         plugins = registry or Registry.installed()
         with join(launch, usable) as processes:
-            yield cls(plugins, usable, trust_remote_code, processes, Stopwatch(usable))
+            yield cls(plugins, usable, trust_remote_code, processes, Stopwatch(usable), memory)

@@ -6,12 +6,13 @@ three axes for all experts of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from qplug.checkpoint.names import module_of, split_name
@@ -79,6 +80,7 @@ class Experts(nn.Module):
     some; else each expert has a copy of the tokens of its own, zero for tokens that it is not
     given. ``on_given`` is called with what the experts are given, before they compute; None if
     nobody asks. ``sees_all``: whether ``on_given`` is told that each expert reads all tokens.
+    ``is_silent``: whether zeros are returned in place of what experts compute.
 
     A caller of many passes may give the weights of all experts as one parameter for each linear,
     ``all_gate_proj: [experts, out, in]`` and so on, in place of the parameters of each expert.
@@ -90,6 +92,7 @@ class Experts(nn.Module):
         self.last, self.gathers = layout.last.linear, layout.gathers
         self.on_given: Callable[[Given], None] | None = None
         self.sees_all = False
+        self.is_silent = False
         self.__dict__["_fused"] = fused  # not registered: the linears have its parameters
         self.__dict__["_layout"] = layout
         parameters = dict(fused.named_parameters(recurse=False))
@@ -164,13 +167,15 @@ class Experts(nn.Module):
 
         ``counts``: the number of rows of each expert, int64. Rows beyond give zeros.
         """
+        outputs = torch.zeros_like(rows)
+        if self.is_silent:
+            return outputs
         if self._parameters[f"all_{self.last}"] is not None:
             return self._grouped(rows, counts)
-        outputs = torch.zeros_like(rows)
         start = 0
         for expert, count in zip(self.children(), counts.tolist(), strict=True):
             if count:
-                outputs[start : start + count] = expert(rows[start : start + count])
+                outputs[start : start + count] = _here(expert, rows[start : start + count])
             start += count
         return outputs
 
@@ -207,6 +212,19 @@ def given_to(layers: Mapping[str, Experts], see: Callable[[str, Given], None]) -
     finally:
         for layer in layers.values():
             layer.on_given = None
+
+
+@contextmanager
+def silent(layers: Iterable[Experts]) -> Iterator[None]:
+    """Within it, ``layers`` return zeros and compute nothing."""
+    quiet = [*layers]
+    for layer in quiet:
+        layer.is_silent = True
+    try:
+        yield
+    finally:
+        for layer in quiet:
+            layer.is_silent = False
 
 
 @contextmanager
@@ -280,6 +298,20 @@ def _multiplies_together(layer: Experts, path: str, parameters: Mapping[str, Ten
         if torch.cuda.get_device_capability(weight.device) < (8, 0):
             return False
     return hasattr(functional, "grouped_mm")
+
+
+def _here(expert: nn.Module, x: Tensor) -> Tensor:
+    """What ``expert`` returns for ``x: [tokens, width]``, whose device may lack its weights.
+
+    Experts that are too large for a GPU together come one after the other.
+    """
+    parameters = dict(expert.named_parameters())
+    if all(parameter.device == x.device for parameter in parameters.values()):
+        output: Tensor = expert(x)
+        return output
+    moved = {name: p.to(x.device, non_blocking=True) for name, p in parameters.items()}
+    moved_output: Tensor = functional_call(expert, moved, (x,))
+    return moved_output
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

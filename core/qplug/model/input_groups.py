@@ -9,7 +9,7 @@ block's output: a norm's weight, or rows of an earlier linear (values before the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qplug.checkpoint.names import is_within, local_of
-from qplug.model.experts import Experts
+from qplug.model.experts import Experts, silent
 from qplug.model.hooks import hooked
 
 #: Runs the block on the same small input each time.
@@ -56,6 +56,7 @@ class GroupPaths:
     ``linears``: all modules that multiply the tensor by a matrix, routers too. ``at``: a module
     that is given the whole tensor. ``by_expert``: the members of ``linears`` that read some of its
     tokens, for each expert. ``experts``: the module of the experts, if the reader is one of them.
+    ``is_last``: whether no linear of the block reads anything that comes of these experts.
     """
 
     linears: tuple[str, ...]
@@ -63,6 +64,7 @@ class GroupPaths:
     at: str
     by_expert: tuple[tuple[str, ...], ...] = ()
     experts: str | None = None
+    is_last: bool = False
 
 
 def find_groups(block: nn.Module, call: Call) -> tuple[GroupPaths, ...]:
@@ -116,6 +118,7 @@ def _behind_experts(
     lasts = [f"{mixture}.{number}.{experts.last}" for number, _ in experts.named_children()]
     given = [name for name in lasts if name in seen.inputs]
     most = max(given, key=lambda name: seen.inputs[name].shape[0])
+    is_last = _is_last(block, call, seen, mixture, experts)
     readers = _readers_of(mixture, experts)
     producer = _find_producer(block, call, seen, [most], most, readers[lasts.index(most)])
     for last, linears in zip(lasts, readers, strict=True):
@@ -124,7 +127,18 @@ def _behind_experts(
             local = local_of(producer.module)
             module = next(name for name in linears if name.endswith(f".{local}"))
             own = replace(producer, module=module)
-        yield GroupPaths((last,), own, last, experts=mixture)
+        yield GroupPaths((last,), own, last, experts=mixture, is_last=is_last)
+
+
+def _is_last(block: nn.Module, call: Call, seen: _Seen, mixture: str, experts: Experts) -> bool:
+    """Whether all other linears read the same if ``experts`` return zeros."""
+    with silent([experts]):
+        without = _watch(block, call)
+    return all(
+        torch.equal(tensor, seen.inputs[name])
+        for name, tensor in without.inputs.items()
+        if name == mixture or not is_within(mixture, name)
+    )
 
 
 # --- one forward pass -----------------------------------------------------------------------------
@@ -274,8 +288,9 @@ def _holds(
     factors = (torch.rand(count, generator=generator) * 1.5 + 0.5).to(producer.rows.device)
     scale = factors[producer.rows]  # [in]
     divided_parameters = dict(source.named_parameters(recurse=False))
-    weights = [block.get_parameter(f"{name}.weight") for name in readers]
-    touched = [*divided_parameters.values(), *weights]
+    # Experts may share the memory of their weights here.
+    weights = _apart(block.get_parameter(f"{name}.weight") for name in readers)
+    touched = _apart([*divided_parameters.values(), *weights])
     kept = [parameter.detach().clone() for parameter in touched]
     try:
         with torch.no_grad():
@@ -290,6 +305,11 @@ def _holds(
                 parameter.copy_(old)
     # Relative to the effect of the scale alone, since a large residual hides any error.
     return bool((restored - result).norm() < _RTOL * (disturbed - result).norm())
+
+
+def _apart(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """``tensors`` without those whose memory an earlier one has."""
+    return [*{tensor.data_ptr(): tensor for tensor in reversed([*tensors])}.values()][::-1]
 
 
 # --- moving scale ---------------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qplug.calibration.ranges import InputRange
 
 if TYPE_CHECKING:
     from typing import TypeGuard
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,25 @@ class Report:
     inputs: Mapping[str, tuple[InputRange, InputRange]] = field(default_factory=dict)
     clips: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Report]) -> Report:
+        """Returns the report of a step of which ``parts`` are the reports of its parts."""
+        if len(parts) == 1:
+            return parts[0]
+        experts: dict[str, tuple[int, ...]] = {}
+        for part in parts:
+            for layer, counts in part.experts.items():
+                experts[layer] = (*experts.get(layer, ()), *counts)
+        return cls(
+            errors=_merged([part.errors for part in parts]),
+            losses=_merged([part.losses for part in parts]),
+            rewritten=tuple(sorted(name for part in parts for name in part.rewritten)),
+            notes=tuple(note for part in parts for note in part.notes),
+            inputs=_merged([part.inputs for part in parts]),
+            clips=_merged([part.clips for part in parts]),
+            experts=experts,
+        )
 
     @property
     def loss(self) -> float | None:
@@ -83,6 +104,10 @@ class Report:
             clips={name: tuple(counts) for name, counts in plain["clips"].items()},
             experts={name: tuple(counts) for name, counts in plain["experts"].items()},
         )
+
+
+def _merged(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def _are(values: object, *kinds: type) -> TypeGuard[list[Any]]:

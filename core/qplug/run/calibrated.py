@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qplug.api.scheme import Scheme
+from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.ranges import input_ranges
 from qplug.calibration.samples import Samples
 from qplug.calibration.walk import Walk
@@ -15,6 +17,7 @@ from qplug.model.kv_cache import KVCache
 from qplug.model.skeleton import Skeleton
 from qplug.output.plan import Step
 from qplug.output.shared_writer import SharedWriter
+from qplug.output.step_report import Report
 from qplug.run.steps import Finished, Steps
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ def start_walk(
             online=prepared.online,
             cache=cache,
             skeleton=skeleton,
+            memory=session.memory,
         )
 
 
@@ -82,21 +86,21 @@ def _walked(
 
 def _block(steps: Steps, walk: Walk, number: int) -> Finished:
     """Gathers the statistics of a block, transforms it, quantizes it, and passes the tokens on."""
-    step, stages, clock = steps.plan.steps[number], steps.stages, steps.session.clock
-    with clock("statistics"):
-        block = walk.gather(step.name)
-    inputs = input_ranges(block)
-    codes = stages.quantize(block)  # all transforms, then the codes
-    if stages.exporter.format.stores_float:
-        block.clip()
-    changed = {*block.rewritten(), *steps.rewritten(step)}
-    report = stages.report(block, codes, tuple(sorted(changed)), inputs)
-    packed = stages.pack(codes, step, steps.prepared.view.dtype)
-    floats = block.stored_floats(step.others)
-    parameters = block.effective_parameters(codes, floats, walk.dtype)
-    steps.watchers.block_done(step.name, report, block, codes)
-    del block, codes  # frees most of the GPU memory of the block
-    if not stages.exporter.format.is_lossless:  # stored weights differ from the codes' meaning
+    step, clock = steps.plan.steps[number], steps.session.clock
+    parts = []
+    for block in _gathered(steps, walk, step):
+        parts.append(_part(steps, walk, step, block))
+        del block  # frees most of the GPU memory of the part, before the next one is made
+    packed = {name: tensor for part in parts for name, tensor in part.packed.items()}
+    floats = {name: tensor for part in parts for name, tensor in part.floats.items()}
+    parameters = {name: value for part in parts for name, value in part.parameters.items()}
+    report = Report.joined([part.report for part in parts])
+    if len(parts) > 1:
+        steps.watchers.block_done(step.name, report)
+    del parts
+    if (
+        not steps.stages.exporter.format.is_lossless
+    ):  # stored weights differ from the codes' meaning
         parameters |= _unpacked(steps, step, packed)
     with clock("passing on"):
         scales = walk.cache_scales(step.name, parameters)
@@ -105,6 +109,45 @@ def _block(steps: Steps, walk: Walk, number: int) -> Finished:
     copies = steps.copies([name for name in step.others if name not in floats])
     cache = {f"{step.name}.{local}": scale for local, scale in scales.items()}
     return steps.finished(number, {**packed, **floats, **copies, **cache}, report)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What became of a part of a block: tensors to write, and values to compute with."""
+
+    packed: dict[str, Tensor]
+    floats: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+    report: Report
+
+
+def _gathered(steps: Steps, walk: Walk, step: Step) -> Iterator[LiveBlock]:
+    """Yields the parts of a block with their statistics; there is one if there is memory for it."""
+    parts = walk.gather_parts(step.name)
+    while True:
+        with steps.session.clock("statistics"):
+            block = next(parts, None)
+        if block is None:
+            return
+        yield block
+        del block
+
+
+def _part(steps: Steps, walk: Walk, step: Step, block: LiveBlock) -> _Part:
+    """Transforms and quantizes ``block``, which is step ``step`` or a part of it."""
+    stages = steps.stages
+    inputs = input_ranges(block)
+    codes = stages.quantize(block)  # all transforms, then the codes
+    if stages.exporter.format.stores_float:
+        block.clip()
+    changed = {*block.rewritten(), *(n for n in steps.rewritten(step) if n in block.parameters)}
+    report = stages.report(block, codes, tuple(sorted(changed)), inputs)
+    packed = stages.pack(codes, step, steps.prepared.view.dtype)
+    floats = block.stored_floats(step.others)
+    parameters = block.effective_parameters(codes, floats, walk.dtype)
+    if block.is_whole:
+        steps.watchers.block_done(step.name, report, block, codes)
+    return _Part(packed, floats, walk.parked(step.name, parameters), report)
 
 
 def _unpacked(steps: Steps, step: Step, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

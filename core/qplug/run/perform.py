@@ -48,13 +48,15 @@ class JobResult:
 class RunOptions:
     """The options of a run that are not part of the job: they do not change the weights.
 
-    ``device`` is "auto", "cpu" or "cuda[:N]"; ``shard_bytes`` the size of a weight file in bytes.
+    ``device`` is "auto", "cpu" or "cuda[:N]"; ``shard_bytes`` the size of a weight file in bytes;
+    ``memory`` what a block may take on the device, such as "20GiB".
     """
 
     device: str = "auto"
     shard_bytes: int = SHARD_BYTES
     overwrite: bool = False
     trust_remote_code: bool = False
+    memory: str | None = None
 
 
 def perform(
@@ -65,6 +67,7 @@ def perform(
     overwrite: bool = False,
     dry_run: bool = False,
     trust_remote_code: bool = False,
+    memory: str | None = None,
     registry: Registry | None = None,
     watch: Watcher | None = None,
 ) -> JobResult:
@@ -75,7 +78,7 @@ def perform(
     the others are written. Raises QplugError for mistakes that the user can mend, before any work
     is done if they can be detected then.
     """
-    options = RunOptions(device, shard_bytes, overwrite, trust_remote_code)
+    options = RunOptions(device, shard_bytes, overwrite, trust_remote_code, memory)
     runner = _JobRunner(job, options, registry or Registry.installed(), watch or (lambda *_: None))
     return runner.dry_run() if dry_run else runner()
 
@@ -148,6 +151,7 @@ class _JobRunner:
             overwrite=options.overwrite or self._is_hidden(export),
             dry_run=dry_run,
             trust_remote_code=options.trust_remote_code,
+            memory=options.memory,
             registry=self._registry,
             watch=lambda *step: self._watch("quantizing", *step),
         )

@@ -13,7 +13,7 @@ from qplug.calibration.samples import Samples
 from qplug.calibration.tokens import calibration_tokens
 from qplug.checkpoint.config_file import CONFIG
 from qplug.checkpoint.into_memory import nbytes_of
-from qplug.machine.memory import naming_memory
+from qplug.machine.memory import naming_memory, parse_size
 from qplug.machine.session import Session
 from qplug.model.foreign import naming_file
 from qplug.output.fingerprint import fingerprint
@@ -55,6 +55,7 @@ def quantize(
     overwrite: bool = False,
     dry_run: bool = False,
     trust_remote_code: bool = False,
+    memory: str | None = None,
     registry: Registry | None = None,
     watch: Watcher | None = None,
     **words: Unpack[RecipeWords],
@@ -66,7 +67,8 @@ def quantize(
     tokens of ``dataset``. The hidden states that enter the next block come from the quantized block
     (``propagate="quantized"``) or from the float block (``propagate="float"``). The ranges of
     static inputs, which ``observer`` determines, and the scales of ``kv_cache="fp8"`` need data
-    too.
+    too. ``memory`` ("20GiB") is what a block may take on the device, by default what is free; the
+    experts of a block that takes more are quantized in portions.
 
     Returns the folder, its size in bytes, the error of each layer and the seconds that the run
     took. If a run was killed, the same call continues it. Raises QplugError for mistakes that the
@@ -77,7 +79,12 @@ def quantize(
     recipe = changed(recipe or Recipe(), words)
     recipe.check()
     with (
-        Session.joined(device, registry=registry, trust_remote_code=trust_remote_code) as session,
+        Session.joined(
+            device,
+            registry=registry,
+            trust_remote_code=trust_remote_code,
+            memory=None if memory is None else parse_size(memory),
+        ) as session,
         session.registry.blaming(),  # a plugin's SystemExit must not end the caller's program
     ):
         return run(

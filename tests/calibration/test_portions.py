@@ -1,0 +1,132 @@
+"""Experts that do not fit into memory at once are quantized in portions, to the same codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import qplug
+from qplug import QplugError
+from qplug.calibration import portions, walk
+from qplug.calibration.portions import divide_experts
+from qplug.calibration.samples import Samples
+from qplug.checkpoint.open import open_checkpoint
+from qplug.machine.memory import parse_size
+from qplug.model.on_disk import as_on_disk
+from qplug.model.skeleton import Skeleton
+from qplug.model.view import model_view
+from qplug.output.manifest import read_manifest
+
+Family = Callable[..., Path]
+MakeTokens = Callable[..., Tensor]
+MIXTURES = ("qwen3-moe", "qwen2-moe", "mixtral", "deepseek-v3")
+
+
+def _quantize(model: Path, out: Path, **options: object) -> qplug.Result:
+    return qplug.quantize(
+        str(model),
+        out,
+        backend="compressed-tensors",
+        scheme="W4A16",
+        group_size=16,
+        device="cpu",
+        **options,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture(autouse=True)
+def tokens(make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Random tokens, which stand in for a dataset."""
+    drawn = make_tokens(6, 32)
+    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *_, **__: Samples(drawn))
+    return drawn
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The portions of each block that was divided; two experts have room, whatever is free."""
+    seen: list[int] = []
+
+    def divide(*args: object) -> list[range] | None:
+        most = max((len(layer) for layer in portions.experts_in(args[0]).values()), default=0)  # type: ignore[arg-type]
+        found = [range(start, min(start + 2, most)) for start in range(0, most, 2)]
+        seen.append(len(found))
+        return found or None
+
+    monkeypatch.setattr(walk, "divide_experts", divide)
+    monkeypatch.setattr(portions, "_BESIDES", 0)
+    return seen
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("algo", ["gptq", "awq+gptq"])
+def test_portions_of_experts_give_a_folder_that_is_right(
+    family: Family, name: str, algo: str, tmp_path: Path, sizes: list[int]
+) -> None:
+    result = _quantize(family(name), tmp_path / "out", algo=algo)
+    assert max(sizes) == 2
+    assert qplug.verify(str(tmp_path / "out")).ok
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert set(manifest.losses) == set(result.losses)
+    assert any(len(counts) == 4 for counts in manifest.experts.values())
+
+
+def test_portions_have_the_codes_of_the_whole(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    model = family("qwen3-moe")
+    _quantize(model, tmp_path / "parts", algo="gptq")
+    monkeypatch.setattr(walk, "divide_experts", divide_experts)
+    _quantize(model, tmp_path / "whole", algo="gptq")
+    assert max(sizes) == 2
+    parts, whole = (load_file(tmp_path / out / "model.safetensors") for out in ("parts", "whole"))
+    same = sum(int(torch.equal(parts[name], whole[name])) for name in whole)
+    assert parts.keys() == whole.keys()
+    # Layers that are solved side by side are other ones, so that a sum may end in another bit.
+    assert same >= 0.95 * len(whole)
+
+
+def test_what_needs_all_experts_at_once_is_refused_in_words(
+    family: Family, tmp_path: Path, sizes: list[int]
+) -> None:
+    with pytest.raises(QplugError, match="raise --memory"):
+        _quantize(
+            family("qwen3-moe"),
+            tmp_path / "out",
+            algo="gptq",
+            algorithm_options={"gptq": {"true_sequential": True}},
+        )
+
+
+def test_a_budget_decides_how_many_experts_a_portion_has(family: Family) -> None:
+    folder = family("qwen3-moe")
+    source = open_checkpoint(folder)
+    model = Skeleton(folder).take()
+    block = as_on_disk(model, model_view(source).blocks, source.tensors)["model.layers.1"]
+    weights = {
+        name.removeprefix("model.layers.1."): source.read(name)
+        for name in source.tensors
+        if name.startswith("model.layers.1.")
+    }
+    assert divide_experts(block, weights, 1000, None) is None
+    assert divide_experts(block, weights, 1000, 1 << 40) is None
+    assert divide_experts(block, weights, 1000, 1) == [range(n, n + 1) for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("20GiB", 20 << 30), ("1.5 GB", 1_500_000_000), ("500mib", 500 << 20)]
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "20", "GiB", "-3GB", "20 bytes", "1e3GB"])
+def test_other_words_are_no_size(text: str) -> None:
+    with pytest.raises(QplugError, match="is no size; write 20GiB"):
+        parse_size(text)
