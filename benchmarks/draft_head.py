@@ -1,6 +1,6 @@
 """Train a head that drafts tokens (MTP) for a trained Llama, and write both as one model.
 
-    python benchmarks/draft_head.py MODEL TEXT OUT [--layout mimo] [--passes 12] [--threads 1]
+    python benchmarks/draft_head.py MODEL TEXT OUT [--layout mimo] [--passes 8] [--threads 1]
 
 MODEL is a folder with a Llama without biases, TEXT a file to learn from. The model is frozen; the
 head learns what the model predicts for the token after next. OUT has the names and the config.json
@@ -267,7 +267,7 @@ def main() -> None:
     words.add_argument("text", type=Path)
     words.add_argument("out", type=Path)
     words.add_argument("--layout", choices=[*LAYOUTS], default="mimo")
-    words.add_argument("--passes", type=int, default=12)
+    words.add_argument("--passes", type=int, default=8)
     words.add_argument("--threads", type=int, default=1)
     told = words.parse_args()
     torch.set_num_threads(told.threads)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,6 @@ from qplug.checkpoint.locate import DEMO, find_model
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parents[2]
-#: How far apart in nats two tokens are between which rounding of bfloat16 may choose.
-TIE = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +50,32 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_drafts_with_float_and_quantized_heads(model: Path) -> None:
-    """A head that is kept float beside a quantized model is the case that engines look up."""
-    folders = [model]
-    for mtp in ("keep", "quantize"):
-        out = model.parent / mtp
-        folders.append(qplug.quantize(str(model), out, mtp=mtp, backend="vllm").out)
+    """A head that is kept float beside quantized blocks is the case that engines look up.
+
+    The float model runs in float32: in bfloat16, batches of other sizes choose otherwise between
+    two tokens whose logits are neighbours. vLLM's int4 product takes no float32.
+    """
+    outs = [
+        qplug.quantize(str(model), model.parent / mtp, mtp=mtp, backend="vllm").out
+        for mtp in ("keep", "quantize")
+    ]
+    found = measured([model], "--options", json.dumps({"dtype": "float32"})) + measured(outs)
+    assert [row["folder"] for row in found] == ["float", "keep", "quantize"]
+    for row in found:
+        assert row["drafts"] > 0
+        assert row["same"] == row["of"] == 4, row
+
+
+def measured(folders: list[Path], *words: str) -> list[dict[str, Any]]:
+    """Returns what ``benchmarks/acceptance.py`` finds of ``folders``, in vLLM's environment."""
     program = ROOT / "benchmarks" / "acceptance.py"
-    words = [VLLM_ON_CPU.python, program, ROOT / "README.md", *folders, "--prompts", "4"]
+    command = [VLLM_ON_CPU.python, program, ROOT / "README.md", *folders, "--prompts", "4", *words]
     ran = subprocess.run(
-        [str(word) for word in words],
+        [str(word) for word in command],
         env=VLLM_ON_CPU.environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-4000:]
-    found = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    assert [row["folder"] for row in found] == ["float", "keep", "quantize"]
-    for row in found:
-        assert row["drafts"] > 0
-        assert row["same"] == row["of"] or row["near"] < TIE
+    return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
