@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qplug.api.algorithm import Effort
 from qplug.api.events import Estimate
 from qplug.api.scheme import preset
 from qplug.machine.memory import gibibytes
@@ -25,11 +27,16 @@ PAGE, DATA = DOCS / "scale.md", DOCS / "scale.json"
 Shapes = dict[str, tuple[int, int]]
 Numbers = Mapping[str, Any]
 
-EFFORTS = {"gptq": {"solves"}, "awq": {"searches", "rounds"}, "rtn": {"rounds"}}
+EFFORTS: Mapping[str, frozenset[Effort]] = {
+    "gptq": frozenset({"solves"}),
+    "awq": frozenset({"searches", "rounds"}),
+    "rtn": frozenset({"rounds"}),
+}
 _FREE = 0.9 * 79 * 2**30  # of an H100 80 GB, less the reserve
 _ON_A_HOST = 8  # GPUs
 
 
+@cache
 def data() -> Mapping[str, Any]:
     """The shapes and the runs."""
     read: dict[str, Any] = json.loads(DATA.read_text(encoding="utf-8"))
@@ -80,45 +87,46 @@ def block(n: Numbers, number: int) -> Shapes:
     return found
 
 
-def work_of(n: Numbers, layers: int, algo: str, tokens: int) -> Workload:
-    """The work of a run in W4A16 for vLLM of a bfloat16 model with these numbers."""
+@cache
+def blocks(name: str, layers: int) -> tuple[BlockWork, ...]:
+    """The blocks of a model in bfloat16, and in W4A16 as vLLM reads it."""
+    n, scheme = data()["models"][name], preset("W4A16")
     layout = Registry.installed().exporters.make("vllm", {}).format.layout
-    scheme = preset("W4A16")
+    dense = n.get("dense_layers", 0)
     kinds: dict[bool, BlockWork] = {}
     for number in (0, layers - 1):
         shapes = block(n, number)
-        router = n["hidden_size"] * n.get("num_experts", 0)
+        router = 0 if number < dense else n["hidden_size"] * n.get("num_experts", 0)
         written = {
             shape: sum(spec.nbytes for spec in layout(shape, scheme, "bfloat16").values())
             for shape in {*shapes.values()}
         }
-        kinds[number < n.get("dense_layers", 0)] = BlockWork(
+        kinds[number < dense] = BlockWork(
             readers(shapes, n.get("num_experts_per_tok", 1)),
             router,
             2 * (sum(map(math.prod, shapes.values())) + router),
             sum(written[shape] for shape in shapes.values()) + 2 * router,
             len(shapes),
         )
-    dense = n.get("dense_layers", 0)
-    largest = max(math.prod(shape) for shape in block(n, layers - 1).values())
+    return tuple(kinds[number < dense] for number in range(layers))
+
+
+def work_of(name: str, layers: int, algo: str, tokens: int) -> Workload:
+    """The work of a run of ``algo`` over the model ``name``, with fewer layers than it has."""
+    n = data()["models"][name]
     return Workload(
-        tuple(kinds[number < dense] for number in range(layers)),
+        blocks(name, layers),
         2 * 2 * n["vocab_size"] * n["hidden_size"],
-        frozenset(EFFORTS[algo]),  # type: ignore[arg-type]
+        EFFORTS[algo],
         tokens,
         n["hidden_size"],
-        largest,
+        max(math.prod(shape) for shape in block(n, layers - 1).values()),
     )
 
 
 def of_run(run: Numbers, *, warm: bool = False) -> Estimate:
     """The estimate of a measured run."""
-    work = work_of(
-        data()["models"][run["model"]],
-        run["layers"],
-        run["algo"],
-        run["samples"] * run["length"],
-    )
+    work = work_of(run["model"], run["layers"], run["algo"], run["samples"] * run["length"])
     on_gpu = run["device"].startswith("H")
     memory = run.get("budget_gib")
     machine = Machine(
@@ -172,14 +180,14 @@ def comparisons(run: Numbers) -> list[tuple[str, float, float, str]]:
 def scale() -> str:
     """A table of the large models on 1, 8 and 64 GPUs."""
     lines = [
-        "| model | GPUs | gptq 128 x 2048 | of it waiting for the disk | GPU memory | memory of each host "
-        "| experts at once | awq 128 x 512 |",
+        "| model | GPUs | gptq 128 x 2048 | of it waiting for the disk | GPU memory "
+        "| memory of each host | experts at once | awq 128 x 512 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in data()["pages"]:
         n = data()["models"][name]
         solves, searches = (
-            work_of(n, n["layers"], algo, 128 * length)
+            work_of(name, n["layers"], algo, 128 * length)
             for algo, length in (("gptq", 2048), ("awq", 512))
         )
         for processes in (1, 8, 64):
@@ -210,8 +218,7 @@ def disk() -> str:
         "|---|---|---|---|---|",
     ]
     for name in data()["pages"]:
-        n = data()["models"][name]
-        work = work_of(n, n["layers"], "rtn", 0)
+        work = work_of(name, data()["models"][name]["layers"], "rtn", 0)
         found = estimate(work, Machine(H100))
         read = sum(one.read for one in work.blocks) + work.outside
         assert found.gpu_memory is not None

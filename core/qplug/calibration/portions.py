@@ -77,16 +77,15 @@ def divide_experts(
     """
     if budget is None or not experts_in(block):
         return None
-    room = _room(block, weights, tokens)
+    room = room_of(block, weights, tokens)
     count = room.portion(budget)
     if count is None:
         return None
-    return [
-        range(start, min(start + count, room.most)) for start in range(0, room.most, count)
-    ]
+    return [range(start, min(start + count, room.most)) for start in range(0, room.most, count)]
 
 
-def _room(block: nn.Module, weights: Mapping[str, Tensor], tokens: int) -> Room:
+def room_of(block: nn.Module, weights: Mapping[str, Tensor], tokens: int) -> Room:
+    """What ``block``, which has experts, takes with these ``weights`` and so many ``tokens``."""
     layers = experts_in(block)
     sizes = {"": 0.0}
     kept = rounded = 0

@@ -7,7 +7,7 @@ docs/scale.md compares it with measured runs.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -71,45 +71,41 @@ def estimate(work: Workload, machine: Machine, *, warm: bool = False) -> Estimat
 def _seconds(work: Workload, machine: Machine, *, warm: bool) -> dict[str, float]:
     """The seconds of each stage; ``reading`` and ``writing`` are those in which a run waits."""
     rates = machine.rates
-    total = Counter[str]() if warm else Counter({"opening": rates.start})
+    once = {} if warm else {"opening": rates.start}
     if not work.tokens:
-        return dict(total + _streamed(work, rates))
-    total["data"] = rates.data
+        return once | _streamed(work, rates)
+    once["data"] = rates.data
     if not warm:
         has_experts = any(one.experts for block in work.blocks for one in block.readers)
-        total["kernels"] = rates.kernels + (rates.expert_kernels if has_experts else 0)
-    following = [*work.blocks[1:], None]
-    before: BlockWork | None = None
-    total["reading"] = (work.blocks[0].read + work.outside / 2) / rates.read  # half is a head
-    for block, after in zip(work.blocks, following, strict=True):
-        stages = Counter(_block_seconds(block, work, machine))
+        once["kernels"] = rates.kernels + (rates.expert_kernels if has_experts else 0)
+    total = defaultdict(float, once)
+    # The run waits for the first block and for the last result. Half of what is outside is a head.
+    total["reading"] = (work.blocks[0].read + work.outside / 2) / rates.read
+    total["writing"] = (work.blocks[-1].written + work.outside / 2) / rates.write
+    for before, block, after in zip(
+        (None, *work.blocks[:-1]), work.blocks, (*work.blocks[1:], None), strict=True
+    ):
+        stages = _block_seconds(block, work, machine)
         if after is None:
             del stages["passing on"]
-        computing = sum(stages.values())
         reading = after.read / rates.read if after else 0
         writing = before.written / rates.write if before else 0
-        total.update(stages)
-        total["reading" if reading > writing else "writing"] += max(
-            0, max(reading, writing) - computing
-        )
-        before = block
-    total["writing"] += (work.blocks[-1].written + work.outside / 2) / rates.write
+        slower = "reading" if reading > writing else "writing"
+        total[slower] += max(0, reading - sum(stages.values()), writing - sum(stages.values()))
+        for name, seconds in stages.items():
+            total[name] += seconds
     return dict(total)
 
 
-def _streamed(work: Workload, rates: Rates) -> Counter[str]:
+def _streamed(work: Workload, rates: Rates) -> dict[str, float]:
     """The seconds of a run without data, which one process does whatever their number is."""
-    read = sum(block.read for block in work.blocks) + work.outside
-    written = sum(block.written for block in work.blocks) + work.outside
-    stages = Counter(
-        {
-            "quantize": work.weights * rates.nearest,
-            "packing": sum(_packing(block, rates) for block in work.blocks),
-        }
-    )
-    waiting = max(read / rates.read, written / rates.write) - sum(stages.values())
-    stages["reading" if read / rates.read > written / rates.write else "writing"] = max(0, waiting)
-    return stages
+    reading = (sum(block.read for block in work.blocks) + work.outside) / rates.read
+    writing = (sum(block.written for block in work.blocks) + work.outside) / rates.write
+    quantize = work.weights * rates.nearest
+    packing = sum(_packing(block, rates) for block in work.blocks)
+    slower = "reading" if reading > writing else "writing"
+    waiting = max(0, max(reading, writing) - quantize - packing)
+    return {"quantize": quantize, "packing": packing, slower: waiting}
 
 
 def _block_seconds(block: BlockWork, work: Workload, machine: Machine) -> dict[str, float]:
@@ -160,9 +156,7 @@ def _set_seconds(one: Readers, effort: str, rates: Rates) -> float:
     weights = one.width * one.rows
     if effort == "solves":
         flops = 2 / 3 * one.width**3 + one.rows * one.width**2
-        return (
-            flops / rates.factoring + weights * (rates.column + _CLIP_STEPS * rates.trial)
-        )
+        return flops / rates.factoring + weights * (rates.column + _CLIP_STEPS * rates.trial)
     if effort == "searches":
         flops = _RATIOS * 2 * one.rows * one.width**2
         return flops / rates.search + weights * rates.trial * (_RATIOS * (_STEPS + 1) + _CLIP_STEPS)

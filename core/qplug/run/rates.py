@@ -1,7 +1,7 @@
 """What devices and disks do in a second, for the model of costs.
 
-Each number is fitted to measured runs, which docs/scale.json lists; docs/scale.md compares them with
-the estimates. Nothing here is a limit of the hardware.
+Each number is fitted to measured runs, which docs/scale.json lists; docs/scale.md compares these
+with the estimates. Nothing here is a limit of the hardware.
 """
 
 from __future__ import annotations
@@ -65,11 +65,12 @@ class Rates:
         )
 
 
-#: One H100 80 GB and a host with a local disk. Fitted by hand to runs of 2026-11: ``start``,
-#: ``kernels`` and ``expert_kernels`` to first and second runs of one process; ``read`` and ``write``
-#: to a layer of DeepSeek-V3's shape; ``experts``, ``nearest``, ``trial`` and ``packing`` to layers of
-#: Qwen3-30B-A3B's; ``factoring`` and ``column`` to both and to 28 layers of Llama-3-8B's. ``forward``,
-#: ``gram`` and ``search`` are the rates of dense products there. ``exchange`` is not measured.
+#: One H100 80 GB and a host with a local disk, fitted by hand to runs of 2026-11: ``start`` and the
+#: kernels to first and second runs of a process; ``read`` and ``write`` to a layer of DeepSeek-V3's
+#: shape; ``experts``, ``nearest``, ``trial``, ``packing`` and ``linear`` to layers of
+#: Qwen3-30B-A3B's; ``factoring`` and ``column`` to both, and to 28 layers of Llama-3-8B's; ``base``
+#: is a guess, and ``exchange`` is not measured. ``forward``, ``gram`` and ``search`` are rates that
+#: dense products were seen to have on their own; ``streamed`` is of one run.
 H100 = Rates(
     name="H100",
     start=9.0,
@@ -98,7 +99,7 @@ H100 = Rates(
 #: the disk nor ``exchange`` is measured.
 CPU_CORE = Rates(
     name="CPU core",
-    start=3.0,
+    start=4.5,
     data=0.3,
     kernels=0.0,
     expert_kernels=0.0,
@@ -107,9 +108,9 @@ CPU_CORE = Rates(
     experts=7.5e10,
     factoring=5e10,
     search=1.5e11,
-    column=1.5e-7,
+    column=1.3e-7,
     nearest=1e-8,
-    trial=6e-9,
+    trial=7.5e-9,
     packing=3e-8,
     linear=2e-4,
     read=1.33e9,

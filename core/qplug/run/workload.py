@@ -41,9 +41,10 @@ class Readers:
 
 @dataclass(frozen=True)
 class BlockWork:
-    """A decoder block: the ``readers`` among its quantized ``linears``, and its bytes.
+    """A decoder block, whose quantized linears are in ``readers``; ``linears`` is their number.
 
-    ``linears`` is the number of these, ``others`` the number of float weights. ``read`` are its bytes in the source, ``written`` those in the result.
+    ``others`` is the number of float weights. ``read`` are the bytes of the block in the source,
+    ``written`` those in the result.
     """
 
     readers: tuple[Readers, ...]
@@ -91,7 +92,7 @@ def readers(shapes: Mapping[str, tuple[int, int]], experts_of_a_token: int) -> t
     for name, shape in shapes.items():
         modules[module_of(name)].append(shape)
     alike = Counter(
-        (kind_of(f"{module}."), tuple(linears)) for module, linears in modules.items()
+        (kind_of(f"{module}."), tuple(sorted(linears))) for module, linears in modules.items()
     )
     found = []
     for (kind, linears), count in alike.items():
