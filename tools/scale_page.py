@@ -124,6 +124,11 @@ def work_of(name: str, layers: int, algo: str, tokens: int) -> Workload:
     )
 
 
+def _result(work: Workload) -> int:
+    """The bytes of the result, in which what is outside of the blocks stays as it is."""
+    return work.outside + sum(one.written for one in work.blocks)
+
+
 def of_run(run: Numbers, *, warm: bool = False) -> Estimate:
     """The estimate of a measured run."""
     work = work_of(run["model"], run["layers"], run["algo"], run["samples"] * run["length"])
@@ -135,7 +140,7 @@ def of_run(run: Numbers, *, warm: bool = False) -> Estimate:
         run.get("processes", 1),
         None if memory is None else memory * 2**30,
     )
-    return estimate(work, machine, warm=warm)
+    return estimate(work, machine, _result(work), warm=warm)
 
 
 def measured() -> str:
@@ -192,7 +197,7 @@ def scale() -> str:
         )
         for processes in (1, 8, 64):
             machine = Machine(H100, processes=processes, memory=_FREE)
-            found, other = estimate(solves, machine), estimate(searches, machine)
+            found, other = (estimate(work, machine, _result(work)) for work in (solves, searches))
             waiting = found.stages["reading"] + found.stages["writing"]
             sizes = portions(solves, machine)
             at_once = ", ".join(map(str, sorted(sizes))) if sizes else "all"
@@ -219,7 +224,7 @@ def disk() -> str:
     ]
     for name in data()["pages"]:
         work = work_of(name, data()["models"][name]["layers"], "rtn", 0)
-        found = estimate(work, Machine(H100))
+        found = estimate(work, Machine(H100), _result(work))
         read = sum(one.read for one in work.blocks) + work.outside
         assert found.gpu_memory is not None
         cells = [f"{read / 1e9:,.0f} GB", f"{found.disk / 1e9:,.0f} GB", _minutes(found.seconds)]

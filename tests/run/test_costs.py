@@ -50,16 +50,16 @@ def test_linears_of_one_module_and_one_width_read_one_tensor() -> None:
 
 
 def test_processes_share_work_but_no_set_of_linears() -> None:
-    one, two, many = (estimate(_work(), Machine(H100, processes=n)) for n in (1, 2, 64))
+    one, two, many = (estimate(_work(), Machine(H100, processes=n), 0) for n in (1, 2, 64))
     assert one.seconds > two.seconds > many.seconds
     assert one.stages["quantize"] == two.stages["quantize"] == many.stages["quantize"]
     assert two.stages["passing on"] == pytest.approx(one.stages["passing on"] / 2)
-    experts = [estimate(_work(count=8), Machine(H100, processes=n)) for n in (1, 2)]
+    experts = [estimate(_work(count=8), Machine(H100, processes=n), 0) for n in (1, 2)]
     assert experts[1].stages["quantize"] == pytest.approx(experts[0].stages["quantize"] / 2)
 
 
 def test_a_run_without_data_waits_for_the_disk_and_takes_one_process() -> None:
-    found = estimate(_work(tokens=0), Machine(H100, processes=8))
+    found = estimate(_work(tokens=0), Machine(H100, processes=8), 0)
     assert found.processes == 1
     assert "statistics" not in found.stages
     assert found.gpu_memory == 23 << 25
@@ -67,15 +67,15 @@ def test_a_run_without_data_waits_for_the_disk_and_takes_one_process() -> None:
 
 def test_a_small_memory_has_experts_in_portions() -> None:
     work = _work(count=64)
-    whole = estimate(work, Machine(H100))
-    part = estimate(work, Machine(H100, memory=20 << 30))
+    whole = estimate(work, Machine(H100), 0)
+    part = estimate(work, Machine(H100, memory=20 << 30), 0)
     assert whole.gpu_memory is not None
     assert part.gpu_memory is not None
     assert part.gpu_memory < 20 << 30 < whole.gpu_memory
 
 
 def test_memory_of_a_cpu_has_the_block() -> None:
-    on_cpu = estimate(_work(), Machine(CPU_CORE, on_gpu=False))
+    on_cpu = estimate(_work(), Machine(CPU_CORE, on_gpu=False), 0)
     assert on_cpu.gpu_memory is None
     assert on_cpu.memory > 11 * 4096 * 8192
 

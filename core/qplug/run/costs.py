@@ -53,8 +53,11 @@ class Machine:
         )
 
 
-def estimate(work: Workload, machine: Machine, *, warm: bool = False) -> Estimate:
-    """What a run of ``work`` takes on ``machine``; ``warm``: a second run of a process."""
+def estimate(work: Workload, machine: Machine, nbytes: int, *, warm: bool = False) -> Estimate:
+    """What a run of ``work`` takes on ``machine``.
+
+    ``nbytes``: the bytes of all tensors of the result. ``warm``: it is the second run of a process.
+    """
     stages = _seconds(work, machine, warm=warm)
     device, host = _memory(work, machine)
     return Estimate(
@@ -64,7 +67,7 @@ def estimate(work: Workload, machine: Machine, *, warm: bool = False) -> Estimat
         stages,
         int(device) if machine.on_gpu else None,
         int(host if machine.on_gpu else host + device),
-        sum(block.written for block in work.blocks) + work.outside,
+        nbytes,
     )
 
 

@@ -254,7 +254,7 @@ def _estimate(
     if stages.efforts is None:
         return None
     work = workload(plan, prepared.view, prepared.checkpoint, samples, stages.efforts)
-    return estimate(work, Machine.of(session))
+    return estimate(work, Machine.of(session), plan.nbytes)
 
 
 def _samples(recipe: Recipe, model: str, view: ModelView, session: Session) -> Samples | None:

@@ -12,7 +12,7 @@ from qplug.api import ModelView
 from qplug.api.algorithm import Effort
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.samples import Samples
-from qplug.checkpoint.names import kind_of, module_of, within
+from qplug.checkpoint.names import block_of, kind_of, module_of, within
 from qplug.output.plan import Plan
 
 #: The names in config.json of the number of experts that each token goes to.
@@ -124,49 +124,42 @@ def workload(
     efforts: frozenset[Effort],
 ) -> Workload:
     """The work of the run ``plan`` over ``source``; ``samples`` are None for a run without data."""
-    of_a_token, blocks = _experts_of_a_token(view.config), {*view.blocks}
-    shapes: dict[str, dict[str, tuple[int, int]]] = {block: {} for block in view.blocks}
-    others, read, written = Counter[str](), Counter[str](), Counter[str]()
-    for step in plan.steps:
-        for name in step.linears:
-            block = _block_of(name, blocks)
-            if block:
-                shapes[block][name] = view.linears[name]
-        for name, spec in step.outputs.items():
-            written[_block_of(name, blocks)] += spec.nbytes
+    of_a_token = _experts_of_a_token(view.config)
+    shapes: list[dict[str, tuple[int, int]]] = [{} for _ in view.blocks]
+    others, read, written = Counter[int](), Counter[int](), Counter[int]()
+    outside = 0
+    for step in plan.steps:  # each is within one block, or outside of all
+        number = block_of(f"{step.name}.", view.blocks)
+        if number is not None:
+            shapes[number] |= {name: view.linears[name] for name in step.linears}
+            written[number] += step.nbytes
     for name, tensor in source.tensors.items():
-        block = _block_of(name, blocks)
-        read[block] += tensor.nbytes
-        if block and module_of(name) not in shapes[block]:
-            others[block] += math.prod(tensor.spec.shape)
+        number = block_of(name, view.blocks)
+        if number is None:
+            outside += tensor.nbytes
+            continue
+        read[number] += tensor.nbytes
+        if module_of(name) not in shapes[number]:
+            others[number] += math.prod(tensor.spec.shape)
+    blocks = (
+        BlockWork(
+            readers(within(block, shapes[number]), of_a_token),
+            others[number],
+            read[number],
+            written[number],
+            len(shapes[number]),
+        )
+        for number, block in enumerate(view.blocks)
+    )
     steps = (sum(math.prod(view.linears[name]) for name in step.linears) for step in plan.steps)
     return Workload(
-        tuple(
-            BlockWork(
-                readers(within(block, shapes[block]), of_a_token),
-                others[block],
-                read[block],
-                written[block],
-                len(shapes[block]),
-            )
-            for block in view.blocks
-        ),
-        read[""],
+        tuple(blocks),
+        outside,
         efforts,
         samples.tokens.numel() if samples else 0,
         _text(view.config).get("hidden_size") or _stream_width(view),
         max(steps, default=0),
     )
-
-
-def _block_of(name: str, blocks: set[str]) -> str:
-    """The block of ``blocks`` that ``name`` is inside, or ``""``."""
-    end = name.find(".")
-    while end >= 0:
-        if name[:end] in blocks:
-            return name[:end]
-        end = name.find(".", end + 1)
-    return ""
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
