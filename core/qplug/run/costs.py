@@ -24,7 +24,8 @@ from qplug.run.workload import BlockWork, Readers, Workload
 #: of the final clip search, which GPTQ has too.
 _RATIOS, _STEPS, _CLIP_STEPS = 21, 5, 20
 _BYTES = 2  # of an element of hidden states
-_PENDING = 2  # results of blocks that wait for the disk
+_PENDING = 2  # results of steps that wait for the disk
+_AHEAD = 1 << 28  # bytes that a run without data reads ahead
 
 
 @dataclass(frozen=True)
@@ -168,15 +169,16 @@ def _set_seconds(one: Readers, effort: str, rates: Rates) -> float:
 
 def _memory(work: Workload, machine: Machine) -> tuple[float, float]:
     """The bytes on a device, and those of a process on its host."""
-    largest = max((block.read for block in work.blocks), default=0)
-    waiting = _PENDING * max((block.written for block in work.blocks), default=0)
+    base = machine.rates.base
     if not work.tokens:
-        return machine.rates.streamed * work.largest, machine.rates.base + (1 << 28) + waiting / 8
+        ahead = min(_AHEAD, sum(block.read for block in work.blocks))
+        return machine.rates.streamed * work.largest, base + ahead + _PENDING * work.largest
     tokens = work.tokens / machine.processes
     budget = float("inf") if machine.memory is None else machine.memory
     device = max((room(block, tokens).peak(budget) for block in work.blocks), default=0)
-    hidden = tokens * work.width * _BYTES
-    return device, machine.rates.base + largest * min(2, len(work.blocks)) + waiting + hidden
+    read = max((block.read for block in work.blocks), default=0) * min(2, len(work.blocks))
+    written = max((block.written for block in work.blocks), default=0) * _PENDING
+    return device, base + read + written + tokens * work.width * _BYTES
 
 
 def room(block: BlockWork, tokens: float) -> Room:
