@@ -358,7 +358,7 @@ def test_schemes_of_one_backend(cli: Cli) -> None:
         assert " vLLM 0." in row
     result = cli("schemes", "--backend", "vlm")
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: no exporter 'vlm'. Did you mean 'vllm'?")
+    assert result.stderr.startswith("Error: no backend 'vlm'. Did you mean 'vllm'?")
 
 
 def test_schemes_json(cli: Cli) -> None:

@@ -211,6 +211,7 @@ def _blocked(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 @click.group(
     cls=Qplug,
     name="qplug",
+    context_settings={"help_option_names": ["-h", "--help"]},
     commands=[Deferred(name, *place_and_summary) for name, place_and_summary in COMMANDS.items()],
     epilog="Plugins may add more commands: qplug plugins list",
 )

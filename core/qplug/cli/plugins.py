@@ -10,6 +10,7 @@ import click
 
 from qplug.api import Reader
 from qplug.api.params import Option, options
+from qplug.cli.choice import Choice
 from qplug.cli.printed_table import print_table
 from qplug.cli.printing import Command, say, say_json, say_text
 from qplug.errors import PluginError, QplugError, did_you_mean, reason
@@ -90,7 +91,7 @@ def show(registry: Registry, name: str, as_json: bool) -> None:
 @click.option(
     "--kind",
     required=True,
-    type=click.Choice(["algorithm", "dataset", "exporter"]),
+    type=Choice(["algorithm", "dataset", "exporter"]),
     help="The kind of component that the plugin offers.",
 )
 @click.option(

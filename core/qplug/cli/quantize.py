@@ -12,7 +12,7 @@ import click
 from qplug.cli.config import tell
 from qplug.cli.float_lines import float_lines, kept_float_lines
 from qplug.cli.headed import HeadedCommand, HeadedOption
-from qplug.cli.printing import say, say_json
+from qplug.cli.printing import note, say, say_json
 from qplug.cli.progress import progress_bar
 from qplug.cli.recipe_options import recipe_options, typed_words
 from qplug.cli.report import write_report
@@ -100,6 +100,7 @@ def command(
 
     options = RunOptions(device, int(shard_size * 1e9), overwrite, trust_remote_code, memory)
     words, registry = typed_words(ctx), ctx.obj
+    _tell_aliases(words)
     if config is not None:
         done = _from_file(config, words, model, out, options, registry, dry_run, report)
         if as_json:
@@ -117,6 +118,15 @@ def command(
         say_json(_plain_result(result))
     else:
         _tell(result)
+
+
+def _tell_aliases(words: RecipeWords) -> None:
+    """Print the name of each scheme that the user typed in another spelling."""
+    from qplug.api.scheme import ALIASES
+
+    for typed in dict.fromkeys((words.get("scheme"), *(words.get("overrides") or {}).values())):
+        if isinstance(typed, str) and typed in ALIASES:
+            note(f"{typed} is the scheme {ALIASES[typed]}")
 
 
 def _from_words(

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 import click
 
 from qplug.api.params import parse_pairs
+from qplug.cli.choice import Choice
 from qplug.cli.headed import HeadedOption
 from qplug.recipe.words import RecipeWords, Word, words
 
@@ -61,7 +62,7 @@ def _bare(kind: Any) -> Any:
 
 def _click_type(kind: Any, least: float | None) -> Any:
     if get_origin(kind) is Literal:
-        return click.Choice([str(choice) for choice in get_args(kind)])
+        return Choice([str(choice) for choice in get_args(kind)])
     if kind is int:
         return click.INT if least is None else click.IntRange(int(least))
     return {float: click.FLOAT, bool: click.BOOL}.get(kind, click.STRING)

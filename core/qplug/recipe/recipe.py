@@ -139,7 +139,12 @@ class Recipe:
     ] = ("rtn",)
     scheme: Annotated[
         Scheme,
-        Param("How layers are stored: see qplug schemes.", spelling=SCHEME, heading="Recipe"),
+        Param(
+            "How layers are stored: see qplug schemes. int4, int8 and fp8 mean W4A16, W8A8 and "
+            "FP8_DYNAMIC.",
+            spelling=SCHEME,
+            heading="Recipe",
+        ),
     ] = field(default_factory=lambda: preset("W4A16"))
     backend: Annotated[str, Param("Engine or format to export for.", heading="Result")] = "sglang"
     overrides: Annotated[
