@@ -439,11 +439,28 @@ def test_overwrite_takes_only_what_qplug_wrote(
         )
 
 
-def test_no_folder_to_write_into(llama: Path, tmp_path: Path, refused: Refused) -> None:
-    message = refused(llama, "--out", tmp_path / "a" / "b")
-    assert message == f"{tmp_path / 'a'}: no such folder to write into"
-    message = refused(llama, "--out", llama / "config.json" / "b")
-    assert message == f"{llama / 'config.json'}: no such folder to write into"
+def test_no_folder_to_write_into(llama: Path, refused: Refused) -> None:
+    for out in (llama / "config.json" / "b", llama / "config.json" / "b" / "c"):
+        message = refused(llama, "--out", out)
+        assert message == f"{llama / 'config.json'}: is not a folder to write into"
+
+
+def test_a_refused_run_leaves_no_parents_of_the_folder(
+    llama: Path, tmp_path: Path, refused: Refused
+) -> None:
+    message = refused(llama, "--out", tmp_path / "a" / "b" / "c", "--ignore", "*")
+    assert message.startswith("nothing is left to quantize")
+
+
+def test_missing_parents_of_the_folder_are_made(
+    llama: Path, tmp_path: Path, cli: Callable[..., Result]
+) -> None:
+    out = tmp_path / "a" / "b" / "c"
+    assert cli("quantize", llama, "--out", out, "--dry-run").exit_code == 0
+    assert not (tmp_path / "a").exists()
+    result = cli("quantize", llama, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    assert (out / "qplug.json").exists()
 
 
 def test_a_folder_that_cannot_be_written(llama: Path, refused: Refused) -> None:

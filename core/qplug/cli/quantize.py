@@ -27,23 +27,15 @@ if TYPE_CHECKING:
     from qplug.run.perform import JobResult, RunOptions
 
 _run_option = partial(click.option, cls=HeadedOption)
-_result_option = partial(click.option, cls=HeadedOption, heading="Result")
+_result_option = partial(click.option, cls=HeadedOption, heading="Model and output")
 
 
 @click.command(name="quantize", cls=HeadedCommand)
 @click.argument("model", required=False)
-@click.option(
-    "--config",
-    cls=HeadedOption,
-    heading="Recipe",
-    type=click.Path(path_type=Path),
-    help="A recipe or an unchanged LLMC YAML file; options on the command line win over it.",
-)
-@recipe_options
 @_result_option(
     "--out",
     type=click.Path(path_type=Path),
-    help="A new folder.",
+    help="A new folder; missing folders above it are made.",
 )
 @_result_option(
     "--shard-size",
@@ -64,13 +56,23 @@ _result_option = partial(click.option, cls=HeadedOption, heading="Result")
     flag_value="",
     help="Write an HTML report on the result to FILE, by default OUT.report.html.",
 )
+@_result_option(
+    "--trust-remote-code", is_flag=True, help="Run Python code from the model's folder."
+)
+@click.option(
+    "--config",
+    cls=HeadedOption,
+    heading="Recipe",
+    type=click.Path(path_type=Path),
+    help="A recipe or an unchanged LLMC YAML file; options on the command line win over it.",
+)
+@recipe_options
 @_run_option("--device", default="auto", show_default=True, help="auto, cpu, or cuda[:N].")
 @_run_option(
     "--memory",
     metavar="SIZE",
     help="What a block may take on the device, such as 20GiB; by default what is free.",
 )
-@_run_option("--trust-remote-code", is_flag=True, help="Run Python code from the model's folder.")
 @_run_option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @_run_option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
