@@ -10,6 +10,7 @@ import click
 from qplug.api.params import parse_pairs
 from qplug.cli.printing import Command, say, say_json
 from qplug.cli.progress import progress_bar
+from qplug.cli.unfinished import telling_kept
 from qplug.registry.registry import Registry
 
 
@@ -50,7 +51,7 @@ def command(
     """
     from qplug.run.convert import convert
 
-    with progress_bar("converting") as bar:
+    with telling_kept(out) as unfinished, progress_bar("converting") as bar:
         result = convert(
             folder,
             out,
@@ -60,7 +61,7 @@ def command(
             overwrite=overwrite,
             dry_run=dry_run,
             trust_remote_code=trust_remote_code,
-            registry=registry.with_(bar, "progress-bar"),
+            registry=registry.with_(bar, "progress-bar").with_(unfinished, "unfinished"),
         )
     if as_json:
         say_json({**dataclasses.asdict(result), "out": str(result.out)})

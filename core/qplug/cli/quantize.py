@@ -16,6 +16,7 @@ from qplug.cli.printing import note, say, say_json
 from qplug.cli.progress import progress_bar
 from qplug.cli.recipe_options import recipe_options, typed_words
 from qplug.cli.report import write_report
+from qplug.cli.unfinished import telling_kept
 from qplug.machine.launch import Launch
 from qplug.registry.registry import Registry
 from qplug.report.page_file import refuse_pages, report_file
@@ -145,7 +146,7 @@ def _from_words(
 
     if report is not None:
         refuse_pages(report, [out])
-    with progress_bar("quantizing") as bar:
+    with telling_kept(out) as unfinished, progress_bar("quantizing") as bar:
         result = quantize(
             model,
             out,
@@ -155,7 +156,7 @@ def _from_words(
             dry_run=dry_run,
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
-            registry=registry.with_(bar, "progress-bar"),
+            registry=registry.with_(bar, "progress-bar").with_(unfinished, "unfinished"),
             **words,
         )
     if report is not None and not dry_run and Launch.of().is_first:
@@ -190,7 +191,7 @@ def _from_file(
     job = changed_job(read.job, words, model=model, out=out)
     if report is not None:
         refuse_pages(report, [export.out for export in job.exports])
-    with progress_bar("") as bar:
+    with telling_kept(None) as unfinished, progress_bar("") as bar:
         done = perform(
             job,
             device=options.device,
@@ -199,7 +200,7 @@ def _from_file(
             dry_run=dry_run,
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
-            registry=registry,
+            registry=registry.with_(unfinished, "unfinished"),
             watch=lambda what, n, total, name, loss: bar(n, total, f"{what} {name}", loss),
         )
     if report is not None and not dry_run and Launch.of().is_first:

@@ -226,6 +226,7 @@ def _run(
             )
         reports |= {number: Report.from_dict(plain) for number, plain in done.items()}
         watchers = Watchers(session, len(plan.steps), len(done), watch)
+        watchers.run_begun(out)
         steps = Steps(stages, plan, prepared, watchers, session)
         if samples is None:
             finished = streamed(steps, done, source_bytes)
