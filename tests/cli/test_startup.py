@@ -51,6 +51,9 @@ def test_heavy_modules_would_be_seen() -> None:
         run("--version"),
         run("plugins", "--help"),
         run("plugins", "list"),
+        run("completion", "zsh"),
+        "from click.shell_completion import ShellComplete as S; from qplug.cli.main import main\n"
+        "S(main, {}, 'qplug', 'X').get_completions(['quantize', '--algo'], '')",
     ],
 )
 def test_torch_is_not_imported_by(code: str) -> None:

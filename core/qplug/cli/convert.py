@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from qplug.api.params import parse_pairs
+from qplug.cli.completion import backends
 from qplug.cli.printing import Command, say, say_json
 from qplug.cli.progress import progress_bar
 from qplug.cli.unfinished import telling_kept
@@ -17,7 +18,12 @@ from qplug.registry.registry import Registry
 @click.command(name="convert", cls=Command)
 @click.argument("folder")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--backend", required=True, help="Engine or format to write: see qplug schemes.")
+@click.option(
+    "--backend",
+    shell_complete=backends,
+    required=True,
+    help="Engine or format to write: see qplug schemes.",
+)
 @click.option("--backend-opt", "backend_options", metavar="K=V", multiple=True)
 @click.option(
     "--shard-size",

@@ -10,12 +10,16 @@ import click
 
 from qplug.api.params import parse_pairs
 from qplug.cli.choice import Choice
+from qplug.cli.completion import algorithms, backends, datasets, schemes
 from qplug.cli.headed import HeadedOption
 from qplug.recipe.words import RecipeWords, Word, words
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _KEY = "qplug.recipe"
+
+#: Completes the values of a keyword, by its name.
+_COMPLETED = {"algo": algorithms, "scheme": schemes, "backend": backends, "dataset": datasets}
 
 
 def recipe_options(command: F) -> F:
@@ -50,6 +54,7 @@ def _option(word: Word) -> Callable[[F], F]:
         default=None if several else "+".join(default) if isinstance(default, list) else default,
         show_default=not several and kind is not bool,
         help=param.help,
+        shell_complete=_COMPLETED.get(word.name),
     )
 
 

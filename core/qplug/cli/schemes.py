@@ -10,6 +10,7 @@ from qplug.api import Capability, ModelView
 from qplug.api.capability import NEWEST
 from qplug.api.limits import DEVICES, Target, row_problem
 from qplug.api.scheme import E4M3_SCALES, E8M0_SCALES, PRESETS, QuantArgs, Scheme
+from qplug.cli.completion import backends
 from qplug.cli.printing import Command, say, say_json
 from qplug.errors import QplugError
 from qplug.registry.registry import Registry
@@ -18,7 +19,7 @@ _SCALES = {E4M3_SCALES: " in e4m3 and a global one", E8M0_SCALES: " in e8m0"}
 
 
 @click.command(name="schemes", cls=Command)
-@click.option("--backend", help="Only this backend.")
+@click.option("--backend", shell_complete=backends, help="Only this backend.")
 @click.option("--engine-version", metavar="V", help="Version of its engine; default: the newest.")
 @click.option("--gpu", type=click.Choice(DEVICES), help="Only the kernels for this device.")
 @click.option("--model", help="Say which kernels take the shapes of this model.")
