@@ -10,6 +10,7 @@ from click.shell_completion import CompletionItem, ShellComplete, get_completion
 from qplug.api.scheme import ALIASES, PRESETS
 from qplug.cli.choice import Choice
 from qplug.cli.printing import Command, say_text
+from qplug.machine.gpus import GPUS
 from qplug.registry.outline import outline
 from qplug.registry.registry import Registry
 
@@ -52,6 +53,11 @@ def schemes(_: click.Context, __: click.Parameter, typed: str) -> list[Completio
     lower = typed and typed == typed.lower()
     names = [name.lower() if lower else name for name in PRESETS]
     return _last(typed, [(name, "") for name in dict.fromkeys([*names, *ALIASES])])
+
+
+def gpus(_: click.Context, __: click.Parameter, typed: str) -> list[CompletionItem]:
+    """Completes the name of a GPU."""
+    return _last(typed.upper(), [(name, sm) for name, sm in GPUS.items()])
 
 
 def _offered(kind: str) -> Iterable[tuple[str, str]]:

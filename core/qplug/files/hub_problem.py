@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-#: What to do about each error of huggingface_hub, by the name of its class, the narrower ones first.
+#: What to do about each error of huggingface_hub, by the name of its class, narrower ones first.
 _KNOWN = {
     "HFValidationError": "a repository on the Hub cannot have this name",
     "GatedRepoError": (
