@@ -52,6 +52,7 @@ def test_heavy_modules_would_be_seen() -> None:
         run("plugins", "--help"),
         run("plugins", "list"),
         run("completion", "zsh"),
+        "from qplug.cli.health import machine_findings, hub_findings\nlist(machine_findings())",
         "from click.shell_completion import ShellComplete as S; from qplug.cli.main import main\n"
         "S(main, {}, 'qplug', 'X').get_completions(['quantize', '--algo'], '')",
     ],

@@ -51,6 +51,7 @@ COMMANDS = {
     "compare": ("qplug.cli.compare:command", "Compare several folders in a table and a plot."),
     "schemes": ("qplug.cli.schemes:command", "List schemes, and which engine runs them."),
     "plugins": ("qplug.cli.plugins:command", "List, check, describe and create plugins."),
+    "doctor": ("qplug.cli.doctor:command", "Check this machine, its engines and plugins."),
     "completion": ("qplug.cli.completion:command", "Print the completion script of a shell."),
 }
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from qplug.errors import QplugError
+from qplug.machine.host_memory import available_memory
 
 #: What torch says in a RuntimeError: its allocator for CPUs, and CUDA's libraries.
 _WORDS = (
@@ -55,13 +55,8 @@ def free_memory(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (free + cached) * 9 // 10
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    sizes = dict(line.split(":", 1) for line in lines if ":" in line)
-    available = sizes.get("MemAvailable", "").split()
-    return int(available[0]) * 1024 * 9 // 10 if available else None
+    available = available_memory()
+    return None if available is None else available * 9 // 10
 
 
 def parse_size(text: str) -> int:

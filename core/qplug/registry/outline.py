@@ -58,7 +58,7 @@ def _file_of(module: str) -> Path | None:
 
 
 def _offers(file: Path) -> Iterator[Outline]:
-    face = ast.parse(file.read_bytes())
+    face = _parsed(file)
     for function in face.body:
         if not isinstance(function, ast.FunctionDef):
             continue
@@ -69,6 +69,10 @@ def _offers(file: Path) -> Iterator[Outline]:
                 offer = _class(name, [function, face])
                 if offer is not None and (named := _name_of(offer)):
                     yield Outline(kind, named, _first_line(offer))
+
+
+def _parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_bytes())
 
 
 def _returned(function: ast.FunctionDef) -> Iterator[str]:
@@ -90,7 +94,7 @@ def _class(name: str, scopes: list[ast.FunctionDef | ast.Module]) -> ast.ClassDe
             for alias in statement.names:
                 if (alias.asname or alias.name) == name:
                     file = _file_of(statement.module)
-                    return file and _class(alias.name, [ast.parse(file.read_bytes())])
+                    return None if file is None else _class(alias.name, [_parsed(file)])
     return None
 
 
@@ -115,8 +119,8 @@ def _commands(hook: ast.FunctionDef) -> Iterator[Outline]:
 
 
 def _text(value: ast.expr) -> str | None:
-    is_text = isinstance(value, ast.Constant) and isinstance(value.value, str)
-    return value.value if is_text else None  # type: ignore[attr-defined, no-any-return]
+    text = value.value if isinstance(value, ast.Constant) else None
+    return text if isinstance(text, str) else None
 
 
 def _first_line(owner: ast.ClassDef | ast.FunctionDef) -> str:
