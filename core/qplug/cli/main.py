@@ -18,7 +18,7 @@ from typing import Any, TextIO, cast
 import click
 
 from qplug import __version__
-from qplug.cli.printing import note, warn
+from qplug.cli.printing import SETTINGS, note, warn
 from qplug.errors import OtherProcessError, PluginWarning, QplugError, shown
 from qplug.machine.launch import Launch
 from qplug.registry.border import marking_ctrl_c
@@ -213,7 +213,7 @@ def _blocked(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 @click.group(
     cls=Qplug,
     name="qplug",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=SETTINGS,
     commands=[Deferred(name, *place_and_summary) for name, place_and_summary in COMMANDS.items()],
     epilog="Plugins may add more commands: qplug plugins list",
 )

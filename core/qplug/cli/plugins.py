@@ -13,7 +13,7 @@ from qplug.api import Reader
 from qplug.api.params import Option, options
 from qplug.cli.choice import Choice
 from qplug.cli.printed_table import print_table
-from qplug.cli.printing import Command, say, say_json, say_text
+from qplug.cli.printing import SETTINGS, Command, say, say_json, say_text
 from qplug.errors import PluginError, QplugError, did_you_mean, reason
 from qplug.registry.outline import outline
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qplug.registry.scaffold import Kind
 
 
-@click.group(name="plugins")
+@click.group(name="plugins", context_settings=SETTINGS)
 def command() -> None:
     """List, check, describe and create plugins."""
 
