@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-_MEMINFO = Path("/proc/meminfo")
+import os
+import re
 
 
 def available_memory() -> int | None:
     """Returns the bytes that programs can still take; None if the system does not say."""
+    found = re.search(rb"MemAvailable:\s*(\d+) kB", _meminfo())
+    return int(found[1]) * 1024 if found else None
+
+
+def _meminfo() -> bytes:
+    """What Linux says of its memory; empty on other systems."""
     try:
-        lines = _MEMINFO.read_text().splitlines()
+        file = os.open("/proc/meminfo", os.O_RDONLY)
     except OSError:
-        return None
-    sizes = dict(line.split(":", 1) for line in lines if ":" in line)
-    available = sizes.get("MemAvailable", "").split()
-    return int(available[0]) * 1024 if available else None
+        return b""
+    try:
+        return os.read(file, 1 << 14)
+    finally:
+        os.close(file)
