@@ -189,9 +189,10 @@ def _token() -> str | None:
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if os.environ.get(variable):
             return variable
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    home = os.environ.get("HF_HOME") or Path(cache) / "huggingface"
-    file = Path(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token").expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    named = os.environ.get("HF_TOKEN_PATH") or f"{home}/token"
+    file = Path(os.path.expanduser(named))  # noqa: PTH111 - Path's raises for a user without a home
     return str(file) if file.is_file() else None
 
 

@@ -18,6 +18,7 @@ from typing import Any, TextIO, cast
 import click
 
 from qplug import __version__
+from qplug.cli.defaults import default_map
 from qplug.cli.printing import SETTINGS, note, warn
 from qplug.errors import OtherProcessError, PluginWarning, QplugError, shown
 from qplug.machine.launch import Launch
@@ -126,6 +127,7 @@ class Qplug(click.Group):
                     only_shipped=ctx.params["no_plugins"],
                     files=ctx.params["files"],
                 )
+            ctx.default_map = default_map()
             with _plugin_warnings():
                 return super().invoke(ctx)
         except QplugError as error:

@@ -14,7 +14,7 @@ from qplug.cli.float_lines import float_lines, kept_float_lines
 from qplug.cli.headed import HeadedCommand, HeadedOption
 from qplug.cli.printing import note, say, say_json
 from qplug.cli.progress import progress_bar
-from qplug.cli.recipe_options import recipe_options, typed_words
+from qplug.cli.recipe_options import recipe_options, typed_words, usual_words
 from qplug.cli.report import write_report
 from qplug.cli.unfinished import telling_kept
 from qplug.machine.launch import Launch
@@ -116,7 +116,10 @@ def command(
             raise click.UsageError(f"Missing {name}: give {name}, or a recipe with --config.")
     assert model is not None
     assert out is not None
-    result = _from_words(words, model, out, options, registry, dry_run, report)
+    usual = usual_words(ctx)
+    for name, value in usual.items():
+        note(f"--{name} {value}: your default")
+    result = _from_words({**usual, **words}, model, out, options, registry, dry_run, report)
     if as_json:
         say_json(_plain_result(result))
     else:
