@@ -117,8 +117,8 @@ def command(
     assert model is not None
     assert out is not None
     usual = usual_words(ctx)
-    for name, value in usual.items():
-        note(f"--{name} {value}: your default")
+    for word, default in usual.items():
+        note(f"--{word} {default}: your default")
     result = _from_words({**usual, **words}, model, out, options, registry, dry_run, report)
     if as_json:
         say_json(_plain_result(result))
