@@ -21,6 +21,11 @@ from hypothesis import settings
 # before torch is imported; processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# A developer's own defaults of options are none of a test's.
+os.environ["XDG_CONFIG_HOME"] = os.devnull
+for _variable in ("QPLUG_DEVICE", "QPLUG_BACKEND", "QPLUG_DATASET"):
+    os.environ.pop(_variable, None)
+
 # How long an example takes is the machine's doing. A run gives what it gave before; others are
 # looked for with --hypothesis-profile=explore.
 settings.register_profile("qplug", deadline=None, derandomize=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,13 @@ from qplug.cli.main import Deferred, main
 from qplug.recipe.recipe_file import schema
 from qplug.recipe.words import Word, words
 from qplug.registry.registry import Registry
+
+#: In which no default of the user who makes the pages stands.
+_ENVIRONMENT = {
+    "COLUMNS": "80",
+    "XDG_CONFIG_HOME": os.devnull,
+    **dict.fromkeys(("QPLUG_DEVICE", "QPLUG_BACKEND", "QPLUG_DATASET")),
+}
 
 FOLDER = Path(__file__).parents[1] / "docs/reference"
 
@@ -62,7 +70,7 @@ def _command_page() -> Iterator[str]:
     yield "What `--help` prints. A usage error ends with status 2, any other with 1."
     for path in command_paths():
         words = [*path, "--help"]
-        done = CliRunner(env={"COLUMNS": "80"}).invoke(main, words, prog_name="qplug")
+        done = CliRunner(env=_ENVIRONMENT).invoke(main, words, prog_name="qplug")
         assert done.exit_code == 0, done.output
         yield f"## {' '.join(('qplug', *path))}"
         yield _fenced("text", done.output)

@@ -11,6 +11,7 @@ from qplug.api.hookspecs import (
     qplug_exporters,
     qplug_model_view,
     qplug_readers,
+    qplug_run_begun,
     qplug_run_done,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "qplug_exporters",
     "qplug_model_view",
     "qplug_readers",
+    "qplug_run_begun",
     "qplug_run_done",
 ]
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qplug import NoParams, Param, QplugError
-from qplug.api.params import fill, options, parse_pairs
+from qplug.api.params import convert, fill, options, parse_pairs
 
 
 @dataclass(frozen=True)
@@ -235,3 +235,16 @@ def test_pairs_are_split_at_the_first_equals_sign(pairs: dict[str, str]) -> None
 def test_a_word_that_is_no_pair(word: str) -> None:
     with pytest.raises(QplugError, match=f"^--dataset-opt {word}: write KEY=VALUE$"):
         parse_pairs([word], "--dataset-opt")
+
+
+def test_a_wrong_choice_suggests_the_nearest() -> None:
+    (option,) = (each for each in options(Choices) if each.name == "mode")
+    with pytest.raises(QplugError, match=r"^o: must be one of search, fixed\. Did you mean 'sea"):
+        convert(option, "serch", "o")
+    with pytest.raises(QplugError, match=r"^o: must be one of search, fixed$"):
+        convert(option, "xyz", "o")
+
+
+@dataclass(frozen=True)
+class Choices:
+    mode: Annotated[Literal["search", "fixed"], Param("A mode.")] = "search"

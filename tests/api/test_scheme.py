@@ -8,11 +8,12 @@ import pytest
 
 import qplug
 from qplug import PRESETS, QplugError, QuantArgs, Scheme, preset
+from qplug.api.scheme import ALIASES
 
 
 @pytest.mark.parametrize("name", [*PRESETS, "W3A16", "W2A16_ASYM", "W4A4", "W6A6", "W8A8_ASYM"])
 def test_a_scheme_survives_json(name: str) -> None:
-    scheme = preset(name.lower())
+    scheme = preset(name if name.lower() in ALIASES else name.lower())
     assert scheme.name == name
     assert Scheme.from_dict(scheme.to_dict()) == scheme
 

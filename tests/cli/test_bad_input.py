@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from qplug.checkpoint.open import INDEX
@@ -94,14 +95,29 @@ def test_a_hub_id_without_a_network(
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    message = refused("someone/a-model")
-    assert message.startswith(
-        "someone/a-model: no folder on this machine, and not downloaded from the Hub: "
+    assert refused("someone/a-model") == (
+        "someone/a-model: no folder on this machine, and not downloaded from the Hub: it is not in "
+        "the Hub's cache, and HF_HUB_OFFLINE is set; unset the variable; or pass the path of a "
+        "folder"
     )
 
 
 def test_what_cannot_be_a_hub_id(refused: Refused) -> None:
-    assert refused("some one/a model").startswith("some one/a model: no folder on this machine")
+    assert refused("some one/a model") == (
+        "some one/a model: no folder on this machine, and not downloaded from the Hub: a "
+        "repository on the Hub cannot have this name; or pass the path of a folder"
+    )
+
+
+def test_a_hub_that_cannot_be_reached(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("no snapshot") from OSError(-2, "Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    assert refused("someone/a-model") == (
+        "someone/a-model: no folder on this machine, and not downloaded from the Hub: the Hub "
+        "cannot be reached; check the network; or pass the path of a folder"
+    )
 
 
 def test_a_file_for_a_model(llama: Path, refused: Refused) -> None:
@@ -348,10 +364,17 @@ def test_fused_layers_with_two_schemes(llama: Path, refused: Refused) -> None:
         (["--algo", ""], "--algo : name one algorithm"),
         (["--algo", "rtn+"], "--algo rtn+: name one algorithm"),
         (["--algo", "rtn+rtn"], "--algo rtn+rtn: name one algorithm"),
-        (["--scheme", "W9A16"], "no scheme 'W9A16'. There are: W4A16"),
-        (["--backend", "sgland"], "no exporter 'sgland'. Did you mean 'sglang'?"),
+        (["--scheme", "W9A16"], "no scheme 'W9A16'. Did you mean 'W8A16'? There are: W4A16"),
+        (["--scheme", "W4A61"], "no scheme 'W4A61'. Did you mean 'W4A16'? There are: W4A16"),
+        (["--scheme", "fp8_dyn"], "no scheme 'fp8_dyn'. Did you mean 'FP8_DYNAMIC'?"),
+        (["--backend", "sgland"], "no backend 'sgland'. Did you mean 'sglang'?"),
         (["-o", "rtn.bits=4"], "algorithm rtn has no option 'bits'"),
         (["-o", "gptq.bits=4"], "-o gptq...: gptq is not in --algo"),
+        (["-o", "rnt.bits=4"], "-o rnt...: rnt is not in --algo. Did you mean 'rtn'?"),
+        (
+            ["--algo", "awq", "-o", "awq.clip_step=4"],
+            "algorithm awq has no option 'clip_step'. Did you mean 'clip_steps'?",
+        ),
         (["--backend-opt", "x=1"], "backend sglang has no option 'x'"),
         (["--backend-opt", "x"], "--backend-opt x: write KEY=VALUE"),
         (["--group-size", "0"], "group_size must be positive, not 0"),
@@ -362,10 +385,10 @@ def test_fused_layers_with_two_schemes(llama: Path, refused: Refused) -> None:
         (["--override", "*.x=W8A16"], "--override *.x: matches no linear layer of the model"),
         (["--override", "*=W9A9"], "no scheme 'W9A9'"),
         (["--override", "W8A16"], "--override W8A16: write KEY=VALUE"),
-        (["--device", "nonsense"], "--device nonsense: "),
-        (["--device", "cpu:x"], "--device cpu:x: "),
+        (["--device", "nonsense"], "--device nonsense: torch cannot use such a device here; use "),
+        (["--device", "cpu:x"], "--device cpu:x: torch cannot use such a device here; use auto, "),
         (["--device", "cuda:99"], "--device cuda:99: "),
-        (["--device", "meta"], "--device meta: "),
+        (["--device", "meta"], "--device meta: torch cannot use such a device here; use auto, "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -394,6 +417,25 @@ def test_a_model_must_be_named(cli: Callable[..., Result]) -> None:
     assert result.exit_code == 2
     message = "Error: Missing MODEL: give MODEL, or a recipe with --config."
     assert result.stderr.splitlines()[-1] == message
+
+
+@pytest.mark.parametrize(
+    ("built", "told"),
+    [
+        (False, "this torch is built without CUDA; install a torch with CUDA; or use --device cpu"),
+        (
+            True,
+            "torch sees no GPU; check nvidia-smi, its driver and CUDA_VISIBLE_DEVICES; or use "
+            "--device cpu",
+        ),
+    ],
+)
+def test_no_gpu(built: bool, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    with pytest.raises(QplugError) as refused:
+        find_device("cuda")
+    assert str(refused.value) == f"--device cuda: {told}"
 
 
 def test_a_device_that_is_there() -> None:
@@ -432,11 +474,28 @@ def test_overwrite_takes_only_what_qplug_wrote(
         )
 
 
-def test_no_folder_to_write_into(llama: Path, tmp_path: Path, refused: Refused) -> None:
-    message = refused(llama, "--out", tmp_path / "a" / "b")
-    assert message == f"{tmp_path / 'a'}: no such folder to write into"
-    message = refused(llama, "--out", llama / "config.json" / "b")
-    assert message == f"{llama / 'config.json'}: no such folder to write into"
+def test_no_folder_to_write_into(llama: Path, refused: Refused) -> None:
+    for out in (llama / "config.json" / "b", llama / "config.json" / "b" / "c"):
+        message = refused(llama, "--out", out)
+        assert message == f"{llama / 'config.json'}: is not a folder to write into"
+
+
+def test_a_refused_run_leaves_no_parents_of_the_folder(
+    llama: Path, tmp_path: Path, refused: Refused
+) -> None:
+    message = refused(llama, "--out", tmp_path / "a" / "b" / "c", "--ignore", "*")
+    assert message.startswith("nothing is left to quantize")
+
+
+def test_missing_parents_of_the_folder_are_made(
+    llama: Path, tmp_path: Path, cli: Callable[..., Result]
+) -> None:
+    out = tmp_path / "a" / "b" / "c"
+    assert cli("quantize", llama, "--out", out, "--dry-run").exit_code == 0
+    assert not (tmp_path / "a").exists()
+    result = cli("quantize", llama, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    assert (out / "qplug.json").exists()
 
 
 def test_a_folder_that_cannot_be_written(llama: Path, refused: Refused) -> None:

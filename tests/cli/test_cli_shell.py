@@ -329,20 +329,33 @@ def test_list_imports_nothing() -> None:
     result = qplug("plugins", "list", obj=registry)
     assert result.exit_code == 0
     assert result.output.splitlines() == [
-        "a    a 1.0    face_a",
-        "a    a 1.0    face_a    QplugError: the name of this plugin is taken by a (a 1.0)",
-        "bb   bb 1.0   face_bb",
-        "off  off 1.0  face_off  switched off by -p no:off",
+        "-  -  a    a 1.0",
+        "-  -  a    a 1.0    QplugError: the name of this plugin is taken by a (a 1.0)",
+        "-  -  bb   bb 1.0",
+        "-  -  off  off 1.0  switched off by -p no:off",
     ]
     assert json.loads(qplug("plugins", "list", "--json", obj=registry).output)[2:] == [
-        {"name": "bb", "source": "bb 1.0", "module": "face_bb", "unused": None},
+        {"name": "bb", "source": "bb 1.0", "module": "face_bb", "unused": None, "offers": []},
         {
             "name": "off",
             "source": "off 1.0",
             "module": "face_off",
             "unused": "switched off by -p no:off",
+            "offers": [],
         },
     ]
+
+
+def test_list_has_a_line_for_each_offer(write: WriteFile) -> None:
+    idea = write("idea.py", "print('imported')\n" + ALGORITHM)
+    hello = write.command("pass", name="say_hello")
+    result = qplug("--plugin", hello, "--plugin", idea, "plugins", "list")
+    assert [line.split(maxsplit=4) for line in result.output.splitlines()] == [
+        ["algorithm", "my-idea", "idea", idea, "Round to nearest."],
+        ["command", "say-hello", "mine", hello, "Say hello."],
+    ]
+    offers = json.loads(qplug("--plugin", idea, "plugins", "list", "--json").output)[0]["offers"]
+    assert offers == [{"kind": "algorithm", "name": "my-idea", "summary": "Round to nearest."}]
 
 
 def test_list_of_nothing() -> None:

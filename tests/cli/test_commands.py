@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -117,10 +118,30 @@ def test_a_resumed_run_says_so(
 
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "finish", interrupt)
-        assert cli("quantize", llama, "--out", tmp_path / "out").exit_code == 1
+        stopped = cli("quantize", llama, "--out", tmp_path / "out")
+        assert stopped.exit_code == 1
+    out = re.escape(str(tmp_path / "out"))
+    said = stopped.stderr.splitlines()[0]
+    kept = re.fullmatch(rf"{out}: (.+) steps are kept; the same command goes on after them\.", said)
+    assert kept is not None, stopped.stderr
     result = cli("quantize", llama, "--out", tmp_path / "out")
+    assert result.stderr == f"{tmp_path / 'out'}: goes on after {kept[1]} steps\n"
     assert " s, " in result.stdout
     assert result.stdout.splitlines()[0].endswith(" steps done by an earlier run")
+
+
+def test_ctrl_c_before_the_first_step(
+    cli: Cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qplug.run.quantize.fingerprint", interrupt)
+    stopped = cli("quantize", llama, "--out", tmp_path / "a" / "out")
+    assert stopped.stderr.splitlines()[0] == (
+        "No step was finished; the same command starts again."
+    )
+    assert not (tmp_path / "a").exists()
 
 
 def test_in_a_process_of_its_own(tmp_path: Path) -> None:
@@ -360,7 +381,7 @@ def test_schemes_of_one_backend(cli: Cli) -> None:
         assert " vLLM 0." in row
     result = cli("schemes", "--backend", "vlm")
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: no exporter 'vlm'. Did you mean 'vllm'?")
+    assert result.stderr.startswith("Error: no backend 'vlm'. Did you mean 'vllm'?")
 
 
 def test_schemes_json(cli: Cli) -> None:

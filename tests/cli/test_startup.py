@@ -51,6 +51,10 @@ def test_heavy_modules_would_be_seen() -> None:
         run("--version"),
         run("plugins", "--help"),
         run("plugins", "list"),
+        run("completion", "zsh"),
+        "from qplug.cli.health import machine_findings, hub_findings\nlist(machine_findings())",
+        "from click.shell_completion import ShellComplete as S; from qplug.cli.main import main\n"
+        "S(main, {}, 'qplug', 'X').get_completions(['quantize', '--algo'], '')",
     ],
 )
 def test_torch_is_not_imported_by(code: str) -> None:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from qplug.checkpoint.locate import find_model
 from qplug.errors import QplugError
-from qplug.machine.devices import find_device
 from qplug.machine.memory import naming_memory
 from qplug.run import quantize as run
 from qplug.run.quantize import quantize
@@ -271,12 +270,6 @@ def test_memory_that_runs_out(
 def test_a_bug_is_not_taken_for_little_memory() -> None:
     with pytest.raises(RuntimeError, match="shapes"), naming_memory(lambda: ""):
         raise RuntimeError("shapes cannot be multiplied")
-
-
-def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(QplugError, match=r"^--device cuda: there is no GPU .* use --device cpu$"):
-        find_device("cuda")
 
 
 def test_more_samples_than_memory(model: Path, cli: Cli) -> None:

@@ -90,7 +90,7 @@ def test_the_file_takes_the_place_of_all_shards(model: Path, tmp_path: Path) -> 
     assert found.ok, found.problems
     assert len(found.errors) == 14
     assert qplug.load(str(out), registry=registry).num_parameters()
-    with pytest.raises(QplugError, match="no exporter 'one-file'"):
+    with pytest.raises(QplugError, match="no backend 'one-file'"):
         qplug.verify(str(out))
 
 

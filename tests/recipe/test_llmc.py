@@ -606,7 +606,7 @@ def test_one_folder_serves_both_engines(read_text: Read, llmc: Llmc) -> None:
 
 
 def test_formats_that_are_not_there(read_text: Read, llmc: Llmc) -> None:
-    with pytest.raises(QplugError, match=r"f\.yml:7: save\.save_mlcllm: no exporter 'mlcllm'"):
+    with pytest.raises(QplugError, match=r"f\.yml:7: save\.save_mlcllm: no backend 'mlcllm'"):
         read_text(llmc(save="save_mlcllm: True\nsave_path: x"))
     with pytest.raises(QplugError, match="save: save_sgl needs a save_path"):
         read_text(llmc(save="save_sgl: True"))

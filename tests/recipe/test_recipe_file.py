@@ -140,7 +140,7 @@ def test_an_export_has_the_backend_of_the_recipe_unless_it_names_one(read_text: 
         ("calibration: {sampling: all}", "sampling: 'all' is wrong; allowed: dataset, windows"),
         ("calibration: {dataset: c5}", ":1: calibration: no dataset 'c5'. There are: c4"),
         ("export:\n- {backend: vllm}", r":2: export\[0\]: the required key 'out' is missing"),
-        ("export:\n- {out: x, backend: trt}", r":2: export\[0\]: no exporter 'trt'"),
+        ("export:\n- {out: x, backend: trt}", r":2: export\[0\]: no backend 'trt'"),
         ("eval:\n- {at: [later]}", r":2: eval\[0\].at\[0\]: 'later' is wrong; allowed: pretrain,"),
         ("eval:\n- {at: quantized}", "at: 'quantized' is wrong; allowed: a list"),
         ("seed: 1.5", "seed: 1.5 is wrong; allowed: a whole number"),

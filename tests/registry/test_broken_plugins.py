@@ -274,7 +274,7 @@ def test_a_package_with_broken_metadata_hides_no_other(
     (info / "entry_points.txt").write_text(entries, errors="surrogateescape")
     listed = qplug("plugins", "list")
     assert listed.exit_code == 0, listed.output
-    assert "\nrtn " in listed.stdout
+    assert "\nalgorithm  rtn " in listed.stdout
     (line,) = (line for line in listed.stdout.splitlines() if "bad-meta" in line)
     assert "Error" in line
 

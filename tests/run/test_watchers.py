@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qplug import BlockReport, PluginWarning, QplugError, Result, hookimpl, quantize
+from qplug import BlockReport, PluginWarning, QplugError, Result, RunStart, hookimpl, quantize
 from qplug.registry.registry import Registry
 from qplug.testing import tiny_model, tiny_tokenizer
 
@@ -28,6 +28,12 @@ class Watcher:
         self.blocks: list[BlockReport] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.results: list[Result] = []
+        self.starts: list[RunStart] = []
+
+    @hookimpl
+    def qplug_run_begun(self, start: RunStart) -> None:
+        assert not self.blocks
+        self.starts.append(start)
 
     @hookimpl
     def qplug_block_done(self, report: BlockReport) -> None:
@@ -75,6 +81,7 @@ def test_each_tensor_of_a_streamed_run_and_the_end(llama: Path, tmp_path: Path) 
     assert watcher.results == [result]
     assert [report.number for report in watcher.blocks] == list(range(1, len(watcher.blocks) + 1))
     assert {report.count for report in watcher.blocks} == {len(watcher.blocks)}
+    assert watcher.starts == [RunStart(tmp_path / "out", len(watcher.blocks), 0)]
     told = {name: error for report in watcher.blocks for name, error in report.errors.items()}
     assert told == result.errors
     assert watcher.shapes["model.layers.0.mlp.up_proj"] == (256, 128)
@@ -115,6 +122,7 @@ def test_nobody_is_told_of_what_is_not_done(llama: Path, tmp_path: Path) -> None
     run(llama, tmp_path / "out", watcher, dry_run=True, backend="fake")
     assert not watcher.blocks
     assert not watcher.results
+    assert not watcher.starts
     with pytest.raises(QplugError):
         run(llama, tmp_path / "out", watcher, backend="sglang", group_size=7)
     assert not watcher.results
@@ -136,6 +144,7 @@ def test_a_run_that_goes_on_counts_on(llama: Path, tmp_path: Path) -> None:
     assert result.resumed
     assert watcher.blocks[0].number == result.resumed + 1
     assert watcher.blocks[-1].number == watcher.blocks[-1].count
+    assert watcher.starts == [RunStart(tmp_path / "out", watcher.blocks[-1].count, result.resumed)]
 
 
 def test_the_command_line_says_it_in_a_line(llama: Path, tmp_path: Path, cli: Cli) -> None:

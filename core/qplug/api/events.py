@@ -1,4 +1,4 @@
-"""The events that plugins receive when they watch a run: a finished step, a finished run."""
+"""The events that plugins receive when they watch a run: its start, a finished step, its end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qplug.api import Block, QuantizedWeight
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """A run that is checked and is about to compute its first step.
+
+    ``out`` is the folder that the run writes, ``count`` the number of all steps, and ``done`` the
+    number of steps that an earlier run, which was stopped, had finished.
+    """
+
+    out: Path
+    count: int
+    done: int
 
 
 @dataclass(frozen=True)

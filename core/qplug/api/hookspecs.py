@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import click
 
     from qplug.api import Algorithm, Dataset, Exporter, ModelView, Reader
-    from qplug.api.events import BlockReport, Result
+    from qplug.api.events import BlockReport, Result, RunStart
 
 hookspec = pluggy.HookspecMarker("qplug")
 #: Marks a function in a plugin as the implementation of the hook of the same name.
@@ -133,6 +133,22 @@ def qplug_model_view(config: Mapping[str, Any]) -> ModelView | None:
             )
     """
     return None
+
+
+@hookspec
+def qplug_run_begun(start: RunStart) -> None:
+    """Watch a run: all checks are done, and the first step is about to be computed.
+
+    Called once in a run, in the first process alone; not called in a dry run. Return nothing. If
+    the hook raises an error, qplug prints a warning that names the plugin, no longer calls this
+    plugin, and continues the run.
+
+    Since 0.2. Example::
+
+        @hookimpl
+        def qplug_run_begun(start):
+            print(f"{start.out}: {start.count - start.done} steps to do")
+    """
 
 
 @hookspec

@@ -133,8 +133,10 @@ def check_fields(owner: Any) -> None:
         value, least = getattr(owner, field.name), field.param.min
         choices = get_args(field.type) if get_origin(field.type) is Literal else ()
         if choices and value not in choices:
+            hint = did_you_mean(str(value), map(str, choices))
             names = ", ".join(map(str, choices))
-            raise QplugError(f"{field.flag} {value}: must be one of {names}")
+            sentence = f"{field.flag} {value}: must be one of {names}{hint and '.' + hint}"
+            raise QplugError(sentence)
         if least is not None and value is not None and value < least:
             raise QplugError(f"{field.flag} {value}: must be at least {least}")
 
@@ -272,7 +274,8 @@ def convert(option: Option, value: Any, where: str) -> Any:
                 return choice
         names = ", ".join(str(choice) for choice in option.choices)
         none = " or none" if option.optional else ""
-        raise QplugError(f"{where}: must be one of {names}{none}")
+        hint = did_you_mean(str(value), map(str, option.choices))
+        raise QplugError(f"{where}: must be one of {names}{none}{hint and '.' + hint}")
     try:
         converted = _scalar(option.kind, value)
     except (ValueError, TypeError):

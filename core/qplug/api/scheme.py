@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from qplug.errors import QplugError
+from qplug.errors import QplugError, did_you_mean
 
 Strategy = Literal["tensor", "channel", "group", "block", "token"]
 
@@ -309,8 +309,19 @@ PRESETS: dict[str, Scheme] = {
 CACHES: dict[str, QuantArgs] = {"fp8": _STATIC_E4M3}
 
 
+#: Other spellings of schemes, in the exact case: ``FP8`` is the name of a scheme, ``fp8`` is what
+#: engines call fp8 weights with scales of inputs that the engine computes.
+ALIASES: dict[str, str] = {
+    "int4": "W4A16",
+    "INT4": "W4A16",
+    "int8": "W8A8",
+    "INT8": "W8A8",
+    "fp8": "FP8_DYNAMIC",
+}
+
+
 def preset(name: str) -> Scheme:
-    """Returns the scheme called ``name``, in upper or lower case.
+    """Returns the scheme called ``name``: a key of ``ALIASES``, or a name in any case.
 
     The schemes in ``PRESETS`` are those that engines serve. Any other ``W<weights>A<inputs>`` is a
     scheme to measure: each number is 2 to 8 bits or a float format (``W4A4``, ``WE2M1A16``,
@@ -320,15 +331,15 @@ def preset(name: str) -> Scheme:
 
     Raises QplugError if there is no such scheme or number format.
     """
-    name = name.upper()
+    typed, name = name, ALIASES.get(name, name).upper()
     if name in PRESETS:
         return PRESETS[name]
     match = re.fullmatch(rf"W({_NUMBER})A({_NUMBER}|16)(_ASYM)?", name)
     if match is None:
-        names = ", ".join(PRESETS)
+        hint = did_you_mean(name, PRESETS)
         raise QplugError(
-            f"no scheme {name!r}. There are: {names}; to be measured: W2A16 ... W8A8, "
-            "WE2M1A16 ... WE5M2AE5M2"
+            f"no scheme {typed!r}.{hint} There are: {', '.join(PRESETS)}; "
+            "to be measured: W2A16 ... W8A8, WE2M1A16 ... WE5M2AE5M2"
         )
     weights, inputs, asymmetric = match.groups()
     dtype, symmetric = _dtype(weights), not asymmetric

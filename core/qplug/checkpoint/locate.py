@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from qplug.errors import QplugError
+from qplug.files.hub_problem import hub_problem
 
 DEMO = "qplug:demo"
 
@@ -60,13 +61,12 @@ def may_be_on_hub(model: str) -> bool:
 def _download(model: str) -> Path:
     """Returns the folder in the Hub's cache, after downloading the files that qplug reads."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
         return Path(snapshot_download(model, allow_patterns=wanted))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # the HTTP library, and so its exceptions, changed twice
         raise QplugError(
-            f"{model}: no folder on this machine, and not downloaded from the Hub: {reason}"
+            f"{model}: no folder on this machine, and not downloaded from the Hub: "
+            f"{hub_problem(error)}; or pass the path of a folder"
         ) from error

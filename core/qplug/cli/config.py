@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from qplug.cli.printing import Command, say, say_json, say_text, warn
+from qplug.cli.printing import SETTINGS, Command, say, say_json, say_text, warn
 from qplug.registry.registry import Registry
 
 _FILE = click.argument("file", type=click.Path(path_type=Path))
 
 
-@click.group(name="config")
+@click.group(name="config", context_settings=SETTINGS)
 def command() -> None:
     """Check and convert recipes, qplug's own and LLMC's YAML files."""
 

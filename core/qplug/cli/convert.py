@@ -8,15 +8,22 @@ from pathlib import Path
 import click
 
 from qplug.api.params import parse_pairs
+from qplug.cli.completion import backends
 from qplug.cli.printing import Command, say, say_json
 from qplug.cli.progress import progress_bar
+from qplug.cli.unfinished import telling_kept
 from qplug.registry.registry import Registry
 
 
 @click.command(name="convert", cls=Command)
 @click.argument("folder")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--backend", required=True, help="Engine or format to write: see qplug schemes.")
+@click.option(
+    "--backend",
+    shell_complete=backends,
+    required=True,
+    help="Engine or format to write: see qplug schemes.",
+)
 @click.option("--backend-opt", "backend_options", metavar="K=V", multiple=True)
 @click.option(
     "--shard-size",
@@ -50,7 +57,7 @@ def command(
     """
     from qplug.run.convert import convert
 
-    with progress_bar("converting") as bar:
+    with telling_kept(out) as unfinished, progress_bar("converting") as bar:
         result = convert(
             folder,
             out,
@@ -60,7 +67,7 @@ def command(
             overwrite=overwrite,
             dry_run=dry_run,
             trust_remote_code=trust_remote_code,
-            registry=registry.with_(bar, "progress-bar"),
+            registry=registry.with_(bar, "progress-bar").with_(unfinished, "unfinished"),
         )
     if as_json:
         say_json({**dataclasses.asdict(result), "out": str(result.out)})

@@ -18,7 +18,8 @@ from typing import Any, TextIO, cast
 import click
 
 from qplug import __version__
-from qplug.cli.printing import note, warn
+from qplug.cli.defaults import default_map
+from qplug.cli.printing import SETTINGS, note, warn
 from qplug.errors import OtherProcessError, PluginWarning, QplugError, shown
 from qplug.machine.launch import Launch
 from qplug.registry.border import marking_ctrl_c
@@ -51,6 +52,8 @@ COMMANDS = {
     "compare": ("qplug.cli.compare:command", "Compare several folders in a table and a plot."),
     "schemes": ("qplug.cli.schemes:command", "List schemes, and which engine runs them."),
     "plugins": ("qplug.cli.plugins:command", "List, check, describe and create plugins."),
+    "doctor": ("qplug.cli.doctor:command", "Check this machine, its engines and plugins."),
+    "completion": ("qplug.cli.completion:command", "Print the completion script of a shell."),
 }
 
 
@@ -124,6 +127,7 @@ class Qplug(click.Group):
                     only_shipped=ctx.params["no_plugins"],
                     files=ctx.params["files"],
                 )
+            ctx.default_map = default_map()
             with _plugin_warnings():
                 return super().invoke(ctx)
         except QplugError as error:
@@ -211,6 +215,7 @@ def _blocked(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 @click.group(
     cls=Qplug,
     name="qplug",
+    context_settings=SETTINGS,
     commands=[Deferred(name, *place_and_summary) for name, place_and_summary in COMMANDS.items()],
     epilog="Plugins may add more commands: qplug plugins list",
 )

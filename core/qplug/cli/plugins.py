@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,11 @@ import click
 
 from qplug.api import Reader
 from qplug.api.params import Option, options
+from qplug.cli.choice import Choice
 from qplug.cli.printed_table import print_table
-from qplug.cli.printing import Command, say, say_json, say_text
+from qplug.cli.printing import SETTINGS, Command, say, say_json, say_text
 from qplug.errors import PluginError, QplugError, did_you_mean, reason
+from qplug.registry.outline import outline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from qplug.registry.scaffold import Kind
 
 
-@click.group(name="plugins")
+@click.group(name="plugins", context_settings=SETTINGS)
 def command() -> None:
     """List, check, describe and create plugins."""
 
@@ -31,15 +34,22 @@ def command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def list_(registry: Registry, as_json: bool) -> None:
-    """List the installed plugins. Imports none of them."""
+    """List the offers of installed plugins: kind, name, plugin and one line. Imports no plugin."""
     if as_json:
         rows = [
-            {"name": p.name, "source": p.source, "module": p.module, "unused": _unused(p)}
+            {
+                "name": p.name,
+                "source": p.source,
+                "module": p.module,
+                "unused": _unused(p),
+                "offers": [dataclasses.asdict(offer) for offer in outline(p)],
+            }
             for p in registry.plugins
         ]
         say_json(rows)
     else:
-        print_table([[p.name, p.source, p.module, _unused(p) or ""] for p in registry.plugins])
+        rows_of = (row for plugin in registry.plugins for row in _outlined(plugin))
+        print_table(sorted(rows_of, key=lambda row: _ORDER.index(row[0])))
 
 
 @command.command(cls=Command)
@@ -90,7 +100,7 @@ def show(registry: Registry, name: str, as_json: bool) -> None:
 @click.option(
     "--kind",
     required=True,
-    type=click.Choice(["algorithm", "dataset", "exporter"]),
+    type=Choice(["algorithm", "dataset", "exporter"]),
     help="The kind of component that the plugin offers.",
 )
 @click.option(
@@ -104,6 +114,18 @@ def new(registry: Registry, name: str, kind: Kind, folder: Path | None) -> None:
 
     written = write_plugin(name, kind, folder or Path(f"qplug-{name}"), registry, __version__)
     say(f"{written}: written. Next: pip install -e '{written}[test]' && pytest {written}")
+
+
+#: The order of kinds in a list; "-" stands for a plugin whose source names no offer.
+_ORDER = ("algorithm", "dataset", "exporter", "reader", "command", "-")
+
+
+def _outlined(plugin: Plugin) -> list[list[str]]:
+    """Returns a row for each offer of ``plugin``: kind, name, plugin, package, and one line."""
+    unused = _unused(plugin)
+    offers = [] if plugin.error else outline(plugin)
+    rows = [[o.kind, o.name, plugin.name, plugin.source, unused or o.summary] for o in offers]
+    return rows or [["-", "-", plugin.name, plugin.source, unused or ""]]
 
 
 def _unused(plugin: Plugin) -> str | None:

@@ -23,8 +23,17 @@ from qplug.registry.registry import Registry
 _KEY = "qplug.results"
 
 
+#: The settings of all commands: ``-h`` is ``--help``.
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+
+
 class Command(click.Command):
     """A command of qplug: stdout is for its results, and no plugin ends the process."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # click keeps the help option of the first context, which need not be that of a group.
+        self.context_settings = {**SETTINGS, **self.context_settings}
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""

@@ -12,7 +12,7 @@ from qplug.errors import shown
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from qplug.api.events import BlockReport
+    from qplug.api.events import BlockReport, RunStart
 
 
 class Bar:
@@ -28,6 +28,10 @@ class Bar:
         self._progress.update(
             self._task, completed=done, total=total, description=shown(text.strip())
         )
+
+    @hookimpl
+    def qplug_run_begun(self, start: RunStart) -> None:
+        self._progress.update(self._task, completed=start.done, total=start.count)
 
     @hookimpl
     def qplug_block_done(self, report: BlockReport) -> None:

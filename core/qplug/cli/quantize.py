@@ -12,10 +12,11 @@ import click
 from qplug.cli.config import tell
 from qplug.cli.float_lines import float_lines, kept_float_lines
 from qplug.cli.headed import HeadedCommand, HeadedOption
-from qplug.cli.printing import say, say_json
+from qplug.cli.printing import note, say, say_json
 from qplug.cli.progress import progress_bar
-from qplug.cli.recipe_options import recipe_options, typed_words
+from qplug.cli.recipe_options import recipe_options, typed_words, usual_words
 from qplug.cli.report import write_report
+from qplug.cli.unfinished import telling_kept
 from qplug.machine.launch import Launch
 from qplug.registry.registry import Registry
 from qplug.report.page_file import refuse_pages, report_file
@@ -27,23 +28,15 @@ if TYPE_CHECKING:
     from qplug.run.perform import JobResult, RunOptions
 
 _run_option = partial(click.option, cls=HeadedOption)
-_result_option = partial(click.option, cls=HeadedOption, heading="Result")
+_result_option = partial(click.option, cls=HeadedOption, heading="Model and output")
 
 
 @click.command(name="quantize", cls=HeadedCommand)
 @click.argument("model", required=False)
-@click.option(
-    "--config",
-    cls=HeadedOption,
-    heading="Recipe",
-    type=click.Path(path_type=Path),
-    help="A recipe or an unchanged LLMC YAML file; options on the command line win over it.",
-)
-@recipe_options
 @_result_option(
     "--out",
     type=click.Path(path_type=Path),
-    help="A new folder.",
+    help="A new folder; missing folders above it are made.",
 )
 @_result_option(
     "--shard-size",
@@ -64,13 +57,23 @@ _result_option = partial(click.option, cls=HeadedOption, heading="Result")
     flag_value="",
     help="Write an HTML report on the result to FILE, by default OUT.report.html.",
 )
+@_result_option(
+    "--trust-remote-code", is_flag=True, help="Run Python code from the model's folder."
+)
+@click.option(
+    "--config",
+    cls=HeadedOption,
+    heading="Recipe",
+    type=click.Path(path_type=Path),
+    help="A recipe or an unchanged LLMC YAML file; options on the command line win over it.",
+)
+@recipe_options
 @_run_option("--device", default="auto", show_default=True, help="auto, cpu, or cuda[:N].")
 @_run_option(
     "--memory",
     metavar="SIZE",
     help="What a block may take on the device, such as 20GiB; by default what is free.",
 )
-@_run_option("--trust-remote-code", is_flag=True, help="Run Python code from the model's folder.")
 @_run_option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @_run_option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
@@ -100,6 +103,7 @@ def command(
 
     options = RunOptions(device, int(shard_size * 1e9), overwrite, trust_remote_code, memory)
     words, registry = typed_words(ctx), ctx.obj
+    _tell_aliases(words)
     if config is not None:
         done = _from_file(config, words, model, out, options, registry, dry_run, report)
         if as_json:
@@ -112,11 +116,23 @@ def command(
             raise click.UsageError(f"Missing {name}: give {name}, or a recipe with --config.")
     assert model is not None
     assert out is not None
-    result = _from_words(words, model, out, options, registry, dry_run, report)
+    usual = usual_words(ctx)
+    for word, default in usual.items():
+        note(f"--{word} {default}: your default")
+    result = _from_words({**usual, **words}, model, out, options, registry, dry_run, report)
     if as_json:
         say_json(_plain_result(result))
     else:
         _tell(result)
+
+
+def _tell_aliases(words: RecipeWords) -> None:
+    """Print the name of each scheme that the user typed in another spelling."""
+    from qplug.api.scheme import ALIASES
+
+    for typed in dict.fromkeys((words.get("scheme"), *(words.get("overrides") or {}).values())):
+        if isinstance(typed, str) and typed in ALIASES:
+            note(f"{typed} is the scheme {ALIASES[typed]}")
 
 
 def _from_words(
@@ -133,7 +149,7 @@ def _from_words(
 
     if report is not None:
         refuse_pages(report, [out])
-    with progress_bar("quantizing") as bar:
+    with telling_kept(out) as unfinished, progress_bar("quantizing") as bar:
         result = quantize(
             model,
             out,
@@ -143,7 +159,7 @@ def _from_words(
             dry_run=dry_run,
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
-            registry=registry.with_(bar, "progress-bar"),
+            registry=registry.with_(bar, "progress-bar").with_(unfinished, "unfinished"),
             **words,
         )
     if report is not None and not dry_run and Launch.of().is_first:
@@ -178,7 +194,7 @@ def _from_file(
     job = changed_job(read.job, words, model=model, out=out)
     if report is not None:
         refuse_pages(report, [export.out for export in job.exports])
-    with progress_bar("") as bar:
+    with telling_kept(None) as unfinished, progress_bar("") as bar:
         done = perform(
             job,
             device=options.device,
@@ -187,7 +203,7 @@ def _from_file(
             dry_run=dry_run,
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
-            registry=registry,
+            registry=registry.with_(unfinished, "unfinished"),
             watch=lambda what, n, total, name, loss: bar(n, total, f"{what} {name}", loss),
         )
     if report is not None and not dry_run and Launch.of().is_first:

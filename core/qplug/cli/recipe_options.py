@@ -9,12 +9,18 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 import click
 
 from qplug.api.params import parse_pairs
+from qplug.cli.choice import Choice
+from qplug.cli.completion import algorithms, backends, datasets, schemes
 from qplug.cli.headed import HeadedOption
 from qplug.recipe.words import RecipeWords, Word, words
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _KEY = "qplug.recipe"
+_USUAL = "qplug.usual"
+
+#: Completes the values of a keyword, by its name.
+_COMPLETED = {"algo": algorithms, "scheme": schemes, "backend": backends, "dataset": datasets}
 
 
 def recipe_options(command: F) -> F:
@@ -29,6 +35,11 @@ def recipe_options(command: F) -> F:
 def typed_words(ctx: click.Context) -> RecipeWords:
     """The recipe options that the user typed, by keyword; defaults are left out."""
     return cast("RecipeWords", ctx.meta.get(_KEY, {}))
+
+
+def usual_words(ctx: click.Context) -> RecipeWords:
+    """The recipe options of the user's own defaults that the user did not type, by keyword."""
+    return cast("RecipeWords", ctx.meta.get(_USUAL, {}))
 
 
 def _option(word: Word) -> Callable[[F], F]:
@@ -49,6 +60,7 @@ def _option(word: Word) -> Callable[[F], F]:
         default=None if several else "+".join(default) if isinstance(default, list) else default,
         show_default=not several and kind is not bool,
         help=param.help,
+        shell_complete=_COMPLETED.get(word.name),
     )
 
 
@@ -61,18 +73,20 @@ def _bare(kind: Any) -> Any:
 
 def _click_type(kind: Any, least: float | None) -> Any:
     if get_origin(kind) is Literal:
-        return click.Choice([str(choice) for choice in get_args(kind)])
+        return Choice([str(choice) for choice in get_args(kind)])
     if kind is int:
         return click.INT if least is None else click.IntRange(int(least))
     return {float: click.FLOAT, bool: click.BOOL}.get(kind, click.STRING)
 
 
 def _remember(word: Word) -> Callable[[click.Context, click.Parameter, Any], None]:
-    """A click callback that stores the value of ``word`` if the user typed the option."""
+    """A click callback that stores the value of ``word`` if the user typed or configured it."""
 
     def remember(ctx: click.Context, _: click.Parameter, value: Any) -> None:
-        if ctx.get_parameter_source(word.name) is not click.core.ParameterSource.DEFAULT:
-            ctx.meta.setdefault(_KEY, {})[word.name] = _value(word, value)
+        source = ctx.get_parameter_source(word.name)
+        if source is not click.core.ParameterSource.DEFAULT:
+            usual = source is click.core.ParameterSource.DEFAULT_MAP
+            ctx.meta.setdefault(_USUAL if usual else _KEY, {})[word.name] = _value(word, value)
 
     return remember
 

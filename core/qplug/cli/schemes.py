@@ -8,19 +8,25 @@ import click
 
 from qplug.api import Capability, ModelView
 from qplug.api.capability import NEWEST
-from qplug.api.limits import DEVICES, Target, row_problem
+from qplug.api.limits import Target, row_problem
 from qplug.api.scheme import E4M3_SCALES, E8M0_SCALES, PRESETS, QuantArgs, Scheme
-from qplug.cli.printing import Command, say, say_json
+from qplug.cli.completion import backends, gpus
+from qplug.cli.printing import Command, note, say, say_json
 from qplug.errors import QplugError
+from qplug.machine.gpus import Column, column_for
 from qplug.registry.registry import Registry
 
 _SCALES = {E4M3_SCALES: " in e4m3 and a global one", E8M0_SCALES: " in e8m0"}
 
 
 @click.command(name="schemes", cls=Command)
-@click.option("--backend", help="Only this backend.")
+@click.option("--backend", shell_complete=backends, help="Only this backend.")
 @click.option("--engine-version", metavar="V", help="Version of its engine; default: the newest.")
-@click.option("--gpu", type=click.Choice(DEVICES), help="Only the kernels for this device.")
+@click.option(
+    "--gpu",
+    shell_complete=gpus,
+    help="Only the kernels for this GPU: H100, 4090, sm90, ..., cpu, or auto for this machine's.",
+)
 @click.option("--model", help="Say which kernels take the shapes of this model.")
 @click.option("--tp", type=click.IntRange(1), help="Split the model over this many processes.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's folder.")
@@ -47,7 +53,10 @@ def command(
         raise QplugError("--tp splits a model over processes: name the model with --model")
     if engine_version is not None and backend is None:
         raise QplugError("--engine-version needs an engine: name its backend with --backend")
-    target = Target("any" if gpu is None else gpu, tp or 1)  # type: ignore[arg-type]
+    column = Column("any") if gpu is None else column_for(gpu)
+    if column.remark:
+        note(column.remark)
+    target = Target(column.device, tp or 1)  # type: ignore[arg-type]
     names = [backend] if backend else list(registry.exporters)
     version = engine_version or NEWEST
     tables = {name: _rows(registry, name, version, target.gpu) for name in names}

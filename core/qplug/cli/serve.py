@@ -7,6 +7,7 @@ import shlex
 
 import click
 
+from qplug.cli.completion import backends
 from qplug.cli.printing import Command, give_back_stdout, note, say, warn
 from qplug.cli.progress import progress_bar
 from qplug.registry.registry import Registry
@@ -17,7 +18,11 @@ _SHOWN = 20
 @click.command(name="serve", cls=Command)
 @click.argument("folder")
 @click.argument("arguments", metavar="[-- ENGINE ARGS]", nargs=-1, type=click.UNPROCESSED)
-@click.option("--backend", help="The engine, vllm or sglang; default: the one FOLDER is for.")
+@click.option(
+    "--backend",
+    shell_complete=backends,
+    help="The engine, vllm or sglang; default: the one FOLDER is for.",
+)
 @click.option("--python", metavar="PATH", help="The Python that has the engine.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))

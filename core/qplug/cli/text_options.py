@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qplug.api.params import parse_pairs
+from qplug.cli.completion import datasets
 from qplug.cli.progress import progress_bar
 from qplug.registry.registry import Registry
 
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = (
-    click.option("--dataset", default="demo", show_default=True, help="The text for perplexity."),
+    click.option(
+        "--dataset",
+        shell_complete=datasets,
+        default="demo",
+        show_default=True,
+        help="The text for perplexity.",
+    ),
     click.option(
         "--dataset-opt",
         "dataset_options",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qplug.api.params import parse_pairs
+from qplug.cli.completion import backends, datasets
 from qplug.cli.float_lines import float_lines
 from qplug.cli.printing import Command, say, say_json, warn
 from qplug.cli.progress import progress_bar
@@ -28,7 +29,11 @@ _OWN = "as written for"
 @click.argument("folder")
 @click.argument("arguments", metavar="[-- ENGINE ARGS]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--against", metavar="MODEL", help="Compare outputs with this float model.")
-@click.option("--backend", help="Check by its rules; default: the backend that wrote FOLDER.")
+@click.option(
+    "--backend",
+    shell_complete=backends,
+    help="Check by its rules; default: the backend that wrote FOLDER.",
+)
 @click.option(
     "--engine",
     is_flag=False,
@@ -39,7 +44,13 @@ _OWN = "as written for"
 @click.option("--python", metavar="PATH", help="The Python that has the engine.")
 @click.option("--windows", default=4, show_default=True, type=click.IntRange(1))
 @click.option("--seq-len", default=256, show_default=True, type=click.IntRange(2))
-@click.option("--dataset", default="demo", show_default=True, help="The text to compare on.")
+@click.option(
+    "--dataset",
+    shell_complete=datasets,
+    default="demo",
+    show_default=True,
+    help="The text to compare on.",
+)
 @click.option("--dataset-opt", "dataset_options", metavar="K=V", multiple=True)
 @click.option("--max-kl", default=0.3, show_default=True, help="Largest mean divergence, in nats.")
 @click.option("--min-top1", default=0.7, show_default=True, help="Least agreement, 0 to 1.")

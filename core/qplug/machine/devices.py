@@ -27,11 +27,25 @@ def find_device(name: str, launch: Launch = ALONE) -> torch.device:
         name = f"cuda:{launch.local_rank}"
     kind = name.partition(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():
-        raise QplugError(f"--device {name}: there is no GPU that torch can use; use --device cpu")
+        raise QplugError(f"--device {name}: {_why_no_gpu()}; or use --device cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # refuses the meta device, which holds no values
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise QplugError(f"--device {name}: {reason}") from error
+        raise QplugError(f"--device {name}: {_wrong_name(kind)}") from error
     return device
+
+
+def _why_no_gpu() -> str:
+    """Says why torch can use no GPU, and what to do about it."""
+    if not torch.backends.cuda.is_built():
+        return "this torch is built without CUDA; install a torch with CUDA"
+    return "torch sees no GPU; check nvidia-smi, its driver and CUDA_VISIBLE_DEVICES"
+
+
+def _wrong_name(kind: str) -> str:
+    """Says which names a device may have; ``kind`` is the part before the colon."""
+    count = torch.cuda.device_count()
+    if kind == "cuda" and count:
+        return f"torch cannot use this GPU; there are cuda:0 to cuda:{count - 1}"
+    return "torch cannot use such a device here; use auto, cpu, or cuda[:N]"

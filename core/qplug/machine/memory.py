@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from qplug.errors import QplugError
+from qplug.machine.host_memory import available_memory
 
 #: What torch says in a RuntimeError: its allocator for CPUs, and CUDA's libraries.
 _WORDS = (
@@ -55,20 +55,8 @@ def free_memory(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (free + cached) * 9 // 10
-    found = re.search(rb"MemAvailable:\s*(\d+) kB", _meminfo())
-    return int(found[1]) * 1024 * 9 // 10 if found else None
-
-
-def _meminfo() -> bytes:
-    """What Linux says of its memory; empty on other systems."""
-    try:
-        file = os.open("/proc/meminfo", os.O_RDONLY)
-    except OSError:
-        return b""
-    try:
-        return os.read(file, 1 << 14)
-    finally:
-        os.close(file)
+    available = available_memory()
+    return None if available is None else available * 9 // 10
 
 
 def parse_size(text: str) -> int:

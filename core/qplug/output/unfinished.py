@@ -285,5 +285,23 @@ def clean_up(out: Path) -> None:
             unfinished.journal.close()
 
 
+def kept_steps(out: Path) -> int:
+    """Returns how many steps of the unfinished run of ``out`` are on disk; 0 if there is no run.
+
+    The steps are 0 also if another process is writing them.
+    """
+    journal_file = out.resolve().with_name(f".{out.resolve().name}.partial") / _JOURNAL
+    with suppress(QplugError, OSError):
+        if not journal_file.is_file():
+            return 0
+        journal = Journal(journal_file)
+        try:
+            _, entries = journal.read()
+        finally:
+            journal.close()
+        return sum("step" in entry for entry in entries)
+    return 0
+
+
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()

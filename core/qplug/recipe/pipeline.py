@@ -11,7 +11,7 @@ from typing import Any
 
 from qplug.api import Algorithm
 from qplug.api.scheme import Scheme
-from qplug.errors import QplugError
+from qplug.errors import QplugError, did_you_mean
 from qplug.registry.registry import Registry
 
 
@@ -36,7 +36,8 @@ def refuse_strangers(names: Sequence[str], options: Mapping[str, Mapping[str, An
     """Raise QplugError if ``options`` name an algorithm that is not in the pipeline."""
     for name in options:
         if name not in names:
-            raise QplugError(f"-o {name}...: {name} is not in --algo")
+            hint = did_you_mean(name, names)
+            raise QplugError(f"-o {name}...: {name} is not in --algo{hint and '.' + hint}")
 
 
 def check_pipeline(

@@ -58,7 +58,8 @@ class Calibration:
     options: Annotated[
         Options,
         Param(
-            "Options of the dataset: see qplug plugins show DATASET. In a mix: DATASET.K=V.",
+            "Options of the dataset, such as path=mine.txt: see qplug plugins show DATASET. In a "
+            "mix: DATASET.K=V.",
             word="dataset_options",
             flag="--dataset-opt",
             of="dataset",
@@ -139,9 +140,16 @@ class Recipe:
     ] = ("rtn",)
     scheme: Annotated[
         Scheme,
-        Param("How layers are stored: see qplug schemes.", spelling=SCHEME, heading="Recipe"),
+        Param(
+            "How layers are stored: see qplug schemes. int4, int8 and fp8 mean W4A16, W8A8 and "
+            "FP8_DYNAMIC.",
+            spelling=SCHEME,
+            heading="Recipe",
+        ),
     ] = field(default_factory=lambda: preset("W4A16"))
-    backend: Annotated[str, Param("Engine or format to export for.", heading="Result")] = "sglang"
+    backend: Annotated[
+        str, Param("Engine or format to export for.", heading="Model and output")
+    ] = "sglang"
     overrides: Annotated[
         tuple[tuple[str, Scheme], ...],
         Param(
@@ -179,10 +187,10 @@ class Recipe:
     backend_options: Annotated[
         Options,
         Param(
-            "Options of the backend: see qplug plugins show BACKEND.",
+            "Options of the backend, such as gpu=sm90 or tp=2: see qplug plugins show BACKEND.",
             flag="--backend-opt",
             of="backend",
-            heading="Result",
+            heading="Model and output",
         ),
     ] = field(default_factory=dict)
     calibration: Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from qplug.api.params import Param, Spelling
 from qplug.api.scheme import CACHES, PRESETS, QuantArgs, Scheme, Strategy, preset
-from qplug.errors import QplugError
+from qplug.errors import QplugError, did_you_mean
 from qplug.recipe.spelled_scheme import spelled
 
 #: Options of a component, by name.
@@ -191,7 +191,9 @@ def parse_cache(name: str | None) -> QuantArgs | None:
     if name is None:
         return None
     if name not in CACHES:
-        raise QplugError(f"--kv-cache {name}: must be one of {', '.join(CACHES)}")
+        hint = did_you_mean(name, CACHES)
+        names = f"{', '.join(CACHES)}{hint and '.' + hint}"
+        raise QplugError(f"--kv-cache {name}: must be one of {names}")
     return CACHES[name]
 
 

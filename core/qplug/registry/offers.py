@@ -21,8 +21,12 @@ class Offers(Generic[T]):
     ``load`` is called before each look-up; it makes the plugins state their offers.
     """
 
-    def __init__(self, kind: str, plugins: list[Plugin], load: Callable[[], object]) -> None:
+    def __init__(
+        self, kind: str, plugins: list[Plugin], load: Callable[[], object], word: str = ""
+    ) -> None:
+        """``word`` is the word for this kind on the command line: ``backend`` for an exporter."""
         self.kind, self._plugins, self._load = kind, plugins, load
+        self.word = word or kind
 
     def owners(self, name: str) -> list[Plugin]:
         """Returns the plugins that offer ``name``; more than one of them is a clash."""
@@ -63,7 +67,7 @@ class Offers(Generic[T]):
             if plugin.error and (is_namesake or plugin.is_file):
                 raise PluginError(plugin.name, plugin.source, plugin.error) from plugin.error
             if plugin.blocked and is_namesake:
-                raise QplugError(f"{self.kind} {name!r} is switched off by {plugin.blocked}")
+                raise QplugError(f"{self.word} {name!r} is switched off by {plugin.blocked}")
         return None
 
     def without_clashes(self) -> dict[str, T]:
@@ -83,23 +87,14 @@ class Offers(Generic[T]):
         names = list(self)
         broken = ", ".join(plugin.name for plugin in self._plugins if plugin.error)
         raise QplugError(
-            f"no {self.kind} {name!r}.{did_you_mean(name, names)}"
+            f"no {self.word} {name!r}.{did_you_mean(name, names)}"
             f" There are: {', '.join(names) or 'none'}."
             + (f" Broken plugins: {broken}; see qplug plugins check" if broken else "")
         )
 
 
 class Components(Offers[type[C]], Generic[C]):
-    """The component classes of one kind that plugins offer, by name.
-
-    ``word`` is the word for this kind on the command line: ``backend`` for an exporter.
-    """
-
-    def __init__(
-        self, kind: str, plugins: list[Plugin], load: Callable[[], object], word: str
-    ) -> None:
-        super().__init__(kind, plugins, load)
-        self._word = word
+    """The component classes of one kind that plugins offer, by name."""
 
     def make(self, name: str, options: Mapping[str, Any] | None = None) -> C:
         """Returns an instance of the component ``name``; ``options`` replace its defaults.
@@ -120,5 +115,5 @@ class Components(Offers[type[C]], Generic[C]):
     def _made(self, component: type[C], options: Mapping[str, Any]) -> C:
         named = self.owners(component.name)
         owner = next((p for p in named if p.offers[self.kind, component.name] is component), None)
-        with blaming(lambda error: owner, component.name, f"{self._word} {component.name}"):
-            return component(fill(component.Params, options, f"{self._word} {component.name}"))
+        with blaming(lambda error: owner, component.name, f"{self.word} {component.name}"):
+            return component(fill(component.Params, options, f"{self.word} {component.name}"))

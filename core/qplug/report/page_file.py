@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from qplug.errors import QplugError
@@ -29,14 +29,17 @@ def refuse_pages(report: str, outs: Sequence[Path]) -> None:
             f"--report {report}: {len(outs)} folders need a page each; pass --report without a file"
         )
     for out in outs:
-        check_target(report_file(report, out))
+        check_target(report_file(report, out), makes=out.absolute().parents)
 
 
-def check_target(file: Path) -> None:
-    """Raises QplugError if ``file`` cannot be written, or exists and is not a page of qplug."""
+def check_target(file: Path, makes: Collection[Path] = ()) -> None:
+    """Raises QplugError if ``file`` cannot be written, or exists and is not a page of qplug.
+
+    ``makes``: folders that are made before the page is written.
+    """
     if file.suffix not in (".html", ".htm"):
         raise QplugError(f"{file}: a report is a page; give it a name that ends in .html")
-    if not file.absolute().parent.is_dir():
+    if file.absolute().parent not in makes and not file.absolute().parent.is_dir():
         raise QplugError(f"{file.absolute().parent}: no such folder to write into")
     try:
         if file.exists() and _MARK not in _beginning(file):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qplug.api.events import Result
 from qplug.errors import QplugError
 from qplug.machine.session import Session
-from qplug.output.disk import sync_folder
 from qplug.output.manifest import read_manifest
 from qplug.output.ownership import remove_own
+from qplug.output.parent_folders import parent_folders
 from qplug.reading.perplexity import Evaluation, evaluate, evaluation_tokens
 from qplug.recipe.check import check
 from qplug.recipe.recipe import Export, Job, Measurement, Recipe, Stage
@@ -107,7 +107,7 @@ class _JobRunner:
         for stage, export in self._folders.items():
             with ExitStack() as stack:
                 if self._is_hidden(export):
-                    stack.enter_context(_parents(export.out))
+                    stack.enter_context(parent_folders(export.out))
                     self._quantize(export)
                     stack.callback(remove_own, export.out)  # it was refused if it was not qplug's
                 measured += self._measured(stage, str(export.out))
@@ -137,10 +137,6 @@ class _JobRunner:
     # --- writing ---------------------------------------------------------------------------------
 
     def _quantize(self, export: Export, *, dry_run: bool = False) -> Result:
-        with _parents(export.out):
-            return self._run(export, dry_run=dry_run)
-
-    def _run(self, export: Export, *, dry_run: bool) -> Result:
         options = self._options
         return quantize(
             self._model,
@@ -241,23 +237,3 @@ def _folders(job: Job, registry: Registry) -> dict[Stage, Export]:
         hidden = Export(first.with_name(f".{first.name}.measured"), "fake")
         folders["quantized"] = coded[0] if coded else hidden
     return folders
-
-
-@contextmanager
-def _parents(out: Path) -> Iterator[None]:
-    """Create the missing parent folders of ``out``; on leaving, remove the ones that are empty."""
-    created = []
-    for parent in (*reversed(out.absolute().parents[:-1]), out.absolute().parent):
-        if not parent.is_dir():
-            try:
-                parent.mkdir()
-                sync_folder(parent.parent)
-            except OSError as error:
-                raise QplugError(f"{parent}: cannot be created: {error.strerror}") from error
-            created.append(parent)
-    try:
-        yield
-    finally:
-        for parent in reversed(created):
-            with suppress(OSError):  # the folder is not empty
-                parent.rmdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from qplug.machine.session import Session
 from qplug.model.foreign import naming_file
 from qplug.output.fingerprint import fingerprint
 from qplug.output.ownership import refuse_existing
+from qplug.output.parent_folders import parent_folders
 from qplug.output.plan import Plan, make_plan
 from qplug.output.result_files import result_files
 from qplug.output.shared_writer import SharedWriter
@@ -114,13 +116,44 @@ def run(
 ) -> Result:
     """Quantize ``model`` into ``out`` by ``stages``, and return the result.
 
-    Raises QplugError. All checks come before the first weight is read and the first file written.
+    Missing parents of ``out`` are made. Raises QplugError. All checks come before the first weight
+    is read and the first file written.
     """
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            stack.enter_context(parent_folders(out))
+            if not dry_run:
+                clean_up(out)
+            refuse_existing(out, overwrite=overwrite)
+
+        session.processes.from_first(begin)
+        return _run(
+            model,
+            out,
+            stages,
+            session,
+            shard_bytes=shard_bytes,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            watch=watch,
+        )
+
+
+def _run(
+    model: str,
+    out: Path,
+    stages: Stages,
+    session: Session,
+    *,
+    shard_bytes: int,
+    overwrite: bool,
+    dry_run: bool,
+    watch: Watcher,
+) -> Result:
+    """Does the work of ``run``; the parent of ``out`` exists."""
     began, clock = time.monotonic(), session.clock
     recipe, exporter = stages.recipe, stages.exporter
-    if not dry_run:
-        session.processes.from_first(lambda: clean_up(out))
-    refuse_existing(out, overwrite=overwrite)
     source, skeleton = open_source(model, out, exporter, session)
     with clock("opening"):
         source, view = open_model(recipe, source, session, skeleton)
@@ -196,6 +229,7 @@ def run(
             )
         reports |= {number: Report.from_dict(plain) for number, plain in done.items()}
         watchers = Watchers(session, len(plan.steps), len(done), watch)
+        watchers.run_begun(out)
         steps = Steps(stages, plan, prepared, watchers, session)
         if samples is None:
             finished = streamed(steps, done, source_bytes)

