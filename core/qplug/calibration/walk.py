@@ -118,7 +118,8 @@ class Walk:
             Seen(len(batch), batch.length, real, real if batch.mask is None else batch.mask)
             for batch, real in zip(batches, self._real, strict=True)
         ]
-        entrance = Entrance(self._blocks, source)
+        entrance = self._entrance = Entrance(self._blocks, source)
+        weakref.finalize(self, entrance.close)
         # What a few tokens meet shows how the linears of a block are connected.
         self._probe = self._begin(entrance, [samples.probe(PROBE)])
         # The batches in the model whose statistics are taken, and in the float model if that is
@@ -138,10 +139,13 @@ class Walk:
         return stream
 
     def close(self) -> None:
-        """Ends the passes of the model, of which each has a thread."""
+        """Ends the passes of the model, of which each has a thread, and frees what they hold."""
         for stream in (self._probe, self._stream, self._float_stream):
             if stream is not None:
                 stream.close()
+        self._entrance.close()
+        self._rooms.clear()
+        self._targets = None
 
     @property
     def dtype(self) -> torch.dtype:
