@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from qplug.checkpoint.open import open_checkpoint
 from qplug.machine.processes import ALONE, Processes
 from qplug.machine.session import Session
 from qplug.model.view import model_view
+from qplug.output.manifest import read_manifest
 from qplug.registry.registry import Registry
 from qplug_omniquant.omniquant import OmniQuant
 from qplug_omniquant.omniquant import Params as OmniQuantParams
@@ -43,6 +45,11 @@ Quantize = Callable[..., Path]
 #: What another order of sums may change: codes of weights that lie between two, by one step.
 MOST_CODES = 0.005
 SCALES = 1e-5
+
+#: The bound that docs/how-to/several-gpus.md states for mixtures of experts, where a range of
+#: another length may have the same loss: the part of the codes and of the scales that may differ,
+#: how far such a scale may be off, and how far the loss of a linear.
+OTHER_CODES, OTHER_SCALES, SCALE_OFF, LOSS_OFF = 0.005, 0.01, 0.15, 0.01
 
 # Does what TROUBLE says to the process and at the block that it names, else nothing.
 TROUBLE = '''
@@ -148,11 +155,11 @@ def alone(text: Path, tmp_path: Path) -> Quantize:
 
 @pytest.fixture
 def together(words: Callable[..., list[str]], start: Starter, tmp_path: Path) -> Quantize:
-    """A run of two processes, which must succeed."""
+    """A run of two processes, or of ``count``, which must succeed."""
 
-    def quantized(source: Path, out: str, **changes: Any) -> Path:
-        ended = start(*words(source, out, **changes), count=2).wait()
-        assert ended.codes == [0, 0], ended.output
+    def quantized(source: Path, out: str, *, count: int = 2, **changes: Any) -> Path:
+        ended = start(*words(source, out, **changes), count=count).wait()
+        assert ended.codes == [0] * count, ended.output
         assert ended.output.count("layers, ") == 1  # the first process alone prints
         return tmp_path / out
 
@@ -192,6 +199,44 @@ def assert_alike(one: Path, two: Path) -> float:
     return differ / count
 
 
+@dataclass(frozen=True)
+class Differences:
+    """The parts of codes and scales that differ, and the most that a scale and a loss are off."""
+
+    codes: float
+    scales: float
+    scale_off: float
+    loss_off: float
+
+
+def differences(one: Path, two: Path) -> Differences:
+    """How far two results of the same layout are apart."""
+    first, second = open_checkpoint(one), open_checkpoint(two)
+    assert first.config == second.config
+    assert list(first.tensors) == list(second.tensors)
+    codes, offs = [], []
+    for name in first.tensors:
+        a, b = first.read(name), second.read(name)
+        if a.is_floating_point():
+            offs.append(((a - b) / a).abs().nan_to_num().flatten())
+        elif name.endswith(".weight_packed"):
+            codes.append((codes_of(a) != codes_of(b)).flatten())
+        else:
+            assert torch.equal(a, b)
+    off, other = torch.cat(offs), torch.cat(codes)
+    said = [read_manifest(folder) for folder in (one, two)]
+    assert said[0] is not None
+    assert said[1] is not None
+    assert said[0].experts == said[1].experts
+    losses, others = (torch.tensor([*each.losses.values()]) for each in said if each is not None)
+    return Differences(
+        float(other.float().mean()),
+        float((off > SCALES).float().mean()),
+        float(off.max()),
+        float(((losses - others) / losses).abs().nan_to_num().max()),
+    )
+
+
 W8A8 = {"scheme": "W8A8", "group-size": None}
 
 
@@ -216,6 +261,34 @@ def test_two_processes_give_what_one_does(
     two = together(family(name), "two", propagate=propagate, **changes)
     python = {key.replace("-", "_"): value for key, value in changes.items()}
     assert_alike(alone(family(name), "one", propagate=propagate, **python), two)
+
+
+#: A budget that a block with one expert exceeds: each portion has one expert of a layer.
+PORTIONS = "1MiB"
+
+
+@pytest.mark.parametrize("memory", [None, PORTIONS], ids=["whole", "portions"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
+@pytest.mark.parametrize(
+    ("algo", "count"), [("gptq", 4), ("awq", 4), ("awq+gptq", 2), ("awq+gptq", 4)]
+)
+def test_mixtures_of_experts_are_those_of_one_process(
+    name: str,
+    algo: str,
+    count: int,
+    memory: str | None,
+    family: Family,
+    alone: Quantize,
+    together: Quantize,
+) -> None:
+    changes = {"algo": algo, "samples": 8, "memory": memory}
+    one = alone(family(name), "one", **changes)
+    shared = together(family(name), "shared", count=count, **changes)
+    found = differences(one, shared)
+    assert found.codes <= OTHER_CODES, found
+    assert found.scales <= OTHER_SCALES, found
+    assert found.scale_off <= SCALE_OFF, found
+    assert found.loss_off <= LOSS_OFF, found
 
 
 def test_experts_that_one_process_alone_has_tokens_for(

@@ -35,7 +35,7 @@ from qplug.errors import QplugError
 from qplug.machine.memory import free_memory
 from qplug.machine.session import Session
 from qplug.model.block_call import BlockCall, Output, hidden_states
-from qplug.model.experts import alike_in, expert_of
+from qplug.model.experts import alike_in, expert_of, experts_in
 from qplug.model.input_groups import GroupPaths
 from qplug.model.kv_cache import KVCache
 from qplug.model.parameters import refuse_infinite
@@ -249,9 +249,24 @@ class Walk:
         schemes = within(name, self._schemes)
         if any(s.static_inputs for path, s in schemes.items() if expert_of(module, path)):
             return None  # the experts of a layer share a scale
-        budget = self._memory if self._memory is not None else free_memory(self._device)
+        if not experts_in(module):
+            return None
         tokens = sum(seen.windows * seen.length for seen in self._seen)
-        return divide_experts(module, on_cpu, tokens, budget)
+        # All processes take the same portions, though one may have less memory or more tokens.
+        every = self._processes.gather((self._budget(), tokens))
+        budgets = [budget for budget, _ in every if budget is not None]
+        return divide_experts(
+            module, on_cpu, max(count for _, count in every), min(budgets, default=None)
+        )
+
+    def _budget(self) -> int | None:
+        """The bytes that a block may take in this process; None if nothing limits them."""
+        if self._memory is not None:
+            return self._memory
+        free = free_memory(self._device)
+        if free is None or self._device.type != "cpu":
+            return free
+        return free // self._processes.count  # they may share the memory of one host
 
     def _structure(self, name: str, weights: Mapping[str, Tensor]) -> tuple[GroupPaths, ...]:
         self._probe.expect(name)
@@ -313,7 +328,7 @@ class Walk:
         module = self._blocks.modules[name]
         stored = [f"{name}.{local}" for names in alike_in(module) for local in names]
         size = sum(self._source.tensors[n].nbytes for n in stored if n in self._source.tensors)
-        budget = self._memory if self._memory is not None else free_memory(self._device)
+        budget = self._budget()
         return budget is None or size <= budget / 2
 
     @torch.no_grad()
