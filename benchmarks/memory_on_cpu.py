@@ -20,7 +20,6 @@ from llama_shapes import LLAMA_2_7B, LLAMA_2_70B, Llama
 from safetensors.torch import save_file
 
 
-
 @dataclass(frozen=True)
 class Target:
     """A model of ``layers``, and the memory in bytes that a run may take."""

@@ -63,9 +63,10 @@ def agent() -> Iterator[Agent]:
             run.communicate()
 
 
-WORDS = "quantize model --algo awq+gptq --backend compressed-tensors --group-size 16".split()
-WORDS += "--dataset text --dataset-opt path=text.txt --samples 8 --seq-len 20 --device cpu".split()
-WORDS += ["-o", "awq.ratios=3", "--out", "out"]
+WORDS = ["quantize", "model", "--algo", "awq+gptq", "--backend", "compressed-tensors"]
+WORDS += ["--group-size", "16", "--dataset", "text", "--dataset-opt", "path=text.txt"]
+WORDS += ["--samples", "8", "--seq-len", "20", "--device", "cpu", "-o", "awq.ratios=3"]
+WORDS += ["--out", "out"]
 
 
 def ends(runs: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:

@@ -174,7 +174,9 @@ class Walk:
         on_cpu = self._reader.read(name)
         portions = self._portions(name, on_cpu)
         if portions is None:
-            yield self._gathered(name, on_cpu)
+            whole = [self._gathered(name, on_cpu)]
+            del on_cpu  # the block has copies in float32; no local refers to what is yielded
+            yield whole.pop()
         else:
             yield from self._in_portions(name, on_cpu, portions)
 
