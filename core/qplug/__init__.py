@@ -48,7 +48,7 @@ from qplug.api import (
     ValueHeads,
     WholeModel,
 )
-from qplug.api.events import BlockReport, Result, StageCost
+from qplug.api.events import BlockReport, Estimate, Result, StageCost
 from qplug.api.hookspecs import hookimpl
 from qplug.api.layout import kernel_problems, layout_problems
 from qplug.api.limits import DEVICES, Target, beyond_limits, shape_problem
@@ -105,6 +105,7 @@ __all__ = [
     "Conversation",
     "Dataset",
     "Engine",
+    "Estimate",
     "Evaluation",
     "Export",
     "Exporter",

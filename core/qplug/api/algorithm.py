@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from qplug.api.block import Block, QuantizedWeight
 from qplug.api.component import Component, P
@@ -14,12 +14,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+#: What an algorithm spends its time on: it rounds to nearest, searches scales on Gram matrices as
+#: AWQ does, or solves with their factors column by column as GPTQ does.
+Effort: TypeAlias = Literal["rounds", "searches", "solves"]
+
+
 class Algorithm(Component[P]):
     """A way to quantize. It implements one or more of ``prepare``, ``transform`` and ``quantize``.
 
     ``needs_data``: whether it reads ``block.groups``. ``learns_blocks``: whether it reads
     ``block.reconstruction``, for which the run keeps the inputs and target outputs of each block.
     An algorithm with ``learns_blocks`` or with ``learn_rewrite`` also sets ``needs_data``.
+    ``effort``: what it spends its time on, ``"rounds"``, ``"searches"`` (as AWQ) or ``"solves"``
+    (as GPTQ), from which ``--dry-run`` estimates the time; None if it is none of these.
 
     An algorithm changes a block by ``block.smooth``, ``block.shift`` and ``block.replace``, and by
     setting ``linear.scale`` and ``linear.zero``. It never changes a tensor in place.
@@ -27,6 +34,7 @@ class Algorithm(Component[P]):
 
     needs_data: ClassVar[bool] = False
     learns_blocks: ClassVar[bool] = False
+    effort: ClassVar[Effort | None] = None
 
     @property
     def needs_drift(self) -> bool:

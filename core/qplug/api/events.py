@@ -58,6 +58,25 @@ class StageCost:
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """What a run would take, by a model of costs: the page docs/scale.md says how good it is.
+
+    ``device`` names the device with whose rates it is computed, ``processes`` is their number.
+    ``seconds`` are those of the whole command, of which ``stages`` has the parts. In bytes:
+    ``gpu_memory`` on each GPU at most, None for a run on a CPU; ``memory`` of each process on its
+    host; ``disk`` for the result.
+    """
+
+    device: str
+    processes: int
+    seconds: float
+    stages: Mapping[str, float]
+    gpu_memory: int | None
+    memory: int
+    disk: int
+
+
+@dataclass(frozen=True)
 class Result:
     """The result of a finished run.
 
@@ -73,6 +92,8 @@ class Result:
     float, 0 to 1; ``floats`` are its parts, by name of the weights with a star for each number.
     ``kept_float`` says of linears that no kernel takes, by name, why they stay float.
     ``source_format`` says in words how the source was quantized; it is empty for a float source.
+    ``estimate`` says after a dry run what the run would take; None after other runs, and if the
+    time of an algorithm is not known.
     """
 
     out: Path
@@ -89,3 +110,4 @@ class Result:
     floats: Mapping[str, float] = field(default_factory=dict)
     kept_float: Mapping[str, str] = field(default_factory=dict)
     source_format: str = ""
+    estimate: Estimate | None = None

@@ -21,7 +21,7 @@ from qplug.registry.registry import Registry
 from qplug.report.page_file import refuse_pages, report_file
 
 if TYPE_CHECKING:
-    from qplug.api.events import Result
+    from qplug.api.events import Estimate, Result
     from qplug.reading.perplexity import Evaluation
     from qplug.recipe.words import RecipeWords
     from qplug.run.perform import JobResult, RunOptions
@@ -249,6 +249,8 @@ def _tell(result: Result) -> None:
     sizes = f"{result.source_bytes / 1e6:,.1f} MB -> {result.bytes / 1e6:,.1f} MB"
     if result.dry_run:
         say(f"{out}: would be written: {sizes}")
+        if result.estimate is not None:
+            say(_estimated(result.estimate))
         _tell_floats(result)
         _tell_notes(result)
         return
@@ -265,6 +267,31 @@ def _tell(result: Result) -> None:
     say(f"relative error of {of_what}: {summary}")
     _tell_floats(result)
     _tell_notes(result)
+
+
+def _estimated(estimate: Estimate) -> str:
+    """One line on what a run would take."""
+    from qplug.machine.memory import gibibytes
+
+    devices = estimate.device
+    if estimate.processes > 1:
+        devices = f"{estimate.processes} processes, each on a {estimate.device}"
+    memory = f"{gibibytes(estimate.memory)} of memory"
+    if estimate.gpu_memory is not None:
+        memory = f"{gibibytes(estimate.gpu_memory)} of GPU memory, {memory} of the host"
+    each = " each" if estimate.processes > 1 else ""
+    return (
+        f"it would take about {_duration(estimate.seconds)} on {devices}, {memory}{each}, and "
+        f"{gibibytes(estimate.disk)} on disk (docs/scale.md says how good this estimate is)"
+    )
+
+
+def _duration(seconds: float) -> str:
+    """``seconds`` to two digits, in seconds, minutes or hours."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{float(f'{seconds:.2g}'):g} s"
 
 
 def _tell_notes(result: Result) -> None:

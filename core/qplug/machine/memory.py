@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -55,13 +55,20 @@ def free_memory(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (free + cached) * 9 // 10
+    found = re.search(rb"MemAvailable:\s*(\d+) kB", _meminfo())
+    return int(found[1]) * 1024 * 9 // 10 if found else None
+
+
+def _meminfo() -> bytes:
+    """What Linux says of its memory; empty on other systems."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        file = os.open("/proc/meminfo", os.O_RDONLY)
     except OSError:
-        return None
-    sizes = dict(line.split(":", 1) for line in lines if ":" in line)
-    available = sizes.get("MemAvailable", "").split()
-    return int(available[0]) * 1024 * 9 // 10 if available else None
+        return b""
+    try:
+        return os.read(file, 1 << 14)
+    finally:
+        os.close(file)
 
 
 def parse_size(text: str) -> int:

@@ -122,6 +122,11 @@ class KeptCodes(Stages):
         """Whether data are needed: never, since the scales of inputs are kept too."""
         return False
 
+    @property
+    def efforts(self) -> None:
+        """The time of a change of the format is not known."""
+        return None
+
     def decide(self, source: Checkpoint, view: ModelView) -> Decision:
         """Returns the scheme of each linear that has codes, as the exporter stores it.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qplug.api import ModelView
-from qplug.api.events import Result
+from qplug.api.events import Estimate, Result
 from qplug.calibration.samples import Samples
 from qplug.calibration.tokens import calibration_tokens
 from qplug.checkpoint.config_file import CONFIG
@@ -18,7 +18,7 @@ from qplug.machine.session import Session
 from qplug.model.foreign import naming_file
 from qplug.output.fingerprint import fingerprint
 from qplug.output.ownership import refuse_existing
-from qplug.output.plan import make_plan
+from qplug.output.plan import Plan, make_plan
 from qplug.output.result_files import result_files
 from qplug.output.shared_writer import SharedWriter
 from qplug.output.source_bytes import SourceBytes
@@ -29,15 +29,17 @@ from qplug.recipe.recipe import Recipe
 from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
+from qplug.run.costs import Machine, estimate
 from qplug.run.drafts import open_model
 from qplug.run.learning import LearnOnce
 from qplug.run.memory_needs import memory_needs
-from qplug.run.prepare import prepare, with_float_experts_stacked
+from qplug.run.prepare import Prepared, prepare, with_float_experts_stacked
 from qplug.run.refuse import open_source, refuse_unplanned, servable_cache
 from qplug.run.stages import Stages
 from qplug.run.steps import Steps
 from qplug.run.streamed import streamed
 from qplug.run.watchers import Watcher, Watchers
+from qplug.run.workload import workload
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -156,6 +158,7 @@ def run(
             floats=share.kinds,
             kept_float=narrow,
             source_format=source.quantized,
+            estimate=_estimate(stages, plan, prepared, samples, session),
         )
 
     mark = fingerprint(source, recipe, session, shard_bytes, samples, learns=bool(stages.learning))
@@ -242,6 +245,16 @@ def run(
     )
     watchers.run_done(result)
     return result
+
+
+def _estimate(
+    stages: Stages, plan: Plan, prepared: Prepared, samples: Samples | None, session: Session
+) -> Estimate | None:
+    """What the run would take; None if the time of an algorithm is not known."""
+    if stages.efforts is None:
+        return None
+    work = workload(plan, prepared.view, prepared.checkpoint, samples, stages.efforts)
+    return estimate(work, Machine.of(session), plan.nbytes)
 
 
 def _samples(recipe: Recipe, model: str, view: ModelView, session: Session) -> Samples | None:

@@ -23,6 +23,7 @@ from qplug.api import (
     QuantizedWeight,
     WholeModel,
 )
+from qplug.api.algorithm import Effort
 from qplug.api.scheme import Scheme
 from qplug.calibration.observers import find_observer
 from qplug.calibration.ranges import InputRange, clip_counts, four_digits, input_ranges
@@ -104,6 +105,13 @@ class Stages:
     def learns(self) -> bool:
         """Whether an algorithm computes outputs of whole blocks, to learn the float blocks'."""
         return any(algorithm.learns_blocks for algorithm in self.pipeline)
+
+    @property
+    def efforts(self) -> frozenset[Effort] | None:
+        """What the algorithms spend their time on; None if that is not known of one of them."""
+        algorithms = {*self.pipeline, self.quantizer}
+        known = frozenset(a.effort for a in algorithms if a.effort is not None)
+        return known if all(a.effort is not None for a in algorithms) else None
 
     @property
     def preparing(self) -> list[Algorithm[Any]]:

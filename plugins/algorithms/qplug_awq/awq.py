@@ -57,6 +57,7 @@ class AWQ(Algorithm[Params]):
     name = "awq"
     Params = Params
     needs_data = True
+    effort = "searches"
 
     @property
     def decides(self) -> frozenset[str]:

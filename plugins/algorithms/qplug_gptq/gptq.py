@@ -68,6 +68,7 @@ class GPTQ(Algorithm[Params]):
     name = "gptq"
     Params = Params
     needs_data = True
+    effort = "solves"
 
     @property
     def needs_drift(self) -> bool:

@@ -12,6 +12,7 @@ class RTN(Algorithm[NoParams]):
     """Round every weight to its nearest code, under scales that cover the range."""
 
     name = "rtn"
+    effort = "rounds"
 
     def quantize(self, block: Block) -> Mapping[str, QuantizedWeight]:
         return {linear.name: nearest(linear) for linear in block.linears}

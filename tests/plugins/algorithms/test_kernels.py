@@ -58,7 +58,10 @@ def test_a_block_of_columns_is_rounded_to_the_same_codes(
     # An error that is pushed on in another order may fall on the other side of a tie.
     assert same.float().mean() > 0.9995
     exact = same.all(1, keepdim=True).expand(same.shape)
-    assert torch.allclose(on_gpu[1].cpu()[exact], on_cpu[1][exact], rtol=1e-3, atol=1e-6)
+    # A value is rounded once for each column before it, independently; then it is divided.
+    rounding = 128**0.5 * torch.finfo(torch.float32).eps * float(work.abs().max())
+    atol = rounding / float(corner.diagonal(dim1=1, dim2=2).min())
+    assert torch.allclose(on_gpu[1].cpu()[exact], on_cpu[1][exact], rtol=1e-3, atol=atol)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
