@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import qplug
-from qplug import QplugError
+from qplug import InputGroup, QplugError
 from qplug.calibration import portions, walk
 from qplug.calibration.portions import divide_experts
 from qplug.calibration.samples import Samples
@@ -21,9 +21,11 @@ from qplug.model.on_disk import as_on_disk
 from qplug.model.skeleton import Skeleton
 from qplug.model.view import model_view
 from qplug.output.manifest import read_manifest
+from qplug_gptq.gptq import GPTQ
 
 Family = Callable[..., Path]
 MakeTokens = Callable[..., Tensor]
+NAMES = ("undisturbed", "out")
 
 
 def _quantize(model: Path, out: Path, **options: object) -> qplug.Result:
@@ -91,6 +93,33 @@ def test_portions_have_the_codes_of_the_whole(
     assert parts.keys() == whole.keys()
     # Layers that are solved side by side are other ones, so that a sum may end in another bit.
     assert same >= 0.95 * len(whole)
+
+
+class Stop(KeyboardInterrupt):
+    """Ctrl-C in the middle of a portion."""
+
+
+def test_a_run_that_stopped_in_a_portion_goes_on_to_the_same_bytes(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    model = family("qwen2-moe")
+    _quantize(model, tmp_path / "undisturbed", algo="gptq")
+    solve, portion = GPTQ._solve, "model.layers.1.mlp.experts.3."
+
+    def stopped(self: GPTQ, unit: tuple[list[InputGroup], InputGroup]) -> object:
+        if any(group.linears[0].name.startswith(portion) for group in unit[0]):
+            raise Stop
+        return solve(self, unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GPTQ, "_solve", stopped)
+        with pytest.raises(Stop):
+            _quantize(model, tmp_path / "out", algo="gptq")
+    assert not (tmp_path / "out").exists()
+    assert _quantize(model, tmp_path / "out", algo="gptq").resumed > 0
+    assert max(sizes) == 2
+    files = [{p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in NAMES]
+    assert files[0] == files[1]
 
 
 def test_what_needs_all_experts_at_once_is_refused_in_words(

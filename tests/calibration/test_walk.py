@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -614,3 +616,30 @@ def test_an_unfinished_run_with_other_data_is_not_taken_up(
     with pytest.raises(qplug.QplugError, match="holds an unfinished run with another"):
         run(source, algo="awq", **change)
     assert run(source, algo="awq").resumed > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+def test_a_closed_walk_leaves_nothing_to_the_garbage_collector(
+    name: str, family: Family, start_walk: StartWalk, make_tokens: MakeTokens
+) -> None:
+    """The memory of a GPU would stay taken until Python collects, which may be never."""
+    folder = family(name)
+    walk = start_walk(folder, make_tokens(4, 16), batch_size=2)
+    blocks = blocks_of(folder)
+    for block in blocks[:-1]:
+        walk.gather(block)
+        walk.advance(block, {})
+    live = walk.gather(blocks[-1])
+    model = walk._blocks.model
+    norm = model.get_parameter("model.norm.weight")
+    held = [weakref.ref(tensor) for tensor in (*walk.hidden, *live.weights32.values(), norm)]
+    held += [weakref.ref(group.gram) for group in live.groups]
+    refs: list[weakref.ref[Any]] = [*held, weakref.ref(walk), weakref.ref(model)]
+    gc.collect()
+    gc.disable()
+    try:
+        walk.close()
+        del walk, live, model, norm
+        assert [found for ref in refs if (found := ref()) is not None] == []
+    finally:
+        gc.enable()

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from qplug.checkpoint.open import open_checkpoint
 from qplug.machine.processes import ALONE, Processes
 from qplug.machine.session import Session
 from qplug.model.view import model_view
+from qplug.output.manifest import read_manifest
 from qplug.registry.registry import Registry
 from qplug_omniquant.omniquant import OmniQuant
 from qplug_omniquant.omniquant import Params as OmniQuantParams
@@ -43,6 +45,14 @@ Quantize = Callable[..., Path]
 #: What another order of sums may change: codes of weights that lie between two, by one step.
 MOST_CODES = 0.005
 SCALES = 1e-5
+
+#: The bound that docs/how-to/several-gpus.md states for mixtures of experts, where a range of
+#: another length may have the same loss: the part of the codes and of the scales that may differ,
+#: and how far such a scale may be off: as far as the search for clips goes.
+OTHER_CODES, OTHER_SCALES, SCALE_OFF = 0.005, 0.01, 0.4
+#: How far the mean loss of all linears may be off, and the part of the tokens of an expert, also if
+#: other codes send a token of a later block to another expert.
+LOSS_OFF, OTHER_TOKENS = 0.01, 0.05
 
 # Does what TROUBLE says to the process and at the block that it names, else nothing.
 TROUBLE = '''
@@ -71,6 +81,10 @@ class Trouble(Algorithm[NoParams]):
             os.kill(os.getpid(), signal.SIGINT)
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "kill in a portion":
+            if any("experts.1." in linear.name for linear in block.linears):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return
         if kind == "full disk":
             qplug.output.writer.Writer._write = full
             return
@@ -148,11 +162,11 @@ def alone(text: Path, tmp_path: Path) -> Quantize:
 
 @pytest.fixture
 def together(words: Callable[..., list[str]], start: Starter, tmp_path: Path) -> Quantize:
-    """A run of two processes, which must succeed."""
+    """A run of two processes, or of ``count``, which must succeed."""
 
-    def quantized(source: Path, out: str, **changes: Any) -> Path:
-        ended = start(*words(source, out, **changes), count=2).wait()
-        assert ended.codes == [0, 0], ended.output
+    def quantized(source: Path, out: str, *, count: int = 2, **changes: Any) -> Path:
+        ended = start(*words(source, out, **changes), count=count).wait()
+        assert ended.codes == [0] * count, ended.output
         assert ended.output.count("layers, ") == 1  # the first process alone prints
         return tmp_path / out
 
@@ -192,6 +206,51 @@ def assert_alike(one: Path, two: Path) -> float:
     return differ / count
 
 
+@dataclass(frozen=True)
+class Differences:
+    """The parts of codes and scales that differ, and how far scales and the mean loss are off.
+
+    ``tokens``: the largest part of an expert's tokens by which their numbers differ.
+    """
+
+    codes: float
+    scales: float
+    scale_off: float
+    loss_off: float
+    tokens: float
+
+
+def differences(one: Path, two: Path) -> Differences:
+    """How far two results of the same layout are apart."""
+    first, second = open_checkpoint(one), open_checkpoint(two)
+    assert first.config == second.config
+    assert list(first.tensors) == list(second.tensors)
+    codes, offs = [], []
+    for name in first.tensors:
+        a, b = first.read(name), second.read(name)
+        if a.is_floating_point():
+            offs.append(((a - b) / a).abs().nan_to_num().flatten())
+        elif name.endswith(".weight_packed"):
+            codes.append((codes_of(a) != codes_of(b)).flatten())
+        else:
+            assert torch.equal(a, b)
+    off, other = torch.cat(offs), torch.cat(codes)
+    said = [manifest for folder in (one, two) if (manifest := read_manifest(folder)) is not None]
+    losses = [sum(manifest.losses.values()) for manifest in said]
+    assert said[0].losses.keys() == said[1].losses.keys()
+    tokens = [
+        torch.tensor([count for of_layer in manifest.experts.values() for count in of_layer])
+        for manifest in said
+    ]
+    return Differences(
+        float(other.float().mean()),
+        float((off > SCALES).float().mean()),
+        float(off.max()),
+        abs(losses[1] / losses[0] - 1),
+        float(((tokens[0] - tokens[1]).abs() / tokens[0].clamp(min=1)).max()),
+    )
+
+
 W8A8 = {"scheme": "W8A8", "group-size": None}
 
 
@@ -216,6 +275,37 @@ def test_two_processes_give_what_one_does(
     two = together(family(name), "two", propagate=propagate, **changes)
     python = {key.replace("-", "_"): value for key, value in changes.items()}
     assert_alike(alone(family(name), "one", propagate=propagate, **python), two)
+
+
+#: A budget that a block with one expert exceeds: each portion has one expert of a layer.
+PORTIONS = "1MiB"
+
+
+@pytest.mark.parametrize("memory", [None, PORTIONS], ids=["whole", "portions"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
+@pytest.mark.parametrize("propagate", ["quantized", "float"])
+@pytest.mark.parametrize(("algo", "count"), [("gptq", 4), ("awq", 4), ("awq+gptq", 2)])
+def test_mixtures_of_experts_are_those_of_one_process(
+    name: str,
+    algo: str,
+    count: int,
+    propagate: str,
+    memory: str | None,
+    family: Family,
+    alone: Quantize,
+    together: Quantize,
+) -> None:
+    changes = {"algo": algo, "samples": 8, "memory": memory, "propagate": propagate}
+    one = alone(family(name), "one", **changes)
+    shared = together(family(name), "shared", count=count, **changes)
+    found = differences(one, shared)
+    assert found.scale_off <= SCALE_OFF, found
+    assert found.loss_off <= LOSS_OFF, found
+    assert found.tokens <= OTHER_TOKENS, found
+    if propagate == "float":  # no block depends on the codes of the blocks before
+        assert found.codes <= OTHER_CODES, found
+        assert found.scales <= OTHER_SCALES, found
+        assert found.tokens == 0, found
 
 
 def test_experts_that_one_process_alone_has_tokens_for(
@@ -601,6 +691,29 @@ def test_killed_and_taken_up_again(
     assert not (tmp_path / "out").exists()
     out = together(source, "out", algo="trouble+awq+gptq")
     assert contents(out) == wanted
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_in_a_portion_of_experts_and_taken_up_again(
+    rank: int,
+    family: Family,
+    together: Quantize,
+    words: Callable[..., list[str]],
+    start: Starter,
+    tmp_path: Path,
+) -> None:
+    source = family("qwen3-moe")
+    changes = {"algo": "trouble+awq+gptq", "memory": PORTIONS}
+    wanted = contents(together(source, "undisturbed", **changes))
+    trouble = f"{rank} kill in a portion"
+    ended = start(*words(source, "out", **changes), count=2, TROUBLE=trouble).wait()
+    assert ended.codes[rank] == -signal.SIGKILL
+    assert ended.seconds < SOON
+    said = "another process of this run has ended; the same command goes on from here"
+    # The first process speaks for all; torchrun says that it was killed, if it was.
+    assert ended.output == (f"Error: {said}\n" if rank else "")
+    assert (tmp_path / ".out.partial" / "journal.jsonl").read_bytes().count(b"\n") > 2
+    assert contents(together(source, "out", **changes)) == wanted
 
 
 def test_what_one_process_began_two_do_not_take_up(

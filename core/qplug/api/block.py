@@ -220,7 +220,7 @@ class Block:
     ``groups`` are in the order in which the block computes; a data-free run has none. Append
     messages for the user to ``notes``. ``originals``: the weights before ``replace``, by linear,
     scaled since as the new weights were. ``reconstruction`` is there if an algorithm of the run has
-    ``learns_blocks``.
+    ``learns_blocks``. ``processes``: how many share the work of ``spread``.
     """
 
     name: str
@@ -229,6 +229,7 @@ class Block:
     notes: list[str] = field(default_factory=list)
     originals: dict[str, Tensor] = field(default_factory=dict, repr=False)
     reconstruction: Reconstruction | None = None
+    processes: int = 1
 
     def shared(self, group: InputGroup, per_channel: Tensor) -> Tensor:
         """``per_channel: [in]``, averaged over channels that can only be scaled together.

@@ -48,8 +48,11 @@ class Entrance:
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
-        for path in self._below:
+        # Each hook refers to this object, which refers to the model: a cycle until ``close``.
+        self._hooks = [
             model.get_submodule(path).register_forward_pre_hook(partial(self._fill_empty, path))
+            for path in self._below
+        ]
         self._stopping = StoppingBlocks(model, blocks.modules)
 
     def begin(self, batch: Samples) -> StoppedPass:
@@ -70,6 +73,15 @@ class Entrance:
             if isinstance(model.get_submodule(module_of(name)), nn.Embedding)
             or not self._in_decoder(name)
         )
+
+    def close(self) -> None:
+        """Takes the hooks off the model, whose passes have ended.
+
+        Reference counts then free the model with this object; the garbage collector would come
+        late, as it does not count the memory of a GPU.
+        """
+        for hook in self._hooks:
+            hook.remove()
 
     def _fill(self, names: list[str]) -> None:
         on_disk = {name: self._blocks.outer[name] for name in names}

@@ -88,7 +88,7 @@ class LiveBlock(Block):
             self._seen_at += [(group, paths.at), *quantized]
             groups.append(group)
             self._structure[id(group)] = paths
-        super().__init__(name, tuple(linears.values()), tuple(groups))
+        super().__init__(name, tuple(linears.values()), tuple(groups), processes=processes.count)
 
     # --- what algorithms do to a block -----------------------------------------------------------
 

@@ -35,7 +35,7 @@ from qplug.errors import QplugError
 from qplug.machine.memory import free_memory
 from qplug.machine.session import Session
 from qplug.model.block_call import BlockCall, Output, hidden_states
-from qplug.model.experts import alike_in, expert_of
+from qplug.model.experts import alike_in, expert_of, experts_in
 from qplug.model.input_groups import GroupPaths
 from qplug.model.kv_cache import KVCache
 from qplug.model.parameters import refuse_infinite
@@ -118,7 +118,8 @@ class Walk:
             Seen(len(batch), batch.length, real, real if batch.mask is None else batch.mask)
             for batch, real in zip(batches, self._real, strict=True)
         ]
-        entrance = Entrance(self._blocks, source)
+        entrance = self._entrance = Entrance(self._blocks, source)
+        weakref.finalize(self, entrance.close)
         # What a few tokens meet shows how the linears of a block are connected.
         self._probe = self._begin(entrance, [samples.probe(PROBE)])
         # The batches in the model whose statistics are taken, and in the float model if that is
@@ -138,10 +139,13 @@ class Walk:
         return stream
 
     def close(self) -> None:
-        """Ends the passes of the model, of which each has a thread."""
+        """Ends the passes of the model, of which each has a thread, and frees what they hold."""
         for stream in (self._probe, self._stream, self._float_stream):
             if stream is not None:
                 stream.close()
+        self._entrance.close()
+        self._rooms.clear()
+        self._targets = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,7 +174,9 @@ class Walk:
         on_cpu = self._reader.read(name)
         portions = self._portions(name, on_cpu)
         if portions is None:
-            yield self._gathered(name, on_cpu)
+            whole = [self._gathered(name, on_cpu)]
+            del on_cpu  # the block has copies in float32; no local refers to what is yielded
+            yield whole.pop()
         else:
             yield from self._in_portions(name, on_cpu, portions)
 
@@ -245,9 +251,24 @@ class Walk:
         schemes = within(name, self._schemes)
         if any(s.static_inputs for path, s in schemes.items() if expert_of(module, path)):
             return None  # the experts of a layer share a scale
-        budget = self._memory if self._memory is not None else free_memory(self._device)
+        if not experts_in(module):
+            return None
         tokens = sum(seen.windows * seen.length for seen in self._seen)
-        return divide_experts(module, on_cpu, tokens, budget)
+        # All processes take the same portions, though one may have less memory or more tokens.
+        every = self._processes.gather((self._budget(), tokens))
+        budgets = [budget for budget, _ in every if budget is not None]
+        return divide_experts(
+            module, on_cpu, max(count for _, count in every), min(budgets, default=None)
+        )
+
+    def _budget(self) -> int | None:
+        """The bytes that a block may take in this process; None if nothing limits them."""
+        if self._memory is not None:
+            return self._memory
+        free = free_memory(self._device)
+        if free is None or self._device.type != "cpu":
+            return free
+        return free // self._processes.count  # they may share the memory of one host
 
     def _structure(self, name: str, weights: Mapping[str, Tensor]) -> tuple[GroupPaths, ...]:
         self._probe.expect(name)
@@ -309,7 +330,7 @@ class Walk:
         module = self._blocks.modules[name]
         stored = [f"{name}.{local}" for names in alike_in(module) for local in names]
         size = sum(self._source.tensors[n].nbytes for n in stored if n in self._source.tensors)
-        budget = self._memory if self._memory is not None else free_memory(self._device)
+        budget = self._budget()
         return budget is None or size <= budget / 2
 
     @torch.no_grad()

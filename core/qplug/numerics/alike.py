@@ -6,7 +6,7 @@ A step on one small matrix takes as long as a step on a dozen of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -19,26 +19,29 @@ from qplug.api.groups import row_scales, row_step
 _ROOM = {"cuda": 1 << 26, "cpu": 1 << 20}
 
 
-def side_by_side(groups: Sequence[InputGroup]) -> list[list[InputGroup]]:
+def side_by_side(groups: Sequence[InputGroup], processes: int = 1) -> list[list[InputGroup]]:
     """``groups``, in order, with neighbours that are alike in one list.
 
-    A list has as many as are worked on at a time. Groups are alike if their linears have the same
-    shapes and grids, in order, and if all of them or none have scales, and tokens.
+    A list has as many as are worked on at a time. With several ``processes``, neighbours that are
+    alike are divided into lists of about one length, as many for each process. Groups are alike if
+    their linears have the same shapes and grids, in order, and if all of them or none have scales,
+    and tokens.
     """
     found: list[list[InputGroup]] = []
-    for group in groups:
-        room = _ROOM.get(group.mean.device.type, 0)
-        size = max(group.width**2, *(linear.weight.numel() for linear in group.linears))
-        last = found[-1] if found else []
-        if last and _likeness(last[0]) == _likeness(group) and (len(last) + 1) * size <= room:
-            last.append(group)
-        else:
-            found.append([group])
+    for _, neighbours in groupby(groups, key=_likeness):
+        alike = [*neighbours]
+        room = _ROOM.get(alike[0].mean.device.type, 0)
+        size = max(alike[0].width ** 2, *(linear.weight.numel() for linear in alike[0].linears))
+        starts = [*range(0, len(alike), max(1, room // size))]
+        if processes > 1:
+            lists = min(len(alike), -(-len(starts) // processes) * processes)
+            starts = [number * len(alike) // lists for number in range(lists)]
+        found += [alike[start:end] for start, end in pairwise([*starts, len(alike)])]
     return found
 
 
 def parts_side_by_side(
-    groups: Sequence[InputGroup],
+    groups: Sequence[InputGroup], processes: int = 1
 ) -> Iterator[tuple[list[InputGroup], InputGroup]]:
     """Yields the parts of ``groups`` whose linears see the same tokens, as ``side_by_side`` does.
 
@@ -47,7 +50,7 @@ def parts_side_by_side(
     for experts, same in groupby(groups, key=lambda group: group.experts or id(group)):
         wholes = [*same]
         parts = wholes if isinstance(experts, str) else wholes[0].by_tokens
-        for alike in side_by_side(parts):
+        for alike in side_by_side(parts, processes):
             yield alike, wholes[0]
 
 

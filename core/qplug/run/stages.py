@@ -235,7 +235,7 @@ class Stages:
         parts = [part for whole in block.groups for part in whole.by_tokens if part.tokens]
         read = [
             (alike, linears)
-            for alike in side_by_side(parts)
+            for alike in side_by_side(parts, block.processes)
             for linears in zip(*(group.linears for group in alike), strict=True)
             if linears[0].name in codes
         ]

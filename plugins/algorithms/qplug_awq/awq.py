@@ -99,7 +99,7 @@ class AWQ(Algorithm[Params]):
         params = self.params
         clipped = [
             (alike, whole, [group.linears[place] for group in alike])
-            for alike, whole in parts_side_by_side(block.groups)
+            for alike, whole in parts_side_by_side(block.groups, block.processes)
             for place, linear in enumerate(alike[0].linears)
             if self._clips(linear)
         ]

@@ -80,7 +80,7 @@ class GPTQ(Algorithm[Params]):
         for groups in in_order if self.params.true_sequential else [block.groups]:
             if codes:
                 block.use_codes(codes)
-            units = [*parts_side_by_side(groups)]
+            units = [*parts_side_by_side(groups, block.processes)]
             for solved in block.spread(units, self._solve, cost=lambda unit: _cost(unit[0])):
                 codes.update(solved.codes)
                 block.notes.extend(solved.notes)

@@ -1,8 +1,8 @@
-"""How much memory GPTQ takes on a CPU for a checkpoint of the shape of Llama 2 7B, and how long.
+"""Measures the memory and the time that a run takes on a CPU for a checkpoint of a Llama's shape.
 
-Writes a random slice of few layers, quantizes it by the command line, and says what the process
-took at most, imports included. A slice of one layer more tells what one of 32 layers takes. Exits
-with status 1 if the target is missed.
+Writes a random slice of few layers, quantizes the slice by the command line, and prints the peak of
+the process, imports included. A slice of one layer more shows the time of each layer of the whole
+model. Exits with status 1 if the peak is above the target of the shape.
 """
 
 from __future__ import annotations
@@ -16,11 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from llama_shapes import LLAMA_2_7B, Llama
+from llama_shapes import LLAMA_2_7B, LLAMA_2_70B, Llama
 from safetensors.torch import save_file
 
-PEAK_BYTES = 6 * 2**30
-LAYERS = 32  # of the whole model
+
+@dataclass(frozen=True)
+class Target:
+    """A model of ``layers``, and the memory in bytes that a run may take."""
+
+    shape: Llama
+    layers: int
+    peak: int
+
+
+TARGETS = {
+    "llama-2-7b": Target(LLAMA_2_7B, 32, 6 * 2**30),
+    "llama-2-70b": Target(LLAMA_2_70B, 80, 8 * 2**30),
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,7 @@ class Used:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=TARGETS, default="llama-2-7b")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2], help="slices to run")
     parser.add_argument("--algo", default="gptq")
     parser.add_argument("--samples", type=int, default=128)
@@ -40,11 +53,12 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where the temporary folder is made")
     args = parser.parse_args()
 
+    target = TARGETS[args.shape]
     taken: dict[int, Used] = {}
     for layers in args.layers:
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
             model = Path(folder, "model")
-            write_slice(model, LLAMA_2_7B, layers)
+            write_slice(model, target.shape, layers)
             words = ["quantize", str(model), "--out", str(Path(folder, "out"))]
             words += ["--algo", args.algo, "--device", "cpu", "--samples", str(args.samples)]
             words += ["--seq-len", str(args.seq_len)]
@@ -53,11 +67,11 @@ def main() -> None:
     few, many = min(taken), max(taken)
     if many > few:
         each = (taken[many].seconds - taken[few].seconds) / (many - few)
-        whole = taken[few].seconds + each * (LAYERS - few)
-        layers = f"{LAYERS} layers: about {whole / 3600:.1f} CPU hours"
+        whole = taken[few].seconds + each * (target.layers - few)
+        layers = f"{target.layers} layers: about {whole / 3600:.1f} CPU hours"
         print(f"a layer more: {each:.0f} CPU s; {layers}")
     peak = max(used.peak for used in taken.values())
-    sys.exit(f"the peak is above {PEAK_BYTES / 2**30:.0f} GiB" if peak > PEAK_BYTES else None)
+    sys.exit(f"the peak is above {target.peak / 2**30:.0f} GiB" if peak > target.peak else None)
 
 
 def write_slice(folder: Path, llama: Llama, layers: int) -> None:
