@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -481,6 +482,9 @@ def test_a_journal_that_tells_nothing(
 
 # --- what stays, and what does not ---------------------------------------------------------------
 
+#: What Ctrl-C says.
+KEPT = r"{out}: \d+ of 20 steps are kept; the same command goes on after them\.\s+Aborted!"
+
 
 def test_ctrl_c_keeps_what_was_done(
     tmp_path: Path, llama: Path, cli: Callable[..., CliResult], monkeypatch: pytest.MonkeyPatch
@@ -498,7 +502,7 @@ def test_ctrl_c_keeps_what_was_done(
         patch.setattr(Journal, "append", append)
         result = cli("quantize", llama, "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert result.stderr.strip() == "Aborted!"
+    assert re.fullmatch(KEPT.format(out=tmp_path / "out"), result.stderr.strip())
     assert not (tmp_path / "out").exists()
     result = cli("quantize", llama, "--out", tmp_path / "out", "--json")
     assert json.loads(result.stdout)["resumed"] >= 4  # the first line is the fingerprint
@@ -515,7 +519,8 @@ def test_ctrl_c_by_a_signal(tmp_path: Path, llama: Path, start: Starter) -> None
     wait_for_journal(tmp_path / ".out.partial", 3)
     os.kill(started.ids[0], signal.SIGINT)
     ended = started.wait()
-    assert (ended.codes, ended.stderr.strip()) == ([1], "Aborted!")
+    assert ended.codes == [1]
+    assert re.fullmatch(KEPT.format(out=tmp_path / "out"), ended.stderr.strip())
     assert journal_lines(tmp_path / ".out.partial") >= 3
     assert not (tmp_path / "out").exists()
 

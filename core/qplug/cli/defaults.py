@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qplug.errors import QplugError, did_you_mean
+from qplug.files.regular import read_text
 
+_MOST_BYTES = 1 << 16  # of the file
 #: The commands to whose option of this name a default applies.
 _COMMANDS = {
     "device": ("quantize", "eval", "compare", "report", "verify"),
@@ -43,11 +45,9 @@ def default_map(environment: Mapping[str, str] = os.environ) -> dict[str, dict[s
 
 def _of_file(file: Path) -> dict[str, str]:
     try:
-        text = file.read_text("utf-8")
+        text = read_text(file, _MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise QplugError(f"{file}: cannot be read: {error}") from error
     values = _parsed(text, file)
     for key, value in values.items():
         if key not in _COMMANDS:

@@ -16,7 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from qplug.errors import reason
+from qplug.errors import QplugError, reason
+from qplug.files.regular import read_text
 from qplug.machine.gpus import installed_gpus
 from qplug.machine.host_memory import available_memory
 from qplug.registry.registry import Registry
@@ -74,9 +75,9 @@ def _torch() -> Iterator[Finding]:
         yield Finding("torch", "broken", "is not installed", "pip install torch")
         return
     try:
-        text = Path(spec.origin).with_name("version.py").read_text()
+        text = read_text(Path(spec.origin).with_name("version.py"), 1 << 16)
         release = version("torch")
-    except (OSError, PackageNotFoundError) as error:
+    except (OSError, QplugError, PackageNotFoundError) as error:
         yield Finding("torch", "broken", reason(error), "install torch again")
         return
     found = re.search(r"^cuda\b.*?=\s*'([^']+)'", text, re.MULTILINE)

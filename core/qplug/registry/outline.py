@@ -14,8 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qplug.files.regular import read_bytes
 from qplug.registry.plugin import Plugin
 
+_MOST_BYTES = 1 << 22  # of a file of source
 #: The kind of offer of each hook that returns components.
 _KINDS = {
     "qplug_algorithms": "algorithm",
@@ -72,7 +74,7 @@ def _offers(file: Path) -> Iterator[Outline]:
 
 
 def _parsed(file: Path) -> ast.Module:
-    return ast.parse(file.read_bytes())
+    return ast.parse(read_bytes(file, _MOST_BYTES))
 
 
 def _returned(function: ast.FunctionDef) -> Iterator[str]:
