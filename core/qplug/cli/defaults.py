@@ -44,9 +44,11 @@ def default_map(environment: Mapping[str, str] = os.environ) -> dict[str, dict[s
 
 
 def _of_file(file: Path) -> dict[str, str]:
+    if not file.parent.is_dir():
+        return {}
     try:
         text = read_text(file, _MOST_BYTES)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return {}
     values = _parsed(text, file)
     for key, value in values.items():
