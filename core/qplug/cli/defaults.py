@@ -62,11 +62,11 @@ def _of_file(file: Path) -> dict[str, str]:
 
 
 def _parsed(text: str, file: Path) -> dict[str, Any]:
-    if sys.version_info < (3, 11):
-        raise QplugError(f"{file}: needs Python 3.11; use QPLUG_DEVICE and the like instead")
-    import tomllib
+    if sys.version_info >= (3, 11):
+        import tomllib
 
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise QplugError(f"{file}: is no TOML: {error}") from error
+        try:
+            return tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise QplugError(f"{file}: is no TOML: {error}") from error
+    raise QplugError(f"{file}: needs Python 3.11; use QPLUG_DEVICE and the like instead")
