@@ -19,6 +19,8 @@ from qplug.checkpoint.locate import DEMO, find_model
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parents[2]
+#: Nats between neighbours among logits from 16 to 32 in bfloat16, of which either may be chosen.
+TIE = 0.125
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,8 @@ def test_it_drafts_with_float_and_quantized_heads(model: Path) -> None:
     assert [row["folder"] for row in found] == ["float", "keep", "quantize"]
     for row in found:
         assert row["drafts"] > 0
-        assert row["same"] == row["of"] == 4, row
+        assert row["of"] == 4
+        assert row["same"] == 4 or row["near"] <= (0 if row["folder"] == "float" else TIE), row
 
 
 def measured(folders: list[Path], *words: str) -> list[dict[str, Any]]:
