@@ -284,7 +284,9 @@ PORTIONS = "1MiB"
 @pytest.mark.parametrize("memory", [None, PORTIONS], ids=["whole", "portions"])
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
 @pytest.mark.parametrize("propagate", ["quantized", "float"])
-@pytest.mark.parametrize(("algo", "count"), [("gptq", 4), ("awq", 4), ("awq+gptq", 2)])
+@pytest.mark.parametrize(
+    ("algo", "count"), [("gptq", 4), ("awq", 4), ("awq+gptq", 2), ("awq+gptq", 4)]
+)
 def test_mixtures_of_experts_are_those_of_one_process(
     name: str,
     algo: str,
@@ -314,7 +316,10 @@ def test_experts_that_one_process_alone_has_tokens_for(
     few = {"algo": "awq+gptq", "samples": 2}
     two = together(family("mixtral"), "two", **few, **{"seq-len": 2})
     monkeypatch.setitem(batches._BATCH_TOKENS, "cpu", 2)  # as each of the two takes
-    assert assert_alike(alone(family("mixtral"), "one", **few, seq_len=2), two) == 0
+    found = differences(alone(family("mixtral"), "one", **few, seq_len=2), two)
+    assert (found.codes, found.tokens) == (0, 0)
+    # An expert computes all tokens of a process at once: one row rounds otherwise than two do.
+    assert found.scale_off <= 10 * SCALES
 
 
 def test_the_order_of_sums_is_all_that_differs(
