@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from qplug.calibration.batches import samples_in_a_batch
 from qplug.calibration.samples import Samples
 from qplug.checkpoint.names import block_of, module_of, split_name
 from qplug.errors import QplugError
+from qplug.machine.host_memory import available_memory
 from qplug.machine.session import Session
 from qplug.model.block_call import Output
 from qplug.model.block_list import decoder_blocks
@@ -226,9 +226,4 @@ def _free_bytes(device: torch.device) -> int | None:
     """Free memory in bytes; None where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    kilobytes = lines.get("MemAvailable")
-    return None if kilobytes is None else 1024 * int(kilobytes.split()[0])
+    return available_memory()
