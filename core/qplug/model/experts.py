@@ -76,9 +76,7 @@ class Experts(nn.Module):
     """The experts of a layer, by number; called like the fused module that it replaces.
 
     ``readers``: the names of an expert's linears that read tokens. ``last``: the name of its output
-    linear. ``gathers``: whether it is given the tokens of the layer, of which each expert reads
-    some; else each expert has a copy of the tokens of its own, zero for tokens that it is not
-    given. ``on_given`` is called with what the experts are given, before they compute; None if
+    linear. ``on_given`` is called with what the experts are given, before they compute; None if
     nobody asks. ``sees_all``: whether ``on_given`` is told that each expert reads all tokens.
     ``is_silent``: whether zeros are returned in place of what experts compute.
 
@@ -89,7 +87,7 @@ class Experts(nn.Module):
     def __init__(self, fused: nn.Module, layout: Layout) -> None:
         super().__init__()
         self.readers = tuple(part.linear for part in layout.readers)
-        self.last, self.gathers = layout.last.linear, layout.gathers
+        self.last = layout.last.linear
         self.on_given: Callable[[Given], None] | None = None
         self.sees_all = False
         self.is_silent = False
