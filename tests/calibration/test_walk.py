@@ -486,9 +486,9 @@ def test_killed_after_any_block(
     options = {**options, "propagate": propagate}
     wanted = contents(run(source, out="undisturbed", **options).out)
     gathered: list[str] = []
-    gather = Walk.gather
+    gather = Walk.gather_parts
     monkeypatch.setattr(
-        Walk, "gather", lambda self, block: [gathered.append(block), gather(self, block)][1]
+        Walk, "gather_parts", lambda self, block: [gathered.append(block), gather(self, block)][1]
     )
     steps = len(model_steps := finished_steps(source))
     for stop in range(1, steps + 1):

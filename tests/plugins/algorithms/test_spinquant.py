@@ -37,6 +37,9 @@ from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.rewritten import apply
 from qplug.machine.session import Session
+from qplug.model.architectures import with_experts_apart
+from qplug.model.hollow import build, load_config
+from qplug.model.stacked_experts import with_stacked_experts
 from qplug.model.view import model_view
 from qplug.numerics.activations import fake_quantize_activations
 from qplug.numerics.rotation import ExplicitRotation, RandomRotation
@@ -67,7 +70,7 @@ FIRST = {"llama, tied", "deepseek-v3", "opt, words of another width"}
 
 
 def prepared_by(algorithm: Algorithm[Any], folder: Path, learn: Any) -> Prepared:
-    source = open_checkpoint(folder)
+    source = with_experts_apart(open_checkpoint(folder), Registry([]))
     stages: Any = SimpleNamespace(
         preparing=[algorithm], prepare=lambda algorithm, model: algorithm.prepare(model)
     )
@@ -108,7 +111,7 @@ def anything(model: FloatModel) -> dict[str, Tensor]:
 def held(
     folder: Path, tokens: Tensor, scheme: Scheme | None = W4A4, **options: Any
 ) -> InMemoryModel:
-    source = open_checkpoint(folder)
+    source = with_experts_apart(open_checkpoint(folder), Registry([]))
     view = model_view(source)
     schemes = dict.fromkeys(view.quantizable, scheme) if scheme else {}
     return InMemoryModel(source, view, schemes, Samples(tokens), Session(Registry([])), **options)
@@ -202,6 +205,8 @@ def test_the_float_model_computes_what_it_did(
     out = tmp_path / "out"
     out.mkdir()
     tensors = {n: prepared.checkpoint.read(n) for n in prepared.checkpoint.tensors}
+    hollow = build(load_config(folder, trust_remote_code=False), folder, trust_remote_code=False)
+    tensors = with_stacked_experts(hollow, tensors)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(prepared.checkpoint.config))
     with torch.no_grad():
