@@ -90,6 +90,43 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class ChosenGroup:
+    """The choice for linears that share a scheme: ``name`` stands for all of them.
+
+    ``scheme`` is the name of the scheme with the size of its groups, or ``float``. ``weights`` is
+    the number of weights, ``bits`` the mean bits of one, scales included, and ``loss`` the
+    estimated divergence that the scheme causes, in nats a token.
+    """
+
+    name: str
+    scheme: str
+    weights: int
+    bits: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``--scheme auto`` chose, and for which budget.
+
+    ``limits`` is the budget as text, by option. ``sensitivity`` says how losses were estimated, on
+    ``tokens`` tokens. ``loss`` is the sum of the losses of ``groups``, in nats a token; no choice
+    within the budget is estimated below ``bound``. For ``--max-kl``, ``bytes`` are minimized, and
+    ``bound`` is in bytes. ``bits`` is the mean over all weights of ``groups``, and ``bytes`` is
+    what the weights of ``groups`` take.
+    """
+
+    limits: Mapping[str, str]
+    sensitivity: str
+    tokens: int
+    groups: tuple[ChosenGroup, ...]
+    bits: float
+    bytes: int
+    loss: float
+    bound: float
+
+
+@dataclass(frozen=True)
 class Result:
     """The result of a finished run.
 
@@ -106,7 +143,8 @@ class Result:
     ``kept_float`` says of linears that no kernel takes, by name, why they stay float.
     ``source_format`` says in words how the source was quantized; it is empty for a float source.
     ``estimate`` says after a dry run what the run would take; None after other runs, and if the
-    time of an algorithm is not known.
+    time of an algorithm is not known. ``choice`` says what ``--scheme auto`` chose; None for other
+    schemes.
     """
 
     out: Path
@@ -124,3 +162,4 @@ class Result:
     kept_float: Mapping[str, str] = field(default_factory=dict)
     source_format: str = ""
     estimate: Estimate | None = None
+    choice: Choice | None = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qplug.cli.choice_lines import choice_lines
 from qplug.cli.config import tell
 from qplug.cli.float_lines import float_lines, kept_float_lines
 from qplug.cli.headed import HeadedCommand, HeadedOption
@@ -267,6 +268,7 @@ def _tell(result: Result) -> None:
         say(f"{out}: would be written: {sizes}")
         if result.estimate is not None:
             say(_estimated(result.estimate))
+        _tell_choice(result, whole=True)
         _tell_floats(result)
         _tell_notes(result)
         return
@@ -281,6 +283,7 @@ def _tell(result: Result) -> None:
     of_what = "outputs on the calibration data" if result.losses else "weights"
     summary = f"mean {mean:.4f}, worst {losses[worst]:.4f} ({worst})"
     say(f"relative error of {of_what}: {summary}")
+    _tell_choice(result, whole=False)
     _tell_floats(result)
     _tell_notes(result)
 
@@ -314,6 +317,13 @@ def _tell_notes(result: Result) -> None:
     """Print the messages of a run to its user."""
     for sentence in result.notes:
         say(f"note: {sentence}")
+
+
+def _tell_choice(result: Result, *, whole: bool) -> None:
+    """Print what ``--scheme auto`` chose; ``whole`` adds a line for each group of layers."""
+    if result.choice is not None:
+        for line in choice_lines(result.choice, whole=whole):
+            say(line)
 
 
 def _tell_floats(result: Result) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -31,6 +32,7 @@ from qplug.recipe.recipe import Recipe
 from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
+from qplug.run.choose import CHOICE, Chosen, choose
 from qplug.run.costs import Machine, estimate
 from qplug.run.drafts import open_model
 from qplug.run.learning import LearnOnce
@@ -91,11 +93,17 @@ def quantize(
         ) as session,
         session.registry.blaming(),  # a plugin's SystemExit must not end the caller's program
     ):
+        chosen = None
+        if recipe.is_auto:
+            if os.path.lexists(out):  # else its parent is made later
+                refuse_existing(Path(out), overwrite=overwrite)
+            chosen = choose(model, Path(out), recipe, session)
         return run(
             model,
             Path(out),
-            Stages(recipe, session),
+            Stages(recipe if chosen is None else chosen.recipe, session),
             session,
+            chosen=chosen,
             shard_bytes=shard_bytes,
             overwrite=overwrite,
             dry_run=dry_run,
@@ -113,10 +121,12 @@ def run(
     overwrite: bool,
     dry_run: bool,
     watch: Watcher,
+    chosen: Chosen | None = None,
 ) -> Result:
     """Quantize ``model`` into ``out`` by ``stages``, and return the result.
 
-    Missing parents of ``out`` are made. Raises QplugError. All checks come before the first weight
+    Missing parents of ``out`` are made. ``chosen`` is the choice that the recipe of ``stages``
+    comes from. Raises QplugError. All checks come before the first weight
     is read and the first file written.
     """
     with ExitStack() as stack:
@@ -137,6 +147,7 @@ def run(
             overwrite=overwrite,
             dry_run=dry_run,
             watch=watch,
+            chosen=chosen,
         )
 
 
@@ -150,6 +161,7 @@ def _run(
     overwrite: bool,
     dry_run: bool,
     watch: Watcher,
+    chosen: Chosen | None,
 ) -> Result:
     """Does the work of ``run``; the parent of ``out`` exists."""
     began, clock = time.monotonic(), session.clock
@@ -192,9 +204,12 @@ def _run(
             kept_float=narrow,
             source_format=source.quantized,
             estimate=_estimate(stages, plan, prepared, samples, session),
+            choice=chosen and chosen.choice,
         )
 
     mark = fingerprint(source, recipe, session, shard_bytes, samples, learns=bool(stages.learning))
+    record_of_choice = {} if chosen is None else {CHOICE: chosen.to_dict()}
+    mark |= record_of_choice
     single = exporter.format.single_file
     source_bytes = SourceBytes(
         plan,
@@ -260,7 +275,7 @@ def _run(
             )
         with clock("writing"):
             output.finish(
-                texts, record, lambda folder: stages.convert(folder, prepared.view, coded)
+                texts, {**record, **record_of_choice}, lambda folder: stages.convert(folder, prepared.view, coded)
             )
     result = Result(
         out=out,
@@ -276,6 +291,7 @@ def _run(
         floats=share.kinds,
         kept_float=narrow,
         source_format=source.quantized,
+        choice=chosen and chosen.choice,
     )
     watchers.run_done(result)
     return result
