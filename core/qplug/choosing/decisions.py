@@ -1,4 +1,4 @@
-"""Groups the linears that must share one scheme: those that an engine merges, experts of a layer."""
+"""Groups the linears that must share one scheme: merged ones, and the experts of a layer."""
 
 from __future__ import annotations
 

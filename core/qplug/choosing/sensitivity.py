@@ -12,6 +12,7 @@ leaves out products of two tokens, whose errors hardly correlate.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,13 +62,13 @@ def fisher(
                 losses[decision][scheme] += _half_square(passed, scheme)
 
     for number, batch in enumerate(batches):
-        passes.backwards(batch, lambda logits, b=batch: _own_loss(logits, b, generator), visit)
+        passes.backwards(batch, partial(_own_loss, batch, generator), visit)
         watch(number + 1, len(batches))
     tokens = max(1, samples.count)
     return {d: {s: loss / tokens for s, loss in each.items()} for d, each in losses.items()}
 
 
-def _own_loss(logits: Tensor, samples: Samples, generator: torch.Generator) -> Tensor:
+def _own_loss(samples: Samples, generator: torch.Generator, logits: Tensor) -> Tensor:
     """The sum of the losses of tokens that the model itself predicts, drawn from ``logits``."""
     predicted = logits.log_softmax(-1)
     with torch.no_grad():

@@ -36,4 +36,5 @@ def choice_lines(choice: Choice, *, whole: bool) -> Iterator[str]:
     column = max(len(group.scheme) for group in choice.groups)
     yield f"{'layers':<{width}}  {'scheme':<{column}}   bits  divergence"
     for group in choice.groups:
-        yield f"{group.name:<{width}}  {group.scheme:<{column}}  {group.bits:5.2f}  {group.loss:.6f}"
+        names = f"{group.name:<{width}}  {group.scheme:<{column}}"
+        yield f"{names}  {group.bits:5.2f}  {group.loss:.6f}"

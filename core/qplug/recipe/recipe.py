@@ -148,10 +148,6 @@ class Recipe:
             heading="Recipe",
         ),
     ] = field(default_factory=lambda: preset("W4A16"))
-    budget: Annotated[
-        Budget,
-        Param("What the schemes that scheme auto chooses may cost.", heading="Recipe"),
-    ] = field(default_factory=Budget)
     backend: Annotated[
         str, Param("Engine or format to export for.", heading="Model and output")
     ] = "sglang"
@@ -215,6 +211,12 @@ class Recipe:
         Param("Round floats as qtorch does, for a backend that only measures.", heading="Recipe"),
     ] = False
     seed: Annotated[int, Param("Seed of all random choices.", heading="Recipe")] = 0
+    budget: Annotated[
+        Budget,
+        Param(
+            "What the schemes that auto chooses may cost: one of three limits.", heading="Recipe"
+        ),
+    ] = field(default_factory=Budget)
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:

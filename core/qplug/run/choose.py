@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +83,17 @@ def choose(model: str, out: Path, asked: Recipe, session: Session) -> Chosen:
 def _kept(fingerprint: Mapping[str, Any], asked: Recipe) -> Chosen | None:
     """The choice of an unfinished run with ``fingerprint``; None if it asked for another."""
     record = fingerprint.get(CHOICE)
-    if not isinstance(record, dict) or record.get("asked") != _as_json(asked.to_dict()):
+    if not isinstance(record, dict) or not has_asked(record, asked):
         return None
     values = {name: value for name, value in record.items() if name != "asked"}
     groups = tuple(ChosenGroup(**group) for group in values.pop("groups"))
     recipe = Recipe.from_dict(fingerprint["recipe"])
     return Chosen(recipe, Choice(**values, groups=groups), asked)
+
+
+def has_asked(record: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether ``record``, which ``Chosen.to_dict`` wrote to JSON, is a choice for ``recipe``."""
+    return bool(record.get("asked") == _as_json(recipe.to_dict()))
 
 
 def _as_json(value: Any) -> Any:
@@ -168,9 +173,7 @@ class _Problem:
             and scheme.with_scale_dtype(exporter.format.scale_dtype(scheme, view.dtype))
             for scheme in used
         }
-        return cls(
-            ways, options, sizes, stored, other_bytes(source, assigned), view, exporter
-        )
+        return cls(ways, options, sizes, stored, other_bytes(source, assigned), view, exporter)
 
     @property
     def weights(self) -> int:
@@ -192,8 +195,7 @@ class _Problem:
         if asked.budget.max_kl is not None:
             return
         least = min(
-            sum(min(self.sizes[d][s] for s in each) for d, each in way.items())
-            for way in self.ways
+            sum(min(self.sizes[d][s] for s in each) for d, each in way.items()) for way in self.ways
         )
         if least <= limit:
             return
@@ -275,7 +277,7 @@ class _Problem:
 
 def scheme_text(scheme: Scheme) -> str:
     """The name of ``scheme`` with the size of its groups, such as ``W4A16 g128``."""
-    if scheme.activations is not None:
+    if scheme.activations is not None or scheme.weights.fixes_scales:
         return scheme.name
     size = scheme.weights.group_size
     if size is not None:
@@ -317,9 +319,7 @@ def _losses(
     if asked.budget.sensitivity == "divergence":
         found = divergence(passes, stored, samples, batch_size, watch=lambda *_: None)
     else:
-        found = fisher(
-            passes, stored, samples, batch_size, seed=asked.seed, watch=lambda *_: None
-        )
+        found = fisher(passes, stored, samples, batch_size, seed=asked.seed, watch=lambda *_: None)
     return {
         decision: {scheme: max(0.0, found[decision][problem.stored[scheme]]) for scheme in each}
         for decision, each in problem.options.items()

@@ -204,7 +204,7 @@ def _run(
             kept_float=narrow,
             source_format=source.quantized,
             estimate=_estimate(stages, plan, prepared, samples, session),
-            choice=chosen and chosen.choice,
+            choice=None if chosen is None else chosen.choice,
         )
 
     mark = fingerprint(source, recipe, session, shard_bytes, samples, learns=bool(stages.learning))
@@ -275,7 +275,9 @@ def _run(
             )
         with clock("writing"):
             output.finish(
-                texts, {**record, **record_of_choice}, lambda folder: stages.convert(folder, prepared.view, coded)
+                texts,
+                {**record, **record_of_choice},
+                lambda folder: stages.convert(folder, prepared.view, coded),
             )
     result = Result(
         out=out,
@@ -291,7 +293,7 @@ def _run(
         floats=share.kinds,
         kept_float=narrow,
         source_format=source.quantized,
-        choice=chosen and chosen.choice,
+        choice=None if chosen is None else chosen.choice,
     )
     watchers.run_done(result)
     return result
