@@ -51,7 +51,9 @@ class Chosen:
 
     def to_dict(self) -> dict[str, Any]:
         """A mapping for JSON, from which ``kept`` reads the choice."""
-        return {"asked": self.asked.to_dict(), **asdict(self.choice)}
+        plain = _as_json({"asked": self.asked.to_dict(), **asdict(self.choice)})
+        assert isinstance(plain, dict)
+        return plain
 
 
 def choose(model: str, out: Path, asked: Recipe, session: Session) -> Chosen:
