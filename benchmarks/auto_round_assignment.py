@@ -4,9 +4,9 @@ Runs where auto-round is installed. Arguments: the model, a text file, mean bits
 
     python auto_round_assignment.py MODEL calib.txt 4.25,4.5,5 0 > assignment.json
 
-Its search takes time for each candidate, so there are six of the twelve that ``qplug --scheme auto``
-has. Linears that engines merge share a scheme. The text is cut into documents of 4000 characters, which start at another place for each
-seed.
+Its search takes time for each candidate, so there are six of the twelve that ``--scheme auto`` of
+qplug has. Linears that engines merge share a scheme. The text is cut into documents of 4000
+characters, which start at another place for each seed.
 """
 
 from __future__ import annotations

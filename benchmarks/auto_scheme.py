@@ -1,4 +1,4 @@
-"""Compares ``--scheme auto`` with uniform schemes, a rule of thumb and AutoScheme, by size and loss.
+"""Compares ``--scheme auto`` with uniform schemes, a rule of thumb and AutoScheme of auto-round.
 
     python benchmarks/auto_scheme.py MODEL calib.txt eval-dev.txt wikitext-2-valid.txt \
         --algo rtn --bits 4.25,4.5 --seeds 0,1,2 --assignments assignment.json

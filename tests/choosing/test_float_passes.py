@@ -18,7 +18,7 @@ from qplug.model.view import model_view
 from qplug.registry.registry import Registry
 
 TOKENS = torch.randint(5, 4000, (4, 24), generator=torch.Generator().manual_seed(1))
-FAMILIES = ("llama", "gemma2", "opt", "qwen3-moe", "llama, tied")
+FAMILIES = ("llama", "gemma2", "qwen3-moe", "llama, tied")
 
 
 def passes_of(folder: object) -> FloatPasses:

@@ -165,15 +165,17 @@ class _Problem:
             raise QplugError(
                 f"--scheme auto: {exporter.name} serves no scheme for this model on its device"
             )
-        sizes = {
-            decision: {scheme: _bytes(decision, scheme, source, view, exporter) for scheme in each}
-            for decision, each in options.items()
-        }
         used = dict.fromkeys(scheme for each in options.values() for scheme in each)
         stored = {
             scheme: scheme
             and scheme.with_scale_dtype(exporter.format.scale_dtype(scheme, view.dtype))
             for scheme in used
+        }
+        sizes = {
+            decision: {
+                scheme: _bytes(decision, stored[scheme], source, view, exporter) for scheme in each
+            }
+            for decision, each in options.items()
         }
         return cls(ways, options, sizes, stored, other_bytes(source, assigned), view, exporter)
 
