@@ -173,7 +173,7 @@ def _run(
             by_block=recipe.calibration is not None,
             cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
         )
-    refuse_unplanned(plan, coded)
+    refuse_unplanned(plan, coded, exporter)
     samples = _samples(recipe, model, prepared.view, session)
     source_size = nbytes_of(source.tensors.values())
     if dry_run:
