@@ -32,7 +32,8 @@ def with_linears(model: PreTrainedModel) -> PreTrainedModel:
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, Conv1D)]
     for path, module in found:
         parent, local = split_name(path)
-        linear = TransposedLinear(*module.weight.shape, device="meta")
+        columns, rows = module.weight.shape  # [in, out]
+        linear = TransposedLinear(columns, rows, device="meta")
         linear.weight = nn.Parameter(module.weight.T.contiguous(), requires_grad=False)
         linear.bias = module.bias
         linear.train(module.training)
