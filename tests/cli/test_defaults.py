@@ -72,7 +72,7 @@ def test_quantize_takes_defaults_and_says_so(
     cli: Cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QPLUG_BACKEND", "fake")
-    words = ("quantize", llama, "--out", tmp_path / "out")
+    words = ("quantize", "--algo", "rtn", llama, "--out", tmp_path / "out")
     assert "[default: fake]" in cli("quantize", "-h").output
     done = cli(*words)
     assert (done.exit_code, done.stderr) == (0, "--backend fake: your default\n")
@@ -96,5 +96,13 @@ def test_a_default_device_is_the_device(
     cli: Cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QPLUG_DEVICE", "nonsense")
-    assert "--device nonsense: " in cli("quantize", llama, "--out", tmp_path / "out").stderr
-    assert cli("quantize", llama, "--out", tmp_path / "out", "--device", "cpu").exit_code == 0
+    assert (
+        "--device nonsense: "
+        in cli("quantize", "--algo", "rtn", llama, "--out", tmp_path / "out").stderr
+    )
+    assert (
+        cli(
+            "quantize", "--algo", "rtn", llama, "--out", tmp_path / "out", "--device", "cpu"
+        ).exit_code
+        == 0
+    )

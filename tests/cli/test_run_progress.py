@@ -156,7 +156,7 @@ def test_a_note_of_each_block_is_said_once(llama: Path, cli: Cli, tmp_path: Path
         "def qplug_algorithms():\n"
         "    return [Noisy]\n"
     )
-    words = ("--algo", "noisy", "--group-size", 32, "--backend", "vllm", "--no-check")
+    words = ("--algo", "noisy", "--group-size", 32, "--backend", "vllm")
     result = cli("--plugin", plugin, "quantize", llama, *words, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     (note,) = (line for line in result.stdout.splitlines() if line.startswith("note: "))
@@ -164,7 +164,7 @@ def test_a_note_of_each_block_is_said_once(llama: Path, cli: Cli, tmp_path: Path
 
 
 def test_json_is_alone_on_stdout(llama: Path, cli: Cli, tmp_path: Path) -> None:
-    words = ("--algo", "rtn", "--group-size", 32, "--no-check", "--json")
+    words = ("--algo", "rtn", "--group-size", 32, "--json")
     result = cli("quantize", llama, *words, "--out", tmp_path / "out")
     assert json.loads(result.stdout)["quality"] is None
     assert result.stderr.splitlines()[0] == f"opening {llama}"

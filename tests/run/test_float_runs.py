@@ -156,7 +156,16 @@ def test_a_run_with_qtorch_says_so(
     cli: Cli, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    words = ("quantize", llama, "--scheme", "W4AE4M3", "--override", "*.q_proj=WE2M1A16")
+    words = (
+        "quantize",
+        "--algo",
+        "rtn",
+        llama,
+        "--scheme",
+        "W4AE4M3",
+        "--override",
+        "*.q_proj=WE2M1A16",
+    )
     result = cli(*words, "--backend", "fake", "--use-qtorch", "--out", out)
     assert (result.exit_code, result.stderr) == (0, "")
     assert {names["exp"] for _, _, names in calls()} == {2}  # weights of W4AE4M3 are integers
@@ -182,7 +191,17 @@ def test_a_run_with_qtorch_says_so(
 
 @pytest.mark.usefixtures("without_qtorch")
 def test_without_qtorch_nothing_is_begun(cli: Cli, tmp_path: Path, llama: Path) -> None:
-    words = ("quantize", llama, "--scheme", "FP8_DYNAMIC", "--backend", "fake", "--use-qtorch")
+    words = (
+        "quantize",
+        "--algo",
+        "rtn",
+        llama,
+        "--scheme",
+        "FP8_DYNAMIC",
+        "--backend",
+        "fake",
+        "--use-qtorch",
+    )
     result = cli(*words, "--out", tmp_path / "out")
     sentence = "use_qtorch needs the package qtorch: pip install 'qplug[qtorch]'"
     assert (result.exit_code, result.stderr) == (1, f"Error: {sentence}\n")

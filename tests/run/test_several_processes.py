@@ -122,7 +122,7 @@ def words(text: Path, tmp_path: Path) -> Callable[..., list[str]]:
             "device": "cpu",
             **changes,
         }
-        line = ["--plugin", str(tmp_path / "trouble.py"), "quantize", str(source)]
+        line = ["--plugin", str(tmp_path / "trouble.py"), "quantize", "--algo", "rtn", str(source)]
         for name, value in options.items():
             line += [f"--{name}", str(value)] if value is not None else []
         for name in ("awq", "osplus"):

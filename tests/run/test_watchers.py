@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from safetensors.torch import load_file
 
 from qplug import BlockReport, PluginWarning, QplugError, Result, RunStart, hookimpl, quantize
-from qplug.checkpoint.open import SINGLE
+from qplug.checkpoint.open import open_checkpoint
 from qplug.registry.registry import Registry
 from qplug.testing import tiny_model, tiny_tokenizer
 
@@ -103,7 +102,8 @@ def test_each_tensor_of_a_streamed_run_and_the_end(llama: Path, tmp_path: Path) 
     plan = start.plan
     assert plan is not None
     assert (plan.algorithm, plan.scheme, plan.dataset, plan.blocks) == ("rtn", "W8A16", "", 2)
-    assert plan.parameters == sum(math.prod(t.shape) for t in load_file(llama / SINGLE).values())
+    tensors = open_checkpoint(llama).tensors.values()
+    assert plan.parameters == sum(math.prod(tensor.spec.shape) for tensor in tensors)
     assert len(plan.block_seconds) == 2
 
 
@@ -181,7 +181,18 @@ def test_the_command_line_says_it_in_a_line(llama: Path, tmp_path: Path, cli: Cl
         "def qplug_run_done(result):\n"
         "    raise OSError('no printer')\n"
     )
-    words = ("quantize", llama, "--backend", "fake", "--group-size", 32, "--device", "cpu")
+    words = (
+        "quantize",
+        "--algo",
+        "rtn",
+        llama,
+        "--backend",
+        "fake",
+        "--group-size",
+        32,
+        "--device",
+        "cpu",
+    )
     result = cli("--plugin", plugin, *words, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     (line,) = (line for line in result.stderr.splitlines() if "noisy" in line)

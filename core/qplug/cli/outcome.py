@@ -7,8 +7,8 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from qplug.cli.float_lines import float_lines, kept_float_lines
-from qplug.cli.plan_text import plan_paragraph
-from qplug.cli.printing import say
+from qplug.cli.plan_text import data_warning, plan_paragraph
+from qplug.cli.printing import say, warn
 from qplug.cli.unfinished import kept
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ def tell_outcome(result: Result, start: RunStart | None = None, report: Path | N
         say(f"{out}: would be written: {sizes}")
         if result.plan is not None:
             say(plan_paragraph(result.plan))
+            if warning := data_warning(result.plan):
+                warn(warning)
         _tell_floats(result)
         _tell_notes(result.notes)
         return

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qplug.checkpoint.locate import DEMO
+
 if TYPE_CHECKING:
     from qplug.api.events import Estimate, RunPlan
+
+#: The dataset that ships with qplug.
+_DEMO_TEXT = "demo"
 
 
 def plan_paragraph(plan: RunPlan) -> str:
@@ -21,6 +26,16 @@ def plan_paragraph(plan: RunPlan) -> str:
         f"{plan.model} ({plan.architecture}, {count}, {blocks}) becomes {plan.scheme} by "
         f"{plan.algorithm} for {plan.backend}: {plan.source_bytes / 1e6:,.1f} MB -> "
         f"{plan.bytes / 1e6:,.1f} MB. {data} {_costs(plan.estimate, plan.device)}"
+    )
+
+
+def data_warning(plan: RunPlan) -> str | None:
+    """Returns a sentence if the calibration text is unlike what ``plan.model`` reads, else None."""
+    if plan.dataset != _DEMO_TEXT or plan.model == DEMO:
+        return None
+    return (
+        f"{plan.model} is calibrated on demo, which is Python's documentation; better is text like "
+        "its prompts: --dataset text --dataset-opt path=FILE, or --dataset pileval from the Hub"
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qplug.cli.chosen import chosen_algorithm, chosen_line
 from qplug.cli.config import tell
 from qplug.cli.headed import HeadedCommand, HeadedOption
 from qplug.cli.outcome import tell_outcome
@@ -75,6 +76,12 @@ _result_option = partial(click.option, cls=HeadedOption, heading="Model and outp
     help="What a block may take on the device, such as 20GiB; by default what is free.",
 )
 @_run_option(
+    "--stop-at",
+    metavar="DISTANCE",
+    type=click.FloatRange(0, min_open=True),
+    help="Stop after a block whose output is further from the float model's, such as 0.3.",
+)
+@_run_option(
     "--check/--no-check",
     default=True,
     help="Measure perplexity and KL divergence from the float model afterwards, on a little text.",
@@ -93,6 +100,7 @@ def command(
     device: str,
     memory: str | None,
     trust_remote_code: bool,
+    stop_at: float | None,
     check: bool,
     dry_run: bool,
     as_json: bool,
@@ -113,11 +121,13 @@ def command(
     usual = usual_words(ctx) if config is None else {}
     for word, default in usual.items():
         note(f"--{word} {default}: your default")
+    if config is None:
+        words = _with_algorithm({**usual, **words}, registry)
     with run_progress(f"opening {model or config}") as progress:  # before torch is imported
         from qplug.run.perform import RunOptions
 
         size = int(shard_size * 1e9)
-        options = RunOptions(device, size, overwrite, trust_remote_code, memory, check)
+        options = RunOptions(device, size, overwrite, trust_remote_code, memory, check, stop_at)
         if config is not None:
             job = _from_file(
                 config, words, model, out, options, registry, dry_run, report, progress
@@ -125,14 +135,22 @@ def command(
         else:
             assert model is not None
             assert out is not None
-            given: RecipeWords = {**usual, **words}
-            result = _from_words(given, model, out, options, registry, dry_run, report, progress)
+            result = _from_words(words, model, out, options, registry, dry_run, report, progress)
     if as_json:
         say_json(_plain(job) if config is not None else _plain_result(result))
     elif config is not None:
         _tell_all(job, progress, report)
     else:
         _tell(result, progress, report)
+
+
+def _with_algorithm(words: RecipeWords, registry: Registry) -> RecipeWords:
+    """``words`` with the algorithm that qplug chooses if they name none, which is said."""
+    algorithm = chosen_algorithm(words, registry)
+    if algorithm is None:
+        return words
+    note(chosen_line(algorithm, words))
+    return {**words, "algo": algorithm}
 
 
 def _tell_aliases(words: RecipeWords) -> None:
@@ -170,6 +188,7 @@ def _from_words(
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
             check=options.check,
+            stop_at=options.stop_at,
             registry=registry.with_(progress, "progress").with_(unfinished, "unfinished"),
             **words,
         )
@@ -221,6 +240,7 @@ def _from_file(
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
             check=options.check,
+            stop_at=options.stop_at,
             registry=registry.with_(progress, "progress").with_(unfinished, "unfinished"),
             watch=watch,
         )

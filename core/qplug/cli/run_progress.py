@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qplug.api.hookspecs import hookimpl
-from qplug.cli.plan_text import duration, plan_paragraph
-from qplug.cli.printing import note
+from qplug.cli.plan_text import data_warning, duration, plan_paragraph
+from qplug.cli.printing import note, warn
 from qplug.cli.unfinished import tell_found
 from qplug.errors import shown
 
@@ -106,9 +106,12 @@ class RunProgress:
     @hookimpl
     def qplug_run_begun(self, start: RunStart) -> None:
         self.starts[start.out] = start
-        self._blocks = Blocks(start, time.monotonic())
+        self._said = time.monotonic()
+        self._blocks = Blocks(start, self._said)
         if start.plan is not None:
             note(plan_paragraph(start.plan))
+            if warning := data_warning(start.plan):
+                warn(warning)
         tell_found(start)
 
     @hookimpl

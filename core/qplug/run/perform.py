@@ -50,7 +50,7 @@ class RunOptions:
 
     ``device`` is "auto", "cpu" or "cuda[:N]"; ``shard_bytes`` the size of a weight file in bytes;
     ``memory`` what a block may take on the device, such as "20GiB". ``check`` measures the quality
-    of each folder.
+    of each folder, and ``stop_at`` stops a run as in ``qplug.quantize``.
     """
 
     device: str = "auto"
@@ -59,6 +59,7 @@ class RunOptions:
     trust_remote_code: bool = False
     memory: str | None = None
     check: bool = False
+    stop_at: float | None = None
 
 
 def perform(
@@ -71,6 +72,7 @@ def perform(
     trust_remote_code: bool = False,
     memory: str | None = None,
     check: bool = False,
+    stop_at: float | None = None,
     registry: Registry | None = None,
     watch: Watcher | None = None,
 ) -> JobResult:
@@ -81,7 +83,7 @@ def perform(
     the others are written. Raises QplugError for mistakes that the user can mend, before any work
     is done if they can be detected then.
     """
-    options = RunOptions(device, shard_bytes, overwrite, trust_remote_code, memory, check)
+    options = RunOptions(device, shard_bytes, overwrite, trust_remote_code, memory, check, stop_at)
     runner = _JobRunner(job, options, registry or Registry.installed(), watch or (lambda *_: None))
     return runner.dry_run() if dry_run else runner()
 
@@ -152,6 +154,7 @@ class _JobRunner:
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
             check=options.check and not self._is_hidden(export),
+            stop_at=options.stop_at,
             registry=self._registry,
             watch=lambda *step: self._watch("quantizing", *step),
         )

@@ -16,7 +16,6 @@ from qplug.api.scheme import Scheme
 from qplug.calibration.samples import Samples
 from qplug.calibration.tokens import calibration_tokens
 from qplug.checkpoint.config_file import CONFIG
-from qplug.checkpoint.into_memory import nbytes_of
 from qplug.errors import QplugError
 from qplug.machine.memory import naming_memory, parse_size
 from qplug.machine.session import Session
@@ -46,6 +45,7 @@ from qplug.run.prepare import prepare, with_float_experts_stacked
 from qplug.run.refuse import open_source, refuse_unplanned, servable_cache
 from qplug.run.stages import Stages
 from qplug.run.steps import Finished, Steps
+from qplug.run.stop_at import StopAt, refuse_blind
 from qplug.run.streamed import streamed
 from qplug.run.watchers import Watcher, Watchers
 
@@ -67,6 +67,7 @@ def quantize(
     trust_remote_code: bool = False,
     memory: str | None = None,
     check: bool = False,
+    stop_at: float | None = None,
     registry: Registry | None = None,
     watch: Watcher | None = None,
     **words: Unpack[RecipeWords],
@@ -81,6 +82,9 @@ def quantize(
     too. ``memory`` ("20GiB") is what a block may take on the device, by default what is free; the
     experts of a block that takes more are quantized in portions. ``check`` measures perplexity and
     KL divergence from the float model on text that calibration has not seen, ``Result.quality``.
+    ``stop_at`` stops a calibrated run after a block whose output is further from the float model's:
+    the limit of the mean over calibration tokens of ``||x' - x|| / ||x||``, where ``x`` and ``x'``
+    are the hidden states after the block in the float and in the quantized model.
 
     Returns the folder, its size in bytes, the error of each layer and the seconds that the run
     took. If a run was killed, the same call continues it. Raises QplugError for mistakes that the
@@ -108,6 +112,7 @@ def quantize(
             overwrite=overwrite,
             dry_run=dry_run,
             check=check,
+            stop_at=stop_at,
             watch=watch or (lambda *_: None),
         )
 
@@ -123,6 +128,7 @@ def run(
     dry_run: bool,
     watch: Watcher,
     check: bool = False,
+    stop_at: float | None = None,
 ) -> Result:
     """Quantize ``model`` into ``out`` by ``stages``, and return the result.
 
@@ -147,6 +153,7 @@ def run(
             overwrite=overwrite,
             dry_run=dry_run,
             check=check,
+            stop_at=stop_at,
             watch=watch,
         )
 
@@ -161,6 +168,7 @@ def _run(
     overwrite: bool,
     dry_run: bool,
     check: bool,
+    stop_at: float | None,
     watch: Watcher,
 ) -> Result:
     """Does the work of ``run``; the parent of ``out`` exists."""
@@ -168,6 +176,7 @@ def _run(
     recipe, exporter = stages.recipe, stages.exporter
     watchers = Watchers(session, watch)
     watchers.stage_begun("opening")
+    refuse_blind(stop_at, stages)
     source, skeleton = open_source(model, out, exporter, session)
     with clock("opening"):
         source, view = open_model(recipe, source, session, skeleton)
@@ -190,14 +199,13 @@ def _run(
     refuse_unplanned(plan, coded)
     samples = _samples(recipe, model, prepared.view, session, watchers)
     what = run_plan(model, source, stages, plan, prepared, samples, session)
-    source_size = nbytes_of(source.tensors.values())
     if dry_run:
         return Result(
             out,
             {},
             {},
             prepared.notes,
-            source_size,
+            what.source_bytes,
             plan.nbytes,
             0.0,
             0,
@@ -210,7 +218,6 @@ def _run(
         )
 
     mark = fingerprint(source, recipe, session, shard_bytes, samples, learns=bool(stages.learning))
-    single = exporter.format.single_file
     source_bytes = SourceBytes(
         plan,
         prepared.checkpoint,
@@ -225,9 +232,9 @@ def _run(
         source_bytes,
         overwrite=overwrite,
         companions=source.companions(),
-        single_file=single.name if single else None,
+        single_file=exporter.format.single_file.name if exporter.format.single_file else None,
         learned=stages.learning,
-        spare=plan.nbytes if single else 0,  # for a moment both are on disk
+        spare=plan.nbytes if exporter.format.single_file else 0,  # for a moment both are on disk
     )
     reports: dict[int, Report] = {}
     with (
@@ -245,7 +252,14 @@ def _run(
                 prepare(stages, source, view, session, learn=learn), coded
             )
         reports |= {number: Report.from_dict(plain) for number, plain in done.items()}
-        steps = Steps(stages, plan, prepared, watchers, session)
+        steps = Steps(
+            stages,
+            plan,
+            prepared,
+            watchers,
+            session,
+            StopAt.of(stop_at, stages, plan, prepared.view),
+        )
         finished = _computed(steps, schemes, samples, cache, skeleton, output, source_bytes, done)
         for step in finished:
             with clock("writing"):
@@ -277,7 +291,7 @@ def _run(
         errors={name: error for report in reported for name, error in report.errors.items()},
         losses={name: loss for report in reported for name, loss in report.losses.items()},
         notes=prepared.notes + tuple(note for report in reported for note in report.notes),
-        source_bytes=source_size,
+        source_bytes=what.source_bytes,
         bytes=plan.nbytes,
         seconds=time.monotonic() - began,
         resumed=len(done),
