@@ -121,8 +121,6 @@ def command(
     usual = usual_words(ctx) if config is None else {}
     for word, default in usual.items():
         note(f"--{word} {default}: your default")
-    if config is None:
-        words = _with_algorithm({**usual, **words}, registry)
     with run_progress(f"opening {model or config}") as progress:  # before torch is imported
         from qplug.run.perform import RunOptions
 
@@ -135,6 +133,7 @@ def command(
         else:
             assert model is not None
             assert out is not None
+            words = _with_algorithm({**usual, **words}, registry)
             result = _from_words(words, model, out, options, registry, dry_run, report, progress)
     if as_json:
         say_json(_plain(job) if config is not None else _plain_result(result))

@@ -324,7 +324,7 @@ def _checked(
     except QplugError as error:
         note = f"the quality was not measured: {error}"
         return replace(result, notes=(*result.notes, note))
-    return replace(result, quality=quality)
+    return replace(result, quality=quality, stages=session.clock.costs())
 
 
 def _computed(
