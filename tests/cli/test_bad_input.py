@@ -53,7 +53,8 @@ def refused(tmp_path: Path, cli: Callable[..., Result], contents: Contents) -> R
         assert isinstance(result.exception, SystemExit), result.exception
         lines = result.stderr.splitlines()
         if exit_code == 1:
-            assert all(line.startswith("opening ") for line in lines[:-1])
+            said = ("opening ", f"{model} (")  # what it opens, and the plan
+            assert all(line.startswith(said) for line in lines[:-1])
         assert result.exit_code == exit_code
         assert lines[-1].startswith("Error: ")
         return lines[-1].removeprefix("Error: ")

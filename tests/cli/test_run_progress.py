@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import pytest
 from qplug.api.events import BlockReport, Estimate, RunPlan, RunStart
 from qplug.cli import run_progress as shown
 from qplug.cli.outcome import tell_outcome
-from qplug.cli.plan_text import duration, in_words, plan_paragraph
+from qplug.cli.plan_text import data_warning, duration, in_words, plan_paragraph
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,6 +97,15 @@ def test_the_paragraph_says_what_it_does_and_takes() -> None:
     ]
 
 
+def test_a_model_that_is_calibrated_on_the_documentation_of_python_is_warned_of() -> None:
+    warning = data_warning(plan())
+    assert warning is not None
+    assert warning.startswith("some/model is calibrated on demo, which is Python's documentation; ")
+    assert "--dataset text --dataset-opt path=FILE" in warning
+    for fine in ({"model": "qplug:demo"}, {"dataset": "text"}, {"dataset": ""}):
+        assert data_warning(replace(plan(), **fine)) is None
+
+
 def test_plain_lines_are_few(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,8 +186,6 @@ def test_json_is_alone_on_stdout(llama: Path, cli: Cli, tmp_path: Path) -> None:
 def test_outputs_and_weights_are_not_said_alike(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dataclasses import replace
-
     from qplug import quantize
 
     done = quantize(str(llama), tmp_path / "out", scheme="W8A16", group_size=32, device="cpu")

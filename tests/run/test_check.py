@@ -89,6 +89,7 @@ def test_what_is_not_measured_is_said(
     assert note.startswith(f"the quality was not measured: {why}")
 
 
+@pytest.mark.slow
 def test_text_that_calibration_used_is_left_out(tiny: Path, tmp_path: Path) -> None:
     text = "".join(f"{number} times {number} is {number * number}. " for number in range(2500))
     (tmp_path / "mine.txt").write_text(text)

@@ -80,6 +80,7 @@ def test_the_distance_is_that_of_the_hidden_states_after_each_block(
     assert distances == pytest.approx(expected, rel=0.02)  # blocks compute in bfloat16 or float32
 
 
+@pytest.mark.slow
 def test_watching_changes_no_byte(tiny: str, tmp_path: Path, contents: Contents) -> None:
     qplug.quantize(tiny, tmp_path / "one", backend="vllm", **HOW)
     qplug.quantize(tiny, tmp_path / "two", backend="vllm", stop_at=1e9, **HOW)
@@ -92,12 +93,12 @@ def test_it_names_the_block_and_the_way_out_and_keeps_the_blocks_before(
     words = {**HOW, "backend": "vllm", "overrides": {"model.layers.0.*": "FP8_DYNAMIC"}}
     out = tmp_path / "out"
     with pytest.raises(QplugError) as refused:
-        qplug.quantize(tiny, out, stop_at=0.03, **words)
+        qplug.quantize(tiny, out, stop_at=0.02, **words)
     first, second = distances
-    assert first < 0.03 < second
+    assert first < 0.02 < second
     found = re.fullmatch(
         rf"model\.layers\.1: the hidden states after it are {second:.3f} away from the float "
-        rf"model's \({first:.3f} before it\), more than --stop-at 0\.03; give it 8 bits: "
+        rf"model's \({first:.3f} before it\), more than --stop-at 0\.02; give it 8 bits: "
         r"--override '(model\.layers\.1\.\*)=(FP8_DYNAMIC)', or raise --stop-at: a run that "
         r"differs in --stop-at alone goes on with the blocks before",
         str(refused.value),
@@ -111,7 +112,7 @@ def test_it_names_the_block_and_the_way_out_and_keeps_the_blocks_before(
     assert contents(out) == contents(tmp_path / "at-once")
     pattern, scheme = found.groups()
     better = {**words, "overrides": {**words["overrides"], pattern: scheme}}
-    assert qplug.quantize(tiny, tmp_path / "better", stop_at=0.03, **better).errors
+    assert qplug.quantize(tiny, tmp_path / "better", dry_run=True, **better).dry_run  # it is served
 
 
 @pytest.mark.parametrize(
