@@ -216,8 +216,9 @@ def one_line(result: Result, *words: str) -> None:
     """Asserts that a command failed with one line that has all ``words``."""
     assert result.exit_code == 1, (result.output, result.exception)
     assert isinstance(result.exception, SystemExit), result.exception
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith("Error: ")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("opening ")]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
     assert all(word in result.stderr for word in words), (result.stderr, words)
     assert result.stdout == ""
 

@@ -167,7 +167,7 @@ def test_a_run_with_qtorch_says_so(
         "*.q_proj=WE2M1A16",
     )
     result = cli(*words, "--backend", "fake", "--use-qtorch", "--out", out)
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.exit_code == 0, result.output
     assert {names["exp"] for _, _, names in calls()} == {2}  # weights of W4AE4M3 are integers
     told = json.loads((out / "qplug.json").read_text())
     assert told["versions"]["qtorch"] == "0.3.0"
@@ -204,7 +204,7 @@ def test_without_qtorch_nothing_is_begun(cli: Cli, tmp_path: Path, llama: Path) 
     )
     result = cli(*words, "--out", tmp_path / "out")
     sentence = "use_qtorch needs the package qtorch: pip install 'qplug[qtorch]'"
-    assert (result.exit_code, result.stderr) == (1, f"Error: {sentence}\n")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, f"Error: {sentence}")
     assert list(tmp_path.iterdir()) == [llama]
 
 
