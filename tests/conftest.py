@@ -25,6 +25,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["XDG_CONFIG_HOME"] = os.devnull
 for _variable in ("QPLUG_DEVICE", "QPLUG_BACKEND", "QPLUG_DATASET"):
     os.environ.pop(_variable, None)
+# Seconds after each run; tests of the check ask for it with --check.
+os.environ["QPLUG_CHECK"] = "no"
 
 # How long an example takes is the machine's doing. A run gives what it gave before; others are
 # looked for with --hypothesis-profile=explore.

@@ -48,7 +48,15 @@ from qplug.api import (
     ValueHeads,
     WholeModel,
 )
-from qplug.api.events import BlockReport, Estimate, Result, RunStart, StageCost
+from qplug.api.events import (
+    BlockReport,
+    Estimate,
+    Quality,
+    Result,
+    RunPlan,
+    RunStart,
+    StageCost,
+)
 from qplug.api.hookspecs import hookimpl
 from qplug.api.layout import kernel_problems, layout_problems
 from qplug.api.limits import DEVICES, Target, beyond_limits, shape_problem
@@ -124,6 +132,7 @@ __all__ = [
     "Preparation",
     "Problem",
     "QplugError",
+    "Quality",
     "QuantArgs",
     "QuantizedWeight",
     "Reader",
@@ -132,6 +141,7 @@ __all__ = [
     "Registry",
     "Result",
     "Rewrite",
+    "RunPlan",
     "RunStart",
     "Scheme",
     "Server",

@@ -49,7 +49,8 @@ class RunOptions:
     """The options of a run that are not part of the job: they do not change the weights.
 
     ``device`` is "auto", "cpu" or "cuda[:N]"; ``shard_bytes`` the size of a weight file in bytes;
-    ``memory`` what a block may take on the device, such as "20GiB".
+    ``memory`` what a block may take on the device, such as "20GiB". ``check`` measures the quality
+    of each folder, and ``stop_at`` stops a run as in ``qplug.quantize``.
     """
 
     device: str = "auto"
@@ -57,6 +58,8 @@ class RunOptions:
     overwrite: bool = False
     trust_remote_code: bool = False
     memory: str | None = None
+    check: bool = False
+    stop_at: float | None = None
 
 
 def perform(
@@ -68,6 +71,8 @@ def perform(
     dry_run: bool = False,
     trust_remote_code: bool = False,
     memory: str | None = None,
+    check: bool = False,
+    stop_at: float | None = None,
     registry: Registry | None = None,
     watch: Watcher | None = None,
 ) -> JobResult:
@@ -78,7 +83,7 @@ def perform(
     the others are written. Raises QplugError for mistakes that the user can mend, before any work
     is done if they can be detected then.
     """
-    options = RunOptions(device, shard_bytes, overwrite, trust_remote_code, memory)
+    options = RunOptions(device, shard_bytes, overwrite, trust_remote_code, memory, check, stop_at)
     runner = _JobRunner(job, options, registry or Registry.installed(), watch or (lambda *_: None))
     return runner.dry_run() if dry_run else runner()
 
@@ -148,6 +153,8 @@ class _JobRunner:
             dry_run=dry_run,
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
+            check=options.check and not self._is_hidden(export),
+            stop_at=options.stop_at,
             registry=self._registry,
             watch=lambda *step: self._watch("quantizing", *step),
         )

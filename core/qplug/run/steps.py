@@ -21,6 +21,7 @@ from qplug.output.step_report import Report
 from qplug.output.writer import Content
 from qplug.run.prepare import Prepared
 from qplug.run.stages import Stages
+from qplug.run.stop_at import StopAt
 from qplug.run.watchers import Watchers
 
 if TYPE_CHECKING:
@@ -46,13 +47,18 @@ class Finished:
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """The steps of ``plan``, which ``stages`` compute from the ``prepared`` model."""
+    """The steps of ``plan``, which ``stages`` compute from the ``prepared`` model.
+
+    ``stop_at`` stops the run after a block that is too far from the float model's; None if nothing
+    does.
+    """
 
     stages: Stages
     plan: Plan
     prepared: Prepared
     watchers: Watchers
     session: Session
+    stop_at: StopAt | None = None
 
     def stored_weights(self, step: Step) -> dict[str, StoredTensor]:
         """Returns the stored weights of the linears in ``step``, by full name, in their order."""
