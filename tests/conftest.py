@@ -33,7 +33,15 @@ settings.register_profile("explore", deadline=None)
 settings.load_profile("qplug")
 
 #: Fixtures that tests of several folders use.
-pytest_plugins = ["chats", "checkpoints", "hand_made", "job_files", "small_models", "odd_models"]
+pytest_plugins = [
+    "browser",
+    "chats",
+    "checkpoints",
+    "hand_made",
+    "job_files",
+    "small_models",
+    "odd_models",
+]
 
 
 def pytest_collection_finish() -> None:

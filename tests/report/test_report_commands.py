@@ -51,6 +51,7 @@ def test_report_of_a_run(
     result = cli("quantize", float_model, "--out", out, *HOW, "--json", "--report")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
+    assert f"report: {tmp_path / 'llama-rtn.report.html'}\n" in result.stderr
     found = read_page((tmp_path / "llama-rtn.report.html").read_text())
     assert {stage["name"] for stage in told["stages"]} >= {"reading", "quantize", "writing"}
     for stage in told["stages"]:
