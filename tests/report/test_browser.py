@@ -13,12 +13,12 @@ from browser import IN_BROWSER
 from PIL import Image
 
 from qplug.api.events import StageCost
+from qplug.output.measured import Measured
 from qplug.reading.perplexity import Evaluation
 from qplug.registry.registry import Registry
 from qplug.report.comparison import Compared, comparison_page
 from qplug.report.examine import examine
 from qplug.report.page import report_page
-from qplug.report.quality import Quality
 
 if TYPE_CHECKING:
     from browser import Browser
@@ -72,7 +72,7 @@ def pages(findings: Findings, awq: Path, rtn: Path, tmp_path_factory: Any) -> di
         StageCost(name, seconds, 3_000_000_000, None)
         for name, seconds in (("reading", 0.5), ("statistics", 12.25), ("passing on", 7.0))
     )
-    quality = Quality("4 windows of 32 tokens of demo", 5.5, 5.4, 0.01, "good", "It is close.")
+    quality = Measured("4 windows of 32 tokens of demo", 5.5, 5.4, 0.01, "good", "It is close.")
     evaluations = (Evaluation("m", 5.5, "demo", 4, 32), Evaluation("m", 5.6, "demo", 4, 32))
     compared = [
         Compared(examine(str(folder), Registry.installed()).overview, found)

@@ -24,6 +24,7 @@ from qplug.api.events import StageCost
 from qplug.api.scheme import CACHES
 from qplug.checkpoint.locate import find_model
 from qplug.machine.session import Session
+from qplug.output.measured import Measured
 from qplug.reading.folder import open_folder
 from qplug.reading.perplexity import Evaluation
 from qplug.recipe.recipe import Calibration, Recipe
@@ -35,7 +36,6 @@ from qplug.report.comparison import Compared, comparison_page
 from qplug.report.examine import examine
 from qplug.report.page import report_page
 from qplug.report.page_file import read_quality
-from qplug.report.quality import Quality
 from qplug.report.remedies import more_bits
 from qplug.report.rendering import environment, render
 from qplug.report.words import recipe_rows, size
@@ -162,7 +162,7 @@ def test_quality_is_on_top(findings: Findings, page: str, read_page: ReadPage) -
     text = read_page(page.partition("<main>")[2]).text
     assert "Perplexity 21.0000, +5.00% against 20.0000 of the float model." in text
     assert text.index("Quality") < text.index("size") < text.index("Worst layers")
-    judged = Quality("8 windows", 21.0, 20.0, 0.012, "noticeable", "It is 5 % worse.")
+    judged = Measured("8 windows", 21.0, 20.0, 0.012, "noticeable", "It is 5 % worse.")
     told = report_page(findings, quality=judged)
     assert 'class="quality fair"' in told
     assert "Quality: noticeable" in read_page(told).text
@@ -171,15 +171,17 @@ def test_quality_is_on_top(findings: Findings, page: str, read_page: ReadPage) -
 
 
 def test_quality_is_read_back(findings: Findings, tmp_path: Path) -> None:
-    quality = Quality(EVIL, 21.0, None, 0.012, "good", EVIL)
+    quality = Measured(EVIL, 21.0, None, 0.012, "good", EVIL)
     for number, told in enumerate((quality, None)):
         file = tmp_path / f"{number}.html"
         file.write_text(report_page(findings, quality=told))
-        assert read_quality(file) == told
+        assert read_quality(file, findings.overview.identity) == told
+    with pytest.raises(QplugError, match="is on another folder"):
+        read_quality(tmp_path / "0.html", "another")
     other = tmp_path / "other.html"
     other.write_text("<p>mine</p>")
     with pytest.raises(QplugError, match="is not a report of qplug"):
-        read_quality(other)
+        read_quality(other, "")
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,7 @@ def overview(folder: Folder, name: str) -> Overview:
         losses=manifest.losses if manifest else {},
         experts=manifest.experts if manifest else {},
         serve=serve.format(shlex.quote(_served(name))) if serve else None,
+        identity=manifest.identity if manifest else "",
         places={linear: _place(linear, view.blocks) for linear in schemes},
     )
 

@@ -35,7 +35,8 @@ class Overview:
     linear, as in ``output.step_report.Report``. ``serve`` is the command that serves the folder,
     None if no engine does. ``experts`` are the numbers of calibration tokens of the experts of each
     layer. ``places`` are the block of each quantized linear, from 0, or None outside the blocks,
-    and its kind: its name within the block, the same for all experts.
+    and its kind: its name within the block, the same for all experts. ``identity`` is as in the
+    ``output.manifest.Manifest``.
     """
 
     folder: str
@@ -55,6 +56,7 @@ class Overview:
     serve: str | None
     experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     places: Mapping[str, tuple[int | None, str]] = field(default_factory=dict)
+    identity: str = ""
 
     @property
     def bits_per_weight(self) -> float | None:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qplug.checkpoint.locate import as_word
+from qplug.output.measured import Measured
 from qplug.report import charts, layers
 from qplug.report.advice import worst_layers
 from qplug.report.findings import Bytes, Findings, Overview
 from qplug.report.layers import Charted
+from qplug.report.measured import measured_perplexity
 from qplug.report.page_file import quality_mark
-from qplug.report.quality import Quality, measured_quality
 from qplug.report.rendering import render
 from qplug.report.tables import Table
 from qplug.report.words import bits, number, recipe_rows, size, text_of
@@ -43,7 +44,7 @@ def report_page(
     findings: Findings,
     *,
     measured: Mapping[str, Sequence[Evaluation]] | None = None,
-    quality: Quality | None = None,
+    quality: Measured | None = None,
     stages: Sequence[StageCost] = (),
     seconds: float | None = None,
 ) -> str:
@@ -54,14 +55,14 @@ def report_page(
     are the costs of the run that wrote the folder, from its ``Result``, if they are known.
     """
     overview = findings.overview
-    quality = quality or measured_quality(measured or {})
+    quality = quality or measured_perplexity(measured or {})
     values = {
         "name": Path(overview.folder).name or overview.folder,
         "overview": overview,
         "findings": findings,
         "schemes": ", ".join(overview.schemes) or "float",
         "quality": quality,
-        "quality_mark": quality_mark(quality) if quality else None,
+        "quality_mark": quality_mark(quality, overview.identity) if quality else None,
         "measure": shlex.join(["qplug", "report", as_word(overview.folder), "--perplexity"]),
         "tiles": [*_tiles(findings, quality)],
         "worst": worst_layers(findings),
@@ -83,7 +84,7 @@ def report_page(
     return str(render("report.html.jinja", values))
 
 
-def _tiles(findings: Findings, quality: Quality | None) -> Iterator[tuple[str, str]]:
+def _tiles(findings: Findings, quality: Measured | None) -> Iterator[tuple[str, str]]:
     """Yields the most important numbers of the page, with their names."""
     overview = findings.overview
     yield "size", size(overview.bytes.total)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qplug.errors import QplugError
 from qplug.files.regular import open_regular
-from qplug.report.quality import Quality
+from qplug.output.measured import Measured
 
 #: The line of ``frame.html.jinja``, near the start of a file, by which a page is recognised.
 _MARK = '<meta name="generator" content="qplug">'
@@ -76,15 +76,18 @@ _QUALITY = "qplug-quality"
 _HEAD = 16_384
 
 
-def quality_mark(quality: Quality) -> tuple[str, str]:
-    """Returns the name and the content of the element ``meta`` that holds ``quality`` in a page."""
-    return _QUALITY, json.dumps(dataclasses.asdict(quality))
+def quality_mark(quality: Measured, identity: str) -> tuple[str, str]:
+    """Returns the name and the content of the element ``meta`` that holds ``quality`` in a page.
+
+    ``identity`` is the one of the folder that was measured.
+    """
+    return _QUALITY, json.dumps({"identity": identity, **dataclasses.asdict(quality)})
 
 
-def read_quality(file: Path) -> Quality | None:
+def read_quality(file: Path, identity: str) -> Measured | None:
     """Returns the quality in the page ``file``; None if nothing was measured for the page.
 
-    Raises QplugError if ``file`` is not a page of qplug.
+    Raises QplugError if ``file`` is not a page of qplug, or not on the folder with ``identity``.
     """
     with open_regular(file) as opened:
         page = opened.read(_HEAD).decode("utf-8", errors="replace")
@@ -95,9 +98,13 @@ def read_quality(file: Path) -> Quality | None:
     if found.content is None:
         return None
     try:
-        return Quality(**json.loads(found.content))
-    except (TypeError, ValueError) as error:
+        told = json.loads(found.content)
+        measured_folder, quality = told.pop("identity"), Measured(**told)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise QplugError(f"{file}: is damaged; write it with qplug report") from error
+    if measured_folder != identity:
+        raise QplugError(f"{file}: is on another folder; write it again with qplug report")
+    return quality
 
 
 class _Marks(HTMLParser):

@@ -18,6 +18,7 @@ from qplug.machine.memory import naming_memory, parse_size
 from qplug.machine.session import Session
 from qplug.model.foreign import naming_file
 from qplug.output.fingerprint import fingerprint
+from qplug.output.origins import remember_origin
 from qplug.output.ownership import refuse_existing
 from qplug.output.parent_folders import parent_folders
 from qplug.output.plan import Plan, make_plan
@@ -248,6 +249,7 @@ def _run(
         with session.registry.blaming(exporter, "config.json"):
             texts, record = result_files(
                 model,
+                source.folder,
                 prepared.view,
                 recipe,
                 exporter,
@@ -262,6 +264,7 @@ def _run(
             output.finish(
                 texts, record, lambda folder: stages.convert(folder, prepared.view, coded)
             )
+        session.processes.from_first(lambda: remember_origin(record, model))
     result = Result(
         out=out,
         errors={name: error for report in reported for name, error in report.errors.items()},
