@@ -23,6 +23,7 @@ from qplug.model.foreign import naming_file
 from qplug.model.kv_cache import KVCache
 from qplug.model.skeleton import Skeleton
 from qplug.output.fingerprint import fingerprint
+from qplug.output.origins import remember_origin
 from qplug.output.ownership import refuse_existing
 from qplug.output.parent_folders import parent_folders
 from qplug.output.plan import make_plan
@@ -272,6 +273,7 @@ def _run(
         with session.registry.blaming(exporter, "config.json"):
             texts, record = result_files(
                 model,
+                source.folder,
                 prepared.view,
                 recipe,
                 exporter,
@@ -286,6 +288,7 @@ def _run(
             output.finish(
                 texts, record, lambda folder: stages.convert(folder, prepared.view, coded)
             )
+        session.processes.from_first(lambda: remember_origin(record, model))
     result = Result(
         out=out,
         errors={name: error for report in reported for name, error in report.errors.items()},
