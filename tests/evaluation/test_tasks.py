@@ -179,4 +179,4 @@ def test_options_of_another_measure_are_refused(cli: Cli) -> None:
     told = cli("eval", "qplug:demo", "--limit", 3)
     assert told.stderr == "Error: --limit: is for --tasks\n"
     told = cli("eval", "qplug:demo", "--tasks", "gsm8k", "--windows", 3)
-    assert told.stderr == "Error: --windows: is for perplexity, not --tasks\n"
+    assert told.stderr == "Error: --windows: is for another measure than --tasks\n"

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qplug.checkpoint.locate import find_model
 from qplug.errors import QplugError
+from qplug.evaluation.end_tokens import end_tokens
 from qplug.evaluation.harness import LoadedTasks, Tasks, TaskScore, require_lm_eval
 from qplug.evaluation.recovery import Recovery, recovery
 from qplug.machine.memory import naming_memory
@@ -95,8 +96,11 @@ class Runner:
             device = self.session.device
             what = f"{model} is held whole on {device}; use a smaller --batch-size, or --device cpu"
             with naming_memory(lambda: what):
-                net = load_folder(open_folder(model, self.session, or_float=True))
-                net.to(device)  # type: ignore[arg-type]
+                folder = open_folder(model, self.session, or_float=True)
+                net: Any = load_folder(folder)
+                net.to(device)
+                ends = end_tokens(folder.checkpoint.folder, net, tokenizer)
+                net.generation_config.eos_token_id = sorted(ends)
                 yield ReaderModel(
                     net,
                     tokenizer,
