@@ -43,7 +43,7 @@ _LONGEST = 2000
 COMMANDS = {
     "quantize": ("qplug.cli.quantize:command", "Quantize a checkpoint."),
     "convert": ("qplug.cli.convert:command", "Change the format of a folder, keep its codes."),
-    "eval": ("qplug.cli.eval:command", "Measure the perplexity of a checkpoint."),
+    "eval": ("qplug.cli.eval:command", "Measure perplexity, scores in tasks, or behaviour."),
     "config": ("qplug.cli.config:command", "Check and convert recipes and LLMC files."),
     "verify": ("qplug.cli.verify:command", "Check that an engine can load a folder."),
     "serve": ("qplug.cli.serve:command", "Verify a folder, and start the engine on it."),
