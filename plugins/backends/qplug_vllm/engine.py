@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from qplug import Format, ModelView, QuantArgs, Scheme, Server, Target
 from qplug_compressed_tensors.configuration import INT_QUANTIZED, PACK_QUANTIZED, format_of
@@ -18,6 +15,9 @@ from qplug_vllm.cpu import FP8_CACHE, cpu_flags, flaws_on_cpu
 from qplug_vllm.experts import experts_are_wider_than_groups, narrow_expert
 from qplug_vllm.head import head_is_a_target
 from qplug_vllm.int4_fp8 import multiplied
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class VLLM(CompressedTensorsLoader):
@@ -59,6 +59,8 @@ class VLLM(CompressedTensorsLoader):
         self, schemes: Mapping[str, Scheme], cache: QuantArgs | None
     ) -> Sequence[str]:
         """A warning for each silent fault of vLLM on this CPU; none if the machine has a GPU."""
+        import torch
+
         if torch.cuda.is_available() or not (flags := cpu_flags()):
             return ()
         names = sorted({scheme.name for scheme in schemes.values()})
