@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-import numpy as np
-
 from qplug.api import StoredTensor, TensorSpec
 from qplug.errors import QplugError
 from qplug.files.json_text import parse_json
@@ -75,6 +73,7 @@ class FileTensor(StoredTensor):
 
     def read(self) -> Tensor:
         """Returns a copy of the tensor in memory. Raises QplugError if the file became shorter."""
+        import numpy as np
         import torch
 
         # NumPy asks for large pages. With small ones the system spends more time on giving memory

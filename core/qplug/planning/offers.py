@@ -13,8 +13,6 @@ from qplug.api.scheme import PRESETS, Scheme
 from qplug.errors import QplugError
 from qplug.planning.fleet import Fleet
 from qplug.planning.outline import Outline, is_expert
-from qplug.recipe.assign import assign
-from qplug.recipe.recipe import Recipe
 from qplug.registry.registry import Registry
 
 #: The numbers of processes that are tried for tensor parallelism.
@@ -74,12 +72,15 @@ def find_offers(
     refusals: list[Refusal] = []
     kinds = registry.exporters.without_clashes()
     asked = kinds if backend is None else {backend: registry.exporters[backend]}
+    counts = [count for count in PROCESSES if _heads_divide(outline, count)]
     backends = [
-        name for name, kind in asked.items() if kind.engine is not None and kind.engine.releases
+        {count: _made(registry, name, fleet, count) for count in counts}
+        for name, kind in asked.items()
+        if kind.engine is not None and kind.engine.releases
     ]
     for scheme in PRESETS.values():
-        for name in backends:
-            for found in _of_backend(outline, scheme, name, fleet, registry):
+        for exporters in backends:
+            for found in _of_backend(outline, scheme, exporters, fleet):
                 if isinstance(found, Offer):
                     offers.append(found)
                 else:
@@ -88,9 +89,11 @@ def find_offers(
 
 
 def _of_backend(
-    outline: Outline, scheme: Scheme, backend: str, fleet: Fleet, registry: Registry
+    outline: Outline, scheme: Scheme, exporters: Mapping[int, Exporter[Any]], fleet: Fleet
 ) -> Iterator[Offer | Refusal]:
-    exporter = _made(registry, backend, fleet, 1)
+    """Yields what a backend makes of ``scheme``; ``exporters`` are by number of processes."""
+    exporter = exporters[1]
+    backend = exporter.name
     assert exporter.engine is not None
     rows = rows_for(exporter.engine.capabilities(), scheme.name, fleet.device)
     if not rows:
@@ -108,13 +111,7 @@ def _of_backend(
         yield Refusal(scheme.name, backend, reason)
         return
     shared = tuple(
-        count
-        for count in PROCESSES
-        if count == 1
-        or (
-            (_heads_divide(outline, count))
-            and _divides(outline, wide, _made(registry, backend, fleet, count))
-        )
+        count for count, of in exporters.items() if count == 1 or _divides(outline, wide, of)
     )
     yield Offer(
         scheme.name,
@@ -145,8 +142,11 @@ def stored_schemes(outline: Outline, scheme: Scheme, exporter: Exporter[Any]) ->
     """
     dtype = exporter.format.scale_dtype(scheme, outline.view.dtype)
     floats = exporter.built_float(outline.view)
-    recipe = Recipe(scheme=scheme.with_scale_dtype(dtype), calibration=None)
-    return assign(recipe, outline.view, floats)
+    stored = scheme.with_scale_dtype(dtype)
+    wanted = outline.view.quantizable - floats.keys()
+    if not wanted:
+        raise QplugError("every linear layer of the model stays float")
+    return {name: stored for name in outline.view.linears if name in wanted}
 
 
 def sizes(
