@@ -114,7 +114,7 @@ def model_named(name: str) -> tuple[str, GpuModel] | None:
     Case, hyphens and words such as NVIDIA and RTX do not count: ``NVIDIA GeForce RTX 4090`` is
     ``4090``. Of a name with a memory size, ``NVIDIA A100-SXM4-40GB``, the size counts.
     """
-    text = re.sub(r"(?<=\d)gb\b", "", name.lower())
+    text = re.sub(r"(?<=\d)gb\b", "", re.sub(r"\brtx(?=\w)", "rtx ", name.lower()))
     words = re.split(r"[-_ ]+", text)
     known = {re.sub("[- ]", "", key.lower()): key for key in GPUS}
     for left_out in (set(), _LEFT_OUT, _LEFT_OUT | _VARIANTS):

@@ -45,9 +45,8 @@ def print_matrix(tables: Mapping[str, Sequence[Capability]]) -> None:
             for name in part:
                 cells = [cell(tables[name], scheme, device) for device in DEVICES]
                 pieces.append(Piece(_GAP))
-                for number, found in enumerate(cells):
-                    pieces.append(Piece(f"{found:<2}", _COLOURS.get(found, "")))
-                    pieces.append(Piece(" " * (1 if number + 1 < len(cells) else len("CPU") - 2)))
+                for found in cells:  # each is as wide as "CPU", or "Am" and a space
+                    pieces += [Piece(found, _COLOURS.get(found, "")), Piece("  ")]
             say_pieces(pieces)
         say("")
     for sign, meaning in _LEGEND:

@@ -66,7 +66,7 @@ def find_fleet(text: str) -> Fleet:
         try:
             named_column(name)
         except QplugError as error:
-            raise QplugError(f"--gpu {error}, cpu, auto") from None
+            raise QplugError(f"--gpu {error}, auto") from None
         raise AssertionError(name)
     key, gpu = known
     column = column_of(gpu.architecture, key)

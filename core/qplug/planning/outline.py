@@ -31,12 +31,16 @@ _STACKED = {
     "gate_proj": ("gate_proj",),
     "up_proj": ("up_proj",),
     "down_proj": ("down_proj",),
+    "input_linear": ("gate_proj", "up_proj"),
+    "output_linear": ("down_proj",),
     "w1": ("w1",),
     "w2": ("w2",),
     "w3": ("w3",),
 }
 #: Those of them whose outputs, not inputs, are as wide as the residual stream.
-_OUT = ("down_proj", "w2")
+_OUT = ("down_proj", "output_linear", "w2")
+#: Words in the names of towers, whose blocks are not those of the text decoder.
+_TOWERS = ("vision", "visual", "vit", "image", "audio", "speech", "encoder", "qformer", "codec")
 
 
 @dataclass(frozen=True)
@@ -142,8 +146,9 @@ def _size(shape: tuple[int, ...]) -> int:
 def _blocks(checkpoint: Checkpoint) -> tuple[str, int]:
     """Returns the name of the list of decoder blocks, and their number.
 
-    It is the outermost list with the most weights, of those whose length config.json states if
-    there is one. Draft layers, numbered on after the last block, are not counted.
+    It is the outermost list with the most weights: of those that are in no tower, and of those
+    whose length config.json states, if there are such lists. Draft layers, numbered on after the
+    last block, are not counted.
     """
     sizes: Counter[str] = Counter()
     numbers: dict[str, set[int]] = defaultdict(set)
@@ -155,7 +160,9 @@ def _blocks(checkpoint: Checkpoint) -> tuple[str, int]:
         raise QplugError(f"{checkpoint.folder}: its tensors are in no list of decoder blocks")
     stated = block_count(checkpoint.config)
     fitting = [name for name in sizes if stated and numbers[name] >= set(range(stated))]
-    prefix = max(fitting or sizes, key=lambda name: sizes[name])
+    among = fitting or list(sizes)
+    text = [name for name in among if not any(word in name for word in _TOWERS)]
+    prefix = max(text or among, key=lambda name: sizes[name])
     return prefix, stated if fitting and stated else max(numbers[prefix]) + 1
 
 
