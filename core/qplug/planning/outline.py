@@ -39,7 +39,8 @@ _STACKED = {
 }
 #: Those of them whose outputs, not inputs, are as wide as the residual stream.
 _OUT = ("down_proj", "output_linear", "w2")
-#: Words in the names of towers, whose blocks are not those of the text decoder.
+#: Words in the names of text decoders; and of towers, whose blocks are not those of the decoder.
+_DECODERS = ("language_model", "text_model", "llm")
 _TOWERS = ("vision", "visual", "vit", "image", "audio", "speech", "encoder", "qformer", "codec")
 
 
@@ -146,8 +147,8 @@ def _size(shape: tuple[int, ...]) -> int:
 def _blocks(checkpoint: Checkpoint) -> tuple[str, int]:
     """Returns the name of the list of decoder blocks, and their number.
 
-    It is the outermost list with the most weights: of those that are in no tower, and of those
-    whose length config.json states, if there are such lists. Draft layers, numbered on after the
+    It is the outermost list with the most weights: of those whose length config.json states, and of
+    those in a decoder or at least in no tower, by their names, if there are such lists. Draft layers, numbered on after the
     last block, are not counted.
     """
     sizes: Counter[str] = Counter()
@@ -161,7 +162,8 @@ def _blocks(checkpoint: Checkpoint) -> tuple[str, int]:
     stated = block_count(checkpoint.config)
     fitting = [name for name in sizes if stated and numbers[name] >= set(range(stated))]
     among = fitting or list(sizes)
-    text = [name for name in among if not any(word in name for word in _TOWERS)]
+    text = [name for name in among if any(word in name for word in _DECODERS)]
+    text = text or [name for name in among if not any(word in name for word in _TOWERS)]
     prefix = max(text or among, key=lambda name: sizes[name])
     return prefix, stated if fitting and stated else max(numbers[prefix]) + 1
 
