@@ -74,6 +74,8 @@ LOSSES = {
     "W4A16_ASYM": Loss("awq", 3.6141, _FLOAT, _REF),
     "W8A16": Loss("rtn", 3.4377, _FLOAT, _REF),
     "W8A8": Loss("smoothquant", 3.4442, _FLOAT, _TWIN),
+    "FP8": Loss("rtn", 3.4610, _FLOAT, _REF),
     "FP8_DYNAMIC": Loss("rtn", 3.4593, _FLOAT, _REF),
+    "FP8_BLOCK": Loss("rtn", 3.4612, _FLOAT, _REF),
 }
 LOSSES_SOURCE = "benchmarks/RESULTS.md"

@@ -148,8 +148,8 @@ def _blocks(checkpoint: Checkpoint) -> tuple[str, int]:
     """Returns the name of the list of decoder blocks, and their number.
 
     It is the outermost list with the most weights: of those whose length config.json states, and of
-    those in a decoder or at least in no tower, by their names, if there are such lists. Draft layers, numbered on after the
-    last block, are not counted.
+    those in a decoder or at least in no tower, by their names, if there are such lists. Draft
+    layers, numbered on after the last block, are not counted.
     """
     sizes: Counter[str] = Counter()
     numbers: dict[str, set[int]] = defaultdict(set)
