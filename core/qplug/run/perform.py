@@ -18,6 +18,7 @@ from qplug.reading.perplexity import Evaluation, evaluate, evaluation_tokens
 from qplug.recipe.check import check
 from qplug.recipe.recipe import Export, Job, Measurement, Recipe, Stage
 from qplug.registry.registry import Registry
+from qplug.run.choose import has_asked
 from qplug.run.quantize import SHARD_BYTES, quantize
 
 #: Called after each step of a job: activity, steps done, steps in all, name of the step, its loss.
@@ -175,6 +176,8 @@ class _JobRunner:
         manifest = read_manifest(export.out)
         if manifest is None or manifest.model != public_name(self._model):
             return False
+        if manifest.choice:  # the schemes were chosen: the job is equal if it asks for the same
+            return has_asked(manifest.choice, self._job.recipe_for(export))
         recorded = Recipe.from_dict(manifest.recipe)
         wanted = public_values(self._as_recorded(export, recorded).to_dict())
         return bool(public_values(recorded.to_dict()) == wanted)

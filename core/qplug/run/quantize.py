@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
@@ -38,6 +39,7 @@ from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
 from qplug.run.check import check_quality
+from qplug.run.choose import CHOICE, Chosen, choose
 from qplug.run.drafts import open_model
 from qplug.run.learning import LearnOnce
 from qplug.run.memory_needs import memory_needs
@@ -104,11 +106,17 @@ def quantize(
         ) as session,
         session.registry.blaming(),  # a plugin's SystemExit must not end the caller's program
     ):
+        chosen = None
+        if recipe.is_auto:
+            if os.path.lexists(out):  # else its parent is made later
+                refuse_existing(Path(out), overwrite=overwrite)
+            chosen = choose(model, Path(out), recipe, session)
         return run(
             model,
             Path(out),
-            Stages(recipe, session),
+            Stages(recipe if chosen is None else chosen.recipe, session),
             session,
+            chosen=chosen,
             shard_bytes=shard_bytes,
             overwrite=overwrite,
             dry_run=dry_run,
@@ -130,10 +138,12 @@ def run(
     watch: Watcher,
     check: bool = False,
     stop_at: float | None = None,
+    chosen: Chosen | None = None,
 ) -> Result:
     """Quantize ``model`` into ``out`` by ``stages``, and return the result.
 
-    Missing parents of ``out`` are made. Raises QplugError. All checks come before the first weight
+    Missing parents of ``out`` are made. ``chosen`` is the choice that the recipe of ``stages``
+    comes from. Raises QplugError. All checks come before the first weight
     is read and the first file written.
     """
     with ExitStack() as stack:
@@ -156,6 +166,7 @@ def run(
             check=check,
             stop_at=stop_at,
             watch=watch,
+            chosen=chosen,
         )
 
 
@@ -171,6 +182,7 @@ def _run(
     check: bool,
     stop_at: float | None,
     watch: Watcher,
+    chosen: Chosen | None,
 ) -> Result:
     """Does the work of ``run``; the parent of ``out`` exists."""
     began, clock = time.monotonic(), session.clock
@@ -216,9 +228,12 @@ def _run(
             kept_float=narrow,
             source_format=source.quantized,
             plan=what,
+            choice=None if chosen is None else chosen.choice,
         )
 
     mark = fingerprint(source, recipe, session, shard_bytes, samples, learns=bool(stages.learning))
+    record_of_choice = {} if chosen is None else {CHOICE: chosen.to_dict()}
+    mark |= record_of_choice
     source_bytes = SourceBytes(
         plan,
         prepared.checkpoint,
@@ -286,7 +301,9 @@ def _run(
             )
         with clock("writing"):
             output.finish(
-                texts, record, lambda folder: stages.convert(folder, prepared.view, coded)
+                texts,
+                {**record, **record_of_choice},
+                lambda folder: stages.convert(folder, prepared.view, coded),
             )
         session.processes.from_first(lambda: remember_origin(record, model))
     result = Result(
@@ -303,6 +320,7 @@ def _run(
         floats=share.kinds,
         kept_float=narrow,
         source_format=source.quantized,
+        choice=None if chosen is None else chosen.choice,
     )
     watchers.run_done(result)
     if check and result.errors:
