@@ -48,7 +48,15 @@ from qplug.api import (
     ValueHeads,
     WholeModel,
 )
-from qplug.api.events import BlockReport, Estimate, Result, RunStart, StageCost
+from qplug.api.events import (
+    BlockReport,
+    Estimate,
+    Quality,
+    Result,
+    RunPlan,
+    RunStart,
+    StageCost,
+)
 from qplug.api.gpus import DEVICES
 from qplug.api.hookspecs import hookimpl
 from qplug.api.layout import kernel_problems, layout_problems
@@ -125,6 +133,7 @@ __all__ = [
     "Preparation",
     "Problem",
     "QplugError",
+    "Quality",
     "QuantArgs",
     "QuantizedWeight",
     "Reader",
@@ -133,6 +142,7 @@ __all__ = [
     "Registry",
     "Result",
     "Rewrite",
+    "RunPlan",
     "RunStart",
     "Scheme",
     "Server",

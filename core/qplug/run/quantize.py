@@ -2,46 +2,55 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qplug.api import ModelView
-from qplug.api.events import Estimate, Result
+from qplug.api.events import Result, RunPlan
+from qplug.api.scheme import Scheme
 from qplug.calibration.samples import Samples
 from qplug.calibration.tokens import calibration_tokens
 from qplug.checkpoint.config_file import CONFIG
-from qplug.checkpoint.into_memory import nbytes_of
+from qplug.errors import QplugError
 from qplug.machine.memory import naming_memory, parse_size
 from qplug.machine.session import Session
 from qplug.model.foreign import naming_file
+from qplug.model.kv_cache import KVCache
+from qplug.model.skeleton import Skeleton
 from qplug.output.fingerprint import fingerprint
+from qplug.output.origins import remember_origin
 from qplug.output.ownership import refuse_existing
 from qplug.output.parent_folders import parent_folders
-from qplug.output.plan import Plan, make_plan
+from qplug.output.plan import make_plan
 from qplug.output.result_files import result_files
 from qplug.output.shared_writer import SharedWriter
 from qplug.output.source_bytes import SourceBytes
 from qplug.output.step_report import Report
 from qplug.output.unfinished import clean_up
 from qplug.output.writer import Writer
-from qplug.recipe.recipe import Recipe
+from qplug.recipe.recipe import Calibration, Recipe
 from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
 from qplug.run.calibrated import calibrated, start_walk
-from qplug.run.costs import Machine, estimate
+from qplug.run.check import check_quality
+from qplug.run.choose import CHOICE, Chosen, choose
 from qplug.run.drafts import open_model
 from qplug.run.learning import LearnOnce
 from qplug.run.memory_needs import memory_needs
-from qplug.run.prepare import Prepared, prepare, with_float_experts_stacked
+from qplug.run.planned import run_plan, run_start
+from qplug.run.prepare import prepare, with_float_experts_stacked
 from qplug.run.refuse import open_source, refuse_unplanned, servable_cache
 from qplug.run.stages import Stages
-from qplug.run.steps import Steps
+from qplug.run.steps import Finished, Steps
+from qplug.run.stop_at import StopAt, refuse_blind
 from qplug.run.streamed import streamed
 from qplug.run.watchers import Watcher, Watchers
-from qplug.run.workload import workload
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,6 +69,8 @@ def quantize(
     dry_run: bool = False,
     trust_remote_code: bool = False,
     memory: str | None = None,
+    check: bool = False,
+    stop_at: float | None = None,
     registry: Registry | None = None,
     watch: Watcher | None = None,
     **words: Unpack[RecipeWords],
@@ -72,7 +83,11 @@ def quantize(
     (``propagate="quantized"``) or from the float block (``propagate="float"``). The ranges of
     static inputs, which ``observer`` determines, and the scales of ``kv_cache="fp8"`` need data
     too. ``memory`` ("20GiB") is what a block may take on the device, by default what is free; the
-    experts of a block that takes more are quantized in portions.
+    experts of a block that takes more are quantized in portions. ``check`` measures perplexity and
+    KL divergence from the float model on text that calibration has not seen, ``Result.quality``.
+    ``stop_at`` stops a calibrated run after a block whose output is further from the float model's:
+    the limit of the mean over calibration tokens of ``||x' - x|| / ||x||``, where ``x`` and ``x'``
+    are the hidden states after the block in the float and in the quantized model.
 
     Returns the folder, its size in bytes, the error of each layer and the seconds that the run
     took. If a run was killed, the same call continues it. Raises QplugError for mistakes that the
@@ -91,14 +106,22 @@ def quantize(
         ) as session,
         session.registry.blaming(),  # a plugin's SystemExit must not end the caller's program
     ):
+        chosen = None
+        if recipe.is_auto:
+            if os.path.lexists(out):  # else its parent is made later
+                refuse_existing(Path(out), overwrite=overwrite)
+            chosen = choose(model, Path(out), recipe, session)
         return run(
             model,
             Path(out),
-            Stages(recipe, session),
+            Stages(recipe if chosen is None else chosen.recipe, session),
             session,
+            chosen=chosen,
             shard_bytes=shard_bytes,
             overwrite=overwrite,
             dry_run=dry_run,
+            check=check,
+            stop_at=stop_at,
             watch=watch or (lambda *_: None),
         )
 
@@ -113,10 +136,14 @@ def run(
     overwrite: bool,
     dry_run: bool,
     watch: Watcher,
+    check: bool = False,
+    stop_at: float | None = None,
+    chosen: Chosen | None = None,
 ) -> Result:
     """Quantize ``model`` into ``out`` by ``stages``, and return the result.
 
-    Missing parents of ``out`` are made. Raises QplugError. All checks come before the first weight
+    Missing parents of ``out`` are made. ``chosen`` is the choice that the recipe of ``stages``
+    comes from. Raises QplugError. All checks come before the first weight
     is read and the first file written.
     """
     with ExitStack() as stack:
@@ -136,7 +163,10 @@ def run(
             shard_bytes=shard_bytes,
             overwrite=overwrite,
             dry_run=dry_run,
+            check=check,
+            stop_at=stop_at,
             watch=watch,
+            chosen=chosen,
         )
 
 
@@ -149,11 +179,17 @@ def _run(
     shard_bytes: int,
     overwrite: bool,
     dry_run: bool,
+    check: bool,
+    stop_at: float | None,
     watch: Watcher,
+    chosen: Chosen | None,
 ) -> Result:
     """Does the work of ``run``; the parent of ``out`` exists."""
     began, clock = time.monotonic(), session.clock
     recipe, exporter = stages.recipe, stages.exporter
+    watchers = Watchers(session, watch)
+    watchers.stage_begun("opening")
+    refuse_blind(stop_at, stages)
     source, skeleton = open_source(model, out, exporter, session)
     with clock("opening"):
         source, view = open_model(recipe, source, session, skeleton)
@@ -173,16 +209,16 @@ def _run(
             by_block=recipe.calibration is not None,
             cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
         )
-    refuse_unplanned(plan, coded)
-    samples = _samples(recipe, model, prepared.view, session)
-    source_size = nbytes_of(source.tensors.values())
+    refuse_unplanned(plan, coded, exporter)
+    samples = _samples(recipe, model, prepared.view, session, watchers)
+    what = run_plan(model, source, stages, plan, prepared, samples, session)
     if dry_run:
         return Result(
             out,
             {},
             {},
             prepared.notes,
-            source_size,
+            what.source_bytes,
             plan.nbytes,
             0.0,
             0,
@@ -191,11 +227,13 @@ def _run(
             floats=share.kinds,
             kept_float=narrow,
             source_format=source.quantized,
-            estimate=_estimate(stages, plan, prepared, samples, session),
+            plan=what,
+            choice=None if chosen is None else chosen.choice,
         )
 
     mark = fingerprint(source, recipe, session, shard_bytes, samples, learns=bool(stages.learning))
-    single = exporter.format.single_file
+    record_of_choice = {} if chosen is None else {CHOICE: chosen.to_dict()}
+    mark |= record_of_choice
     source_bytes = SourceBytes(
         plan,
         prepared.checkpoint,
@@ -210,9 +248,9 @@ def _run(
         source_bytes,
         overwrite=overwrite,
         companions=source.companions(),
-        single_file=single.name if single else None,
+        single_file=exporter.format.single_file.name if exporter.format.single_file else None,
         learned=stages.learning,
-        spare=plan.nbytes if single else 0,  # for a moment both are on disk
+        spare=plan.nbytes if exporter.format.single_file else 0,  # for a moment both are on disk
     )
     reports: dict[int, Report] = {}
     with (
@@ -222,32 +260,35 @@ def _run(
         naming_file(source.folder / CONFIG, "the model does not run"),
     ):
         done = output.finished()
+        watchers.run_begun(run_start(out, plan, len(done), what, prepared))
         if samples is not None and stages.learning:
+            watchers.stage_begun("learning")
             learn = LearnOnce(stages, schemes, samples, output, session)
             prepared = with_float_experts_stacked(
                 prepare(stages, source, view, session, learn=learn), coded
             )
         reports |= {number: Report.from_dict(plain) for number, plain in done.items()}
-        watchers = Watchers(session, len(plan.steps), len(done), watch)
-        watchers.run_begun(out)
-        steps = Steps(stages, plan, prepared, watchers, session)
-        if samples is None:
-            finished = streamed(steps, done, source_bytes)
-        else:
-            # The walk is not a local here: a stored traceback would keep its hidden states alive.
-            finished = calibrated(
-                steps, start_walk(steps, schemes, samples, cache, skeleton), output, done
-            )
+        steps = Steps(
+            stages,
+            plan,
+            prepared,
+            watchers,
+            session,
+            StopAt.of(stop_at, stages, plan, prepared.view),
+        )
+        finished = _computed(steps, schemes, samples, cache, skeleton, output, source_bytes, done)
         for step in finished:
             with clock("writing"):
                 output.write(step.number, step.contents, step.report.to_dict(), step.read)
             reports[step.number] = step.report
             watchers.step_written(plan.steps[step.number].name, step.report)
+        watchers.stage_begun("writing")
         shared = session.processes.from_first(lambda: reports)
         reported = [shared[number] for number in range(len(plan.steps))]
         with session.registry.blaming(exporter, "config.json"):
             texts, record = result_files(
                 model,
+                source.folder,
                 prepared.view,
                 recipe,
                 exporter,
@@ -260,14 +301,17 @@ def _run(
             )
         with clock("writing"):
             output.finish(
-                texts, record, lambda folder: stages.convert(folder, prepared.view, coded)
+                texts,
+                {**record, **record_of_choice},
+                lambda folder: stages.convert(folder, prepared.view, coded),
             )
+        session.processes.from_first(lambda: remember_origin(record, model))
     result = Result(
         out=out,
         errors={name: error for report in reported for name, error in report.errors.items()},
         losses={name: loss for report in reported for name, loss in report.losses.items()},
         notes=prepared.notes + tuple(note for report in reported for note in report.notes),
-        source_bytes=source_size,
+        source_bytes=what.source_bytes,
         bytes=plan.nbytes,
         seconds=time.monotonic() - began,
         resumed=len(done),
@@ -276,26 +320,63 @@ def _run(
         floats=share.kinds,
         kept_float=narrow,
         source_format=source.quantized,
+        choice=None if chosen is None else chosen.choice,
     )
     watchers.run_done(result)
+    if check and result.errors:
+        result = _checked(result, what, view, samples, recipe.calibration, session, watchers)
     return result
 
 
-def _estimate(
-    stages: Stages, plan: Plan, prepared: Prepared, samples: Samples | None, session: Session
-) -> Estimate | None:
-    """What the run would take; None if the time of an algorithm is not known."""
-    if stages.efforts is None:
-        return None
-    work = workload(plan, prepared.view, prepared.checkpoint, samples, stages.efforts)
-    return estimate(work, Machine.of(session), plan.nbytes)
+def _checked(
+    result: Result,
+    plan: RunPlan,
+    view: ModelView,
+    samples: Samples | None,
+    data: Calibration | None,
+    session: Session,
+    watchers: Watchers,
+) -> Result:
+    """``result`` with its quality, or with a note on why the quality is not known."""
+    watchers.stage_begun("checking")
+    try:
+        with session.clock("checking"):
+            quality = check_quality(result, plan, view, data, samples, session)
+    except QplugError as error:
+        note = f"the quality was not measured: {error}"
+        return replace(result, notes=(*result.notes, note))
+    return replace(result, quality=quality, stages=session.clock.costs())
 
 
-def _samples(recipe: Recipe, model: str, view: ModelView, session: Session) -> Samples | None:
+def _computed(
+    steps: Steps,
+    schemes: Mapping[str, Scheme],
+    samples: Samples | None,
+    cache: KVCache | None,
+    skeleton: Skeleton,
+    output: SharedWriter,
+    source_bytes: SourceBytes,
+    done: Collection[int],
+) -> Iterator[Finished]:
+    """The steps of a run that are not ``done``, which are computed one by one."""
+    if samples is None:
+        steps.watchers.stage_begun("blocks")
+        return streamed(steps, done, source_bytes)
+    steps.watchers.stage_begun("trial pass")
+    # The walk is not a local: a stored traceback would keep its hidden states alive.
+    finished = calibrated(steps, start_walk(steps, schemes, samples, cache, skeleton), output, done)
+    steps.watchers.stage_begun("blocks")
+    return finished
+
+
+def _samples(
+    recipe: Recipe, model: str, view: ModelView, session: Session, watchers: Watchers
+) -> Samples | None:
     """The calibration samples; None if no algorithm needs data."""
     data = recipe.calibration
     if data is None:
         return None
+    watchers.stage_begun("data")
     with session.clock("data"):
         return session.processes.from_first(
             lambda: calibration_tokens(data, model, view, session, seed=recipe.seed)
