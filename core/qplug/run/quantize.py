@@ -196,7 +196,7 @@ def _run(
             by_block=recipe.calibration is not None,
             cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
         )
-    refuse_unplanned(plan, coded)
+    refuse_unplanned(plan, coded, exporter)
     samples = _samples(recipe, model, prepared.view, session, watchers)
     what = run_plan(model, source, stages, plan, prepared, samples, session)
     if dry_run:
