@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from qplug.api import Exporter, ModelView
-from qplug.api.limits import DEVICES
+from qplug.api.gpus import DEVICES
 from qplug.api.scheme import PRESETS, Scheme
 from qplug.choosing.decisions import Decision, part_of
 from qplug.errors import QplugError
