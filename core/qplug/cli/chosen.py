@@ -17,7 +17,8 @@ def chosen_algorithm(words: RecipeWords, registry: Registry) -> str | None:
     """Returns the algorithm for a recipe of ``words`` that names none; None for the usual one.
 
     Integers of at most 4 bits, which ``auto`` chooses too, lose much by rounding to nearest;
-    calibration wins it back in part. Other schemes lose little. Raises QplugError for a scheme or a backend that is none.
+    calibration wins it back in part. Other schemes lose little. Raises QplugError for a scheme or
+    a backend that is none.
     """
     from qplug.recipe.recipe import Recipe
     from qplug.recipe.words import changed
