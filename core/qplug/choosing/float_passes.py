@@ -148,7 +148,6 @@ class _Block(BlockProxy):
         super().__init__(block)
         self.name, self._source, self._device = name, source, device
         self._names = [n for n in block.state_dict() if f"{name}.{n}" in source.tensors]
-        self._buffers_on_device = False
         self.play: Callable[[BlockCall], Output] = self.record
         self._call: BlockCall | None = None
         self._output: Output = None

@@ -253,6 +253,9 @@ class _Problem:
         bound: float,
         tokens: int,
     ) -> Chosen:
+        if not any(taken.values()):
+            flag, value = next(iter(asked.budget.limits.items()))
+            raise QplugError(f"{flag} {value}: the float model is within this budget; lower it")
         assigned = {name: taken[d] for d in taken for name in d.linears}
         recipe = as_recipe(asked, assigned, self.view)
         got = assign(recipe, self.view, self.exporter.built_float(self.view))
