@@ -18,7 +18,7 @@ from qplug.model.view import model_view
 from qplug.registry.registry import Registry
 
 TOKENS = torch.randint(5, 4000, (4, 24), generator=torch.Generator().manual_seed(1))
-FAMILIES = ("llama", "gemma2", "qwen3-moe", "llama, tied")
+FAMILIES = ("gemma2", "qwen3-moe")
 
 
 def passes_of(folder: object) -> FloatPasses:
@@ -56,6 +56,7 @@ def test_variants_of_a_block_are_as_if_computed_alone(family: Family) -> None:
     assert (second - expected).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_gradients_estimate_the_divergence_that_is_measured(family: Family) -> None:
     folder = family("llama")
     view = model_view(open_checkpoint(folder))

@@ -38,6 +38,7 @@ def test_as_good_as_the_best_of_all_choices(
     assert found.bound == pytest.approx(found.cost, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_a_limit_in_bytes_of_a_large_model_is_held_to_the_byte() -> None:
     random = Random(0)
     sizes = (117_440_512, 469_762_048, 234_881_024)  # weights of the layers of a 70B model

@@ -80,13 +80,14 @@ def test_bits_are_held_and_the_recipe_repeats_the_folder(
     assert first.keys() - same == {"qplug.json"}
 
 
-@pytest.mark.parametrize("size", ["2.7MB", "2.8MB"])
+@pytest.mark.parametrize("size", ["2.7MB"])
 def test_the_folder_is_no_larger_than_asked(model: str, tmp_path: Path, size: str) -> None:
     chosen(tmp_path / "out", model, size=size)
     asked = float(size[:-2]) * 1e6
     assert asked - 130_000 < bytes_of(tmp_path / "out") <= asked
 
 
+@pytest.mark.slow
 def test_the_smallest_folder_of_an_estimated_divergence(model: str, tmp_path: Path) -> None:
     by_bits = chosen(tmp_path / "bits", model, bits=4.6).choice
     assert by_bits is not None
@@ -105,6 +106,7 @@ def test_experts_of_a_layer_are_chosen_together(family: Family, tmp_path: Path) 
     assert [g.name for g in choice.groups if "experts" in g.name] == ["model.layers.1.mlp.experts"]
 
 
+@pytest.mark.slow
 def test_sglang_gets_one_format(model: str, tmp_path: Path) -> None:
     choice = chosen(tmp_path / "out", model, bits=5, backend="sglang").choice
     assert choice is not None
@@ -159,6 +161,7 @@ def test_what_cannot_be_is_said_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_divergence_that_cannot_be_reached(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +191,7 @@ def test_a_killed_run_keeps_its_choice(
     assert contents(out) == contents(whole)
 
 
+@pytest.mark.slow
 def test_recipes_say_auto_and_jobs_keep_finished_folders(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
