@@ -29,6 +29,8 @@ _STATE = tempfile.TemporaryDirectory(prefix="qplug-state-")
 os.environ["XDG_STATE_HOME"] = _STATE.name
 for _variable in ("QPLUG_DEVICE", "QPLUG_BACKEND", "QPLUG_DATASET"):
     os.environ.pop(_variable, None)
+# Seconds after each run; tests of the check ask for it with --check.
+os.environ["QPLUG_CHECK"] = "no"
 
 # How long an example takes is the machine's doing. A run gives what it gave before; others are
 # looked for with --hypothesis-profile=explore.

@@ -43,7 +43,7 @@ _LONGEST = 2000
 COMMANDS = {
     "quantize": ("qplug.cli.quantize:command", "Quantize a checkpoint."),
     "convert": ("qplug.cli.convert:command", "Change the format of a folder, keep its codes."),
-    "eval": ("qplug.cli.eval:command", "Measure the perplexity of a checkpoint."),
+    "eval": ("qplug.cli.eval:command", "Measure perplexity, scores in tasks, or behaviour."),
     "config": ("qplug.cli.config:command", "Check and convert recipes and LLMC files."),
     "verify": ("qplug.cli.verify:command", "Check that an engine can load a folder."),
     "serve": ("qplug.cli.serve:command", "Verify a folder, and start the engine on it."),
@@ -51,6 +51,7 @@ COMMANDS = {
     "report": ("qplug.cli.report:command", "Write an HTML report on a quantized folder."),
     "compare": ("qplug.cli.compare:command", "Compare several folders in a table and a plot."),
     "push": ("qplug.cli.push:command", "Upload a quantized folder to the Hub."),
+    "plan": ("qplug.cli.plan:command", "Choose a scheme for a model and GPUs."),
     "schemes": ("qplug.cli.schemes:command", "List schemes, and which engine runs them."),
     "plugins": ("qplug.cli.plugins:command", "List, check, describe and create plugins."),
     "doctor": ("qplug.cli.doctor:command", "Check this machine, its engines and plugins."),

@@ -34,7 +34,9 @@ class Manifest:
     names tensors that an algorithm rewrote, ``online`` linears whose inputs must be rotated as the
     model runs. ``kept_float`` says of linears that no kernel takes why they are float.
     ``experts`` are the numbers of tokens in the statistics of each expert, by layer. ``identity``
-    is the name under which ``origins`` notes where the float model is.
+    is the name under which ``origins`` notes where the float model is. ``choice`` says what
+    ``--scheme auto`` chose, as plain values of ``qplug.api.events.Choice``, and in ``asked`` the
+    recipe that asked for it; it is empty for other schemes.
     """
 
     model: str
@@ -54,6 +56,7 @@ class Manifest:
     kept_float: Mapping[str, str] = field(default_factory=dict)
     experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     identity: str = ""
+    choice: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -74,6 +77,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     recipe = record.need("recipe")
     cache, online = recipe.get("kv_cache"), record.get("online")
     kept, experts = record.get("kept_float"), record.get("experts")
+    choice = record.get("choice")
     _read(Recipe.from_dict, recipe)
     losses = {name: layer.get("loss") for name, layer in layers.items()}
     inputs = {name: layer.get("inputs") for name, layer in layers.items()}
@@ -109,6 +113,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             for name, counts in (experts.mapping() if experts else {}).items()
         },
         identity=identity(record.value),
+        choice={} if choice is None else {n: v.value for n, v in choice.mapping().items()},
         kept_float={} if kept is None else {n: why.text() for n, why in kept.mapping().items()},
     )
 

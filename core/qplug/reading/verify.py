@@ -20,7 +20,7 @@ from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
 from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
-from qplug.model.architectures import expected_tensors, with_experts_apart
+from qplug.model.architectures import by_linear, expected_tensors
 from qplug.model.kv_cache import SCALES
 from qplug.model.skeleton import Skeleton
 from qplug.output.origins import find_origin
@@ -178,7 +178,7 @@ def find_source(
 def _open_source(folder: Path, opened: Folder, session: Session) -> Checkpoint:
     source = open_checkpoint(folder, readers=session.registry.sources)
     skeleton = Skeleton(source.folder, trust_remote_code=session.trust_remote_code)
-    source = with_experts_apart(source, session.registry, skeleton)
+    source = by_linear(source, session.registry, skeleton)
     return stacked_again(source, opened.schemes)
 
 

@@ -9,7 +9,8 @@ import pytest
 
 import qplug
 from qplug import PRESETS, Exporter, ModelView, NoParams, QplugError, QuantArgs, Scheme, preset
-from qplug.api.limits import DEVICES, Target, shard_shape
+from qplug.api.gpus import DEVICES
+from qplug.api.limits import Target, shard_shape
 from qplug.api.scheme import CACHES
 from qplug_compressed_tensors.exporter import CompressedTensorsExporter
 from qplug_compressed_tensors.fusing import fused_groups
