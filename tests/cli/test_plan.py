@@ -63,7 +63,7 @@ def test_the_order_of_proposals(cli: Cli, small: Path) -> None:
 def test_what_does_not_fit(cli: Cli, big: Path) -> None:
     result = cli("plan", big, "--gpu", "4090")
     assert result.exit_code == 0
-    assert "nothing that is served and measured fits" in result.stdout
+    assert "nothing that is served fits" in result.stdout
     assert (
         "take more GPUs, fewer --requests, a shorter --context or --kv-cache fp8" in result.stdout
     )
@@ -107,6 +107,22 @@ def test_one_backend(cli: Cli, small: Path) -> None:
     assert serve.endswith("-- --context-length 8192")
     wrong = cli("plan", small, "--gpu", "H100", "--backend", "vlm")
     assert "no backend 'vlm'. Did you mean 'vllm'?" in wrong.stderr
+
+
+def test_a_format_of_several_engines(cli: Cli, small: Path) -> None:
+    """Its folders are served by an engine that is named."""
+    plan = told(cli, small, "--gpu", "H100", "--backend", "awq")
+    quantize, serve = plan["proposals"][0]["commands"]
+    assert "--algo awq --scheme W4A16_ASYM --backend awq" in quantize
+    assert serve == ("qplug serve ./llama-3-8b-W4A16_ASYM --backend vllm -- --max-model-len 8192")
+
+
+def test_where_nothing_was_measured(cli: Cli, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qplug.planning.plan.LOSSES", {})
+    text = cli("plan", small, "--gpu", "H100", "--for", "size").stdout
+    first = text.partition("for size")[2].partition("for latency")[0]
+    assert "loss   not measured: compare both models with qplug eval" in first
+    assert "--algo gptq --scheme W4A16 " in first
 
 
 def test_speeds_where_they_were_measured(cli: Cli, small: Path) -> None:

@@ -151,7 +151,7 @@ def shard_shape(
     if local in _OF_KEYS_AND_VALUES:
         # Of fewer heads than processes each has a copy.
         heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or tp
-        tp = min(tp, int(heads))
+        tp = min(tp, heads) if isinstance(heads, int) and heads > 0 else tp
     by_columns = local in _BY_COLUMNS
     side = width if by_columns else out
     if side % tp:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,7 +13,8 @@ from qplug.cli.choice import Choice
 from qplug.cli.completion import backends, gpus
 from qplug.cli.printed_table import print_table
 from qplug.cli.printing import Command, Piece, note, say, say_json, say_pieces
-from qplug.planning.fleet import Fleet, find_fleet
+from qplug.planning.commands import quantizing, serving
+from qplug.planning.fleet import find_fleet
 from qplug.planning.headers import open_headers
 from qplug.planning.measured import LOSSES_SOURCE, SPEEDS_SOURCE
 from qplug.planning.offers import Offer
@@ -82,7 +81,10 @@ def command(
     bits = CACHES[kv_cache].bits if kv_cache else 16
     plan = make_plan(outline, fleet, Wish(context, requests, bits), offers, backend)
     commands = {
-        each: _commands(model, fit, plan, offers, kv_cache)
+        each: [
+            quantizing(model, fit, fleet, offers, kv_cache),
+            serving(model, fit, plan.wish, offers),
+        ]
         for each, fit in plan.proposals.items()
         if fit is not None
     }
@@ -166,7 +168,7 @@ def _print_proposal(
         "size": "for size, the least memory",
     }[aim]
     if fit is None:
-        say_pieces([Piece(title, "bold"), Piece(": nothing that is served and measured fits")])
+        say_pieces([Piece(title, "bold"), Piece(": nothing that is served fits")])
         for line in _hints(plan):
             say(f"  {line}")
         return
@@ -180,13 +182,9 @@ def _print_proposal(
     say(f"  size   {_gb(offer.nbytes)}{_shared(fit)}, room for {_room(fit, wish)}")
     say(f"  speed  {_speed(fit, plan)}")
     if fit.one is not None:
-        say(f"         an estimate, scaled from {SPEEDS_SOURCE}")
-    loss = fit.loss
-    assert loss is not None
-    say(
-        f"  loss   perplexity {loss.perplexity:.3f} with {loss.algorithm}, {loss.base:.3f} before "
-        f"({loss.rise:+.1%}), of {loss.model}"
-    )
+        dense = ", a dense model" if plan.outline.experts else ""
+        say(f"         an estimate, scaled from {SPEEDS_SOURCE}{dense}")
+    say(f"  loss   {_loss(fit)}")
     for line in commands[aim]:
         say(f"  $ {line}")
 
@@ -200,6 +198,16 @@ def _room(fit: Fit, wish: Wish) -> str:
     return f"{fit.requests:,} {what} of {wish.context} tokens"
 
 
+def _loss(fit: Fit) -> str:
+    loss = fit.loss
+    if loss is None:
+        return "not measured: compare both models with qplug eval"
+    return (
+        f"perplexity {loss.perplexity:.3f} with {loss.algorithm}, {loss.base:.3f} before "
+        f"({loss.rise:+.1%}), of {loss.model}"
+    )
+
+
 def _speed(fit: Fit, plan: ModelPlan) -> str:
     if fit.one is None:
         return "not measured on such a device"
@@ -208,7 +216,7 @@ def _speed(fit: Fit, plan: ModelPlan) -> str:
     if fit.many is not None and requests > 1:
         text += f", {fit.many:,.0f} for {requests}"
     if fit.both is not None and requests > 1:
-        text += f" ({fit.both:,.0f} with prompts, {PROMPT:.0%} of the tokens)"
+        text += f" ({fit.both:,.0f} with the prompts, {PROMPT:.0%} of the tokens)"
     return text
 
 
@@ -226,38 +234,6 @@ def _hints(plan: ModelPlan) -> Iterator[str]:
             f"the smallest needs {_gb(need)} with the cache, and {_gb(int(room))} are there: take "
             "more GPUs, fewer --requests, a shorter --context or --kv-cache fp8"
         )
-
-
-def _commands(
-    model: str, fit: Fit, plan: ModelPlan, registry: Registry, kv_cache: str | None
-) -> list[str]:
-    """Returns the command lines that quantize and serve: complete, to be pasted."""
-    offer, fleet, loss = fit.offer, plan.fleet, fit.loss
-    assert loss is not None
-    engine = registry.exporters[offer.backend].engine
-    assert engine is not None
-    name = Path(model.rpartition(":")[2]).name or "model"
-    out = f"./{name}-{offer.scheme}"
-    words = ["qplug", "quantize", model, "--algo", loss.algorithm, "--scheme", offer.scheme]
-    words += ["--backend", offer.backend, "--backend-opt", f"gpu={_gpu_word(fleet)}"]
-    if fit.processes > 1:
-        words += ["--backend-opt", f"tp={fit.processes}"]
-    if kv_cache is not None and engine.refuses_cache(CACHES[kv_cache]) is None:
-        words += ["--kv-cache", kv_cache]
-    words += ["--out", out]
-    serve = ["qplug", "serve", out]
-    server, options = engine.server, []
-    if server is not None and fit.processes > 1 and server.processes_option:
-        options += [server.processes_option, str(fit.processes)]
-    if server is not None and server.context_option:
-        options += [server.context_option, str(plan.wish.context)]
-    if options:
-        serve += ["--", *options]
-    return [shlex.join(words), shlex.join(serve)]
-
-
-def _gpu_word(fleet: Fleet) -> str:
-    return fleet.name if fleet.model is not None else fleet.device
 
 
 def _plain(

@@ -14,6 +14,7 @@ _KNOWN = {
         "the Hub has no such repository, or it is private; check the name, or log in with "
         "hf auth login"
     ),
+    "NotASafetensorsRepoError": "it has no weights in safetensors, which qplug reads",
     "OfflineModeIsEnabled": (
         "it is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset the variable"
     ),

@@ -60,11 +60,11 @@ def _on_hub(model: str) -> Checkpoint:
 
     Raises QplugError if the Hub does not give them.
     """
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    import huggingface_hub
 
     try:
-        folder = Path(hf_hub_download(model, CONFIG)).parent
-        files: dict[str, Any] = dict(get_safetensors_metadata(model).files_metadata)
+        folder = Path(huggingface_hub.hf_hub_download(model, CONFIG)).parent
+        files: dict[str, Any] = {**huggingface_hub.get_safetensors_metadata(model).files_metadata}
     except Exception as error:  # the HTTP library, and so its exceptions, changed twice
         raise QplugError(
             f"{model}: no folder on this machine, and its headers cannot be read from the Hub: "

@@ -144,6 +144,6 @@ def _kind(word: str, window: int) -> str:
 
 
 def _number(config: Mapping[str, Any], *keys: str) -> int:
-    """Returns the first of the fields ``keys`` that is a number; 0 if none is."""
+    """Returns the first of the fields ``keys`` that is a positive number; 0 if none is."""
     found = (config.get(key) for key in keys)
-    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool)), 0)
+    return next((n for n in found if isinstance(n, int) and n > 0 and n is not True), 0)

@@ -181,7 +181,7 @@ def _heads_divide(outline: Outline, processes: int) -> bool:
     """
     queries = outline.config.get("num_attention_heads")
     keys = outline.config.get("num_key_value_heads") or queries
-    if not isinstance(queries, int) or not isinstance(keys, int):
+    if not (isinstance(queries, int) and isinstance(keys, int) and queries > 0 and keys > 0):
         return True
     return queries % processes == 0 and (keys % processes == 0 or processes % keys == 0)
 

@@ -8,9 +8,10 @@ some twenty kinds, and one of each kind is enough to ask a format and an engine.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from qplug.checkpoint.names import kind_of, split_name
 from qplug.errors import QplugError
 from qplug.model.kept_float import built_float
 
-_LIST = re.compile(r"^(?P<list>.*?)\.(?P<number>\d+)\.(?P<rest>.+)$")
+_LIST = re.compile(r"^(?P<list>.*?)\.(?P<number>\d{1,9})\.(?P<rest>.+)$")
 
 #: The linears in a tensor of three axes that holds the experts of a layer, by its local name.
 _STACKED = {
@@ -160,12 +161,22 @@ def _blocks(checkpoint: Checkpoint) -> tuple[str, int]:
     if not sizes:
         raise QplugError(f"{checkpoint.folder}: its tensors are in no list of decoder blocks")
     stated = block_count(checkpoint.config)
-    fitting = [name for name in sizes if stated and numbers[name] >= set(range(stated))]
+    fitting = [name for name in sizes if stated and _has_all(numbers[name], stated)]
     among = fitting or list(sizes)
     text = [name for name in among if any(word in name for word in _DECODERS)]
     text = text or [name for name in among if not any(word in name for word in _TOWERS)]
     prefix = max(text or among, key=lambda name: sizes[name])
-    return prefix, stated if fitting and stated else max(numbers[prefix]) + 1
+    if fitting and stated:
+        return prefix, stated
+    count = next(number for number in itertools.count() if number not in numbers[prefix])
+    if not count:
+        raise QplugError(f"{checkpoint.folder}: {prefix[:300]} has no block 0")
+    return prefix, count
+
+
+def _has_all(numbers: Set[int], count: int) -> bool:
+    """Whether ``numbers`` has 0 to ``count - 1``; ``count`` may be anything."""
+    return 0 < count <= len(numbers) and numbers >= set(range(count))
 
 
 def _linears(

@@ -149,24 +149,20 @@ class _Measure:
 
 
 def _best(fits: Sequence[Fit], aim: Aim, wish: Wish) -> Fit | None:
-    """Returns the best of ``fits`` for ``aim`` that has room and a measured loss; None if none has.
+    """Returns the best of ``fits`` for ``aim`` that has room; None if none has.
 
-    Of backends that are alike, the one whose kernel was run on the device comes first, then the
-    one whose engine was timed. Formats that several engines load are left out.
+    Those come first whose loss was measured and whose backend has an engine of its own, then those
+    with one of both. Of backends that are alike, the one whose kernel was run on the device comes
+    first, then the one whose engine was timed.
     """
-    asked = wish.requests or 1
-    able = [
-        fit
-        for fit in fits
-        if fit.requests >= asked and fit.loss is not None and fit.offer.has_server
-    ]
-    measured = {
+    able = [fit for fit in fits if fit.requests >= (wish.requests or 1)]
+    likely = max(map(_likeliness, able), default=0)
+    able = [fit for fit in able if _likeliness(fit) == likely]
+    timed: dict[Aim, list[Fit]] = {
         "latency": [fit for fit in able if fit.one is not None],
         "throughput": [fit for fit in able if fit.both is not None],
-        "size": [],
+        "size": able,
     }
-    # Where no speed is known, few bytes are all that is known of latency.
-    among = measured[aim] or able
     keys: dict[Aim, Callable[[Fit], float]] = {
         "latency": lambda fit: -(fit.one or 0.0),
         "throughput": lambda fit: -(fit.both or 0.0),
@@ -174,8 +170,12 @@ def _best(fits: Sequence[Fit], aim: Aim, wish: Wish) -> Fit | None:
     }
 
     def order(fit: Fit) -> tuple[float, int, bool, bool, str]:
-        is_measured = fit.offer.engine.startswith(SPEEDS_ENGINE)
-        offer = fit.offer
-        return keys[aim](fit), offer.nbytes, not offer.was_run, not is_measured, offer.backend
+        offer, is_timed = fit.offer, fit.offer.engine.startswith(SPEEDS_ENGINE)
+        return keys[aim](fit), offer.nbytes, not offer.was_run, not is_timed, offer.backend
 
-    return min(among, key=order, default=None)
+    # Where no speed is known, few bytes are all that is known of it.
+    return min(timed[aim] or able, key=order, default=None)
+
+
+def _likeliness(fit: Fit) -> int:
+    return 2 * (fit.loss is not None) + fit.offer.has_server

@@ -188,7 +188,7 @@ class Recipe:
     backend_options: Annotated[
         Options,
         Param(
-            "Options of the backend, such as gpu=sm90 or tp=2: see qplug plugins show BACKEND.",
+            "Options of the backend, such as gpu=H100 or tp=2: see qplug plugins show BACKEND.",
             flag="--backend-opt",
             of="backend",
             heading="Model and output",

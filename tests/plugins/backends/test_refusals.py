@@ -310,3 +310,9 @@ def test_a_narrow_model_is_refused_by_engines_and_written_for_the_format(
         str(narrow_llama), tmp_path / "out", backend="compressed-tensors", group_size=-1
     )
     assert len(found.errors) == 14
+
+
+@pytest.mark.parametrize("heads", [float("nan"), "two", -1])
+def test_heads_that_are_no_number_divide_nothing(heads: object) -> None:
+    config = {"num_key_value_heads": heads}
+    assert shard_shape("model.layers.0.self_attn.k_proj", (64, 32), config, 2) == (32, 32)
