@@ -220,7 +220,9 @@ def test_the_worst_layers_come_with_commands_that_are_ready(
     )
     told = worst_layers(replace(findings, layers=layers, options=options))
     assert told is not None
-    assert [row[0].text for row in told.table.cells] == [name]
+    assert [(row[0].text, row[3].text) for row in told.table.cells] == [
+        (name, "W8A16, with 2 merged")
+    ]
     assert told.sentence.startswith("One layer stands out: its error is 1.5 times the median")
     assert [step.sentence.partition(" ")[0] for step in told.steps] == ["Store", "Choose"]
     for step in told.steps:
