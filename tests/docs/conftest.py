@@ -58,7 +58,10 @@ def pages_by_name() -> dict[str, Page]:
 
 
 #: Pages with the commands of a first hour, on samples of the size that users calibrate with.
-SLOW = ("README.md", "docs/tutorial.md")
+SLOW = (
+    *("README.md", "docs/tutorial.md", "docs/how-to/read-the-report.md"),
+    "docs/how-to/publish-on-the-hub.md",
+)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
