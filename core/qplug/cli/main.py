@@ -50,6 +50,8 @@ COMMANDS = {
     "inspect": ("qplug.cli.inspect:command", "Print the contents of a quantized folder."),
     "report": ("qplug.cli.report:command", "Write an HTML report on a quantized folder."),
     "compare": ("qplug.cli.compare:command", "Compare several folders in a table and a plot."),
+    "push": ("qplug.cli.push:command", "Upload a quantized folder to the Hub."),
+    "plan": ("qplug.cli.plan:command", "Choose a scheme for a model and GPUs."),
     "schemes": ("qplug.cli.schemes:command", "List schemes, and which engine runs them."),
     "plugins": ("qplug.cli.plugins:command", "List, check, describe and create plugins."),
     "doctor": ("qplug.cli.doctor:command", "Check this machine, its engines and plugins."),
