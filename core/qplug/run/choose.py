@@ -36,7 +36,7 @@ from qplug.run.drafts import open_model
 from qplug.run.refuse import open_source
 
 #: Windows of calibration data on which losses are estimated; measuring takes far longer.
-_WINDOWS = {"fisher": 16, "divergence": 4}
+_WINDOWS = {"fisher": 8, "divergence": 4}
 
 #: The key of the choice in the fingerprint of a run and in qplug.json.
 CHOICE = "choice"
