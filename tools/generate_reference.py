@@ -30,7 +30,7 @@ from qplug.registry.registry import Registry
 _ENVIRONMENT = {
     "COLUMNS": "80",
     "XDG_CONFIG_HOME": os.devnull,
-    **dict.fromkeys(("QPLUG_DEVICE", "QPLUG_BACKEND", "QPLUG_DATASET")),
+    **dict.fromkeys(("QPLUG_DEVICE", "QPLUG_BACKEND", "QPLUG_DATASET", "QPLUG_CHECK")),
 }
 
 FOLDER = Path(__file__).parents[1] / "docs/reference"

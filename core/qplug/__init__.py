@@ -48,10 +48,19 @@ from qplug.api import (
     ValueHeads,
     WholeModel,
 )
-from qplug.api.events import BlockReport, Estimate, Result, RunStart, StageCost
+from qplug.api.events import (
+    BlockReport,
+    Estimate,
+    Quality,
+    Result,
+    RunPlan,
+    RunStart,
+    StageCost,
+)
+from qplug.api.gpus import DEVICES
 from qplug.api.hookspecs import hookimpl
 from qplug.api.layout import kernel_problems, layout_problems
-from qplug.api.limits import DEVICES, Target, beyond_limits, shape_problem
+from qplug.api.limits import Target, beyond_limits, shape_problem
 from qplug.api.old_paths import forward_old_paths
 from qplug.api.params import Param
 from qplug.api.scheme import (
@@ -124,6 +133,7 @@ __all__ = [
     "Preparation",
     "Problem",
     "QplugError",
+    "Quality",
     "QuantArgs",
     "QuantizedWeight",
     "Reader",
@@ -132,6 +142,7 @@ __all__ = [
     "Registry",
     "Result",
     "Rewrite",
+    "RunPlan",
     "RunStart",
     "Scheme",
     "Server",

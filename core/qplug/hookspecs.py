@@ -13,6 +13,7 @@ from qplug.api.hookspecs import (
     qplug_readers,
     qplug_run_begun,
     qplug_run_done,
+    qplug_stage_begun,
 )
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "qplug_readers",
     "qplug_run_begun",
     "qplug_run_done",
+    "qplug_stage_begun",
 ]
 
 

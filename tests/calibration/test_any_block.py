@@ -22,7 +22,7 @@ from qplug.calibration.samples import Samples
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
 from qplug.machine.session import Session
-from qplug.model.architectures import with_experts_apart
+from qplug.model.architectures import by_linear
 from qplug.model.block_call import hidden_states
 from qplug.model.block_list import decoder_blocks
 from qplug.model.view import model_view
@@ -64,7 +64,7 @@ def walk_of(monkeypatch: pytest.MonkeyPatch) -> WalkOf:
 
     def start(folder: Path, samples: Samples) -> tuple[Walk, ModelView]:
         registry = Registry([])
-        source = with_experts_apart(open_checkpoint(folder), registry)
+        source = by_linear(open_checkpoint(folder), registry)
         view = model_view(source)
         schemes = {name: INT4 for name in view.linears if name in view.quantizable}
         walk = Walk(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -47,17 +46,27 @@ def demo(pristine_demo: Path, tmp_path: Path) -> Path:
 
 
 def test_quantize(cli: Cli, tmp_path: Path) -> None:
-    result = cli("quantize", "qplug:demo", "--out", tmp_path / "out")
-    assert (result.exit_code, result.stderr) == (0, "")
-    first, second = result.stdout.splitlines()
-    assert first.startswith(f"{tmp_path / 'out'}: 28 layers, 8.4 MB -> 3.7 MB, ")
+    out = tmp_path / "out"
+    result = cli("quantize", "qplug:demo", "--algo", "rtn", "--out", out)
+    assert result.exit_code == 0
+    opening, plan = result.stderr.splitlines()
+    assert opening == "opening qplug:demo"
+    assert plan.startswith(
+        "qplug:demo (LlamaForCausalLM, 4.2 million parameters, 4 blocks) becomes W4A16 by rtn for "
+        "sglang: 8.4 MB -> 3.7 MB. No calibration data is needed. On the CPU ("
+    )
+    first, second, *following = result.stdout.splitlines()
+    assert first.startswith(f"{out}: 28 layers, 8.4 MB -> 3.7 MB, ")
     assert first.endswith(" s")
-    assert second.startswith("relative error of weights: mean 0.11")
+    assert second.startswith("weights of layers were rounded by 11.1% on average, 11.")
+    commands = [f"next: qplug verify {out}", f"qplug serve {out}", f"qplug report {out}"]
+    assert [line.strip() for line in following] == commands
 
 
 def test_quantize_json(cli: Cli, tmp_path: Path) -> None:
-    result = cli("quantize", "qplug:demo", "--out", tmp_path / "out", "--json")
-    assert (result.exit_code, result.stderr) == (0, "")
+    words = ("--algo", "rtn", "--out", tmp_path / "out", "--json")
+    result = cli("quantize", "qplug:demo", *words)
+    assert result.exit_code == 0
     told = json.loads(result.stdout)
     held = load_file(tmp_path / "out" / SINGLE)
     assert told["out"] == str(tmp_path / "out")
@@ -71,7 +80,7 @@ def test_every_option_of_quantize(cli: Cli, llama: Path, tmp_path: Path) -> None
     words = ["--algo", "rtn", "--scheme", "w8a16", "--backend", "vllm", "--group-size", 64]
     words += ["--ignore", "*.1.mlp.*", "--ignore", "*o_proj", "--override", "*.0.mlp.*=W4A16_ASYM"]
     words += ["--shard-size", "0.0001", "--seed", 5, "--device", "cpu"]
-    result = cli("quantize", llama, "--out", tmp_path / "out", *words, "--json")
+    result = cli("quantize", "--algo", "rtn", llama, "--out", tmp_path / "out", *words, "--json")
     assert result.exit_code == 0, result.output
     manifest = json.loads((tmp_path / "out" / "qplug.json").read_text())
     assert manifest["recipe"]["seed"] == 5
@@ -92,13 +101,23 @@ def test_every_option_of_quantize(cli: Cli, llama: Path, tmp_path: Path) -> None
 
 def test_dry_run(cli: Cli, llama: Path, tmp_path: Path, contents: Contents) -> None:
     before = contents(tmp_path)
-    words = ("quantize", llama, "--out", tmp_path / "out", "--shard-size", "0.0001")
+    words = (
+        "quantize",
+        "--algo",
+        "rtn",
+        llama,
+        "--out",
+        tmp_path / "out",
+        "--shard-size",
+        "0.0001",
+    )
     said = cli(*words, "--dry-run")
     told = json.loads(cli(*words, "--dry-run", "--json").stdout)
     assert contents(tmp_path) == before
     first, estimated = said.stdout.splitlines()
     assert first == f"{tmp_path / 'out'}: would be written: 0.6 MB -> 0.2 MB"
-    assert estimated.startswith("it would take about ")
+    assert " it takes about " in estimated
+    assert told["plan"]["estimate"]["disk"] == told["bytes"]
     assert told["dry_run"] is True
     done = json.loads(cli(*words, "--json").stdout)
     assert {key: told[key] for key in ("bytes", "source_bytes")} == {
@@ -116,18 +135,20 @@ def test_a_resumed_run_says_so(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    words = ("--algo", "rtn", "--out", tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "finish", interrupt)
-        stopped = cli("quantize", llama, "--out", tmp_path / "out")
+        stopped = cli("quantize", llama, *words)
         assert stopped.exit_code == 1
-    out = re.escape(str(tmp_path / "out"))
-    said = stopped.stderr.splitlines()[0]
-    kept = re.fullmatch(rf"{out}: (.+) steps are kept; the same command goes on after them\.", said)
-    assert kept is not None, stopped.stderr
-    result = cli("quantize", llama, "--out", tmp_path / "out")
-    assert result.stderr == f"{tmp_path / 'out'}: goes on after {kept[1]} steps\n"
-    assert " s, " in result.stdout
-    assert result.stdout.splitlines()[0].endswith(" steps done by an earlier run")
+    said = stopped.stderr.splitlines()[2]
+    assert said == (
+        f"{tmp_path / 'out'}: 2 of 2 blocks are kept; the same command goes on after them."
+    )
+    result = cli("quantize", llama, *words)
+    assert result.stderr.splitlines()[-1] == (
+        "going on: 2 of 2 blocks were kept from an earlier run"
+    )
+    assert result.stdout.splitlines()[0].endswith(" s, 2 of 2 blocks kept from an earlier run")
 
 
 def test_ctrl_c_before_the_first_step(
@@ -137,8 +158,8 @@ def test_ctrl_c_before_the_first_step(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qplug.run.quantize.fingerprint", interrupt)
-    stopped = cli("quantize", llama, "--out", tmp_path / "a" / "out")
-    assert stopped.stderr.splitlines()[0] == (
+    stopped = cli("quantize", llama, "--algo", "rtn", "--out", tmp_path / "a" / "out")
+    assert stopped.stderr.splitlines()[1] == (
         "No step was finished; the same command starts again."
     )
     assert not (tmp_path / "a").exists()
@@ -147,14 +168,21 @@ def test_ctrl_c_before_the_first_step(
 def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     """What libraries print would be seen too."""
     command = [sys.executable, "-m", "qplug", "quantize", "qplug:demo", "--out", "out"]
+    command += ["--algo", "rtn"]
     done = subprocess.run(
         [*command, "--json"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert [line.partition(" ")[0] for line in done.stderr.splitlines()[:2]] == [
+        "opening",
+        "qplug:demo",
+    ]
     assert json.loads(done.stdout)["out"] == "out"
     refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert refused.returncode == 1
-    assert refused.stderr == "Error: out: exists; choose another folder, or pass --overwrite\n"
+    assert refused.stderr == (
+        "opening qplug:demo\nError: out: exists; choose another folder, or pass --overwrite\n"
+    )
     assert refused.stdout == ""
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -364,12 +392,23 @@ def test_inspect_what_is_not_there(cli: Cli) -> None:
 
 
 def test_schemes(cli: Cli) -> None:
-    result = cli("schemes")
+    result = cli("schemes", "--backend", "sglang")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines if not line.startswith(" ")] == list(PRESETS)
     assert any(line.startswith("  sglang ") and "Marlin" in line for line in lines)
-    assert any(line.startswith("  vllm ") for line in lines)
+
+
+def test_one_scheme(cli: Cli) -> None:
+    lines = cli("schemes", "int4").stdout.splitlines()
+    assert lines[0] == "W4A16        int4, a scale each group of 128, weights"
+    assert {line.split()[0] for line in lines[1:]} == {"gptq", "sglang", "vllm"}
+    wrong = cli("schemes", "W4A61")
+    assert (wrong.exit_code, wrong.stdout) == (1, "")
+    assert "Did you mean 'W4A16'?" in wrong.stderr
+    assert "no engine serves it; measure it with" in cli("schemes", "W3A16").stderr
+    told = json.loads(cli("schemes", "FP8", "--json").stdout)["backends"]
+    assert {row["scheme"] for rows in told.values() for row in rows} == {"FP8"}
 
 
 def test_schemes_of_one_backend(cli: Cli) -> None:
@@ -443,5 +482,7 @@ def test_what_the_table_serves_is_not_refused(cli: Cli, tmp_path: Path) -> None:
         assert served
         for scheme in PRESETS:
             words = ("--scheme", scheme, "--backend", backend, "--samples", 4, "--dry-run")
-            result = cli("quantize", "qplug:demo", "--out", tmp_path / "out", *words)
+            result = cli(
+                "quantize", "--algo", "rtn", "qplug:demo", "--out", tmp_path / "out", *words
+            )
             assert (result.exit_code == 0) == (scheme in served), (backend, scheme)

@@ -40,7 +40,7 @@ def test_aliases_are_schemes() -> None:
 
 def test_the_output_names_the_scheme_of_an_alias(cli: Cli, llama: Path, tmp_path: Path) -> None:
     words = ("--scheme", "int4", "--override", "*.down_proj=int8", "--override", "*.x*=W4A16")
-    result = cli("quantize", llama, "--out", tmp_path / "out", *words, "--dry-run")
+    result = cli("quantize", "--algo", "rtn", llama, "--out", tmp_path / "out", *words, "--dry-run")
     assert result.stderr.splitlines()[:2] == ["int4 is the scheme W4A16", "int8 is the scheme W8A8"]
 
 

@@ -79,7 +79,17 @@ def _forget_experts(out: Path) -> None:
 
 def test_the_share_is_printed(odd_model: OddModel, tmp_path: Path, cli: Cli) -> None:
     ignore = [word for pattern in STACKED["gpt_oss"] for word in ("--ignore", pattern)]
-    words = ("quantize", odd_model("gpt_oss"), *ignore, "--group-size", 32, "--backend", "vllm")
+    words = (
+        "quantize",
+        "--algo",
+        "rtn",
+        odd_model("gpt_oss"),
+        *ignore,
+        "--group-size",
+        32,
+        "--backend",
+        "vllm",
+    )
     dry = cli(*words, "--out", tmp_path / "out", "--dry-run")
     assert "float: " in dry.output
     assert "mlp.experts.*.gate_proj" in dry.output

@@ -17,7 +17,7 @@ import qplug
 from qplug import Stacked
 from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.stacked import Cut, stack
-from qplug.model.architectures import with_experts_apart
+from qplug.model.architectures import by_linear
 from qplug.model.on_disk import as_on_disk
 from qplug.model.view import model_view
 from qplug.reading.load import load
@@ -46,7 +46,7 @@ def _textbook(name: str, whole: Tensor, linear: str) -> Tensor:
 @pytest.mark.parametrize("name", STACKED)
 def test_each_expert_has_its_rows(model: dict[str, Path], name: str) -> None:
     source = open_checkpoint(model[name])
-    apart = with_experts_apart(source, Registry.installed())
+    apart = by_linear(source, Registry.installed())
     stored = load_file(model[name] / "model.safetensors")
     experts = [n for n in apart.tensors if ".experts." in n and n.endswith(".weight")]
     gone = {n: t for n, t in stored.items() if n not in apart.tensors}
@@ -73,7 +73,7 @@ def test_each_expert_has_its_rows(model: dict[str, Path], name: str) -> None:
 @pytest.mark.parametrize("name", STACKED)
 def test_separate_experts_compute_what_the_module_does(model: dict[str, Path], name: str) -> None:
     whole, apart = load(str(model[name])), load(str(model[name]))
-    source = with_experts_apart(open_checkpoint(model[name]), Registry.installed())
+    source = by_linear(open_checkpoint(model[name]), Registry.installed())
     blocks = as_on_disk(apart, model_view(source).blocks, source.tensors)
     assert any(
         ".experts.0." in f"{block}.{local}"
@@ -97,7 +97,7 @@ def test_the_layout_is_found_whatever_grouped_products_leave_in_memory(
 
     monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", grouped)
     source = open_checkpoint(model["gemma4_moe"])
-    apart = with_experts_apart(source, Registry.installed())
+    apart = by_linear(source, Registry.installed())
     assert any(".experts.0." in name for name in apart.tensors)
 
 

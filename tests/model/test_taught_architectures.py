@@ -50,7 +50,16 @@ def mixer(tmp_path: Path) -> Path:
 
 
 def test_the_example_teaches_one(mixer: Path, tmp_path: Path, cli: Cli) -> None:
-    words = ("quantize", mixer, "--group-size", 32, "--backend", "compressed-tensors")
+    words = (
+        "quantize",
+        "--algo",
+        "rtn",
+        mixer,
+        "--group-size",
+        32,
+        "--backend",
+        "compressed-tensors",
+    )
     unknown = cli(*words, "--out", tmp_path / "out")
     assert unknown.exit_code == 1
     assert "unknown architecture" in unknown.output

@@ -175,7 +175,7 @@ def test_a_file_of_llmc(
         line = checked.output.splitlines()[-1]
         assert re.match(rf"Error: {re.escape(str(path))}:\d+: ", line)
         assert becomes.removeprefix("refused: ") in line
-        assert cli("quantize", "--config", path).output == checked.output
+        assert cli("quantize", "--config", path).output == f"opening {path}\n{checked.output}"
         return
     assert checked.exit_code == 0, checked.output
     if file in MEASURED:

@@ -179,7 +179,7 @@ def recorded(
             return dict(json.loads((out / "qplug.json").read_text()))
         file = folder / "f.yml"
         if way == "command line":
-            result = cli("quantize", model, "--out", out, *words)
+            result = cli("quantize", "--algo", "rtn", model, "--out", out, *words)
         elif way == "file":
             file.write_text(
                 yaml.safe_dump(_whole(said, {"model": model, "export": [{"out": str(out)}]}))

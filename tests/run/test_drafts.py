@@ -163,7 +163,7 @@ def test_layers_that_are_announced_but_not_there_are_said(
     tmp_path: Path, write_llama: Callable[..., Path], cli: Cli
 ) -> None:
     folder = write_llama(tmp_path / "model", num_nextn_predict_layers=1)
-    words = ("quantize", folder, "--out", tmp_path / "out", "--dry-run")
+    words = ("quantize", "--algo", "rtn", folder, "--out", tmp_path / "out", "--dry-run")
     assert "note: config.json announces draft layers (MTP) that the model lacks" in (
         cli(*words).output
     )

@@ -45,7 +45,16 @@ def test_they_stay_float_and_verify_accepts_the_folder(
 
 
 def test_they_are_printed_once_for_each_kind(odd_model: OddModel, tmp_path: Path, cli: Cli) -> None:
-    words = ("quantize", odd_model("qwen3_5_text"), "--group-size", 32, "--out", tmp_path / "out")
+    words = (
+        "quantize",
+        "--algo",
+        "rtn",
+        odd_model("qwen3_5_text"),
+        "--group-size",
+        32,
+        "--out",
+        tmp_path / "out",
+    )
     for options in (("--dry-run",), ()):
         lines = cli(*words, *options).output.splitlines()
         kept = [line for line in lines if line.startswith("kept float: ")]

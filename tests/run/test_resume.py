@@ -483,7 +483,10 @@ def test_a_journal_that_tells_nothing(
 # --- what stays, and what does not ---------------------------------------------------------------
 
 #: What Ctrl-C says.
-KEPT = r"{out}: \d+ of 20 steps are kept; the same command goes on after them\.\s+Aborted!"
+KEPT = (
+    r"{out}: (\d+ of 20 steps|1 of 2 blocks) are kept; the same command goes on after them\.\s+"
+    "Aborted!"
+)
 
 
 def test_ctrl_c_keeps_what_was_done(
@@ -500,11 +503,11 @@ def test_ctrl_c_keeps_what_was_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", append)
-        result = cli("quantize", llama, "--out", tmp_path / "out")
+        result = cli("quantize", "--algo", "rtn", llama, "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert re.fullmatch(KEPT.format(out=tmp_path / "out"), result.stderr.strip())
+    assert re.search(KEPT.format(out=tmp_path / "out") + "$", result.stderr.strip())
     assert not (tmp_path / "out").exists()
-    result = cli("quantize", llama, "--out", tmp_path / "out", "--json")
+    result = cli("quantize", "--algo", "rtn", llama, "--out", tmp_path / "out", "--json")
     assert json.loads(result.stdout)["resumed"] >= 4  # the first line is the fingerprint
 
 
@@ -520,7 +523,7 @@ def test_ctrl_c_by_a_signal(tmp_path: Path, llama: Path, start: Starter) -> None
     os.kill(started.ids[0], signal.SIGINT)
     ended = started.wait()
     assert ended.codes == [1]
-    assert re.fullmatch(KEPT.format(out=tmp_path / "out"), ended.stderr.strip())
+    assert re.search(KEPT.format(out=tmp_path / "out") + "$", ended.stderr.strip())
     assert journal_lines(tmp_path / ".out.partial") >= 3
     assert not (tmp_path / "out").exists()
 

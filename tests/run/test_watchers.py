@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from qplug import BlockReport, PluginWarning, QplugError, Result, RunStart, hookimpl, quantize
+from qplug.checkpoint.open import open_checkpoint
 from qplug.registry.registry import Registry
 from qplug.testing import tiny_model, tiny_tokenizer
 
@@ -29,6 +31,11 @@ class Watcher:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.results: list[Result] = []
         self.starts: list[RunStart] = []
+        self.stages: list[str] = []
+
+    @hookimpl
+    def qplug_stage_begun(self, stage: str) -> None:
+        self.stages.append(stage)
 
     @hookimpl
     def qplug_run_begun(self, start: RunStart) -> None:
@@ -86,6 +93,18 @@ def test_each_tensor_of_a_streamed_run_and_the_end(llama: Path, tmp_path: Path) 
     assert told == result.errors
     assert watcher.shapes["model.layers.0.mlp.up_proj"] == (256, 128)
     assert 0 < sum(report.seconds for report in watcher.blocks) <= result.seconds
+    assert watcher.stages == ["opening", "blocks", "writing"]
+    (start,) = watcher.starts
+    assert start.blocks == 2
+    assert [start.blocks_after(steps) for steps in (0, start.block_ends[0], start.count)] == [
+        *range(3)
+    ]
+    plan = start.plan
+    assert plan is not None
+    assert (plan.algorithm, plan.scheme, plan.dataset, plan.blocks) == ("rtn", "W8A16", "", 2)
+    tensors = open_checkpoint(llama).tensors.values()
+    assert plan.parameters == sum(math.prod(tensor.spec.shape) for tensor in tensors)
+    assert len(plan.block_seconds) == 2
 
 
 def test_each_block_of_a_calibrated_run_with_what_it_held(tiny: Path, tmp_path: Path) -> None:
@@ -99,6 +118,12 @@ def test_each_block_of_a_calibrated_run_with_what_it_held(tiny: Path, tmp_path: 
         assert [len(group.linears) for group in report.block.groups] == [3, 1, 2, 1]
     assert {name for report in watcher.blocks for name in report.losses} == set(result.losses)
     assert any(report.block is None and report.loss is None for report in watcher.blocks)
+    assert watcher.stages == ["opening", "data", "trial pass", "blocks", "writing"]
+    plan = watcher.starts[0].plan
+    assert plan is not None
+    assert (plan.dataset, plan.samples, plan.seq_len) == ("demo", 2, 16)
+    assert plan.estimate is not None
+    assert 0 < sum(plan.block_seconds) < plan.estimate.seconds
 
 
 @pytest.mark.parametrize("error", [ValueError("no disk"), SystemExit(3)])
@@ -123,6 +148,7 @@ def test_nobody_is_told_of_what_is_not_done(llama: Path, tmp_path: Path) -> None
     assert not watcher.blocks
     assert not watcher.results
     assert not watcher.starts
+    assert watcher.stages == ["opening"]
     with pytest.raises(QplugError):
         run(llama, tmp_path / "out", watcher, backend="sglang", group_size=7)
     assert not watcher.results
@@ -155,7 +181,18 @@ def test_the_command_line_says_it_in_a_line(llama: Path, tmp_path: Path, cli: Cl
         "def qplug_run_done(result):\n"
         "    raise OSError('no printer')\n"
     )
-    words = ("quantize", llama, "--backend", "fake", "--group-size", 32, "--device", "cpu")
+    words = (
+        "quantize",
+        "--algo",
+        "rtn",
+        llama,
+        "--backend",
+        "fake",
+        "--group-size",
+        32,
+        "--device",
+        "cpu",
+    )
     result = cli("--plugin", plugin, *words, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     (line,) = (line for line in result.stderr.splitlines() if "noisy" in line)

@@ -2,11 +2,65 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from qplug.api import Block, QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would take, by a model of costs: the page docs/scale.md says how good it is.
+
+    ``device`` names the device with whose rates it is computed, ``processes`` is their number.
+    ``seconds`` are those of the whole command, of which ``stages`` has the parts. In bytes:
+    ``gpu_memory`` on each GPU at most, None for a run on a CPU; ``memory`` of each process on its
+    host; ``disk`` for the result.
+    """
+
+    device: str
+    processes: int
+    seconds: float
+    stages: Mapping[str, float]
+    gpu_memory: int | None
+    memory: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run does, as it is known before the first step.
+
+    ``architecture`` is the class that config.json names, ``parameters`` the number of weights of
+    the source and ``blocks`` the number of its decoder blocks. ``algorithm`` and ``scheme`` are
+    names (``awq+gptq``, ``W4A16``), ``backend`` the exporter's. ``serve`` is the command that
+    serves a folder of this backend, with ``{}`` for the folder; "" if no engine serves it.
+    ``dataset`` is "" for a run without calibration data; else ``samples`` are its windows and
+    ``seq_len`` the tokens of a window. ``device`` is the name of the device in words.
+    ``source_bytes`` and ``bytes`` are the sizes of all tensors before and after. ``estimate`` says
+    what the run takes, None if the time of an algorithm is not known, and ``block_seconds`` what
+    each block takes; empty if not known.
+    """
+
+    model: str
+    architecture: str
+    parameters: int
+    blocks: int
+    algorithm: str
+    scheme: str
+    backend: str
+    serve: str
+    dataset: str
+    samples: int
+    seq_len: int
+    device: str
+    source_bytes: int
+    bytes: int
+    estimate: Estimate | None = None
+    block_seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -14,12 +68,25 @@ class RunStart:
     """A run that is checked and is about to compute its first step.
 
     ``out`` is the folder that the run writes, ``count`` the number of all steps, and ``done`` the
-    number of steps that an earlier run, which was stopped, had finished.
+    number of steps that an earlier run, which was stopped, had finished. A decoder block is one
+    step or several: ``block_ends`` has for each block the number of steps after which it is
+    complete. ``plan`` says what the run does.
     """
 
     out: Path
     count: int
     done: int
+    block_ends: tuple[int, ...] = field(default=(), compare=False)
+    plan: RunPlan | None = field(default=None, compare=False)
+
+    @property
+    def blocks(self) -> int:
+        """The number of decoder blocks."""
+        return len(self.block_ends)
+
+    def blocks_after(self, steps: int) -> int:
+        """The number of decoder blocks that are complete after ``steps`` finished steps."""
+        return bisect_right(self.block_ends, steps)
 
 
 @dataclass(frozen=True)
@@ -70,23 +137,63 @@ class StageCost:
     gpu_memory: int | None
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a run would take, by a model of costs: the page docs/scale.md says how good it is.
+#: How far a quantized model is from its float model, in a word: see docs/how-to/quality.md.
+Verdict: TypeAlias = Literal["good", "noticeable", "broken"]
 
-    ``device`` names the device with whose rates it is computed, ``processes`` is their number.
-    ``seconds`` are those of the whole command, of which ``stages`` has the parts. In bytes:
-    ``gpu_memory`` on each GPU at most, None for a run on a CPU; ``memory`` of each process on its
-    host; ``disk`` for the result.
+
+@dataclass(frozen=True)
+class Quality:
+    """How far a quantized model is from its float model, on text that calibration did not use.
+
+    ``perplexity`` and ``float_perplexity`` are those of the two models. ``kl`` is the mean KL
+    divergence of the next-token probabilities from the float model's, in nats per token. Both are
+    measured on ``windows`` windows of ``seq_len`` tokens of ``dataset``.
     """
 
-    device: str
-    processes: int
-    seconds: float
-    stages: Mapping[str, float]
-    gpu_memory: int | None
-    memory: int
-    disk: int
+    perplexity: float
+    float_perplexity: float
+    kl: float
+    verdict: Verdict
+    windows: int
+    seq_len: int
+    dataset: str
+
+
+@dataclass(frozen=True)
+class ChosenGroup:
+    """The choice for linears that share a scheme: ``name`` stands for all of them.
+
+    ``scheme`` is the name of the scheme with the size of its groups, or ``float``. ``weights`` is
+    the number of weights, ``bits`` the mean bits of one, scales included, and ``loss`` the
+    estimated divergence that the scheme causes, in nats a token.
+    """
+
+    name: str
+    scheme: str
+    weights: int
+    bits: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``--scheme auto`` chose, and for which budget.
+
+    ``limits`` is the budget as text, by option. ``sensitivity`` says how losses were estimated, on
+    ``tokens`` tokens. ``loss`` is the sum of the losses of ``groups``, in nats a token; no choice
+    within the budget is estimated below ``bound``. For ``--max-kl``, ``bytes`` are minimized, and
+    ``bound`` is in bytes. ``bits`` is the mean over all weights of ``groups``, and ``bytes`` is
+    what the weights of ``groups`` take.
+    """
+
+    limits: Mapping[str, str]
+    sensitivity: str
+    tokens: int
+    groups: tuple[ChosenGroup, ...]
+    bits: float
+    bytes: int
+    loss: float
+    bound: float
 
 
 @dataclass(frozen=True)
@@ -105,8 +212,9 @@ class Result:
     float, 0 to 1; ``floats`` are its parts, by name of the weights with a star for each number.
     ``kept_float`` says of linears that no kernel takes, by name, why they stay float.
     ``source_format`` says in words how the source was quantized; it is empty for a float source.
-    ``estimate`` says after a dry run what the run would take; None after other runs, and if the
-    time of an algorithm is not known.
+    ``plan`` says after a dry run what the run would do; None after other runs. ``quality`` is None
+    unless somebody measured the result, as the command ``qplug quantize`` does.
+    ``choice`` says what ``--scheme auto`` chose; None for other schemes.
     """
 
     out: Path
@@ -123,4 +231,11 @@ class Result:
     floats: Mapping[str, float] = field(default_factory=dict)
     kept_float: Mapping[str, str] = field(default_factory=dict)
     source_format: str = ""
-    estimate: Estimate | None = None
+    plan: RunPlan | None = None
+    quality: Quality | None = None
+    choice: Choice | None = None
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """What the run would take, after a dry run; None if that is not known."""
+        return None if self.plan is None else self.plan.estimate

@@ -152,6 +152,25 @@ def qplug_run_begun(start: RunStart) -> None:
 
 
 @hookspec
+def qplug_stage_begun(stage: str) -> None:
+    """Watch a run: the run enters a stage.
+
+    The stages are, in this order: "opening", "data" (a calibrated run reads its text), "learning"
+    (an algorithm learns on the whole model), "trial pass" (a few tokens go through the model, and
+    all tokens through its embedding), "blocks", "writing" (the last files) and, after
+    ``qplug_run_done``, "checking" (the result against the float model). Called in the first process
+    alone, in a dry run too. Return nothing. If the hook raises an error, qplug prints a
+    warning that names the plugin, no longer calls this plugin, and continues the run.
+
+    Since 0.2. Example::
+
+        @hookimpl
+        def qplug_stage_begun(stage):
+            print(f"{stage} ...")
+    """
+
+
+@hookspec
 def qplug_block_done(report: BlockReport) -> None:
     """Watch a run: a decoder block, or a tensor of a data-free run, has been quantized.
 

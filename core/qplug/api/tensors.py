@@ -150,13 +150,15 @@ class Checkpoint:
 
     ``config`` is config.json; ``tensors`` are by name. ``quantized`` says in words how the files
     store weights if a reader reads them as float; then ``config`` and ``tensors`` are those of the
-    float model. It is empty for a folder that is read as it is.
+    float model. It is empty for a folder that is read as it is. ``transposed``: the names of the
+    matrices that the files have as ``[in, out]``; ``tensors`` has them as ``[out, in]``.
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
     quantized: str = ""
+    transposed: frozenset[str] = frozenset()
 
     @property
     def shards(self) -> list[Path]:

@@ -30,6 +30,7 @@ from qplug.calibration.reconstruction import Data, LiveReconstruction
 from qplug.calibration.samples import Samples
 from qplug.calibration.statistics import Statistics, share
 from qplug.calibration.stream import Compute, Stream
+from qplug.calibration.stream_distance import StreamDistance
 from qplug.checkpoint.names import within
 from qplug.errors import QplugError
 from qplug.machine.memory import free_memory
@@ -65,6 +66,7 @@ class Walk:
         batch_size: int | None = None,
         with_drift: bool = False,
         with_targets: bool = False,
+        with_distance: bool = False,
         online: Sequence[str] = (),
         cache: KVCache | None = None,
         skeleton: Skeleton | None = None,
@@ -74,10 +76,11 @@ class Walk:
 
         ``all_experts`` shows each expert all tokens of its layer, for statistics alone.
         ``with_drift`` gathers ``InputGroup.drift``; ``with_targets`` gives blocks a
-        ``reconstruction``. ``online``: names of linears whose inputs are rotated while the model
-        runs. ``cache``: how keys and values are stored, None if not quantized. ``skeleton``: of the
-        source, if it is made already. ``memory``: bytes that a block may take; by default those
-        that are free. Raises QplugError if there are fewer samples than processes.
+        ``reconstruction``; ``with_distance`` measures ``distance``. ``online``: names of linears
+        whose inputs are rotated while the model runs. ``cache``: how keys and values are stored,
+        None if not quantized. ``skeleton``: of the source, if it is made already. ``memory``: bytes
+        that a block may take; by default those that are free. Raises QplugError if there are fewer
+        samples than processes.
         """
         device, processes = session.device, session.processes
         if len(samples) < processes.count:
@@ -105,8 +108,13 @@ class Walk:
         self._reader.start(view.blocks[0])
         self._with_drift = with_drift and propagate == "quantized"
         self._with_targets, self._all_experts = with_targets, all_experts
+        self._keeps_targets = with_targets or with_distance  # the float block's outputs
         # Whether the float model runs too, or alone.
-        self._with_float = with_drift or with_targets or propagate == "float"
+        self._with_float = with_drift or with_targets or with_distance or propagate == "float"
+        self._with_distance = with_distance
+        #: How far the residual stream after the last block is from the float model's: the mean over
+        #: tokens of ``||x' - x|| / ||x||``. None unless it is measured.
+        self.distance: float | None = None
         size = batch_size or samples_in_a_batch(samples.length, device)
         parts = [part.batches(size) for part in samples.shared_by(processes.count)]
         self._quota = SampleQuota([len(part) for part in parts], processes.rank)
@@ -190,7 +198,7 @@ class Walk:
             self._replace(name, self._probe, self._blocks.computing(name, parameters))
         del parameters
         block = self._live(name, structure, statistics, weights)
-        if self._targets is not None:
+        if self._with_targets and self._targets is not None:
             stream = self._stream
             data = Data(
                 stream.hidden,
@@ -336,7 +344,8 @@ class Walk:
     @torch.no_grad()
     def advance(self, name: str, effective: Mapping[str, Tensor]) -> None:
         """Sends the tokens through block ``name`` with the parameters ``effective``."""
-        if name == self._view.blocks[-1]:
+        is_last = name == self._view.blocks[-1]
+        if is_last and not self._with_distance:
             return
         if self._propagate == "float":
             self._stream.step()
@@ -348,22 +357,42 @@ class Walk:
         parameters = self._blocks.parameters_of(name, effective, on_host)
         with self._blocks.rounding_inputs(name, self._blocks.parameters[name], effective):
             compute = self._blocks.computing(name, parameters)
-            self._replace(name, self._stream, self._through_cache(name, effective, compute))
+            through_cache = self._through_cache(name, effective, compute)
+            if self._with_distance:
+                self._measure_distance(name, through_cache, is_last=is_last)
+            else:
+                self._replace(name, self._stream, through_cache)
+            if is_last:
+                return
             self._replace(name, self._probe, compute)
         if self._float_stream is not None:
             self._float_stream.step()
             self._agree = False
 
+    def _measure_distance(self, name: str, compute: Compute, *, is_last: bool) -> None:
+        """Like ``_replace`` of the stream, which stays at the last block, and sets ``distance``."""
+        assert self._targets is not None
+        distance = StreamDistance(self._real)
+        self._stream.expect(name)
+        calls = zip(self._stream, self._targets, strict=True)
+        for index, (call, target) in enumerate(calls):
+            output = compute(call)
+            distance.add(index, hidden_states(output), target)
+            if not is_last:
+                self._stream.replace(index, call, output, compute)
+        self.distance = distance.shared(self._processes)
+
     @torch.no_grad()
     def skip(self, name: str, effective: Mapping[str, Tensor]) -> None:
         """``advance`` for a block that an earlier run has finished; gathers no statistics."""
-        if self._with_float and name != self._view.blocks[-1]:
+        if self._with_float and (self._with_distance or name != self._view.blocks[-1]):
             parameters = self._blocks.computable(self._reader.read(name))
             compute = self._blocks.computing(name, parameters)
             stream = self._float_stream or self._stream
             stream.expect(name)
+            self._targets = HiddenStates(self._device) if self._with_distance else None
             for index, call in enumerate(stream):
-                stream.append(index, call, compute(call), compute)
+                self._pass_on_float(name, index, call, compute(call), compute)
             if self._propagate == "float":
                 self._replace(name, self._probe, compute)
         self.advance(name, effective)
@@ -452,7 +481,7 @@ class Walk:
         if float_parameters is not parameters:
             compute_float = blocks.computing(name, float_parameters)
         if first:
-            self._targets = HiddenStates(self._device) if self._with_targets else None
+            self._targets = HiddenStates(self._device) if self._keeps_targets else None
         for stream in (main, beside or main):
             stream.expect(name)
         float_calls: Iterable[BlockCall | None] = beside or [None] * len(main)

@@ -17,6 +17,7 @@ _COMMANDS = {
     "device": ("quantize", "eval", "compare", "report", "verify"),
     "backend": ("quantize",),
     "dataset": ("quantize",),
+    "check": ("quantize",),
 }
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qplug.api.hookspecs import hookimpl
+from qplug.cli.unfinished import tell_found
 from qplug.errors import shown
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Bar:
     @hookimpl
     def qplug_run_begun(self, start: RunStart) -> None:
         self._progress.update(self._task, completed=start.done, total=start.count)
+        tell_found(start)
 
     @hookimpl
     def qplug_block_done(self, report: BlockReport) -> None:

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qplug.cli.chosen import chosen_algorithm, chosen_line
 from qplug.cli.config import tell
-from qplug.cli.float_lines import float_lines, kept_float_lines
 from qplug.cli.headed import HeadedCommand, HeadedOption
+from qplug.cli.outcome import tell_outcome
 from qplug.cli.printing import note, say, say_json
-from qplug.cli.progress import progress_bar
 from qplug.cli.recipe_options import recipe_options, typed_words, usual_words
 from qplug.cli.report import write_report
+from qplug.cli.run_progress import RunProgress, run_progress
 from qplug.cli.unfinished import telling_kept
 from qplug.machine.launch import Launch
 from qplug.registry.registry import Registry
 from qplug.report.page_file import refuse_pages, report_file
 
 if TYPE_CHECKING:
-    from qplug.api.events import Estimate, Result
+    from qplug.api.events import Result
     from qplug.reading.perplexity import Evaluation
     from qplug.recipe.words import RecipeWords
     from qplug.run.perform import JobResult, RunOptions
@@ -74,6 +75,17 @@ _result_option = partial(click.option, cls=HeadedOption, heading="Model and outp
     metavar="SIZE",
     help="What a block may take on the device, such as 20GiB; by default what is free.",
 )
+@_run_option(
+    "--stop-at",
+    metavar="DISTANCE",
+    type=click.FloatRange(0, min_open=True),
+    help="Stop after a block whose output is further from the float model's, such as 0.3.",
+)
+@_run_option(
+    "--check/--no-check",
+    default=True,
+    help="Measure perplexity and KL divergence from the float model afterwards, on a little text.",
+)
 @_run_option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
 @_run_option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
@@ -88,6 +100,8 @@ def command(
     device: str,
     memory: str | None,
     trust_remote_code: bool,
+    stop_at: float | None,
+    check: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -99,31 +113,43 @@ def command(
 
     A PATTERN is a glob over module names, or re: and a regular expression.
     """
-    from qplug.run.perform import RunOptions
-
-    options = RunOptions(device, int(shard_size * 1e9), overwrite, trust_remote_code, memory)
     words, registry = typed_words(ctx), ctx.obj
     _tell_aliases(words)
-    if config is not None:
-        done = _from_file(config, words, model, out, options, registry, dry_run, report)
-        if as_json:
-            say_json(_plain(done))
-        else:
-            _tell_all(done)
-        return
     for value, name in ((model, "MODEL"), (out, "--out")):
-        if value is None:
+        if value is None and config is None:
             raise click.UsageError(f"Missing {name}: give {name}, or a recipe with --config.")
-    assert model is not None
-    assert out is not None
-    usual = usual_words(ctx)
+    usual = usual_words(ctx) if config is None else {}
     for word, default in usual.items():
         note(f"--{word} {default}: your default")
-    result = _from_words({**usual, **words}, model, out, options, registry, dry_run, report)
+    with run_progress(f"opening {model or config}") as progress:  # before torch is imported
+        from qplug.run.perform import RunOptions
+
+        size = int(shard_size * 1e9)
+        options = RunOptions(device, size, overwrite, trust_remote_code, memory, check, stop_at)
+        if config is not None:
+            job = _from_file(
+                config, words, model, out, options, registry, dry_run, report, progress
+            )
+        else:
+            assert model is not None
+            assert out is not None
+            words = _with_algorithm({**usual, **words}, registry)
+            result = _from_words(words, model, out, options, registry, dry_run, report, progress)
     if as_json:
-        say_json(_plain_result(result))
+        say_json(_plain(job) if config is not None else _plain_result(result))
+    elif config is not None:
+        _tell_all(job, progress, report)
     else:
-        _tell(result)
+        _tell(result, progress, report)
+
+
+def _with_algorithm(words: RecipeWords, registry: Registry) -> RecipeWords:
+    """``words`` with the algorithm that qplug chooses if they name none, which is said."""
+    algorithm = chosen_algorithm(words, registry)
+    if algorithm is None:
+        return words
+    note(chosen_line(algorithm, words))
+    return {**words, "algo": algorithm}
 
 
 def _tell_aliases(words: RecipeWords) -> None:
@@ -143,13 +169,14 @@ def _from_words(
     registry: Registry,
     dry_run: bool,
     report: str | None,
+    progress: RunProgress,
 ) -> Result:
     """Quantize ``model`` into ``out`` by the recipe that ``words`` describe."""
     from qplug.run.quantize import quantize
 
     if report is not None:
         refuse_pages(report, [out])
-    with telling_kept(out) as unfinished, progress_bar("quantizing") as bar:
+    with telling_kept(out) as unfinished:
         result = quantize(
             model,
             out,
@@ -159,7 +186,9 @@ def _from_words(
             dry_run=dry_run,
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
-            registry=registry.with_(bar, "progress-bar").with_(unfinished, "unfinished"),
+            check=options.check,
+            stop_at=options.stop_at,
+            registry=registry.with_(progress, "progress").with_(unfinished, "unfinished"),
             **words,
         )
     if report is not None and not dry_run and Launch.of().is_first:
@@ -167,6 +196,7 @@ def _from_words(
         write_report(
             str(out), file, registry, result=result, trust_remote_code=options.trust_remote_code
         )
+        note(f"report: {file}")
     return result
 
 
@@ -179,6 +209,7 @@ def _from_file(
     registry: Registry,
     dry_run: bool,
     report: str | None,
+    progress: RunProgress,
 ) -> JobResult:
     """Run the job in ``file``, changed by the options that the user typed, and return its results.
 
@@ -194,7 +225,12 @@ def _from_file(
     job = changed_job(read.job, words, model=model, out=out)
     if report is not None:
         refuse_pages(report, [export.out for export in job.exports])
-    with telling_kept(None) as unfinished, progress_bar("") as bar:
+
+    def watch(what: str, number: int, total: int, name: str, loss: float | None) -> None:
+        if what.startswith("measuring"):  # blocks are shown by the plugin
+            progress.measured(what, number, total)
+
+    with telling_kept(None) as unfinished:
         done = perform(
             job,
             device=options.device,
@@ -203,8 +239,10 @@ def _from_file(
             dry_run=dry_run,
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
-            registry=registry.with_(unfinished, "unfinished"),
-            watch=lambda what, n, total, name, loss: bar(n, total, f"{what} {name}", loss),
+            check=options.check,
+            stop_at=options.stop_at,
+            registry=registry.with_(progress, "progress").with_(unfinished, "unfinished"),
+            watch=watch,
         )
     if report is not None and not dry_run and Launch.of().is_first:
         _write_reports(done, report, options, registry)
@@ -218,14 +256,16 @@ def _write_reports(done: JobResult, report: str, options: RunOptions, registry: 
     for measurement in done.measured:
         measured.setdefault(stages[measurement.at], []).append(measurement.evaluation)
     for result in done.results:
+        file = report_file(report, result.out)
         write_report(
             str(result.out),
-            report_file(report, result.out),
+            file,
             registry,
             trust_remote_code=options.trust_remote_code,
             measured=measured,
             result=result,
         )
+        note(f"report: {file}")
 
 
 def _plain(done: JobResult) -> dict[str, object]:
@@ -243,12 +283,12 @@ def _plain_result(result: Result) -> dict[str, object]:
     return {**dataclasses.asdict(result), "out": str(result.out)}
 
 
-def _tell_all(done: JobResult) -> None:
+def _tell_all(done: JobResult, progress: RunProgress, report: str | None) -> None:
     """Print the results of a job: a few lines for each folder, one for each measurement."""
     for folder in done.kept:
         say(f"{folder}: was written by an earlier run")
     for result in done.results:
-        _tell(result)
+        _tell(result, progress, report)
     for measured in done.measured:
         evaluation = measured.evaluation
         text = (
@@ -257,68 +297,7 @@ def _tell_all(done: JobResult) -> None:
         say(f"{measured.at}: perplexity {evaluation.perplexity:.4f} ({text})")
 
 
-def _tell(result: Result) -> None:
-    """Print the result of one run in a few lines."""
-    out = result.out
-    if result.source_format:
-        say(f"source: is quantized ({result.source_format}); it was read as float")
-    sizes = f"{result.source_bytes / 1e6:,.1f} MB -> {result.bytes / 1e6:,.1f} MB"
-    if result.dry_run:
-        say(f"{out}: would be written: {sizes}")
-        if result.estimate is not None:
-            say(_estimated(result.estimate))
-        _tell_floats(result)
-        _tell_notes(result)
-        return
-    if not result.errors:
-        say(f"{out}: float weights, no layer quantized, {sizes}, {result.seconds:.1f} s")
-        return
-    losses = result.losses or result.errors
-    worst = max(losses, key=lambda name: losses[name])
-    mean = sum(losses.values()) / len(losses)
-    resumed = f", {result.resumed} steps done by an earlier run" if result.resumed else ""
-    say(f"{out}: {len(result.errors)} layers, {sizes}, {result.seconds:.1f} s{resumed}")
-    of_what = "outputs on the calibration data" if result.losses else "weights"
-    summary = f"mean {mean:.4f}, worst {losses[worst]:.4f} ({worst})"
-    say(f"relative error of {of_what}: {summary}")
-    _tell_floats(result)
-    _tell_notes(result)
-
-
-def _estimated(estimate: Estimate) -> str:
-    """One line on what a run would take."""
-    from qplug.machine.memory import gibibytes
-
-    devices = estimate.device
-    if estimate.processes > 1:
-        devices = f"{estimate.processes} processes, each on a {estimate.device}"
-    memory = f"{gibibytes(estimate.memory)} of memory"
-    if estimate.gpu_memory is not None:
-        memory = f"{gibibytes(estimate.gpu_memory)} of GPU memory, {memory} of the host"
-    each = " each" if estimate.processes > 1 else ""
-    return (
-        f"it would take about {_duration(estimate.seconds)} on {devices}, {memory}{each}, and "
-        f"{gibibytes(estimate.disk)} on disk (docs/scale.md says how good this estimate is)"
-    )
-
-
-def _duration(seconds: float) -> str:
-    """``seconds`` to two digits, in seconds, minutes or hours."""
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
-    return f"{float(f'{seconds:.2g}'):g} s"
-
-
-def _tell_notes(result: Result) -> None:
-    """Print the messages of a run to its user."""
-    for sentence in result.notes:
-        say(f"note: {sentence}")
-
-
-def _tell_floats(result: Result) -> None:
-    """Print which linears no kernel takes, and the share of the weights that is float."""
-    for line in kept_float_lines(result.kept_float):
-        say(line)
-    for line in float_lines(result.float_share, result.floats):
-        say(line)
+def _tell(result: Result, progress: RunProgress, report: str | None) -> None:
+    """Print the result of one run."""
+    page = None if report is None else report_file(report, result.out)
+    tell_outcome(result, progress.starts.get(result.out), page)

@@ -18,6 +18,7 @@ from qplug.model.draft_layers import with_drafts
 from qplug.model.kept_float import built_float
 from qplug.model.skeleton import Skeleton
 from qplug.model.stacked_experts import experts_apart
+from qplug.model.transposed import seen_as_linears
 from qplug.model.view import float_tensors, model_view, packed_view, refuse_quantized
 from qplug.registry.border import is_ctrl_c
 from qplug.registry.plugin import Plugin
@@ -52,41 +53,52 @@ def find_view(
     return with_drafts(with_other_weights(view, checkpoint))
 
 
-def with_experts_apart(
+def by_linear(
     checkpoint: Checkpoint, registry: Registry, skeleton: Skeleton | None = None
 ) -> Checkpoint:
-    """Returns ``checkpoint`` with a tensor for each linear of each expert.
+    """Returns ``checkpoint`` with a matrix ``[out, in]`` for each linear, also of each expert.
 
-    ``skeleton``: of the checkpoint, if it is made already. Tensors that hold all experts of a layer
-    are cut as they are read. Checkpoints without such tensors, and architectures that a plugin
-    teaches, stay as they are. Raises QplugError if the architecture is unknown.
+    ``skeleton``: of the checkpoint, if it is made already. Transposed matrices are turned as they
+    are read, and tensors that hold all experts of a layer are cut. Other checkpoints, and
+    architectures that a plugin teaches, stay as they are. Raises QplugError if the architecture is
+    unknown.
     """
+    skeleton = skeleton or Skeleton(checkpoint.folder)
+    checkpoint = with_turned_matrices(checkpoint, registry, skeleton)
     may_be_stacked = any(
         len(tensor.spec.shape) == 3 and min(tensor.spec.shape[1:]) > 1
         for tensor in checkpoint.tensors.values()
     )
     if not may_be_stacked or _taught_view(checkpoint, registry) is not None:
         return checkpoint
-    skeleton = skeleton or Skeleton(checkpoint.folder)
     return experts_apart(skeleton.model(), skeleton.names(checkpoint.tensors), checkpoint)
+
+
+def with_turned_matrices(
+    checkpoint: Checkpoint, registry: Registry, skeleton: Skeleton
+) -> Checkpoint:
+    """Returns ``checkpoint``, float or not, with ``[out, in]`` for matrices stored ``[in, out]``.
+
+    ``skeleton``: of the checkpoint. Architectures that a plugin teaches stay as they are.
+    """
+    if _taught_view(checkpoint, registry) is not None:
+        return checkpoint
+    return seen_as_linears(skeleton.model(), checkpoint)
 
 
 def find_packed_view(
     checkpoint: Checkpoint,
     packed: Mapping[str, tuple[int, int]],
     registry: Registry,
-    *,
-    trust_remote_code: bool = False,
+    skeleton: Skeleton,
 ) -> ModelView:
     """The view of a folder that holds the linears in ``packed`` as codes.
 
-    ``packed``: shapes ``(out, in)`` by linear. Raises QplugError if a plugin's view has faults.
+    ``packed``: shapes ``(out, in)`` by linear. ``skeleton``: of the folder. Raises QplugError if a
+    plugin's view has faults.
     """
     taught = _taught_view(checkpoint, registry)
-    if taught is None:
-        view = packed_view(checkpoint, packed, trust_remote_code=trust_remote_code)
-    else:
-        view = taught[1]
+    view = packed_view(checkpoint, packed, skeleton) if taught is None else taught[1]
     return with_drafts(with_other_weights(view, checkpoint))
 
 

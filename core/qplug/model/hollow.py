@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from qplug.errors import QplugError
 from qplug.model.foreign import reason_of
 from qplug.model.quiet import quiet_transformers
+from qplug.model.transposed import with_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -43,13 +44,15 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
 def build(config: PreTrainedConfig, folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
     """A hollow model of ``config``: parameters on the meta device, buffers with their values.
 
+    Its linears are ``nn.Linear``, also those that transformers keeps transposed.
+
     It is of the class that config.json names in ``architectures``. If transformers does not know
     that class, it is of the class that reads text and predicts the next token. Raises QplugError if
     there is none, or if it cannot be built.
     """
     try:
         with _hollow(), _Modest(), quiet_transformers():
-            return _new_model(config, trust_remote_code=trust_remote_code)
+            return with_linears(_new_model(config, trust_remote_code=trust_remote_code))
     except QplugError as error:
         raise QplugError(f"{folder / 'config.json'}: {error}") from error
     except Exception as error:  # as in load_config

@@ -179,6 +179,15 @@ KEPT_FLOAT = (
         ),
     ),
     KeptFloat(
+        ("*.self_attention.query_key_value",),
+        ("bloom",),
+        BuiltFloat(
+            "the engine orders its rows by heads, and every tensor beside them, also a shape",
+            ("vLLM",),
+            "_repack_qkv in vLLM 0.32, models/bloom.py",
+        ),
+    ),
+    KeptFloat(
         ("*.eh_proj", "*mtp.fc"),
         (),
         BuiltFloat(

@@ -51,18 +51,14 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 def packed_view(
-    checkpoint: Checkpoint,
-    packed: Mapping[str, tuple[int, int]],
-    *,
-    trust_remote_code: bool = False,
+    checkpoint: Checkpoint, packed: Mapping[str, tuple[int, int]], skeleton: Skeleton
 ) -> ModelView:
     """The view of a folder that holds the linears in ``packed`` as codes.
 
-    ``packed``: shapes ``(out, in)`` by linear. Linears of the architecture are in the view even if
-    the folder lacks them.
+    ``packed``: shapes ``(out, in)`` by linear. ``skeleton``: of the folder. Linears of the
+    architecture are in the view even if the folder lacks them.
     """
     weights = [f"{name}.weight" for name in packed]
-    skeleton = Skeleton(checkpoint.folder, trust_remote_code=trust_remote_code)
     tree = _tree(checkpoint, {*checkpoint.tensors, *weights}, skeleton)
     return _view(checkpoint, tree, packed)
 

@@ -11,6 +11,7 @@ from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.names import block_of, natural_order, split_name
 from qplug.checkpoint.open import INDEX, SINGLE
 from qplug.checkpoint.stacked import stacked_spec
+from qplug.checkpoint.transposed import transposed_spec
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Step:
     tensors that keep name, dtype and shape. ``outputs`` are all tensors to write, by full name;
     tensors of single experts that the format joins are in ``stacks`` instead, which says of which
     an output is made. ``cache_scales`` are the full names of the scales of a KV cache, which the
-    source does not have.
+    source does not have. ``transposed`` are the outputs that are stored as ``[in, out]``.
     """
 
     name: str
@@ -30,11 +31,17 @@ class Step:
     outputs: Mapping[str, TensorSpec]
     cache_scales: tuple[str, ...] = ()
     stacks: Mapping[str, Stacked] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
 
     @property
     def nbytes(self) -> int:
         """The bytes of all outputs."""
         return sum(spec.nbytes for spec in self.outputs.values())
+
+    def computed(self, output: str) -> TensorSpec:
+        """Returns the dtype and the shape of ``output`` before it is transposed to be stored."""
+        spec = self.outputs[output]
+        return transposed_spec(spec) if output in self.transposed else spec
 
 
 @dataclass(frozen=True)
@@ -89,11 +96,12 @@ def make_plan(
         name, local = split_name(tensor)
         scheme = schemes.get(name) if local == "weight" else None
         if scheme is None:
-            step = Step(tensor, {}, (tensor,), {tensor: source.tensors[tensor].spec})
+            specs = {tensor: source.tensors[tensor].spec}
+            step = _stored(Step(tensor, {}, (tensor,), specs), source)
         else:
             packed = exporter.format.layout(model.linears[name], scheme, model.dtype)
             outputs = {f"{name}.{part}": spec for part, spec in packed.items()}
-            step = Step(name, {name: scheme}, (), outputs)
+            step = _stored(Step(name, {name: scheme}, (), outputs), source)
         number = block_of(tensor, model.blocks) if by_block else None
         key = first.get(step.name, step.name) if number is None else model.blocks[number]
         parts.setdefault(key, []).append(step)
@@ -103,6 +111,14 @@ def make_plan(
         outputs = {**steps[block].outputs, **dict.fromkeys(names, TensorSpec("float32", (1,)))}
         steps[block] = replace(steps[block], outputs=outputs, cache_scales=names)
     return Plan(tuple(steps.values()), _assign_shards(list(steps.values()), shard_bytes))
+
+
+def _stored(step: Step, source: Checkpoint) -> Step:
+    """Returns ``step``, whose matrices are stored ``[in, out]`` if the files of ``source`` are."""
+    transposed = step.outputs.keys() & source.transposed
+    turned = {name: transposed_spec(step.outputs[name]) for name in transposed}
+    outputs = {**step.outputs, **turned}
+    return replace(step, outputs=outputs, transposed=frozenset(transposed))
 
 
 def _with_stacks(steps: dict[str, Step], exporter: Exporter[object]) -> dict[str, Step]:
@@ -133,6 +149,7 @@ def _joined(name: str, parts: Sequence[Step]) -> Step:
         tuple(other for part in parts for other in part.others),
         {output: spec for part in parts for output, spec in part.outputs.items()},
         stacks={stored: stack for part in parts for stored, stack in part.stacks.items()},
+        transposed=frozenset().union(*(part.transposed for part in parts)),
     )
 
 

@@ -23,6 +23,7 @@ from qplug.checkpoint.names import by_module
 from qplug.checkpoint.open import INDEX
 from qplug.checkpoint.stacked import members
 from qplug.checkpoint.tensor_file import FileTensor, lay_out, read_header, tensor_bytes
+from qplug.checkpoint.transposed import transposed_tensor
 from qplug.errors import QplugError
 from qplug.output import disk
 from qplug.output.checksums import KIND, crc32, file_checksum
@@ -346,11 +347,12 @@ class Writer:
 
     @cached_property
     def _readable(self) -> dict[str, StoredTensor]:
-        """All tensors by name, also those of single experts that are stored together."""
+        """All tensors by name, also of experts that are stored together; matrices ``[out, in]``."""
         readable: dict[str, StoredTensor] = dict(self._places)
         for step in self._plan.steps:
             for name, stacked in step.stacks.items():
                 readable |= members(self._places[name], name, stacked)
+            readable |= {name: transposed_tensor(self._places[name]) for name in step.transposed}
         return readable
 
     @cached_property

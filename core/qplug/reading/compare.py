@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 
 from qplug.calibration.tokens import calibration_tokens
 from qplug.checkpoint.config_file import CONFIG
@@ -22,6 +21,7 @@ from qplug.model.foreign import naming_file
 from qplug.model.hooks import hooked
 from qplug.model.kv_cache import RoundedCache
 from qplug.reading.folder import Folder, open_folder
+from qplug.reading.predictions import divergence, logits_of
 from qplug.reading.streamed import stream_folder
 from qplug.recipe.recipe import Calibration
 from qplug.registry.registry import Registry
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 #: A folder outside these bounds counts as broken. The demo model in int4 has 0.12 and 0.81.
 MAX_KL, MIN_TOP1 = 0.3, 0.7
 
-#: Tokens compared at a time: their probabilities are as wide as the vocabulary.
-_CHUNK = 256
 #: Largest relative error of the rotation between two embeddings; bfloat16 causes 0.002.
 _SAME_STREAM = 0.02
 
@@ -133,14 +131,14 @@ def compare(
     ):
         model = stream_folder(source, session.device)
         with stream.recording(model):
-            float_logits = _logits(model, tokens, real)
+            float_logits = logits_of(model, tokens, real)
         embedding = _embedding(model)
         del model
         model = stream_folder(opened, session.device)
         note = stream.align(embedding, _embedding(model))
         with stream.comparing(model, real):
-            logits = _logits(model, tokens, real)
-    kl, top1 = _divergence(float_logits, logits)
+            logits = logits_of(model, tokens, real)
+    kl, top1 = divergence(float_logits, logits)
     return Comparison(
         folder, against, int(real.sum()), kl, top1, stream.blocks, note, max_kl, min_top1
     )
@@ -151,25 +149,6 @@ def _embedding(model: PreTrainedModel) -> Tensor:
     module = model.get_input_embeddings()
     assert isinstance(module, nn.Embedding)
     return module.weight.cpu()
-
-
-def _logits(model: PreTrainedModel, tokens: Tensor, real: Tensor) -> Tensor:
-    """The float32 logits of all ``real`` tokens, ``[tokens, vocabulary]``, on the CPU."""
-    logits: Tensor = model(input_ids=tokens.clamp(min=0).to(model.device), use_cache=False).logits
-    return logits.float().cpu()[real]
-
-
-def _divergence(float_logits: Tensor, logits: Tensor) -> tuple[float, float]:
-    """The mean KL divergence in nats, and the share of tokens with the same most likely token.
-
-    Both arguments are ``[tokens, vocabulary]``.
-    """
-    total = 0.0
-    for float_chunk, chunk in zip(float_logits.split(_CHUNK), logits.split(_CHUNK), strict=True):
-        p, q = float_chunk.log_softmax(-1), chunk.log_softmax(-1)
-        total += kl_div(q, p, reduction="sum", log_target=True).item()
-    agreed = (float_logits.argmax(-1) == logits.argmax(-1)).double().mean().item()
-    return total / len(float_logits), agreed
 
 
 class _Stream:

@@ -20,7 +20,7 @@ from qplug.checkpoint.stacked import unstacked
 from qplug.errors import QplugError
 from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
-from qplug.model.architectures import find_packed_view, with_experts_apart
+from qplug.model.architectures import by_linear, find_packed_view, with_turned_matrices
 from qplug.model.kv_cache import SCALES
 from qplug.model.skeleton import Skeleton
 from qplug.model.view import refuse_quantized
@@ -186,14 +186,15 @@ def _opened(
     exporter: Exporter[Any] | None = None
     if backend is not None and (manifest is not None or config is not None):
         exporter = session.registry.exporters.make(backend)
+    skeleton = Skeleton(folder, trust_remote_code=trusted)
+    checkpoint = with_turned_matrices(checkpoint, session.registry, skeleton)
     with naming_damage(str(folder), exporter.name if exporter else ""):
         if exporter is not None:
             checkpoint = unstacked(checkpoint, exporter.format)
         packed = exporter.format.stored_shapes(checkpoint) if exporter else {}
     if exporter is None:
-        skeleton = Skeleton(folder, trust_remote_code=trusted)
-        checkpoint = with_experts_apart(checkpoint, session.registry, skeleton)
-    view = find_packed_view(checkpoint, packed, session.registry, trust_remote_code=trusted)
+        checkpoint = by_linear(checkpoint, session.registry, skeleton)
+    view = find_packed_view(checkpoint, packed, session.registry, skeleton)
     schemes, cache = {}, None
     if exporter is not None and config is not None:
         with naming_damage(f"{folder / CONFIG}: quantization_config", exporter.name):

@@ -20,6 +20,7 @@ from qplug.model.online_rotation import rotate_inputs
 from qplug.model.quiet import quiet_transformers
 from qplug.model.rounding_hooks import InputRounding, round_inputs_of
 from qplug.model.stacked_experts import with_stacked_experts
+from qplug.model.transposed import as_published, with_linears
 from qplug.numerics.qtorch import require_qtorch
 from qplug.numerics.scales import check_widths
 from qplug.registry.registry import Registry
@@ -64,7 +65,7 @@ def load_folder(
     hollow = build(config, path, trust_remote_code=folder.trust_remote_code)
     kind = type(hollow)
     state = {name: tensor.to(target) for name, tensor in folder.weights()}
-    state = with_stacked_experts(hollow, state)
+    state = as_published(hollow, with_stacked_experts(hollow, state))
     # transformers fills missing tensors with random numbers; `loading` lists them.
     try:
         with quiet_transformers(), naming_file(path / CONFIG, "the model does not load"):
@@ -80,7 +81,7 @@ def load_folder(
         if "conversion of the weights" not in str(error):
             raise
         raise QplugError(f"{path}: experts are missing, or differ in shape") from error
-    model: PreTrainedModel = loaded[0]
+    model: PreTrainedModel = with_linears(loaded[0])
     loading: dict[str, Any] = loaded[1]
     faulty = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     if faulty:

@@ -79,7 +79,10 @@ class Plugin:
         """The hooks that it implements without offering anything; empty before the import."""
         if self.manager is None:
             return []
-        hooks = ("qplug_model_view", "qplug_run_begun", "qplug_block_done", "qplug_run_done")
+        hooks = (
+            *("qplug_model_view", "qplug_run_begun", "qplug_stage_begun", "qplug_block_done"),
+            "qplug_run_done",
+        )
         return [hook for hook in hooks if getattr(self.manager.hook, hook).get_hookimpls()]
 
     @property

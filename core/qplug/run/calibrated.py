@@ -51,6 +51,7 @@ def start_walk(
             batch_size=data.batch_size,
             with_drift=stages.needs_drift,
             with_targets=stages.learns,
+            with_distance=steps.stop_at is not None,
             online=prepared.online,
             cache=cache,
             skeleton=skeleton,
@@ -76,6 +77,8 @@ def _walked(
         if step.name in steps.prepared.view.blocks:
             if number in done:
                 walk.skip(step.name, _written(steps, step, output))
+                if steps.stop_at is not None and walk.distance is not None:
+                    steps.stop_at(step, walk.distance)
             else:
                 yield _block(steps, walk, number)
         elif number not in done and step.linears:  # a head, whose inputs have no statistics
@@ -105,6 +108,8 @@ def _block(steps: Steps, walk: Walk, number: int) -> Finished:
     with clock("passing on"):
         scales = walk.cache_scales(step.name, parameters)
         walk.advance(step.name, parameters | scales)
+    if steps.stop_at is not None and walk.distance is not None:
+        steps.stop_at(step, walk.distance)
     # Blocks of old checkpoints contain tensors that are not parameters, such as masks and tables.
     copies = steps.copies([name for name in step.others if name not in floats])
     cache = {f"{step.name}.{local}": scale for local, scale in scales.items()}

@@ -72,6 +72,16 @@ def estimate(work: Workload, machine: Machine, nbytes: int, *, warm: bool = Fals
     )
 
 
+def block_seconds(work: Workload, machine: Machine) -> tuple[float, ...]:
+    """The seconds that each block takes on ``machine``, without what the disk adds."""
+    if not work.tokens:
+        each = machine.rates.nearest + machine.rates.packing
+        return tuple(
+            block.weights * each + block.linears * machine.rates.linear for block in work.blocks
+        )
+    return tuple(sum(_block_seconds(block, work, machine).values()) for block in work.blocks)
+
+
 def _seconds(work: Workload, machine: Machine, *, warm: bool) -> dict[str, float]:
     """The seconds of each stage; ``reading`` and ``writing`` are those in which a run waits."""
     rates = machine.rates

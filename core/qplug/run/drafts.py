@@ -10,7 +10,7 @@ from qplug.checkpoint.draft_names import announced
 from qplug.checkpoint.unindexed import left_behind
 from qplug.errors import QplugError
 from qplug.machine.session import Session
-from qplug.model.architectures import find_view, with_experts_apart
+from qplug.model.architectures import by_linear, find_view
 from qplug.model.draft_layers import draft_names, without_drafts
 from qplug.model.skeleton import Skeleton
 from qplug.recipe.recipe import Recipe
@@ -24,7 +24,7 @@ def open_model(
     The checkpoint has a tensor for each linear of each expert. ``skeleton`` is that of ``source``.
     Raises QplugError if there are no draft layers to quantize, or if ``find_view`` does.
     """
-    source = with_experts_apart(source, session.registry, skeleton)
+    source = by_linear(source, session.registry, skeleton)
     view = find_view(source, session.registry, skeleton)
     if recipe.mtp == "quantize" and not view.drafts:
         raise QplugError(f"--mtp quantize: {source.folder} has no draft layers with linears")

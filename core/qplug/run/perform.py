@@ -11,12 +11,14 @@ from qplug.api.events import Result
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.output.manifest import read_manifest
+from qplug.output.origins import public_name, public_values
 from qplug.output.ownership import remove_own
 from qplug.output.parent_folders import parent_folders
 from qplug.reading.perplexity import Evaluation, evaluate, evaluation_tokens
 from qplug.recipe.check import check
 from qplug.recipe.recipe import Export, Job, Measurement, Recipe, Stage
 from qplug.registry.registry import Registry
+from qplug.run.choose import has_asked
 from qplug.run.quantize import SHARD_BYTES, quantize
 
 #: Called after each step of a job: activity, steps done, steps in all, name of the step, its loss.
@@ -49,7 +51,8 @@ class RunOptions:
     """The options of a run that are not part of the job: they do not change the weights.
 
     ``device`` is "auto", "cpu" or "cuda[:N]"; ``shard_bytes`` the size of a weight file in bytes;
-    ``memory`` what a block may take on the device, such as "20GiB".
+    ``memory`` what a block may take on the device, such as "20GiB". ``check`` measures the quality
+    of each folder, and ``stop_at`` stops a run as in ``qplug.quantize``.
     """
 
     device: str = "auto"
@@ -57,6 +60,8 @@ class RunOptions:
     overwrite: bool = False
     trust_remote_code: bool = False
     memory: str | None = None
+    check: bool = False
+    stop_at: float | None = None
 
 
 def perform(
@@ -68,6 +73,8 @@ def perform(
     dry_run: bool = False,
     trust_remote_code: bool = False,
     memory: str | None = None,
+    check: bool = False,
+    stop_at: float | None = None,
     registry: Registry | None = None,
     watch: Watcher | None = None,
 ) -> JobResult:
@@ -78,7 +85,7 @@ def perform(
     the others are written. Raises QplugError for mistakes that the user can mend, before any work
     is done if they can be detected then.
     """
-    options = RunOptions(device, shard_bytes, overwrite, trust_remote_code, memory)
+    options = RunOptions(device, shard_bytes, overwrite, trust_remote_code, memory, check, stop_at)
     runner = _JobRunner(job, options, registry or Registry.installed(), watch or (lambda *_: None))
     return runner.dry_run() if dry_run else runner()
 
@@ -148,6 +155,8 @@ class _JobRunner:
             dry_run=dry_run,
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
+            check=options.check and not self._is_hidden(export),
+            stop_at=options.stop_at,
             registry=self._registry,
             watch=lambda *step: self._watch("quantizing", *step),
         )
@@ -165,10 +174,13 @@ class _JobRunner:
     def _is_done(self, export: Export) -> bool:
         """Whether ``export.out`` was written from this model by an equal recipe."""
         manifest = read_manifest(export.out)
-        if manifest is None or manifest.model != self._model:
+        if manifest is None or manifest.model != public_name(self._model):
             return False
+        if manifest.choice:  # the schemes were chosen: the job is equal if it asks for the same
+            return has_asked(manifest.choice, self._job.recipe_for(export))
         recorded = Recipe.from_dict(manifest.recipe)
-        return recorded.to_dict() == self._as_recorded(export, recorded).to_dict()
+        wanted = public_values(self._as_recorded(export, recorded).to_dict())
+        return bool(public_values(recorded.to_dict()) == wanted)
 
     def _as_recorded(self, export: Export, recorded: Recipe) -> Recipe:
         """The recipe for ``export`` as a run records it in ``qplug.json``.

@@ -10,7 +10,7 @@ from typing import Any
 from qplug.api import Checkpoint, Exporter, ModelView
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.checkpoint.locate import find_model
-from qplug.checkpoint.names import kind_of
+from qplug.checkpoint.names import kind_of, module_of
 from qplug.checkpoint.open import check_companions, open_checkpoint
 from qplug.errors import QplugError
 from qplug.machine.session import Session
@@ -141,14 +141,25 @@ def stays_float(
     return share
 
 
-def refuse_unplanned(plan: Plan, schemes: Mapping[str, Scheme]) -> None:
-    """Raises QplugError if a linear in ``schemes`` is in no step of ``plan``."""
+def refuse_unplanned(plan: Plan, schemes: Mapping[str, Scheme], exporter: Exporter[Any]) -> None:
+    """Raises QplugError if a linear in ``schemes`` is in no step of ``plan``, or is stored wrongly.
+
+    Engines turn every tensor whose name is that of a matrix that float checkpoints of the model
+    have as ``[in, out]``, whatever it contains.
+    """
     in_plan = {name for step in plan.steps for name in step.linears}
     missing = next((name for name in schemes if name not in in_plan), None)
     if missing is not None:
         raise QplugError(
             f"{missing}: the checkpoint has no tensor of this name, though the architecture has "
             f"such a linear; leave it float with --ignore '{missing}'"
+        )
+    turned = (name for step in plan.steps if step.linears for name in step.transposed)
+    coded = next((name for name in turned if module_of(name) in schemes), None)
+    if coded is not None and exporter.engine is not None:
+        raise QplugError(
+            f"{coded}: engines transpose it as they load it, since float checkpoints of this "
+            "model store it so; take a scheme whose codes have another name, such as W4A16 or W8A16"
         )
 
 

@@ -311,7 +311,7 @@ class Stages:
 
 def _check(tensor: str, packed: Mapping[str, Tensor], step: Step) -> None:
     """Raises ValueError if ``tensor`` is missing, or differs from its spec in ``step``."""
-    spec = step.outputs[tensor]
+    spec = step.computed(tensor)
     if tensor not in packed:
         raise ValueError(f"pack gave no {tensor}, which layout promised")
     value = packed[tensor]

@@ -21,6 +21,7 @@ from qplug.output.step_report import Report
 from qplug.output.writer import Content
 from qplug.run.prepare import Prepared
 from qplug.run.stages import Stages
+from qplug.run.stop_at import StopAt
 from qplug.run.watchers import Watchers
 
 if TYPE_CHECKING:
@@ -46,13 +47,18 @@ class Finished:
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """The steps of ``plan``, which ``stages`` compute from the ``prepared`` model."""
+    """The steps of ``plan``, which ``stages`` compute from the ``prepared`` model.
+
+    ``stop_at`` stops the run after a block that is too far from the float model's; None if nothing
+    does.
+    """
 
     stages: Stages
     plan: Plan
     prepared: Prepared
     watchers: Watchers
     session: Session
+    stop_at: StopAt | None = None
 
     def stored_weights(self, step: Step) -> dict[str, StoredTensor]:
         """Returns the stored weights of the linears in ``step``, by full name, in their order."""
@@ -93,7 +99,7 @@ class Steps:
         overflows the dtype of the model.
         """
         step, dtype = self.plan.steps[number], self.prepared.view.dtype
-        outputs, contents = step.outputs, self._stacked(step, contents)
+        outputs, contents = step.outputs, self._stacked(step, self._transposed(step, contents))
         checked: dict[str, Content] = {}
         for name, content in contents.items():
             if name not in outputs:
@@ -113,6 +119,16 @@ class Steps:
             names = [member for of_expert in stacked.members for member in of_expert]
             values = {member: self._in_memory(member, stored.pop(member)) for member in names}
             stored[name] = stack(stacked, values)
+        return stored
+
+    def _transposed(self, step: Step, contents: Mapping[str, Content]) -> dict[str, Content]:
+        """Returns ``contents`` with matrices as ``[in, out]`` that are stored so."""
+        stored = dict(contents)
+        for name in step.transposed & contents.keys():
+            matrix = self._in_memory(name, stored[name]).to(
+                getattr(torch, step.outputs[name].dtype)
+            )
+            stored[name] = matrix.T.contiguous().cpu()
         return stored
 
     def _in_memory(self, name: str, content: Content) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from qplug.api import Block, QuantizedWeight
 from qplug.api.events import BlockReport, Result, RunStart
@@ -28,19 +27,21 @@ class Watchers:
     Only the first of several processes calls them.
     """
 
-    def __init__(
-        self, session: Session, count: int, done: int, watch: Watcher = lambda *_: None
-    ) -> None:
-        """``count`` is the number of all steps, ``done`` of those that an earlier run finished."""
-        self._registry, self._count, self._done = session.registry, count, done
-        self._written, self._watch = done, watch
+    def __init__(self, session: Session, watch: Watcher = lambda *_: None) -> None:
+        self._registry, self._watch = session.registry, watch
+        self._count = self._done = self._written = 0
         self._silent = not session.processes.is_first
         self._broken: set[str] = set()
         self._since = time.monotonic()
 
-    def run_begun(self, out: Path) -> None:
-        """Calls ``qplug_run_begun``, before the first step of the run that writes ``out``."""
-        self._call("qplug_run_begun", start=RunStart(out, self._count, self._done))
+    def stage_begun(self, stage: str) -> None:
+        """Calls ``qplug_stage_begun``: the run enters ``stage``."""
+        self._call("qplug_stage_begun", stage=stage)
+
+    def run_begun(self, start: RunStart) -> None:
+        """Calls ``qplug_run_begun``, before the first step of the run that ``start`` describes."""
+        self._count, self._done, self._written = start.count, start.done, start.done
+        self._call("qplug_run_begun", start=start)
         self._since = time.monotonic()
 
     def block_done(

@@ -27,7 +27,7 @@ from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.rewritten import RewrittenTensor
 from qplug.checkpoint.tensor_file import StoredTensor
 from qplug.machine.session import Session
-from qplug.model.architectures import with_experts_apart
+from qplug.model.architectures import by_linear
 from qplug.model.hollow import build, load_config
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.stacked_experts import with_stacked_experts
@@ -85,7 +85,7 @@ def stages(algo: str = "quarot", backend: str = "fake", **options: Any) -> Stage
 
 
 def rotated(folder: Path, **options: Any) -> Prepared:
-    source = with_experts_apart(open_checkpoint(folder), Registry([]))
+    source = by_linear(open_checkpoint(folder), Registry([]))
     return prepare(stages(**options), source, model_view(source), Session(Registry([])))
 
 

@@ -37,7 +37,7 @@ from qplug.checkpoint.locate import find_model
 from qplug.checkpoint.open import open_checkpoint
 from qplug.checkpoint.rewritten import apply
 from qplug.machine.session import Session
-from qplug.model.architectures import with_experts_apart
+from qplug.model.architectures import by_linear
 from qplug.model.hollow import build, load_config
 from qplug.model.stacked_experts import with_stacked_experts
 from qplug.model.view import model_view
@@ -70,7 +70,7 @@ FIRST = {"llama, tied", "deepseek-v3", "opt, words of another width"}
 
 
 def prepared_by(algorithm: Algorithm[Any], folder: Path, learn: Any) -> Prepared:
-    source = with_experts_apart(open_checkpoint(folder), Registry([]))
+    source = by_linear(open_checkpoint(folder), Registry([]))
     stages: Any = SimpleNamespace(
         preparing=[algorithm], prepare=lambda algorithm, model: algorithm.prepare(model)
     )
@@ -111,7 +111,7 @@ def anything(model: FloatModel) -> dict[str, Tensor]:
 def held(
     folder: Path, tokens: Tensor, scheme: Scheme | None = W4A4, **options: Any
 ) -> InMemoryModel:
-    source = with_experts_apart(open_checkpoint(folder), Registry([]))
+    source = by_linear(open_checkpoint(folder), Registry([]))
     view = model_view(source)
     schemes = dict.fromkeys(view.quantizable, scheme) if scheme else {}
     return InMemoryModel(source, view, schemes, Samples(tokens), Session(Registry([])), **options)

@@ -1,0 +1,53 @@
+"""What the command chooses for a user who names no algorithm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from qplug.cli.chosen import chosen_algorithm
+from qplug.registry.registry import Registry
+from qplug.testing.models import write_tiny_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from click.testing import Result
+
+    Cli = Callable[..., Result]
+
+QUICK = ("--samples", 2, "--seq-len", 16, "--device", "cpu", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("words", "algorithm"),
+    [
+        ({}, "gptq"),
+        ({"scheme": "W4A16_ASYM"}, "gptq"),
+        ({"scheme": "int4"}, "gptq"),
+        ({"scheme": "W3A16", "backend": "fake"}, "gptq"),
+        ({"scheme": "W8A16"}, None),
+        ({"scheme": "W8A8"}, None),
+        ({"scheme": "FP8_DYNAMIC"}, None),
+        ({"scheme": "NVFP4"}, None),
+        ({"backend": "hf"}, None),
+        ({"algo": "awq"}, None),
+    ],
+)
+def test_few_bits_are_calibrated(words: dict[str, Any], algorithm: str | None) -> None:
+    assert chosen_algorithm(words, Registry.installed()) == algorithm  # type: ignore[arg-type]
+
+
+def test_the_choice_is_said(cli: Cli, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny")
+    (tmp_path / "mine.txt").write_text("some words of mine " * 99)
+    words = ("--group-size", 32, "--backend", "vllm", "--out", tmp_path / "out", *QUICK)
+    words += ("--dataset", "text", "--dataset-opt", f"path={tmp_path / 'mine.txt'}")
+    chosen = cli("quantize", model, *words)
+    assert chosen.exit_code == 0, chosen.output
+    assert chosen.stderr.splitlines()[1].startswith("--algo gptq: chosen for W4A16, ")
+    assert "becomes W4A16 by gptq" in chosen.stdout
+    named = cli("quantize", model, "--algo", "rtn", *words)
+    assert "chosen" not in named.stderr
