@@ -150,7 +150,7 @@ def _all(command: click.Command) -> Iterator[click.Command]:
 
 def _options(command: click.Command) -> Iterator[str]:
     for parameter in command.params:
-        yield from parameter.opts
+        yield from (*parameter.opts, *parameter.secondary_opts)
 
 
 def test_what_is_wrong_on_a_page_is_found() -> None:

@@ -192,14 +192,14 @@ def test_recipes_say_auto_and_jobs_keep_finished_folders(
 def test_a_dry_run_prints_a_table(tmp_path: Path, cli: Callable[..., CliResult]) -> None:
     words = ["quantize", "qplug:demo", "--out", tmp_path / "out", "--backend", "vllm", "--dry-run"]
     data = ["--samples", 2, "--seq-len", 48]
-    lines = cli(*words, *data, "--scheme", "auto", "--bits", 4.6).output.splitlines()
+    lines = cli(*words, *data, "--scheme", "auto", "--bits", 4.6).stdout.splitlines()
     (start,) = (n for n, line in enumerate(lines) if line.startswith("chosen: 4."))
     assert "no choice within the budget is below" in lines[start + 1]
     assert lines[start + 2].split() == ["layers", "scheme", "bits", "divergence"]
     table = lines[start + 3 : start + 3 + 16]  # four groups in each of four blocks
     assert all(line.startswith("model.layers.") for line in table)
     assert not (tmp_path / "out").exists()
-    result = json.loads(cli(*words, *data, "--scheme", "auto", "--bits", 4.6, "--json").output)
+    result = json.loads(cli(*words, *data, "--scheme", "auto", "--bits", 4.6, "--json").stdout)
     assert len(result["choice"]["groups"]) == 16
 
 
