@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 #: towers, draft layers, names of their own, merged linears, a head that is tied.
 PECULIAR = (
     *("gpt_oss", "llama4", "qwen3_next", "jamba", "nemotron_h", "deepseek_v32", "falcon7b"),
-    *("qwen3_vl_moe", "gemma3n", "granitemoehybrid", "phi3", "internlm2", "lfm2", "afmoe"),
+    *("qwen3_vl_moe", "gemma3n", "granitemoehybrid", "phi3", "gpt2", "lfm2", "afmoe", "janus"),
 )
 
 
