@@ -6,6 +6,7 @@ Each plugin is a package of its own, ``bad-NAME 1.0``, next to the plugins of qp
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -216,7 +217,8 @@ def one_line(result: Result, *words: str) -> None:
     """Asserts that a command failed with one line that has all ``words``."""
     assert result.exit_code == 1, (result.output, result.exception)
     assert isinstance(result.exception, SystemExit), result.exception
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("opening ")]
+    before = re.compile(r"opening |\S+ \(\w+, .* parameters, ")  # what it opens, and the plan
+    lines = [line for line in result.stderr.splitlines() if not before.match(line)]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("Error: ")
     assert all(word in result.stderr for word in words), (result.stderr, words)

@@ -116,7 +116,7 @@ def test_a_dry_run_says_what_the_run_would_take(cli: Cli, tmp_path: Path) -> Non
     assert " it takes about " in said.stdout
     assert " of memory, and " in said.stdout
     told = json.loads(cli(*words, "--json").stdout)
-    found = told["estimate"]
+    found = told["plan"]["estimate"]
     assert found["seconds"] == pytest.approx(sum(found["stages"].values()))
     assert (found["gpu_memory"], found["disk"]) == (None, told["bytes"])
 
