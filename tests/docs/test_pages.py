@@ -89,7 +89,8 @@ def _run(words: list[str], wanted: str) -> None:
     fails = wanted.startswith("Error: ")
     assert (result.exit_code != 0) == fails, f"{words}: {result.output}"
     if wanted:
-        shown = result.stderr if fails else result.stdout
+        lines = (result.stderr if fails else result.stdout).splitlines(keepends=True)
+        shown = "".join(line for line in lines if not line.startswith("opening "))
         alike = doctest.OutputChecker().check_output(wanted, shown, _ALIKE)
         assert alike, f"{words}\n--- the page says:\n{wanted}\n--- it prints:\n{shown}"
 
@@ -150,7 +151,7 @@ def _all(command: click.Command) -> Iterator[click.Command]:
 
 def _options(command: click.Command) -> Iterator[str]:
     for parameter in command.params:
-        yield from parameter.opts
+        yield from (*parameter.opts, *parameter.secondary_opts)
 
 
 def test_what_is_wrong_on_a_page_is_found() -> None:
