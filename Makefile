@@ -79,7 +79,7 @@ $(VENV)/installed-test: $(VENV)/installed
 	touch $@
 
 $(VENV)/installed-slow: $(VENV)/installed-test
-	$(PIP) --editable '.[test,docs,qtorch]'
+	$(PIP) --editable '.[test,docs,qtorch,eval]' accelerate
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed-test

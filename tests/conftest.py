@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # A developer's own defaults of options are none of a test's.
 os.environ["XDG_CONFIG_HOME"] = os.devnull
+# Where float models are is noted for the time of the tests alone.
+_STATE = tempfile.TemporaryDirectory(prefix="qplug-state-")
+os.environ["XDG_STATE_HOME"] = _STATE.name
 for _variable in ("QPLUG_DEVICE", "QPLUG_BACKEND", "QPLUG_DATASET"):
     os.environ.pop(_variable, None)
 # Seconds after each run; tests of the check ask for it with --check.
@@ -35,7 +39,16 @@ settings.register_profile("explore", deadline=None)
 settings.load_profile("qplug")
 
 #: Fixtures that tests of several folders use.
-pytest_plugins = ["chats", "checkpoints", "hand_made", "job_files", "small_models", "odd_models"]
+pytest_plugins = [
+    "browser",
+    "hub",
+    "chats",
+    "checkpoints",
+    "hand_made",
+    "job_files",
+    "small_models",
+    "odd_models",
+]
 
 
 def pytest_collection_finish() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qplug import PRESETS, Capability
-from qplug.api.limits import DEVICES
+from qplug.api.gpus import DEVICES
 from qplug.registry.registry import Registry
 
 PAGE = Path(__file__).parents[1] / "docs/engines.md"

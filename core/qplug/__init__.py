@@ -57,9 +57,10 @@ from qplug.api.events import (
     RunStart,
     StageCost,
 )
+from qplug.api.gpus import DEVICES
 from qplug.api.hookspecs import hookimpl
 from qplug.api.layout import kernel_problems, layout_problems
-from qplug.api.limits import DEVICES, Target, beyond_limits, shape_problem
+from qplug.api.limits import Target, beyond_limits, shape_problem
 from qplug.api.old_paths import forward_old_paths
 from qplug.api.params import Param
 from qplug.api.scheme import (

@@ -392,12 +392,23 @@ def test_inspect_what_is_not_there(cli: Cli) -> None:
 
 
 def test_schemes(cli: Cli) -> None:
-    result = cli("schemes")
+    result = cli("schemes", "--backend", "sglang")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines if not line.startswith(" ")] == list(PRESETS)
     assert any(line.startswith("  sglang ") and "Marlin" in line for line in lines)
-    assert any(line.startswith("  vllm ") for line in lines)
+
+
+def test_one_scheme(cli: Cli) -> None:
+    lines = cli("schemes", "int4").stdout.splitlines()
+    assert lines[0] == "W4A16        int4, a scale each group of 128, weights"
+    assert {line.split()[0] for line in lines[1:]} == {"gptq", "sglang", "vllm"}
+    wrong = cli("schemes", "W4A61")
+    assert (wrong.exit_code, wrong.stdout) == (1, "")
+    assert "Did you mean 'W4A16'?" in wrong.stderr
+    assert "no engine serves it; measure it with" in cli("schemes", "W3A16").stderr
+    told = json.loads(cli("schemes", "FP8", "--json").stdout)["backends"]
+    assert {row["scheme"] for rows in told.values() for row in rows} == {"FP8"}
 
 
 def test_schemes_of_one_backend(cli: Cli) -> None:

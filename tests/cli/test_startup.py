@@ -19,7 +19,8 @@ HEAVY = ("torch", "transformers", "datasets", "safetensors", "numpy", "jinja2")
 def imported_by(code: str, *roots: Path) -> set[str]:
     """The top-level modules that a fresh interpreter has after ``code``."""
     report = "\nimport sys; sys.stderr.write('\\n' + ' '.join(sys.modules))"
-    paths = [*roots, Path(qplug.__file__).parents[1]]
+    plugins = sorted(path for path in (ROOT / "plugins").iterdir() if path.is_dir())
+    paths = [*roots, Path(qplug.__file__).parents[1], *plugins]
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code + report],
         capture_output=True,
@@ -52,6 +53,10 @@ def test_heavy_modules_would_be_seen() -> None:
         run("plugins", "--help"),
         run("plugins", "list"),
         run("completion", "zsh"),
+        run("schemes"),
+        run("schemes", "W4A16", "--gpu", "H100"),
+        run("plan", "qplug:demo", "--gpu", "H100x2"),
+        run("config", "--help"),
         "from qplug.cli.health import machine_findings, hub_findings\nlist(machine_findings())",
         "from click.shell_completion import ShellComplete as S; from qplug.cli.main import main\n"
         "S(main, {}, 'qplug', 'X').get_completions(['quantize', '--algo'], '')",

@@ -53,6 +53,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("quantize", "IT", "--out", "OUT", "--algo", "awq", *_CALIBRATION),
         ("quantize", "IT", "--out", "OUT", "--algo", "quarot+gptq", *_CALIBRATION),
         ("eval", "IT", *_MEASURED),
+        *[("plan", "IT", "--gpu", "H100x2")] * 3,
     ),
     "quantized": (
         *[("inspect", "IT")] * 4,
@@ -64,6 +65,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("quantize", "IT", "--out", "OUT", "--dry-run"),
         ("eval", "IT", *_MEASURED),
         ("verify", "IT", "--against", "MODEL", *_MEASURED),
+        ("plan", "IT", "--gpu", "4090"),
     ),
     "recipe": (
         *[("config", "check", "IT")] * 3,

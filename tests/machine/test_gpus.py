@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qplug.api.limits import DEVICES
+from qplug.api.gpus import DEVICES, GPUS, Column
 from qplug.errors import QplugError
 from qplug.machine import gpus
-from qplug.machine.gpus import GPUS, Column, Gpu, column_for, installed_gpus
+from qplug.machine.gpus import Gpu, column_for, installed_gpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable

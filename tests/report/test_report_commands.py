@@ -28,7 +28,7 @@ def test_report(cli: Cli, rtn: Path, float_model: Path, read_page: ReadPage) -> 
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == f"{rtn}: report in {file}\n"
     found = read_page(file.read_text())
-    assert found.row("model") == [str(float_model)]
+    assert found.row("model") == [float_model.name]
     assert "Not known: a folder does not record them." in found.text
     assert cli("report", rtn).exit_code == 0  # its own pages are written anew
 
@@ -51,6 +51,7 @@ def test_report_of_a_run(
     result = cli("quantize", float_model, "--out", out, *HOW, "--json", "--report")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
+    assert f"report: {tmp_path / 'llama-rtn.report.html'}\n" in result.stderr
     found = read_page((tmp_path / "llama-rtn.report.html").read_text())
     assert {stage["name"] for stage in told["stages"]} >= {"reading", "quantize", "writing"}
     for stage in told["stages"]:

@@ -136,7 +136,7 @@ def test_weights_are_the_same_to_the_bit(
     assert verified.ok, verified.problems
     assert verified.against == str(folder(name))
     recorded = json.loads((tmp_path / "out" / "qplug.json").read_text())
-    assert recorded["model"] == str(folder(name))
+    assert recorded["model"] == folder(name).name
     assert recorded["recipe"]["algorithms"] == ["convert"]
 
 

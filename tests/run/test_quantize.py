@@ -191,7 +191,7 @@ def test_tensors_of_a_linear_are_found_without_a_look_at_all(tmp_path: Path) -> 
 def test_the_manifest(llama: Path, tmp_path: Path) -> None:
     result = quantize(str(llama), tmp_path / "out", group_size=64, seed=3)
     manifest = json.loads((tmp_path / "out" / "qplug.json").read_text())
-    assert manifest["model"] == str(llama)
+    assert manifest["model"] == llama.name
     assert manifest["recipe"]["algorithms"] == ["rtn"]
     assert manifest["recipe"]["scheme"]["weights"]["group_size"] == 64
     assert manifest["recipe"]["seed"] == 3

@@ -45,6 +45,7 @@ def agent() -> Iterator[Agent]:
         launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
         launch += ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-id", "run"]
         launch += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+        launch += ["--rdzv-conf", "read_timeout=300,timeout=300"]  # a busy machine starts slowly
         run = subprocess.Popen(
             [*launch, "-m", "qplug", *words],
             cwd=host,

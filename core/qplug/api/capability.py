@@ -11,6 +11,9 @@ from qplug.errors import QplugError
 #: What stands for the newest release of an engine where a version is asked for.
 NEWEST = "newest"
 
+#: What ``kernel`` says where inputs are not rounded although the scheme rounds them.
+INPUTS_STAY = "inputs stay as they are"
+
 
 @dataclass(frozen=True)
 class Capability:
@@ -33,6 +36,11 @@ class Capability:
     evidence: str = ""
     devices: tuple[str, ...] = ()
     engine: str = ""
+
+    @property
+    def emulated(self) -> bool:
+        """Whether the kernel multiplies with inputs that are not rounded, though the scheme is."""
+        return self.served and INPUTS_STAY in self.kernel
 
 
 #: Rows by release, an engine's name and its version (``vLLM 0.26``), the newest of a name first.

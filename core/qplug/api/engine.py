@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qplug.api.capability import NEWEST, Capability, Releases, rows_of
@@ -24,12 +25,16 @@ class Server:
 
     ``package``: what can be imported where the engine is installed. ``brief``: options for a server
     that answers a few prompts and ends: it starts faster, and computes every token anew.
+    ``processes_option`` and ``context_option`` set how many GPUs share the model, and the longest
+    request in tokens; they are empty if the server has no such option.
     """
 
     package: str
     module: str
     folder_option: str
     brief: tuple[str, ...] = ()
+    processes_option: str = ""
+    context_option: str = ""
 
 
 class Engine:
@@ -60,7 +65,14 @@ class Engine:
         What a release does not say of a scheme on a device, the next older release says. Raises
         QplugError if there is no such version.
         """
-        return rows_of(self.releases, version)
+        if version not in self._tables:
+            self._tables[version] = tuple(rows_of(self.releases, version))
+        return list(self._tables[version])
+
+    @cached_property
+    def _tables(self) -> dict[str, tuple[Capability, ...]]:
+        """The answers of ``capabilities`` by version: a plan asks hundreds of times."""
+        return {}
 
     # --- what it takes ---------------------------------------------------------------------------
 

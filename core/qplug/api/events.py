@@ -160,6 +160,43 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class ChosenGroup:
+    """The choice for linears that share a scheme: ``name`` stands for all of them.
+
+    ``scheme`` is the name of the scheme with the size of its groups, or ``float``. ``weights`` is
+    the number of weights, ``bits`` the mean bits of one, scales included, and ``loss`` the
+    estimated divergence that the scheme causes, in nats a token.
+    """
+
+    name: str
+    scheme: str
+    weights: int
+    bits: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``--scheme auto`` chose, and for which budget.
+
+    ``limits`` is the budget as text, by option. ``sensitivity`` says how losses were estimated, on
+    ``tokens`` tokens. ``loss`` is the sum of the losses of ``groups``, in nats a token; no choice
+    within the budget is estimated below ``bound``. For ``--max-kl``, ``bytes`` are minimized, and
+    ``bound`` is in bytes. ``bits`` is the mean over all weights of ``groups``, and ``bytes`` is
+    what the weights of ``groups`` take.
+    """
+
+    limits: Mapping[str, str]
+    sensitivity: str
+    tokens: int
+    groups: tuple[ChosenGroup, ...]
+    bits: float
+    bytes: int
+    loss: float
+    bound: float
+
+
+@dataclass(frozen=True)
 class Result:
     """The result of a finished run.
 
@@ -177,6 +214,7 @@ class Result:
     ``source_format`` says in words how the source was quantized; it is empty for a float source.
     ``plan`` says after a dry run what the run would do; None after other runs. ``quality`` is None
     unless somebody measured the result, as the command ``qplug quantize`` does.
+    ``choice`` says what ``--scheme auto`` chose; None for other schemes.
     """
 
     out: Path
@@ -195,6 +233,7 @@ class Result:
     source_format: str = ""
     plan: RunPlan | None = None
     quality: Quality | None = None
+    choice: Choice | None = None
 
     @property
     def estimate(self) -> Estimate | None:

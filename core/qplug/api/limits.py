@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from functools import cached_property
+from typing import Annotated, Any
 
 from qplug.api.capability import NEWEST, Capability
+from qplug.api.gpus import Column, named_column
 from qplug.api.model import ModelView
 from qplug.api.params import Param
 from qplug.api.scheme import Scheme
-
-#: Where an engine may run: CUDA's compute capabilities (A100, L40, H100, B200), and CPUs.
-DEVICES = ("sm80", "sm89", "sm90", "sm100", "cpu")
 
 # Engines split most weights by rows, which make outputs. These are split by columns; those of the
 # second table are whole in every process.
@@ -26,16 +25,27 @@ _OF_KEYS_AND_VALUES = ("k_proj", "v_proj")
 
 @dataclass(frozen=True)
 class Target:
-    """Where a folder is to be served: options of backends that have an engine."""
+    """Where a folder is to be served: options of backends that have an engine.
+
+    Raises QplugError if ``gpu`` is no device that is known.
+    """
 
     gpu: Annotated[
-        Literal["any", "sm80", "sm89", "sm90", "sm100", "cpu"],
-        Param("Check for this device; any: for whichever takes it."),
+        str, Param("Check for this device: H100, 4090, sm90, cpu; any: for whichever takes it.")
     ] = "any"
     tp: Annotated[int, Param("Processes that share each layer (tensor parallelism).", 1)] = 1
     version: Annotated[
         str, Param("Check for this version of the engine; newest: the newest with a table.")
     ] = NEWEST
+
+    def __post_init__(self) -> None:
+        """Checks ``gpu``."""
+        assert self.column
+
+    @cached_property
+    def column(self) -> Column:
+        """The column of engines' tables for ``gpu``; its device is ``any`` for any."""
+        return Column("any") if self.gpu == "any" else named_column(self.gpu)
 
 
 def rows_for(table: Sequence[Capability], scheme: str, gpu: str = "any") -> list[Capability]:
@@ -77,7 +87,7 @@ def too_narrow(
         size = scheme.weights.group_size or -1
         rows = [
             row
-            for row in rows_for(table, scheme.name, target.gpu)
+            for row in rows_for(table, scheme.name, target.column.device)
             if row.served and (not row.group_sizes or size in row.group_sizes)
         ]
         found = [row_problem(row, name, model, scheme, target.tp) for row in rows]
@@ -93,7 +103,7 @@ def shape_problem(
 
     If there are several reasons, it is that of the first kernel that runs the scheme at all.
     """
-    rows = rows_for(table, scheme.name, target.gpu)
+    rows = rows_for(table, scheme.name, target.column.device)
     if not rows:
         where = "" if target.gpu == "any" else f" on {target.gpu}"
         return f"no kernel for {scheme.name} is known{where}"
@@ -141,7 +151,7 @@ def shard_shape(
     if local in _OF_KEYS_AND_VALUES:
         # Of fewer heads than processes each has a copy.
         heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or tp
-        tp = min(tp, int(heads))
+        tp = min(tp, heads) if isinstance(heads, int) and heads > 0 else tp
     by_columns = local in _BY_COLUMNS
     side = width if by_columns else out
     if side % tp:

@@ -249,7 +249,10 @@ def fill(params: type[T], values: Mapping[str, Any], owner: str) -> T:
     for option in known:
         if option.required and option.name not in filled:
             raise QplugError(f"{owner} needs the option {option.name}: {option.param.help}")
-    return params(**filled)
+    try:
+        return params(**filled)
+    except QplugError as error:
+        raise QplugError(f"{owner}: {error}") from None
 
 
 def by_all_names(known: typing.Iterable[Option]) -> dict[str, Option]:

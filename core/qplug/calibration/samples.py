@@ -76,6 +76,10 @@ class Samples:
                 inputs[name] = value.to(dtype) if value.is_floating_point() else value
         return inputs
 
+    def first(self, count: int) -> Samples:
+        """The first ``count`` samples, or all if there are fewer."""
+        return self._some(range(min(count, len(self))))
+
     def shared_by(self, processes: int) -> list[Samples]:
         """The part of each process, by rank."""
         bounds = torch.arange(len(self)).tensor_split(processes)

@@ -22,6 +22,8 @@ _WIDTH = re.compile(r"(^|_)(n_)?(size|dim|heads|embd|embed|inner|rank|width|grou
 _MANY, _WIDE = 1000, 1 << 20
 #: Elements that can be packed into one that is stored.
 _PACKED = 16
+#: The fields for the number of experts that each token goes to.
+_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -44,6 +46,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         if (method := quantization.get("quant_method")) is not None:
             method.text()
     return config
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the part of ``config`` on the language model; all of it if there is no such part."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
+
+
+def experts_of_a_token(config: Mapping[str, Any]) -> int | None:
+    """Returns the number of experts that each token goes to; None if ``config`` states none."""
+    stated = (text_config(config).get(key) for key in _EXPERTS_OF_A_TOKEN)
+    return next((n for n in stated if isinstance(n, int) and n > 0), None)
 
 
 def refuse_absurd(

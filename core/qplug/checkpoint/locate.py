@@ -64,6 +64,7 @@ def _download(model: str) -> Path:
 
     try:
         wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+        wanted.append("README.md")  # for the license
         return Path(snapshot_download(model, allow_patterns=wanted))
     except Exception as error:  # the HTTP library, and so its exceptions, changed twice
         raise QplugError(

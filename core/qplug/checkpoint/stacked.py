@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from qplug.api import Checkpoint, Format, Stacked, StoredTensor, TensorSpec
 from qplug.checkpoint.names import module_of
 from qplug.checkpoint.tensor_file import tensor_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def stacked_spec(stacked: Stacked, specs: Mapping[str, TensorSpec]) -> TensorSpe
 
 def joined(parts: Mapping[int, Mapping[Cut, Tensor]]) -> Tensor:
     """Returns the stacked tensor of ``parts``: tensors of the linears by their cut, by expert."""
+    import torch
+
     experts = []
     for _, tensors in sorted(parts.items()):
         cuts = sorted(tensors, key=lambda cut: cut.index)

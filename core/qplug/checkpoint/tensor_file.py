@@ -14,16 +14,15 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, BinaryIO
 
 from qplug.api import StoredTensor, TensorSpec
 from qplug.errors import QplugError
 from qplug.files.json_text import parse_json
 from qplug.files.regular import open_regular
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: The name of each torch dtype in a safetensors header.
 CODES = {
@@ -74,6 +73,9 @@ class FileTensor(StoredTensor):
 
     def read(self) -> Tensor:
         """Returns a copy of the tensor in memory. Raises QplugError if the file became shorter."""
+        import numpy as np
+        import torch
+
         # NumPy asks for large pages. With small ones the system spends more time on giving memory
         # to the process than on copying bytes into it.
         pages = np.empty(max(1, self.nbytes), np.uint8)  # torch cannot view memory of 0 bytes
@@ -84,6 +86,8 @@ class FileTensor(StoredTensor):
 
         Raises QplugError if the file became shorter.
         """
+        import torch
+
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
             rest: memoryview = buffer.numpy().data
@@ -118,6 +122,8 @@ class FileTensor(StoredTensor):
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Returns the bytes of a tensor on the CPU; a contiguous tensor is not copied."""
+    import torch
+
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 

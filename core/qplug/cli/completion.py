@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import click
 from click.shell_completion import CompletionItem, ShellComplete, get_completion_class
 
+from qplug.api.gpus import GPUS
 from qplug.api.scheme import ALIASES, PRESETS
 from qplug.cli.choice import Choice
 from qplug.cli.printing import Command, say_text
-from qplug.machine.gpus import GPUS
 from qplug.registry.outline import outline
 from qplug.registry.registry import Registry
 
@@ -57,7 +57,7 @@ def schemes(_: click.Context, __: click.Parameter, typed: str) -> list[Completio
 
 def gpus(_: click.Context, __: click.Parameter, typed: str) -> list[CompletionItem]:
     """Completes the name of a GPU."""
-    return _last(typed.upper(), [(name, sm) for name, sm in GPUS.items()])
+    return _last(typed.upper(), [(name, gpu.architecture) for name, gpu in GPUS.items()])
 
 
 def _offered(kind: str) -> Iterable[tuple[str, str]]:

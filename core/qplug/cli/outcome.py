@@ -6,6 +6,7 @@ from collections import Counter
 from shlex import quote
 from typing import TYPE_CHECKING
 
+from qplug.cli.choice_lines import choice_lines
 from qplug.cli.float_lines import float_lines, kept_float_lines
 from qplug.cli.plan_text import data_warning, plan_paragraph
 from qplug.cli.printing import say, warn
@@ -33,6 +34,7 @@ def tell_outcome(result: Result, start: RunStart | None = None, report: Path | N
             say(plan_paragraph(result.plan))
             if warning := data_warning(result.plan):
                 warn(warning)
+        _tell_choice(result, whole=True)
         _tell_floats(result)
         _tell_notes(result.notes)
         return
@@ -46,6 +48,7 @@ def tell_outcome(result: Result, start: RunStart | None = None, report: Path | N
         resumed = f", {found} kept from an earlier run"
     say(f"{out}: {len(result.errors)} layers, {sizes}, {result.seconds:.1f} s{resumed}")
     say(_errors(result))
+    _tell_choice(result, whole=False)
     _tell_floats(result)
     _tell_notes(result.notes)
     if result.quality is not None:
@@ -102,6 +105,13 @@ def _tell_notes(notes: Sequence[str]) -> None:
     """Prints the messages of a run to its user, each once."""
     for sentence, times in Counter(notes).items():
         say(f"note: {sentence}" + (f" ({times} times)" if times > 1 else ""))
+
+
+def _tell_choice(result: Result, *, whole: bool) -> None:
+    """Prints what ``--scheme auto`` chose; ``whole`` adds a line for each group of layers."""
+    if result.choice is not None:
+        for line in choice_lines(result.choice, whole=whole):
+            say(line)
 
 
 def _tell_floats(result: Result) -> None:

@@ -100,8 +100,8 @@ def show(registry: Registry, name: str, as_json: bool) -> None:
 @click.option(
     "--kind",
     required=True,
-    type=Choice(["algorithm", "dataset", "exporter"]),
-    help="The kind of component that the plugin offers.",
+    type=Choice(["algorithm", "dataset", "exporter", "command", "hook", "architecture"]),
+    help="What the plugin offers.",
 )
 @click.option(
     "--folder", type=click.Path(path_type=Path), help="The folder to create; default: qplug-NAME."

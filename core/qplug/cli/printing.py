@@ -11,8 +11,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
 from typing import Any, TextIO, cast
 
 import click
@@ -50,6 +51,33 @@ def _registry(ctx: click.Context) -> Registry:
 def say(line: object) -> None:
     """Prints one line of results on stdout. A line break in ``line`` is shown as ``\\n``."""
     click.echo(shown(line), file=_stream())
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a line: ``look`` is a colour, ``bold``, ``dim``, or empty."""
+
+    text: str
+    look: str = ""
+
+
+def say_pieces(pieces: Iterable[Piece]) -> None:
+    """Prints one line of results that is made of ``pieces``, in colours where a terminal has them.
+
+    There are no colours in a file or a pipe, nor if NO_COLOR is set.
+    """
+    styled = "".join(_styled(piece) for piece in pieces)
+    plain = bool(os.environ.get("NO_COLOR"))
+    click.echo(styled.rstrip(), file=_stream(), color=False if plain else None)
+
+
+def _styled(piece: Piece) -> str:
+    text = shown(piece.text)
+    if not piece.look or not text.strip():
+        return text
+    if piece.look in ("bold", "dim"):
+        return click.style(text, bold=piece.look == "bold" or None, dim=piece.look == "dim" or None)
+    return click.style(text, fg=piece.look)
 
 
 def say_text(text: str) -> None:

@@ -8,18 +8,21 @@ import click
 
 from qplug.api import Capability, ModelView
 from qplug.api.capability import NEWEST
+from qplug.api.gpus import Column
 from qplug.api.limits import Target, row_problem
-from qplug.api.scheme import E4M3_SCALES, E8M0_SCALES, PRESETS, QuantArgs, Scheme
-from qplug.cli.completion import backends, gpus
+from qplug.api.scheme import E4M3_SCALES, E8M0_SCALES, PRESETS, QuantArgs, Scheme, preset
+from qplug.cli.completion import backends, gpus, schemes
 from qplug.cli.printing import Command, note, say, say_json
+from qplug.cli.scheme_matrix import print_matrix
 from qplug.errors import QplugError
-from qplug.machine.gpus import Column, column_for
+from qplug.machine.gpus import column_for
 from qplug.registry.registry import Registry
 
 _SCALES = {E4M3_SCALES: " in e4m3 and a global one", E8M0_SCALES: " in e8m0"}
 
 
 @click.command(name="schemes", cls=Command)
+@click.argument("scheme", required=False, shell_complete=schemes)
 @click.option("--backend", shell_complete=backends, help="Only this backend.")
 @click.option("--engine-version", metavar="V", help="Version of its engine; default: the newest.")
 @click.option(
@@ -34,6 +37,7 @@ _SCALES = {E4M3_SCALES: " in e4m3 and a global one", E8M0_SCALES: " in e8m0"}
 @click.pass_obj
 def command(
     registry: Registry,
+    scheme: str | None,
     backend: str | None,
     engine_version: str | None,
     gpu: str | None,
@@ -42,7 +46,10 @@ def command(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """List the schemes, and which engine runs each with which kernel on which device.
+    """List the schemes, and which engine runs each on which device.
+
+    With SCHEME, --backend, --gpu or --model: with which kernel, which shapes it takes, and how that
+    is known.
 
     No engine runs the other schemes, but qplug can measure them: quantize --backend fake, then
     eval. Their names are W<weights>A<inputs>. Both are 2 to 8 (bits of an integer) or E<e>M<m> (a
@@ -56,10 +63,15 @@ def command(
     column = Column("any") if gpu is None else column_for(gpu)
     if column.remark:
         note(column.remark)
-    target = Target(column.device, tp or 1)  # type: ignore[arg-type]
-    names = [backend] if backend else list(registry.exporters)
+    target = Target(column.device, tp or 1)
+    named = None if scheme is None else _preset(scheme)
+    offers = registry.only("exporter")  # imports no torch
+    names = [backend] if backend else list(offers.exporters)
     version = engine_version or NEWEST
-    tables = {name: _rows(registry, name, version, target.gpu) for name in names}
+    tables = {
+        name: [row for row in _rows(offers, name, version, target.gpu) if _is_of(row, named)]
+        for name in names
+    }
     view = None if model is None else _view(model, registry, trust_remote_code)
     if as_json:
         rows = {
@@ -68,14 +80,32 @@ def command(
         }
         say_json({"schemes": _plain(), "backends": rows})
         return
-    for scheme in PRESETS.values():
-        say(f"{scheme.name:<12} {describe(scheme)}")
+    if named is None and backend is None and gpu is None and model is None:
+        print_matrix(tables)
+        say("kernels and shapes: qplug schemes W4A16, --backend vllm, --gpu H100, --model MODEL")
+        return
+    for each in [named] if named else PRESETS.values():
+        say(f"{each.name:<12} {describe(each)}")
         for name, table in tables.items():
             for row in table:
-                if row.scheme == scheme.name:
+                if row.scheme == each.name:
                     say(f"  {name:<8} {_line(row)}")
                     for problem in _fits(row, view, target).values():
                         say(f"  {'':<8}   {problem or 'takes the model'}")
+
+
+def _preset(name: str) -> Scheme:
+    """Returns the scheme that engines serve under ``name``. Raises QplugError for others."""
+    found = preset(name)
+    if found.name not in PRESETS:
+        raise QplugError(
+            f"{found.name}: no engine serves it; measure it with quantize --backend fake, then eval"
+        )
+    return found
+
+
+def _is_of(row: Capability, scheme: Scheme | None) -> bool:
+    return scheme is None or row.scheme == scheme.name
 
 
 def _rows(registry: Registry, name: str, version: str, gpu: str) -> list[Capability]:

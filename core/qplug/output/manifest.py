@@ -13,6 +13,7 @@ from qplug.calibration.ranges import InputRange
 from qplug.errors import QplugError
 from qplug.files.json_text import read_json
 from qplug.files.typed import Typed
+from qplug.output.origins import identity
 from qplug.recipe.recipe import Recipe
 
 T = TypeVar("T")
@@ -32,7 +33,10 @@ class Manifest:
     ``clips``. The last three exist only for linears that calibration data measured. ``rewritten``
     names tensors that an algorithm rewrote, ``online`` linears whose inputs must be rotated as the
     model runs. ``kept_float`` says of linears that no kernel takes why they are float.
-    ``experts`` are the numbers of tokens in the statistics of each expert, by layer.
+    ``experts`` are the numbers of tokens in the statistics of each expert, by layer. ``identity``
+    is the name under which ``origins`` notes where the float model is. ``choice`` says what
+    ``--scheme auto`` chose, as plain values of ``qplug.api.events.Choice``, and in ``asked`` the
+    recipe that asked for it; it is empty for other schemes.
     """
 
     model: str
@@ -51,6 +55,8 @@ class Manifest:
     notes: tuple[str, ...] = ()
     kept_float: Mapping[str, str] = field(default_factory=dict)
     experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    identity: str = ""
+    choice: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -71,6 +77,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     recipe = record.need("recipe")
     cache, online = recipe.get("kv_cache"), record.get("online")
     kept, experts = record.get("kept_float"), record.get("experts")
+    choice = record.get("choice")
     _read(Recipe.from_dict, recipe)
     losses = {name: layer.get("loss") for name, layer in layers.items()}
     inputs = {name: layer.get("inputs") for name, layer in layers.items()}
@@ -105,6 +112,8 @@ def read_manifest(folder: Path) -> Manifest | None:
             name: tuple(count.whole(0, 1 << 62) for count in counts.items())
             for name, counts in (experts.mapping() if experts else {}).items()
         },
+        identity=identity(record.value),
+        choice={} if choice is None else {n: v.value for n, v in choice.mapping().items()},
         kept_float={} if kept is None else {n: why.text() for n, why in kept.mapping().items()},
     )
 

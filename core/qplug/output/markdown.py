@@ -1,13 +1,12 @@
-"""Writes strangers' names into Markdown and its YAML head, where they stay names."""
+"""Writes strangers' names into Markdown, where they stay names."""
 
 from __future__ import annotations
 
-import json
 import re
 
 from qplug.errors import shown
 
-#: Names that mean nothing but themselves, in Markdown and in YAML.
+#: Names that mean nothing but themselves, in Markdown.
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9]*([._-][A-Za-z0-9]+)*")
 
 
@@ -22,8 +21,3 @@ def code_span(text: str) -> str:
 def heading(text: str) -> str:
     """Returns ``text`` for a heading: as it is, or as a code span if it could mean more."""
     return text if _PLAIN.fullmatch(text) else code_span(text)
-
-
-def yaml_word(text: str) -> str:
-    """Returns ``text`` as a value in YAML: as it is, or quoted if it could mean more."""
-    return text if _PLAIN.fullmatch(text) else json.dumps(text)

@@ -5,40 +5,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
-from string import Template
+from pathlib import Path
 from typing import Any
 
 from qplug.api import Exporter, ModelView
 from qplug.api.scheme import Scheme
 from qplug.errors import QplugError
+from qplug.output.card import CARD, model_card
 from qplug.output.checksums import CHECKSUMS, sealed
 from qplug.output.fingerprint import versions
 from qplug.output.manifest import MANIFEST, VERSION
-from qplug.output.markdown import code_span, heading, yaml_word
+from qplug.output.origins import public_name, public_values
 from qplug.output.step_report import Report
-from qplug.recipe.recipe import Calibration, Recipe
+from qplug.recipe.recipe import Recipe
 from qplug.registry.registry import Registry
-
-_CARD = Template("""\
----
-tags:
-- qplug
-- $tag
----
-# $title, $scheme_title
-
-$model $action by qplug $version: `$algorithms`, scheme $scheme, for `$backend`.
-
-$summary
-$data`$manifest` has the recipe, the versions, and the error of each layer.
-
-Check this folder with `qplug verify .`$serve.
-""")
 
 
 def result_files(
-    name: str,
+    model_name: str,
+    source: Path,
     model: ModelView,
     recipe: Recipe,
     exporter: Exporter[Any],
@@ -53,10 +38,11 @@ def result_files(
     """Returns the text files of a finished run by file name, and the content of qplug.json.
 
     ``manifest_text`` makes qplug.json of its content and of the checksums of all other files. The
-    contents do not depend on time. ``name`` is the model as the user named it, ``schemes`` has
-    the scheme of each quantized linear, ``reports`` the reports of all steps, in order. ``online``
-    names the linears whose inputs must be rotated as the model runs; ``kept_float`` says of linears
-    that no kernel takes why they are float.
+    contents do not depend on time, and say of local paths only the last part. ``model_name`` is the
+    model as the user named it, and ``source`` its folder. ``schemes`` has the scheme of each
+    quantized linear, ``reports`` the reports of all steps, in order. ``online`` names the linears
+    whose inputs must be rotated as the model runs; ``kept_float`` says of linears that no kernel
+    takes why they are float.
     """
     config = dict(model.config)
     quantization = exporter.format.config(model, schemes)
@@ -70,8 +56,8 @@ def result_files(
     kinds = list(dict.fromkeys(schemes.values()))
     manifest = {
         "version": VERSION,
-        "model": name,
-        "recipe": recipe.to_dict(),
+        "model": public_name(model_name),
+        "recipe": public_values(recipe.to_dict()),
         "versions": versions(recipe, registry),
         "schemes": [scheme.to_dict() for scheme in kinds],
         "layers": {
@@ -92,8 +78,8 @@ def result_files(
         manifest["experts"] = experts
     if kept_float:
         manifest["kept_float"] = dict(kept_float)
-    card = _card(name, recipe, exporter, errors, config)
-    return {"config.json": _json(config), "README.md": card}, manifest
+    card = model_card(model_name, source, recipe, exporter, errors, config)
+    return {"config.json": _json(config), CARD: card}, manifest
 
 
 def manifest_text(record: Mapping[str, Any], checksums: Mapping[str, Any]) -> str:
@@ -135,48 +121,3 @@ def _ranges(reports: Sequence[Report]) -> dict[str, dict[str, Any]]:
 
 def _json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _summary(errors: Mapping[str, float]) -> str:
-    if not errors:
-        return "Its weights are float, as the algorithms transformed them; none is quantized."
-    mean = sum(errors.values()) / len(errors)
-    return f"{len(errors)} linear layers hold codes; mean relative error of a weight: {mean:.4f}."
-
-
-def _data(calibration: Calibration | None) -> str:
-    """Returns a line on the calibration data, "" if the run had none."""
-    if calibration is None:
-        return ""
-    masked = "; statistics leave prompts out" if calibration.mask == "prompts" else ""
-    return (
-        f"Calibrated on {calibration.samples} samples of up to {calibration.seq_len} tokens of "
-        f"{code_span(calibration.dataset)}{masked}.\n"
-    )
-
-
-def _card(
-    name: str,
-    recipe: Recipe,
-    exporter: Exporter[Any],
-    errors: Mapping[str, float],
-    config: Mapping[str, Any],
-) -> str:
-    engine, serve = exporter.engine, None
-    if engine is not None and engine.serve_command is not None:
-        serve = " ".join([engine.serve_command.format("."), *engine.serve_arguments(config)])
-    return _CARD.substitute(
-        tag=yaml_word(recipe.scheme.name.lower()),
-        title=heading(name.rstrip("/").rpartition("/")[2]),
-        model=code_span(name),
-        scheme_title=heading(recipe.scheme.name),
-        version=version("qplug"),
-        algorithms="+".join(recipe.algorithms),
-        scheme=code_span(recipe.scheme.name),
-        backend=recipe.backend,
-        action="transformed" if exporter.format.stores_float else "quantized",
-        summary=_summary(errors),
-        data=_data(recipe.calibration),
-        manifest=MANIFEST,
-        serve=f"; serve it with `{serve}`" if serve else "",
-    )

@@ -9,9 +9,10 @@ put there.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from qplug.errors import QplugError
 from qplug.output import disk
@@ -290,17 +291,29 @@ def kept_steps(out: Path) -> int:
 
     The steps are 0 also if another process is writing them.
     """
+    _, entries = _kept_journal(out)
+    return sum("step" in entry for entry in entries)
+
+
+def kept_fingerprint(out: Path) -> Mapping[str, Any]:
+    """Returns the fingerprint of the unfinished run of ``out``; empty if there is no run.
+
+    It is empty also if another process is writing there.
+    """
+    run, _ = _kept_journal(out)
+    return {} if run is None else run.fingerprint
+
+
+def _kept_journal(out: Path) -> tuple[Run | None, list[dict[str, Any]]]:
     journal_file = out.resolve().with_name(f".{out.resolve().name}.partial") / _JOURNAL
     with suppress(QplugError, OSError):
-        if not journal_file.is_file():
-            return 0
-        journal = Journal(journal_file)
-        try:
-            _, entries = journal.read()
-        finally:
-            journal.close()
-        return sum("step" in entry for entry in entries)
-    return 0
+        if journal_file.is_file():
+            journal = Journal(journal_file)
+            try:
+                return journal.read()
+            finally:
+                journal.close()
+    return None, []
 
 
 def _is_folder(path: Path) -> bool:

@@ -41,6 +41,23 @@ class Damage:
     problems: tuple[Problem, ...]
 
 
+def missing_files(folder: Path) -> list[Problem]:
+    """Returns a problem for each file of ``qplug.json`` that is gone or has another size."""
+    if not os.path.lexists(folder / MANIFEST):
+        return []
+    sums = read_json(folder / MANIFEST, within=folder).get(CHECKSUMS)
+    if not isinstance(sums, Mapping):
+        return []
+    found = []
+    for name in (*sums.get("files", {}), *sums.get("headers", {})):
+        if not (folder / name).is_file():
+            found.append(Problem("damaged", name, f"has a checksum in {MANIFEST}, but is not here"))
+    for name, stated in sums.get("files", {}).items():
+        if (folder / name).is_file() and (folder / name).stat().st_size != stated.get("bytes"):
+            found.append(_differs(name))
+    return found
+
+
 def find_damage(folder: Path) -> Damage:
     """Read all files of ``folder``, and report what differs from its checksum in ``qplug.json``.
 

@@ -23,8 +23,9 @@ from qplug.machine.session import Session
 from qplug.model.architectures import by_linear, expected_tensors
 from qplug.model.kv_cache import SCALES
 from qplug.model.skeleton import Skeleton
+from qplug.output.origins import find_origin
 from qplug.reading.built import built_otherwise, share_of
-from qplug.reading.damage import find_damage
+from qplug.reading.damage import find_damage, missing_files
 from qplug.reading.drafts import drafts_missing, dropped_drafts
 from qplug.reading.finite import not_finite
 from qplug.reading.folder import Folder, open_folder
@@ -128,24 +129,48 @@ def verify(
     )
 
 
+def quick_problems(
+    name: str, registry: Registry, *, trust_remote_code: bool = False
+) -> list[Problem]:
+    """Returns what is wrong with the folder ``name`` by its headers alone: no weight is read.
+
+    The rules of the loader, the sizes of files, the tokenizer and files of JSON are checked. Raises
+    QplugError if the folder cannot be opened, or is not quantized.
+    """
+    session = Session.alone(registry=registry, trust_remote_code=trust_remote_code)
+    opened = open_folder(name, session)
+    if opened.exporter is None:
+        raise QplugError(f"{name}: is not quantized; there is nothing to verify")
+    with naming_damage(str(opened.checkpoint.folder / CONFIG), opened.exporter.name):
+        rules = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
+    return [
+        *missing_files(opened.checkpoint.folder),
+        *rules,
+        *_tokenizer_missing(opened),
+        *_companions_unsound(opened),
+    ]
+
+
 def find_source(
     opened: Folder, against: str | None, session: Session
 ) -> tuple[str | None, Checkpoint | None]:
     """Find the float model of a folder: its name and its checkpoint, or None and None.
 
-    The model is ``against``, or by default the one that the manifest records, if it is on this
-    machine: a stranger's folder must not make qplug ask the Hub. Raises QplugError if ``against``
+    The model is ``against``, or by default the one that the run read, if it is still where it was,
+    or else the one that the manifest records, if it is on this machine: a stranger's folder must
+    not make qplug ask the Hub. Raises QplugError if ``against``
     is given and is no model. Experts that the model stacks in one tensor are read one by one if the
     folder has their codes.
     """
     if against is not None:
         return against, _open_source(find_model(against), opened, session)
     recorded = opened.manifest.model if opened.manifest else None
-    folder = find_at_hand(recorded) if recorded is not None else None
+    noted = find_origin(opened.manifest.identity) if opened.manifest else None
+    folder = noted or (find_at_hand(recorded) if recorded is not None else None)
     if folder is None:
         return None, None
     try:
-        return recorded, _open_source(folder, opened, session)
+        return str(noted or recorded), _open_source(folder, opened, session)
     except QplugError:
         return None, None  # something else may have its name on this machine
 

@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 from qplug.api.params import Param, Spelling, check_fields
 from qplug.api.scheme import QuantArgs, Scheme, preset
 from qplug.errors import QplugError
+from qplug.recipe.budget import Budget
 from qplug.recipe.fields import all_fields, from_dict
 from qplug.recipe.mix import Share, shares_of
-from qplug.recipe.spellings import CACHE, OVERRIDES, PIPELINE, SCHEME, Options
+from qplug.recipe.spellings import AUTO, CACHE, OVERRIDES, PIPELINE, SCHEME, Options
 
 #: The algorithm that chooses codes if no algorithm of the pipeline does.
 DEFAULT_QUANTIZER = "rtn"
@@ -142,7 +143,7 @@ class Recipe:
         Scheme,
         Param(
             "How layers are stored: see qplug schemes. int4, int8 and fp8 mean W4A16, W8A8 and "
-            "FP8_DYNAMIC.",
+            "FP8_DYNAMIC; auto chooses for each layer, within a budget.",
             spelling=SCHEME,
             heading="Recipe",
         ),
@@ -187,7 +188,7 @@ class Recipe:
     backend_options: Annotated[
         Options,
         Param(
-            "Options of the backend, such as gpu=sm90 or tp=2: see qplug plugins show BACKEND.",
+            "Options of the backend, such as gpu=H100 or tp=2: see qplug plugins show BACKEND.",
             flag="--backend-opt",
             of="backend",
             heading="Model and output",
@@ -210,6 +211,12 @@ class Recipe:
         Param("Round floats as qtorch does, for a backend that only measures.", heading="Recipe"),
     ] = False
     seed: Annotated[int, Param("Seed of all random choices.", heading="Recipe")] = 0
+    budget: Annotated[
+        Budget,
+        Param(
+            "What the schemes that auto chooses may cost: one of three limits.", heading="Recipe"
+        ),
+    ] = field(default_factory=Budget)
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -230,8 +237,17 @@ class Recipe:
         """Whether the run needs the package qtorch to round."""
         return any(scheme.uses_qtorch for scheme in self.schemes)
 
+    @property
+    def is_auto(self) -> bool:
+        """Whether a search is to choose the schemes, within ``budget``."""
+        return self.scheme == AUTO
+
     def check(self) -> None:
         """Raise QplugError if fields contradict each other."""
+        self.budget.check(is_auto=self.is_auto)
+        for pattern, scheme in self.overrides:
+            if scheme == AUTO:
+                raise QplugError(f"--override {pattern}=auto: auto is for the whole model")
         if self.use_qtorch and not self.uses_qtorch:
             name = self.scheme.name
             raise QplugError(f"use_qtorch: {name} has no float format to round; leave it out")

@@ -116,23 +116,30 @@ PIPELINE = Spelling(
 
 # --- schemes --------------------------------------------------------------------------------------
 
+#: Stands for the scheme of a recipe that leaves the choice of schemes to a search.
+AUTO = Scheme("auto", QuantArgs("int8", "channel"))
+
 
 def parse_scheme(name: str | Scheme, group_size: int | None = None) -> Scheme:
     """The scheme called ``name`` (or ``name`` itself, if it is a Scheme) with ``group_size``.
 
-    Without ``group_size`` the scheme keeps its own. Raises QplugError for an unknown name, or if
-    the scheme cannot have this group size.
+    Without ``group_size`` the scheme keeps its own. ``auto`` is ``AUTO``. Raises QplugError for an
+    unknown name, or if the scheme cannot have this group size.
     """
-    scheme = preset(name) if isinstance(name, str) else name
+    scheme = AUTO if name == AUTO.name else preset(name) if isinstance(name, str) else name
+    if scheme == AUTO and group_size is not None:
+        raise QplugError("--group-size: --scheme auto chooses the sizes of groups; leave it out")
     return scheme if group_size is None else scheme.with_group_size(group_size)
 
 
 def _read_scheme(part: str | SchemePart) -> Mapping[str, Scheme]:
-    return {"scheme": preset(part) if isinstance(part, str) else part.scheme()}
+    return {"scheme": parse_scheme(part) if isinstance(part, str) else part.scheme()}
 
 
 def _write_scheme(owner: Any) -> str | SchemePart:
     scheme: Scheme = owner.scheme
+    if scheme == AUTO:
+        return AUTO.name
     named = PRESETS.get(scheme.name)
     if named is None:
         try:

@@ -15,6 +15,7 @@ from qplug.recipe.recipe import Calibration, Export, Job, Recipe
 from qplug.recipe.spellings import parse_scheme
 
 if TYPE_CHECKING:
+    from qplug.recipe.budget import Sensitivity
     from qplug.recipe.recipe import (
         DraftLayers,
         Mask,
@@ -36,6 +37,10 @@ class RecipeWords(TypedDict, total=False):
     algo: str
     scheme: str | Scheme
     group_size: int | None
+    bits: float | None
+    size: str | None
+    max_kl: float | None
+    sensitivity: Sensitivity
     backend: str
     overrides: Mapping[str, str | Scheme] | None
     ignore: Sequence[str]
@@ -123,6 +128,7 @@ def changed(recipe: Recipe, given: RecipeWords) -> Recipe:
         recipe,
         **_changes(recipe, {**values, "scheme": scheme}),
         calibration=replace(calibration, **_changes(calibration, values)),
+        budget=replace(recipe.budget, **_changes(recipe.budget, values)),
     )
 
 

@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import EntryPoint, distributions, entry_points
 from pathlib import Path
@@ -36,11 +37,15 @@ from qplug.registry.readers import Sources
 
 GROUP = "qplug"
 
+#: The kinds of components.
+KINDS = ("algorithm", "dataset", "exporter", "reader")
+
 
 class Registry:
     """The plugins of one run. Create it once and pass it on: there is no global registry."""
 
-    def __init__(self, plugins: Iterable[Plugin]) -> None:
+    def __init__(self, plugins: Iterable[Plugin], kinds: Collection[str] = KINDS) -> None:
+        """``kinds`` are the kinds of components that plugins are asked for."""
         # One order everywhere. Among plugins of the same name a file that the user passed comes
         # first, then qplug's own; the order in which packages were installed does not matter.
         self.plugins = sorted(
@@ -54,6 +59,7 @@ class Registry:
             first = taken.setdefault(canonical(plugin.name), plugin)
             if first is not plugin:
                 plugin.error = QplugError(f"the name of this plugin is taken by {first}")
+        self._kinds = kinds
         offering = self.plugins, self.load
         self.algorithms = Components[Algorithm[Any]]("algorithm", *offering, "algorithm")
         self.datasets = Components[Dataset[Any]]("dataset", *offering, "dataset")
@@ -104,6 +110,15 @@ class Registry:
         name = name or definition.__name__.rpartition(".")[2].lower().replace("_", "-")
         return Registry([*self.plugins, Plugin.of_object(plugged, name)])
 
+    def only(self, *kinds: str) -> Registry:
+        """Returns a registry of the same plugins, which asks them for offers of ``kinds`` alone.
+
+        Backends and readers import no torch, so that a command that needs no others is fast. A
+        plugin is not left out here if an offer of another kind is broken.
+        """
+        plugins = [replace(plugin, offers={}, asked=False) for plugin in self.plugins]
+        return Registry(plugins, kinds)
+
     @property
     def sources(self) -> Sources:
         """The readers of checkpoints that somebody quantized, for ``open_checkpoint``."""
@@ -138,7 +153,8 @@ class Registry:
             with keeping_error(plugin):
                 # Checks all offers before it keeps any: a plugin is used as a whole or not at all.
                 components: dict[tuple[str, str], type[Component[Any]] | Reader] = {}
-                for kind, checked in _CHECKS.items():
+                for kind in self._kinds:
+                    checked = _CHECKS[kind]
                     for answer in _answers(getattr(_manager(plugin).hook, f"qplug_{kind}s")):
                         component = checked(answer)
                         if (kind, component.name) in components:

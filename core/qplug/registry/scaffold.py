@@ -12,14 +12,21 @@ from typing import Literal, TypeAlias
 from qplug.errors import QplugError
 from qplug.registry.registry import Registry
 
-Kind: TypeAlias = Literal["algorithm", "dataset", "exporter"]
+Kind: TypeAlias = Literal["algorithm", "dataset", "exporter", "command", "hook", "architecture"]
 
 #: The command in the README of the new plugin that tries it out, by kind.
 _TRIALS: dict[str, str] = {
     "algorithm": "qplug quantize qplug:demo --algo {name} --out out",
     "dataset": "qplug quantize qplug:demo --algo gptq --dataset {name} --out out",
     "exporter": "qplug quantize qplug:demo --scheme W8A16 --backend {name} --out out",
+    "command": "qplug {name} MODEL",
+    "hook": "qplug quantize qplug:demo --out out && cat out.{name}.txt",
+    "architecture": "qplug quantize MODEL --out out",
 }
+
+#: Kinds whose tests are a contract of ``qplug.testing``.
+_WITH_CONTRACT = ("algorithm", "dataset", "exporter")
+_CONTRACT = "the contract tests that qplug's own plugins pass"
 
 
 def write_plugin(name: str, kind: Kind, folder: Path, registry: Registry, version: str) -> Path:
@@ -41,8 +48,9 @@ def write_plugin(name: str, kind: Kind, folder: Path, registry: Registry, versio
         "package": f"qplug_{module}",
         "module": module,
         "class_name": "".join(word.capitalize() for word in name.split("-")),
-        "article": "A" if kind == "dataset" else "An",
-        "article_low": "a" if kind == "dataset" else "an",
+        "article": "An" if kind[0] in "aeiou" else "A",
+        "article_low": "an" if kind[0] in "aeiou" else "a",
+        "tests": _CONTRACT if kind in _WITH_CONTRACT else "its tests",
         "since": f"{major}.{minor}",
         "until": f"{major}.{int(minor) + 1}" if major == "0" else f"{int(major) + 1}",
         "try_it": _TRIALS[kind].format(name=name),
@@ -51,6 +59,9 @@ def write_plugin(name: str, kind: Kind, folder: Path, registry: Registry, versio
     targets = {
         "pyproject.toml": folder / "pyproject.toml",
         "README.md": folder / "README.md",
+        "LICENSE": folder / "LICENSE",
+        "gitignore": folder / ".gitignore",
+        "workflow.yml": folder / ".github" / "workflows" / "test.yml",
         f"{kind}/__init__.py": package / "__init__.py",
         f"{kind}/module.py": package / f"{module}.py",
         f"{kind}/test_contract.py": folder / "tests" / "test_contract.py",

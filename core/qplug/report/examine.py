@@ -5,10 +5,12 @@ The result is plain data (``findings``), which a page shows.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from qplug.reading.folder import Folder, open_folder
 from qplug.reading.verify import find_source, float_weight, relative_distance
 from qplug.registry.registry import Registry
 from qplug.report.findings import BINS_PER_OCTAVE, Bytes, Findings, Layer, Overview, Span
+from qplug.report.remedies import better_algorithm, more_bits
+from qplug.report.worst import standing_out
 
 
 def overview(folder: Folder, name: str) -> Overview:
@@ -52,8 +56,15 @@ def overview(folder: Folder, name: str) -> Overview:
         errors=manifest.errors if manifest else {},
         losses=manifest.losses if manifest else {},
         experts=manifest.experts if manifest else {},
-        serve=serve.format(shlex.quote(as_word(name))) if serve else None,
+        serve=serve.format(shlex.quote(_served(name))) if serve else None,
+        identity=manifest.identity if manifest else "",
+        places={linear: _place(linear, view.blocks) for linear in schemes},
     )
+
+
+def _served(name: str) -> str:
+    """Returns the folder ``name`` as a word that is right in every folder."""
+    return str(Path(name).resolve()) if os.path.lexists(name) else as_word(name)
 
 
 def examine(
@@ -92,6 +103,8 @@ def examine(
         against=source_name,
         float_bytes=_bytes(source, folder.view.linears, folder.schemes) if source else None,
         calibrated=bool(summary.losses),
+        options=more_bits(folder, [layer.name for layer in standing_out(layers)]),
+        algorithm=better_algorithm(folder, session.registry),
     )
 
 

@@ -34,7 +34,9 @@ class Overview:
     weights of all linears, ``parameters`` of all parameters. ``errors`` and ``losses`` are by
     linear, as in ``output.step_report.Report``. ``serve`` is the command that serves the folder,
     None if no engine does. ``experts`` are the numbers of calibration tokens of the experts of each
-    layer.
+    layer. ``places`` are the block of each quantized linear, from 0, or None outside the blocks,
+    and its kind: its name within the block, the same for all experts. ``identity`` is as in the
+    ``output.manifest.Manifest``.
     """
 
     folder: str
@@ -53,6 +55,8 @@ class Overview:
     losses: Mapping[str, float]
     serve: str | None
     experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    places: Mapping[str, tuple[int | None, str]] = field(default_factory=dict)
+    identity: str = ""
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -116,7 +120,9 @@ class Findings:
 
     ``scales`` are the numbers of scales by ``floor(log2(scale) * BINS_PER_OCTAVE)``.
     ``float_bytes`` are the sizes in the float model. ``calibrated`` is True if the run had
-    calibration data, in which case ``clips`` of all layers are known.
+    calibration data, in which case ``clips`` of all layers are known. ``options`` are, by layer
+    that stands out, the options of ``qplug quantize`` that store it in more bits, which the backend
+    serves. ``algorithm`` is a better algorithm for this scheme than the one of the run, if any.
     """
 
     overview: Overview
@@ -125,3 +131,5 @@ class Findings:
     against: str | None
     float_bytes: Bytes | None
     calibrated: bool = field(default=False)
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    algorithm: str | None = None

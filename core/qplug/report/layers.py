@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from qplug.calibration.ranges import CLIP_BINS
 from qplug.report import charts
 from qplug.report.findings import BINS_PER_OCTAVE, Findings, Layer, Span
+from qplug.report.tables import Cell, Table
 from qplug.report.words import number, span
+from qplug.report.worst import ranked, weight_error
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -23,11 +25,10 @@ _COLUMNS = 48
 
 @dataclass(frozen=True)
 class Charted:
-    """A chart, and the table of its numbers; the first cell of a row is the row's name."""
+    """A chart, and the table of its numbers."""
 
     chart: Markup
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    table: Table
 
 
 @dataclass(frozen=True)
@@ -45,33 +46,47 @@ def output_errors(findings: Findings) -> Errors:
 
 def weight_errors(findings: Findings) -> Errors:
     """Returns the relative errors of the layers' weights."""
-    return _errors(findings, "Relative error of weights", _error)
-
-
-def _error(layer: Layer) -> float | None:
-    return layer.recomputed if layer.error is None else layer.error
+    return _errors(findings, "Relative error of weights", weight_error)
 
 
 def _errors(findings: Findings, title: str, value: Callable[[Layer], float | None]) -> Errors:
-    """Returns a line chart with a line for each kind over the blocks; experts are averaged."""
+    """Returns a line chart for each kind over the blocks; experts are averaged."""
     known = any(value(layer) is not None for layer in findings.layers)
-    depth = max((layer.block for layer in findings.layers if layer.block is not None), default=0)
-    series: dict[str, list[float | None]] = {}
-    for kind in dict.fromkeys(layer.kind for layer in findings.layers if layer.block is not None):
-        means: list[float | None] = []
-        for block in range(depth + 1):
-            here = [
-                layer for layer in findings.layers if (layer.block, layer.kind) == (block, kind)
-            ]
-            errors = [error for layer in here if (error := value(layer)) is not None]
-            means.append(fmean(errors) if errors else None)
-        if any(mean is not None for mean in means):
-            series[kind] = means
+    places = {
+        layer.name: (layer.block, layer.kind, value(layer))
+        for layer in findings.layers
+        if layer.block is not None
+    }
+    series = by_depth(places.values())
     if not series:
         return Errors(known, None)
-    rows = [(str(n), *(number(values[n]) for values in series.values())) for n in range(depth + 1)]
-    chart = charts.lines(title, series, x_label="block", y_label=title, format_=number)
-    return Errors(known, Charted(chart, ["block", *series], rows))
+    lines = {kind: {"": means} for kind, means in series.items()}
+    depth = max(map(len, series.values()))
+    rows = [(str(n), *(number(values[n]) for values in series.values())) for n in range(depth)]
+    chart = charts.panels(title, lines, x_label="block", format_=number)
+    return Errors(known, Charted(chart, Table(f"{title}, by block", ["block", *series], rows)))
+
+
+def by_depth(
+    errors: Iterable[tuple[int | None, str, float | None]],
+) -> dict[str, list[float | None]]:
+    """Returns the mean error of each kind in each block: a list from block 0 on, by kind.
+
+    ``errors``: the block, kind and error of layers. A kind without any error is left out.
+    """
+    found: dict[str, dict[int, list[float]]] = {}
+    depth = 0
+    for block, kind, error in errors:
+        if block is not None:
+            depth = max(depth, block + 1)
+            blocks = found.setdefault(kind, {})
+            if error is not None:
+                blocks.setdefault(block, []).append(error)
+    return {
+        kind: [fmean(blocks[n]) if n in blocks else None for n in range(depth)]
+        for kind, blocks in found.items()
+        if blocks
+    }
 
 
 def weights(findings: Findings) -> Charted | None:
@@ -88,7 +103,7 @@ def weights(findings: Findings) -> Charted | None:
         rows.append((kind, _span(before), _span(after)))
     names = ["float model", "quantized"]
     chart = charts.rows("Weights before and after", bars, legend=names, format_=number)
-    return Charted(chart, ["kind", *names], rows)
+    return Charted(chart, Table("Weights, smallest and largest, by kind", ["kind", *names], rows))
 
 
 def inputs(findings: Findings) -> Charted | None:
@@ -113,7 +128,8 @@ def inputs(findings: Findings) -> Charted | None:
         return None
     names = ["before", "after transforms"]
     chart = charts.rows("Inputs before and after", bars, legend=names, format_=number)
-    return Charted(chart, ["kind", "before", "typical channel", "after", "typical channel"], rows)
+    head = ["kind", "before", "typical channel", "after", "typical channel"]
+    return Charted(chart, Table("Inputs, smallest and largest, by kind", head, rows))
 
 
 def scales(findings: Findings) -> Charted | None:
@@ -128,7 +144,7 @@ def scales(findings: Findings) -> Charted | None:
         rows.append((kind, f"{count:,}", *ends))
     counts = merged(findings.scales)
     chart = charts.histogram("Scales of weights", counts, x_label="scale, from", series=_BEFORE)
-    return Charted(chart, ["kind", "scales", "smallest", "largest"], rows)
+    return Charted(chart, Table("Scales by kind", ["kind", "scales", "smallest", "largest"], rows))
 
 
 def merged(counts: Mapping[int, int]) -> dict[str, int]:
@@ -167,22 +183,38 @@ def clips(findings: Findings) -> Charted | None:
     names = [f"{low:g} to {high:g}" for low, high in pairwise(CLIP_BINS)]
     columns = dict(zip([*names, "not clipped"], totals, strict=True))
     chart = charts.histogram("Clips", columns, x_label="ratio to the covering scale", series=_AFTER)
-    return Charted(chart, ["kind", "clipped scales", "all scales"], rows)
+    return Charted(chart, Table("Clips by kind", ["kind", "clipped scales", "all scales"], rows))
 
 
-def every_layer(findings: Findings) -> Iterator[Sequence[str]]:
-    """Yields a row of ten cells for each layer, with all its numbers."""
-    for layer in findings.layers:
-        yield (
+def every_layer(findings: Findings) -> Table:
+    """Returns a table with a row for each layer, those with the largest errors first."""
+    head = [
+        *("layer", "shape", "scheme", "error", "error, recomputed", "error of outputs"),
+        *("float weights", "quantized weights", "inputs before", "inputs after"),
+    ]
+    rows = [
+        (
             layer.name,
-            f"{layer.shape[0]} x {layer.shape[1]}",
+            Cell(f"{layer.shape[0]} x {layer.shape[1]}", layer.shape[0] * layer.shape[1]),
             layer.scheme,
-            number(_error(layer)),
-            number(layer.recomputed) if not layer.rewritten else "rewritten",
-            number(layer.loss),
-            *(_span(values) for values in layer.weights),
-            *("-" if r is None else span(r.low, r.high) for r in layer.inputs or (None, None)),
+            _measured(weight_error(layer)),
+            _measured(layer.recomputed) if not layer.rewritten else "rewritten",
+            _measured(layer.loss),
+            *(_width(values) for values in layer.weights),
+            *(_width(Span(r.low, r.high) if r else None) for r in layer.inputs or (None, None)),
         )
+        for layer in ranked(findings.layers)
+    ]
+    return Table("Quantized layers, the largest error first", head, rows, sortable=True)
+
+
+def _measured(value: float | None) -> Cell:
+    return Cell(number(value), value)
+
+
+def _width(values: Span | None) -> Cell:
+    """Returns the cell of a span, which is sorted by the largest magnitude."""
+    return Cell(_span(values), max(-values.low, values.high) if values else None)
 
 
 # --- spans ---------------------------------------------------------------------------------------
@@ -212,12 +244,15 @@ def _span(values: Span | None) -> str:
     return "-" if values is None else span(values.low, values.high)
 
 
-def experts(findings: Findings) -> Iterator[tuple[str, ...]]:
-    """Yields a row for each layer with experts: tokens of the least, median and most used expert.
+def experts(findings: Findings) -> Table | None:
+    """Returns a row for each layer with experts: tokens of the least, median and most used expert.
 
-    The last column names the experts that got no token.
+    The last column names the experts that got no token. None is returned without experts.
     """
+    rows = []
     for layer, counts in findings.overview.experts.items():
         none = [str(number) for number, count in enumerate(counts) if not count]
         numbers = (min(counts), int(median(counts)), max(counts))
-        yield layer, *map(str, numbers), ", ".join(none) or "-"
+        rows.append((layer, *map(str, numbers), ", ".join(none) or "-"))
+    head = ["layer", "least", "median", "most", "without a token"]
+    return Table("Calibration tokens of experts", head, rows) if rows else None

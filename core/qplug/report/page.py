@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qplug.checkpoint.locate import as_word
+from qplug.output.measured import Measured
 from qplug.report import charts, layers
-from qplug.report.findings import Bytes, Findings
+from qplug.report.advice import worst_layers
+from qplug.report.findings import Bytes, Findings, Overview
 from qplug.report.layers import Charted
+from qplug.report.measured import measured_perplexity
+from qplug.report.page_file import quality_mark
 from qplug.report.rendering import render
+from qplug.report.tables import Table
 from qplug.report.words import bits, number, recipe_rows, size, text_of
 
 if TYPE_CHECKING:
@@ -37,42 +44,47 @@ def report_page(
     findings: Findings,
     *,
     measured: Mapping[str, Sequence[Evaluation]] | None = None,
+    quality: Measured | None = None,
     stages: Sequence[StageCost] = (),
     seconds: float | None = None,
 ) -> str:
     """Returns an HTML file with the report on ``findings``.
 
-    ``measured`` are perplexities by model, which is ``float`` or ``quantized``. ``stages`` and
-    ``seconds`` are the costs of the run that wrote the folder, from its ``Result``, if they are
-    known.
+    ``measured`` are perplexities by model, which is ``float`` or ``quantized``. ``quality`` is the
+    quality on top of the page, by default what ``measured`` shows of it. ``stages`` and ``seconds``
+    are the costs of the run that wrote the folder, from its ``Result``, if they are known.
     """
     overview = findings.overview
+    quality = quality or measured_perplexity(measured or {})
     values = {
         "name": Path(overview.folder).name or overview.folder,
         "overview": overview,
         "findings": findings,
         "schemes": ", ".join(overview.schemes) or "float",
-        "tiles": [*_tiles(findings, measured or {})],
+        "quality": quality,
+        "quality_mark": quality_mark(quality, overview.identity) if quality else None,
+        "measure": shlex.join(["qplug", "report", as_word(overview.folder), "--perplexity"]),
+        "tiles": [*_tiles(findings, quality)],
+        "worst": worst_layers(findings),
         "recipe": _recipe(findings),
         "plain_recipe": json.dumps(dict(overview.recipe), indent=2, ensure_ascii=False),
         "sizes": _sizes(findings),
+        "bits": _bits(overview),
         "output_errors": layers.output_errors(findings),
         "weight_errors": layers.weight_errors(findings),
         "weights": layers.weights(findings),
         "inputs": layers.inputs(findings),
         "scales": layers.scales(findings),
         "clips": layers.clips(findings),
-        "experts": [*layers.experts(findings)],
-        "perplexities": [*_perplexities(measured or {})],
+        "experts": layers.experts(findings),
+        "perplexities": _perplexities(measured or {}),
         "stages": None if seconds is None or not stages else _stages(stages, seconds),
-        "layers": [*layers.every_layer(findings)],
+        "layers": layers.every_layer(findings),
     }
     return str(render("report.html.jinja", values))
 
 
-def _tiles(
-    findings: Findings, measured: Mapping[str, Sequence[Evaluation]]
-) -> Iterator[tuple[str, str]]:
+def _tiles(findings: Findings, quality: Measured | None) -> Iterator[tuple[str, str]]:
     """Yields the most important numbers of the page, with their names."""
     overview = findings.overview
     yield "size", size(overview.bytes.total)
@@ -83,18 +95,28 @@ def _tiles(
     if errors:
         compared = "outputs" if overview.losses else "weights"
         yield f"mean error of {compared}", number(sum(errors.values()) / len(errors))
-    if "quantized" in measured:
-        yield "perplexity", f"{measured['quantized'][0].perplexity:.4f}"
+    if quality is not None and quality.perplexity is not None:
+        yield "perplexity", f"{quality.perplexity:.4f}"
 
 
-def _recipe(findings: Findings) -> Sequence[tuple[str, str]]:
-    """Returns the rows of the table of the recipe; none if the recipe is not known."""
+def _recipe(findings: Findings) -> Table | None:
+    """Returns the table of the recipe; None if the recipe is not known."""
     overview = findings.overview
     if not overview.recipe:
-        return ()
+        return None
     versions = ", ".join(f"{name} {version}" for name, version in overview.versions.items())
     model = ("model", overview.model or "")
-    return [model, *recipe_rows(overview.recipe), ("versions", versions)]
+    rows = [model, *recipe_rows(overview.recipe), ("versions", versions)]
+    return Table("How the folder was made", ["keyword", "value"], rows)
+
+
+def _bits(overview: Overview) -> Table:
+    rows = [
+        ("quantized weight, scales included", bits(overview.bits_per_weight)),
+        ("weight of any linear layer", bits(overview.bits_per_linear_weight)),
+        ("parameter of any kind", bits(overview.bits_per_parameter)),
+    ]
+    return Table("Bits per weight", ["bits per", "this folder"], rows)
 
 
 def _sizes(findings: Findings) -> Charted:
@@ -109,7 +131,7 @@ def _sizes(findings: Findings) -> Charted:
     ]
     rows.append(("all tensors", *(size(sizes.total) for sizes in folders.values())))
     chart = charts.rows("Bytes of tensors", bars, legend=_CATEGORIES, format_=size)
-    return Charted(chart, ["", *folders], rows)
+    return Charted(chart, Table("Bytes of tensors, by kind", ["tensors", *folders], rows))
 
 
 def _by_category(sizes: Bytes) -> tuple[int, int, int]:
@@ -127,16 +149,17 @@ def _stacked(sizes: Bytes) -> list[charts.Bar]:
     return bars
 
 
-def _perplexities(
-    measured: Mapping[str, Sequence[Evaluation]],
-) -> Iterator[tuple[str, str, str, str]]:
-    """Yields rows of model, perplexity, change against the float model, and text."""
+def _perplexities(measured: Mapping[str, Sequence[Evaluation]]) -> Table | None:
+    """Returns a table of model, perplexity, change against the float model, and text."""
     floats = {text_of(e): e.perplexity for e in measured.get("float", ())}
+    rows = []
     for model, evaluations in measured.items():
         for evaluation in evaluations:
             base = floats.get(text_of(evaluation))
             change = "-" if base is None else f"{evaluation.perplexity / base - 1:+.2%}"
-            yield model, f"{evaluation.perplexity:.4f}", change, text_of(evaluation)
+            rows.append((model, f"{evaluation.perplexity:.4f}", change, text_of(evaluation)))
+    head = ["model", "perplexity", "against float", "text"]
+    return Table("Perplexities", head, rows) if rows else None
 
 
 def _stages(stages: Sequence[StageCost], seconds: float) -> Charted:
@@ -160,7 +183,8 @@ def _stages(stages: Sequence[StageCost], seconds: float) -> Charted:
     rows.append(("all else", f"{rest:.2f} s", "-", "-", other))
     rows.append(("all", f"{seconds:.2f} s", *_most(stages), ""))
     chart = charts.rows("Seconds by stage", bars, legend=(), format_=lambda tick: f"{tick:.4g} s")
-    return Charted(chart, ["stage", "time", "memory", "GPU memory", ""], rows)
+    head = ["stage", "time", "memory", "GPU memory", "work"]
+    return Charted(chart, Table("Time and peak memory by stage", head, rows))
 
 
 def _memory(count: int | None) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Collection, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 
 from qplug.errors import QplugError
+from qplug.files.regular import open_regular
+from qplug.output.measured import Measured
 
 #: The line of ``frame.html.jinja``, near the start of a file, by which a page is recognised.
 _MARK = '<meta name="generator" content="qplug">'
@@ -62,3 +67,52 @@ def write(file: Path, page: str) -> None:
 def _beginning(file: Path) -> str:
     with file.open("rb") as opened:
         return opened.read(1000).decode(errors="replace")
+
+
+# --- the quality in a page -----------------------------------------------------------------------
+
+_QUALITY = "qplug-quality"
+#: Bytes at the start of a page that hold all its elements ``meta``.
+_HEAD = 16_384
+
+
+def quality_mark(quality: Measured, identity: str) -> tuple[str, str]:
+    """Returns the name and the content of the element ``meta`` that holds ``quality`` in a page.
+
+    ``identity`` is the one of the folder that was measured.
+    """
+    return _QUALITY, json.dumps({"identity": identity, **dataclasses.asdict(quality)})
+
+
+def read_quality(file: Path, identity: str) -> Measured | None:
+    """Returns the quality in the page ``file``; None if nothing was measured for the page.
+
+    Raises QplugError if ``file`` is not a page of qplug, or not on the folder with ``identity``.
+    """
+    with open_regular(file) as opened:
+        page = opened.read(_HEAD).decode("utf-8", errors="replace")
+    if _MARK not in page[:1000]:
+        raise QplugError(f"{file}: is not a report of qplug")
+    found = _Marks()
+    found.feed(page.partition("<style>")[0])
+    if found.content is None:
+        return None
+    try:
+        told = json.loads(found.content)
+        measured_folder, quality = told.pop("identity"), Measured(**told)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise QplugError(f"{file}: is damaged; write it with qplug report") from error
+    if measured_folder != identity:
+        raise QplugError(f"{file}: is on another folder; write it again with qplug report")
+    return quality
+
+
+class _Marks(HTMLParser):
+    """Finds the content of the element ``meta`` with the quality."""
+
+    content: str | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        told = dict(attrs)
+        if tag == "meta" and told.get("name") == _QUALITY:
+            self.content = told.get("content")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Mapping
 from functools import cache
 
@@ -36,7 +38,13 @@ def environment() -> Environment:
     )
     templates.filters.update(px=_px, bits=bits)
     templates.globals["version"] = __version__
+    templates.globals["script_hash"] = _hash(templates.get_template("page.js").render())
     return templates
+
+
+def _hash(script: str) -> str:
+    """Returns the word of a page's policy that lets a browser run ``script`` and no other."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def _visible(value: object) -> object:
@@ -47,5 +55,5 @@ def _visible(value: object) -> object:
 
 
 def _px(value: float) -> str:
-    """Formats a coordinate to a tenth of a pixel."""
-    return f"{value:.1f}".removesuffix(".0")
+    """Formats a coordinate to a hundredth of a pixel, or of a percent."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")

@@ -11,12 +11,14 @@ from qplug.api.events import Result
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.output.manifest import read_manifest
+from qplug.output.origins import public_name, public_values
 from qplug.output.ownership import remove_own
 from qplug.output.parent_folders import parent_folders
 from qplug.reading.perplexity import Evaluation, evaluate, evaluation_tokens
 from qplug.recipe.check import check
 from qplug.recipe.recipe import Export, Job, Measurement, Recipe, Stage
 from qplug.registry.registry import Registry
+from qplug.run.choose import has_asked
 from qplug.run.quantize import SHARD_BYTES, quantize
 
 #: Called after each step of a job: activity, steps done, steps in all, name of the step, its loss.
@@ -172,10 +174,13 @@ class _JobRunner:
     def _is_done(self, export: Export) -> bool:
         """Whether ``export.out`` was written from this model by an equal recipe."""
         manifest = read_manifest(export.out)
-        if manifest is None or manifest.model != self._model:
+        if manifest is None or manifest.model != public_name(self._model):
             return False
+        if manifest.choice:  # the schemes were chosen: the job is equal if it asks for the same
+            return has_asked(manifest.choice, self._job.recipe_for(export))
         recorded = Recipe.from_dict(manifest.recipe)
-        return recorded.to_dict() == self._as_recorded(export, recorded).to_dict()
+        wanted = public_values(self._as_recorded(export, recorded).to_dict())
+        return bool(public_values(recorded.to_dict()) == wanted)
 
     def _as_recorded(self, export: Export, recorded: Recipe) -> Recipe:
         """The recipe for ``export`` as a run records it in ``qplug.json``.

@@ -1,85 +1,153 @@
-"""What a run is going to do, as its user and its watchers are told before the first step."""
+"""Plans a run: everything is decided and checked before the first weight is read."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from qplug.api import Checkpoint, Engine
-from qplug.api.events import Estimate, RunPlan, RunStart
+from qplug.api import Checkpoint, ModelView
+from qplug.api.events import Result, RunPlan
+from qplug.api.scheme import Scheme
 from qplug.calibration.samples import Samples
-from qplug.checkpoint.into_memory import nbytes_of
-from qplug.checkpoint.names import block_of
+from qplug.calibration.tokens import calibration_tokens
 from qplug.machine.session import Session
-from qplug.output.plan import Plan
-from qplug.run.costs import Machine, block_seconds, estimate
-from qplug.run.prepare import Prepared
+from qplug.model.kv_cache import KVCache
+from qplug.model.skeleton import Skeleton
+from qplug.output.plan import Plan, make_plan
+from qplug.run.choose import CHOICE, Chosen
+from qplug.run.description import describe
+from qplug.run.drafts import open_model
+from qplug.run.prepare import Prepared, prepare, with_float_experts_stacked
+from qplug.run.refuse import Decision, open_source, refuse_unplanned, servable_cache
 from qplug.run.stages import Stages
-from qplug.run.workload import workload
+from qplug.run.watchers import Watchers
 
 
-def run_plan(
-    model: str,
-    source: Checkpoint,
-    stages: Stages,
-    plan: Plan,
-    prepared: Prepared,
-    samples: Samples | None,
-    session: Session,
-) -> RunPlan:
-    """Returns what the run ``plan`` of ``model`` does, with an estimate of its costs.
+@dataclass(frozen=True, eq=False)
+class PlannedRun:
+    """A run of which everything is decided, and no weight is read.
 
-    ``source`` is the checkpoint as it was opened; ``samples`` are None for a run without data.
+    ``source`` is the float model, ``view`` its structure, ``skeleton`` its hollow model.
+    ``prepared`` is the model as algorithms rewrite it. ``decision`` says what is quantized, and
+    ``coded`` has the schemes of linears that are stored as codes. ``plan`` fixes the position of
+    every byte of the result. ``cache`` is None without scales of a KV cache, ``samples`` without
+    calibration data, ``chosen`` without ``--scheme auto``. ``what`` describes the run to its user.
     """
-    recipe, view = stages.recipe, prepared.view
-    names = view.config.get("architectures") or [view.config.get("model_type", "")]
-    costs: Estimate | None = None
-    each: tuple[float, ...] = ()
-    if stages.efforts is not None:  # else the time of an algorithm is not known
-        work = workload(plan, view, prepared.checkpoint, samples, stages.efforts)
-        machine = Machine.of(session)
-        costs, each = estimate(work, machine, plan.nbytes), block_seconds(work, machine)
-    data = recipe.calibration
-    return RunPlan(
+
+    model: str
+    out: Path
+    stages: Stages
+    session: Session
+    source: Checkpoint
+    skeleton: Skeleton
+    view: ModelView
+    prepared: Prepared
+    decision: Decision
+    coded: Mapping[str, Scheme]
+    cache: KVCache | None
+    plan: Plan
+    samples: Samples | None
+    what: RunPlan
+    chosen: Chosen | None
+    shard_bytes: int
+
+    @property
+    def record_of_choice(self) -> dict[str, Any]:
+        """What ``qplug.json`` says of the choice of schemes; empty without one."""
+        return {} if self.chosen is None else {CHOICE: self.chosen.to_dict()}
+
+    def learned(self, prepared: Prepared) -> Prepared:
+        """Returns ``prepared``, rewritten as was learned, in the layout that the plan stores."""
+        return with_float_experts_stacked(prepared, self.coded)
+
+    def dry_result(self) -> Result:
+        """Returns the result of a dry run."""
+        return Result(
+            self.out,
+            {},
+            {},
+            self.prepared.notes,
+            self.what.source_bytes,
+            self.plan.nbytes,
+            0.0,
+            0,
+            dry_run=True,
+            float_share=self.decision.share.total,
+            floats=self.decision.share.kinds,
+            kept_float=self.decision.narrow,
+            source_format=self.source.quantized,
+            plan=self.what,
+            choice=None if self.chosen is None else self.chosen.choice,
+        )
+
+
+def plan_run(
+    model: str,
+    out: Path,
+    stages: Stages,
+    session: Session,
+    *,
+    shard_bytes: int,
+    chosen: Chosen | None,
+    watchers: Watchers,
+) -> PlannedRun:
+    """Returns the run that quantizes ``model`` into ``out`` by ``stages``.
+
+    Raises QplugError for all mistakes that can be detected before a weight is read.
+    """
+    recipe, exporter = stages.recipe, stages.exporter
+    watchers.stage_begun("opening")
+    source, skeleton = open_source(model, out, exporter, session)
+    with session.clock("opening"):
+        source, view = open_model(recipe, source, session, skeleton)
+        prepared = prepare(stages, source, view, session)  # rewrites apply when a tensor is read
+    decision = stages.decide(source, prepared.view)
+    cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
+    coded = {} if exporter.format.stores_float else decision.schemes
+    prepared = with_float_experts_stacked(prepared, coded)
+    with session.registry.blaming(exporter, "layout"):
+        plan = make_plan(
+            prepared.checkpoint,
+            prepared.view,
+            coded,
+            exporter,
+            shard_bytes=shard_bytes,
+            by_block=recipe.calibration is not None,
+            cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
+        )
+    refuse_unplanned(plan, coded, exporter)
+    samples = _samples(model, stages, prepared.view, session, watchers)
+    return PlannedRun(
         model=model,
-        architecture=str(names[0]),
-        parameters=sum(math.prod(tensor.spec.shape) for tensor in source.tensors.values()),
-        blocks=len(view.blocks),
-        algorithm="+".join(recipe.algorithms),
-        scheme=recipe.scheme.name,
-        backend=recipe.backend,
-        serve=_serve(stages.exporter.engine),
-        dataset="" if data is None else data.dataset,
-        samples=0 if samples is None else len(samples),
-        seq_len=0 if samples is None else samples.length,
-        device=_device(session.device),
-        source_bytes=nbytes_of(source.tensors.values()),
-        bytes=plan.nbytes,
-        estimate=costs,
-        block_seconds=each,
+        out=out,
+        stages=stages,
+        session=session,
+        source=source,
+        skeleton=skeleton,
+        view=view,
+        prepared=prepared,
+        decision=decision,
+        coded=coded,
+        cache=cache,
+        plan=plan,
+        samples=samples,
+        what=describe(model, source, stages, plan, prepared, samples, session),
+        chosen=chosen,
+        shard_bytes=shard_bytes,
     )
 
 
-def run_start(out: Path, plan: Plan, done: int, what: RunPlan, prepared: Prepared) -> RunStart:
-    """Returns the start of the run ``plan`` into ``out``; ``done`` steps are finished already."""
-    ends: dict[int, int] = {}
-    for number, step in enumerate(plan.steps):
-        block = block_of(f"{step.name}.", prepared.view.blocks)
-        if block is not None:
-            ends[block] = number + 1
-    return RunStart(out, len(plan.steps), done, tuple(sorted(ends.values())), what)
-
-
-def _serve(engine: Engine | None) -> str:
-    if engine is None:
-        return ""
-    return "qplug serve {}" if engine.server is not None else engine.serve_command or ""
-
-
-def _device(device: torch.device) -> str:
-    if device.type != "cuda":
-        count = torch.get_num_threads()
-        return f"the CPU ({count} thread{'s' if count > 1 else ''})"
-    return f"{device} ({torch.cuda.get_device_name(device)})"
+def _samples(
+    model: str, stages: Stages, view: ModelView, session: Session, watchers: Watchers
+) -> Samples | None:
+    """The calibration samples; None if no algorithm needs data."""
+    data = stages.recipe.calibration
+    if data is None:
+        return None
+    watchers.stage_begun("data")
+    with session.clock("data"):
+        return session.processes.from_first(
+            lambda: calibration_tokens(data, model, view, session, seed=stages.recipe.seed)
+        )

@@ -65,7 +65,8 @@ def prepare(
     not change names and shapes, so that the checks of the call without ``learn`` are not repeated.
     """
     manifest = read_manifest(source.folder)
-    notes = notes_on(source, view, is_rewritten=bool(stages.preparing))
+    near = stages.exporter.target.column.remark
+    notes = (*filter(None, [near]), *notes_on(source, view, is_rewritten=bool(stages.preparing)))
     prepared = Prepared(source, view, manifest.online if manifest else (), notes)
     _check_online(prepared.online, stages)
     if not stages.preparing:

@@ -6,17 +6,16 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from qplug.api import ModelView
 from qplug.api.algorithm import Effort
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.samples import Samples
+from qplug.checkpoint.config_file import experts_of_a_token, text_config
 from qplug.checkpoint.names import block_of, kind_of, module_of, within
 from qplug.output.plan import Plan
 
-#: The names in config.json of the number of experts that each token goes to.
-_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
+#: The experts of a token where config.json does not state their number.
 _DEFAULT_EXPERTS = 8
 
 
@@ -124,7 +123,7 @@ def workload(
     efforts: frozenset[Effort],
 ) -> Workload:
     """The work of the run ``plan`` over ``source``; ``samples`` are None for a run without data."""
-    of_a_token = _experts_of_a_token(view.config)
+    of_a_token = experts_of_a_token(view.config) or _DEFAULT_EXPERTS
     shapes: list[dict[str, tuple[int, int]]] = [{} for _ in view.blocks]
     others, read, written = Counter[int](), Counter[int](), Counter[int]()
     outside = 0
@@ -157,23 +156,12 @@ def workload(
         outside,
         efforts,
         samples.tokens.numel() if samples else 0,
-        _text(view.config).get("hidden_size") or _stream_width(view),
+        text_config(view.config).get("hidden_size") or _stream_width(view),
         max(steps, default=0),
     )
-
-
-def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of ``config`` on the language model."""
-    inner = config.get("text_config")
-    return inner if isinstance(inner, Mapping) else config
 
 
 def _stream_width(view: ModelView) -> int:
     """The width that most linears read."""
     widths = Counter(shape[1] for name, shape in view.linears.items() if name in view.quantizable)
     return widths.most_common(1)[0][0] if widths else 0
-
-
-def _experts_of_a_token(config: Mapping[str, Any]) -> int:
-    stated = (_text(config).get(key) for key in _EXPERTS_OF_A_TOKEN)
-    return next((n for n in stated if isinstance(n, int) and n > 0), _DEFAULT_EXPERTS)

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from qplug import (
     PRESETS,
     ModelView,
@@ -22,6 +19,8 @@ from qplug_compressed_tensors.outside import portable, tower_suffixes
 from qplug_compressed_tensors.packing import pack_words, stored_args, unpack_words
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qplug import Checkpoint
 
 #: The output, among eight neighbours, that each nibble of a word contains, lowest bits first.
@@ -46,6 +45,8 @@ class AWQ(OneSchemeFormat):
         }
 
     def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
+        import torch
+
         assert weight.zero is not None
         return {
             "qweight": _pack(weight.codes.T),

@@ -6,9 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from qplug import Format, ModelView, Problem, QuantArgs, QuantizedWeight, Scheme, TensorSpec
 from qplug_compressed_tensors import fp4
 from qplug_compressed_tensors.configuration import (
@@ -24,6 +21,8 @@ from qplug_compressed_tensors.packing import pack_words, stored_args, unpack_wor
 from qplug_compressed_tensors.rules import FORMAT_RULES, Case
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qplug import Checkpoint
 
 
@@ -74,6 +73,8 @@ class CompressedTensors(Format):
         return packed
 
     def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
+        import torch
+
         args, codes = weight.args, weight.codes
         if args.fixes_scales:
             return fp4.pack(weight, scheme)
@@ -99,6 +100,8 @@ class CompressedTensors(Format):
         return packed
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        import torch
+
         if scheme.weights.fixes_scales:
             return fp4.unpack(tensors, scheme)
         stored = tensors["weight_scale"]

@@ -6,19 +6,21 @@ NVFP4 also stores one float32 for the whole tensor: the inverse of the global sc
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from qplug import QuantizedWeight, Scheme, TensorSpec
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 #: The magnitudes of e2m1 in the order of their codes.
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E8M0 = torch.float8_e8m0fnu
 
 
 def pack_e2m1(codes: Tensor) -> Tensor:
     """Pack e2m1 values in e4m3 ``[out, in]`` into uint8 ``[out, in / 2]``, low bits first."""
+    import torch
+
     table = torch.zeros(256, dtype=torch.uint8)
     table[_values().view(torch.uint8).long()] = torch.arange(16, dtype=torch.uint8)
     nibbles = table.to(codes.device)[codes.contiguous().view(torch.uint8).int()]
@@ -27,12 +29,16 @@ def pack_e2m1(codes: Tensor) -> Tensor:
 
 def unpack_e2m1(packed: Tensor) -> Tensor:
     """Unpack uint8 ``[out, in / 2]`` into e2m1 values in e4m3 ``[out, in]``."""
+    import torch
+
     values = _values().view(torch.uint8).to(packed.device)
     nibbles = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(1)
     return values[nibbles.int()].view(torch.float8_e4m3fn)
 
 
 def _values() -> Tensor:
+    import torch
+
     magnitudes = torch.tensor(_MAGNITUDES)
     return torch.cat([magnitudes, -magnitudes]).to(torch.float8_e4m3fn)
 
@@ -42,6 +48,8 @@ def local_scale(weight: QuantizedWeight) -> Tensor:
 
     Raises ValueError if ``weight`` has no global scale, or if e4m3 cannot store a quotient exactly.
     """
+    import torch
+
     if weight.global_scale is None:
         raise ValueError("scales in e4m3 need a global scale")
     ratio = weight.scale / weight.global_scale
@@ -67,9 +75,11 @@ def layout(shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
 
 def pack(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
     """The stored tensors of ``weight``, as ``layout`` describes them, by local name."""
+    import torch
+
     packed = {"weight_packed": pack_e2m1(weight.codes)}
     if not weight.args.two_level:
-        return {**packed, "weight_scale": weight.scale.to(_E8M0).view(torch.uint8)}
+        return {**packed, "weight_scale": weight.scale.to(torch.float8_e8m0fnu).view(torch.uint8)}
     packed["weight_scale"] = local_scale(weight)
     assert weight.global_scale is not None
     packed["weight_global_scale"] = 1 / weight.global_scale  # exact: it is a power of two
@@ -82,9 +92,12 @@ def pack(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
 
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     """The weight in ``tensors``: the exact inverse of ``pack``."""
+    import torch
+
     codes, stored = unpack_e2m1(tensors["weight_packed"]), tensors["weight_scale"]
     if not scheme.weights.two_level:
-        return QuantizedWeight(codes, stored.view(_E8M0).float(), None, scheme.weights)
+        scale = stored.view(torch.float8_e8m0fnu).float()
+        return QuantizedWeight(codes, scale, None, scheme.weights)
     divisor = tensors["weight_global_scale"].float().reshape(1)
     return QuantizedWeight(
         codes,

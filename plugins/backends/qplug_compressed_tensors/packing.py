@@ -6,11 +6,12 @@ Packing works on bytes, two codes at a time: seven times as fast as shifts on in
 from __future__ import annotations
 
 from dataclasses import replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from qplug import QuantArgs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def stored_args(args: QuantArgs, scale: Tensor) -> QuantArgs:
@@ -23,6 +24,8 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
     The last word of a row is padded with zero bits. ``bits`` is 4 or 8.
     """
+    import torch
+
     rows, columns = codes.shape
     gap = -columns % (32 // bits)
     if gap:
@@ -36,6 +39,8 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
     """Unpack int32 ``[rows, words]`` into uint8 codes ``[rows, columns]``; ``bits`` is 4 or 8."""
+    import torch
+
     codes = words.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
     if bits == 4:
         pairs = codes.to(torch.int16)

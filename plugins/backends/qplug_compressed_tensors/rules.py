@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import torch
-
 from qplug import (
     Capability,
     Format,
@@ -34,6 +32,8 @@ from qplug_compressed_tensors.configuration import (
 from qplug_compressed_tensors.fusing import fused_problems
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qplug import Checkpoint
 
 _FORMATS = (PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED, NVFP4_PACKED, MXFP4_PACKED)
@@ -168,8 +168,8 @@ def numbers_are_sound(case: Case) -> Iterator[Problem]:
                 )
 
 
-def _is_sound(scales: torch.Tensor) -> bool:
-    return bool((torch.isfinite(scales.float()) & (scales.float() > 0)).all())
+def _is_sound(scales: Tensor) -> bool:
+    return bool((scales.float().isfinite() & (scales.float() > 0)).all())
 
 
 def cache_scales_are_whole(case: Case) -> Iterator[Problem]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from qplug import Format, QplugError, QuantArgs, QuantizedWeight, Scheme, TensorSpec
-from qplug.numerics import dequantize
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DequantizedFloat(Format):
@@ -23,6 +23,10 @@ class DequantizedFloat(Format):
         return packed
 
     def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
+        import torch
+
+        from qplug.numerics import dequantize
+
         packed = {"weight": dequantize(weight).to(getattr(torch, dtype))}
         if weight.input_scale is not None:
             packed["input_scale"] = weight.input_scale

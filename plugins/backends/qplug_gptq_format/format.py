@@ -6,9 +6,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from qplug import (
     PRESETS,
     ModelView,
@@ -24,6 +21,8 @@ from qplug_compressed_tensors.one_scheme import OneSchemeFormat
 from qplug_compressed_tensors.packing import pack_words, stored_args, unpack_words
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qplug import Checkpoint
 
 _BITS = {4: "W4A16", 8: "W8A16"}
@@ -51,6 +50,8 @@ class GPTQ(OneSchemeFormat):
         }
 
     def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
+        import torch
+
         args, middle = weight.args, 2 ** (weight.args.bits - 1)
         codes = weight.codes.view(torch.uint8) + middle  # the wrap of bytes is intended
         zeros = torch.full_like(weight.scale.T, middle - 1, dtype=torch.uint8)
@@ -62,6 +63,8 @@ class GPTQ(OneSchemeFormat):
         }
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+        import torch
+
         stored = tensors["scales"]
         args = stored_args(scheme.weights, stored)
         words = tensors["qweight"].T
@@ -129,6 +132,8 @@ class GPTQ(OneSchemeFormat):
 
 def group_of_columns(width: int, scheme: Scheme) -> Tensor:
     """The number of the group of each of ``width`` columns (``g_idx``), int32 ``[width]``."""
+    import torch
+
     size = scheme.weights.group_size or width
     return torch.arange(width, dtype=torch.int32) // size
 
@@ -146,6 +151,8 @@ def _number_problems(
     folder: Checkpoint, name: str, shape: tuple[int, int], scheme: Scheme
 ) -> Iterator[Problem]:
     """Yield a problem if columns are reordered, or if zero points are not the middle code."""
+    import torch
+
     if not torch.equal(folder.read(f"{name}.g_idx"), group_of_columns(shape[1], scheme)):
         yield Problem("g_idx", name, "its columns are reordered (desc_act): engines refuse that")
     bits = scheme.weights.bits

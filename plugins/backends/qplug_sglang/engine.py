@@ -37,6 +37,8 @@ class SGLang(CompressedTensorsLoader):
         "sglang.launch_server",
         "--model-path",
         ("--disable-cuda-graph", "--disable-radix-cache"),
+        "--tp-size",
+        "--context-length",
     )
     ignores_substrings = True
     rules = (

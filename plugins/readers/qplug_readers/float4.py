@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from qplug import PRESETS, QuantizedWeight, Scheme, StoredTensor
 from qplug_compressed_tensors import fp4
 from qplug_readers.float8 import POWERS, scale_values
 from qplug_readers.modules import Module, coded
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MXFP4 = PRESETS["MXFP4A16"]
 
@@ -32,6 +33,8 @@ def mxfp4_weight(
     scales = module.need(scale, POWERS, (out, width // size), of=local)
 
     def unpack(values: Mapping[str, Tensor]) -> QuantizedWeight:
+        import torch
+
         values4 = fp4.unpack_e2m1(values["codes"].view(torch.uint8))
         return QuantizedWeight(values4, scale_values(values["scales"]), None, scheme.weights)
 

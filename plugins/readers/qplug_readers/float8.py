@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from qplug import E8M0_SCALES, QplugError, QuantArgs, QuantizedWeight, StoredTensor
 from qplug_compressed_tensors.configuration import named_scheme
 from qplug_readers.modules import Module, coded, computed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: The dtypes of codes, and the name of the number format of each.
 FLOAT8 = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
@@ -22,6 +23,8 @@ SCALES = (*FLOAT_SCALES, *POWERS)
 
 def scale_values(stored: Tensor) -> Tensor:
     """Returns stored scales as float32; bytes are exponents with a bias of 127."""
+    import torch
+
     if stored.dtype == torch.uint8:
         stored = stored.view(torch.float8_e8m0fnu)
     return stored.float()
@@ -135,6 +138,8 @@ def _fits_stack(
 
 def _stack(codes: Tensor, scales: Tensor, block: tuple[int, int] | None, dtype: str) -> Tensor:
     """Returns ``codes`` ``[experts, ..., out, in]`` times their scales, matrix by matrix."""
+    import torch
+
     out, width = codes.shape[-2:]
     if scales.numel() == 1:
         scales = scales.reshape(1, 1, 1).expand(math.prod(codes.shape[:-2]), 1, 1)

@@ -9,7 +9,8 @@ import pytest
 
 import qplug
 from qplug import PRESETS, Exporter, ModelView, NoParams, QplugError, QuantArgs, Scheme, preset
-from qplug.api.limits import DEVICES, Target, shard_shape
+from qplug.api.gpus import DEVICES
+from qplug.api.limits import Target, shard_shape
 from qplug.api.scheme import CACHES
 from qplug_compressed_tensors.exporter import CompressedTensorsExporter
 from qplug_compressed_tensors.fusing import fused_groups
@@ -309,3 +310,9 @@ def test_a_narrow_model_is_refused_by_engines_and_written_for_the_format(
         str(narrow_llama), tmp_path / "out", backend="compressed-tensors", group_size=-1
     )
     assert len(found.errors) == 14
+
+
+@pytest.mark.parametrize("heads", [float("nan"), "two", -1])
+def test_heads_that_are_no_number_divide_nothing(heads: object) -> None:
+    config = {"num_key_value_heads": heads}
+    assert shard_shape("model.layers.0.self_attn.k_proj", (64, 32), config, 2) == (32, 32)

@@ -1,0 +1,1 @@
+"""Chooses the schemes of a model for a budget: candidates, sensitivities, and an exact solver."""

@@ -1,0 +1,245 @@
+"""Passes of tokens through the float model, forwards and backwards, one block in memory at a time.
+
+The weights of a block are in memory only while it computes. Between blocks the hidden states that
+entered them are kept on the CPU, so that a pass backwards computes each block once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qplug.api import ModelView
+from qplug.api.tensors import Checkpoint
+from qplug.calibration.samples import Samples
+from qplug.checkpoint.names import is_within, module_of, relative_name, split_name
+from qplug.errors import QplugError
+from qplug.machine.session import Session
+from qplug.model.block_call import BlockCall, Output, hidden_states
+from qplug.model.block_list import decoder_blocks
+from qplug.model.block_proxy import BlockProxy
+from qplug.model.disk_names import disk_names, tied_name
+from qplug.model.hollow import build, load_config
+from qplug.model.hooks import hooked
+from qplug.model.on_disk import as_on_disk
+from qplug.model.online_rotation import rotate_inputs
+from qplug.model.parameters import set_parameter
+from qplug.model.rounding_hooks import InputRounding, rounding_inputs
+
+
+@dataclass(frozen=True, eq=False)
+class Passed:
+    """What went through a linear in a pass back: a row for each token.
+
+    ``x`` is its input, float32 ``[tokens, in]``, and ``gradient`` the gradient of the loss by its
+    output, float32 ``[tokens, out]``. ``weight`` is float32 ``[out, in]``.
+    """
+
+    x: Tensor
+    gradient: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """Other weights for linears of one block, float32 ``[out, in]``, and how inputs are rounded.
+
+    Both are by the name of the linear.
+    """
+
+    weights: Mapping[str, Tensor]
+    inputs: Mapping[str, InputRounding] = field(default_factory=dict)
+
+
+class FloatPasses:
+    """Passes through the float model ``source``; it computes in float32 on the session's device."""
+
+    def __init__(
+        self, source: Checkpoint, view: ModelView, online: Sequence[str], session: Session
+    ) -> None:
+        """``online``: the linears whose inputs are rotated as the model runs."""
+        self.device, trusted = session.device, session.trust_remote_code
+        config = load_config(source.folder, trust_remote_code=trusted)
+        self._model: Any = build(config, source.folder, trust_remote_code=trusted).eval()
+        names = disk_names(self._model, source.tensors)
+        in_memory = decoder_blocks(self._model, source.folder)
+        blocks = as_on_disk(self._model, view.blocks, source.tensors, names)
+        self.blocks: list[_Block] = []
+        for (name, module), path in zip(blocks.items(), in_memory, strict=True):
+            rotated = [relative_name(name, n) for n in online if is_within(name, n)]
+            rotate_inputs(dict(module.named_modules()), rotated)
+            block = _Block(name, module, source, self.device)
+            parent, local = split_name(path)
+            setattr(self._model.get_submodule(parent), local, block)
+            self.blocks.append(block)
+        for name, _ in list(self._model.named_parameters()):
+            on_disk = names.of_parameter.get(name) or (
+                f"{tied_name(self._model, module_of(name))}.weight"
+            )
+            if on_disk not in source.tensors:
+                raise QplugError(f"{source.folder}: the checkpoint lacks {on_disk}")
+            set_parameter(self._model, name, source.read(on_disk).float().to(self.device))
+        for module in self._model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
+        self._model.tie_weights()
+
+    def logits(self, samples: Samples) -> Tensor:
+        """The float32 logits ``[samples, length, vocabulary]``; each block keeps its call."""
+        for block in self.blocks:
+            block.play = block.record
+        return self._logits(samples, times=1)
+
+    def logits_with(self, samples: Samples, number: int, variants: Sequence[Variant]) -> Tensor:
+        """The logits of the model with each of ``variants`` of block ``number``, one after another.
+
+        Float32 ``[variants * samples, length, vocabulary]``. ``logits`` of the same samples must
+        have been called before: blocks before ``number`` are not computed again.
+        """
+        for place, block in enumerate(self.blocks):
+            if place < number:
+                block.play = partial(block.replay, len(variants))
+            elif place == number:
+                block.play = partial(block.vary, variants)
+            else:
+                block.play = block.compute
+        with torch.no_grad():
+            return self._logits(samples, times=len(variants))
+
+    def backwards(
+        self,
+        samples: Samples,
+        loss: Callable[[Tensor], Tensor],
+        visit: Callable[[str, Passed], None],
+    ) -> None:
+        """Calls ``visit`` with what went through each linear, by full name, the last block first.
+
+        ``loss`` makes a number of the logits ``[samples, length, vocabulary]``. A linear through
+        which nothing went is left out.
+        """
+        with torch.enable_grad():
+            logits = self.logits(samples)
+            last = self.blocks[-1].left
+            assert last is not None
+            (gradient,) = torch.autograd.grad(loss(logits), last)
+            del logits, last
+        for block in reversed(self.blocks):
+            gradient = block.backwards(gradient, visit)
+
+    def _logits(self, samples: Samples, *, times: int) -> Tensor:
+        inputs = {name: x.to(self.device) for name, x in samples.inputs(torch.float32).items()}
+        repeated = {name: x.repeat(times, *[1] * (x.ndim - 1)) for name, x in inputs.items()}
+        logits: Tensor = self._model(**repeated, use_cache=False).logits
+        return logits.float()
+
+
+class _Block(BlockProxy):
+    """Stands for a decoder block; ``play`` says what a call of it does."""
+
+    def __init__(
+        self, name: str, block: nn.Module, source: Checkpoint, device: torch.device
+    ) -> None:
+        super().__init__(block)
+        self.name, self._source, self._device = name, source, device
+        self._names = [n for n in block.state_dict() if f"{name}.{n}" in source.tensors]
+        self._buffers_on_device = False
+        self.play: Callable[[BlockCall], Output] = self.record
+        self._call: BlockCall | None = None
+        self._output: Output = None
+        self.left: Tensor | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The block itself."""
+        block: nn.Module = self.__dict__["block"]
+        return block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Output:
+        """Does what ``play`` says."""
+        return self.play(BlockCall.of(args, kwargs))
+
+    def parameters_of(self, variant: Variant | None = None) -> dict[str, Tensor]:
+        """The parameters of the block by relative name, with the weights of ``variant``."""
+        values = {
+            name: self._source.read(f"{self.name}.{name}").float().to(self._device)
+            for name in self._names
+        }
+        if variant is not None:
+            values |= {
+                f"{relative_name(self.name, name)}.weight": weight
+                for name, weight in variant.weights.items()
+            }
+        return values
+
+    def compute(self, call: BlockCall) -> Output:
+        """Computes the block, without gradients."""
+        with torch.no_grad():
+            return call.run(self.module, self.parameters_of())
+
+    def record(self, call: BlockCall) -> Output:
+        """Computes the block, and keeps the call and the output; gradients begin at the output."""
+        self._call = call.with_hidden(call.hidden.detach().cpu()).apart()
+        output = self.compute(call)
+        states = hidden_states(output).detach()
+        self._output = states.cpu()
+        self.left = states.requires_grad_() if torch.is_grad_enabled() else states
+        return _with_states(output, self.left)
+
+    def replay(self, times: int, call: BlockCall) -> Output:
+        """Returns the hidden states that the block returned when it was recorded, repeated."""
+        return self._output.to(self._device).repeat(times, *[1] * (self._output.ndim - 1))
+
+    def vary(self, variants: Sequence[Variant], call: BlockCall) -> Output:
+        """Computes the recorded call with each variant; returns all hidden states together."""
+        return torch.cat([hidden_states(output) for output in self._varied(variants)])
+
+    def _varied(self, variants: Sequence[Variant]) -> Iterator[Output]:
+        for variant in variants:
+            call = self._recorded().apart()
+            inputs = {relative_name(self.name, n): how for n, how in variant.inputs.items()}
+            with rounding_inputs(self.module, inputs):
+                yield call.run(self.module, self.parameters_of(variant))
+
+    def backwards(self, gradient: Tensor, visit: Callable[[str, Passed], None]) -> Tensor:
+        """Returns the gradient by what entered the block, of ``gradient`` by what left it."""
+        call = self._recorded().apart()
+        entered = call.hidden.requires_grad_()
+        values = self.parameters_of()
+        passed: list[tuple[str, Tensor, Tensor]] = []
+
+        def keep(name: str, module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+            passed.append((name, inputs[0], out))
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            linears = {n: m for n, m in self.module.named_modules() if isinstance(m, nn.Linear)}
+            hooks = [m.register_forward_hook(partial(keep, n)) for n, m in linears.items()]
+            stack.enter_context(hooked(hooks))
+            output = hidden_states(call.with_hidden(entered).run(self.module, values))
+        outputs = [out for _, _, out in passed]
+        found = torch.autograd.grad(output, [entered, *outputs], gradient, allow_unused=True)
+        for (name, x, _), by_output in zip(passed, found[1:], strict=True):
+            weight = values.get(f"{name}.weight")
+            if by_output is not None and weight is not None and len(x):
+                visit(
+                    f"{self.name}.{name}",
+                    Passed(x.detach().flatten(0, -2), by_output.flatten(0, -2), weight),
+                )
+        self._call = None
+        assert found[0] is not None
+        return found[0]
+
+    def _recorded(self) -> BlockCall:
+        assert self._call is not None
+        return self._call.with_hidden(self._call.hidden.to(self._device))
+
+
+def _with_states(output: Output, states: Tensor) -> Output:
+    """``output`` of a block with other hidden states."""
+    return states if isinstance(output, Tensor) else type(output)((states, *output[1:]))

@@ -1,0 +1,149 @@
+"""Estimates the divergence of the model that each scheme of each decision would cause.
+
+``fisher`` takes one pass forwards and backwards. Near the float model, the KL divergence of the
+predictions is half of the expected square of the change of the log-probability of a token that the
+model itself predicts (the Fisher information). To first order, that change is the gradient by the
+output of a linear times the error of the output, summed over tokens and channels. The estimate
+leaves out products of two tokens, whose errors hardly correlate.
+
+``divergence`` computes the model with one decision in one scheme, and measures the divergence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from qplug.api.groups import dequantize
+from qplug.api.scheme import Scheme
+from qplug.calibration.samples import Samples
+from qplug.checkpoint.names import is_within, relative_name
+from qplug.choosing.decisions import Decision
+from qplug.choosing.float_passes import FloatPasses, Passed, Variant
+from qplug.model.rounding_hooks import InputRounding
+from qplug.numerics.activations import fake_quantize_activations
+from qplug.numerics.rounding import round_to_nearest
+
+#: The estimated divergence, in nats a token, by decision and scheme; None stands for float weights.
+Losses = Mapping[Decision, Mapping["Scheme | None", float]]
+
+#: Called with the decisions or batches that are done, and with all of them.
+Watch = Callable[[int, int], None]
+
+#: Variants of a block that pass through the later blocks together, in tokens.
+_TOKENS_AT_ONCE = 8192
+
+
+def fisher(
+    passes: FloatPasses,
+    options: Mapping[Decision, Sequence[Scheme | None]],
+    samples: Samples,
+    batch_size: int,
+    *,
+    seed: int,
+    watch: Watch,
+) -> dict[Decision, dict[Scheme | None, float]]:
+    """The losses by gradients; weights are rounded to nearest."""
+    of_linear = {name: decision for decision in options for name in decision.linears}
+    losses = {d: dict.fromkeys(schemes, 0.0) for d, schemes in options.items()}
+    generator = torch.Generator(passes.device).manual_seed(seed)
+    batches = samples.batches(batch_size)
+
+    def visit(name: str, passed: Passed) -> None:
+        decision = of_linear.get(name)
+        if decision is None:
+            return
+        for scheme in options[decision]:
+            if scheme is not None:
+                losses[decision][scheme] += _half_square(passed, scheme)
+
+    for number, batch in enumerate(batches):
+        passes.backwards(batch, partial(_own_loss, batch, generator), visit)
+        watch(number + 1, len(batches))
+    tokens = max(1, samples.count)
+    return {d: {s: loss / tokens for s, loss in each.items()} for d, each in losses.items()}
+
+
+def _own_loss(samples: Samples, generator: torch.Generator, logits: Tensor) -> Tensor:
+    """The sum of the losses of tokens that the model itself predicts, drawn from ``logits``."""
+    predicted = logits.log_softmax(-1)
+    with torch.no_grad():
+        flat = predicted.exp().flatten(0, 1)
+        drawn = torch.multinomial(flat, 1, generator=generator).view(*predicted.shape[:2], 1)
+    losses = -predicted.gather(-1, drawn)[..., 0]
+    counted = samples.counted
+    return losses.sum() if counted is None else losses[counted.to(losses.device)].sum()
+
+
+@torch.no_grad()
+def _half_square(passed: Passed, scheme: Scheme) -> float:
+    """Half of the sum over tokens of the squared change that rounding in ``scheme`` causes."""
+    rounded = dequantize(round_to_nearest(passed.weight, scheme.weights))
+    if scheme.activations is None:
+        error = passed.x @ (rounded - passed.weight).mT  # [tokens, out]
+    else:
+        x = fake_quantize_activations(passed.x, scheme.activations)
+        error = x @ rounded.mT - passed.x @ passed.weight.mT
+    return float((error * passed.gradient).sum(1).square().sum()) / 2
+
+
+@torch.no_grad()
+def divergence(
+    passes: FloatPasses,
+    options: Mapping[Decision, Sequence[Scheme | None]],
+    samples: Samples,
+    batch_size: int,
+    *,
+    watch: Watch,
+) -> dict[Decision, dict[Scheme | None, float]]:
+    """The losses as measured, one decision and scheme at a time; weights are rounded to nearest."""
+    losses = {d: dict.fromkeys(schemes, 0.0) for d, schemes in options.items()}
+    batches = samples.batches(batch_size)
+    together = max(1, _TOKENS_AT_ONCE // (samples.length * min(batch_size, len(samples))))
+    done, total = 0, len(batches) * sum(len(each) for each in options.values())
+    for batch in batches:
+        expected = passes.logits(batch).log_softmax(-1)
+        for number, block in enumerate(passes.blocks):
+            weights = block.parameters_of()
+            pairs = [
+                (decision, scheme)
+                for decision, schemes in options.items()
+                if is_within(block.name, decision.linears[0])
+                for scheme in schemes
+                if scheme is not None
+            ]
+            for start in range(0, len(pairs), together):
+                part = pairs[start : start + together]
+                variants = [_variant(d, scheme, block.name, weights) for d, scheme in part]
+                logits = passes.logits_with(batch, number, variants)
+                for (decision, scheme), own in zip(part, logits.chunk(len(part)), strict=True):
+                    losses[decision][scheme] += _kl(expected, own, batch)
+                done += len(part)
+                watch(done, total)
+    tokens = max(1, samples.count)
+    return {d: {s: loss / tokens for s, loss in each.items()} for d, each in losses.items()}
+
+
+def _variant(
+    decision: Decision, scheme: Scheme, block: str, weights: Mapping[str, Tensor]
+) -> Variant:
+    rounded = {
+        name: dequantize(
+            round_to_nearest(weights[f"{relative_name(block, name)}.weight"], scheme.weights)
+        )
+        for name in decision.linears
+    }
+    inputs = scheme.activations
+    how = {} if inputs is None else dict.fromkeys(decision.linears, InputRounding(inputs))
+    return Variant(rounded, how)
+
+
+def _kl(expected: Tensor, logits: Tensor, samples: Samples) -> float:
+    """The divergence from ``expected`` log-probabilities, summed over counted tokens."""
+    each = kl_div(logits.log_softmax(-1), expected, reduction="none", log_target=True).sum(-1)
+    counted = samples.counted
+    return float((each if counted is None else each[counted.to(each.device)]).sum())

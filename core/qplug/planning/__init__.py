@@ -1,0 +1,1 @@
+"""What a model would need on GPUs under each scheme, found from headers alone, without torch."""

@@ -1,0 +1,73 @@
+"""Passes through the model block by block compute what the whole model computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import Family
+from transformers import AutoModelForCausalLM
+
+from qplug import preset
+from qplug.calibration.samples import Samples
+from qplug.checkpoint.open import open_checkpoint
+from qplug.choosing.decisions import Decision
+from qplug.choosing.float_passes import FloatPasses, Passed, Variant
+from qplug.choosing.sensitivity import divergence, fisher
+from qplug.machine.session import Session
+from qplug.model.view import model_view
+from qplug.registry.registry import Registry
+
+TOKENS = torch.randint(5, 4000, (4, 24), generator=torch.Generator().manual_seed(1))
+FAMILIES = ("llama", "gemma2", "qwen3-moe", "llama, tied")
+
+
+def passes_of(folder: object) -> FloatPasses:
+    source = open_checkpoint(folder)  # type: ignore[arg-type]
+    return FloatPasses(source, model_view(source), (), Session(Registry([])))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_and_gradients_are_those_of_the_whole_model(family: Family, name: str) -> None:
+    folder, samples = family(name), Samples(TOKENS)
+    passes = passes_of(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    seen: dict[str, Passed] = {}
+    passes.backwards(samples, lambda logits: logits.square().mean(), seen.__setitem__)
+    logits = model(TOKENS).logits
+    torch.testing.assert_close(passes.logits(samples), logits.detach(), atol=1e-4, rtol=1e-4)
+    logits.square().mean().backward()
+    own = {n: p.grad for n, p in model.named_parameters() if n.endswith("proj.weight")}
+    compared = [n for n in seen if f"{n}.weight" in own]
+    assert len(compared) >= 6
+    for linear in compared:
+        passed = seen[linear]
+        torch.testing.assert_close(
+            passed.gradient.mT @ passed.x, own[f"{linear}.weight"], atol=1e-4, rtol=1e-3
+        )
+
+
+def test_variants_of_a_block_are_as_if_computed_alone(family: Family) -> None:
+    passes, samples = passes_of(family("qwen3-moe")), Samples(TOKENS)
+    expected = passes.logits(samples)
+    same, zero = Variant({}), Variant({"model.layers.1.self_attn.o_proj": torch.zeros(64, 96)})
+    first, second, third = passes.logits_with(samples, 1, [same, zero, same]).chunk(3)
+    torch.testing.assert_close(first, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(third, expected, atol=1e-5, rtol=1e-5)
+    assert (second - expected).abs().max() > 0.1
+
+
+def test_gradients_estimate_the_divergence_that_is_measured(family: Family) -> None:
+    folder = family("llama")
+    view = model_view(open_checkpoint(folder))
+    names = [n for n in view.linears if n in view.quantizable]
+    schemes = [preset("W4A16").with_group_size(16), preset("W8A8"), None]
+    options = {Decision(name, (name,)): schemes for name in names}
+    tokens = torch.randint(5, 4000, (8, 32), generator=torch.Generator().manual_seed(2))
+    samples, passes = Samples(tokens), passes_of(folder)
+    by_gradients = fisher(passes, options, samples, 8, seed=0, watch=lambda *_: None)
+    measured = divergence(passes, options, samples, 8, watch=lambda *_: None)
+    for scheme in schemes[:2]:
+        estimate = sum(by_gradients[d][scheme] for d in options)
+        true = sum(measured[d][scheme] for d in options)
+        assert 0.6 < estimate / true < 1.6
+    assert all(each[None] == 0 for each in by_gradients.values())
