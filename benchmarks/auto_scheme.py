@@ -177,6 +177,13 @@ def main() -> None:
         if arguments.rule:
             eight = {"*down_proj": "W8A16", "*v_proj": "W8A16"}
             table.row("W4A16 g128, down_proj and v_proj W8A16", backend="fake", overrides=eight)
+        for file in arguments.assignments:
+            for target, assignment in json.loads(Path(file).read_text()).items():
+                table.row(
+                    f"AutoScheme, {target} bits, {Path(file).stem}",
+                    scheme="W8A16",
+                    overrides=schemes_of(assignment, str(model)),
+                )
         for bits in filter(None, arguments.bits.split(",")):
             for seed in arguments.seeds.split(","):
                 table.row(
@@ -185,13 +192,6 @@ def main() -> None:
                     bits=float(bits),
                     seed=int(seed),
                     sensitivity=arguments.sensitivity,
-                )
-        for file in arguments.assignments:
-            for target, assignment in json.loads(Path(file).read_text()).items():
-                table.row(
-                    f"AutoScheme, {target} bits, {Path(file).stem}",
-                    scheme="W8A16",
-                    overrides=schemes_of(assignment, str(model)),
                 )
 
 

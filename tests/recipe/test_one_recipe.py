@@ -17,7 +17,7 @@ import qplug
 from qplug import preset
 from qplug.api.scheme import CACHES
 from qplug.calibration.observers import OBSERVERS
-from qplug.recipe import recipe
+from qplug.recipe import budget, recipe
 from qplug.recipe.recipe import Calibration, Recipe
 from qplug.recipe.spellings import CacheName
 from qplug.recipe.words import RecipeWords, words
@@ -225,7 +225,8 @@ def test_a_field_arrives(field: str, way: str, recorded: Callable[[str, str], An
 
 
 def test_no_field_is_left_out() -> None:
-    parts = {field.name for field in fields(Recipe)} - {"calibration"}
+    # A budget is spent when a run records its recipe: see tests/run/test_choose.py.
+    parts = {field.name for field in fields(Recipe)} - {"calibration", "budget"}
     inner = {f"calibration.{field.name}" for field in fields(Calibration)}
     assert {*TOGETHER, *ALONE} == parts | inner
 
@@ -234,7 +235,7 @@ def test_words_for_type_checkers_are_those_of_the_fields() -> None:
     known = {word.name: word for word in words()}
     assert list(RecipeWords.__annotations__) != []
     assert set(RecipeWords.__annotations__) == set(known)
-    typed = get_type_hints(RecipeWords, localns=vars(recipe))
+    typed = get_type_hints(RecipeWords, localns={**vars(budget), **vars(recipe)})
     for name, word in known.items():
         if word.param.spelling is None and name != "group_size":
             assert _without_none(typed[name]) == _loose(_without_none(word.key.kind)), name

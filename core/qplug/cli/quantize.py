@@ -205,7 +205,6 @@ def _from_words(
         write_report(
             str(out), file, registry, result=result, trust_remote_code=options.trust_remote_code
         )
-        note(f"report: {file}")
     return result
 
 
@@ -265,16 +264,14 @@ def _write_reports(done: JobResult, report: str, options: RunOptions, registry: 
     for measurement in done.measured:
         measured.setdefault(stages[measurement.at], []).append(measurement.evaluation)
     for result in done.results:
-        file = report_file(report, result.out)
         write_report(
             str(result.out),
-            file,
+            report_file(report, result.out),
             registry,
             trust_remote_code=options.trust_remote_code,
             measured=measured,
             result=result,
         )
-        note(f"report: {file}")
 
 
 def _plain(done: JobResult) -> dict[str, object]:
