@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qplug.cli.chosen import chosen_algorithm, chosen_line
+from qplug.cli.chosen import AUTO, chosen_algorithm, chosen_dataset, chosen_line
 from qplug.cli.config import tell
 from qplug.cli.headed import HeadedCommand, HeadedOption
 from qplug.cli.outcome import tell_outcome
@@ -133,7 +133,7 @@ def command(
         else:
             assert model is not None
             assert out is not None
-            words = _with_algorithm({**usual, **words}, registry)
+            words = _with_dataset(_with_algorithm({**usual, **words}, registry), registry)
             result = _from_words(words, model, out, options, registry, dry_run, report, progress)
     if as_json:
         say_json(_plain(job) if config is not None else _plain_result(result))
@@ -150,6 +150,15 @@ def _with_algorithm(words: RecipeWords, registry: Registry) -> RecipeWords:
         return words
     note(chosen_line(algorithm, words))
     return {**words, "algo": algorithm}
+
+
+def _with_dataset(words: RecipeWords, registry: Registry) -> RecipeWords:
+    """``words`` with the dataset that qplug chooses for ``--dataset auto``, which is said."""
+    if words.get("dataset") != AUTO:
+        return words
+    dataset, line = chosen_dataset(registry)
+    note(line)
+    return {**words, "dataset": dataset}
 
 
 def _tell_aliases(words: RecipeWords) -> None:
