@@ -20,8 +20,9 @@ _DATASETS = ("wikitext2", "demo")
 def chosen_algorithm(words: RecipeWords, registry: Registry) -> str | None:
     """Returns the algorithm for a recipe of ``words`` that names none; None for the usual one.
 
-    Integers of at most 4 bits lose much by rounding to nearest, which calibration wins back in
-    part. Other schemes lose little. Raises QplugError for a scheme or a backend that is none.
+    Integers of at most 4 bits, which ``auto`` chooses too, lose much by rounding to nearest;
+    calibration wins it back in part. Other schemes lose little. Raises QplugError for a scheme or
+    a backend that is none.
     """
     from qplug.recipe.recipe import Recipe
     from qplug.recipe.words import changed
@@ -30,7 +31,7 @@ def chosen_algorithm(words: RecipeWords, registry: Registry) -> str | None:
         return None
     recipe = changed(Recipe(), words)
     weights = recipe.scheme.weights
-    if weights.is_float or weights.bits > _FEW_BITS:
+    if not recipe.is_auto and (weights.is_float or weights.bits > _FEW_BITS):
         return None
     if registry.exporters[recipe.backend].format.stores_float:
         return None
