@@ -26,6 +26,9 @@ TIMED = {
     "prefill 8 x 2048": "reading prompts",
 }
 
+#: The width of the picture, in pixels.
+_WIDTH = 760
+
 _STYLE = """<style>
 text { fill: #5b6570; font: 12px system-ui, sans-serif } .grid { stroke: #dcdfe3 }
 .c0 { fill: #7d8792 } .c1 { fill: #c4500c } .c2 { fill: #1a7f4b } .c3 { fill: #1f6feb }
@@ -52,7 +55,10 @@ def standalone(drawn: str) -> str:
     """A chart of a report as a file of its own, with the colours for light and for dark."""
     chart = re.search(r"<svg .*</svg>", drawn, re.DOTALL)
     assert chart is not None
-    svg = chart[0].replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    # A page stretches charts to its own width; a file has one.
+    size = rf'viewBox="0 0 {_WIDTH} \1" width="{_WIDTH}" height="\1"'
+    svg = re.sub(r'width="100%" height="(\d+)"', size, chart[0], count=1)
+    svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     return svg.replace(">", f">{_STYLE}", 1).replace("><", ">\n<") + "\n"
 
 

@@ -333,7 +333,7 @@ def run(tmp_path: Path, make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch
 
     def quantized(model: Path, algo: str, tokens: Tensor, **changes: Any) -> qplug.Result:
         monkeypatch.setattr(
-            "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+            "qplug.run.planned.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
         )
         options: dict[str, Any] = {
             "group_size": 16,

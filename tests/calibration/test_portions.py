@@ -44,7 +44,7 @@ def _quantize(model: Path, out: Path, **options: object) -> qplug.Result:
 def tokens(make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """Random tokens, which stand in for a dataset."""
     drawn = make_tokens(6, 32)
-    monkeypatch.setattr("qplug.run.quantize.calibration_tokens", lambda *_, **__: Samples(drawn))
+    monkeypatch.setattr("qplug.run.planned.calibration_tokens", lambda *_, **__: Samples(drawn))
     return drawn
 
 

@@ -301,7 +301,7 @@ def tokens_given(make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch) -> Te
     """Runs calibrate on these tokens, not on those of a dataset."""
     tokens = make_tokens(4, 20)
     monkeypatch.setattr(
-        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+        "qplug.run.planned.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
     )
     return tokens
 

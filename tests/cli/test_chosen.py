@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qplug.cli.chosen import chosen_algorithm
+from qplug import Dataset, NoParams, QplugError
+from qplug.cli.chosen import chosen_algorithm, chosen_dataset
 from qplug.registry.registry import Registry
 from qplug.testing.models import write_tiny_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from click.testing import Result
+
+    from qplug import Split
 
     Cli = Callable[..., Result]
 
@@ -51,3 +54,54 @@ def test_the_choice_is_said(cli: Cli, tmp_path: Path) -> None:
     assert "becomes W4A16 by gptq" in chosen.stdout
     named = cli("quantize", model, "--algo", "rtn", *words)
     assert "chosen" not in named.stderr
+
+
+class Offline(Dataset[NoParams]):
+    """A text of the Hub, which cannot be reached."""
+
+    name = "wikitext2"
+
+    def documents(self, split: Split) -> Iterator[str]:
+        raise QplugError("the Hub cannot be reached")
+
+
+class Online(Dataset[NoParams]):
+    """A text of the Hub, which can be reached."""
+
+    name = "wikitext2"
+
+    def documents(self, split: Split) -> Iterator[str]:
+        return iter(["some text"])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "line"),
+    [
+        (Online, "wikitext2", "--dataset auto: wikitext2"),
+        (
+            Offline,
+            "demo",
+            "--dataset auto: demo, since wikitext2 cannot be read: the Hub cannot be reached",
+        ),
+    ],
+)
+def test_the_dataset_that_can_be_read(
+    dataset: type[Dataset[NoParams]], name: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry.installed()
+    monkeypatch.setattr(registry.datasets, "make", lambda name: dataset(NoParams()))
+    assert chosen_dataset(registry) == (name, line)
+
+
+def test_auto_is_said_and_recorded_by_its_name(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "qplug.cli.quantize.chosen_dataset", lambda registry: ("demo", "--dataset auto: demo")
+    )
+    model = write_tiny_model(tmp_path / "tiny")
+    words = ("--algo", "awq", "--group-size", 32, "--backend", "fake", "--dataset", "auto")
+    done = cli("quantize", model, *words, "--out", tmp_path / "out", *QUICK)
+    assert done.exit_code == 0, done.output
+    assert "--dataset auto: demo" in done.stderr.splitlines()
+    assert "of demo." in done.stdout

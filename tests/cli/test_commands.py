@@ -157,7 +157,7 @@ def test_ctrl_c_before_the_first_step(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qplug.run.quantize.fingerprint", interrupt)
+    monkeypatch.setattr("qplug.run.written.fingerprint", interrupt)
     stopped = cli("quantize", llama, "--algo", "rtn", "--out", tmp_path / "a" / "out")
     assert stopped.stderr.splitlines()[1] == (
         "No step was finished; the same command starts again."

@@ -100,6 +100,14 @@ def test_commands_are_ones_that_qplug_takes(gpu: str, cli: Cli, tmp_path: Path) 
     assert seen
 
 
+def test_a_context_beyond_what_the_model_takes(cli: Cli) -> None:
+    result = cli("plan", "qplug:demo", "--gpu", "H100")
+    assert result.stderr == "the model takes at most 1024 tokens: planned for requests of 1024\n"
+    assert "a request of 1024 tokens takes 2.1 MB" in result.stdout
+    assert result.stdout.count("--max-model-len 1024") > 0
+    assert cli("plan", "qplug:demo", "--gpu", "H100", "--context", 1000).stderr == ""
+
+
 def test_one_backend(cli: Cli, small: Path) -> None:
     plan = told(cli, small, "--gpu", "H100", "--backend", "sglang")
     assert {offer["backend"] for offer in plan["offers"]} == {"sglang"}

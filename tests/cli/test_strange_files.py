@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from qplug.checkpoint.locate import find_model
 from qplug.errors import QplugError
 from qplug.machine.memory import naming_memory
-from qplug.run import quantize as run
+from qplug.run import written as run
 from qplug.run.quantize import quantize
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import shutil
 import socket
@@ -174,7 +173,7 @@ def test_the_command_of_a_report_has_no_option_of_the_folder(
     folder.rename("--flag")
     assert cli("report", "--out", "page.html", "--", "--flag").exit_code == 0
     page = Path("page.html").read_text()
-    assert "--model-path ./--flag" in page
+    assert f"--model-path {Path('--flag').absolute()}" in page
     assert "--model-path --flag" not in page
 
 
@@ -255,9 +254,8 @@ def all_show(text: str) -> bool:
 def harmless(page: Path) -> bool:
     """Whether the names in a page have no element of their own; a line break there is a space."""
     text = page.read_text()
-    return text.replace("\n", "").isprintable() and not {"<b>", "</script>"} & set(
-        re.findall("<[^>]*>", text)
-    )
+    own = text.count("</script>") == 1  # the page's
+    return own and text.replace("\n", "").isprintable() and "<b>" not in text
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)

@@ -57,8 +57,18 @@ def pages_by_name() -> dict[str, Page]:
     return {str(page.path.relative_to(ROOT)): page for page in pages()}
 
 
-#: Pages with the commands of a first hour, on samples of the size that users calibrate with.
-SLOW = ("README.md", "docs/tutorial.md")
+#: Pages whose commands take long: several runs, on samples of the size that users calibrate with.
+SLOW = (
+    "README.md",
+    "docs/tutorial.md",
+    "docs/how-to/evaluate.md",
+    "docs/how-to/accuracy-dropped.md",
+    "docs/how-to/out-of-memory.md",
+    "docs/how-to/experts.md",
+    "docs/how-to/idea-to-paper.md",
+    "docs/how-to/read-the-report.md",
+    "docs/how-to/publish-on-the-hub.md",
+)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

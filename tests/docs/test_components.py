@@ -88,6 +88,11 @@ class TestPeaks(AlgorithmOnPage):
     where = "docs/how-to/write-an-algorithm.md"
 
 
+@pytest.mark.slow
+class TestLearnedClips(AlgorithmOnPage):
+    where = "docs/how-to/idea-to-paper.md"
+
+
 class TestLetters(DatasetOnPage):
     where = "docs/how-to/write-a-dataset.md"
 

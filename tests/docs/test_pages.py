@@ -89,7 +89,9 @@ def _run(words: list[str], wanted: str) -> None:
     fails = wanted.startswith("Error: ")
     assert (result.exit_code != 0) == fails, f"{words}: {result.output}"
     if wanted:
-        shown = result.stderr if fails else result.stdout
+        # What a command says of its progress before it fails is on no page.
+        error = result.stderr[max(0, result.stderr.find("Error: ")) :]
+        shown = error if fails else result.stdout
         alike = doctest.OutputChecker().check_output(wanted, shown, _ALIKE)
         assert alike, f"{words}\n--- the page says:\n{wanted}\n--- it prints:\n{shown}"
 
@@ -150,7 +152,7 @@ def _all(command: click.Command) -> Iterator[click.Command]:
 
 def _options(command: click.Command) -> Iterator[str]:
     for parameter in command.params:
-        yield from parameter.opts
+        yield from (*parameter.opts, *parameter.secondary_opts)
 
 
 def test_what_is_wrong_on_a_page_is_found() -> None:

@@ -11,7 +11,9 @@ from click.testing import CliRunner
 from qplug import QplugError, preset
 from qplug.api.scheme import CACHES, QuantArgs, Scheme
 from qplug.cli.recipe_options import recipe_options, typed_words
+from qplug.recipe.budget import Budget
 from qplug.recipe.recipe import Calibration, Recipe
+from qplug.recipe.spellings import AUTO
 from qplug.recipe.typed_options import quantize_options
 from qplug.recipe.words import changed
 
@@ -39,6 +41,7 @@ def typed(words: list[str]) -> Recipe:
         {"scheme": preset("W4A16").with_group_size(32), "backend": "vllm"},
         {"scheme": preset("FP8"), "kv_cache": CACHES["fp8"], "seed": 7, "use_qtorch": True},
         {"overrides": (("re:.*down_proj", preset("W8A16")),), "ignore": ("a", "b*")},
+        {"scheme": AUTO, "budget": Budget(bits=4.5, sensitivity="divergence")},
         {"backend_options": {"gpu": "sm90", "tp": "2"}, "mtp": "quantize"},
     ],
 )

@@ -27,6 +27,7 @@ from qplug.machine.session import Session
 from qplug.output.measured import Measured
 from qplug.reading.folder import open_folder
 from qplug.reading.perplexity import Evaluation
+from qplug.recipe.budget import Budget
 from qplug.recipe.recipe import Calibration, Recipe
 from qplug.recipe.words import words
 from qplug.registry.registry import Registry
@@ -101,6 +102,7 @@ def test_every_field_of_a_recipe_that_is_set_has_a_row() -> None:
         calibration=Calibration(options={"x": 1}, observer_options={"y": 2}, batch_size=3),
         kv_cache=CACHES["fp8"],
         use_qtorch=True,
+        budget=Budget(bits=4.5, size="1GB", max_kl=0.1),
     )
     rows = dict(recipe_rows(recipe.to_dict()))
     assert list(rows) == [
@@ -167,7 +169,7 @@ def test_quality_is_on_top(findings: Findings, page: str, read_page: ReadPage) -
     assert 'class="quality fair"' in told
     assert "Quality: noticeable" in read_page(told).text
     assert "Divergence from the float model 0.0120 nats for a token." in told
-    assert f"qplug report {findings.overview.folder} --perplexity" in report_page(findings)
+    assert f"qplug report {findings.overview.folder} --check" in report_page(findings)
 
 
 def test_quality_is_read_back(findings: Findings, tmp_path: Path) -> None:
@@ -218,7 +220,9 @@ def test_the_worst_layers_come_with_commands_that_are_ready(
     )
     told = worst_layers(replace(findings, layers=layers, options=options))
     assert told is not None
-    assert [row[0].text for row in told.table.cells] == [name]
+    assert [(row[0].text, row[3].text) for row in told.table.cells] == [
+        (name, "W8A16, with 2 merged")
+    ]
     assert told.sentence.startswith("One layer stands out: its error is 1.5 times the median")
     assert [step.sentence.partition(" ")[0] for step in told.steps] == ["Store", "Choose"]
     for step in told.steps:

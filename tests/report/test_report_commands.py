@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ import pytest
 
 import qplug
 from qplug.cli.printed_table import print_table
+from qplug.output.manifest import read_manifest
+from qplug.report.page_file import read_quality
 
 if TYPE_CHECKING:
     from click.testing import Result
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     ReadPage = Callable[[str], Any]
 
 TEXT = ("--windows", 2, "--seq-len", 32)
-HOW = ("--group-size", 32, "--backend", "compressed-tensors", "--device", "cpu")
+HOW = ("--algo", "rtn", "--group-size", 32, "--backend", "compressed-tensors", "--device", "cpu")
 
 
 def test_report(cli: Cli, rtn: Path, float_model: Path, read_page: ReadPage) -> None:
@@ -44,6 +47,25 @@ def test_report_with_perplexity(
         assert float(found.row(what)[0]) == pytest.approx(wanted, rel=1e-5)
 
 
+def test_report_with_a_verdict(
+    cli: Cli, rtn: Path, float_model: Path, tmp_path: Path, read_page: ReadPage
+) -> None:
+    file = tmp_path / "page.html"
+    assert cli("report", rtn, "--out", file, "--check", *TEXT).exit_code == 0
+    wanted = qplug.evaluate(str(rtn), windows=2, seq_len=32).perplexity
+    quality = read_quality(file, read_manifest(rtn).identity)
+    assert quality.perplexity == pytest.approx(wanted, rel=1e-3)
+    text = read_page(file.read_text().partition("<main>")[2]).text
+    assert f"Quality: {quality.verdict}" in text
+    assert "Divergence from the float model" in text
+    moved = shutil.copytree(rtn, tmp_path / "moved")
+    edit = json.loads((moved / "qplug.json").read_text())
+    (moved / "qplug.json").write_text(json.dumps({**edit, "model": "gone"}))
+    result = cli("report", moved, "--check", *TEXT)
+    assert result.exit_code == 1
+    assert "--check: the float model gone is not at hand; pass --against" in result.stderr
+
+
 def test_report_of_a_run(
     cli: Cli, float_model: Path, rtn: Path, tmp_path: Path, read_page: ReadPage
 ) -> None:
@@ -51,7 +73,6 @@ def test_report_of_a_run(
     result = cli("quantize", float_model, "--out", out, *HOW, "--json", "--report")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert f"report: {tmp_path / 'llama-rtn.report.html'}\n" in result.stderr
     found = read_page((tmp_path / "llama-rtn.report.html").read_text())
     assert {stage["name"] for stage in told["stages"]} >= {"reading", "quantize", "writing"}
     for stage in told["stages"]:

@@ -40,7 +40,7 @@ def run(tmp_path: Path, make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch
     """Quantizes to ``tmp_path / "out"``, calibrated on random tokens."""
     tokens = make_tokens(4, 12)
     monkeypatch.setattr(
-        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+        "qplug.run.planned.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
     )
 
     def quantized(model: Path, algo: str, **changes: Any) -> Result:
@@ -250,7 +250,7 @@ def test_few_tokens(
 ) -> None:
     tokens = make_tokens(samples, length)
     monkeypatch.setattr(
-        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+        "qplug.run.planned.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
     )
     result = run(family("llama"), algo)
     assert all(0 < error < 0.5 for error in result.errors.values())
@@ -262,7 +262,7 @@ def test_tokens_that_are_all_the_same(
 ) -> None:
     tokens = torch.full((4, 12), 7)
     monkeypatch.setattr(
-        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+        "qplug.run.planned.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
     )
     result = run(family("llama"), "awq+gptq")
     assert all(p.isfinite().all() for p in qplug.load(str(result.out)).parameters())

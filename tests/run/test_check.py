@@ -141,3 +141,17 @@ def test_the_line_says_verdict_and_numbers() -> None:
     assert quality_line(replace(quality, perplexity=11.0)).startswith(
         "quality: good; perplexity 11 (float 10, +10.0%), KL divergence 0.0300 nats a token, on 8"
     )
+
+
+def test_ctrl_c_while_it_measures_loses_nothing(
+    tiny: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qplug.run.quantize.check_quality", interrupt)
+    words = ("--scheme", "W8A16", "--group-size", 32, "--backend", "fake", "--device", "cpu")
+    stopped = cli("quantize", tiny, "--out", tmp_path / "out", *words, "--check")
+    assert stopped.exit_code == 1
+    assert f"{tmp_path / 'out'}: is complete; its quality was not measured." in stopped.stderr
+    assert (tmp_path / "out" / "qplug.json").is_file()

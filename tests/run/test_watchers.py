@@ -200,3 +200,10 @@ def test_the_command_line_says_it_in_a_line(llama: Path, tmp_path: Path, cli: Cl
     assert "qplug_run_done: OSError: no printer" in line
     checked = cli("--plugin", plugin, "plugins", "check")
     assert "qplug_run_done" in checked.output
+
+
+def test_the_plan_names_all_schemes(tiny: Path, tmp_path: Path) -> None:
+    words: dict[str, Any] = {"backend": "fake", "dry_run": True, "overrides": {"*.1.*": "FP8"}}
+    result = run(tiny, tmp_path / "out", samples=1, seq_len=16, scheme="W8A16", **words)
+    assert result.plan is not None
+    assert result.plan.scheme == "W8A16 and FP8"

@@ -36,8 +36,8 @@ class RunPlan:
 
     ``architecture`` is the class that config.json names, ``parameters`` the number of weights of
     the source and ``blocks`` the number of its decoder blocks. ``algorithm`` and ``scheme`` are
-    names (``awq+gptq``, ``W4A16``), ``backend`` the exporter's. ``serve`` is the command that
-    serves a folder of this backend, with ``{}`` for the folder; "" if no engine serves it.
+    names (``awq+gptq``, ``W4A16 and W8A16``), ``backend`` the exporter's. ``serve`` is the
+    command that serves a folder of this backend, with ``{}`` for the folder; "" if no engine does.
     ``dataset`` is "" for a run without calibration data; else ``samples`` are its windows and
     ``seq_len`` the tokens of a window. ``device`` is the name of the device in words.
     ``source_bytes`` and ``bytes`` are the sizes of all tensors before and after. ``estimate`` says

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 _CALIBRATED = "gptq"
 _FEW_BITS = 4
 
+#: ``--dataset auto`` is the first of these that can be read.
+AUTO = "auto"
+_DATASETS = ("wikitext2", "demo")
+
 
 def chosen_algorithm(words: RecipeWords, registry: Registry) -> str | None:
     """Returns the algorithm for a recipe of ``words`` that names none; None for the usual one.
@@ -44,3 +48,22 @@ def chosen_line(algorithm: str, words: RecipeWords) -> str:
         f"--algo {algorithm}: chosen for {scheme}, since rounding to nearest (--algo rtn, faster, "
         "without data) loses more"
     )
+
+
+def chosen_dataset(registry: Registry) -> tuple[str, str]:
+    """Returns the dataset that ``--dataset auto`` is here, and one line that says so and why.
+
+    Text of the Hub is downloaded into the Hub's cache. Raises QplugError if no text can be read.
+    """
+    from qplug.errors import QplugError
+
+    *better, last = _DATASETS
+    why = ""
+    for name in better:
+        try:
+            next(iter(registry.datasets.make(name).documents("calibration")), None)
+        except QplugError as error:
+            why = f"{why}, since {name} cannot be read: {error}"
+        else:
+            return name, f"--dataset {AUTO}: {name}"
+    return last, f"--dataset {AUTO}: {last}{why}"

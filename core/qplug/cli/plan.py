@@ -47,7 +47,7 @@ _GB = 10**9
     type=click.IntRange(1),
     default=8192,
     show_default=True,
-    help="Tokens of a request, prompt and answer together.",
+    help="Tokens of a request, prompt and answer together; at most what the model takes.",
 )
 @click.option(
     "--requests", type=click.IntRange(1), help="Requests at a time; default: as many as fit."
@@ -78,6 +78,10 @@ def command(
         note(fleet.remark)
     offers = registry.only("exporter", "reader")  # imports no torch
     outline = find_outline(open_headers(model, offers.sources))
+    longest = outline.config.get("max_position_embeddings")
+    if isinstance(longest, int) and 0 < longest < context:
+        note(f"the model takes at most {longest} tokens: planned for requests of {longest}")
+        context = longest
     bits = CACHES[kv_cache].bits if kv_cache else 16
     plan = make_plan(outline, fleet, Wish(context, requests, bits), offers, backend)
     commands = {

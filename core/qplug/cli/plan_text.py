@@ -35,7 +35,7 @@ def data_warning(plan: RunPlan) -> str | None:
         return None
     return (
         f"{plan.model} is calibrated on demo, which is Python's documentation; better is text like "
-        "its prompts: --dataset text --dataset-opt path=FILE, or --dataset pileval from the Hub"
+        "its prompts: --dataset text --dataset-opt path=FILE, or --dataset auto, WikiText"
     )
 
 

@@ -73,7 +73,7 @@ def _add_quality(folder: Path, report: Path | None) -> None:
 
     page = report or default_file(folder)
     if report is None and not page.is_file():
-        note("the model card says nothing of quality: qplug report OUT --perplexity measures it")
+        note("the model card says nothing of quality: qplug report OUT --check measures it")
         return
     manifest = read_manifest(folder)
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qplug.cli.chosen import chosen_algorithm, chosen_line
+from qplug.cli.chosen import AUTO, chosen_algorithm, chosen_dataset, chosen_line
 from qplug.cli.config import tell
 from qplug.cli.headed import HeadedCommand, HeadedOption
 from qplug.cli.outcome import tell_outcome
@@ -133,7 +133,7 @@ def command(
         else:
             assert model is not None
             assert out is not None
-            words = _with_algorithm({**usual, **words}, registry)
+            words = _with_dataset(_with_algorithm({**usual, **words}, registry), registry)
             result = _from_words(words, model, out, options, registry, dry_run, report, progress)
     if as_json:
         say_json(_plain(job) if config is not None else _plain_result(result))
@@ -150,6 +150,15 @@ def _with_algorithm(words: RecipeWords, registry: Registry) -> RecipeWords:
         return words
     note(chosen_line(algorithm, words))
     return {**words, "algo": algorithm}
+
+
+def _with_dataset(words: RecipeWords, registry: Registry) -> RecipeWords:
+    """``words`` with the dataset that qplug chooses for ``--dataset auto``, which is said."""
+    if words.get("dataset") != AUTO:
+        return words
+    dataset, line = chosen_dataset(registry)
+    note(line)
+    return {**words, "dataset": dataset}
 
 
 def _tell_aliases(words: RecipeWords) -> None:
@@ -196,7 +205,6 @@ def _from_words(
         write_report(
             str(out), file, registry, result=result, trust_remote_code=options.trust_remote_code
         )
-        note(f"report: {file}")
     return result
 
 
@@ -256,16 +264,14 @@ def _write_reports(done: JobResult, report: str, options: RunOptions, registry: 
     for measurement in done.measured:
         measured.setdefault(stages[measurement.at], []).append(measurement.evaluation)
     for result in done.results:
-        file = report_file(report, result.out)
         write_report(
             str(result.out),
-            file,
+            report_file(report, result.out),
             registry,
             trust_remote_code=options.trust_remote_code,
             measured=measured,
             result=result,
         )
-        note(f"report: {file}")
 
 
 def _plain(done: JobResult) -> dict[str, object]:

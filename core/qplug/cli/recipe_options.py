@@ -22,6 +22,12 @@ _USUAL = "qplug.usual"
 #: Completes the values of a keyword, by its name.
 _COMPLETED = {"algo": algorithms, "scheme": schemes, "backend": backends, "dataset": datasets}
 
+#: What the command line takes besides what recipes take, by the name of the keyword.
+_MORE = {
+    "algo": "{} Without it: gptq for integers of up to 4 bits, else rtn.",
+    "dataset": "{} auto is wikitext2 if it can be read, else demo.",
+}
+
 
 def recipe_options(command: F) -> F:
     """Add the options of a recipe to ``command``, which reads their values with ``typed_words``."""
@@ -58,8 +64,8 @@ def _option(word: Word) -> Callable[[F], F]:
         multiple=several,
         metavar=param.metavar or ("K=V" if several else None),
         default=None if several else "+".join(default) if isinstance(default, list) else default,
-        show_default=not several and kind is not bool,
-        help=param.help,
+        show_default=not several and kind is not bool and word.name != "algo",
+        help=_MORE.get(word.name, "{}").format(param.help),
         shell_complete=_COMPLETED.get(word.name),
     )
 

@@ -11,11 +11,14 @@ import click
 from qplug.cli.printing import Command, note, say
 from qplug.cli.progress import progress_bar
 from qplug.cli.text_options import TextOptions, text_options
+from qplug.errors import QplugError
+from qplug.output.measured import Measured
 from qplug.registry.registry import Registry
 from qplug.report.page_file import check_target, default_file, write
 
 if TYPE_CHECKING:
     from qplug.api.events import Result
+    from qplug.reading.folder import Folder
     from qplug.reading.perplexity import Evaluation
 
 
@@ -34,6 +37,11 @@ if TYPE_CHECKING:
 @click.option(
     "--perplexity", is_flag=True, help="Measure the perplexities of FOLDER and the float model."
 )
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Measure perplexity and divergence against the float model, with a verdict.",
+)
 @text_options
 @click.pass_obj
 def command(
@@ -42,6 +50,7 @@ def command(
     out: Path | None,
     against: str | None,
     perplexity: bool,
+    check: bool,
     dataset: str,
     dataset_options: tuple[str, ...],
     seq_len: int,
@@ -61,15 +70,20 @@ def command(
 
     file = out or default_file(find_model(folder))
     check_target(file)
-    measured = {}
-    if perplexity:
+    measured, quality = {}, None
+    if perplexity or check:
         text = TextOptions(dataset, dataset_options, seq_len, windows, device, trust_remote_code)
         session = Session(registry, trust_remote_code=trust_remote_code)
         opened = open_folder(folder, session)
         _, source = find_source(opened, against, session)
-        if source is not None:
+        if check:
+            if source is None:
+                raise QplugError(f"{folder}: --check: {_missing(opened)}")
+            quality = Measured.of(text.check(folder, str(source.folder), registry))
+        if perplexity and source is not None:
             measured["float"] = [text.measure(str(source.folder), registry)]
-        measured["quantized"] = [text.measure(folder, registry)]
+        if perplexity:
+            measured["quantized"] = [text.measure(folder, registry)]
     write_report(
         folder,
         file,
@@ -77,8 +91,18 @@ def command(
         against=against,
         trust_remote_code=trust_remote_code,
         measured=measured,
+        quality=quality,
     )
     say(f"{folder}: report in {file}")
+
+
+def _missing(opened: Folder) -> str:
+    """Returns which float model is not at hand, and what to do."""
+    from qplug.reading.verify import not_at_hand
+
+    if opened.manifest is None:
+        return "name the float model with --against"
+    return not_at_hand(opened.manifest.model)
 
 
 def write_report(
@@ -89,12 +113,14 @@ def write_report(
     against: str | None = None,
     trust_remote_code: bool = False,
     measured: Mapping[str, Sequence[Evaluation]] | None = None,
+    quality: Measured | None = None,
     result: Result | None = None,
 ) -> None:
     """Reads ``folder`` and writes the report on it to ``file``.
 
-    ``measured`` are perplexities by model, ``float`` or ``quantized``. ``result`` is the result of
-    the run that wrote the folder, for the costs of its stages. Raises QplugError if the folder
+    ``measured`` are perplexities by model, ``float`` or ``quantized``, and ``quality`` is on top of
+    the page. ``result`` is the result of the run that wrote the folder, for the costs of its stages
+    and for the quality, if it was measured. Raises QplugError if the folder
     cannot be read, or the file cannot be written.
     """
     from qplug.reading.verify import not_at_hand
@@ -111,9 +137,12 @@ def write_report(
         )
     if findings.against is None and findings.overview.model is not None:
         note(f"not compared: {not_at_hand(findings.overview.model)}")
+    if quality is None and result is not None and result.quality is not None:
+        quality = Measured.of(result.quality)
     page = report_page(
         findings,
         measured=measured,
+        quality=quality,
         stages=result.stages if result else (),
         seconds=result.seconds if result else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +89,9 @@ class TaskOptions:
 
         Raises QplugError as ``evaluate_tasks`` does.
         """
-        if self.engine is None and self.url is None:
-            # lm-eval's own bars; tqdm reads the variable when it is imported.
+        if not (sys.stderr.isatty() and (self.engine or self.url)):
+            # lm-eval's own bars: the only ones while an engine answers, and else one too many.
+            # tqdm reads the variable when it is imported.
             os.environ.setdefault("TQDM_DISABLE", "1")
         from qplug.evaluation.tasks import evaluate_tasks
 

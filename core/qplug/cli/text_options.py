@@ -14,6 +14,7 @@ from qplug.cli.progress import progress_bar
 from qplug.registry.registry import Registry
 
 if TYPE_CHECKING:
+    from qplug.api.events import Quality
     from qplug.reading.perplexity import Evaluation
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -71,6 +72,28 @@ class TextOptions:
     windows: int
     device: str
     trust_remote_code: bool
+
+    def check(self, folder: str, against: str, registry: Registry) -> Quality:
+        """Returns how far the quantized ``folder`` is from its float model ``against``.
+
+        Raises QplugError as ``qplug.evaluate`` does.
+        """
+        from qplug.machine.session import Session
+        from qplug.reading.perplexity import evaluation_tokens
+        from qplug.reading.quality import measure_quality
+
+        session = Session.alone(
+            self.device, registry=registry, trust_remote_code=self.trust_remote_code
+        )
+        tokens = evaluation_tokens(
+            folder,
+            session,
+            dataset=self.dataset,
+            dataset_options=parse_pairs(self.dataset_options, "--dataset-opt"),
+            seq_len=self.seq_len,
+            windows=self.windows,
+        )
+        return measure_quality(folder, against, tokens, self.dataset, session)
 
     def measure(self, model: str, registry: Registry) -> Evaluation:
         """Returns the perplexity of ``model``, and shows progress while it is measured.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -59,6 +60,7 @@ class ReaderModel(TemplateLM):
         self.batch_size = batch_size
         self.max_length: int = resolve_max_length(net.config)
         self._watch = watch
+        self._keeps = "logits_to_keep" in inspect.signature(net.forward).parameters
         self._device = net.device
         eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
         if eos is None and bos is None:
@@ -172,11 +174,15 @@ class ReaderModel(TemplateLM):
             padded = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)
             for place, row in enumerate(batch):  # what stands right of a token changes nothing
                 padded[place, : len(row)] = torch.tensor(row)
-            logits = self.net(input_ids=padded.to(self.device), use_cache=False).logits
+            # All logits of long texts would be larger than the model.
+            first = min(len(row) - max(len(answer) for _, answer in rows[row]) for row in batch)
+            few = {"logits_to_keep": padded.shape[1] - first} if self._keeps else {}
+            logits = self.net(input_ids=padded.to(self.device), use_cache=False, **few).logits
+            skipped = padded.shape[1] - logits.shape[1]
             for place, row in enumerate(batch):
+                end = len(row) - skipped
                 for number, answer in rows[row]:
-                    part = logits[place, len(row) - len(answer) : len(row)]
-                    answers[number] = _score(part, answer)
+                    answers[number] = _score(logits[place, end - len(answer) : end], answer)
             self._watch(len(answers), len(requests), "likelihoods")
         return [answers[number] for number in range(len(requests))]
 

@@ -294,8 +294,11 @@ class StreamFinder:
     def _copies(self) -> dict[str, str]:
         """The tensor of the embedding, by the tensor of the head, which becomes a copy of it."""
         model: Any = self._model
+        output = model.get_output_embeddings()
+        if output is None:  # a model that ranks has none, whatever its config says of tied words
+            return {}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        head = names[id(model.get_output_embeddings().weight)]
+        head = names[id(output.weight)]
         embedding = names[id(model.get_input_embeddings().weight)]
         ((head_name, _),) = self.copy.on_disk(head)
         ((embedding_name, _),) = self.copy.on_disk(embedding)

@@ -18,6 +18,7 @@ from qplug.output.markdown import code_span, heading
 from qplug.output.measured import Measured
 from qplug.output.origins import hub_name, public_name
 from qplug.recipe.recipe import Calibration, Recipe
+from qplug.recipe.yaml_tree import parse_yaml
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -147,8 +148,8 @@ def _source_card(source: Path) -> dict[str, Any]:
     """Returns what the card of the float model says that holds for the result; {} without one."""
     try:
         head = read_text(source / CARD, LONGEST, within=source).split("---\n", 2)
-        told = yaml.safe_load(head[1]) if len(head) == 3 and not head[0].strip() else None
-    except (OSError, QplugError, yaml.YAMLError, ValueError, RecursionError):
+        told = parse_yaml(head[1], CARD).plain() if len(head) == 3 and not head[0] else None
+    except (FileNotFoundError, QplugError):
         return {}
     if not isinstance(told, dict):
         return {}

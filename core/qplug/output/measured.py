@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qplug.api.events import Quality
 
 #: The class of a page's box, by verdict.
 _TONES = {"good": "good", "noticeable": "fair", "broken": "bad"}
+
+
+#: What a verdict means, in a sentence.
+_REASONS = {
+    "good": "The model predicts text as the float model does, but for little.",
+    "noticeable": "The model predicts text worse than the float model: try it on your own tasks.",
+    "broken": "The model predicts text much worse than the float model: do not serve it.",
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,13 @@ class Measured:
     kl: float | None = None
     verdict: str = ""
     reason: str = ""
+
+    @classmethod
+    def of(cls, quality: Quality) -> Measured:
+        """Returns a quality that a run, or ``qplug report --check``, has measured."""
+        text = f"{quality.windows} windows of {quality.seq_len} tokens of {quality.dataset}"
+        numbers = (quality.perplexity, quality.float_perplexity, quality.kl)
+        return cls(text, *numbers, quality.verdict, _REASONS[quality.verdict])
 
     @property
     def tone(self) -> str:

@@ -71,9 +71,9 @@ def identity(record: Mapping[str, Any]) -> str:
 
     It depends on the model, the recipe and the error of each layer.
     """
-    told = json.dumps([record.get(key) for key in ("model", "recipe", "layers")])
-    plain = json.dumps(json.loads(told), sort_keys=True)  # keys that are numbers become text
-    return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+    told = [record.get(key) for key in ("model", "recipe", "layers")]
+    text = json.dumps(told, sort_keys=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:40]
 
 
 def remember_origin(record: Mapping[str, Any], model: str) -> None:

@@ -26,20 +26,16 @@ from qplug.model.kept_float import built_float
 
 _LIST = re.compile(r"^(?P<list>.*?)\.(?P<number>\d{1,9})\.(?P<rest>.+)$")
 
-#: The linears in a tensor of three axes that holds the experts of a layer, by its local name.
+#: The linears in a tensor of three axes that holds the experts of a layer, by its local name, and
+#: the name of the tensor beside it that holds the others.
 _STACKED = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "gate_proj": ("gate_proj",),
-    "up_proj": ("up_proj",),
-    "down_proj": ("down_proj",),
-    "input_linear": ("gate_proj", "up_proj"),
-    "output_linear": ("down_proj",),
-    "w1": ("w1",),
-    "w2": ("w2",),
-    "w3": ("w3",),
+    "gate_up_proj": (("gate_proj", "up_proj"), "down_proj"),
+    "down_proj": (("down_proj",), "gate_up_proj"),
+    "input_linear": (("gate_proj", "up_proj"), "output_linear"),
+    "output_linear": (("down_proj",), "input_linear"),
 }
 #: Those of them whose outputs, not inputs, are as wide as the residual stream.
-_OUT = ("down_proj", "output_linear", "w2")
+_OUT = ("down_proj", "output_linear")
 #: Words in the names of text decoders; and of towers, whose blocks are not those of the decoder.
 _DECODERS = ("language_model", "text_model", "llm")
 _TOWERS = ("vision", "visual", "vit", "image", "audio", "speech", "encoder", "qformer", "codec")
@@ -109,7 +105,10 @@ def find_outline(checkpoint: Checkpoint) -> Outline:
         inside[number][rest] = spec.shape
         if spec.dtype in FLOAT_DTYPES:
             dtypes[spec.dtype] += size
-            for linear, shape, times in _linears(rest, spec.shape, hidden):
+            sides = spec.shape[::-1] if _is_transposed(name, checkpoint) else spec.shape
+            if len(sides) > 2 and not _has_partner(name, checkpoint):
+                continue
+            for linear, shape, times in _linears(rest, sides, hidden):
                 linears[number][linear] = (shape, times)
     view, counts = _reduced(config, prefix, linears, checkpoint, dtypes)
     return Outline(
@@ -174,6 +173,27 @@ def _blocks(checkpoint: Checkpoint) -> tuple[str, int]:
     return prefix, count
 
 
+def _is_transposed(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether the matrix ``name`` is stored as ``[in, out]``, as GPT-2's, by the size of its bias.
+
+    A square matrix is the same either way.
+    """
+    module, local = split_name(name)
+    bias = checkpoint.tensors.get(f"{module}.bias")
+    shape = checkpoint.tensors[name].spec.shape
+    if local != "weight" or bias is None or len(shape) != 2:
+        return False
+    return bias.spec.shape == (shape[1],) and shape[0] != shape[1]
+
+
+def _has_partner(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether the tensor ``name`` holds experts of which another tensor holds the other linears."""
+    suffix = ".weight" if name.endswith(".weight") else ""
+    stack, local = split_name(name.removesuffix(suffix))
+    partner = f"{stack}.{_STACKED[local][1]}{suffix}" if local in _STACKED else ""
+    return partner in checkpoint.tensors and len(checkpoint.tensors[partner].spec.shape) == 3
+
+
 def _has_all(numbers: Set[int], count: int) -> bool:
     """Whether ``numbers`` has 0 to ``count - 1``; ``count`` may be anything."""
     return 0 < count <= len(numbers) and numbers >= set(range(count))
@@ -190,7 +210,7 @@ def _linears(
     if len(shape) != 3 or min(shape[1:]) < 2 or local not in _STACKED:
         return
     experts, *sides = shape
-    parts = _STACKED[local]
+    parts, _ = _STACKED[local]
     at = 0 if local in _OUT else 1  # the side that is as wide as the residual stream
     turned = sides[at] != hidden and sides[1 - at] == hidden
     out, width = sides[::-1] if turned else sides

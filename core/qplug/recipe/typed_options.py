@@ -9,6 +9,7 @@ from typing import Any
 from qplug.api.params import Field, fields_of
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.errors import QplugError
+from qplug.recipe.budget import Budget
 from qplug.recipe.recipe import Calibration, Recipe
 from qplug.recipe.spellings import CACHE, SCHEME, SchemePart
 
@@ -24,10 +25,14 @@ def quantize_options(recipe: Recipe) -> list[str]:
     return [word for part, usual in parts for word in _options(part, usual)]
 
 
-def _options(part: Recipe | Calibration, usual: Recipe | Calibration) -> Iterator[str]:
+def _options(
+    part: Recipe | Calibration | Budget, usual: Recipe | Calibration | Budget
+) -> Iterator[str]:
     for field in fields_of(type(part)):
         value = getattr(part, field.name)
-        if value != getattr(usual, field.name) and not isinstance(value, Calibration | None):
+        if isinstance(value, Budget):
+            yield from _options(value, Budget())
+        elif value != getattr(usual, field.name) and not isinstance(value, Calibration | None):
             yield from _option(field, value)
 
 

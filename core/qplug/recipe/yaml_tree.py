@@ -199,20 +199,29 @@ class Section:
 def read_yaml(path: Path) -> Node:
     """Read the document in ``path``.
 
-    Raises QplugError if the file cannot be read, is longer than ``MAX_BYTES``, is empty, is not
-    YAML, repeats a key, has a tag, or has more than ``MAX_NODES`` values or ``MAX_DEPTH`` lists and
-    mappings around one, where each alias counts as what it stands for.
+    Raises QplugError if the file cannot be read, is longer than ``MAX_BYTES``, or as ``parse_yaml``
+    does.
     """
     try:
         text = read_text(path, MAX_BYTES)
     except FileNotFoundError:
         raise QplugError(f"{path}: no such file") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, path: str) -> Node:
+    """Returns the document in ``text``, which is of the file ``path``.
+
+    Raises QplugError if the text is empty, is not YAML, repeats a key, has a tag, or has more than
+    ``MAX_NODES`` values or ``MAX_DEPTH`` lists and mappings around one, where each alias counts as
+    what it stands for.
+    """
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             raise QplugError(f"{path}: is empty")
-        return _Composed(str(path), loader).node(root, "")
+        return _Composed(path, loader).node(root, "")
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise QplugError(f"{path}:{line}: not YAML: {error.problem or error.context}") from error

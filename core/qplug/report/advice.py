@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +46,20 @@ def worst_layers(findings: Findings) -> WorstLayers | None:
     for layer in shown:
         error = rank_error(layer) or 0.0
         times = error / usual if usual else 1.0
-        options = shlex.join(findings.options.get(layer.name, ()))
-        rows.append(
-            (layer.name, Cell(number(error), error), Cell(f"{times:.2f}", times), options or "-")
-        )
-    head = ["layer", f"error of {what}", "times the median", "option against it"]
+        to_try = _to_try(findings.options.get(layer.name, ()))
+        rows.append((layer.name, Cell(number(error), error), Cell(f"{times:.2f}", times), to_try))
+    head = ["layer", f"error of {what}", "times the median", "to try"]
     table = Table(f"The largest errors of {what}", head, rows, sortable=True)
     return WorstLayers(_sentence(len(far), rows[0][2].text, usual, what), table, _steps(findings))
+
+
+def _to_try(options: Sequence[str]) -> str:
+    """Returns what ``options`` of ``qplug quantize``, flags and their values, store of layers."""
+    if not options:
+        return "-"
+    layers = len(options) // 2
+    how = options[-1].rpartition("=")[2] if options[0] == "--override" else "float"
+    return how if layers == 1 else f"{how}, with {layers - 1} merged"
 
 
 def _sentence(far: int, times: str, usual: float, what: str) -> str:

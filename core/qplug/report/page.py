@@ -63,7 +63,7 @@ def report_page(
         "schemes": ", ".join(overview.schemes) or "float",
         "quality": quality,
         "quality_mark": quality_mark(quality, overview.identity) if quality else None,
-        "measure": shlex.join(["qplug", "report", as_word(overview.folder), "--perplexity"]),
+        "measure": shlex.join(["qplug", "report", as_word(overview.folder), "--check"]),
         "tiles": [*_tiles(findings, quality)],
         "worst": worst_layers(findings),
         "recipe": _recipe(findings),

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from qplug.errors import QplugError
+from qplug.files.json_text import parse_json
 from qplug.files.regular import open_regular
 from qplug.output.measured import Measured
 
@@ -98,7 +99,7 @@ def read_quality(file: Path, identity: str) -> Measured | None:
     if found.content is None:
         return None
     try:
-        told = json.loads(found.content)
+        told = parse_json(found.content, str(file))
         measured_folder, quality = told.pop("identity"), Measured(**told)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise QplugError(f"{file}: is damaged; write it with qplug report") from error

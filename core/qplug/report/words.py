@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qplug.api.params import fields_of
 from qplug.api.scheme import QuantArgs, Scheme
+from qplug.recipe.budget import Budget
 from qplug.recipe.recipe import Calibration, Recipe
 
 if TYPE_CHECKING:
@@ -47,10 +48,12 @@ def recipe_rows(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     return list(_rows(Recipe.from_dict(recipe)))
 
 
-def _rows(part: Recipe | Calibration) -> Iterator[tuple[str, str]]:
+def _rows(part: Recipe | Calibration | Budget) -> Iterator[tuple[str, str]]:
     for field in fields_of(type(part)):
         value = getattr(part, field.name)
-        if isinstance(value, Calibration):
+        if isinstance(value, Budget):
+            yield from _rows(value) if value.limits else ()
+        elif isinstance(value, Calibration):
             yield from _rows(value)
         elif words := _words(value):
             yield field.word.replace("_", " "), words

@@ -26,6 +26,7 @@ from qplug.errors import QplugError
 from qplug.machine.memory import parse_size
 from qplug.machine.session import Session
 from qplug.output.manifest import read_manifest
+from qplug.output.origins import public_values
 from qplug.output.unfinished import kept_fingerprint
 from qplug.recipe.assign import assign
 from qplug.recipe.pipeline import make_pipeline
@@ -94,8 +95,12 @@ def _kept(fingerprint: Mapping[str, Any], asked: Recipe) -> Chosen | None:
 
 
 def has_asked(record: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Whether ``record``, which ``Chosen.to_dict`` wrote to JSON, is a choice for ``recipe``."""
-    return bool(record.get("asked") == _as_json(recipe.to_dict()))
+    """Whether ``record``, which ``Chosen.to_dict`` wrote to JSON, is a choice for ``recipe``.
+
+    Of paths on this machine only the names are compared, since a finished folder has no more.
+    """
+    asked = public_values(record.get("asked"))
+    return bool(asked == public_values(_as_json(recipe.to_dict())))
 
 
 def _as_json(value: Any) -> Any:

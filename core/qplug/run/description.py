@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def describe(
         parameters=sum(math.prod(tensor.spec.shape) for tensor in source.tensors.values()),
         blocks=len(view.blocks),
         algorithm="+".join(recipe.algorithms),
-        scheme=recipe.scheme.name,
+        scheme=_schemes(plan) or recipe.scheme.name,
         backend=recipe.backend,
         serve=_serve(stages.exporter.engine),
         dataset="" if data is None else data.dataset,
@@ -70,6 +71,12 @@ def start_of(out: Path, plan: Plan, done: int, what: RunPlan, prepared: Prepared
         if block is not None:
             ends[block] = number + 1
     return RunStart(out, len(plan.steps), done, tuple(sorted(ends.values())), what)
+
+
+def _schemes(plan: Plan) -> str:
+    """The names of the schemes in ``plan``, of most linears first; "" if it quantizes none."""
+    names = Counter(scheme.name for step in plan.steps for scheme in step.linears.values())
+    return " and ".join(name for name, _ in names.most_common())
 
 
 def _serve(engine: Engine | None) -> str:

@@ -9,7 +9,7 @@ from qplug.checkpoint.config_file import CONFIG
 from qplug.machine.memory import naming_memory
 from qplug.model.foreign import naming_file
 from qplug.output.fingerprint import fingerprint
-from qplug.output.origins import remember_origin
+from qplug.output.origins import public_values, remember_origin
 from qplug.output.result_files import result_files
 from qplug.output.shared_writer import SharedWriter
 from qplug.output.source_bytes import SourceBytes
@@ -147,7 +147,7 @@ def _finish(
     with session.clock("writing"):
         output.finish(
             texts,
-            {**record, **run.record_of_choice},
+            {**record, **public_values(run.record_of_choice)},
             lambda folder: stages.convert(folder, prepared.view, run.coded),
         )
     session.processes.from_first(lambda: remember_origin(record, run.model))

@@ -571,7 +571,7 @@ def test_clips_reach_the_final_codes(
     """With the same scales of inputs, only ranges of weights differ; gptq keeps them."""
     tokens = make_tokens(6, 20)
     monkeypatch.setattr(
-        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+        "qplug.run.planned.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
     )
     options: dict[str, Any] = {"ratios": 4, "clip_steps": 5, "clip_in_search": 0}
 

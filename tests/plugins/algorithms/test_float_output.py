@@ -44,7 +44,7 @@ def test_every_transform_of_every_family(
     """As a folder that anybody loads: to 1e-5, in float32."""
     tokens = make_tokens(4, 16)
     monkeypatch.setattr(
-        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+        "qplug.run.planned.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
     )
     result = qplug.quantize(
         str(family(name)),

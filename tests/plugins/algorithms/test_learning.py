@@ -505,7 +505,7 @@ def run(
     """``run(model, algo)``: a folder that has been verified."""
     tokens = make_tokens(6, 12)
     monkeypatch.setattr(
-        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+        "qplug.run.planned.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
     )
 
     def quantized(model: Path, algo: str, **changes: Any) -> Checkpoint:

@@ -17,7 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 import qplug
 from qplug import Algorithm, FloatModel, NoParams, Preparation, QplugError, Rewrite
@@ -413,6 +419,15 @@ class Wrong(Algorithm[NoParams]):
         )
 
 
+def test_a_tied_model_that_ranks_is_refused(family: Family, tmp_path: Path) -> None:
+    """Its config says that words are tied, and it has no head to tie them to."""
+    config = AutoConfig.from_pretrained(family("gpt2"))
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path / "ranking")
+    with pytest.raises(QplugError, match="score write what the decoder reads, too"):
+        rotated(tmp_path / "ranking")
+
+
 def test_a_rewrite_that_changes_what_is_computed_is_refused(family: Family) -> None:
     source = open_checkpoint(family("llama"))
     wrong: Any = SimpleNamespace(
@@ -439,7 +454,7 @@ def random_tokens(make_tokens: Callable[..., Tensor], monkeypatch: pytest.Monkey
     """To calibrate on, in the place of text."""
     tokens = make_tokens(4, 32)
     monkeypatch.setattr(
-        "qplug.run.quantize.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
+        "qplug.run.planned.calibration_tokens", lambda *args, **kwargs: Samples(tokens)
     )
 
 
