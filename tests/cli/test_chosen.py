@@ -93,6 +93,7 @@ def test_the_dataset_that_can_be_read(
     assert chosen_dataset(registry) == (name, line)
 
 
+@pytest.mark.slow
 def test_auto_is_said_and_recorded_by_its_name(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,7 @@ def test_the_report_adds_quality_to_the_card(out: Path, at_the_hub: Hub, cli: Cl
     assert qplug.verify(str(out)).ok  # its checksums are right
 
 
+@pytest.mark.slow
 def test_the_report_of_another_folder_is_refused(out: Path, at_the_hub: Hub, cli: Cli) -> None:
     words = ("--perplexity", "--windows", 1, "--seq-len", 32, "--device", "cpu")
     assert cli("report", out, *words).exit_code == 0

@@ -68,6 +68,8 @@ SLOW = (
     "docs/how-to/idea-to-paper.md",
     "docs/how-to/read-the-report.md",
     "docs/how-to/publish-on-the-hub.md",
+    "docs/how-to/mixed-precision.md",
+    "docs/how-to/own-data.md",
 )
 
 

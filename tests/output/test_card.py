@@ -75,6 +75,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub_name("/data/llama", {"_name_or_path": "a b/c: d"}) is None
 
 
+@pytest.mark.slow
 def test_no_path_of_this_machine_is_in_the_folder(
     tmp_path: Path,
 ) -> None:

@@ -81,7 +81,7 @@ TOGETHER = {
         f"--dataset-opt path={TEXT}",
         {"calibration": {"options": {"path": str(TEXT)}}},
         {"dataset_options": {"path": TEXT}},
-        {"path": str(TEXT)},
+        {"path": TEXT.name},  # folders of this machine are recorded nowhere
     ),
     "calibration.samples": Said("--samples 3", {"calibration": {"samples": 3}}, {"samples": 3}, 3),
     "calibration.seq_len": Said(

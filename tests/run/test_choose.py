@@ -80,6 +80,7 @@ def test_bits_are_held_and_the_recipe_repeats_the_folder(
     assert first.keys() - same == {"qplug.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["2.7MB"])
 def test_the_folder_is_no_larger_than_asked(model: str, tmp_path: Path, size: str) -> None:
     chosen(tmp_path / "out", model, size=size)
@@ -118,6 +119,7 @@ def test_sglang_gets_one_format(model: str, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_layers_that_the_recipe_names_keep_its_scheme(model: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     chosen(out, model, bits=6, overrides={"*.o_proj": "W8A16"}, ignore=["*.0.mlp.down_proj"])

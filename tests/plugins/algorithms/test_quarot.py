@@ -37,6 +37,7 @@ from qplug.model.architectures import by_linear
 from qplug.model.hollow import build, load_config
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.stacked_experts import with_stacked_experts
+from qplug.model.transposed import as_published
 from qplug.model.view import model_view
 from qplug.numerics.hadamard import hadamard_matrix
 from qplug.numerics.rotation import HadamardRotation, KeepingMean, RandomRotation, Rotation
@@ -65,8 +66,8 @@ CENTRED = (
 TIED = {
     *("llama, tied", "gemma", "opt", "opt, gelu", "opt, words of another width", "cohere", "gpt2")
 }
-#: Families whose values cannot be told from the rest of a matrix, or are no linear's.
-HEADLESS = {"gpt2", "deepseek-v3"}
+#: Families whose values cannot be told from the rest of a matrix.
+HEADLESS = {"deepseek-v3"}
 #: Families that are refused, and what is said of them.
 REFUSED = {
     "gemma2": "model.layers.0: cannot be rotated: no linear reads the output of "
@@ -101,7 +102,8 @@ def save(prepared: Prepared, folder: Path) -> Path:
     tensors = {n: prepared.checkpoint.read(n) for n in prepared.checkpoint.tensors}
     source = prepared.checkpoint.folder
     config = load_config(source, trust_remote_code=False)
-    tensors = with_stacked_experts(build(config, source, trust_remote_code=False), tensors)
+    hollow = build(config, source, trust_remote_code=False)
+    tensors = as_published(hollow, with_stacked_experts(hollow, tensors))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(prepared.checkpoint.config))
     return folder

@@ -72,7 +72,9 @@ FIRST = {"llama, tied", "deepseek-v3", "opt, words of another width"}
 def prepared_by(algorithm: Algorithm[Any], folder: Path, learn: Any) -> Prepared:
     source = by_linear(open_checkpoint(folder), Registry([]))
     stages: Any = SimpleNamespace(
-        preparing=[algorithm], prepare=lambda algorithm, model: algorithm.prepare(model)
+        preparing=[algorithm],
+        prepare=lambda algorithm, model: algorithm.prepare(model),
+        exporter=Registry.installed().exporters.make("fake", {}),
     )
     return prepare(stages, source, model_view(source), Session(Registry([])), learn=learn)
 
