@@ -213,6 +213,11 @@ def test_a_job_that_was_stopped_keeps_what_it_wrote(
     assert f"{tmp_path}/a: exists" in other.output
 
 
+def complaint(result: Result) -> str:
+    """What a command says after it has said what it opens."""
+    return result.output[max(0, result.output.find("Error: ")) :]
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -239,7 +244,8 @@ def test_what_cannot_be_is_said_before_any_work(
     before = left(tmp_path)
     result = run(awq(llmc, text, tmp_path, **change))
     assert result.exit_code == 1
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("Warning: ")]
+    kinds = ("opening ", "Warning: ")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(kinds)]
     assert len(lines) == 1
     assert lines[0].startswith("Error: ")
     assert complaint in lines[0]
@@ -346,9 +352,9 @@ def test_pipelines_that_make_no_sense(
     out = tmp_path / "out"
     said = run(f"model: qplug:demo\n{told}\nexport: [{{out: {out}}}]\n")
     assert said.exit_code == 1
-    assert said.stderr.startswith(f"Error: {tmp_path}/f.yml:{sentence}")
+    assert complaint(said).startswith(f"Error: {tmp_path}/f.yml:{sentence}")
     checked = cli("config", "check", tmp_path / "f.yml")
-    assert (checked.exit_code, checked.output) == (1, said.output)
+    assert (checked.exit_code, checked.output) == (1, complaint(said))
     assert left(tmp_path) == {"f.yml"}
 
 
@@ -364,7 +370,7 @@ def test_pipelines_of_llmc_that_make_no_sense(
     # Beside another scheme it makes sense: the command line has its say first.
     words = ("qplug:demo", "--out", tmp_path / "out", "--dataset", "demo", "--dry-run")
     assert run(told, *words, "--scheme", "W8A8").exit_code == 0
-    assert run(told, *words).output == checked.output
+    assert complaint(run(told, *words)) == checked.output
 
 
 def test_steps_that_rotate_as_the_model_runs(

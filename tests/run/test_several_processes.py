@@ -167,7 +167,7 @@ def together(words: Callable[..., list[str]], start: Starter, tmp_path: Path) ->
     def quantized(source: Path, out: str, *, count: int = 2, **changes: Any) -> Path:
         ended = start(*words(source, out, **changes), count=count).wait()
         assert ended.codes == [0] * count, ended.output
-        assert ended.output.count("layers, ") == 1  # the first process alone prints
+        assert ended.output.count("next: ") == 1  # the first process alone prints
         return tmp_path / out
 
     return quantized
@@ -610,13 +610,18 @@ def fail(
     return run
 
 
+def complaint(ended: Ended) -> str:
+    """The last words of a run, after what it said of its plan and stages."""
+    return ended.output[max(0, ended.output.find("Error: ")) :]
+
+
 @pytest.mark.parametrize("rank", ["0", "1", "all"])
 def test_what_can_be_mended_is_said_once(
     rank: str, fail: Callable[..., Ended], tmp_path: Path
 ) -> None:
     ended = fail(f"{rank} mend")
     assert ended.codes == [1, -signal.SIGTERM]  # the other one waits until it has been said
-    assert ended.output == "Error: model.layers.1: this cannot be quantized\n"
+    assert complaint(ended) == "Error: model.layers.1: this cannot be quantized\n"
     assert not (tmp_path / ".out.partial").exists()
 
 
@@ -643,15 +648,16 @@ def test_a_process_that_is_killed_ends_the_others(
 def test_ctrl_c(rank: str, fail: Callable[..., Ended], tmp_path: Path) -> None:
     ended = fail(f"{rank} interrupt")
     lines = [line for line in ended.output.splitlines() if line]
-    assert lines[1:] == ["Aborted!"]
-    assert "; the same command " in lines[0]
+    assert "; the same command " in lines[-2]
+    assert lines[-1] == "Aborted!"
+    assert lines.count("Aborted!") == 1
     assert ended.codes[0] == 1
     assert (tmp_path / ".out.partial").exists()
 
 
 def test_a_full_disk(fail: Callable[..., Ended], tmp_path: Path) -> None:
     ended = fail("0 full disk")
-    assert ended.output == f"Error: {tmp_path}: the disk is full; nothing was kept\n"
+    assert complaint(ended) == f"Error: {tmp_path}: the disk is full; nothing was kept\n"
     assert not (tmp_path / ".out.partial").exists()
 
 
@@ -662,7 +668,7 @@ def test_a_plugin_that_is_not_alike_everywhere_is_found_out(fail: Callable[..., 
 
 def test_there_must_be_a_sample_for_each(fail: Callable[..., Ended], tmp_path: Path) -> None:
     ended = fail("", samples=1)
-    assert ended.output == (
+    assert complaint(ended) == (
         "Error: 2 processes cannot share 1 calibration samples; raise --samples, or start fewer\n"
     )
     assert not (tmp_path / ".out.partial").exists()
@@ -716,7 +722,8 @@ def test_killed_in_a_portion_of_experts_and_taken_up_again(
     assert ended.seconds < SOON
     said = "another process of this run has ended; the same command goes on from here"
     # The first process speaks for all; torchrun says that it was killed, if it was.
-    assert ended.output == (f"Error: {said}\n" if rank else "")
+    assert ("Error: " in ended.output) == bool(rank)
+    assert complaint(ended) == f"Error: {said}\n" or not rank
     assert (tmp_path / ".out.partial" / "journal.jsonl").read_bytes().count(b"\n") > 2
     assert contents(together(source, "out", **changes)) == wanted
 
