@@ -63,13 +63,15 @@ def by_linear(
     architectures that a plugin teaches, stay as they are. Raises QplugError if the architecture is
     unknown.
     """
+    if _taught_view(checkpoint, registry) is not None:
+        return checkpoint
     skeleton = skeleton or Skeleton(checkpoint.folder)
-    checkpoint = with_turned_matrices(checkpoint, registry, skeleton)
+    checkpoint = seen_as_linears(skeleton.model(), checkpoint)
     may_be_stacked = any(
         len(tensor.spec.shape) == 3 and min(tensor.spec.shape[1:]) > 1
         for tensor in checkpoint.tensors.values()
     )
-    if not may_be_stacked or _taught_view(checkpoint, registry) is not None:
+    if not may_be_stacked:
         return checkpoint
     return experts_apart(skeleton.model(), skeleton.names(checkpoint.tensors), checkpoint)
 

@@ -179,7 +179,7 @@ def _is_matrix(module: nn.Module) -> bool:
 def _keep_input(kept: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
     def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
         weight = getattr(module, "weight", None)
-        # Matrices [in, out], as in GPT-2, are left out; a square one is found out by trial.
+        # A matrix [in, out] of a router is left out; a square one is found out by trial.
         if weight is None or weight.shape[-1] == inputs[0].shape[-1]:
             kept[name] = inputs[0]
 
