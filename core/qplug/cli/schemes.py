@@ -54,7 +54,7 @@ def command(
     No engine runs the other schemes, but qplug can measure them: quantize --backend fake, then
     eval. Their names are W<weights>A<inputs>. Both are 2 to 8 (bits of an integer) or E<e>M<m> (a
     float, 1 to 8 bits of exponent and 0 to 7 of mantissa); A16 keeps inputs as they are. Examples:
-    W3A16, W4A4, WE2M1A16, WE5M2AE5M2.
+    W4A4, W6A6, WE2M1A16, WE5M2AE5M2.
     """
     if tp is not None and model is None:
         raise QplugError("--tp splits a model over processes: name the model with --model")

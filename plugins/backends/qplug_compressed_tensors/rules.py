@@ -23,6 +23,7 @@ from qplug_compressed_tensors.configuration import (
     FLOAT_QUANTIZED,
     INT_QUANTIZED,
     MXFP4_PACKED,
+    MXFP8_QUANTIZED,
     NVFP4_PACKED,
     PACK_QUANTIZED,
     Configuration,
@@ -36,7 +37,10 @@ if TYPE_CHECKING:
 
     from qplug import Checkpoint
 
-_FORMATS = (PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED, NVFP4_PACKED, MXFP4_PACKED)
+_FORMATS = (
+    *(PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED),
+    *(NVFP4_PACKED, MXFP4_PACKED, MXFP8_QUANTIZED),
+)
 _FLOATS = ("bfloat16", "float16", "float32")
 _SCALES = ("weight_scale", "input_scale", "weight_global_scale", "input_global_scale")
 _CACHE_SCALES = ("k_scale", "v_scale")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qplug import Capability
+from qplug_sglang.unserved import ROWS
 
 _SM90, _OTHERS, _CPU = ("sm90",), ("sm80", "sm89", "sm100"), ("cpu",)
 _ALL = ("sm80", "sm89", "sm90", "sm100")
@@ -65,5 +66,6 @@ RELEASES = {
         Capability("NVFP4", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
         Capability("MXFP4A16", _GPT_OSS, False, (), 1, 1, _READ, _ALL),
         Capability("MXFP4A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+        *ROWS,
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qplug import Capability
+from qplug_vllm.capabilities_0_33 import ROWS
 
 _SM90, _OTHERS = ("sm90",), ("sm80", "sm89", "sm100")
 _CPU = ("cpu",)
@@ -73,4 +74,4 @@ VLLM_0_26 = (
     Capability("MXFP4A16", "Marlin", True, (), 64, 128, _READ, _OTHERS),
 )
 #: No scheme was run with 0.32 on a GPU yet: for GPUs the table of 0.26 holds.
-RELEASES = {"vLLM 0.32": VLLM_0_32, "vLLM 0.26": VLLM_0_26}
+RELEASES = {"vLLM 0.33.0": ROWS, "vLLM 0.32": VLLM_0_32, "vLLM 0.26": VLLM_0_26}

@@ -243,16 +243,17 @@ def test_merging_is_within_a_layer() -> None:
 
 
 TOKEN_INT8 = QuantArgs("int8", "token", dynamic=True)
+TOKEN_INT4 = QuantArgs("int4", "token", dynamic=True)
 TOKEN_FP8 = QuantArgs("e4m3", "token", dynamic=True)
 
 
 @pytest.mark.parametrize(
     "scheme",
     [
-        Scheme("W3A16", QuantArgs("int3", "group", 128)),
+        Scheme("W3A16_TENSOR", QuantArgs("int3", "tensor")),
         Scheme("W4A16_TENSOR", QuantArgs("int4", "tensor")),
         Scheme("W8A16_TENSOR", QuantArgs("int8", "tensor", symmetric=False)),
-        Scheme("W4A8", QuantArgs("int4", "group", 128), TOKEN_INT8),
+        Scheme("W4A4", QuantArgs("int4", "group", 128), TOKEN_INT4),
         Scheme("W8A8_GROUP", QuantArgs("int8", "group", 128), TOKEN_INT8),
         Scheme("W8A8_ASYM", QuantArgs("int8", "channel", symmetric=False), TOKEN_INT8),
         Scheme("INT8_FP8", QuantArgs("int8", "channel"), TOKEN_FP8),
@@ -268,10 +269,10 @@ def test_schemes_without_a_layout(exporter: Exporter[Any], scheme: Scheme) -> No
 
 
 def test_schemes_without_a_kernel() -> None:
-    scheme = Scheme("W8A16_ASYM", QuantArgs("int8", "group", 128, symmetric=False))
+    scheme = Scheme("W3A8", QuantArgs("int3", "group", 128), TOKEN_INT8)
     for exporter in (VLLM, SGLANG):
         sentence = refusal(exporter, view(up=(128, 128)), scheme)
-        assert sentence == "layers.0.up: no kernel for W8A16_ASYM is known"
+        assert sentence == "layers.0.up: no kernel for W3A8 is known"
     assert refusal(CT, view(up=(128, 128)), scheme) is None
 
 

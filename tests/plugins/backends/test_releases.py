@@ -14,6 +14,7 @@ from qplug_compressed_tensors.format import CompressedTensors
 from qplug_gptq_format.exporter import GPTQLoader
 from qplug_sglang.exporter import SGLangExporter
 from qplug_vllm.capabilities import RELEASES, VLLM_0_26, VLLM_0_32
+from qplug_vllm.capabilities_0_33 import ROWS
 from qplug_vllm.exporter import VLLMExporter
 
 if TYPE_CHECKING:
@@ -118,9 +119,10 @@ def test_a_run_is_refused_for_the_release_that_is_named(tmp_path: Path) -> None:
 
 
 def test_vllm_has_two_releases_side_by_side() -> None:
-    assert {"vLLM 0.32": VLLM_0_32, "vLLM 0.26": VLLM_0_26} == RELEASES
+    assert RELEASES["vLLM 0.32"] == VLLM_0_32
+    assert RELEASES["vLLM 0.26"] == VLLM_0_26
     engine = VLLMExporter.engine
-    assert len(engine.capabilities()) == len(VLLM_0_32) + len(VLLM_0_26)
+    assert len(engine.capabilities()) == len(ROWS) + len(VLLM_0_32) + len(VLLM_0_26)
     assert {row.engine for row in engine.capabilities("0.26")} == {"vLLM 0.26"}
 
 
