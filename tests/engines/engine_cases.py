@@ -78,13 +78,17 @@ def engines_of(case: Case) -> set[str]:
     }
 
 
-def inputs_stay(case: Case) -> bool:
-    """Whether the kernels for it on an H100 compute with float inputs whatever the scheme says."""
+def inputs_stay(case: Case, *, on_cpu: bool) -> bool:
+    """Whether kernels compute ``case`` with float inputs whatever the scheme says.
+
+    They are those of a CPU, or of an H100.
+    """
+    device = "cpu" if on_cpu else "sm90"
     table = _table(case.backend)
     return any(
         "inputs stay as they are" in row.kernel
         for row in table
-        if row.scheme == case.scheme and "sm90" in row.devices
+        if row.scheme == case.scheme and device in row.devices
     )
 
 
@@ -122,6 +126,8 @@ def variants() -> list[Case]:
         Case("W8A8", "quarot+gptq"),
         Case("W4A16", model="qwen2"),
         Case("W4A16", group_size=64, model="qwen3-moe"),
+        Case("W3A16", "gptq"),
+        Case("MXFP8", "awq+gptq"),
         Case("W4A16", model="qwen3-moe", ignore=("*.experts.*",)),
     ]
 
@@ -145,7 +151,10 @@ def cases_for_gpus() -> list[Case]:
         *(replace(case, backend="sglang") for case in variants() if case.kv_cache is None),
         *(Case("W8A16", group_size=-1, backend=backend) for backend in ("vllm", "sglang")),
         *(Case("FP8_DYNAMIC", model="qwen3-moe", backend=name) for name in ("vllm", "sglang")),
-        Case("W8A8", model="qwen3-moe"),
+        *(Case(scheme, model="qwen3-moe") for scheme in ("W8A8", "MXFP8", "MXFP4", "MXFP4AFP8")),
+        *(Case(f"W{bits}A16", group_size=64, model="qwen3-moe") for bits in (2, 3, 5, 6, 7)),
+        *(Case(f"W{bits}A16", group_size=size) for bits in (2, 3) for size in (32, 64, -1)),
+        Case("W4A8", group_size=-1),
         *(Case("W4A16", override=("*.down_proj", "W8A16"), backend=b) for b in ("vllm", "sglang")),
         Case("W4A16", override=("*.mlp.*", "W8A8")),
         Case("W4A16", model="qwen2", override=("lm_head", "W8A16")),

@@ -158,7 +158,8 @@ def in_float32(case: Case, engine: RealEngine) -> bool:
     """Whether ``case`` is served in float32 too, to see how activations are rounded."""
     plain = case.algo == "rtn" and case.backend == "vllm" and case.model == "demo"
     exact = engine.on_cpu and SATURATES not in flaws_on_cpu(case, cpu_flags())
-    return exact and plain and case.rounds_activations
+    rounds = case.rounds_activations and not inputs_stay(case, on_cpu=engine.on_cpu)
+    return exact and plain and rounds
 
 
 def cuts_cache(case: Case, engine: RealEngine) -> bool:
@@ -201,7 +202,7 @@ def test_what_is_served(
     expected, answer = served.expected(case), served.answer(case)
     logprobs, plain = torch.tensor(answer["logprobs"]), torch.tensor(expected.logprobs)
     flaws = flaws_on_cpu(case, cpu_flags()) if engine.on_cpu else []
-    unrounded = not engine.on_cpu and inputs_stay(case)
+    unrounded = inputs_stay(case, on_cpu=engine.on_cpu)
     evaluated = perplexity(plain) if unrounded else expected.perplexity
     rounding = expected.rounding
     notes = {

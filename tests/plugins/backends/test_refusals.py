@@ -317,3 +317,19 @@ def test_a_narrow_model_is_refused_by_engines_and_written_for_the_format(
 def test_heads_that_are_no_number_divide_nothing(heads: object) -> None:
     config = {"num_key_value_heads": heads}
     assert shard_shape("model.layers.0.self_attn.k_proj", (64, 32), config, 2) == (32, 32)
+
+
+def test_experts_that_vllm_cannot_load() -> None:
+    experts = {f"mlp.experts.{n}.{part}": (128, 128) for n in (0, 1) for part in ("w1", "w2", "w3")}
+    model = view(**experts)
+
+    def said(scheme: Scheme) -> str | None:
+        return refusal(VLLM, model, *[scheme] * len(experts))
+
+    first = "layers.0.mlp.experts.0.w1: vLLM runs"
+    assert said(preset("W4A8")) == f"{first} no experts in W4A8; try W4A16 or W8A8"
+    rows = preset("W3A16").with_group_size(-1)
+    assert said(rows) == f"{first} experts in W3A16 in groups alone: add --group-size 64"
+    for scheme in (preset("W3A16").with_group_size(64), preset("MXFP8"), preset("MXFP4AFP8")):
+        assert said(scheme) is None
+    assert refusal(VLLM, view(up=(128, 128)), preset("W4A8")) is None
