@@ -24,8 +24,8 @@ _SM90_ALONE = "the int4 and fp8 kernel of Cutlass is for sm90 alone"
 _MARLIN_STAY = "Marlin, inputs stay as they are"
 _MACHETE = "Machete or Humming"
 _HUMMING_STAY = "Humming, inputs stay as they are"
-_MXFP4_SM90 = "Humming, inputs are rounded to fp8 (--linear-backend marlin keeps them)"
-_MXFP4_SM100 = "FlashInfer fp4, inputs are rounded to MXFP4"
+_MXFP4_SM90 = "Humming, inputs are rounded"  # to fp8, a scale a token
+_MXFP4_SM100 = "FlashInfer fp4, inputs are rounded"  # to MXFP4
 
 # Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence,
 # devices. The CPU's int4 kernel and Cutlass need these multiples; Marlin pads to its tiles.
