@@ -13,6 +13,8 @@ NEWEST = "newest"
 
 #: What ``kernel`` says where inputs are not rounded although the scheme rounds them.
 INPUTS_STAY = "inputs stay as they are"
+#: What ``kernel`` says where inputs are rounded although the scheme rounds none, or rounds less.
+INPUTS_ROUNDED = "inputs are rounded"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Capability:
     def emulated(self) -> bool:
         """Whether the kernel multiplies with inputs that are not rounded, though the scheme is."""
         return self.served and INPUTS_STAY in self.kernel
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the kernel rounds inputs otherwise than the scheme says."""
+        return self.served and INPUTS_ROUNDED in self.kernel
 
 
 #: Rows by release, an engine's name and its version (``vLLM 0.26.0``), the newest of a name first.

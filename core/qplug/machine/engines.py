@@ -48,12 +48,14 @@ def find_engine(package: str, python: str | None = None) -> Installation:
     """Returns what is installed of the engine ``package``.
 
     It is looked for in ``python``, by default in the Python that the variable of the engine names,
-    else in the Python that runs.
+    else in the Python that runs. A variable with PATH after its name, ``QPLUG_VLLM_PYTHONPATH``,
+    says where that Python has packages.
     """
     named = python or os.environ.get(python_variable(package))
     distributions = DISTRIBUTIONS.get(package, (package,))
     if named is None:
         return Installation(first_version(distributions))
+    packages = os.environ.get(f"{python_variable(package)}PATH")
     try:
         done = subprocess.run(  # noqa: S603 - the user names it
             [named, "-c", _VERSION, *distributions],
@@ -61,6 +63,7 @@ def find_engine(package: str, python: str | None = None) -> Installation:
             text=True,
             check=True,
             timeout=_TIMEOUT,
+            env={**os.environ, **({"PYTHONPATH": packages} if packages else {})},
         )
     except (OSError, subprocess.SubprocessError):
         return Installation(None, named, runs=False)
