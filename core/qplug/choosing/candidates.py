@@ -26,7 +26,7 @@ def served_schemes(exporter: Exporter[Any]) -> list[Scheme]:
     Without an engine these are all presets.
     """
     engine, target = exporter.engine, exporter.target
-    rows = [] if engine is None else engine.capabilities(target.version)
+    rows = [] if engine is None else engine.capabilities()
     served = [row for row in rows if row.served]
     if not rows:
         found = [s for p in PRESETS.values() for s in _grouped(p, _GROUP_SIZES)]

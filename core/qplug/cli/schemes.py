@@ -111,7 +111,7 @@ def _is_of(row: Capability, scheme: Scheme | None) -> bool:
 def _rows(registry: Registry, name: str, version: str, gpu: str) -> list[Capability]:
     """The kernels of an engine version on ``gpu`` ("any": on all); [] if the backend has none."""
     engine = registry.exporters[name].engine
-    rows = engine.capabilities(version) if engine is not None else []
+    rows = engine.at(version).capabilities() if engine is not None else []
     return [row for row in rows if gpu in ("any", *row.devices)]
 
 

