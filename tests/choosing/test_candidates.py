@@ -39,7 +39,7 @@ MX = {"MXFP4A16", "MXFP4", "MXFP8"}
         ("vllm", "sm90", MANY | MX | {"W8A8", "W4AFP8", "NVFP4A16", "MXFP4AFP8"}),
         ("vllm", "any", MANY | MX | {"NVFP4A16"}),
         ("sglang", "any", INT4 | INT8 | {"FP8_DYNAMIC", "NVFP4A16"}),
-        ("gptq", "sm90", {name for name in INT4 if "ASYM" not in name} | INT8),
+        ("gptq", "H100", {name for name in INT4 if "ASYM" not in name} | INT8),
     ],
 )
 def test_what_the_tables_serve(backend: str, gpu: str, served: set[str]) -> None:

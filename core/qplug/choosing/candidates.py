@@ -31,7 +31,8 @@ def served_schemes(exporter: Exporter[Any]) -> list[Scheme]:
     if not rows:
         found = [s for p in PRESETS.values() for s in _grouped(p, _GROUP_SIZES)]
     else:
-        devices = {target.gpu} if target.gpu != "any" else _gpus(served)
+        asked = target.column.device
+        devices = {asked} if asked != "any" else _gpus(served)
         sizes: dict[str, list[set[int]]] = {}
         for name in dict.fromkeys(row.scheme for row in served):
             by_device = [
