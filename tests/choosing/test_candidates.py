@@ -18,26 +18,15 @@ from qplug.run.choose import scheme_text
 INT4 = {f"W4A16{zero} {size}" for zero in ("", "_ASYM") for size in ("g32", "g64", "g128", "row")}
 INT8 = {f"W8A16 {size}" for size in ("g32", "g64", "g128", "row")}
 FP8 = {"FP8_DYNAMIC", "FP8_BLOCK"}
-#: Integers that Humming runs, on every GPU.
-HUMMING = {
-    f"{name} {size}"
-    for name in (
-        "W8A16_ASYM",
-        *(f"W{bits}A16{zero}" for bits in (2, 3, 5, 6, 7) for zero in ("", "_ASYM")),
-    )
-    for size in ("g32", "g64", "g128", "row")
-}
-MANY = INT4 | INT8 | FP8 | HUMMING | {"W4A8"}
-MX = {"MXFP4A16", "MXFP4", "MXFP8"}
 
 
 @pytest.mark.parametrize(
     ("backend", "gpu", "served"),
     [
-        ("vllm", "cpu", INT4 | {"W4A8", "W8A8", "FP8_DYNAMIC"}),
-        ("vllm", "sm100", MANY | MX | {"NVFP4A16", "MXFP4AFP8"}),
-        ("vllm", "sm90", MANY | MX | {"W8A8", "W4AFP8", "NVFP4A16", "MXFP4AFP8"}),
-        ("vllm", "any", MANY | MX | {"NVFP4A16"}),
+        ("vllm", "cpu", INT4 | {"W8A8", "FP8_DYNAMIC"}),
+        ("vllm", "sm100", INT4 | INT8 | FP8 | {"NVFP4A16", "MXFP4A16"}),
+        ("vllm", "sm90", INT4 | INT8 | FP8 | {"W8A8", "W4AFP8", "NVFP4A16", "MXFP4A16"}),
+        ("vllm", "any", INT4 | INT8 | FP8 | {"NVFP4A16", "MXFP4A16"}),
         ("sglang", "any", INT4 | INT8 | {"FP8_DYNAMIC", "NVFP4A16"}),
         ("gptq", "H100", {name for name in INT4 if "ASYM" not in name} | INT8),
     ],
