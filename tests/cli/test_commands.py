@@ -346,7 +346,7 @@ def test_many_problems_are_not_all_listed(cli: Cli, demo: Path) -> None:
     edit_tensors(demo, lose)
     result = cli("verify", demo)
     lines = result.stdout.splitlines()
-    assert len(lines) == 23
+    assert len(lines) == 24
     assert lines[20] == f"... and {28 - 20} more problems"
     assert len(json.loads(cli("verify", demo, "--json").stdout)["problems"]) == 28
 
