@@ -22,7 +22,8 @@ def test_the_manifest_is_read_again_only_if_it_changed(
     monkeypatch.setattr(ownership, "read_json", lambda path: read.append(path) or reads(path))
 
     first = written_names(out)
-    assert first and "model.safetensors" in first
+    assert first
+    assert "model.safetensors" in first
     assert written_names(out) == first
     assert len(read) == 1
 
