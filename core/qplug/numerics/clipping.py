@@ -22,6 +22,7 @@ from qplug.numerics.losses import output_errors
 from qplug.numerics.rounding import nearest, quantize
 from qplug.numerics.scale_formats import SMALLEST
 from qplug.numerics.scales import global_scale_of, range_scale, weight_range
+from qplug.numerics.stored_scales import has_stored_steps, stored_candidates
 
 #: Weights in one step of the search.
 _CHUNK = 1 << 26
@@ -71,9 +72,17 @@ def _search(
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points ``[n, out, groups]`` of ``weight: [n, out, in]``."""
     low, high = weight_range(weight.flatten(0, 1), args)
-    largest = unclipped_ratio(args)
-    ratios = [largest - step * (largest - smallest) / steps for step in range(steps + 1)]
-    candidates = [range_scale(low * ratio, high * ratio, args, global_scale) for ratio in ratios]
+    if has_stored_steps(args):
+        peak = torch.maximum(-low, high)
+        candidates = [
+            (scale, None) for scale in stored_candidates(peak, args, global_scale, steps + 1)
+        ]
+    else:
+        largest = unclipped_ratio(args)
+        ratios = [largest - step * (largest - smallest) / steps for step in range(steps + 1)]
+        candidates = [
+            range_scale(low * ratio, high * ratio, args, global_scale) for ratio in ratios
+        ]
     scales = torch.stack([scale for scale, _ in candidates])
     zeros = None if args.symmetric else torch.stack([z for _, z in candidates if z is not None])
     errors = clip_errors(weight, scales, zeros, blocks, args)
