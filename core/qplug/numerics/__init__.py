@@ -47,7 +47,7 @@ from qplug.numerics.scales import (
     scale_of,
     weight_range,
 )
-from qplug.numerics.stored_scales import closest, search_scale
+from qplug.numerics.stored_scales import closest, search_scale, stored_candidates
 from qplug.numerics.straight_through import (
     fake_quantize,
     range_scale_with_gradients,
@@ -116,6 +116,7 @@ __all__ = [
     "search_scale",
     "side_by_side",
     "start_clips",
+    "stored_candidates",
     "stretched",
     "together",
     "unclipped_ratio",

@@ -32,8 +32,9 @@ def search_clip(linear: Linear, gram: Tensor, *, steps: int, smallest: float) ->
     """Set ``linear.scale`` and ``linear.zero`` to the range of least error, for each group.
 
     Candidates go from a range that clips nothing to ``smallest`` times the full one, in ``steps``
-    steps. ``gram: [in, in]``: the sum of ``xᵀx`` of the linear's input. If rows share a scale (FP8
-    blocks and tensors) nothing is set.
+    steps. Scales of NVFP4 and MXFP4 are chosen among the first ``steps + 1`` of
+    ``stored_candidates``, wider and narrower ones. ``gram: [in, in]``: the sum of ``xᵀx`` of the
+    linear's input. If rows share a scale (FP8 blocks and tensors) nothing is set.
     """
     search_clips([linear], gram[None], steps=steps, smallest=smallest)
 
@@ -72,11 +73,10 @@ def _search(
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points ``[n, out, groups]`` of ``weight: [n, out, in]``."""
     low, high = weight_range(weight.flatten(0, 1), args)
+    candidates: list[tuple[Tensor, Tensor | None]]
     if has_stored_steps(args):
-        peak = torch.maximum(-low, high)
-        candidates = [
-            (scale, None) for scale in stored_candidates(peak, args, global_scale, steps + 1)
-        ]
+        stored = stored_candidates(torch.maximum(-low, high), args, global_scale, steps + 1)
+        candidates = [(scale, None) for scale in stored]
     else:
         largest = unclipped_ratio(args)
         ratios = [largest - step * (largest - smallest) / steps for step in range(steps + 1)]
