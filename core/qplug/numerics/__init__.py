@@ -48,6 +48,7 @@ from qplug.numerics.scales import (
     scale_of,
     weight_range,
 )
+from qplug.numerics.stored_scales import closest, search_scale, stored_candidates
 from qplug.numerics.straight_through import (
     fake_quantize,
     range_scale_with_gradients,
@@ -69,6 +70,7 @@ __all__ = [
     "as_stored",
     "check_width",
     "clip_to_scale",
+    "closest",
     "code_dtype",
     "column_scales",
     "completed_experts",
@@ -113,8 +115,10 @@ __all__ = [
     "scaling_errors",
     "search_clip",
     "search_clips",
+    "search_scale",
     "side_by_side",
     "start_clips",
+    "stored_candidates",
     "stretched",
     "together",
     "unclipped_ratio",
