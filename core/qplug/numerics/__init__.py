@@ -34,6 +34,7 @@ from qplug.numerics.rounding import (
 from qplug.numerics.scale_formats import (
     as_stored,
     covering_global_scale,
+    covering_power,
     largest_code,
     power_of_two,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "completed_gram",
     "completed_grams",
     "covering_global_scale",
+    "covering_power",
     "dequantize",
     "fake_quantize",
     "fake_quantize_activations",
