@@ -32,7 +32,7 @@ def test_logits_and_gradients_are_those_of_the_whole_model(family: Family, name:
     passes = passes_of(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     seen: dict[str, Passed] = {}
-    passes.backwards(samples, lambda logits: logits.square().mean(), seen.__setitem__)
+    passes.backwards([samples], lambda _, logits: logits.square().mean(), seen.__setitem__)
     logits = model(TOKENS).logits
     torch.testing.assert_close(passes.logits(samples), logits.detach(), atol=1e-4, rtol=1e-4)
     logits.square().mean().backward()

@@ -31,7 +31,7 @@ from qplug.numerics.rounding import round_to_nearest
 #: The estimated divergence, in nats a token, by decision and scheme; None stands for float weights.
 Losses = Mapping[Decision, Mapping["Scheme | None", float]]
 
-#: Called with the decisions or batches that are done, and with all of them.
+#: Called with the decisions or reads of blocks that are done, and with all of them.
 Watch = Callable[[int, int], None]
 
 #: Variants of a block that pass through the later blocks together, in tokens.
@@ -61,14 +61,12 @@ def fisher(
             if scheme is not None:
                 losses[decision][scheme] += _half_square(passed, scheme)
 
-    for number, batch in enumerate(batches):
-        passes.backwards(batch, partial(_own_loss, batch, generator), visit)
-        watch(number + 1, len(batches))
+    passes.backwards(batches, partial(_own_loss, generator), visit, watch)
     tokens = max(1, samples.count)
     return {d: {s: loss / tokens for s, loss in each.items()} for d, each in losses.items()}
 
 
-def _own_loss(samples: Samples, generator: torch.Generator, logits: Tensor) -> Tensor:
+def _own_loss(generator: torch.Generator, samples: Samples, logits: Tensor) -> Tensor:
     """The sum of the losses of tokens that the model itself predicts, drawn from ``logits``."""
     predicted = logits.log_softmax(-1)
     with torch.no_grad():
