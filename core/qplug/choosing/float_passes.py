@@ -130,11 +130,11 @@ class FloatPasses:
     ) -> None:
         """Calls ``visit`` with what went through each linear, by full name, the last block first.
 
-        ``loss`` makes a number of a batch and its logits ``[samples, length, vocabulary]``. ``visit``
-        is called for each batch; a linear through which nothing went is left out. Each block is read
-        twice, or twice for each part of the batches if the host has not the memory for all.
-        ``watch`` is called with the reads that are done, and with all of them. Raises QplugError if
-        the model does not call its blocks one after another.
+        ``loss`` makes a number of a batch and its logits ``[samples, length, vocabulary]``.
+        ``visit`` is called for each batch; a linear through which nothing went is left out. Each
+        block is read twice, or twice for each part of the batches if the host has not the memory
+        for all. ``watch`` is called with the reads that are done, and with all of them. Raises
+        QplugError if the model does not call its blocks one after another.
         """
         parts = self._parts(batches)
         done, total = count(1), 2 * len(self.blocks) * len(parts)
