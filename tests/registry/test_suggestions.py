@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import pytest
 
 from qplug import Suggestion, hookimpl, preset
+from qplug.planning.measured import LOSSES
 from qplug.registry.registry import Registry
 from qplug.registry.suggestions import better_algorithm, suggestions, usual_algorithm
 
@@ -34,8 +35,10 @@ def test_the_usual_algorithm_of_a_scheme(scheme: str, algorithm: str) -> None:
 
 def test_four_bit_floats_have_one_usual_algorithm() -> None:
     registry = Registry.installed()
-    found = {usual_algorithm(preset(n), registry) for n in ("NVFP4", "NVFP4A16", "MXFP4A16")}
-    assert len(found) == 1
+    names = ("NVFP4", "NVFP4A16", "MXFP4A16")
+    assert {usual_algorithm(preset(name), registry) for name in names} == {"gptq"}
+    measured = {LOSSES[name].algorithm for name in names[1:]}  # which a plan proposes
+    assert measured == {"gptq"}
 
 
 def test_a_plugin_can_suggest_a_better_one() -> None:
