@@ -129,3 +129,18 @@ def test_names_that_engines_build_float_in_every_model(name: str) -> None:
 def test_linears_of_other_names_are_not_in_the_table() -> None:
     parts = ["mlp.gate_proj", "self_attn.wq_b", "linear_attn.in_proj_qkv", "mixer.in_proj"]
     assert not built_float([f"model.layers.0.{part}" for part in parts], {"model_type": "llama"})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("gpt_bigcode", "transformer.h.0.attn.c_attn"),
+        ("falcon_h1", "model.layers.0.mamba.in_proj"),
+        ("afmoe", "model.layers.1.mlp.experts.0.up_proj"),
+        ("olmo", "model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_what_sglang_alone_builds_float(model_type: str, name: str) -> None:
+    found = built_float([name], {"model_type": model_type})
+    assert found[name].engines == ("SGLang",)
+    assert not built_float([name], {"model_type": "llama"})

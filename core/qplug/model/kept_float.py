@@ -188,6 +188,33 @@ KEPT_FLOAT = (
         ),
     ),
     KeptFloat(
+        ("*.attn.c_attn",),
+        ("gpt_bigcode",),
+        BuiltFloat(
+            "the engine reads the scales of keys and values from the rows of the queries",
+            ("SGLang",),
+            "load_weights in SGLang 0.5.16 and 0.5.23, models/gpt_bigcode.py: served, and wrong",
+        ),
+    ),
+    KeptFloat(
+        ("*.mamba.in_proj", "*.mamba.out_proj"),
+        ("falcon_h1",),
+        BuiltFloat(
+            "Mamba layers of Falcon-H1 take no quantization",
+            ("SGLang",),
+            "no quant_config in SGLang 0.5.16 and 0.5.23, models/falcon_h1.py",
+        ),
+    ),
+    KeptFloat(
+        ("*.mlp.experts.*",),
+        ("afmoe", "deepseek", "xverse_moe"),
+        BuiltFloat(
+            "the engine joins the float weights of experts, which codes do not have",
+            ("SGLang",),
+            "pack_params in SGLang 0.5.16 and 0.5.23, models/afmoe.py and models/deepseek.py",
+        ),
+    ),
+    KeptFloat(
         ("*.eh_proj", "*mtp.fc"),
         (),
         BuiltFloat(
