@@ -72,6 +72,18 @@ def cli() -> Callable[..., Result]:
     return run
 
 
+# --- engines on this machine ----------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No engine is installed but for tests of engines: rules are those of the newest version."""
+    if not any(request.node.get_closest_marker(mark) for mark in ("engine", "gpu")):
+        monkeypatch.setattr("qplug.machine.engines.first_version", lambda distributions: None)
+        for name in ("QPLUG_VLLM_PYTHON", "QPLUG_SGLANG_PYTHON"):
+            monkeypatch.delenv(name, raising=False)
+
+
 # --- the CPU of the host --------------------------------------------------------------------------
 
 #: The features of the CPU that tests see: all that vLLM's kernels for CPUs are known to ask for.

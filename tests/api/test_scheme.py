@@ -36,8 +36,8 @@ def test_what_is_no_scheme_is_refused(name: str) -> None:
 
 def test_what_no_engine_serves_is_refused_by_them_and_measured_by_fake(tmp_path: Path) -> None:
     for backend in ("vllm", "sglang", "compressed-tensors"):
-        with pytest.raises(QplugError, match="no layout for W3A16"):
-            qplug.quantize("qplug:demo", tmp_path / backend, scheme="W3A16", backend=backend)
+        with pytest.raises(QplugError, match="no layout for W6A6"):
+            qplug.quantize("qplug:demo", tmp_path / backend, scheme="W6A6", backend=backend)
     perplexities = {}
     for scheme in ("W8A16", "W3A16", "W2A16", "W6A6", "W4A4"):
         out = tmp_path / scheme

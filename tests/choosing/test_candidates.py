@@ -27,8 +27,8 @@ FP8 = {"FP8_DYNAMIC", "FP8_BLOCK"}
         ("vllm", "sm100", INT4 | INT8 | FP8 | {"NVFP4A16", "MXFP4A16"}),
         ("vllm", "sm90", INT4 | INT8 | FP8 | {"W8A8", "W4AFP8", "NVFP4A16", "MXFP4A16"}),
         ("vllm", "any", INT4 | INT8 | FP8 | {"NVFP4A16", "MXFP4A16"}),
-        ("sglang", "any", INT4 | INT8),
-        ("gptq", "sm90", {name for name in INT4 if "ASYM" not in name} | INT8),
+        ("sglang", "any", INT4 | INT8 | {"FP8_DYNAMIC", "NVFP4A16"}),
+        ("gptq", "H100", {name for name in INT4 if "ASYM" not in name} | INT8),
     ],
 )
 def test_what_the_tables_serve(backend: str, gpu: str, served: set[str]) -> None:
@@ -36,13 +36,12 @@ def test_what_the_tables_serve(backend: str, gpu: str, served: set[str]) -> None
     assert set(map(scheme_text, served_schemes(exporter))) == served
 
 
-def ways_of(folder: Path, backend: str, gpu: str) -> list[set[str]]:
+def ways_of(folder: Path, backend: str, gpu: str, **options: str) -> list[set[str]]:
     """The names of schemes that may be mixed, one set for each way."""
     view = model_view(open_checkpoint(folder))
-    exporter = Registry.installed().exporters.make(backend, {"gpu": gpu})
+    exporter = Registry.installed().exporters.make(backend, {"gpu": gpu, **options})
     found = decisions([name for name in view.linears if name in view.quantizable], exporter)
-    options = candidates(found, served_schemes(exporter), view, exporter, {})
-    ways = families(options, view, exporter)
+    ways = families(candidates(found, served_schemes(exporter), view, exporter, {}), view, exporter)
     return [{s.name for each in way.values() for s in each if s is not None} for way in ways]
 
 
@@ -51,8 +50,13 @@ def test_vllm_takes_all_in_one_folder() -> None:
     assert {"W4A16", "W8A16", "W8A8", "FP8_DYNAMIC", "MXFP4A16"} <= way
 
 
-def test_sglang_takes_one_format_in_a_folder() -> None:
-    ways = ways_of(find_model("qplug:demo"), "sglang", "sm90")
+def test_sglang_takes_all_in_one_folder() -> None:
+    (way,) = ways_of(find_model("qplug:demo"), "sglang", "sm90")
+    assert {"W4A16", "W8A16", "W8A8", "FP8_DYNAMIC", "NVFP4A16"} <= way
+
+
+def test_an_old_sglang_takes_one_format_in_a_folder() -> None:
+    ways = ways_of(find_model("qplug:demo"), "sglang", "sm90", engine="0.5.16")
     assert {"W4A16", "W4A16_ASYM", "W8A16"} in ways
     assert {"W8A8"} in ways
     assert {"FP8_DYNAMIC", "FP8_BLOCK"} in ways

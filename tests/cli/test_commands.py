@@ -194,8 +194,9 @@ def test_verify(cli: Cli, demo: Path, contents: Contents) -> None:
     before = contents(demo)
     result = cli("verify", demo)
     assert (result.exit_code, result.stderr) == (0, "")
-    first, second = result.stdout.splitlines()
+    first, rules, second = result.stdout.splitlines()
     assert first == "sound: 28 quantized layers, as sglang loads them"
+    assert rules == "rules of SGLang 0.5.23: the newest that qplug knows"
     assert second.startswith("relative error against qplug:demo: mean 0.11")
     assert contents(demo) == before
 
@@ -205,18 +206,32 @@ def test_verify_json(cli: Cli, demo: Path) -> None:
     assert told["ok"] is True
     assert (told["folder"], told["backend"], told["against"]) == (str(demo), "sglang", "qplug:demo")
     assert (told["linears"], told["problems"], len(told["errors"])) == (28, [], 28)
+    assert told["engine"] is None
+    assert told["rules"] == "rules of SGLang 0.5.23: the newest that qplug knows"
 
 
 def test_verify_by_other_rules(cli: Cli, demo: Path) -> None:
     told = cli("verify", demo, "--backend", "vllm").stdout
-    assert told.startswith("sound: 28 quantized layers, as vllm loads them\n")
+    assert told.startswith("sound: 28 quantized layers, as vllm loads them\nrules of vLLM 0.33.0: ")
+
+
+def test_verify_by_the_rules_of_a_version(cli: Cli, demo: Path) -> None:
+    told = cli("verify", demo, "--engine-version", "0.5.16").stdout
+    assert told.splitlines()[1] == "rules of SGLang 0.5.16: asked for"
+    unknown = cli("verify", demo, "--engine-version", "0.4")
+    assert (unknown.exit_code, unknown.stdout) == (1, "")
+    assert unknown.stderr == (
+        "Error: no table for version '0.4' of the engine; there are: SGLang 0.5.23, SGLang 0.5.16\n"
+    )
+    bare = cli("verify", demo, "--backend", "compressed-tensors", "--engine-version", "0.5")
+    assert "the engine of compressed-tensors has no versions to choose from" in bare.stderr
 
 
 def test_verify_without_the_float_model(cli: Cli, demo: Path, tmp_path: Path) -> None:
     edit_json(demo / "qplug.json", lambda told: told.update(model=str(tmp_path / "gone")))
     result = cli("verify", demo)
     assert result.exit_code == 0
-    assert result.stdout.splitlines()[1].startswith("not compared: ")
+    assert result.stdout.splitlines()[2].startswith("not compared: ")
     against = cli("verify", demo, "--against", "qplug:demo")
     assert "relative error against qplug:demo" in against.stdout
     assert cli("verify", demo, "--against", tmp_path / "gone").exit_code == 1
@@ -331,7 +346,7 @@ def test_many_problems_are_not_all_listed(cli: Cli, demo: Path) -> None:
     edit_tensors(demo, lose)
     result = cli("verify", demo)
     lines = result.stdout.splitlines()
-    assert len(lines) == 23
+    assert len(lines) == 24
     assert lines[20] == f"... and {28 - 20} more problems"
     assert len(json.loads(cli("verify", demo, "--json").stdout)["problems"]) == 28
 
@@ -406,7 +421,7 @@ def test_one_scheme(cli: Cli) -> None:
     wrong = cli("schemes", "W4A61")
     assert (wrong.exit_code, wrong.stdout) == (1, "")
     assert "Did you mean 'W4A16'?" in wrong.stderr
-    assert "no engine serves it; measure it with" in cli("schemes", "W3A16").stderr
+    assert "no engine serves it; measure it with" in cli("schemes", "W4A4").stderr
     told = json.loads(cli("schemes", "FP8", "--json").stdout)["backends"]
     assert {row["scheme"] for rows in told.values() for row in rows} == {"FP8"}
 
@@ -445,12 +460,12 @@ def test_schemes_on_one_device(cli: Cli) -> None:
 def test_schemes_of_one_release(cli: Cli) -> None:
     words = ("schemes", "--backend", "vllm", "--json", "--engine-version")
     rows = json.loads(cli(*words, "0.26").stdout)["backends"]["vllm"]
-    assert {row["engine"] for row in rows} == {"vLLM 0.26"}
+    assert {row["engine"] for row in rows} == {"vLLM 0.26.0"}
     newest = json.loads(cli(*words[:-1]).stdout)["backends"]["vllm"]
-    assert {row["engine"] for row in newest} == {"vLLM 0.26", "vLLM 0.32"}  # one for CPUs alone
-    assert (
-        "no table for version '0.1'; there are: vLLM 0.32, vLLM 0.26" in cli(*words, "0.1").stderr
-    )
+    assert {row["engine"] for row in newest} == {"vLLM 0.33.0", "vLLM 0.32.0"}  # one for CPUs
+    known = "vLLM 0.33.0, vLLM 0.32.0, vLLM 0.26.0"
+    sentence = f"no table for version '0.1' of the engine; there are: {known}"
+    assert sentence in cli(*words, "0.1").stderr
     assert "name its backend with --backend" in cli("schemes", "--engine-version", "0.26").stderr
 
 
@@ -463,8 +478,8 @@ def test_schemes_that_take_a_model_in_parts(cli: Cli) -> None:
     assert whole["FP8_BLOCK"] is None
     assert parts["W4A16"] is None
     assert parts["FP8_BLOCK"] == (
-        "not this model: model.layers.0.self_attn.k_proj: Triton fp8 needs out_features in "
-        "multiples of 128, not 64 in each of 2 processes"
+        "not this model: model.layers.0.self_attn.k_proj: Triton or DeepGEMM fp8 needs "
+        "out_features in multiples of 128, not 64 in each of 2 processes"
     )
     text = cli(*words[:-1], "--tp", 2).stdout
     assert "takes the model" in text

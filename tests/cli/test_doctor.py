@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from qplug.cli import health
 from qplug.cli.health import Finding, hub_findings, machine_findings, plugin_findings
 from qplug.cli.main import main
+from qplug.machine import engines
 from qplug.machine.gpus import Gpu
 from qplug.registry.plugin import Plugin
 from qplug.registry.registry import Registry
@@ -34,7 +35,7 @@ def quiet_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine without GPUs, engines and a token, which does not ask the Hub."""
     monkeypatch.setattr(health, "installed_gpus", lambda: [])
     monkeypatch.setattr(health, "available_memory", lambda: 32 * 10**9)
-    monkeypatch.setattr(health, "_first_version", lambda packages: None)
+    monkeypatch.setattr(engines, "first_version", lambda names: None)
     for name in ("QPLUG_VLLM_PYTHON", "QPLUG_SGLANG_PYTHON", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     for name in ("HF_TOKEN_PATH", "HF_ENDPOINT"):
@@ -146,12 +147,12 @@ def test_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_engine_of_another_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "_ENGINES", {"vllm": ("no-such-package", "click")})
+    monkeypatch.setitem(engines.DISTRIBUTIONS, "vllm", ("no-such-package", "click"))
     monkeypatch.setenv("QPLUG_VLLM_PYTHON", sys.executable)
     (finding,) = found("vllm")
     assert finding.state == "ok"
     assert finding.text.endswith(f" for QPLUG_VLLM_PYTHON={sys.executable}")
-    monkeypatch.setattr(health, "_ENGINES", {"vllm": ("no-such-package",)})
+    monkeypatch.setitem(engines.DISTRIBUTIONS, "vllm", ("no-such-package",))
     (finding,) = found("vllm")
     assert (finding.state, finding.text[:16]) == ("warning", "is not installed")
     monkeypatch.setenv("QPLUG_VLLM_PYTHON", "/no/such/python")
@@ -161,7 +162,7 @@ def test_an_engine_of_another_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_engine_in_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "_first_version", lambda packages: "0.32.0")
+    monkeypatch.setattr(engines, "first_version", lambda names: "0.32.0")
     assert found("vllm") == [Finding("vllm", "ok", "0.32.0 in this environment")]
 
 

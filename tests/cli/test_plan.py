@@ -130,7 +130,7 @@ def test_where_nothing_was_measured(cli: Cli, small: Path, monkeypatch: pytest.M
     text = cli("plan", small, "--gpu", "H100", "--for", "size").stdout
     first = text.partition("for size")[2].partition("for latency")[0]
     assert "loss   not measured: compare both models with qplug eval" in first
-    assert "--algo gptq --scheme W4A16 " in first
+    assert "--algo gptq --scheme W2A16 " in first
 
 
 def test_speeds_where_they_were_measured(cli: Cli, small: Path) -> None:

@@ -122,7 +122,9 @@ def parse(command: click.Command, name: str, words: list[str]) -> None:
 #: Options of other programs, which pages name.
 OF_OTHERS = {
     *("--again", "--only", "--run", "--jobs", "--engine"),  # of the zoo of tests
+    *("--diff", "--record"),  # of tools/engine_anchors.py
     "--kv-cache-dtype",
+    "--linear-backend",
     "--tp",
     "--strict",
     "--help",

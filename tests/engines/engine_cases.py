@@ -9,8 +9,10 @@ import os
 import re
 from dataclasses import dataclass, replace
 
-from qplug import PRESETS, Capability
+from qplug import PRESETS, Capability, Engine
+from qplug.reading.engine_version import choose_version
 from qplug.registry.registry import Registry
+from qplug_compressed_tensors.engine import CompressedTensorsLoader
 from qplug_vllm.cpu import FP8_CACHE, SATURATES, Flaw, refused_on_cpu
 from qplug_vllm.cpu import flaws_on_cpu as flaws_of_scheme
 
@@ -62,9 +64,15 @@ def served_schemes() -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
+def engine_of(backend: str) -> Engine | None:
+    """The engine of the backend, in the version that is installed, else in the newest."""
+    engine = Registry.installed(only_shipped=True).exporters[backend].engine
+    return None if engine is None else engine.at(choose_version(engine, backend).version)
+
+
 def _table(backend: str) -> list[Capability]:
     """What the engine of the backend serves, and what it does not."""
-    engine = Registry.installed(only_shipped=True).exporters[backend].engine
+    engine = engine_of(backend)
     return [] if engine is None else engine.capabilities()
 
 
@@ -78,12 +86,25 @@ def engines_of(case: Case) -> set[str]:
     }
 
 
-def inputs_stay(case: Case) -> bool:
-    """Whether the kernels for it on an H100 compute with float inputs whatever the scheme says."""
+def inputs_stay(case: Case, *, on_cpu: bool) -> bool:
+    """Whether kernels compute ``case`` with float inputs whatever the scheme says.
+
+    They are those of a CPU, or of an H100.
+    """
+    device = "cpu" if on_cpu else "sm90"
     table = _table(case.backend)
     return any(
         "inputs stay as they are" in row.kernel
         for row in table
+        if row.scheme == case.scheme and device in row.devices
+    )
+
+
+def inputs_are_rounded(case: Case) -> bool:
+    """Whether a kernel for it on an H100 rounds inputs that the scheme leaves as they are."""
+    return any(
+        row.rounds_inputs
+        for row in _table(case.backend)
         if row.scheme == case.scheme and "sm90" in row.devices
     )
 
@@ -122,6 +143,8 @@ def variants() -> list[Case]:
         Case("W8A8", "quarot+gptq"),
         Case("W4A16", model="qwen2"),
         Case("W4A16", group_size=64, model="qwen3-moe"),
+        Case("W3A16", "gptq"),
+        Case("MXFP8", "awq+gptq"),
         Case("W4A16", model="qwen3-moe", ignore=("*.experts.*",)),
     ]
 
@@ -145,12 +168,33 @@ def cases_for_gpus() -> list[Case]:
         *(replace(case, backend="sglang") for case in variants() if case.kv_cache is None),
         *(Case("W8A16", group_size=-1, backend=backend) for backend in ("vllm", "sglang")),
         *(Case("FP8_DYNAMIC", model="qwen3-moe", backend=name) for name in ("vllm", "sglang")),
-        Case("W8A8", model="qwen3-moe"),
+        *(Case(scheme, model="qwen3-moe") for scheme in ("W8A8", "MXFP8", "MXFP4", "MXFP4AFP8")),
+        *(Case(f"W{bits}A16", group_size=64, model="qwen3-moe") for bits in (2, 3, 5, 6, 7)),
+        *(Case(f"W{bits}A16", group_size=size) for bits in (2, 3) for size in (32, 64, -1)),
+        Case("W4A8", group_size=-1),
         *(Case("W4A16", override=("*.down_proj", "W8A16"), backend=b) for b in ("vllm", "sglang")),
         Case("W4A16", override=("*.mlp.*", "W8A8")),
         Case("W4A16", model="qwen2", override=("lm_head", "W8A16")),
         Case("FP8", kv_cache="fp8"),
+        *_read_by_the_loader("sglang"),
         *larger_cases(("W4A16", "W4A16_ASYM", "W8A8", "FP8", "FP8_DYNAMIC", "NVFP4")),
+    ]
+
+
+def _read_by_the_loader(backend: str) -> list[Case]:
+    """What the loader of the installed version reads, and those of older versions do not."""
+    engine = engine_of(backend)
+    assert isinstance(engine, CompressedTensorsLoader)
+    mixed = [Case("W4A16", backend=backend, override=("*.mlp.*", "W8A8"))]
+    head = [
+        Case("W4A16", model="qwen2", backend=backend, override=("lm_head", scheme))
+        for scheme in ("W8A16", "W8A8", "FP8_DYNAMIC")
+    ]
+    cache = [Case(scheme, backend=backend, kv_cache="fp8") for scheme in ("W8A8", "FP8", "NVFP4")]
+    return [
+        *(mixed if engine.loader.own_formats else []),
+        *(head if engine.loader.heads else []),
+        *(cache if engine.loader.caches else []),
     ]
 
 

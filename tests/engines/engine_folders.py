@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import Case
+from engine_cases import Case, engine_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qplug
 from qplug import QuantArgs
+from qplug.api.capability import NEWEST
 from qplug.model import kv_cache
 
 #: How many processes quantize and read.
@@ -58,6 +59,12 @@ def write_all(
             yield started[ready], found
 
 
+def version_of(backend: str) -> dict[str, str]:
+    """The option for the version of the engine that is installed; none for the newest."""
+    engine = engine_of(backend)
+    return {} if engine is None or engine.version == NEWEST else {"engine": engine.version}
+
+
 def write(case: Case, model: Path, prompts: list[list[int]], out: Path) -> Written:
     """Quantize ``model``, and read what was written."""
     folder = qplug.quantize(
@@ -67,6 +74,7 @@ def write(case: Case, model: Path, prompts: list[list[int]], out: Path) -> Writt
         scheme=case.scheme,
         group_size=case.group_size,
         backend=case.backend,
+        backend_options=version_of(case.backend),
         kv_cache=case.kv_cache,
         ignore=case.ignore,
         overrides=dict([case.override] if case.override else []),

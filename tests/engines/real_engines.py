@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from engine_cases import Case, engines_of, left_out_on_cpu
+from engine_cases import Case, engine_of, engines_of, left_out_on_cpu
 from engine_processes import EnginePool, Launch
 
 from qplug.checkpoint.open import read_json
-from qplug.registry.registry import Registry
 from qplug_vllm.cpu import cpu_flags
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ class RealEngine:
 
     def options_for(self, folder: Path) -> dict[str, Any]:
         """What ``qplug serve`` passes for ``folder`` on the command line, for the class."""
-        engine = Registry.installed(only_shipped=True).exporters[self.name].engine
+        engine = engine_of(self.name)
         assert engine is not None
         arguments = engine.serve_arguments(read_json(folder / "config.json"))
         named = [self.flags.get(word, word.removeprefix("--")) for word in arguments[::2]]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from engine_cases import Case, flaws_on_cpu, inputs_stay
+from engine_cases import Case, flaws_on_cpu, inputs_are_rounded, inputs_stay
 from engine_folders import TOKENS, WINDOWS, Written, read, with_inputs_per_token, write_all
 from engine_models import write_models
 from real_engines import SGLANG_ON_GPU, VLLM_ON_CPU, VLLM_ON_GPU, RealEngine
@@ -158,7 +158,8 @@ def in_float32(case: Case, engine: RealEngine) -> bool:
     """Whether ``case`` is served in float32 too, to see how activations are rounded."""
     plain = case.algo == "rtn" and case.backend == "vllm" and case.model == "demo"
     exact = engine.on_cpu and SATURATES not in flaws_on_cpu(case, cpu_flags())
-    return exact and plain and case.rounds_activations
+    rounds = case.rounds_activations and not inputs_stay(case, on_cpu=engine.on_cpu)
+    return exact and plain and rounds
 
 
 def cuts_cache(case: Case, engine: RealEngine) -> bool:
@@ -201,7 +202,7 @@ def test_what_is_served(
     expected, answer = served.expected(case), served.answer(case)
     logprobs, plain = torch.tensor(answer["logprobs"]), torch.tensor(expected.logprobs)
     flaws = flaws_on_cpu(case, cpu_flags()) if engine.on_cpu else []
-    unrounded = not engine.on_cpu and inputs_stay(case)
+    unrounded = inputs_stay(case, on_cpu=engine.on_cpu)
     evaluated = perplexity(plain) if unrounded else expected.perplexity
     rounding = expected.rounding
     notes = {
@@ -209,7 +210,10 @@ def test_what_is_served(
         "inputs stay as they are, also for the perplexity it is held to": unrounded,
     }
     found = {"difference": difference(logprobs, plain), "perplexity": perplexity(logprobs)}
-    limit = WITH_ACTIVATIONS if case.rounds_activations else WEIGHTS_ONLY
+    rounded_anyway = not engine.on_cpu and inputs_are_rounded(case)
+    notes["inputs are rounded, though the scheme rounds none"] = rounded_anyway
+    rounds = case.rounds_activations or rounded_anyway
+    limit = WITH_ACTIVATIONS if rounds else WEIGHTS_ONLY
     if SATURATES in flaws:
         limit *= 2  # a wrong scale or layout still gives a multiple
     if PER_TOKEN in flaws:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import qplug
-from qplug import Exporter, Format, QplugError
+from qplug import Exporter, Format, ModelView, QplugError
 from qplug.api.scheme import CACHES
 from qplug.calibration.samples import Samples
 from qplug.checkpoint.open import open_checkpoint
@@ -204,10 +204,11 @@ def test_the_rounding_is_the_textbook_s(
 
 def test_an_exporter_that_says_nothing_stores_none() -> None:
     registry = Registry.installed()
-    storing = {"compressed-tensors", "vllm", "fake"}
+    storing = {"compressed-tensors", "vllm", "sglang", "fake"}
+    model = ModelView({}, "bfloat16", {}, frozenset(), (), None)
     for name in registry.exporters:
         exporter: Exporter[Any] = registry.exporters[name](registry.exporters[name].Params())
-        assert (exporter.refuses_cache(FP8) is None) == (name in storing), name
+        assert (exporter.refuses_cache(FP8, model) is None) == (name in storing), name
     assert "no place" in str(Format.refuses_cache(None, FP8))  # type: ignore[arg-type]
 
 

@@ -178,8 +178,8 @@ def test_verify_against(cli: Cli, folder: Callable[..., Path], words: Any) -> No
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0] == "sound: 28 quantized layers, as sglang loads them"
-    assert lines[2].startswith("computes alike: on 48 tokens, KL divergence 0.0")
-    assert [line.split(":")[0].split(".")[:2] for line in lines[3:]] == [["  model", "layers"]] * 3
+    assert lines[3].startswith("computes alike: on 48 tokens, KL divergence 0.0")
+    assert [line.split(":")[0].split(".")[:2] for line in lines[4:]] == [["  model", "layers"]] * 3
 
 
 def test_verify_against_ends_with_1_past_a_threshold(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -13,6 +13,8 @@ NEWEST = "newest"
 
 #: What ``kernel`` says where inputs are not rounded although the scheme rounds them.
 INPUTS_STAY = "inputs stay as they are"
+#: What ``kernel`` says where inputs are rounded although the scheme rounds none, or rounds less.
+INPUTS_ROUNDED = "inputs are rounded"
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Capability:
     has none to choose. ``out_multiple``, ``in_multiple``: what the sides of a weight, or of each
     process's part of it, must divide by. ``evidence``: ``run`` and where and when, or ``not
     run`` and what it was read from. ``devices``: names of ``qplug.DEVICES``. ``engine``: the
-    release (``vLLM 0.26``), which ``rows_of`` fills in.
+    release (``vLLM 0.26.0``), which ``rows_of`` fills in.
     """
 
     scheme: str
@@ -42,9 +44,31 @@ class Capability:
         """Whether the kernel multiplies with inputs that are not rounded, though the scheme is."""
         return self.served and INPUTS_STAY in self.kernel
 
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether the kernel rounds inputs otherwise than the scheme says."""
+        return self.served and INPUTS_ROUNDED in self.kernel
 
-#: Rows by release, an engine's name and its version (``vLLM 0.26``), the newest of a name first.
+
+#: Rows by release, an engine's name and its version (``vLLM 0.26.0``), the newest of a name first.
 Releases: TypeAlias = Mapping[str, Sequence[Capability]]
+
+
+def releases_at(releases: Collection[str], version: str = NEWEST) -> dict[str, list[str]]:
+    """The releases up to ``version``, the newest first, by the name of the engine.
+
+    ``version`` is the number of a release, or the beginning of numbers (``0.26``), of which the
+    newest counts. Engines without such a release are left out. Raises QplugError if all are.
+    """
+    found: dict[str, list[str]] = {}
+    for release in releases:
+        name, number = _name_and_version(release)
+        if name in found or version in (NEWEST, number) or number.startswith(f"{version}."):
+            found.setdefault(name, []).append(release)
+    if not found and version != NEWEST:
+        known = ", ".join(releases) or "none"
+        raise QplugError(f"no table for version {version!r} of the engine; there are: {known}")
+    return found
 
 
 def rows_of(releases: Releases, version: str = NEWEST) -> list[Capability]:
@@ -54,22 +78,19 @@ def rows_of(releases: Releases, version: str = NEWEST) -> list[Capability]:
     together, those for CPUs last. Raises QplugError if no release has this version.
     """
     rows: list[Capability] = []
-    known: dict[str, set[tuple[str, str]]] = {}
-    for release, table in releases.items():
-        name, number = _name_and_version(release)
-        if name not in known and version not in (NEWEST, number):
-            continue  # newer than the version
-        covered = known.setdefault(name, set())
-        left = [(row, [cell for cell in _cells(row) if cell not in covered]) for row in table]
-        for row, cells in left:
-            devices = tuple(device for _, device in cells if device)
-            if cells:
-                rows.append(replace(row, devices=devices, engine=release))
-            covered.update(cells)
-    if releases and not known:
-        raise QplugError(f"no table for version {version!r}; there are: {', '.join(releases)}")
+    held = releases_at(releases, version)
+    for names in held.values():
+        covered: set[tuple[str, str]] = set()
+        for release in names:
+            table = releases[release]
+            left = [(row, [cell for cell in _cells(row) if cell not in covered]) for row in table]
+            for row, cells in left:
+                devices = tuple(device for _, device in cells if device)
+                if cells:
+                    rows.append(replace(row, devices=devices, engine=release))
+                covered.update(cells)
     schemes = list(dict.fromkeys(row.scheme for row in rows))
-    names = list(known)
+    names = list(held)
 
     def place(row: Capability) -> tuple[int, int, bool]:
         name = names.index(_name_and_version(row.engine)[0])
@@ -79,7 +100,7 @@ def rows_of(releases: Releases, version: str = NEWEST) -> list[Capability]:
 
 
 def _name_and_version(release: str) -> tuple[str, str]:
-    """``vLLM 0.26`` as its two parts; the version is empty if there is none."""
+    """``vLLM 0.26.0`` as its two parts; the version is empty if there is none."""
     name, _, version = release.rpartition(" ")
     return (name, version) if name else (release, "")
 

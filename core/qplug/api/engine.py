@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qplug.api.capability import NEWEST, Capability, Releases, rows_of
+from qplug.api.capability import NEWEST, Capability, Releases, releases_at, rows_of
 from qplug.api.format import Format
 from qplug.api.layout import Problem, kernel_problems
 from qplug.api.limits import Target, beyond_limits, too_narrow
@@ -17,6 +18,7 @@ from qplug.api.tensors import Checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,15 @@ class Engine:
     """What loads folders: the limits of its kernels and of its loader, and how it is started.
 
     An engine is a constant, as a format is. Its methods are given the format that an exporter
-    names beside it, so that one engine can load several.
+    names beside it, so that one engine can load several. What it loads depends on its version:
+    ``at`` returns the engine as it is in another one.
     """
 
-    #: What each release runs. A release (``vLLM 0.26``) is a name and a version; several stand side
-    #: by side, the newest first. Empty: nothing is known, and no kernel sets limits.
+    #: What each release runs. A release (``vLLM 0.26.0``) is a name and a version; several stand
+    #: side by side, the newest first. Empty: nothing is known, and no kernel sets limits.
     releases: ClassVar[Releases] = {}
+    #: The version whose table and rules hold; ``at`` returns an engine with another one.
+    version: str = NEWEST
     #: The command that serves a folder, for the model card; ``{}`` stands for the folder.
     serve_command: ClassVar[str | None] = None
     #: How ``qplug serve`` starts the engine; None if qplug cannot.
@@ -59,20 +64,36 @@ class Engine:
         """The names of the servers that load folders, as in ``BuiltFloat``: those of releases."""
         return frozenset(release.partition(" ")[0] for release in self.releases)
 
-    def capabilities(self, version: str = NEWEST) -> list[Capability]:
-        """What ``version`` serves and what it does not, with the release in ``engine``.
+    @property
+    def held(self) -> dict[str, list[str]]:
+        """The releases that count, the newest first, by the engine's name: see ``releases_at``."""
+        return releases_at(self.releases, self.version)
 
-        What a release does not say of a scheme on a device, the next older release says. Raises
-        QplugError if there is no such version.
+    def at(self, version: str) -> Self:
+        """Returns this engine in ``version``, with the table and the rules of that version.
+
+        ``version``: a number (``0.26.0``) or its beginning (``0.26``), or ``newest``. Raises
+        QplugError if there is no table for it.
         """
-        if version not in self._tables:
-            self._tables[version] = tuple(rows_of(self.releases, version))
-        return list(self._tables[version])
+        releases_at(self.releases, version)
+        other = copy(self)
+        for name in [*vars(other)]:
+            if isinstance(getattr(type(self), name, None), cached_property):
+                del vars(other)[name]
+        other.version = version
+        return other
+
+    def capabilities(self) -> list[Capability]:
+        """What its version serves and what it does not, with the release in ``engine``.
+
+        What a release does not say of a scheme on a device, the next older release says.
+        """
+        return list(self._table)
 
     @cached_property
-    def _tables(self) -> dict[str, tuple[Capability, ...]]:
-        """The answers of ``capabilities`` by version: a plan asks hundreds of times."""
-        return {}
+    def _table(self) -> tuple[Capability, ...]:
+        """The answer of ``capabilities``: a plan asks hundreds of times."""
+        return tuple(rows_of(self.releases, self.version))
 
     # --- what it takes ---------------------------------------------------------------------------
 
@@ -84,7 +105,7 @@ class Engine:
         ``schemes``: by linear, of those that are to be quantized. The run asks before it reads any
         weight.
         """
-        return beyond_limits(self.capabilities(target.version), model, schemes, target)
+        return beyond_limits(self.capabilities(), model, schemes, target)
 
     def too_narrow(
         self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
@@ -94,10 +115,10 @@ class Engine:
         A run leaves these linears float, if they are few. A linear that the engine merges with such
         a linear is among them. What the engine does not serve in any shape is not: it is refused.
         """
-        return too_narrow(self.capabilities(target.version), model, schemes, target)
+        return too_narrow(self.capabilities(), model, schemes, target)
 
-    def refuses_cache(self, cache: QuantArgs) -> str | None:
-        """Why it cannot use stored scales of a KV cache, as a sentence; None if it can."""
+    def refuses_cache(self, cache: QuantArgs, model: ModelView) -> str | None:
+        """Why it cannot use stored scales of the KV cache of ``model``; None if it can."""
         return None
 
     def check_folder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from qplug.api.capability import NEWEST
 from qplug.api.component import Component, P
 from qplug.api.engine import Engine
 from qplug.api.format import Format
@@ -30,6 +31,15 @@ class Exporter(Component[P]):
     #: Floats may then be rounded as no engine rounds them (``use_qtorch``).
     engine: Engine | None = None
 
+    def __init__(self, params: P) -> None:
+        """Takes the engine in the version that the options name.
+
+        Raises QplugError if the engine has no table for it.
+        """
+        super().__init__(params)
+        if self.engine is not None and self.target.engine != NEWEST:
+            self.engine = self.engine.at(self.target.engine)
+
     @property
     def target(self) -> Target:
         """Where the folder is to be served: the options, if ``Params`` are a ``Target``."""
@@ -46,11 +56,11 @@ class Exporter(Component[P]):
         """Returns why kernels do not take linears, by name: see ``Engine.too_narrow``."""
         return {} if self.engine is None else self.engine.too_narrow(model, schemes, self.target)
 
-    def refuses_cache(self, cache: QuantArgs) -> str | None:
+    def refuses_cache(self, cache: QuantArgs, model: ModelView) -> str | None:
         """Why scales of a KV cache cannot be stored, or would not be used; None if they can."""
         sentence = self.format.refuses_cache(cache)
         if sentence is None and self.engine is not None:
-            sentence = self.engine.refuses_cache(cache)
+            sentence = self.engine.refuses_cache(cache, model)
         return sentence
 
     def built_float(self, model: ModelView) -> dict[str, BuiltFloat]:

@@ -34,8 +34,8 @@ class Target:
         str, Param("Check for this device: H100, 4090, sm90, cpu; any: for whichever takes it.")
     ] = "any"
     tp: Annotated[int, Param("Processes that share each layer (tensor parallelism).", 1)] = 1
-    version: Annotated[
-        str, Param("Check for this version of the engine; newest: the newest with a table.")
+    engine: Annotated[
+        str, Param("The version of the engine, such as 0.26; newest: the newest with a table.")
     ] = NEWEST
 
     def __post_init__(self) -> None:

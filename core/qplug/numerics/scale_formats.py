@@ -59,20 +59,38 @@ def covering_global_scale(peak: Tensor, args: QuantArgs) -> Tensor:
     A power of two is exact as a factor and as a divisor (formats store one or the other), also in
     half precision, and so are its products with scales.
     """
-    mantissa, exponent = torch.frexp(peak.float() / (FLOAT_MAX["e4m3"] * largest_code(args)))
+    ratio = peak.float() / (FLOAT_MAX["e4m3"] * largest_code(args))
+    return _least_power(ratio, _SMALLEST_GLOBAL).reshape(1)
+
+
+def covering_power(peak: Tensor, args: QuantArgs) -> Tensor:
+    """The least powers of two under which magnitudes up to ``peak`` do not saturate, float32.
+
+    Shaped like ``peak``. Engines compute the scales of inputs in MX formats so
+    (``mxfp8_e4m3_quantize`` of vLLM 0.33, ``cvt_warp_fp16_to_fp4`` of FlashInfer 0.7).
+    """
+    ratio = (peak.float() / largest_code(args)).clamp_(min=SMALLEST[E8M0_SCALES])
+    return _least_power(ratio, 1 - _BIAS)
+
+
+def _least_power(values: Tensor, smallest: int) -> Tensor:
+    """The least powers of two that are not below ``values``, with exponents from ``smallest``."""
+    mantissa, exponent = torch.frexp(values)
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)  # exactly a power of two
-    exponent = exponent.clamp(_SMALLEST_GLOBAL, _BIAS)
-    return ((exponent + _BIAS) << _MANTISSA_BITS).view(torch.float32).reshape(1)
+    exponent = exponent.clamp(smallest, _BIAS)
+    return ((exponent + _BIAS) << _MANTISSA_BITS).view(torch.float32)
 
 
 def power_of_two(peak: Tensor, args: QuantArgs) -> Tensor:
     """The scales of an MX format for groups whose largest magnitudes are ``peak``, float32.
 
-    ``peak`` is first rounded to the mantissa of the element (up from 1.75 times a power of two for
-    e2m1); the scale then maps its exponent to the largest exponent of the grid. compressed-tensors
-    does the same; OCP MX 1.0 (6.3) never rounds up. In e2m1, magnitudes up to 7 times the scale
-    saturate.
+    For e2m1, ``peak`` is first rounded to one bit of mantissa, up from 1.75 times a power of two;
+    the scale then maps its exponent to the largest exponent of the grid. compressed-tensors does
+    the same; OCP MX 1.0 (6.3) never rounds up. Magnitudes up to 7 times the scale saturate. In
+    formats with more bits of mantissa, nothing saturates: see ``covering_power``.
     """
+    if args.dtype != "e2m1":
+        return covering_power(peak, args)
     mantissa = FLOATS[args.dtype][1]
     half = 1 << (_MANTISSA_BITS - mantissa - 1)
     bits = peak.float().contiguous().view(torch.int32) + half

@@ -7,6 +7,7 @@ import shutil
 import stat
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -63,16 +64,29 @@ def written_names(folder: Path) -> frozenset[str] | None:
     """
     manifest = folder / MANIFEST
     with suppress(FileNotFoundError):
-        if not stat.S_ISREG(manifest.lstat().st_mode) or read_manifest(folder) is None:
-            return None
-        checksums = read_json(manifest).get(CHECKSUMS)
-        if checksums is None:
-            return frozenset()
-        try:
-            return frozenset({MANIFEST, *_names(checksums["headers"]), *_names(checksums["files"])})
-        except (KeyError, TypeError) as error:
-            raise QplugError(f"{manifest}: is damaged: {error!r}") from error
+        found = manifest.lstat()
+        if stat.S_ISREG(found.st_mode):
+            return _listed(manifest, (found.st_ino, found.st_size, found.st_ctime_ns))
     return None
+
+
+# A run that replaces a folder asks several times, and a model with many experts has a manifest that
+# takes a second to read.
+@lru_cache(maxsize=2)
+def _listed(manifest: Path, identity: tuple[int, int, int]) -> frozenset[str] | None:
+    """Returns ``written_names`` of the file ``manifest``, as long as it is the one of ``identity``.
+
+    ``identity``: its inode, size, and the time of its last change.
+    """
+    if read_manifest(manifest.parent) is None:
+        return None
+    checksums = read_json(manifest).get(CHECKSUMS)
+    if checksums is None:
+        return frozenset()
+    try:
+        return frozenset({MANIFEST, *_names(checksums["headers"]), *_names(checksums["files"])})
+    except (KeyError, TypeError) as error:
+        raise QplugError(f"{manifest}: is damaged: {error!r}") from error
 
 
 def _names(by_file: dict[str, Any]) -> list[str]:

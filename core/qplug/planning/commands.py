@@ -7,9 +7,8 @@ from pathlib import Path
 
 from qplug.api import Server
 from qplug.api.scheme import CACHES, PRESETS
-from qplug.planning.fleet import Fleet
 from qplug.planning.offers import Offer
-from qplug.planning.plan import Fit, Wish
+from qplug.planning.plan import Fit, ModelPlan, Wish
 from qplug.registry.registry import Registry
 from qplug.registry.suggestions import usual_algorithm
 
@@ -21,12 +20,12 @@ def algorithm_for(fit: Fit, registry: Registry) -> str:
     return usual_algorithm(PRESETS[fit.offer.scheme], registry)
 
 
-def quantizing(model: str, fit: Fit, fleet: Fleet, registry: Registry, cache: str | None) -> str:
+def quantizing(model: str, fit: Fit, plan: ModelPlan, registry: Registry, cache: str | None) -> str:
     """Returns the command that quantizes ``model``. ``cache``: the name in ``CACHES``, or None.
 
     An engine that does not take stored scales of a cache is given none.
     """
-    offer = fit.offer
+    offer, fleet = fit.offer, plan.fleet
     gpu = fleet.name if fleet.model is not None else fleet.device
     words = ["qplug", "quantize", model, "--algo", algorithm_for(fit, registry)]
     words += ["--scheme", offer.scheme]
@@ -34,7 +33,7 @@ def quantizing(model: str, fit: Fit, fleet: Fleet, registry: Registry, cache: st
     if fit.processes > 1:
         words += ["--backend-opt", f"tp={fit.processes}"]
     exporter = registry.exporters.make_own(offer.backend)
-    if cache is not None and exporter.refuses_cache(CACHES[cache]) is None:
+    if cache is not None and exporter.refuses_cache(CACHES[cache], plan.outline.view) is None:
         words += ["--kv-cache", cache]
     return shlex.join([*words, "--out", _out(model, offer)])
 

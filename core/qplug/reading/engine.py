@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qplug.errors import QplugError
 from qplug.machine.session import Session
-from qplug.reading.folder import open_folder
+from qplug.reading.folder import Folder, open_folder
 from qplug.reading.perplexity import evaluation_tokens
 from qplug.reading.server import Serving, find_serving
 from qplug.reading.streamed import stream_folder
@@ -116,6 +116,7 @@ def check_engine(
     read = logprobs(rounding=False)
     difference = _distance(served, read)
     inputs = any(scheme.activations for scheme in opened.schemes.values())
+    inputs = inputs or _kernel_rounds_inputs(opened)
     limit = WITH_ACTIVATIONS if inputs or opened.kv_cache else WEIGHTS_ONLY
     if limit == WITH_ACTIVATIONS and difference >= limit:
         limit = max(limit, OWN_ROUNDING * _distance(logprobs(rounding=True), read))
@@ -129,6 +130,14 @@ def check_engine(
         perplexity_read=_perplexity(read),
         warnings=serving.warnings,
     )
+
+
+def _kernel_rounds_inputs(opened: Folder) -> bool:
+    """Whether a kernel of the newest version rounds inputs of a scheme that rounds none."""
+    engine = opened.exporter.engine if opened.exporter else None
+    names = {scheme.name for scheme in opened.schemes.values()}
+    rows = engine.capabilities() if engine else []
+    return any(row.rounds_inputs and row.scheme in names for row in rows)
 
 
 def _distance(logprobs: Tensor, read: Tensor) -> float:

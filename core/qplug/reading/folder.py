@@ -146,12 +146,18 @@ class Folder:
 
 
 def open_folder(
-    model: str, session: Session, *, backend: str | None = None, or_float: bool = False
+    model: str,
+    session: Session,
+    *,
+    backend: str | None = None,
+    engine: str | None = None,
+    or_float: bool = False,
 ) -> Folder:
     """Open a float or quantized model without reading its weights.
 
     ``model`` is a folder, a Hub id, or ``qplug:demo``. ``backend`` names the exporter that reads
-    the folder; by default it is the one that wrote it, else one for its format. A folder that
+    the folder; by default it is the one that wrote it, else one for its format. ``engine``: the
+    version of the exporter's engine, by default the newest. A folder that
     another tool wrote, in a format that no exporter has, is opened as float if a reader reads it;
     with ``or_float`` also if its exporter refuses it. Raises QplugError if files are missing or
     damaged, or if neither an exporter nor a reader reads the folder's format.
@@ -163,29 +169,33 @@ def open_folder(
     checkpoint = open_checkpoint(folder, exporters[name].format.single_file if name else None)
     is_foreign = name is None and Reader.quantization(checkpoint.config)
     if not is_foreign:
-        return _opened(checkpoint, manifest, name, session)
+        return _opened(checkpoint, manifest, name, session, engine)
     config = checkpoint.config.get("quantization_config") or {}
     name = session.registry.backend_of(config.get("quant_method"))
     if name is not None:
         try:
-            return _opened(checkpoint, None, name, session)
+            return _opened(checkpoint, None, name, session, engine)
         except QplugError:
             if not or_float:
                 raise
     checkpoint = read_as_float(checkpoint, session.registry.sources)
     refuse_quantized(checkpoint)
-    return _opened(checkpoint, None, None, session)
+    return _opened(checkpoint, None, None, session, None)
 
 
 def _opened(
-    checkpoint: Checkpoint, manifest: Manifest | None, backend: str | None, session: Session
+    checkpoint: Checkpoint,
+    manifest: Manifest | None,
+    backend: str | None,
+    session: Session,
+    engine: str | None,
 ) -> Folder:
     """Returns the folder of ``checkpoint``, read by the exporter ``backend`` if it is quantized."""
     folder, trusted = checkpoint.folder, session.trust_remote_code
     config = checkpoint.config.get("quantization_config")
     exporter: Exporter[Any] | None = None
     if backend is not None and (manifest is not None or config is not None):
-        exporter = session.registry.exporters.make(backend)
+        exporter = session.registry.exporters.make(backend, {"engine": engine} if engine else {})
     skeleton = Skeleton(folder, trust_remote_code=trusted)
     checkpoint = with_turned_matrices(checkpoint, session.registry, skeleton)
     with naming_damage(str(folder), exporter.name if exporter else ""):

@@ -15,8 +15,10 @@ from qplug.api import Server
 from qplug.checkpoint.config_file import read_config
 from qplug.checkpoint.locate import as_word, find_model
 from qplug.errors import QplugError
+from qplug.machine.engines import python_variable
 from qplug.machine.session import Session
 from qplug.output.manifest import read_manifest
+from qplug.reading.engine_version import choose_version
 from qplug.reading.folder import open_folder
 from qplug.registry.registry import Registry
 
@@ -73,7 +75,7 @@ class Serving:
         if not installed:
             raise QplugError(
                 f"{package} is not installed for {self.python}: install it there, or name the "
-                f"Python that has {package} with --python or {_variable(self.server)}"
+                f"Python that has {package} with --python or {python_variable(self.server.package)}"
             )
 
 
@@ -104,8 +106,12 @@ def find_serving(
         engines = _names_of_engines(registry)
         why = f"was written for {name}, which is no engine" if name else "names no engine"
         raise QplugError(f"{folder}: {why}; name one with --backend {' or '.join(engines)}")
+    version = choose_version(engine, name, manifest, python=python)
+    engine = engine.at(version.version)
+    server = engine.server
+    assert server is not None
     needed = engine.serve_arguments(config)
-    interpreter = python or os.environ.get(_variable(engine.server)) or sys.executable
+    interpreter = python or os.environ.get(python_variable(server.package)) or sys.executable
     if session.trust_remote_code:
         needed = (*needed, "--trust-remote-code")
     rules: str | None = name
@@ -117,14 +123,10 @@ def find_serving(
     else:
         warnings = tuple(engine.serve_warnings(opened.schemes, opened.kv_cache))
     words = (*needed, *arguments)
-    return Serving(path, name, rules, engine.server, interpreter, words, host, port, warnings)
+    return Serving(path, name, rules, server, interpreter, words, host, port, warnings)
 
 
 def _names_of_engines(registry: Registry) -> list[str]:
     """The names of the backends whose engine has a server."""
     engines = {name: registry.exporters[name].engine for name in registry.exporters}
     return [name for name, engine in engines.items() if engine and engine.server is not None]
-
-
-def _variable(server: Server) -> str:
-    return f"QPLUG_{server.package.upper()}_PYTHON"

@@ -27,6 +27,7 @@ from qplug.output.origins import find_origin
 from qplug.reading.built import built_otherwise, share_of
 from qplug.reading.damage import find_damage, missing_files
 from qplug.reading.drafts import drafts_missing, dropped_drafts
+from qplug.reading.engine_version import EngineVersion, choose_version
 from qplug.reading.finite import not_finite
 from qplug.reading.folder import Folder, open_folder
 from qplug.registry.registry import Registry
@@ -43,7 +44,8 @@ class Verification:
     in decoder blocks that is float, 0 to 1; ``floats`` are its parts, by name of the weights with a
     star for each number. ``checksums``: the number of checksums that were compared with the files,
     0 if the folder has none. ``missing``: the float model that ``qplug.json`` names, if it is not
-    on this machine and no other was given.
+    on this machine and no other was given. ``rules`` says by the rules of which version of the
+    engine the folder was checked, and why; it is empty for a backend without versions.
     """
 
     folder: str
@@ -57,6 +59,7 @@ class Verification:
     floats: Mapping[str, float] = field(default_factory=dict)
     checksums: int = 0
     missing: str | None = None
+    rules: str = ""
 
     @property
     def ok(self) -> bool:
@@ -69,27 +72,32 @@ def verify(
     *,
     against: str | None = None,
     backend: str | None = None,
+    engine_version: str | None = None,
+    python: str | None = None,
     trust_remote_code: bool = False,
     registry: Registry | None = None,
     watch: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Check ``folder`` by its checksums and its loader's rules, and unpack its codes.
 
-    By default ``backend`` is the one that wrote the folder, and ``against`` the float model that
+    ``engine_version`` is the version of the engine whose rules are checked, by default that of
+    ``choose_version``; ``python`` has the engine. By default ``backend`` is the one that wrote the
+    folder, and ``against`` the float model that
     ``qplug.json`` names, if it is on this machine. ``watch`` is called with the linears done and
     all linears. Raises QplugError if the folder cannot be opened, or is not quantized.
     """
     session = Session.alone(registry=registry, trust_remote_code=trust_remote_code)
-    opened = open_folder(folder, session, backend=backend)
-    if opened.exporter is None:
-        raise QplugError(f"{folder}: is not quantized; there is nothing to verify")
+    opened, version = open_as_loaded(
+        folder, session, backend=backend, asked=engine_version, python=python
+    )
+    assert opened.exporter is not None
     source_name, source = find_source(opened, against, session)
     damage = find_damage(opened.checkpoint.folder)
     with naming_damage(str(opened.checkpoint.folder / CONFIG), opened.exporter.name):
-        rules = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
+        broken = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
     problems = [
         *damage.problems,
-        *rules,
+        *broken,
         *built_otherwise(opened),
         *drafts_missing(opened, source),
         *not_finite(opened),
@@ -126,7 +134,37 @@ def verify(
         floats=share.kinds,
         checksums=damage.compared,
         missing=opened.manifest.model if opened.manifest and source is None else None,
+        rules=str(version or ""),
     )
+
+
+def open_as_loaded(
+    name: str,
+    session: Session,
+    *,
+    backend: str | None = None,
+    asked: str | None = None,
+    python: str | None = None,
+) -> tuple[Folder, EngineVersion | None]:
+    """Returns the folder ``name`` as the version of its engine loads it, and this version.
+
+    ``asked`` and ``python``: as in ``choose_version``. The version is None if the backend has no
+    engine with versions. Raises QplugError if the folder cannot be opened or is not quantized, or
+    if there is no table for the version.
+    """
+    opened = open_folder(name, session, backend=backend)
+    if opened.exporter is None:
+        raise QplugError(f"{name}: is not quantized; there is nothing to verify")
+    engine = opened.exporter.engine
+    if engine is None or not engine.releases:
+        if asked is not None:
+            raise QplugError(f"the engine of {opened.exporter.name} has no versions to choose from")
+        return opened, None
+    backend = opened.exporter.name
+    version = choose_version(engine, backend, opened.manifest, asked=asked, python=python)
+    if version.version != engine.version:
+        opened = open_folder(name, session, backend=backend, engine=version.version)
+    return opened, version
 
 
 def quick_problems(
@@ -138,9 +176,8 @@ def quick_problems(
     QplugError if the folder cannot be opened, or is not quantized.
     """
     session = Session.alone(registry=registry, trust_remote_code=trust_remote_code)
-    opened = open_folder(name, session)
-    if opened.exporter is None:
-        raise QplugError(f"{name}: is not quantized; there is nothing to verify")
+    opened, _ = open_as_loaded(name, session)
+    assert opened.exporter is not None
     with naming_damage(str(opened.checkpoint.folder / CONFIG), opened.exporter.name):
         rules = list(opened.exporter.check_folder(opened.checkpoint, opened.view))
     return [

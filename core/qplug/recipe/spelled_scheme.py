@@ -18,13 +18,14 @@ def spelled(weights: QuantArgs, activations: QuantArgs | None) -> Scheme:
     for known in PRESETS.values():
         if (known.weights, known.activations) == (weights, activations):
             return known
-        if activations is known.activations is None and _grouped_alike(known.weights, weights):
+        sized = activations is None or known.weights.strategy == "group"
+        if sized and known.activations == activations and _grouped_alike(known.weights, weights):
             return replace(known, weights=weights)
     name = f"W{_letters(weights)}A{_letters(activations) if activations else '16'}"
     if _grid_is_known(weights) and _grid_is_known(activations):
         name += _asymmetric(weights, activations)
-        # No engine has kernels for groups with rounded inputs; the suffix keeps such a scheme out
-        # of their tables, which look schemes up by name.
+        # Of rounded inputs, only the schemes above have groups in engines; the suffix keeps such a
+        # scheme out of their tables, which look schemes up by name.
         name += f"_G{weights.group_size}" if activations and weights.group_size else ""
         return Scheme(name, weights, activations)
     # Other float formats exist only in schemes that qplug knows by name.

@@ -114,6 +114,7 @@ class Components(Offers[type[C]], Generic[C]):
 
     def _made(self, component: type[C], options: Mapping[str, Any]) -> C:
         named = self.owners(component.name)
-        owner = next((p for p in named if p.offers[self.kind, component.name] is component), None)
+        key = self.kind, component.name
+        owner = next((p for p in named if p.offers.get(key) is component), None)
         with blaming(lambda error: owner, component.name, f"{self.word} {component.name}"):
             return component(fill(component.Params, options, f"{self.word} {component.name}"))

@@ -30,6 +30,7 @@ import pluggy
 from qplug.api import Algorithm, Component, Dataset, Engine, Exporter, Format, Reader, hookspecs
 from qplug.api.params import options
 from qplug.errors import PluginWarning, QplugError, StageError, did_you_mean, shown
+from qplug.registry.backends import Backends
 from qplug.registry.border import blaming, keeping_error
 from qplug.registry.offers import Components, Offers
 from qplug.registry.plugin import Plugin, canonical, describe_package, is_listed
@@ -63,7 +64,7 @@ class Registry:
         offering = self.plugins, self.load
         self.algorithms = Components[Algorithm[Any]]("algorithm", *offering, "algorithm")
         self.datasets = Components[Dataset[Any]]("dataset", *offering, "dataset")
-        self.exporters = Components[Exporter[Any]]("exporter", *offering, "backend")
+        self.exporters = Backends("exporter", *offering, "backend")
         self.readers = Offers[Reader]("reader", *offering)
         self.commands = Offers[click.Command]("command", self.plugins, self.load_commands)
 

@@ -176,7 +176,7 @@ def servable_cache(
     """
     if args is None:
         return None
-    sentence = exporter.refuses_cache(args)
+    sentence = exporter.refuses_cache(args, view)
     if sentence is not None:
         raise QplugError(f"--kv-cache: {exporter.name}: {sentence}")
     return find_cache(source, view, args, trust_remote_code=session.trust_remote_code)

@@ -36,8 +36,12 @@ class Params:
     clip: Annotated[
         bool, Param("Search clips of weights of fewer than 8 bits.", also=("weight_clip",))
     ] = True
-    clip_steps: Annotated[int, Param("Steps of the clip search.", 1)] = 20
-    clip_smallest: Annotated[float, Param("The smallest range, of the full one.", 0.05, 1)] = 0.6
+    clip_steps: Annotated[
+        int, Param("Steps of the clip search; NVFP4 has 8 at most, MXFP4 2.", 1)
+    ] = 20
+    clip_smallest: Annotated[
+        float, Param("The smallest range, of the full one; not for NVFP4 and MXFP4.", 0.05, 1)
+    ] = 0.6
     clip_in_search: Annotated[
         int, Param("Steps of a clip search for each ratio; 0 judges ratios unclipped.", 0)
     ] = 5

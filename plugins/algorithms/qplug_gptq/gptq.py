@@ -15,8 +15,10 @@ from torch import Tensor
 
 from qplug import Algorithm, Block, InputGroup, Linear, Param, QuantizedWeight
 from qplug.numerics import (
+    closest,
     completed_experts,
     completed_gram,
+    global_scale_of,
     nearest,
     parts_side_by_side,
     range_scale,
@@ -26,6 +28,7 @@ from qplug.numerics import (
     unclipped_ratio,
     weight_range,
 )
+from qplug_gptq.choosing import order_of_columns, solve_choosing
 from qplug_gptq.solver import corrected, inverse_factor, solve
 
 
@@ -50,8 +53,12 @@ class Params:
         bool,
         Param("Search clips of weights of fewer than 8 bits that no earlier algorithm clipped."),
     ] = True
-    clip_steps: Annotated[int, Param("Steps of the clip search.", 1)] = 20
-    clip_smallest: Annotated[float, Param("The smallest range, of the full one.", 0.05, 1)] = 0.6
+    clip_steps: Annotated[
+        int, Param("Steps of the clip search; NVFP4 has 8 at most, MXFP4 2.", 1)
+    ] = 20
+    clip_smallest: Annotated[
+        float, Param("The smallest range, of the full one; not for NVFP4 and MXFP4.", 0.05, 1)
+    ] = 0.6
     prior: Annotated[
         float,
         Param(
@@ -86,7 +93,7 @@ class GPTQ(Algorithm[Params]):
                 block.notes.extend(solved.notes)
         for linear in block.linears:
             if linear.name not in codes:  # it is in no input group
-                codes[linear.name] = nearest(linear)
+                codes[linear.name] = self._rounded(linear)
                 block.notes.append(f"{linear.name}: no token reached it; rounded to nearest")
         if self.params.prior:
             noted = (note for note in completed_experts(block.groups) if note not in block.notes)
@@ -100,12 +107,14 @@ class GPTQ(Algorithm[Params]):
         gram = completed_gram(groups, whole, params.prior)
         if not groups[0].tokens and not gram.any():  # experts of which nothing is known
             every = (linear for group in groups for linear in group.linears)
-            return _Solved({linear.name: nearest(linear) for linear in every}, [])
+            return _Solved({linear.name: self._rounded(linear) for linear in every}, [])
         width = gram.shape[1]
         order = torch.arange(width, device=gram.device).expand(len(groups), width)
+        chosen_on_the_way = self._chooses_on_the_way(groups[0])
         if params.act_order:
             diagonal = gram.diagonal(dim1=1, dim2=2)
-            order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+            size = groups[0].linears[0].args.group_size if chosen_on_the_way else None
+            order = order_of_columns(diagonal, size or 1)
         factor, dampings = inverse_factor(gram, order, params.damp)
         notes = []
         for group, damp in zip(groups, dampings, strict=True):
@@ -118,13 +127,36 @@ class GPTQ(Algorithm[Params]):
             weight = together([linear.weight for linear in linears])
             if params.correct and drifts:
                 weight = corrected(weight, together(drifts), factor, order, params.correct)
-            scale, zero = self._scale(linears, weight, gram)
-            args = linears[0].args
-            solution = solve(weight, scale, zero, args, factor, order, params.block_size)
+            args, zero = linears[0].args, None
+            if chosen_on_the_way:
+                units = torch.stack(
+                    [unit for unit in map(global_scale_of, linears) if unit is not None]
+                )
+                solution, scale = solve_choosing(
+                    weight, units, args, factor, order, params.block_size, params.clip_steps + 1
+                )
+            else:
+                scale, zero = self._scale(linears, weight, gram)
+                solution = solve(weight, scale, zero, args, factor, order, params.block_size)
             for number, linear in enumerate(linears):
                 own = None if zero is None else zero[number]
                 codes[linear.name] = QuantizedWeight(solution[number], scale[number], own, args)
         return _Solved(codes, notes)
+
+    def _rounded(self, linear: Linear) -> QuantizedWeight:
+        """The nearest codes of ``linear``, whose inputs are not known."""
+        return closest(linear) if self.params.clip else nearest(linear)
+
+    def _chooses_on_the_way(self, group: InputGroup) -> bool:
+        """Whether scales are chosen column by column, for all linears of ``group`` alike.
+
+        Measured (benchmarks/RESULTS.md): the finer the steps of scales, the more that wins; powers
+        of two are chosen before, and columns keep the order that is best for their codes.
+        """
+        return self.params.clip and all(
+            linear.args.two_level and linear.args.bits < 8 and linear.scale is None
+            for linear in group.linears
+        )
 
     def _scale(
         self, linears: Sequence[Linear], weight: Tensor, gram: Tensor

@@ -98,7 +98,7 @@ def _factor(matrices: Tensor) -> list[int]:
             matrices[:, panel, :start] = 0
         for row in range(0, start, _PANEL):  # only the upper half is used
             rows = slice(row, min(row + _PANEL, start))
-            _subtract(matrices[:, rows, row:start], above[:, rows], above[:, row:].mT)
+            subtract(matrices[:, rows, row:start], above[:, rows], above[:, row:].mT)
     return failed.nonzero().flatten().tolist()
 
 
@@ -116,7 +116,7 @@ def _invert(upper: Tensor) -> None:
             above[:, rows] = -(upper[:, rows, row:start] @ right[:, row:])
 
 
-def _subtract(result: Tensor, left: Tensor, right: Tensor) -> None:
+def subtract(result: Tensor, left: Tensor, right: Tensor) -> None:
     """``result -= left @ right`` for each of ``n`` matrices.
 
     A CPU computes one after the other: its products of several matrices are slower.
@@ -161,7 +161,7 @@ def solve(
     codes = torch.empty(work.shape, dtype=code_dtype(args), device=work.device)
     # torch scatters no fp8, but its bytes.
     stored = codes.view(torch.uint8) if codes.element_size() == 1 else codes
-    round_columns = _rounder(work, args, block_size)
+    round_columns = rounder(work, args, block_size)
     for start in range(0, width, block_size):
         stop = min(start + block_size, width)
         columns = order[:, start:stop]
@@ -172,11 +172,11 @@ def solve(
         places = columns[:, :, None].expand(rounded.shape)
         stored.scatter_(1, places, rounded.to(codes.dtype).view(stored.dtype))
         if stop < width:
-            _subtract(work[:, stop:], factor[:, start:stop, stop:].mT, errors)
+            subtract(work[:, stop:], factor[:, start:stop, stop:].mT, errors)
     return codes.mT.contiguous()
 
 
-def _rounder(work: Tensor, args: QuantArgs, block_size: int) -> Rounder:
+def rounder(work: Tensor, args: QuantArgs, block_size: int) -> Rounder:
     """The function that rounds a block of columns: one kernel on a GPU, plain torch elsewhere."""
     # The kernel knows these grids, and has registers for 128 columns.
     has_kernel = not args.is_float or (args.dtype == "e4m3" and not args.use_qtorch)

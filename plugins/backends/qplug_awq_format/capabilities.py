@@ -5,22 +5,33 @@ from __future__ import annotations
 from qplug import Capability
 
 _SM90, _OTHERS, _CPU = ("sm90",), ("sm80", "sm89", "sm100"), ("cpu",)
+_ALL = ("sm80", "sm89", "sm90", "sm100")
 _GROUPS = (32, 64, 128, -1)
 _H100 = "run on H100, 2026-11-25, groups of 128"
 _ON_CPU = "run on a CPU with AVX512, 2026-11-22"
 _READ = "not run; read in the source of 0.32"
+_READ_0_33 = "not run; read from the source of 0.33.0"
+_READ_0_5_23 = "not run; read from the source of 0.5.23"
 _BUILT = "not run; by what the kernel is built for"
 _NO_CPU = "SGLang asks CUDA for the device while it loads a quantized model"
 
 # Columns: scheme, kernel or why there is none, served, groups, out and in multiples, evidence,
 # devices. A folder is for both engines, so the multiples are SGLang's: SGLang does not pad.
 RELEASES = {
-    "vLLM 0.32": (
+    "vLLM 0.33.0": (
+        Capability("W4A16_ASYM", "Machete or Humming", True, _GROUPS, 64, 128, _READ_0_33, _SM90),
+        Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _READ_0_33, _OTHERS),
+    ),
+    "vLLM 0.32.0": (
         Capability("W4A16_ASYM", "int4 of the CPU", True, _GROUPS, 64, 128, _ON_CPU, _CPU),
     ),
-    "vLLM 0.26": (
+    "vLLM 0.26.0": (
         Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _H100, _SM90),
         Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _READ, _OTHERS),
+    ),
+    "SGLang 0.5.23": (
+        Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _READ_0_5_23, _ALL),
+        Capability("W4A16_ASYM", _NO_CPU, False, (), 1, 1, _READ_0_5_23, _CPU),
     ),
     "SGLang 0.5.16": (
         Capability("W4A16_ASYM", "Marlin", True, _GROUPS, 64, 128, _H100, _SM90),

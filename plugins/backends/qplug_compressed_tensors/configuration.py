@@ -13,6 +13,7 @@ from typing import Any
 
 from qplug import E4M3_SCALES, E8M0_SCALES, PRESETS, ModelView, QplugError, QuantArgs, Scheme
 from qplug_compressed_tensors.fusing import with_merged_names
+from qplug_compressed_tensors.loader import Plain, plain_match
 from qplug_compressed_tensors.outside import expert_groups, portable, tower_entries
 
 PACK_QUANTIZED = "pack-quantized"
@@ -20,30 +21,32 @@ INT_QUANTIZED = "int-quantized"
 FLOAT_QUANTIZED = "float-quantized"
 NVFP4_PACKED = "nvfp4-pack-quantized"
 MXFP4_PACKED = "mxfp4-pack-quantized"
+MXFP8_QUANTIZED = "mxfp8-quantized"
 MIXED = "mixed-precision"
 
-_FP4 = {
+# Layouts of schemes whose formats prescribe the dtype of scales.
+_FIXED = {
     (PRESETS[name].weights, PRESETS[name].activations): layout
     for name, layout in (
         ("NVFP4", NVFP4_PACKED),
         ("NVFP4A16", NVFP4_PACKED),
         ("MXFP4A16", MXFP4_PACKED),
+        ("MXFP4", MXFP4_PACKED),
+        ("MXFP4AFP8", MXFP4_PACKED),
+        ("MXFP8", MXFP8_QUANTIZED),
     )
 }
 _FP8_TOKEN = PRESETS["W4AFP8"].activations
+_INT8_TOKEN = PRESETS["W4A8"].activations
 
 
 def format_of(scheme: Scheme) -> str | None:
     """The name of the layout that stores ``scheme``; None if no layout can."""
     weights, activations = scheme.weights, scheme.activations
     if weights.fixes_scales:
-        return _FP4.get((weights, activations))
-    if activations is None or (activations == _FP8_TOKEN and weights.dtype == "int4"):
-        dtypes, strategies = ("int4", "int8"), ("group", "channel")
-        fits = weights.dtype in dtypes and weights.strategy in strategies
-        if activations is not None:
-            fits = weights.strategy == "group" and weights.symmetric
-        return PACK_QUANTIZED if fits else None
+        return _FIXED.get((weights, activations))
+    if activations is None or (not weights.is_float and weights.bits < 8):
+        return PACK_QUANTIZED if _packs(weights, activations) else None
     if not (weights.symmetric and activations.symmetric and weights.dtype == activations.dtype):
         return None
     if weights.dtype == "e4m3" and weights.strategy in ("tensor", "channel", "block"):
@@ -51,6 +54,15 @@ def format_of(scheme: Scheme) -> str | None:
     if weights.dtype == "int8" and weights.strategy in ("tensor", "channel"):
         return INT_QUANTIZED
     return None
+
+
+def _packs(weights: QuantArgs, activations: QuantArgs | None) -> bool:
+    """Whether words of int32 can store ``weights`` for inputs that are rounded as given."""
+    if weights.is_float or weights.strategy not in ("group", "channel"):
+        return False
+    if activations == _FP8_TOKEN:
+        return weights.dtype == "int4" and weights.strategy == "group" and weights.symmetric
+    return activations in (None, _INT8_TOKEN)
 
 
 #: The names of scale dtypes that belong to a format; e8m0 scales are stored as bare exponents.
@@ -209,15 +221,15 @@ class Group:
 class Configuration:
     """A parsed ``quantization_config``.
 
-    ``ignores_substrings``: whether plain entries of ``ignore`` also match as parts of a name.
+    ``plain``: how plain entries of ``ignore`` match names.
     """
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
-    ignores_substrings: bool = False
+    plain: Plain = "whole"
 
     @classmethod
-    def parse(cls, config: Mapping[str, Any], *, ignores_substrings: bool = False) -> Configuration:
+    def parse(cls, config: Mapping[str, Any], *, plain: Plain = "whole") -> Configuration:
         """Parse ``config``. Raises QplugError for a configuration that no engine takes."""
         if config.get("quant_method") != "compressed-tensors":
             raise QplugError(
@@ -235,14 +247,15 @@ class Configuration:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise QplugError(f"quantization_config is damaged: {error!r}") from error
-        return cls(groups, tuple(config.get("ignore") or ()), ignores_substrings)
+        return cls(groups, tuple(config.get("ignore") or ()), plain)
 
     def ignored(self, name: str) -> bool:
         """Whether the module ``name`` stays float."""
-        if any(matches(entry, name) for entry in self.ignore):
-            return True
-        return self.ignores_substrings and any(
-            entry in name for entry in self.ignore if not entry.startswith("re:")
+        return any(
+            matches(entry, name)
+            if entry.startswith("re:")
+            else plain_match(entry, name, self.plain)
+            for entry in self.ignore
         )
 
     def group(self, name: str) -> Group | None:
@@ -308,8 +321,10 @@ def _args_from_json(args: Mapping[str, Any]) -> QuantArgs:
     scale_dtype = "float32"
     if is_float and bits == 4 and strategy == "tensor_group":
         strategy, scale_dtype = "group", E4M3_SCALES
-    elif is_float and bits == 4 and strategy == "group" and args.get("group_size") == 32:
-        scale_dtype = E8M0_SCALES
+    elif is_float and strategy == "group" and args.get("group_size") == 32:
+        # Engines take groups of 32 in four bits for MXFP4, whatever the dtype of scales is.
+        powers = str(args.get("scale_dtype")).endswith("uint8")
+        scale_dtype = E8M0_SCALES if bits == 4 or powers else scale_dtype
     return QuantArgs(
         dtype=floats[bits] if is_float else f"int{bits}",
         strategy=strategy,

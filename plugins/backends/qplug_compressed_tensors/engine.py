@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qplug import Engine, Format, ModelView, Problem, Scheme, Target
-from qplug_compressed_tensors.configuration import Configuration
+from qplug import Engine, Format, ModelView, Problem, QuantArgs, Scheme, Target
+from qplug_compressed_tensors.configuration import Configuration, format_of
 from qplug_compressed_tensors.format import CompressedTensors
 from qplug_compressed_tensors.fusing import (
     divided_groups,
@@ -14,8 +14,15 @@ from qplug_compressed_tensors.fusing import (
     merged_matrices,
     with_partners,
 )
-from qplug_compressed_tensors.rules import LOADER_RULES, Case, Rule, head_and_embedding_are_float
-from qplug_compressed_tensors.silent import SILENT
+from qplug_compressed_tensors.loader import COMMON, Loader, Loaders
+from qplug_compressed_tensors.rules import (
+    LOADER_RULES,
+    Case,
+    Rule,
+    loads_head,
+    without_cache_scales,
+)
+from qplug_compressed_tensors.silent import SILENT, is_int8_expert
 
 if TYPE_CHECKING:
     from qplug import Checkpoint
@@ -61,9 +68,20 @@ class CompressedTensorsLoader(MergingEngine):
     """Checks a compressed-tensors folder by rules of all engines; each engine adds its own."""
 
     #: The rules of the loader, in addition to the rules of the format.
-    rules: ClassVar[tuple[Rule, ...]] = (*LOADER_RULES, head_and_embedding_are_float, *SILENT)
-    #: Whether plain entries of ``ignore`` also match as parts of a name.
-    ignores_substrings: ClassVar[bool] = False
+    rules: ClassVar[tuple[Rule, ...]] = (*LOADER_RULES, *SILENT)
+    #: What the loader of each release reads; empty for what loaders have in common.
+    loaders: ClassVar[Loaders] = {}
+
+    @property
+    def loader(self) -> Loader:
+        """What the loader of the engine's version reads."""
+        releases = [release for held in self.held.values() for release in held]
+        return next((self.loaders[each] for each in releases if each in self.loaders), COMMON)
+
+    @property
+    def release(self) -> str:
+        """The name of the engine and the version for messages: ``SGLang 0.5.23``."""
+        return next((held[0] for held in self.held.values()), "an engine")
 
     @property
     def servers(self) -> frozenset[str]:
@@ -75,7 +93,51 @@ class CompressedTensorsLoader(MergingEngine):
         own = OWN_LAYOUTS.get(str(model.config.get("model_type")))
         if own is not None and any(".experts." in name for name in schemes):
             return f"engines load the experts of this model in another layout alone: {own}"
-        return super().refuses(model, schemes, target)
+        sentence = self._refuses_layers(model, schemes) or self._refuses_mixture(schemes)
+        return sentence or super().refuses(model, schemes, target)
+
+    def _refuses_layers(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
+        """Why the loader does not read a linear, whatever the other linears are."""
+        loader, release = self.loader, self.release
+        for name, scheme in schemes.items():
+            if name not in model.quantizable and self.loaders:
+                if name != model.head:
+                    return f"{name}: {release} keeps routers float; add --ignore {name}"
+                if not loads_head(loader, scheme):
+                    what = f"{release} does not load a head in {scheme.name}"
+                    return f"{name}: {what}; add --ignore {name}"
+            if not loader.int8_experts and is_int8_expert(name, scheme):
+                what = f"{release} runs no experts in {scheme.name}"
+                return f"{name}: {what}; try FP8_DYNAMIC or W4A16"
+        return None
+
+    def _refuses_mixture(self, schemes: Mapping[str, Scheme]) -> str | None:
+        """Why the loader does not read the linears in one folder."""
+        formats = sorted({layout for s in schemes.values() if (layout := format_of(s))})
+        if len(formats) < 2:
+            return None
+        if not self.loader.own_formats:
+            return f"{self.release} reads one format in a folder, not {' and '.join(formats)}"
+        for name, scheme in schemes.items():
+            own = format_of(scheme)
+            if ".experts." in name and own in self.loader.one_format_for_experts:
+                other = next(each for each in formats if each != own)
+                return (
+                    f"{name}: {self.release} runs experts in {scheme.name} only in a folder of one "
+                    f"format, not beside {other}"
+                )
+        return None
+
+    def refuses_cache(self, cache: QuantArgs, model: ModelView) -> str | None:
+        if cache.strategy not in self.loader.caches:
+            return (
+                f"{self.release} drops the scales of a KV cache in silence; leave the option out, "
+                "and serve with --kv-cache-dtype fp8_e4m3, which uses scales of 1"
+            )
+        name = without_cache_scales(self.loader, model)
+        if name is None:
+            return None
+        return f"{self.release} drops the scales of {name} in silence; leave the option out"
 
     def check_folder(
         self, folder: Checkpoint, model: ModelView, format: Format
@@ -84,8 +146,8 @@ class CompressedTensorsLoader(MergingEngine):
         if config.get("quant_method") != CompressedTensors.quant_method:
             yield from super().check_folder(folder, model, format)
             return
-        parsed = Configuration.parse(config, ignores_substrings=self.ignores_substrings)
-        case = Case(folder, model, parsed, format, self.capabilities())
+        parsed = Configuration.parse(config, plain=self.loader.plain)
+        case = Case(folder, model, parsed, format, self.capabilities(), self.loader, self.release)
         for rule in self.rules:
             yield from rule(case)
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qplug import Format, ModelView, Problem, QuantArgs, QuantizedWeight, Scheme, TensorSpec
-from qplug_compressed_tensors import fp4
+from qplug_compressed_tensors import fp4, mxfp8
 from qplug_compressed_tensors.configuration import (
+    MXFP8_QUANTIZED,
     PACK_QUANTIZED,
     Configuration,
     args_to_json,
@@ -17,7 +18,8 @@ from qplug_compressed_tensors.configuration import (
     quantizes_experts,
     write_config,
 )
-from qplug_compressed_tensors.packing import pack_words, stored_args, unpack_words
+from qplug_compressed_tensors.loader import Plain
+from qplug_compressed_tensors.packing import pack_words, stored_args, unpack_words, word_count
 from qplug_compressed_tensors.rules import FORMAT_RULES, Case
 
 if TYPE_CHECKING:
@@ -30,11 +32,10 @@ if TYPE_CHECKING:
 class CompressedTensors(Format):
     """Stores codes as the library compressed-tensors does.
 
-    ``ignores_substrings``: whether plain entries of ``ignore`` also match as parts of a name when
-    the configuration is read, as SGLang matches them.
+    ``plain``: how plain entries of ``ignore`` match names when the configuration is read.
     """
 
-    ignores_substrings: bool = False
+    plain: Plain = "whole"
 
     quant_method: ClassVar[str | None] = "compressed-tensors"
 
@@ -52,6 +53,8 @@ class CompressedTensors(Format):
     def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
         out, width = shape
         args = scheme.weights
+        if format_of(scheme) == MXFP8_QUANTIZED:
+            return mxfp8.layout(shape, scheme)
         if args.fixes_scales:
             return fp4.layout(shape, scheme)
         scales = args.scale_shape(shape)
@@ -62,20 +65,22 @@ class CompressedTensors(Format):
             if scheme.static_inputs:
                 packed["input_scale"] = TensorSpec("float32", (1,))
             return packed
-        words = 32 // args.bits
         packed = {
-            "weight_packed": TensorSpec("int32", (out, -(-width // words))),
+            "weight_packed": TensorSpec("int32", (out, word_count(width, args.bits))),
             "weight_scale": scale,
             "weight_shape": TensorSpec("int64", (2,)),
         }
         if not args.symmetric:
-            packed["weight_zero_point"] = TensorSpec("int32", (-(-out // words), scales[1]))
+            rows = word_count(out, args.bits)
+            packed["weight_zero_point"] = TensorSpec("int32", (rows, scales[1]))
         return packed
 
     def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
         import torch
 
         args, codes = weight.args, weight.codes
+        if format_of(scheme) == MXFP8_QUANTIZED:
+            return mxfp8.pack(weight, scheme)
         if args.fixes_scales:
             return fp4.pack(weight, scheme)
         scale = weight.scale.to(getattr(torch, args.scale_dtype))
@@ -102,6 +107,8 @@ class CompressedTensors(Format):
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
         import torch
 
+        if format_of(scheme) == MXFP8_QUANTIZED:
+            return mxfp8.unpack(tensors, scheme)
         if scheme.weights.fixes_scales:
             return fp4.unpack(tensors, scheme)
         stored = tensors["weight_scale"]
@@ -121,7 +128,7 @@ class CompressedTensors(Format):
         return QuantizedWeight(codes, scale, zero, args)
 
     def input_scale(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor | None:
-        if scheme.weights.fixes_scales:
+        if scheme.weights.two_level:
             return fp4.input_scale(tensors)
         return super().input_scale(tensors, scheme)
 
@@ -150,12 +157,12 @@ class CompressedTensors(Format):
         return shapes
 
     def read_schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
-        parsed = Configuration.parse(config, ignores_substrings=self.ignores_substrings)
+        parsed = Configuration.parse(config, plain=self.plain)
         groups = {name: parsed.group(name) for name in model.linears}
         return {name: group.scheme for name, group in groups.items() if group is not None}
 
     def quantizes_experts(self, config: Mapping[str, Any], name: str) -> bool:
-        parsed = Configuration.parse(config, ignores_substrings=self.ignores_substrings)
+        parsed = Configuration.parse(config, plain=self.plain)
         return quantizes_experts(parsed, name)
 
     def check_folder(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
@@ -163,7 +170,7 @@ class CompressedTensors(Format):
         if config is None:
             yield Problem("format", "config.json", "has no quantization_config")
             return
-        parsed = Configuration.parse(config, ignores_substrings=self.ignores_substrings)
+        parsed = Configuration.parse(config, plain=self.plain)
         case = Case(folder, model, parsed, self)
         for rule in FORMAT_RULES:
             yield from rule(case)

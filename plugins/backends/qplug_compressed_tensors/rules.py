@@ -6,7 +6,7 @@ A rule is a function that yields the problems it finds. Its docstring states wha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -23,20 +23,26 @@ from qplug_compressed_tensors.configuration import (
     FLOAT_QUANTIZED,
     INT_QUANTIZED,
     MXFP4_PACKED,
+    MXFP8_QUANTIZED,
     NVFP4_PACKED,
     PACK_QUANTIZED,
     Configuration,
     cache_of,
     format_of,
+    matches,
 )
 from qplug_compressed_tensors.fusing import fused_problems
+from qplug_compressed_tensors.loader import Loader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qplug import Checkpoint
 
-_FORMATS = (PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED, NVFP4_PACKED, MXFP4_PACKED)
+_FORMATS = (
+    *(PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED),
+    *(NVFP4_PACKED, MXFP4_PACKED, MXFP8_QUANTIZED),
+)
 _FLOATS = ("bfloat16", "float16", "float32")
 _SCALES = ("weight_scale", "input_scale", "weight_global_scale", "input_global_scale")
 _CACHE_SCALES = ("k_scale", "v_scale")
@@ -48,6 +54,7 @@ class Case:
     """A folder to check, with its configuration.
 
     ``kernels``: the kernels of the engine whose loader is checked; empty to check no limits.
+    ``loader``: what this loader reads; ``engine`` is its name in messages.
     """
 
     folder: Checkpoint
@@ -55,6 +62,8 @@ class Case:
     config: Configuration
     format: Format
     kernels: Sequence[Capability] = ()
+    loader: Loader = field(default_factory=Loader)
+    engine: str = "an engine"
 
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
@@ -145,11 +154,26 @@ def kernels_take_the_shapes(case: Case) -> Iterator[Problem]:
     yield from kernel_problems(case.model, case.schemes, case.kernels)
 
 
-def head_and_embedding_are_float(case: Case) -> Iterator[Problem]:
-    """Heads, embeddings and routers are float: SGLang serves garbage if they are quantized."""
-    for name in case.schemes:
-        if name not in case.model.quantizable:
-            yield Problem("head", name, "is a head or a router, and must stay float")
+def head_is_as_the_loader_takes_it(case: Case) -> Iterator[Problem]:
+    """Outside the decoder blocks only a head is quantized, in a format that the loader has for it.
+
+    Engines do not class a head as ``Linear``: without a target of its own, its codes have no place.
+    """
+    for name, scheme in case.schemes.items():
+        if name in case.model.quantizable:
+            continue
+        if name != case.model.head:
+            yield Problem("head", name, "is a router, and must stay float")
+        elif not loads_head(case.loader, scheme):
+            yield Problem("head", name, f"{case.engine} does not load a head in {scheme.name}")
+        elif not any(matches(target, name) for g in case.config.groups for target in g.targets):
+            sentence = f"is named in no config group: {case.engine} cannot place its codes"
+            yield Problem("head", name, sentence)
+
+
+def loads_head(loader: Loader, scheme: Scheme) -> bool:
+    """Whether ``loader`` loads a head in ``scheme``: scales of blocks do not fit a vocabulary."""
+    return format_of(scheme) in loader.heads and scheme.weights.strategy != "block"
 
 
 def numbers_are_sound(case: Case) -> Iterator[Problem]:
@@ -175,17 +199,27 @@ def _is_sound(scales: Tensor) -> bool:
 def cache_scales_are_whole(case: Case) -> Iterator[Problem]:
     """If the KV cache has a scheme, every block has one scale of keys and one of values."""
     args = cache_of(case.folder.config["quantization_config"])
+    yield from cache_problems(case.folder, case.model, args)
+
+
+def cache_problems(
+    folder: Checkpoint, model: ModelView, args: QuantArgs | None
+) -> Iterator[Problem]:
+    """Yields what is wrong with the scales of the KV cache, which config.json stores as ``args``.
+
+    ``args``: None if config.json says that the cache is float.
+    """
     stored = {
         block: [
             tensor
-            for tensor in case.folder.tensors
+            for tensor in folder.tensors
             if tensor.startswith(f"{block}.") and tensor.rpartition(".")[2] in _CACHE_SCALES
         ]
-        for block in case.model.blocks
+        for block in model.blocks
     }
     if args is None:
         for tensor in sorted(name for names in stored.values() for name in names):
-            yield Problem("unexpected", tensor, "config.json has no kv_cache_scheme for it")
+            yield Problem("unexpected", tensor, "config.json has no cache for it")
         return
     if args != _CACHE:
         yield Problem(
@@ -200,25 +234,54 @@ def cache_scales_are_whole(case: Case) -> Iterator[Problem]:
             present = " and ".join(sorted(n.removeprefix(f"{block}.") for n in names)) or "none"
             yield Problem("missing", block, f"needs one k_scale and one v_scale, but has {present}")
         for name in sorted(names):
-            spec = case.folder.tensors[name].spec
+            spec = folder.tensors[name].spec
             if spec.dtype not in _FLOATS or spec.shape not in ((), (1,)):
                 yield Problem("shape", name, f"is {spec.dtype} {list(spec.shape)}, not float32 [1]")
-            elif not _is_sound(case.folder.read(name)):
+            elif not _is_sound(folder.read(name)):
                 yield Problem("scale", name, "a scale is zero, negative, or not finite")
 
 
-def no_cache_scales(case: Case) -> Iterator[Problem]:
-    """The folder has no scales of a KV cache: SGLang drops them in silence."""
-    if cache_of(case.folder.config["quantization_config"]) is not None:
-        yield Problem("cache", "config.json", "SGLang ignores kv_cache_scheme and drops its scales")
+def cache_scales_are_read(case: Case) -> Iterator[Problem]:
+    """If the KV cache has stored scales, the loader reads them: others are dropped in silence."""
+    args = cache_of(case.folder.config["quantization_config"])
+    if args is not None and args.strategy not in case.loader.caches:
+        sentence = f"{case.engine} ignores this kv_cache_scheme and drops its scales"
+        yield Problem("cache", "config.json", sentence)
+    elif args is not None and (name := without_cache_scales(case.loader, case.model)):
+        yield Problem("cache", "config.json", f"{case.engine} drops the scales of {name}")
 
 
-def one_format(case: Case) -> Iterator[Problem]:
-    """All groups have the global format: SGLang ignores the formats of groups."""
+def without_cache_scales(loader: Loader, model: ModelView) -> str | None:
+    """The architecture of ``model`` if ``loader`` drops the scales of its cache, else None."""
+    names = [str(name) for name in model.config.get("architectures") or ()]
+    if loader.cache_models is None or not names or loader.cache_models & {*names}:
+        return None
+    return names[0]
+
+
+def formats_of_groups_count(case: Case) -> Iterator[Problem]:
+    """All groups have the format of the folder, where the loader ignores the formats of groups.
+
+    Some loaders have this limit for experts alone.
+    """
+    loader = case.loader
     global_format = case.folder.config["quantization_config"].get("format")
     for group in case.config.groups:
-        if group.format != global_format:
-            yield Problem("format", ", ".join(group.targets), "SGLang ignores a group's own format")
+        if not loader.own_formats and group.format != global_format:
+            sentence = f"{case.engine} ignores a group's own format"
+            yield Problem("format", ", ".join(group.targets), sentence)
+    for name, scheme in case.schemes.items():
+        one = ".experts." in name and format_of(scheme) in loader.one_format_for_experts
+        if one and global_format != format_of(scheme):
+            sentence = f"{case.engine} runs experts in {scheme.name} only if the whole folder is so"
+            yield Problem("format", name, f"{sentence}: format is {global_format}")
+
+
+def formats_are_read(case: Case) -> Iterator[Problem]:
+    """The loader reads the formats of all linears."""
+    for name, scheme in case.schemes.items():
+        if format_of(scheme) in case.loader.unread:
+            yield Problem("format", name, f"{case.engine} does not load {format_of(scheme)}")
 
 
 #: Rules of the format: the stored tensors agree with the configuration.
@@ -232,6 +295,10 @@ FORMAT_RULES: tuple[Rule, ...] = (
 #: Rules of every engine, in the order in which a loader would fail.
 LOADER_RULES: tuple[Rule, ...] = (
     float_linears_are_ignored,
+    formats_are_read,
+    formats_of_groups_count,
     fused_linears_agree,
+    head_is_as_the_loader_takes_it,
+    cache_scales_are_read,
     kernels_take_the_shapes,
 )

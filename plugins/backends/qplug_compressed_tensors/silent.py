@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qplug import Problem
+from qplug import Problem, Scheme
 from qplug_compressed_tensors.fusing import fused_groups, merged_matrices, with_merged_names
 from qplug_compressed_tensors.rules import Case, Rule
 
@@ -54,9 +54,11 @@ def _fields(where: str, args: Mapping[str, Any]) -> Iterator[Problem]:
 def merged_linears_keep_their_group(case: Case) -> Iterator[Problem]:
     """A group for the class ``Linear`` matches no merged matrix that belongs to another group.
 
-    Engines look up q, k and v by the name of their merged matrix, then by its class, and only then
-    (vLLM before 0.32, SGLang) by their own names.
+    Engines look up q, k and v by the name of their merged matrix. Some look it up by its class
+    next, and only then by their own names.
     """
+    if not case.loader.classes_first:
+        return
     by_class = [group for group in case.config.groups if "Linear" in group.targets]
     if not by_class:
         return
@@ -94,18 +96,39 @@ def embedding_is_float(case: Case) -> Iterator[Problem]:
             yield Problem("embedding", name, "is no linear, so it must not be quantized")
 
 
+def merged_scales_agree(case: Case) -> Iterator[Problem]:
+    """Linears that engines merge have one global scale: engines keep one, or refuse the folder."""
+    for names in merged_matrices(case.schemes):
+        for local in ("weight_global_scale", "input_global_scale"):
+            tensors = [f"{name}.{local}" for name in names]
+            if all(tensor in case.folder.tensors for tensor in tensors):
+                values = {case.folder.read(tensor).flatten()[0].item() for tensor in tensors}
+                if len(values) > 1:
+                    yield Problem("fused", ", ".join(names), f"have more than one {local}")
+
+
+def int8_experts_have_a_kernel(case: Case) -> Iterator[Problem]:
+    """No expert has int8 weights and int8 inputs, unless the engine has a kernel for them."""
+    for name, scheme in case.schemes.items():
+        if not case.loader.int8_experts and is_int8_expert(name, scheme):
+            yield Problem("kernel", name, f"{case.engine} runs no experts in {scheme.name}")
+
+
+def is_int8_expert(name: str, scheme: Scheme) -> bool:
+    """Whether the linear ``name`` is of an expert with int8 inputs."""
+    return (
+        ".experts." in name
+        and scheme.activations is not None
+        and (scheme.activations.dtype == "int8")
+    )
+
+
 #: The rules of this module that hold for every engine.
 SILENT: tuple[Rule, ...] = (
     config_is_understood,
     merged_linears_keep_their_group,
     ignored_names_are_linears,
     embedding_is_float,
+    merged_scales_agree,
+    int8_experts_have_a_kernel,
 )
-
-
-def int8_experts_have_no_kernel(case: Case) -> Iterator[Problem]:
-    """No expert has int8 weights and int8 inputs: SGLang has no such kernel for these folders."""
-    for name, scheme in case.schemes.items():
-        inputs = scheme.activations
-        if ".experts." in name and inputs is not None and inputs.dtype == "int8":
-            yield Problem("kernel", name, f"SGLang runs no experts in {scheme.name}")

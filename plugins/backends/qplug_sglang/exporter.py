@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qplug import Exporter, Target
+from qplug_compressed_tensors.format import CompressedTensors
 from qplug_sglang.engine import SGLang
 from qplug_sglang.format import SGLangFormat
 
@@ -12,5 +13,10 @@ class SGLangExporter(Exporter[Target]):
 
     name = "sglang"
     Params = Target
-    format = SGLangFormat()
-    engine = SGLang()
+    format = SGLangFormat(CompressedTensors(SGLang().loader.plain))
+    engine: SGLang = SGLang()
+
+    def __init__(self, params: Target) -> None:
+        """Reads folders as the loader of the version in ``params`` does."""
+        super().__init__(params)
+        self.format = SGLangFormat(CompressedTensors(self.engine.loader.plain))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qplug import Format, ModelView, Problem, QuantArgs, QuantizedWeight, Scheme, TensorSpec
@@ -15,68 +16,70 @@ if TYPE_CHECKING:
     from qplug import Checkpoint
 
 _MODELOPT = ModelOptNVFP4()
-_COMPRESSED_TENSORS = CompressedTensors(ignores_substrings=True)
 
 
+@dataclass(frozen=True)
 class SGLangFormat(Format):
-    """Passes each call on to the format for the scheme, or to the format that config.json names."""
+    """Passes each call on to the format for the scheme, or to the format that config.json names.
+
+    ``compressed``: the format of all schemes but NVFP4, as the loader of SGLang's version reads it.
+    """
+
+    compressed: CompressedTensors
 
     def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
-        return _COMPRESSED_TENSORS.refuses(model, schemes)
+        return self.compressed.refuses(model, schemes)
 
     def refuses_cache(self, cache: QuantArgs) -> str | None:
-        return _COMPRESSED_TENSORS.refuses_cache(cache)
+        return self.compressed.refuses_cache(cache)
 
     def scale_dtype(self, scheme: Scheme, model_dtype: str) -> str:
-        return _of_scheme(scheme).scale_dtype(scheme, model_dtype)
+        return self._of_scheme(scheme).scale_dtype(scheme, model_dtype)
 
     def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
-        return _of_scheme(scheme).layout(shape, scheme, dtype)
+        return self._of_scheme(scheme).layout(shape, scheme, dtype)
 
     def pack(self, weight: QuantizedWeight, scheme: Scheme, dtype: str) -> dict[str, Tensor]:
-        return _of_scheme(scheme).pack(weight, scheme, dtype)
+        return self._of_scheme(scheme).pack(weight, scheme, dtype)
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
-        return _of_stored(tensors, scheme).unpack(tensors, scheme)
+        return self._of_stored(tensors, scheme).unpack(tensors, scheme)
 
     def input_scale(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor | None:
-        return _of_stored(tensors, scheme).input_scale(tensors, scheme)
+        return self._of_stored(tensors, scheme).input_scale(tensors, scheme)
 
     def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any] | None:
         first = next(iter(schemes.values()), None)  # all have one format: see SGLang.refuses
-        return _of_scheme(first).config(model, schemes)
+        return self._of_scheme(first).config(model, schemes)
 
     def with_cache(self, config: dict[str, Any] | None, cache: QuantArgs) -> dict[str, Any] | None:
-        return _of_config(config).with_cache(config, cache)
+        return self._of_config(config).with_cache(config, cache)
 
     def read_schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
-        return _of_config(config).read_schemes(config, model)
+        return self._of_config(config).read_schemes(config, model)
 
     def quantizes_experts(self, config: Mapping[str, Any], name: str) -> bool:
-        return _of_config(config).quantizes_experts(config, name)
+        return self._of_config(config).quantizes_experts(config, name)
 
     def read_cache(self, config: Mapping[str, Any]) -> QuantArgs | None:
-        return _of_config(config).read_cache(config)
+        return self._of_config(config).read_cache(config)
 
     def stored_shapes(self, folder: Checkpoint) -> dict[str, tuple[int, int]]:
-        return _of_config(folder.config.get("quantization_config")).stored_shapes(folder)
+        return self._of_config(folder.config.get("quantization_config")).stored_shapes(folder)
 
     def check_folder(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
-        return _of_config(folder.config.get("quantization_config")).check_folder(folder, model)
+        return self._of_config(folder.config.get("quantization_config")).check_folder(folder, model)
 
+    def _of_scheme(self, scheme: Scheme | None) -> Format:
+        """The format in which qplug writes ``scheme``."""
+        return _MODELOPT if scheme == NVFP4 else self.compressed
 
-def _of_scheme(scheme: Scheme | None) -> Format:
-    """The format in which qplug writes ``scheme``."""
-    return _MODELOPT if scheme == NVFP4 else _COMPRESSED_TENSORS
+    def _of_config(self, config: Mapping[str, Any] | None) -> Format:
+        """The format that a ``quantization_config`` names."""
+        named = (config or {}).get("quant_method")
+        return _MODELOPT if named == _MODELOPT.quant_method else self.compressed
 
-
-def _of_config(config: Mapping[str, Any] | None) -> Format:
-    """The format that a ``quantization_config`` names."""
-    named = (config or {}).get("quant_method")
-    return _MODELOPT if named == _MODELOPT.quant_method else _COMPRESSED_TENSORS
-
-
-def _of_stored(tensors: Mapping[str, Tensor], scheme: Scheme) -> Format:
-    """The format of a linear's ``tensors``: other backends store NVFP4 as compressed-tensors."""
-    compressed = {"weight_packed", "input_global_scale"} & tensors.keys()
-    return _COMPRESSED_TENSORS if compressed else _of_scheme(scheme)
+    def _of_stored(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Format:
+        """The format of a linear's ``tensors``: other backends store NVFP4 otherwise."""
+        stored = {"weight_packed", "input_global_scale"} & tensors.keys()
+        return self.compressed if stored else self._of_scheme(scheme)

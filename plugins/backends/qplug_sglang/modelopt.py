@@ -1,4 +1,7 @@
-"""The format of NVIDIA's ModelOpt for NVFP4, the only one that SGLang loads on every GPU.
+"""The format of NVIDIA's ModelOpt for NVFP4, which SGLang was run with on GPUs without fp4.
+
+SGLang 0.5.23 loads NVFP4 in compressed-tensors too, but no version was run with that, and older
+versions refuse it below sm100.
 
 It differs from compressed-tensors in names and in one convention: ``weight_scale_2`` and
 ``input_scale`` are factors, but ``weight_global_scale`` and ``input_global_scale`` are divisors.
@@ -16,6 +19,7 @@ from qplug import (
     ModelView,
     Problem,
     QplugError,
+    QuantArgs,
     QuantizedWeight,
     Scheme,
     TensorSpec,
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
     from qplug import Checkpoint
 
 NVFP4 = PRESETS["NVFP4"]
+#: The only KV cache that the format describes: e4m3, with one scale of keys and one of values.
+FP8_CACHE = QuantArgs("e4m3", "tensor")
 
 
 class ModelOptNVFP4(Format):
@@ -93,6 +99,15 @@ class ModelOptNVFP4(Format):
             "exclude_modules": ignore,
             "producer": {"name": "modelopt", "version": "0.33"},
         }
+
+    def refuses_cache(self, cache: QuantArgs) -> str | None:
+        return None if cache == FP8_CACHE else super().refuses_cache(cache)
+
+    def with_cache(self, config: dict[str, Any] | None, cache: QuantArgs) -> dict[str, Any] | None:
+        return None if config is None else {**config, "kv_cache_quant_algo": "FP8"}
+
+    def read_cache(self, config: Mapping[str, Any]) -> QuantArgs | None:
+        return FP8_CACHE if config.get("kv_cache_quant_algo") == "FP8" else None
 
     def read_schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
         if config.get("quant_algo") != "NVFP4" or config.get("group_size") != 16:

@@ -83,6 +83,7 @@ FP8_CACHE = "fp8 cache"
 CPU_NEEDS = (
     CPUNeed("W4A16", _AVX512, f"{_AVX2}: no such op", "cpu_gemm_wna16"),
     CPUNeed("W4A16_ASYM", _AVX512, f"{_AVX2}: no such op", "cpu_gemm_wna16"),
+    CPUNeed("W4A8", _AVX512, f"{_AVX2}: no such op", "cpu_gemm_wna16"),
     CPUNeed("W8A8", frozenset(), f"{_AVX2}: run", flaws=(SATURATES,)),
     CPUNeed(
         "W8A8_STATIC",

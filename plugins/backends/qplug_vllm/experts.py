@@ -1,4 +1,4 @@
-"""Refuses experts that are no wider than a group, for which vLLM computes garbage."""
+"""Refuses experts that vLLM cannot load, and those for which it computes garbage."""
 
 from __future__ import annotations
 
@@ -34,6 +34,30 @@ def narrow_expert(
                 f"{size}: take a smaller --group-size, or -1"
             )
     return None
+
+
+def unserved_expert(schemes: Mapping[str, Scheme]) -> tuple[str, str] | None:
+    """The first expert that vLLM 0.33 cannot load, and the reason; None if it loads all.
+
+    Its experts with int4 weights and int8 inputs are stored as a byte each (``W4A8Int8MoE``), and
+    Humming, which runs integers of other widths than 4 and 8 bits, takes experts in groups alone.
+    """
+    for name, scheme in schemes.items():
+        weights, inputs = scheme.weights, scheme.activations
+        if ".experts." not in name or format_of(scheme) != PACK_QUANTIZED:
+            continue
+        if inputs is not None and not inputs.is_float:
+            return name, f"vLLM runs no experts in {scheme.name}; try W4A16 or W8A8"
+        if weights.bits not in (4, 8) and weights.strategy != "group":
+            return name, f"vLLM runs experts in {scheme.name} in groups alone: add --group-size 64"
+    return None
+
+
+def experts_have_a_kernel(case: Case) -> Iterator[Problem]:
+    """Every expert has a layout that vLLM loads."""
+    unserved = unserved_expert(case.schemes)
+    if unserved is not None:
+        yield Problem("kernel", *unserved)
 
 
 def experts_are_wider_than_groups(case: Case) -> Iterator[Problem]:

@@ -16,17 +16,19 @@ from qplug import (
     StoredTensor,
 )
 from qplug_compressed_tensors.configuration import Configuration, Group, named_scheme
+from qplug_compressed_tensors.packing import word_count
 from qplug_readers.modules import Module, coded, computed, read_modules
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _FLOATS = ("float16", "bfloat16", "float32")
+_BITS = range(2, 9)
 _PACKED, _SCALE, _ZERO = "weight_packed", "weight_scale", "weight_zero_point"
 
 
 class CompressedTensorsReader(Reader):
-    """Reads compressed-tensors: integers of 4 and 8 bits, fp8, NVFP4, MXFP4 and MXFP8.
+    """Reads compressed-tensors: integers of 2 to 8 bits, fp8, NVFP4, MXFP4 and MXFP8.
 
     What each module stores says how it is read; config.json says how its inputs are rounded.
     """
@@ -76,7 +78,7 @@ def _weight(module: Module, group: Group | None, dtype: str) -> StoredTensor | N
     if _PACKED in module.tensors:
         if module.tensors[_PACKED].spec.dtype == "uint8":
             return _fp4(module, inputs, dtype)
-        return _integers(module, inputs, dtype)
+        return _integers(module, group, inputs, dtype)
     weight = module.tensors.get("weight")
     if weight is not None and weight.spec.dtype in FLOAT8:
         stored = module.find("input_scale")
@@ -101,26 +103,32 @@ def _group_args(
     return QuantArgs(f"int{bits}", "group", width // stored[1], symmetric=symmetric)
 
 
-def _integers(module: Module, inputs: QuantArgs | None, dtype: str) -> StoredTensor:
+def _integers(
+    module: Module, group: Group | None, inputs: QuantArgs | None, dtype: str
+) -> StoredTensor:
+    """Integers in words. A narrow weight may fill as many words in several widths of codes.
 
+    Then the configuration decides, else the fewest bits.
+    """
     words = module.need(_PACKED, ("int32",), of=_PACKED)
     stated = module.need("weight_shape", ("int64", "int32"), (2,), of=_PACKED)
     scales = module.need(_SCALE, _FLOATS, of=_PACKED)
     out, width = (int(side) for side in stated.read())
-    fitting = [bits for bits in (4, 8) if words.spec.shape == (out, -(-width * bits // 32))]
+    told = None if group is None or group.scheme.weights.is_float else group.scheme.weights.bits
+    fitting = [bits for bits in _BITS if words.spec.shape == (out, word_count(width, bits))]
     if min(out, width) < 1 or not fitting:
         raise module.wrong(
             _PACKED,
             f"is {list(words.spec.shape)}, which does not fit a weight of {[out, width]} "
-            "in 4 or 8 bits",
+            "in 2 to 8 bits",
         )
-    (bits,) = fitting[:1]
+    bits = told if told in fitting else fitting[0]
     symmetric = _ZERO not in module.tensors or _ZERO in module.used
     args = _group_args(module, bits, (out, width), scales, symmetric=symmetric)
     parts = {_PACKED: words, _SCALE: scales, "weight_shape": stated}
     if not symmetric:
         groups = args.scale_shape((out, width))[1]
-        shape = (-(-out * bits // 32), groups)
+        shape = (word_count(out, bits), groups)
         parts[_ZERO] = module.need(_ZERO, ("int32",), shape, of=_PACKED)
     scheme = named_scheme(args, inputs).with_scale_dtype(scales.spec.dtype)
     order = module.find("weight_g_idx")

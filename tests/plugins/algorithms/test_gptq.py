@@ -298,7 +298,7 @@ def test_inputs_that_have_nothing_to_do_with_each_other_leave_nearest_codes(
 )
 def test_the_kernel_of_gpus_is_left_out_for_grids_that_it_has_not(args: QuantArgs) -> None:
     on_gpu: Any = SimpleNamespace(is_cuda=True)
-    assert solver._rounder(on_gpu, args, 128) is solver.round_columns
+    assert solver.rounder(on_gpu, args, 128) is solver.round_columns
 
 
 # --- scales ---------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_a_block_of_columns_is_rounded_to_the_same_codes(
     factor, _ = solver.inverse_factor(gram, order, 0.05)
     scales, zeros = solver.column_scales(scale, zero, args, order[:, :128], shape[0])
     work, corner = weight.mT[:, :128].contiguous(), factor[:, :128, :128]
-    assert solver._rounder(work.cuda(), args, 128) is round_columns_on_gpu
+    assert solver.rounder(work.cuda(), args, 128) is round_columns_on_gpu
     on_gpu = round_columns_on_gpu(
         work.cuda(), scales.cuda(), None if zeros is None else zeros.cuda(), corner.cuda(), args
     )

@@ -300,8 +300,12 @@ def test_a_router_pattern_that_takes_gate_proj_along_is_named(
     config["quantization_config"]["ignore"].append(pattern)
     (tmp_path / "config.json").write_text(json.dumps(config))
     hit = {f"model.layers.{block}.mlp.gate_proj" for block in range(2)}
-    problems = qplug.verify(out, backend="sglang").problems
+    problems = qplug.verify(out, backend="sglang", engine_version="0.5.16").problems
     assert {problem.where for problem in problems if problem.check == "ignore"} == hit
+    # Newer versions match plain names as they are.
+    newest = qplug.verify(out, backend="sglang").problems
+    named = {problem.where for problem in newest if problem.check == "ignore"}
+    assert named == (hit if pattern.startswith("re:") else set())
 
 
 def test_experts_in_ignore_that_hold_codes_are_named(
@@ -354,7 +358,7 @@ def test_experts_in_int8_are_not_for_sglang(
     source: Callable[[str], Path], quantized: Quantized
 ) -> None:
     model = str(source("qwen3-moe"))
-    with pytest.raises(qplug.QplugError, match="SGLang runs no experts in W8A8"):
+    with pytest.raises(qplug.QplugError, match=r"SGLang 0\.5\.23 runs no experts in W8A8"):
         qplug.quantize(model, "never", scheme="W8A8", backend="sglang")
     out = str(quantized("W8A8", model=model, backend="compressed-tensors"))
     problems = qplug.verify(out, backend="sglang").problems

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     Quantized = Callable[..., Path]
 
-FP4 = ("NVFP4A16", "NVFP4", "MXFP4A16")
+FP4 = ("NVFP4A16", "NVFP4", "MXFP4A16", "MXFP4", "MXFP4AFP8")
 every_fp4 = pytest.mark.parametrize("scheme", FP4)
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -65,7 +65,7 @@ def random_weight(seed: int) -> Tensor:
 
 
 def their_scheme(name: str) -> QuantizationScheme:
-    return preset_name_to_scheme(name, ["Linear"])
+    return preset_name_to_scheme(name.replace("MXFP4AFP8", "MXFP4XFP8"), ["Linear"])
 
 
 def group_ends(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:

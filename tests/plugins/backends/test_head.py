@@ -65,10 +65,11 @@ def test_a_head_is_named_beside_a_class(quantized: Quantized, untied: str) -> No
     group["targets"] = ["Linear"]
     broken = forget_checksums(copytree(out, out.parent / "broken"))
     (broken / "config.json").write_text(json.dumps(config))
-    (problem,) = qplug.verify(str(broken)).problems
-    assert str(problem) == (
-        "head: lm_head: is named in no config group: vLLM cannot place its codes"
-    )
+    for backend, release in (("vllm", "vLLM 0.33.0"), ("sglang", "SGLang 0.5.23")):
+        (problem,) = qplug.verify(str(broken), backend=backend).problems
+        assert str(problem) == (
+            f"head: lm_head: is named in no config group: {release} cannot place its codes"
+        )
 
 
 def test_static_inputs_of_a_head_are_not_known(untied: str, tmp_path: Path) -> None:
@@ -84,9 +85,30 @@ def test_static_inputs_of_a_head_are_not_known(untied: str, tmp_path: Path) -> N
         )
 
 
-def test_sglang_takes_no_head(untied: str, tmp_path: Path) -> None:
-    with pytest.raises(QplugError, match="lm_head: SGLang serves garbage for a quantized head"):
-        qplug.quantize(untied, tmp_path / "out", backend="sglang", overrides=HEAD)
+@pytest.mark.parametrize(
+    "scheme",
+    ["W8A16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("W8A8", "FP8_DYNAMIC"))],
+)
+def test_sglang_takes_a_head(quantized: Quantized, untied: str, scheme: str) -> None:
+    out = str(quantized("W4A16", model=untied, backend="sglang", overrides={"lm_head": scheme}))
+    assert open_folder(out, Session.alone()).schemes["lm_head"].name == scheme
+    assert qplug.verify(out).ok
+    problems = qplug.verify(out, engine_version="0.5.16").problems
+    assert {problem.where for problem in problems if problem.check == "head"} == {"lm_head"}
+
+
+def test_an_old_sglang_takes_no_head(untied: str, tmp_path: Path) -> None:
+    options = {"backend": "sglang", "backend_options": {"engine": "0.5.16"}}
+    with pytest.raises(QplugError, match=r"lm_head: SGLang 0\.5\.16 does not load a head in W8A16"):
+        qplug.quantize(untied, tmp_path / "out", overrides=HEAD, **options)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_scales_of_blocks_do_not_fit_a_vocabulary(untied: str, tmp_path: Path) -> None:
+    with pytest.raises(QplugError, match="does not load a head in FP8_BLOCK"):
+        qplug.quantize(
+            untied, tmp_path / "out", backend="sglang", overrides={"lm_head": "FP8_BLOCK"}
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -50,6 +50,14 @@ def test_powers_of_two_are_exact() -> None:
     assert torch.equal(multiplied(weight)[:, 128:], dequantize(weight)[:, 128:])
 
 
+def test_int8_inputs_leave_the_weight_as_it_is() -> None:
+    scheme = preset("W4A8")
+    made = round_to_nearest(torch.randn(32, 128), scheme.with_scale_dtype("bfloat16").weights)
+    exporter = VLLMExporter(VLLMExporter.Params())
+    packed = exporter.format.pack(made, scheme, "bfloat16")
+    assert torch.equal(exporter.effective_weight(packed, scheme), dequantize(made))
+
+
 def test_the_reader_takes_what_the_engine_multiplies_with(tmp_path: Path) -> None:
     qplug.quantize("qplug:demo", tmp_path / "out", scheme="W4AFP8", backend="vllm", device="cpu")
     folder = open_folder(str(tmp_path / "out"), Session.alone())

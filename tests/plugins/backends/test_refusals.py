@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CT, VLLM = CompressedTensorsExporter(NoParams()), VLLMExporter(Target())
-SGLANG = SGLangExporter(Target())
+SGLANG, OLD_SGLANG = SGLangExporter(Target()), SGLangExporter(Target(engine="0.5.16"))
 W4, W8 = preset("W4A16"), preset("W8A16")
 
 
@@ -122,8 +122,10 @@ def test_a_device_has_limits_of_its_own() -> None:
     ):
         found = refusal(VLLMExporter(Target(gpu=gpu)), model, preset("W4AFP8"))  # type: ignore[arg-type]
         assert found == sentence
-    found = refusal(SGLangExporter(Target(gpu="sm80")), model, preset("NVFP4"))
+    old = SGLangExporter(Target(gpu="sm80", engine="0.5.16"))
+    found = refusal(old, model, preset("NVFP4"))
     assert found == "layers.0.up: no kernel for NVFP4 is known on sm80"
+    assert refusal(SGLangExporter(Target(gpu="sm80")), model, preset("NVFP4")) is None
 
 
 @pytest.mark.parametrize(
@@ -170,38 +172,71 @@ def test_parts_are_refused_before_a_weight_is_read(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_only_vllm_takes_a_head() -> None:
+def test_who_takes_a_head() -> None:
     linears = {"layers.0.up": (128, 128), "lm_head": (256, 128)}
     model = ModelView({}, "bfloat16", linears, frozenset(["layers.0.up"]), ("layers.0",), "lm_head")
     schemes = {"layers.0.up": W4, "lm_head": W8}
     assert VLLM.refuses(model, schemes) is None
-    assert SGLANG.refuses(model, schemes) == (
-        "lm_head: SGLang serves garbage for a quantized head or router; add --ignore lm_head"
+    assert SGLANG.refuses(model, schemes) is None
+    assert OLD_SGLANG.refuses(model, schemes) == (
+        "lm_head: SGLang 0.5.16 does not load a head in W8A16; add --ignore lm_head"
     )
     fp4 = {"layers.0.up": W4, "lm_head": preset("NVFP4A16")}
     assert VLLM.refuses(model, fp4) == (
-        "lm_head: vLLM takes a head in W4A16, W8A16 or W8A8, not NVFP4A16"
+        "lm_head: vLLM 0.33.0 does not load a head in NVFP4A16; add --ignore lm_head"
     )
     router = replace(model, head=None)
-    assert VLLM.refuses(router, schemes) == "lm_head: vLLM keeps routers float"
+    assert VLLM.refuses(router, schemes) == (
+        "lm_head: vLLM 0.33.0 keeps routers float; add --ignore lm_head"
+    )
 
 
-def test_two_formats_are_refused_by_sglang_alone() -> None:
+def test_two_formats_are_refused_by_an_old_sglang_alone() -> None:
     model = view(up=(128, 128), down=(128, 128))
     schemes = (W4, preset("W8A8"))
-    sentence = refusal(SGLANG, model, *schemes)
-    assert sentence == "SGLang reads one format in a folder, not int-quantized and pack-quantized"
-    assert refusal(VLLM, model, *schemes) is None
-    assert refusal(CT, model, *schemes) is None
+    assert refusal(OLD_SGLANG, model, *schemes) == (
+        "SGLang 0.5.16 reads one format in a folder, not int-quantized and pack-quantized"
+    )
+    for exporter in (SGLANG, VLLM, CT):
+        assert refusal(exporter, model, *schemes) is None
+
+
+def test_experts_of_sglang_want_one_format_in_the_folder() -> None:
+    """Its experts compare the format of the folder, which is mixed-precision if there are two."""
+    linears = {"mlp.experts.0.up_proj": (128, 128), "attn.o_proj": (128, 128)}
+    mixed = (W4, preset("W8A8"))
+    assert refusal(SGLANG, view(**linears), *mixed) == (
+        "layers.0.mlp.experts.0.up_proj: SGLang 0.5.23 runs experts in W4A16 only in a folder of "
+        "one format, not beside int-quantized"
+    )
+    assert refusal(VLLM, view(**linears), *mixed) is None
+    assert refusal(SGLANG, view(**linears), preset("FP8_DYNAMIC"), W4) is None
+    assert refusal(SGLANG, view(**linears), W4, W8) is None
+
+
+def test_nvfp4_of_sglang_is_alone_in_a_folder() -> None:
+    model = view(up=(128, 128), down=(128, 128))
+    sentence = str(refusal(SGLANG, model, preset("NVFP4"), W4))
+    assert sentence.startswith("NVFP4 is stored in ModelOpt's format, which has no other scheme, ")
+    assert refusal(SGLANG, model, preset("NVFP4A16"), W4) is None
 
 
 def test_scales_of_a_cache_are_refused_where_they_would_be_dropped(tmp_path: Path) -> None:
-    cache = CACHES["fp8"]
-    assert VLLM.refuses_cache(cache) is None
-    assert CT.refuses_cache(cache) is None
-    assert "--kv-cache-dtype fp8_e4m3" in str(SGLANG.refuses_cache(cache))
-    with pytest.raises(QplugError, match="--kv-cache: sglang: SGLang drops the scales"):
-        qplug.quantize("qplug:demo", tmp_path / "out", kv_cache="fp8", backend="sglang")
+    cache, model = CACHES["fp8"], view(up=(128, 128))
+    llama, qwen = (
+        replace(model, config={"architectures": [f"{name}ForCausalLM"]})
+        for name in ("Llama", "Qwen2")
+    )
+    for exporter in (VLLM, CT):
+        assert exporter.refuses_cache(cache, qwen) is None
+    assert SGLANG.refuses_cache(cache, llama) is None
+    assert SGLANG.refuses_cache(cache, qwen) == (
+        "SGLang 0.5.23 drops the scales of Qwen2ForCausalLM in silence; leave the option out"
+    )
+    assert "--kv-cache-dtype fp8_e4m3" in str(OLD_SGLANG.refuses_cache(cache, llama))
+    old: dict[str, Any] = {"backend": "sglang", "backend_options": {"engine": "0.5.16"}}
+    with pytest.raises(QplugError, match=r"--kv-cache: sglang: SGLang 0\.5\.16 drops the scales"):
+        qplug.quantize("qplug:demo", tmp_path / "out", kv_cache="fp8", **old)
     assert not list(tmp_path.iterdir())
 
 
@@ -243,16 +278,17 @@ def test_merging_is_within_a_layer() -> None:
 
 
 TOKEN_INT8 = QuantArgs("int8", "token", dynamic=True)
+TOKEN_INT4 = QuantArgs("int4", "token", dynamic=True)
 TOKEN_FP8 = QuantArgs("e4m3", "token", dynamic=True)
 
 
 @pytest.mark.parametrize(
     "scheme",
     [
-        Scheme("W3A16", QuantArgs("int3", "group", 128)),
+        Scheme("W3A16_TENSOR", QuantArgs("int3", "tensor")),
         Scheme("W4A16_TENSOR", QuantArgs("int4", "tensor")),
         Scheme("W8A16_TENSOR", QuantArgs("int8", "tensor", symmetric=False)),
-        Scheme("W4A8", QuantArgs("int4", "group", 128), TOKEN_INT8),
+        Scheme("W4A4", QuantArgs("int4", "group", 128), TOKEN_INT4),
         Scheme("W8A8_GROUP", QuantArgs("int8", "group", 128), TOKEN_INT8),
         Scheme("W8A8_ASYM", QuantArgs("int8", "channel", symmetric=False), TOKEN_INT8),
         Scheme("INT8_FP8", QuantArgs("int8", "channel"), TOKEN_FP8),
@@ -268,10 +304,10 @@ def test_schemes_without_a_layout(exporter: Exporter[Any], scheme: Scheme) -> No
 
 
 def test_schemes_without_a_kernel() -> None:
-    scheme = Scheme("W8A16_ASYM", QuantArgs("int8", "group", 128, symmetric=False))
+    scheme = Scheme("W3A8", QuantArgs("int3", "group", 128), TOKEN_INT8)
     for exporter in (VLLM, SGLANG):
         sentence = refusal(exporter, view(up=(128, 128)), scheme)
-        assert sentence == "layers.0.up: no kernel for W8A16_ASYM is known"
+        assert sentence == "layers.0.up: no kernel for W3A8 is known"
     assert refusal(CT, view(up=(128, 128)), scheme) is None
 
 
@@ -282,8 +318,20 @@ def test_schemes_without_a_kernel() -> None:
     ("options", "sentence"),
     [
         (
-            {"backend": "sglang", "overrides": {"*.mlp.*": "W8A8"}},
-            "SGLang reads one format",
+            {
+                "backend": "sglang",
+                "overrides": {"*.mlp.*": "W8A8"},
+                "backend_options": {"engine": "0.5.16"},
+            },
+            "SGLang 0.5.16 reads one format",
+        ),
+        (
+            {"backend": "sglang", "scheme": "NVFP4A16", "backend_options": {"engine": "0.5.16"}},
+            "SGLang reads NVFP4 with scales of inputs (modelopt)",
+        ),
+        (
+            {"backend": "sglang", "backend_options": {"engine": "0.5.17"}},
+            "no table for version '0.5.17' of the engine; there are: SGLang 0.5.23, SGLang 0.5.16",
         ),
         ({"backend": "vllm", "overrides": {"*.q_proj": "W8A16"}}, "vllm: engines fuse "),
         ({"backend": "vllm", "ignore": ["*.gate_proj"]}, "vllm: engines fuse "),
@@ -316,3 +364,19 @@ def test_a_narrow_model_is_refused_by_engines_and_written_for_the_format(
 def test_heads_that_are_no_number_divide_nothing(heads: object) -> None:
     config = {"num_key_value_heads": heads}
     assert shard_shape("model.layers.0.self_attn.k_proj", (64, 32), config, 2) == (32, 32)
+
+
+def test_experts_that_vllm_cannot_load() -> None:
+    experts = {f"mlp.experts.{n}.{part}": (128, 128) for n in (0, 1) for part in ("w1", "w2", "w3")}
+    model = view(**experts)
+
+    def said(scheme: Scheme) -> str | None:
+        return refusal(VLLM, model, *[scheme] * len(experts))
+
+    first = "layers.0.mlp.experts.0.w1: vLLM runs"
+    assert said(preset("W4A8")) == f"{first} no experts in W4A8; try W4A16 or W8A8"
+    rows = preset("W3A16").with_group_size(-1)
+    assert said(rows) == f"{first} experts in W3A16 in groups alone: add --group-size 64"
+    for scheme in (preset("W3A16").with_group_size(64), preset("MXFP8"), preset("MXFP4AFP8")):
+        assert said(scheme) is None
+    assert refusal(VLLM, view(up=(128, 128)), preset("W4A8")) is None

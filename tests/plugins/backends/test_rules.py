@@ -17,8 +17,9 @@ from qplug.machine.session import Session
 from qplug.reading.folder import open_folder
 from qplug_compressed_tensors import rules, silent
 from qplug_compressed_tensors.configuration import Configuration
+from qplug_compressed_tensors.engine import CompressedTensorsLoader
 from qplug_compressed_tensors.rules import Case
-from qplug_sglang.engine import SGLang, nvfp4_is_stored_as_modelopt_does
+from qplug_sglang.engine import SGLang
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,7 +104,8 @@ class Fault:
     """What is done to a sound folder, the rule that must see it, and all that is to be said.
 
     ``made`` are the options of the run that wrote the folder; ``said`` are pairs of check and
-    place, and nothing else may be said.
+    place, and nothing else may be said. ``engine`` is the version
+    whose rules hold.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Fault:
     scheme: str = "W4A16"
     made: dict[str, Any] = field(default_factory=dict)
     backend: str = "sglang"
+    engine: str | None = None
 
 
 def nothing(draft: Draft) -> None:
@@ -245,17 +248,19 @@ FAULTS = [
     ),
     Fault(
         "mixed formats on SGLang",
-        rules.one_format,
+        rules.formats_of_groups_count,
         nothing,
         {("format", where) for where in SPLIT_TARGETS},
         made=SPLIT,
+        engine="0.5.16",
     ),
     Fault(
         "a group's own format on SGLang",
-        rules.one_format,
+        rules.formats_of_groups_count,
         give_groups_their_own_format,
         {("format", SPLIT_TARGETS[1])},
         made=SPLIT,
+        engine="0.5.16",
     ),
     # --- what stays float
     Fault(
@@ -284,7 +289,7 @@ FAULTS = [
     ),
     Fault(
         "head of its own not in ignore",
-        rules.head_and_embedding_are_float,
+        rules.head_is_as_the_loader_takes_it,
         forget("lm_head"),
         {("head", "lm_head"), ("missing", "lm_head"), ("unexpected", "lm_head")},
         made={"model": "narrow", "backend": "compressed-tensors", "group_size": -1},
@@ -307,6 +312,13 @@ FAULTS = [
         "a plain name that is a part of others, on SGLang",
         rules.floats_are_float,
         ignore("layers.1.self_attn.o"),
+        {("ignore", O_PROJ), ("missing", f"{O_PROJ}.weight")},
+        engine="0.5.16",
+    ),
+    Fault(
+        "a plain name that is the end of another, on SGLang",
+        rules.floats_are_float,
+        ignore("layers.1.self_attn.o_proj"),
         {("ignore", O_PROJ), ("missing", f"{O_PROJ}.weight")},
     ),
     # --- what is merged
@@ -498,8 +510,16 @@ FAULTS += [
     ),
     Fault(
         "scales of a cache on SGLang",
-        rules.no_cache_scales,
+        rules.cache_scales_are_read,
         nothing,
+        {("cache", "config.json")},
+        made={"backend": "vllm", "kv_cache": "fp8"},
+        engine="0.5.16",
+    ),
+    Fault(
+        "scales of a cache for a model whose loader on SGLang drops them",
+        rules.cache_scales_are_read,
+        lambda draft: draft.config.update(architectures=["LlamaOfTheHouse"]),
         {("cache", "config.json")},
         made={"backend": "vllm", "kv_cache": "fp8"},
     ),
@@ -582,17 +602,25 @@ FAULTS += [
     ),
     Fault(
         "NVFP4 that is not ModelOpt's, on SGLang",
-        nvfp4_is_stored_as_modelopt_does,
+        rules.formats_are_read,
         nothing,
         {("format", name) for name in LINEARS},
         scheme="NVFP4",
         made={"backend": "vllm"},
+        engine="0.5.16",
+    ),
+    Fault(
+        "global scales of merged matrices",
+        silent.merged_scales_agree,
+        change(f"{Q_PROJ}.weight_global_scale", lambda scale: scale * 2),
+        {("fused", Q_K_V[1])},
+        scheme="NVFP4A16",
     ),
 ]
 
 
 def test_every_rule_has_a_fault() -> None:
-    experts = silent.int8_experts_have_no_kernel  # has its test where there are experts
+    experts = silent.int8_experts_have_a_kernel  # has its test where there are experts
     assert {experts, *(fault.rule for fault in FAULTS)} == {*rules.FORMAT_RULES, *SGLang.rules}
 
 
@@ -621,18 +649,25 @@ def damaged(
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_the_rule_names_the_fault(damaged: Any, fault: Fault) -> None:
     out = damaged(fault.scheme, fault.made, fault.damage)
-    problems = qplug.verify(str(out), backend=fault.backend).problems
+    problems = qplug.verify(str(out), backend=fault.backend, engine_version=fault.engine).problems
     assert {(problem.check, problem.where) for problem in problems} == fault.said
 
-    folder = open_folder(str(out), Session.alone(), backend=fault.backend)
+    folder = open_folder(str(out), Session.alone(), backend=fault.backend, engine=fault.engine)
     assert folder.exporter is not None
-    config = Configuration.parse(
-        folder.checkpoint.config["quantization_config"],
-        ignores_substrings=fault.backend == "sglang",
-    )
     stored_as, engine = folder.exporter.format, folder.exporter.engine
-    assert engine is not None
-    case = Case(folder.checkpoint, folder.view, config, stored_as, engine.capabilities())
+    assert isinstance(engine, CompressedTensorsLoader)
+    config = Configuration.parse(
+        folder.checkpoint.config["quantization_config"], plain=engine.loader.plain
+    )
+    case = Case(
+        folder.checkpoint,
+        folder.view,
+        config,
+        stored_as,
+        engine.capabilities(),
+        engine.loader,
+        engine.release,
+    )
     seen = list(fault.rule(case))
     assert seen
     assert set(seen) <= set(problems)
@@ -642,14 +677,15 @@ def test_the_rule_names_the_fault(damaged: Any, fault: Fault) -> None:
     "fault",
     [
         Fault("", rules.floats_are_float, ignore("layers.1.self_attn.o"), set()),
-        Fault("", rules.one_format, nothing, set(), made=SPLIT),
-        Fault("", rules.one_format, give_groups_their_own_format, set(), made=SPLIT),
+        Fault("", rules.formats_of_groups_count, nothing, set(), made=SPLIT),
+        Fault("", rules.formats_of_groups_count, give_groups_their_own_format, set(), made=SPLIT),
     ],
     ids=["part of a name", "mixed formats", "a group's own format"],
 )
-def test_faults_of_sglang_alone_are_none_to_vllm(damaged: Any, fault: Fault) -> None:
+def test_faults_of_an_old_sglang_alone_are_none_to_others(damaged: Any, fault: Fault) -> None:
     out = damaged(fault.scheme, fault.made, fault.damage)
-    assert qplug.verify(str(out), backend="vllm").problems == ()
+    for backend in ("vllm", "sglang"):
+        assert qplug.verify(str(out), backend=backend).problems == ()
 
 
 def test_group_sizes_without_a_kernel_are_named(quantized: Quantized) -> None:

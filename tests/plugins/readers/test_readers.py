@@ -165,6 +165,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "int8": ("pack-quantized", {"num_bits": 8, "strategy": "channel"}),
     "int8 asym": ("pack-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False}),
+    **{
+        f"int{bits}{'' if symmetric else ' asym'}": (
+            "pack-quantized",
+            {
+                "num_bits": bits,
+                "strategy": "group",
+                "group_size": 32,
+                "symmetric": symmetric,
+            },
+        )
+        for bits, symmetric in ((2, True), (3, False), (5, True), (6, False), (7, True))
+    },
     "W8A8": ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
     "fp8 row": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
     "fp8 tensor": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
