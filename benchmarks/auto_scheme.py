@@ -8,6 +8,8 @@ perplexity and KL divergence from the float model (thousandths of a nat) on each
 of AutoScheme come from ``benchmarks/auto_round_assignment.py``; qplug quantizes them by the same
 algorithm. ``--outliers 6`` measures the twin of the model in which so many channels of the input of
 each block's attention and MLP are 20 times as large, and their weights as much smaller.
+
+Bits of the rule, which no engine serves, are those that the tensors of SGLang's format would take.
 """
 
 from __future__ import annotations
@@ -62,18 +64,25 @@ def with_outliers(model: Path, count: int, out: Path) -> Path:
 def log_probabilities(folder: str, tokens: Tensor, session: Session) -> Iterator[Tensor]:
     """Yields the log-probabilities of the next token, ``[length, vocabulary]``, of each window."""
     net: Any = load_folder(open_folder(folder, session, or_float=True))
-    for window in tokens:
+    net.to(session.device)
+    for window in tokens.to(session.device):
         yield net(input_ids=window[None], use_cache=False).logits[0].float().log_softmax(-1)
 
 
 def bits_of(folder: str, session: Session) -> float:
     """The mean bits of the weights that a quantizer may round, scales included."""
     opened = open_folder(folder, session)
-    names = {n for n in opened.view.linears if n in opened.view.quantizable}
-    nbytes = sum(
-        t.nbytes for n, t in opened.checkpoint.tensors.items() if n.rpartition(".")[0] in names
-    )
-    return 8 * nbytes / sum(math.prod(opened.view.linears[n]) for n in names)
+    view, tensors = opened.view, opened.checkpoint.tensors
+    names = {n for n in view.linears if n in view.quantizable}
+    nbytes = sum(t.nbytes for n, t in tensors.items() if n.rpartition(".")[0] in names)
+    if opened.exporter is not None and opened.exporter.name == "fake":
+        form = session.registry.exporters.make("sglang", {}).format
+        names, nbytes = {*opened.schemes}, 0
+        for name, scheme in opened.schemes.items():
+            stored = scheme.with_scale_dtype(form.scale_dtype(scheme, view.dtype))
+            layout = form.layout(view.linears[name], stored, view.dtype)
+            nbytes += sum(spec.nbytes for spec in layout.values())
+    return 8 * nbytes / sum(math.prod(view.linears[n]) for n in names)
 
 
 class Table:
@@ -81,7 +90,7 @@ class Table:
 
     def __init__(self, model: Path, texts: list[str], arguments: argparse.Namespace) -> None:
         self.model, self.arguments = model, arguments
-        self.session = Session.alone("cpu")
+        self.session = Session.alone(arguments.device)
         self.tokens = {
             Path(text).stem: evaluation_tokens(
                 str(model),
@@ -113,10 +122,11 @@ class Table:
                     "dataset_options": {"path": self.arguments.calib},
                     "samples": self.arguments.samples,
                     "seq_len": 512,
+                    "device": self.arguments.device,
                     **words,
                 },
             )
-            bits = bits_of(out, self.session) if words.get("backend") != "fake" else math.nan
+            bits = bits_of(out, self.session)
             self._print(name, bits, out)
             return bits
 
@@ -126,8 +136,8 @@ class Table:
         for text, tokens in self.tokens.items():
             loss = divergence = 0.0
             found = log_probabilities(folder, tokens, self.session)
-            for window, p, q in zip(tokens, self.expected[text], found, strict=True):
-                p = p.float()
+            for cpu, p, q in zip(tokens, self.expected[text], found, strict=True):
+                p, window = p.float(), cpu.to(q.device)
                 loss -= float(q[:-1].gather(1, window[1:, None]).sum())
                 divergence += float((p.exp() * (p - q)).sum())
             count = tokens.numel()
@@ -160,9 +170,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--sensitivity", default="fisher")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--outliers", type=int, default=0)
     parser.add_argument("--rule", action="store_true", help="down_proj and v_proj in 8 bits")
-    parser.add_argument("--assignments", nargs="*", default=[])
+    parser.add_argument("--assignments", nargs="*", default=[], help="one file for each seed")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model
@@ -174,14 +185,19 @@ def main() -> None:
             for seed in arguments.uniform_seeds.split(","):
                 words = {"scheme": scheme, "group_size": int(size), "seed": int(seed)}
                 table.row(f"{scheme} g{size}, seed {seed}", **words)
-        if arguments.rule:
-            eight = {"*down_proj": "W8A16", "*v_proj": "W8A16"}
-            table.row("W4A16 g128, down_proj and v_proj W8A16", backend="fake", overrides=eight)
-        for file in arguments.assignments:
+        for seed in arguments.uniform_seeds.split(",") if arguments.rule else ():
+            table.row(
+                f"W4A16 g128, down_proj and v_proj W8A16, seed {seed}",
+                backend="fake",
+                overrides={"*down_proj": "W8A16", "*v_proj": "W8A16"},
+                seed=int(seed),
+            )
+        for seed, file in enumerate(arguments.assignments):
             for target, assignment in json.loads(Path(file).read_text()).items():
                 table.row(
                     f"AutoScheme, {target} bits, {Path(file).stem}",
                     scheme="W8A16",
+                    seed=seed,
                     overrides=schemes_of(assignment, str(model)),
                 )
         for bits in filter(None, arguments.bits.split(",")):

@@ -43,6 +43,7 @@ from qplug.api import (
     Stream,
     StreamAxis,
     StreamNorm,
+    Suggestion,
     TensorSpec,
     Tokenizer,
     ValueHeads,
@@ -78,6 +79,7 @@ from qplug.errors import PluginError, PluginWarning, QplugError
 if TYPE_CHECKING:
     from qplug.checkpoint.open import open_checkpoint
     from qplug.checkpoint.tensor_file import FileTensor
+    from qplug.evaluation.tasks import TaskRow, TaskScores, evaluate_tasks
     from qplug.model.tokenizer import load_tokenizer
     from qplug.reading.compare import Comparison, compare
     from qplug.reading.load import load
@@ -154,7 +156,10 @@ __all__ = [
     "Stream",
     "StreamAxis",
     "StreamNorm",
+    "Suggestion",
     "Target",
+    "TaskRow",
+    "TaskScores",
     "TensorSpec",
     "Tokenizer",
     "ValueHeads",
@@ -164,6 +169,7 @@ __all__ = [
     "compare",
     "convert",
     "evaluate",
+    "evaluate_tasks",
     "hookimpl",
     "kernel_problems",
     "layout_problems",
@@ -188,10 +194,13 @@ _LAZY = {
     "Measurement": "qplug.recipe.recipe",
     "Recipe": "qplug.recipe.recipe",
     "Registry": "qplug.registry.registry",
+    "TaskRow": "qplug.evaluation.tasks",
+    "TaskScores": "qplug.evaluation.tasks",
     "Verification": "qplug.reading.verify",
     "compare": "qplug.reading.compare",
     "convert": "qplug.run.convert",
     "evaluate": "qplug.reading.perplexity",
+    "evaluate_tasks": "qplug.evaluation.tasks",
     "load": "qplug.reading.load",
     "load_tokenizer": "qplug.model.tokenizer",
     "open_checkpoint": "qplug.checkpoint.open",

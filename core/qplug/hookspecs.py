@@ -14,6 +14,7 @@ from qplug.api.hookspecs import (
     qplug_run_begun,
     qplug_run_done,
     qplug_stage_begun,
+    qplug_suggestions,
 )
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "qplug_run_begun",
     "qplug_run_done",
     "qplug_stage_begun",
+    "qplug_suggestions",
 ]
 
 

@@ -12,8 +12,8 @@ from qplug.checkpoint.open import open_checkpoint
 from qplug.choosing.candidates import candidates, families, served_schemes
 from qplug.choosing.decisions import decisions
 from qplug.model.view import model_view
+from qplug.recipe.spelled_scheme import scheme_text
 from qplug.registry.registry import Registry
-from qplug.run.choose import scheme_text
 
 INT4 = {f"W4A16{zero} {size}" for zero in ("", "_ASYM") for size in ("g32", "g64", "g128", "row")}
 INT8 = {f"W8A16 {size}" for size in ("g32", "g64", "g128", "row")}

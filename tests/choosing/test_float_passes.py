@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 from qplug import preset
 from qplug.calibration.samples import Samples
 from qplug.checkpoint.open import open_checkpoint
+from qplug.choosing import float_passes
 from qplug.choosing.decisions import Decision
 from qplug.choosing.float_passes import FloatPasses, Passed, Variant
-from qplug.choosing.sensitivity import divergence, fisher
+from qplug.choosing.sensitivity import _in_random_direction, divergence, fisher
 from qplug.machine.session import Session
 from qplug.model.view import model_view
 from qplug.registry.registry import Registry
@@ -32,7 +33,7 @@ def test_logits_and_gradients_are_those_of_the_whole_model(family: Family, name:
     passes = passes_of(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     seen: dict[str, Passed] = {}
-    passes.backwards(samples, lambda logits: logits.square().mean(), seen.__setitem__)
+    passes.backwards([samples], lambda _, logits: logits.square().mean(), seen.__setitem__)
     logits = model(TOKENS).logits
     torch.testing.assert_close(passes.logits(samples), logits.detach(), atol=1e-4, rtol=1e-4)
     logits.square().mean().backward()
@@ -54,6 +55,53 @@ def test_variants_of_a_block_are_as_if_computed_alone(family: Family) -> None:
     torch.testing.assert_close(first, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(third, expected, atol=1e-5, rtol=1e-5)
     assert (second - expected).abs().max() > 0.1
+
+
+def test_random_directions_have_the_covariance_of_the_fisher_information() -> None:
+    logits = torch.tensor([2.0, 0.0, -1.0, 0.5]).expand(1, 100_000, 4).clone().requires_grad_()
+    samples = Samples(torch.ones(1, 100_000, dtype=torch.int64))
+    _in_random_direction(torch.Generator().manual_seed(0), samples, logits).backward()
+    assert logits.grad is not None
+    p = logits[0, 0].detach().softmax(-1)
+    torch.testing.assert_close(
+        logits.grad[0].mT @ logits.grad[0] / 100_000, p.diag() - p.outer(p), atol=3e-3, rtol=0
+    )
+
+
+def gradients_of(
+    folder: object, batches: list[Samples]
+) -> tuple[dict[str, list[torch.Tensor]], list[tuple[int, int]]]:
+    """The gradients by the output of each linear, batch by batch, and the reads of blocks."""
+    reads: list[tuple[int, int]] = []
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def visit(name: str, passed: Passed) -> None:
+        seen.setdefault(name, []).append(passed.gradient)
+
+    passes_of(folder).backwards(
+        batches,
+        lambda _, logits: logits.square().mean(),
+        visit,
+        lambda done, count: reads.append((done, count)),
+    )
+    return seen, reads
+
+
+def test_all_batches_pass_together_as_if_alone(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the memory for hidden states allows one batch at a time."""
+    folder, batches = family("llama"), Samples(TOKENS).batches(2)
+    monkeypatch.setattr(float_passes, "free_memory", lambda device: 1 << 40)
+    together, reads = gradients_of(folder, batches)
+    monkeypatch.setattr(float_passes, "free_memory", lambda device: 1)
+    apart, more_reads = gradients_of(folder, batches)
+    blocks = len(passes_of(folder).blocks)
+    assert reads == [(n + 1, 2 * blocks) for n in range(2 * blocks)]
+    assert len(more_reads) == 2 * len(reads)
+    for name, gradients in together.items():
+        assert len(gradients) == len(batches)
+        assert all(map(torch.equal, gradients, apart[name]))
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ QUICK = ("--samples", 2, "--seq-len", 16, "--device", "cpu", "--dry-run")
         ({"scheme": "W8A16"}, None),
         ({"scheme": "W8A8"}, None),
         ({"scheme": "FP8_DYNAMIC"}, None),
-        ({"scheme": "NVFP4"}, None),
+        ({"scheme": "NVFP4A16"}, "gptq"),
         ({"backend": "hf"}, None),
         ({"algo": "awq"}, None),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,17 @@ def test_a_model_of_the_hub_is_the_base(llama: Path, tmp_path: Path) -> None:
     data = card_of(tmp_path / "out").data
     assert (data.base_model, data.base_model_relation) == ("some-org/Some-Model.v1", "quantized")
     assert "# Some-Model.v1, W4A16" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_mix_names_its_schemes(llama: Path, tmp_path: Path) -> None:
+    words: Any = {"group_size": 32, "device": "cpu", "ignore": ["*.1.*o_proj"]}
+    overrides = {"*down_proj": "W8A16", "*.0.*v_proj": "W8A16", "*.0.*q_proj": "W8A16"}
+    overrides["*.0.*k_proj"] = "W8A16"
+    qplug.quantize(str(llama), tmp_path / "out", overrides=overrides, **words)
+    text = card_of(tmp_path / "out").text
+    assert "# llama, mixed precision" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("A mix of schemes"))
+    assert re.search(r"\d+ % `W4A16 g32`, \d+ % `W8A16 .*`, \d+ % float\.", line), line
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from qplug.api.format import Format, SingleFile
 from qplug.api.layout import Problem, Stacked
 from qplug.api.model import BuiltFloat, ModelView
 from qplug.api.reader import CodedTensor, Reader
+from qplug.api.suggestion import Suggestion
 from qplug.api.tensors import Checkpoint, ComputedTensor, StoredTensor, TensorSpec
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "Stream",
     "StreamAxis",
     "StreamNorm",
+    "Suggestion",
     "TensorSpec",
     "Tokenizer",
     "ValueHeads",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from qplug.api import Algorithm, Dataset, Exporter, ModelView, Reader
     from qplug.api.events import BlockReport, Result, RunStart
+    from qplug.api.suggestion import Suggestion
 
 hookspec = pluggy.HookspecMarker("qplug")
 #: Marks a function in a plugin as the implementation of the hook of the same name.
@@ -84,6 +85,23 @@ def qplug_readers() -> Iterable[Reader]:
             from qplug_mine.halves import Halves
 
             return [Halves()]
+    """
+    return ()
+
+
+@hookspec
+def qplug_suggestions() -> Iterable[Suggestion]:
+    """Say for which schemes algorithms are worth trying, and what they lose there.
+
+    Called when qplug chooses or proposes an algorithm: for a user of ``qplug quantize`` who names
+    none, in ``qplug plan``, and in a report. Return data, and import no torch for it. A suggestion
+    may name algorithms of other plugins besides your own: ``"mine+gptq"``.
+
+    Since 0.2. Example::
+
+        @hookimpl
+        def qplug_suggestions():
+            return [Suggestion("mine", "few-bit integers", loss=0.6)]
     """
     return ()
 

@@ -1,15 +1,17 @@
 """Passes of tokens through the float model, forwards and backwards, one block in memory at a time.
 
-The weights of a block are in memory only while it computes. Between blocks the hidden states that
-entered them are kept on the CPU, so that a pass backwards computes each block once more.
+The weights of a block are in memory only while it computes, and all batches pass it together. The
+hidden states that entered the blocks are kept in the memory of the host, so that a pass backwards
+computes each block once more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -17,9 +19,13 @@ from torch import Tensor, nn
 
 from qplug.api import ModelView
 from qplug.api.tensors import Checkpoint
+from qplug.calibration.hidden_states import HiddenStates
 from qplug.calibration.samples import Samples
+from qplug.calibration.stopped_pass import StoppedPass, StoppingBlocks
+from qplug.calibration.stream import Stream
 from qplug.checkpoint.names import is_within, module_of, relative_name, split_name
 from qplug.errors import QplugError
+from qplug.machine.memory import free_memory
 from qplug.machine.session import Session
 from qplug.model.block_call import BlockCall, Output, hidden_states
 from qplug.model.block_list import decoder_blocks
@@ -31,6 +37,9 @@ from qplug.model.on_disk import as_on_disk
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.parameters import set_parameter
 from qplug.model.rounding_hooks import InputRounding, rounding_inputs
+
+#: The hidden states of a pass backwards take one part of so many of the free memory.
+_SHARE = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,23 +123,83 @@ class FloatPasses:
 
     def backwards(
         self,
-        samples: Samples,
-        loss: Callable[[Tensor], Tensor],
+        batches: Sequence[Samples],
+        loss: Callable[[Samples, Tensor], Tensor],
         visit: Callable[[str, Passed], None],
+        watch: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
         """Calls ``visit`` with what went through each linear, by full name, the last block first.
 
-        ``loss`` makes a number of the logits ``[samples, length, vocabulary]``. A linear through
-        which nothing went is left out.
+        ``loss`` makes a number of a batch and its logits ``[samples, length, vocabulary]``.
+        ``visit`` is called for each batch; a linear through which nothing went is left out. Each
+        block is read twice, or twice for each part of the batches if the host has not the memory
+        for all. ``watch`` is called with the reads that are done, and with all of them. Raises
+        QplugError if the model does not call its blocks one after another.
         """
-        with torch.enable_grad():
-            logits = self.logits(samples)
-            last = self.blocks[-1].left
-            assert last is not None
-            (gradient,) = torch.autograd.grad(loss(logits), last)
-            del logits, last
+        parts = self._parts(batches)
+        done, total = count(1), 2 * len(self.blocks) * len(parts)
+        for part in parts:
+            self._backwards(part, loss, visit, lambda: watch(next(done), total))
+
+    def _parts(self, batches: Sequence[Samples]) -> list[Sequence[Samples]]:
+        """``batches`` in parts whose hidden states take at most a quarter of the free memory."""
+        free = free_memory(torch.device("cpu"))
+        if not batches or free is None:
+            return [batches]
+        tokens = max(batch.tokens.numel() for batch in batches)
+        width: int = self._model.config.get_text_config().hidden_size
+        each = tokens * width * 4 * len(self.blocks)  # in float32
+        together = max(1, free // _SHARE // each)
+        return [batches[n : n + together] for n in range(0, len(batches), together)]
+
+    def _backwards(
+        self,
+        batches: Sequence[Samples],
+        loss: Callable[[Samples, Tensor], Tensor],
+        visit: Callable[[str, Passed], None],
+        watch: Callable[[], None],
+    ) -> None:
+        stopping = StoppingBlocks(self._model, {})
+        for block in self.blocks:
+            block.play = partial(block.stop, stopping)
+        logits: dict[int, Tensor] = {}
+        begun = [
+            stopping.begin(partial(self._keep_logits, logits, index, batch))
+            for index, batch in enumerate(batches)
+        ]
+        gradients: list[Tensor] = []
+        entered: list[tuple[HiddenStates, list[BlockCall]]] = []
+        with closing(Stream(begun, self.device)) as stream:
+            for block in self.blocks:
+                stream.expect(block.name)
+                entered.append((stream.hidden, [call.apart() for call in stream.calls]))
+                compute = partial(block.compute_with, block.parameters_of())
+                for index, call in enumerate(stream):
+                    output = compute(call)
+                    states = hidden_states(output)
+                    if block is self.blocks[-1]:
+                        states = states.detach().requires_grad_()
+                    stream.append(index, call, _with_states(output, states), compute)
+                    if block is self.blocks[-1]:
+                        (found,) = torch.autograd.grad(
+                            loss(batches[index], logits.pop(index)), states
+                        )
+                        gradients.append(found.cpu())
+                    del call, output, states
+                stream.step()
+                watch()
         for block in reversed(self.blocks):
-            gradient = block.backwards(gradient, visit)
+            hidden, calls = entered.pop()
+            values = block.parameters_of()
+            for index, (states, call) in enumerate(zip(hidden, calls, strict=True)):
+                gradient = gradients[index].to(self.device)
+                found = block.backwards(call.with_hidden(states), values, gradient, visit)
+                gradients[index] = found.cpu()
+            watch()
+
+    @torch.enable_grad()
+    def _keep_logits(self, logits: dict[int, Tensor], index: int, batch: Samples) -> None:
+        logits[index] = self._logits(batch, times=1)
 
     def _logits(self, samples: Samples, *, times: int) -> Tensor:
         inputs = {name: x.to(self.device) for name, x in samples.inputs(torch.float32).items()}
@@ -151,7 +220,6 @@ class _Block(BlockProxy):
         self.play: Callable[[BlockCall], Output] = self.record
         self._call: BlockCall | None = None
         self._output: Output = None
-        self.left: Tensor | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -176,19 +244,26 @@ class _Block(BlockProxy):
             }
         return values
 
+    def stop(self, stopping: StoppingBlocks, call: BlockCall) -> Output:
+        """Returns what the stopped pass that runs is given as the output of the block."""
+        stopped: StoppedPass = stopping.current.stopped
+        return stopped.wait_at(self.name, call)
+
     def compute(self, call: BlockCall) -> Output:
         """Computes the block, without gradients."""
-        with torch.no_grad():
-            return call.run(self.module, self.parameters_of())
+        return self.compute_with(self.parameters_of(), call)
+
+    @torch.no_grad()
+    def compute_with(self, values: Mapping[str, Tensor], call: BlockCall) -> Output:
+        """Computes the block with parameters ``values`` by relative name, without gradients."""
+        return call.run(self.module, values)
 
     def record(self, call: BlockCall) -> Output:
-        """Computes the block, and keeps the call and the output; gradients begin at the output."""
+        """Computes the block, and keeps the call and the output on the CPU."""
         self._call = call.with_hidden(call.hidden.detach().cpu()).apart()
         output = self.compute(call)
-        states = hidden_states(output).detach()
-        self._output = states.cpu()
-        self.left = states.requires_grad_() if torch.is_grad_enabled() else states
-        return _with_states(output, self.left)
+        self._output = hidden_states(output).cpu()
+        return output
 
     def replay(self, times: int, call: BlockCall) -> Output:
         """Returns the hidden states that the block returned when it was recorded, repeated."""
@@ -205,11 +280,19 @@ class _Block(BlockProxy):
             with rounding_inputs(self.module, inputs):
                 yield call.run(self.module, self.parameters_of(variant))
 
-    def backwards(self, gradient: Tensor, visit: Callable[[str, Passed], None]) -> Tensor:
-        """Returns the gradient by what entered the block, of ``gradient`` by what left it."""
-        call = self._recorded().apart()
-        entered = call.hidden.requires_grad_()
-        values = self.parameters_of()
+    def backwards(
+        self,
+        call: BlockCall,
+        values: Mapping[str, Tensor],
+        gradient: Tensor,
+        visit: Callable[[str, Passed], None],
+    ) -> Tensor:
+        """Returns the gradient by what entered the block, of ``gradient`` by what left it.
+
+        ``call`` is the call of the block, which computes with the parameters ``values``.
+        """
+        call = call.apart()
+        entered = call.hidden.detach().requires_grad_()
         passed: list[tuple[str, Tensor, Tensor]] = []
 
         def keep(name: str, module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
@@ -230,7 +313,6 @@ class _Block(BlockProxy):
                     f"{self.name}.{name}",
                     Passed(x.detach().flatten(0, -2), by_output.flatten(0, -2), weight),
                 )
-        self._call = None
         assert found[0] is not None
         return found[0]
 

@@ -1,10 +1,11 @@
 """Estimates the divergence of the model that each scheme of each decision would cause.
 
 ``fisher`` takes one pass forwards and backwards. Near the float model, the KL divergence of the
-predictions is half of the expected square of the change of the log-probability of a token that the
-model itself predicts (the Fisher information). To first order, that change is the gradient by the
-output of a linear times the error of the output, summed over tokens and channels. The estimate
-leaves out products of two tokens, whose errors hardly correlate.
+predictions ``p`` is ``u' F u / 2``, where ``u`` is the change of the logits and
+``F = diag(p) - p p'`` the Fisher information. That is half of the expected square of ``n' u`` for
+random directions ``n`` of covariance ``F``. To first order, ``n' u`` is the gradient of
+``n' logits`` by the output of a linear times the error of the output, summed over tokens and
+channels. The estimate leaves out products of two tokens, whose errors hardly correlate.
 
 ``divergence`` computes the model with one decision in one scheme, and measures the divergence.
 """
@@ -31,7 +32,7 @@ from qplug.numerics.rounding import round_to_nearest
 #: The estimated divergence, in nats a token, by decision and scheme; None stands for float weights.
 Losses = Mapping[Decision, Mapping["Scheme | None", float]]
 
-#: Called with the decisions or batches that are done, and with all of them.
+#: Called with the decisions or reads of blocks that are done, and with all of them.
 Watch = Callable[[int, int], None]
 
 #: Variants of a block that pass through the later blocks together, in tokens.
@@ -61,22 +62,24 @@ def fisher(
             if scheme is not None:
                 losses[decision][scheme] += _half_square(passed, scheme)
 
-    for number, batch in enumerate(batches):
-        passes.backwards(batch, partial(_own_loss, batch, generator), visit)
-        watch(number + 1, len(batches))
+    passes.backwards(batches, partial(_in_random_direction, generator), visit, watch)
     tokens = max(1, samples.count)
     return {d: {s: loss / tokens for s, loss in each.items()} for d, each in losses.items()}
 
 
-def _own_loss(samples: Samples, generator: torch.Generator, logits: Tensor) -> Tensor:
-    """The sum of the losses of tokens that the model itself predicts, drawn from ``logits``."""
-    predicted = logits.log_softmax(-1)
+def _in_random_direction(generator: torch.Generator, samples: Samples, logits: Tensor) -> Tensor:
+    """The sum over tokens of ``n' logits``, where ``n`` is normal with the Fisher's covariance.
+
+    Tokens that the model itself predicts, ``n = onehot - p``, would have the same covariance; where
+    ``p`` is peaked, they are rarely others than the likeliest, and the estimate varies more.
+    """
     with torch.no_grad():
-        flat = predicted.exp().flatten(0, 1)
-        drawn = torch.multinomial(flat, 1, generator=generator).view(*predicted.shape[:2], 1)
-    losses = -predicted.gather(-1, drawn)[..., 0]
+        p = logits.softmax(-1)
+        root = torch.randn(p.shape, generator=generator, device=p.device) * p.sqrt()
+        directions = root - p * root.sum(-1, keepdim=True)
+    each = (logits * directions).sum(-1)
     counted = samples.counted
-    return losses.sum() if counted is None else losses[counted.to(losses.device)].sum()
+    return each.sum() if counted is None else each[counted.to(each.device)].sum()
 
 
 @torch.no_grad()

@@ -8,9 +8,8 @@ if TYPE_CHECKING:
     from qplug.recipe.words import RecipeWords
     from qplug.registry.registry import Registry
 
-#: For integer weights of at most ``_FEW_BITS``: benchmarks/RESULTS.md compares algorithms.
-_CALIBRATED = "gptq"
-_FEW_BITS = 4
+#: The scheme whose usual algorithm ``--scheme auto`` gets.
+_FOR_AUTO = "W4A16"
 
 #: ``--dataset auto`` is the first of these that can be read.
 AUTO = "auto"
@@ -20,22 +19,23 @@ _DATASETS = ("wikitext2", "demo")
 def chosen_algorithm(words: RecipeWords, registry: Registry) -> str | None:
     """Returns the algorithm for a recipe of ``words`` that names none; None for the usual one.
 
-    Integers of at most 4 bits, which ``auto`` chooses too, lose much by rounding to nearest;
-    calibration wins it back in part. Other schemes lose little. Raises QplugError for a scheme or
-    a backend that is none.
+    Plugins suggest it; ``auto``, which chooses schemes of few bits, gets the one of W4A16. Raises
+    QplugError for a scheme or a backend that is none.
     """
+    from qplug.api.scheme import preset
     from qplug.recipe.recipe import Recipe
     from qplug.recipe.words import changed
+    from qplug.registry.suggestions import PLAIN, usual_algorithm
 
-    if words.get("algo") is not None or _CALIBRATED not in registry.algorithms:
+    if words.get("algo") is not None:
         return None
     recipe = changed(Recipe(), words)
-    weights = recipe.scheme.weights
-    if not recipe.is_auto and (weights.is_float or weights.bits > _FEW_BITS):
-        return None
     if registry.exporters[recipe.backend].format.stores_float:
         return None
-    return _CALIBRATED
+    scheme = preset(_FOR_AUTO) if recipe.is_auto else recipe.scheme
+    usual = usual_algorithm(scheme, registry)
+    is_there = {*usual.split("+")} <= {*registry.algorithms}
+    return usual if usual != PLAIN and is_there else None
 
 
 def chosen_line(algorithm: str, words: RecipeWords) -> str:

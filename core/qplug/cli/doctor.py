@@ -34,5 +34,5 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 
 def _findings(registry: Registry) -> Iterator[Finding]:
-    """Yields all findings; plugins come last, since most of them import torch."""
+    """Yields all findings; plugins come last, since they are slow to import."""
     return chain(machine_findings(), hub_findings(), plugin_findings(registry))

@@ -20,7 +20,7 @@ from qplug.registry.registry import Registry
 if TYPE_CHECKING:
     from qplug.evaluation.harness import TaskScore
     from qplug.evaluation.recovery import Recovery
-    from qplug.evaluation.tasks import Row, TaskScores
+    from qplug.evaluation.tasks import TaskRow, TaskScores
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -130,7 +130,7 @@ def print_scores(scores: TaskScores, *, as_json: bool) -> None:
         note("recovery: quantized / base; ±: standard errors, where lm-eval gives them")
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: TaskRow) -> list[str]:
     score = row.quantized
     direction = " (lower is better)" if score.higher_is_better is False else ""
     cells = [score.task, score.metric + direction, str(score.count)]
@@ -154,7 +154,7 @@ def _share(recovery: Recovery | None) -> str:
     return f"{100 * recovery.value:.1f}%{error}"
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: TaskRow) -> dict[str, Any]:
     """Returns ``row`` for JSON, without the score of each item."""
     kept = row.recovery
     return {

@@ -31,7 +31,7 @@ Watch = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Row:
+class TaskRow:
     """The scores of a quantized model and of its float model in one task, by one metric.
 
     ``base`` and ``recovery`` are None if no float model was given; ``recovery`` is None too if the
@@ -53,7 +53,7 @@ class TaskScores:
     model: str
     base: str | None
     by: str
-    rows: tuple[Row, ...]
+    rows: tuple[TaskRow, ...]
 
 
 @dataclass(frozen=True)
@@ -182,5 +182,5 @@ def evaluate_tasks(
     for key, score in found.items():
         other = floats.get(key)
         kept = recovery(other.score, score.score) if other else None
-        rows.append(Row(score, other, kept))
+        rows.append(TaskRow(score, other, kept))
     return TaskScores(model, base, url or engine or "reader", tuple(rows))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
-from qplug.api import Exporter
+from qplug.api import Exporter, ModelView
+from qplug.api.scheme import Scheme
 from qplug.errors import QplugError
 from qplug.files.regular import read_text
 from qplug.output.manifest import MANIFEST
@@ -18,6 +21,7 @@ from qplug.output.markdown import code_span, heading
 from qplug.output.measured import Measured
 from qplug.output.origins import hub_name, public_name
 from qplug.recipe.recipe import Calibration, Recipe
+from qplug.recipe.spelled_scheme import scheme_text
 from qplug.recipe.yaml_tree import parse_yaml
 
 if TYPE_CHECKING:
@@ -39,7 +43,7 @@ _BODY = Template("""\
 $model $action by qplug $version: `$algorithms`, scheme $scheme, for `$backend`.
 
 $summary
-$data`$manifest` has the recipe, the versions, and the error of each layer.
+$mix$data`$manifest` has the recipe, the versions, and the error of each layer.
 
 Check this folder with `qplug verify .`$serve.
 """)
@@ -50,28 +54,32 @@ def model_card(
     source: Path,
     recipe: Recipe,
     exporter: Exporter[Any],
+    view: ModelView,
+    schemes: Mapping[str, Scheme],
     errors: Mapping[str, float],
     config: Mapping[str, Any],
 ) -> str:
     """Returns the text of README.md.
 
-    ``model`` is the float model as the user named it, ``source`` its folder, ``errors`` are by
-    quantized linear, and ``config`` is the config.json of the result.
+    ``model`` is the float model as the user named it, ``source`` its folder, and ``view`` its
+    structure. ``schemes`` and ``errors`` are by quantized linear, and ``config`` is the config.json
+    of the result.
     """
     engine, serve = exporter.engine, None
     if engine is not None and engine.serve_command is not None:
         serve = " ".join([engine.serve_command.format("."), *engine.serve_arguments(config)])
-    name = public_name(model)
+    name, mix = public_name(model), _mix(view, schemes)
     body = _BODY.substitute(
         title=heading(name.rpartition("/")[2]),
         model=code_span(name),
-        scheme_title=heading(recipe.scheme.name),
+        scheme_title="mixed precision" if mix else heading(recipe.scheme.name),
         version=version("qplug"),
         algorithms="+".join(recipe.algorithms),
-        scheme=code_span(recipe.scheme.name),
+        scheme=f"{code_span(recipe.scheme.name)}{' and others' if mix else ''}",
         backend=recipe.backend,
         action="transformed" if exporter.format.stores_float else "quantized",
         summary=_summary(errors),
+        mix=mix,
         data=_data(recipe.calibration),
         manifest=MANIFEST,
         serve=f"; serve it with `{serve}`" if serve else "",
@@ -168,6 +176,28 @@ def _summary(errors: Mapping[str, float]) -> str:
         return "Its weights are float, as the algorithms transformed them; none is quantized."
     mean = sum(errors.values()) / len(errors)
     return f"{len(errors)} linear layers hold codes; mean relative error of a weight: {mean:.4f}."
+
+
+def _mix(view: ModelView, schemes: Mapping[str, Scheme]) -> str:
+    """Returns a line on the schemes of the weights, "" if all quantized weights have the same one.
+
+    Shares are those of the weights of quantizable linears.
+    """
+    if len({*schemes.values()}) < 2:
+        return ""
+    weights: Counter[str] = Counter()
+    for name in view.linears:
+        if name in schemes or name in view.quantizable:
+            scheme = schemes.get(name)
+            stored = "float" if scheme is None else code_span(scheme_text(scheme))
+            weights[stored] += prod(view.linears[name])
+    total = sum(weights.values())
+    shares = ", ".join(f"{_percent(n / total)} {what}" for what, n in weights.most_common())
+    return f"A mix of schemes, by weights: {shares}.\n"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1g} %"
 
 
 def _data(calibration: Calibration | None) -> str:

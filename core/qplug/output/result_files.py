@@ -78,7 +78,7 @@ def result_files(
         manifest["experts"] = experts
     if kept_float:
         manifest["kept_float"] = dict(kept_float)
-    card = model_card(model_name, source, recipe, exporter, errors, config)
+    card = model_card(model_name, source, recipe, exporter, model, schemes, errors, config)
     return {"config.json": _json(config), CARD: card}, manifest
 
 

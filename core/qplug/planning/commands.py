@@ -10,18 +10,14 @@ from qplug.api.scheme import CACHES, PRESETS
 from qplug.planning.offers import Offer
 from qplug.planning.plan import Fit, ModelPlan, Wish
 from qplug.registry.registry import Registry
-
-#: What is proposed for weights of few bits, and for others, where no loss was measured.
-_CALIBRATED, _PLAIN = "gptq", "rtn"
-_FEW_BITS = 4
+from qplug.registry.suggestions import usual_algorithm
 
 
-def algorithm_for(fit: Fit) -> str:
-    """Returns the algorithm whose loss was measured; else one by the number of bits."""
+def algorithm_for(fit: Fit, registry: Registry) -> str:
+    """Returns the algorithm whose loss was measured; else the usual one."""
     if fit.loss is not None:
         return fit.loss.algorithm
-    few = PRESETS[fit.offer.scheme].weights.bits <= _FEW_BITS
-    return _CALIBRATED if few else _PLAIN
+    return usual_algorithm(PRESETS[fit.offer.scheme], registry)
 
 
 def quantizing(model: str, fit: Fit, plan: ModelPlan, registry: Registry, cache: str | None) -> str:
@@ -31,7 +27,8 @@ def quantizing(model: str, fit: Fit, plan: ModelPlan, registry: Registry, cache:
     """
     offer, fleet = fit.offer, plan.fleet
     gpu = fleet.name if fleet.model is not None else fleet.device
-    words = ["qplug", "quantize", model, "--algo", algorithm_for(fit), "--scheme", offer.scheme]
+    words = ["qplug", "quantize", model, "--algo", algorithm_for(fit, registry)]
+    words += ["--scheme", offer.scheme]
     words += ["--backend", offer.backend, "--backend-opt", f"gpu={gpu}"]
     if fit.processes > 1:
         words += ["--backend-opt", f"tp={fit.processes}"]

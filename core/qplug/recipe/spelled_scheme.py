@@ -70,3 +70,13 @@ def _letters(args: QuantArgs) -> str:
 
 def _grid_is_known(args: QuantArgs | None) -> bool:
     return args is None or not args.is_float or args.dtype in ("e4m3", "e5m2")
+
+
+def scheme_text(scheme: Scheme) -> str:
+    """Returns the name of ``scheme`` with the size of its groups, such as ``W4A16 g128``."""
+    if scheme.activations is not None or scheme.weights.fixes_scales:
+        return scheme.name
+    size = scheme.weights.group_size
+    if size is not None:
+        return f"{scheme.name} g{size}"
+    return f"{scheme.name} row" if scheme.weights.strategy == "channel" else scheme.name

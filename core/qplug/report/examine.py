@@ -24,8 +24,9 @@ from qplug.machine.session import Session
 from qplug.reading.folder import Folder, open_folder
 from qplug.reading.verify import find_source, float_weight, relative_distance
 from qplug.registry.registry import Registry
+from qplug.registry.suggestions import better_algorithm
 from qplug.report.findings import BINS_PER_OCTAVE, Bytes, Findings, Layer, Overview, Span
-from qplug.report.remedies import better_algorithm, more_bits
+from qplug.report.remedies import more_bits
 from qplug.report.worst import standing_out
 
 
@@ -104,8 +105,16 @@ def examine(
         float_bytes=_bytes(source, folder.view.linears, folder.schemes) if source else None,
         calibrated=bool(summary.losses),
         options=more_bits(folder, [layer.name for layer in standing_out(layers)]),
-        algorithm=better_algorithm(folder, session.registry),
+        algorithm=_better_algorithm(folder, session.registry),
     )
+
+
+def _better_algorithm(folder: Folder, registry: Registry) -> str | None:
+    """Returns algorithms that lose less than those of the run, with the scheme of most linears."""
+    if folder.manifest is None or not folder.schemes:
+        return None
+    ((scheme, _),) = Counter(folder.schemes.values()).most_common(1)
+    return better_algorithm("+".join(folder.manifest.algorithms), scheme, registry)
 
 
 def _bytes(

@@ -18,7 +18,6 @@ from qplug.errors import QplugError
 from qplug.reading.folder import Folder
 from qplug.recipe.recipe import Recipe
 from qplug.recipe.typed_options import quantize_options
-from qplug.registry.registry import Registry
 
 #: The part of a name between a layer and the number of its expert.
 _EXPERTS = ".experts."
@@ -78,29 +77,6 @@ def _options(group: Sequence[str], scheme: Scheme | None) -> Iterator[str]:
                 f"{pattern}={scheme.name}",
             )
         )
-
-
-def better_algorithm(folder: Folder, registry: Registry) -> str | None:
-    """Returns an algorithm for the scheme of ``folder`` that is better than the one of its run.
-
-    None is returned if qplug knows none, or if a plugin that it needs is not installed.
-    """
-    if folder.manifest is None or not folder.schemes:
-        return None
-    scheme = next(iter(folder.schemes.values()))
-    inputs, few = scheme.activations, scheme.weights.bits <= 4
-    used = "+".join(folder.manifest.algorithms)
-    better = None
-    if used in ("rtn", "hqq") and few and scheme.weights.dtype.startswith("int"):
-        better = "awq"
-    elif used == "awq" and few:
-        better = "awq+gptq"
-    elif used in ("rtn", "hqq") and few:
-        better = "gptq"
-    elif used == "rtn" and inputs is not None and not inputs.is_float:
-        better = "smoothquant+gptq"
-    wanted = better.split("+") if better else []
-    return better if set(wanted) <= {*registry.algorithms} else None
 
 
 def command(

@@ -31,6 +31,7 @@ from qplug.output.unfinished import kept_fingerprint
 from qplug.recipe.assign import assign
 from qplug.recipe.pipeline import make_pipeline
 from qplug.recipe.recipe import Calibration, Recipe
+from qplug.recipe.spelled_scheme import scheme_text
 from qplug.recipe.spellings import AUTO
 from qplug.run.drafts import open_model
 from qplug.run.refuse import open_source
@@ -285,16 +286,6 @@ class _Problem:
             bound,
         )
         return Chosen(recipe, choice, asked)
-
-
-def scheme_text(scheme: Scheme) -> str:
-    """The name of ``scheme`` with the size of its groups, such as ``W4A16 g128``."""
-    if scheme.activations is not None or scheme.weights.fixes_scales:
-        return scheme.name
-    size = scheme.weights.group_size
-    if size is not None:
-        return f"{scheme.name} g{size}"
-    return f"{scheme.name} row" if scheme.weights.strategy == "channel" else scheme.name
 
 
 def _bytes(

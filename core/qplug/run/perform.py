@@ -18,8 +18,8 @@ from qplug.reading.perplexity import Evaluation, evaluate, evaluation_tokens
 from qplug.recipe.check import check
 from qplug.recipe.recipe import Export, Job, Measurement, Recipe, Stage
 from qplug.registry.registry import Registry
-from qplug.run.choose import has_asked
-from qplug.run.quantize import SHARD_BYTES, quantize
+from qplug.run.choose import Chosen, has_asked
+from qplug.run.quantize import SHARD_BYTES, quantize_by
 
 #: Called after each step of a job: activity, steps done, steps in all, name of the step, its loss.
 Watcher = Callable[[str, int, int, str, "float | None"], None]
@@ -98,6 +98,7 @@ class _JobRunner:
             raise QplugError("the job writes and measures nothing: give --out")
         self._model, self._job, self._options, self._registry = job.model, job, options, registry
         self._watch = watch
+        self._choices: dict[Path, Chosen] = {}  # by folder, for recipes with --scheme auto
         self._folders = _folders(job, registry)
 
     def dry_run(self) -> JobResult:
@@ -145,10 +146,13 @@ class _JobRunner:
 
     def _quantize(self, export: Export, *, dry_run: bool = False) -> Result:
         options = self._options
-        return quantize(
+        recipe = self._job.recipe_for(export)
+        recipe.check()
+        return quantize_by(
             self._model,
             export.out,
-            self._job.recipe_for(export),
+            recipe,
+            self._choices,
             shard_bytes=options.shard_bytes,
             device=options.device,
             overwrite=options.overwrite or self._is_hidden(export),

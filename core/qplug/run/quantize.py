@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import MutableMapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,46 @@ def quantize(
     """
     recipe = changed(recipe or Recipe(), words)
     recipe.check()
+    return quantize_by(
+        model,
+        Path(out),
+        recipe,
+        {},
+        shard_bytes=shard_bytes,
+        device=device,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        trust_remote_code=trust_remote_code,
+        memory=memory,
+        check=check,
+        stop_at=stop_at,
+        registry=registry,
+        watch=watch or (lambda *_: None),
+    )
+
+
+def quantize_by(
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    choices: MutableMapping[Path, Chosen],
+    *,
+    shard_bytes: int,
+    device: str,
+    overwrite: bool,
+    dry_run: bool,
+    trust_remote_code: bool,
+    memory: str | None,
+    check: bool,
+    stop_at: float | None,
+    registry: Registry | None,
+    watch: Watcher,
+) -> Result:
+    """``quantize`` by a checked ``recipe``.
+
+    ``choices`` are those for recipes with ``--scheme auto``, by folder: a choice that is not among
+    them is made, and added. A dry run and the run after it need one choice.
+    """
     with (
         Session.joined(
             device,
@@ -84,11 +125,13 @@ def quantize(
         chosen = None
         if recipe.is_auto:
             if os.path.lexists(out):  # else its parent is made later
-                refuse_existing(Path(out), overwrite=overwrite)
-            chosen = choose(model, Path(out), recipe, session)
+                refuse_existing(out, overwrite=overwrite)
+            if out not in choices:
+                choices[out] = choose(model, out, recipe, session)
+            chosen = choices[out]
         return run(
             model,
-            Path(out),
+            out,
             Stages(recipe if chosen is None else chosen.recipe, session),
             session,
             chosen=chosen,
@@ -97,7 +140,7 @@ def quantize(
             dry_run=dry_run,
             check=check,
             stop_at=stop_at,
-            watch=watch or (lambda *_: None),
+            watch=watch,
         )
 
 
