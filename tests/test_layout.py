@@ -66,3 +66,15 @@ def test_no_module_has_a_name_that_says_nothing() -> None:
 def test_what_ships_is_small() -> None:
     demo = sum(path.stat().st_size for path in (ROOT / "core/qplug/demo").iterdir())
     assert demo < 10_000_000
+
+
+def test_no_file_has_the_marks_of_an_unfinished_merge() -> None:
+    folders = ("core", "plugins", "tests", "docs", "benchmarks", "changes", "tools", "examples")
+    texts = [path for folder in folders for path in (ROOT / folder).rglob("*") if _is_text(path)]
+    assert len(texts) > 500
+    marked = [path for path in texts if re.search(r"^(<{7}|>{7}) ", path.read_text(), re.M)]
+    assert not marked
+
+
+def _is_text(path: Path) -> bool:
+    return path.suffix in (".py", ".md", ".toml", ".json", ".yml", ".css", ".sh")
