@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from qplug.errors import OtherProcessError
+from qplug.machine.bundles import as_bytes, bundles, joined, taken_apart
 from qplug.machine.launch import Launch
 from qplug.machine.messages import Announcement, Failure, Message, Packed, pack, unpack
 from qplug.machine.processes import ALONE, Processes, shares_of
 
 if TYPE_CHECKING:
+    from torch.distributed import ReduceOp
     from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
@@ -118,18 +120,13 @@ class JoinedProcesses(Processes):
         least: Sequence[Tensor] = (),
         most: Sequence[Tensor] = (),
     ) -> None:
-        from torch.distributed import ReduceOp, all_reduce
+        from torch.distributed import ReduceOp
 
         self._agree("reduce")
         with self._exchanging():
-            for operation, tensors in (
-                (ReduceOp.SUM, sums),
-                (ReduceOp.MIN, least),
-                (ReduceOp.MAX, most),
-            ):
-                for tensor in tensors:
-                    with _noticing_the_end():
-                        all_reduce(tensor, operation)
+            _reduce(sums, ReduceOp.SUM)
+            _reduce(least, ReduceOp.MIN)
+            _reduce(most, ReduceOp.MAX)
 
     def spread(
         self,
@@ -191,12 +188,16 @@ class JoinedProcesses(Processes):
         """The tensors that follow ``message`` of process ``rank``; ``mine`` are this process's."""
         from torch.distributed import broadcast
 
-        tensors = mine if rank == self.rank else message.empty_tensors(self._device)
-        for tensor in tensors:
-            if tensor.numel():
-                with _noticing_the_end():
-                    # As bytes: not every transport knows every dtype.
-                    broadcast(tensor.view(-1).view(torch.uint8), rank)
+        is_mine = rank == self.rank
+        tensors = mine if is_mine else message.empty_tensors(self._device)
+        for places in bundles([(tensor.nbytes, tensor.device) for tensor in tensors]):
+            own = [tensors[place] for place in places]
+            # As bytes: not every transport knows every dtype.
+            together = as_bytes(own[0]) if len(own) == 1 else joined(own)
+            with _noticing_the_end():
+                broadcast(together, rank)
+            if len(own) > 1 and not is_mine:
+                taken_apart(together, own)
         return tensors
 
     def _wait_for_all(self) -> None:
@@ -217,6 +218,22 @@ class JoinedProcesses(Processes):
         self._in_step = False
         yield
         self._in_step = True
+
+
+def _reduce(tensors: Sequence[Tensor], operation: ReduceOp.RedOpType) -> None:
+    """Replaces ``tensors`` in place by what ``operation`` makes of them over all processes."""
+    from torch.distributed import all_reduce
+
+    sizes = [(tensor.nbytes, (tensor.dtype, tensor.device)) for tensor in tensors]
+    for places in bundles(sizes):
+        own = [tensors[place] for place in places]
+        together = own[0] if len(own) == 1 else torch.cat([tensor.flatten() for tensor in own])
+        with _noticing_the_end():
+            all_reduce(together, operation)
+        if len(own) > 1:
+            parts = together.split([tensor.numel() for tensor in own])
+            for tensor, part in zip(own, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
 
 
 @dataclass(frozen=True)
