@@ -45,13 +45,20 @@ class Machine:
     def of(cls, session: Session) -> Machine:
         """The machine of ``session``: all GPUs count as H100s; threads share products alike."""
         on_gpu = session.device.type == "cuda"
-        free = free_memory(session.device)
         return cls(
             H100 if on_gpu else CPU_CORE.of_cores(torch.get_num_threads()),
             on_gpu,
             session.processes.count,
-            free if session.memory is None else session.memory,
+            _memory_of_each(session),
         )
+
+
+def _memory_of_each(session: Session) -> float | None:
+    """The bytes that each process of ``session`` may take: on a host they share what is free."""
+    free = free_memory(session.device)
+    if session.memory is not None or free is None or session.device.type != "cpu":
+        return free if session.memory is None else session.memory
+    return free // session.processes.count
 
 
 def estimate(work: Workload, machine: Machine, nbytes: int, *, warm: bool = False) -> Estimate:
@@ -131,9 +138,12 @@ def _block_seconds(block: BlockWork, work: Workload, machine: Machine) -> dict[s
     forward += 2 * tokens * sum(one.weights * one.share for one in experts) / rates.experts
     gram = 2 * tokens * sum(one.count * one.width**2 for one in dense) / rates.gram
     gram += 2 * tokens * sum(_entries(one) * one.share for one in experts) / rates.experts
-    shared = PER_ENTRY * sum(map(_entries, block.readers)) if machine.processes > 1 else 0
+    exchange = 0.0
+    if machine.processes > 1:
+        exchange = PER_ENTRY * sum(map(_entries, block.readers)) / rates.exchange
+        exchange += rates.exchanged * sum(one.count for one in block.readers)
     return {
-        "statistics": forward + gram + shared / rates.exchange,
+        "statistics": forward + gram + exchange,
         "quantize": _solving(block, work, machine),
         "packing": _packing(block, rates),
         "passing on": forward,
@@ -186,9 +196,21 @@ def _memory(work: Workload, machine: Machine) -> tuple[float, float]:
     tokens = work.tokens / machine.processes
     budget = float("inf") if machine.memory is None else machine.memory
     device = max((room(block, tokens).peak(budget) for block in work.blocks), default=0)
+    if machine.on_gpu:
+        device += _passes(work, tokens)
     read = max((block.read for block in work.blocks), default=0) * min(2, len(work.blocks))
     written = max((block.written for block in work.blocks), default=0) * _PENDING
     return device, base + read + written + tokens * work.width * _BYTES
+
+
+def _passes(work: Workload, tokens: float) -> float:
+    """The bytes that passes through the model, which stop at blocks, keep on a GPU.
+
+    They keep the embeddings of all tokens, and the states that entered the first block. Where a
+    block has experts, the states of all tokens are counted there already.
+    """
+    has_experts = any(one.experts for block in work.blocks for one in block.readers)
+    return (1 if has_experts else 2) * tokens * work.width * _BYTES
 
 
 def room(block: BlockWork, tokens: float) -> Room:

@@ -23,7 +23,8 @@ class Rates:
     Seconds for each weight: ``column`` to round column by column, ``nearest`` to round to nearest,
     ``trial`` to round in one step of a search, ``packing`` to measure errors and to pack.
 
-    Seconds for each linear: ``linear``, for small kernels, Python, and files.
+    Seconds for each linear: ``linear``, for small kernels, Python, and files. Seconds for each set
+    of linears that read the same: ``exchanged``, for what processes tell each other of it.
 
     Bytes/s: ``read`` and ``write`` of the disk with checksums, ``exchange`` of sums of processes.
     Bytes: ``base`` of a process without any tensor, ``streamed`` on the device for each weight of
@@ -48,6 +49,7 @@ class Rates:
     read: float
     write: float
     exchange: float
+    exchanged: float
     base: float
     streamed: float
 
@@ -69,8 +71,9 @@ class Rates:
 #: kernels to first and second runs of a process; ``read`` and ``write`` to a layer of DeepSeek-V3's
 #: shape; ``experts``, ``nearest``, ``trial``, ``packing`` and ``linear`` to layers of
 #: Qwen3-30B-A3B's; ``factoring`` and ``column`` to both, and to 28 layers of Llama-3-8B's; ``base``
-#: is a guess, and ``exchange`` is not measured. ``forward``, ``gram`` and ``search`` are rates that
-#: dense products were seen to have on their own; ``streamed`` is of one run.
+#: is a guess, ``exchange`` is not measured, and ``exchanged`` is of four GPUs. ``forward``,
+#: ``gram`` and ``search`` are rates that dense products were seen to have on their own;
+#: ``streamed`` is of one run.
 H100 = Rates(
     name="H100",
     start=9.0,
@@ -90,6 +93,7 @@ H100 = Rates(
     read=1.33e9,
     write=0.37e9,
     exchange=1e11,
+    exchanged=2.5e-3,
     base=2.0 * 2**30,
     streamed=23,
 )
@@ -116,6 +120,7 @@ CPU_CORE = Rates(
     read=1.33e9,
     write=0.36e9,
     exchange=1e9,
+    exchanged=0.0,
     base=0.5 * 2**30,
     streamed=23,
 )
