@@ -33,7 +33,7 @@ from qplug.calibration.stream import Compute, Stream
 from qplug.calibration.stream_distance import StreamDistance
 from qplug.checkpoint.names import within
 from qplug.errors import QplugError
-from qplug.machine.memory import free_memory
+from qplug.machine.memory import memory_of_each
 from qplug.machine.session import Session
 from qplug.model.block_call import BlockCall, Output, hidden_states
 from qplug.model.experts import alike_in, expert_of, experts_in
@@ -271,12 +271,7 @@ class Walk:
 
     def _budget(self) -> int | None:
         """The bytes that a block may take in this process; None if nothing limits them."""
-        if self._memory is not None:
-            return self._memory
-        free = free_memory(self._device)
-        if free is None or self._device.type != "cpu":
-            return free
-        return free // self._processes.count  # they may share the memory of one host
+        return memory_of_each(self._device, self._processes.count, self._memory)
 
     def _structure(self, name: str, weights: Mapping[str, Tensor]) -> tuple[GroupPaths, ...]:
         self._probe.expect(name)

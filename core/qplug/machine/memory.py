@@ -59,6 +59,18 @@ def free_memory(device: torch.device) -> int | None:
     return None if available is None else available * 9 // 10
 
 
+def memory_of_each(device: torch.device, processes: int, stated: int | None) -> int | None:
+    """The bytes that a block may take in each of ``processes``; None if nothing limits them.
+
+    ``stated``: what the user allows. Otherwise these are the free bytes of ``device``; on a CPU the
+    processes may share the memory of one host.
+    """
+    free = free_memory(device) if stated is None else stated
+    if stated is not None or free is None or device.type != "cpu":
+        return free
+    return free // processes
+
+
 def parse_size(text: str) -> int:
     """The bytes that ``text`` says, such as ``20GiB``, ``20GB`` or ``500MiB``.
 

@@ -15,7 +15,7 @@ import torch
 
 from qplug.api.events import Estimate
 from qplug.calibration.portions import PER_ENTRY, PER_WEIGHT, Room
-from qplug.machine.memory import free_memory
+from qplug.machine.memory import memory_of_each
 from qplug.machine.session import Session
 from qplug.run.rates import CPU_CORE, H100, Rates
 from qplug.run.workload import BlockWork, Readers, Workload
@@ -49,16 +49,8 @@ class Machine:
             H100 if on_gpu else CPU_CORE.of_cores(torch.get_num_threads()),
             on_gpu,
             session.processes.count,
-            _memory_of_each(session),
+            memory_of_each(session.device, session.processes.count, session.memory),
         )
-
-
-def _memory_of_each(session: Session) -> float | None:
-    """The bytes that each process of ``session`` may take: on a host they share what is free."""
-    free = free_memory(session.device)
-    if session.memory is not None or free is None or session.device.type != "cpu":
-        return free if session.memory is None else session.memory
-    return free // session.processes.count
 
 
 def estimate(work: Workload, machine: Machine, nbytes: int, *, warm: bool = False) -> Estimate:
