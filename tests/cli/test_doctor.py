@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import urllib.error
+from dataclasses import replace
 from email.message import Message
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +17,21 @@ from typing import TYPE_CHECKING
 import pytest
 from click.testing import CliRunner
 
+from qplug.api import Server
 from qplug.cli import health
-from qplug.cli.health import Finding, hub_findings, machine_findings, plugin_findings
+from qplug.cli.health import (
+    Finding,
+    engine_findings,
+    hub_findings,
+    machine_findings,
+    plugin_findings,
+)
 from qplug.cli.main import main
 from qplug.machine import engines
 from qplug.machine.gpus import Gpu
 from qplug.registry.plugin import Plugin
 from qplug.registry.registry import Registry
+from qplug_vllm.engine import VLLM
 
 if TYPE_CHECKING:
     from click.testing import Result
@@ -45,13 +54,17 @@ def quiet_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def doctor(*words: str, plugins: list[Plugin] | None = None) -> Result:
-    return CliRunner().invoke(
-        main, ["doctor", *words], prog_name="qplug", obj=Registry(plugins or [])
-    )
+    registry = shipped() if plugins is None else Registry(plugins)
+    return CliRunner().invoke(main, ["doctor", *words], prog_name="qplug", obj=registry)
+
+
+def shipped() -> Registry:
+    return Registry.installed(only_shipped=True)
 
 
 def found(name: str) -> list[Finding]:
-    return [each for each in [*machine_findings(), *hub_findings()] if each.name == name]
+    findings = [*machine_findings(), *hub_findings(), *engine_findings(shipped())]
+    return [each for each in findings if each.name == name]
 
 
 def broken(ships: bool) -> Plugin:
@@ -70,8 +83,8 @@ def test_a_machine_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["ok"] * len(lines)
     assert [line[9:].split("  ")[0] for line in lines] == [
-        *("Python", "torch", "GPU", "vllm", "sglang", "memory", "disk"),
-        *("Hub token", "Hub", "plugins"),
+        *("Python", "torch", "GPU", "memory", "disk"),
+        *("Hub token", "Hub", "sglang", "vllm", "plugins"),
     ]
 
 
@@ -147,12 +160,13 @@ def test_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_engine_of_another_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(engines.DISTRIBUTIONS, "vllm", ("no-such-package", "click"))
+    server = Server("vllm", "m", "--model", distributions=("no-such-package", "click"))
+    monkeypatch.setattr(VLLM, "server", server)
     monkeypatch.setenv("QPLUG_VLLM_PYTHON", sys.executable)
     (finding,) = found("vllm")
     assert finding.state == "ok"
     assert finding.text.endswith(f" for QPLUG_VLLM_PYTHON={sys.executable}")
-    monkeypatch.setitem(engines.DISTRIBUTIONS, "vllm", ("no-such-package",))
+    monkeypatch.setattr(VLLM, "server", replace(server, distributions=("no-such-package",)))
     (finding,) = found("vllm")
     assert (finding.state, finding.text[:16]) == ("warning", "is not installed")
     monkeypatch.setenv("QPLUG_VLLM_PYTHON", "/no/such/python")

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class Server:
     """How an engine's server of OpenAI's API is started: ``python -m MODULE FOLDER_OPTION DIR``.
 
-    ``package``: what can be imported where the engine is installed. ``brief``: options for a server
+    ``package``: what can be imported where the engine is installed; ``distributions``: the names
+    under which it may be installed, by default that of the package. ``brief``: options for a server
     that answers a few prompts and ends: it starts faster, and computes every token anew.
     ``processes_option`` and ``context_option`` set how many GPUs share the model, and the longest
     request in tokens; they are empty if the server has no such option.
@@ -37,6 +38,7 @@ class Server:
     brief: tuple[str, ...] = ()
     processes_option: str = ""
     context_option: str = ""
+    distributions: tuple[str, ...] = ()
 
 
 class Engine:

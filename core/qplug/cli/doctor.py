@@ -8,7 +8,13 @@ from itertools import chain
 
 import click
 
-from qplug.cli.health import Finding, hub_findings, machine_findings, plugin_findings
+from qplug.cli.health import (
+    Finding,
+    engine_findings,
+    hub_findings,
+    machine_findings,
+    plugin_findings,
+)
 from qplug.cli.printing import Command, say, say_json
 from qplug.registry.registry import Registry
 
@@ -34,5 +40,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 
 def _findings(registry: Registry) -> Iterator[Finding]:
-    """Yields all findings; plugins come last, since they are slow to import."""
-    return chain(machine_findings(), hub_findings(), plugin_findings(registry))
+    """Yields all findings; what plugins know comes last, since they are slow to import."""
+    return chain(
+        machine_findings(), hub_findings(), engine_findings(registry), plugin_findings(registry)
+    )

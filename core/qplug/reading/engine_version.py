@@ -46,7 +46,7 @@ def choose_version(
     if asked is not None:
         return _chosen(engine, asked, "asked for")
     if engine.server is not None and engine.releases:
-        found = find_engine(engine.server.package, python).version
+        found = find_engine(engine.server, python).version
         if found is not None:
             nearest = nearest_version([*engine.releases], found)
             return _chosen(engine, nearest, f"{found} is installed")

