@@ -1,95 +1,245 @@
-"""Write what schemes buy, as benchmarks/serving.py found it, into the page on choosing one.
+"""Write what schemes buy, as benchmarks/serving.py found it, into the page and into the plan.
 
-    python tools/serving_gain.py
+    PYTHONPATH=benchmarks python tools/serving_gain.py
 
-Reads docs/serving_gain.json; writes docs/serving_gain.svg and the table between the page's marks.
+Reads docs/serving_gain.json; writes a picture for each shape, the tables between the marks of the
+page on choosing a scheme, and core/qplug/planning/speeds.py.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from llama_shapes import LLAMA_3_8B
+from qwen3_moe_shapes import QWEN3_30B_A3B
+
+from qplug.api.gpus import model_named
 from qplug.report.charts import Bar, rows
 
-DOCS = Path(__file__).parents[1] / "docs"
-FOUND, PICTURE = DOCS / "serving_gain.json", DOCS / "serving_gain.svg"
-PAGE = DOCS / "how-to/choose-a-scheme.md"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+FOUND, PAGE = DOCS / "serving_gain.json", DOCS / "how-to/choose-a-scheme.md"
+DATA = ROOT / "core/qplug/planning/speeds.py"
 BEGIN, END = "<!-- begin: serving gain -->", "<!-- end: serving gain -->"
 
-#: What was timed, by its name in the results.
-TIMED = {
-    "decode 1": "one request",
-    "decode 32": "32 requests",
-    "prefill 8 x 2048": "reading prompts",
+Row = dict[str, Any]
+
+#: The shapes by the name in a row: the tensors, how many layers the model has, and its picture.
+SHAPES = {
+    "Llama 3 8B": (LLAMA_3_8B, 32, "serving_gain.svg"),
+    "Qwen3 30B A3B": (QWEN3_30B_A3B, 48, "serving_gain_experts.svg"),
 }
 
-#: The width of the picture, in pixels.
-_WIDTH = 760
+#: The order of schemes; others follow by name.
+ORDER = ("bf16", "W4A16", "FP8_DYNAMIC", "W8A8", "FP8_BLOCK", "NVFP4A16", "W4AFP8")
+
+#: The mean number of tokens of a request while it is written: from 32 to 160.
+WRITTEN = 96
+
+#: The width of a picture, in pixels, and the height of its legend.
+_WIDTH, _LEGEND = 760, 26
 
 _STYLE = """<style>
 text { fill: #5b6570; font: 12px system-ui, sans-serif } .grid { stroke: #dcdfe3 }
-.c0 { fill: #7d8792 } .c1 { fill: #c4500c } .c2 { fill: #1a7f4b } .c3 { fill: #1f6feb }
+.c0 { fill: #1f6feb } .c1 { fill: #c4500c } .c2 { fill: #1a7f4b } .c3 { fill: #8250df }
+.c4 { fill: #b3261e } .c5 { fill: #0b7285 } .c6 { fill: #7a5c00 } .c7 { fill: #6b7280 }
 @media (prefers-color-scheme: dark) {
 text { fill: #a3adb8 } .grid { stroke: #353b42 }
-.c0 { fill: #8b949e } .c1 { fill: #ff9a5c } .c2 { fill: #5fd39a } .c3 { fill: #6cb0ff }
+.c0 { fill: #6cb0ff } .c1 { fill: #ff9a5c } .c2 { fill: #5fd39a } .c3 { fill: #c7a6ff }
+.c4 { fill: #ff8a80 } .c5 { fill: #5fd0e0 } .c6 { fill: #e3c15a } .c7 { fill: #aab2bd }
 }</style>"""
 
 
-def picture(found: dict[str, dict[str, Any]]) -> str:
+class Group(dict[str, Row]):
+    """The rows of one shape on one device by scheme, the float model first."""
+
+    @property
+    def first(self) -> Row:
+        return self["bf16"]
+
+    @property
+    def timed(self) -> dict[str, str]:
+        """What was timed, by its name in the rows: writing with few requests first."""
+        found = {}
+        for key in self.first:
+            if match := re.fullmatch(r"decode (\d+)", key):
+                found[key] = f"writing, {_requests(int(match[1]))}"
+        for key in self.first:
+            if match := re.fullmatch(r"prefill (\d+) x (\d+)", key):
+                found[key] = f"reading {match[1]} x {match[2]}"
+        return found
+
+    @property
+    def rank(self) -> tuple[int, str]:
+        return len(self), self.first["date"]
+
+    def gain(self, scheme: str, key: str) -> float:
+        """How many times as fast as bf16 a scheme is."""
+        return float(self[scheme][key] / self.first[key])
+
+
+def _requests(number: int) -> str:
+    return "1 request" if number == 1 else f"{number} requests"
+
+
+def groups(told: dict[str, Any]) -> dict[str, list[Group]]:
+    """The groups of each shape; the one with the most schemes, of these the newest, comes first."""
+    apart: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+    for row in told["rows"]:
+        if "error" not in row:
+            apart[row["shape"], row["device"]][row["scheme"]] = row
+    found: dict[str, list[Group]] = {name: [] for name in SHAPES}
+    for (shape, _), each in apart.items():
+        known = [scheme for scheme in ORDER if scheme in each]
+        names = [*known, *sorted(set(each) - set(known))]
+        found[shape].append(Group((name, each[name]) for name in names))
+    return {
+        shape: sorted(each, key=lambda group: group.rank, reverse=True)
+        for shape, each in found.items()
+        if each
+    }
+
+
+def picture(group: Group) -> str:
     """Bars: how many times as fast as bf16 each scheme is, for each thing that was timed."""
+    schemes = [scheme for scheme in group if scheme != "bf16"]
     bars = {}
-    for key, name in TIMED.items():
-        for number, (scheme, row) in enumerate(found.items()):
-            gain = row[key] / found["bf16"][key]
-            told = f"{scheme}, {name}: {row[key]:,.0f} tokens a second, {gain:.2f} times bf16"
-            bars[f"{name}: {scheme}"] = [[Bar(number, 0.0, gain, told)]]
-    title = "How many times as fast as bf16 each scheme is served"
-    drawn = rows(title, bars, legend=(), format_=lambda gain: f"{gain:g} x")
-    return standalone(drawn)
+    for key, name in group.timed.items():
+        bars[name] = [
+            [Bar(number, 0.0, group.gain(scheme, key), _told(group, scheme, key))]
+            for number, scheme in enumerate(schemes)
+        ]
+    drawn = rows(title(group), bars, legend=(), format_=lambda gain: f"{gain:g} x")
+    return standalone(drawn, schemes)
 
 
-def standalone(drawn: str) -> str:
-    """A chart of a report as a file of its own, with the colours for light and for dark."""
+def title(group: Group) -> str:
+    return f"How many times as fast as bf16 each scheme is served: {group.first['shape']}"
+
+
+def _told(group: Group, scheme: str, key: str) -> str:
+    return f"{scheme}: {group[scheme][key]:,.0f} tokens a second, {group.gain(scheme, key):.2f} x"
+
+
+def standalone(drawn: str, names: list[str]) -> str:
+    """A chart of a report as a file of its own, with a legend and the colours for both themes."""
     chart = re.search(r"<svg .*</svg>", drawn, re.DOTALL)
+    height = re.search(r'width="100%" height="(\d+)"', drawn)
     assert chart is not None
+    assert height is not None
     # A page stretches charts to its own width; a file has one.
-    size = rf'viewBox="0 0 {_WIDTH} \1" width="{_WIDTH}" height="\1"'
-    svg = re.sub(r'width="100%" height="(\d+)"', size, chart[0], count=1)
+    high = int(height[1]) + _LEGEND
+    size = f'viewBox="0 -{_LEGEND} {_WIDTH} {high}" width="{_WIDTH}" height="{high}"'
+    svg = chart[0].replace(height[0], size, 1)
     svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    return svg.replace(">", f">{_STYLE}", 1).replace("><", ">\n<") + "\n"
+    legend, x = "", 0
+    for number, name in enumerate(names):
+        legend += f'<rect x="{x}" y="-18" width="11" height="11" class="c{number}"/>'
+        legend += f'<text x="{x + 16}" y="-8">{name}</text>'
+        x += 36 + math.ceil(7.8 * len(name))
+    return svg.replace(">", f">{_STYLE}{legend}", 1).replace("><", ">\n<") + "\n"
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(group: Group) -> str:
     """Tokens a second, and times bf16."""
-    lines = [f"| tokens a second | {' | '.join(TIMED.values())} |", f"|---|{'---|' * len(TIMED)}"]
-    for scheme, row in found.items():
-        cells = [f"{row[key]:,.0f} ({row[key] / found['bf16'][key]:.2f} x)" for key in TIMED]
+    timed = group.timed
+    lines = [f"| tokens a second | {' | '.join(timed.values())} |", f"|---|{'---|' * len(timed)}"]
+    for scheme, row in group.items():
+        cells = [f"{row[key]:,.0f} ({group.gain(scheme, key):.2f} x)" for key in timed]
         lines.append(f"| `{scheme}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def section(told: dict[str, Any]) -> str:
     """All that stands between the marks."""
-    found = served(told)
-    first = found["bf16"]
-    graphs = "decoding in CUDA graphs" if "compilation_config" in first["options"] else "eager"
-    head = (
-        f"vLLM {first['versions']['vllm']} on an {first['device']}, {told['date']}, {graphs}, no "
-        f"compilation: random weights of the shape of Llama 3 8B, quantized with `rtn`. A request "
-        f"is 32 tokens long and writes 128; prompts are read 8 at a time, each of 2048 tokens "
-        f"(`python benchmarks/serving.py`)."
+    parts = [BEGIN]
+    for shape, each in groups(told).items():
+        whole, file = SHAPES[shape][1:]
+        for number, group in enumerate(each):
+            if number == 0:
+                parts += [f"### {shape}", _where(group, whole), f"![{title(group)}](../{file})"]
+            else:
+                parts.append(_where(group, whole))
+            parts.append(table(group))
+    return "\n\n".join([*parts, END])
+
+
+def _where(group: Group, whole: int) -> str:
+    """The engine, the device, the day and the model, as a line above a table."""
+    first = group.first
+    layers = f", {first['layers']} of its {whole} layers" if first["layers"] != whole else ""
+    return (
+        f"vLLM {first['versions']['vllm']} on an {first['device']}, {first['date']}: random "
+        f"weights of the shape of {first['shape']}{layers}."
     )
-    image = "![How many times as fast as bf16 each scheme is served](../serving_gain.svg)"
-    return "\n\n".join([BEGIN, head, image, table(found), END])
 
 
-def served(told: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What was timed, by scheme, the float model first."""
-    found = {name: row for name, row in sorted(told["rows"].items()) if "error" not in row}
-    return {"bf16": found["bf16"], **found}
+def data(told: dict[str, Any]) -> str:
+    """The module of qplug's planning that has the speeds, as text."""
+    lines = [
+        '"""How fast schemes are served: written by tools/serving_gain.py, not by hand.',
+        "",
+        "The figures are those of docs/serving_gain.json.",
+        '"""',
+        "",
+        "from __future__ import annotations",
+        "",
+        "from qplug.planning.timing import Speed, Timing",
+        "",
+        "TIMINGS = (",
+    ]
+    for shape, (group, *_) in groups(told).items():
+        lines += _timing(shape, group)
+    return "\n".join([*lines, ")", ""])
+
+
+def _timing(shape: str, group: Group) -> list[str]:
+    tensors, whole, _ = SHAPES[shape]
+    first = group.first
+    gpu = model_named(first["device"])
+    assert gpu is not None, first["device"]
+    number = dict.fromkeys(("dense", "experts"), 0)
+    for name, sides in tensors.layer(0).items():
+        if len(sides) == 2 and not name.endswith("mlp.gate.weight"):
+            number["experts" if ".experts." in name else "dense"] += math.prod(sides)
+    config = tensors.config(first["layers"])
+    share = config.get("num_experts_per_tok", 0) / config.get("num_experts", 1)
+    keys = config["num_key_value_heads"] * config["head_dim"]
+    layers = first["layers"]
+    part = f" ({layers} of its {whole} layers)" if layers != whole else ""
+    version = ".".join(first["versions"]["vllm"].split(".")[:2])
+    values = {
+        "shape": json.dumps(f"{shape}{part}"),
+        "gpu": json.dumps(gpu[0]),
+        "engine": json.dumps(f"vLLM {version}"),
+        "date": json.dumps(first["date"]),
+        "blocks": f"{layers}",
+        "dense": f"{number['dense'] * layers:_}",
+        "experts": f"{number['experts'] * layers:_}",
+        "head": f"{math.prod(tensors.outer()['lm_head.weight']):_}",
+        "share": f"{share}",
+        "cache": f"{2 * 2 * keys * layers:_}",
+        "tokens": f"{WRITTEN}",
+    }
+    speeds = []
+    for scheme, row in group.items():
+        writing = {int(key.split()[1]): row[key] for key in group.timed if key.startswith("decode")}
+        reading = [row[key] for key in group.timed if key.startswith("prefill")][-1]
+        name = "" if scheme == "bf16" else scheme
+        speeds.append(f'            "{name}": Speed({writing}, {reading}),')
+    return [
+        "    Timing(",
+        *(f"        {name}={value}," for name, value in values.items()),
+        "        speeds={",
+        *speeds,
+        "        },",
+        "    ),",
+    ]
 
 
 def page(before: str, told: dict[str, Any]) -> str:
@@ -101,5 +251,7 @@ def page(before: str, told: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     told = json.loads(FOUND.read_text("utf-8"))
-    PICTURE.write_text(picture(served(told)), "utf-8")
+    for shape, (group, *_) in groups(told).items():
+        (DOCS / SHAPES[shape][2]).write_text(picture(group), "utf-8")
     PAGE.write_text(page(PAGE.read_text("utf-8"), told), "utf-8")
+    DATA.write_text(data(told), "utf-8")

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from published import LLAMA_3_8B, LLAMA_3_70B
 
-from qplug.planning.measured import LOSSES, MANY, RATES, SPEEDS
+from qplug.planning.measured import LOSSES, RATES
+from qplug.planning.speed import timing_of
+from qplug.planning.speeds import TIMINGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,23 +137,26 @@ def test_where_nothing_was_measured(cli: Cli, small: Path, monkeypatch: pytest.M
 
 def test_speeds_where_they_were_measured(cli: Cli, small: Path) -> None:
     """On the GPU and the shape of the measurement, the estimate is what was measured."""
-    plan = told(cli, small, "--gpu", "H100", "--context", 109, "--requests", MANY)
-    found = {o["scheme"]: o["tokens_per_second"] for o in plan["offers"] if o["backend"] == "vllm"}
-    found[""] = plan["float"]["tokens_per_second"]
-    for scheme, speed in SPEEDS.items():
-        assert found[scheme]["one"] == pytest.approx(speed.one, rel=0.01), scheme
-        assert found[scheme]["many"] == pytest.approx(speed.many, rel=0.01), scheme
-    assert found["FP8"]["one"] is None  # nobody has timed it
+    timing = timing_of(has_experts=False)
+    for number in timing.speeds[""].writing:
+        plan = told(cli, small, "--gpu", timing.gpu, "--context", 109, "--requests", number)
+        offers = [offer for offer in plan["offers"] if offer["backend"] == "vllm"]
+        found = {offer["scheme"]: offer["tokens_per_second"] for offer in offers}
+        found[""] = plan["float"]["tokens_per_second"]
+        for scheme, speed in timing.speeds.items():
+            assert found[scheme]["one"] == pytest.approx(speed.writing[1], rel=0.01), scheme
+            assert found[scheme]["many"] == pytest.approx(speed.writing[number], rel=0.01), scheme
+        assert found["FP8"]["one"] is None  # nobody has timed it
 
 
-def test_what_was_measured_is_what_the_files_say() -> None:
-    rows = json.loads((ROOT / "docs/serving_gain.json").read_text())["rows"]
-    for name, row in rows.items():
-        speed = SPEEDS["" if name == "bf16" else name]
-        assert speed.one == row["decode 1"]
-        assert speed.many == row[f"decode {MANY}"]
-        assert speed.prompts == row["prefill 8 x 2048"]
-    assert {*RATES} >= {name for name in SPEEDS if name.startswith(("W8A8", "FP8"))}
+def test_a_model_of_experts_takes_the_timing_of_experts_where_there_is_one() -> None:
+    timed = any(timing.experts for timing in TIMINGS)
+    assert bool(timing_of(has_experts=True).experts) == timed
+
+
+def test_losses_are_what_the_results_say() -> None:
+    timed = {scheme for timing in TIMINGS for scheme in timing.speeds}
+    assert {*RATES} >= {scheme for scheme in timed if scheme.startswith(("W8A8", "FP8", "W4AFP8"))}
     results = (ROOT / "benchmarks/RESULTS.md").read_text()
     for scheme, loss in LOSSES.items():
         assert f"{loss.perplexity:.4f}" in results, scheme

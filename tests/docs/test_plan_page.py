@@ -8,7 +8,7 @@ from pathlib import Path
 import plan_page
 import pytest
 
-from qplug.planning.measured import SPEEDS
+from qplug.planning.speed import timing_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/how-to/choose-a-scheme.md").read_text("utf-8")
@@ -30,12 +30,13 @@ def test_every_perplexity_is_in_the_results() -> None:
 
 def test_the_advice_follows_from_the_measured_speeds() -> None:
     """The page states how long a prompt must be for fp8 to be faster than 4 bits."""
-    four, fp8 = SPEEDS["W4A16"], SPEEDS["FP8_DYNAMIC"]
-    reading = 1 / four.prompts - 1 / fp8.prompts
-    writing = 1 / fp8.many - 1 / four.many
+    speeds = timing_of(has_experts=False).speeds
+    four, fp8, int8 = speeds["W4A16"], speeds["FP8_DYNAMIC"], speeds["W8A8"]
+    reading = 1 / four.reading - 1 / fp8.reading
+    writing = 1 / fp8.writing[32] - 1 / four.writing[32]
     assert f"saves {reading * 1e6:.1f} microseconds" in PAGE
     assert f"loses {writing * 1e6:.1f} a token" in PAGE
     assert f"longer than {writing / reading:.1f} times the answers" in PAGE
-    assert f"{fp8.prompts / four.prompts:.2f} times as fast as `W4A16`" in PAGE
-    assert four.one > max(fp8.one, SPEEDS["W8A8"].one)
-    assert four.many > max(fp8.many, SPEEDS["W8A8"].many)
+    assert f"{fp8.reading / four.reading:.2f} times as fast as `W4A16`" in PAGE
+    for requests in (1, 32):
+        assert four.writing[requests] > max(fp8.writing[requests], int8.writing[requests])

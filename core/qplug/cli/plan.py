@@ -16,10 +16,11 @@ from qplug.cli.printing import Command, Piece, note, say, say_json, say_pieces
 from qplug.planning.commands import quantizing, serving
 from qplug.planning.fleet import find_fleet
 from qplug.planning.headers import open_headers
-from qplug.planning.measured import LOSSES_SOURCE, SPEEDS_SOURCE
+from qplug.planning.measured import LOSSES_SOURCE
 from qplug.planning.offers import Offer
 from qplug.planning.outline import find_outline
 from qplug.planning.plan import AIMS, PROMPT, USED, Aim, Fit, ModelPlan, Wish, make_plan
+from qplug.planning.speed import MANY, timing_of
 from qplug.registry.registry import Registry
 
 _GB = 10**9
@@ -186,8 +187,9 @@ def _print_proposal(
     say(f"  size   {_gb(offer.nbytes)}{_shared(fit)}, room for {_room(fit, wish)}")
     say(f"  speed  {_speed(fit, plan)}")
     if fit.one is not None:
-        dense = ", a dense model" if plan.outline.experts else ""
-        say(f"         an estimate, scaled from {SPEEDS_SOURCE}{dense}")
+        timing = timing_of(bool(plan.outline.experts))
+        dense = ", a dense model" if plan.outline.experts and not timing.experts else ""
+        say(f"         an estimate, scaled from {timing.source}{dense}")
     say(f"  loss   {_loss(fit)}")
     for line in commands[aim]:
         say(f"  $ {line}")
@@ -215,7 +217,7 @@ def _loss(fit: Fit) -> str:
 def _speed(fit: Fit, plan: ModelPlan) -> str:
     if fit.one is None:
         return "not measured on such a device"
-    requests = plan.wish.requests or max(1, min(32, fit.requests))
+    requests = plan.wish.requests or max(1, min(MANY, fit.requests))
     text = f"about {fit.one:,.0f} tokens/s for one request"
     if fit.many is not None and requests > 1:
         text += f", {fit.many:,.0f} for {requests}"
@@ -266,7 +268,7 @@ def _plain(
         "float": _plain_fit(plan.float_model),
         "offers": [_plain_fit(fit) for fit in plan.fits],
         "refusals": [dataclasses.asdict(refusal) for refusal in plan.refusals],
-        "sources": {"speed": SPEEDS_SOURCE, "loss": LOSSES_SOURCE},
+        "sources": {"speed": timing_of(bool(outline.experts)).source, "loss": LOSSES_SOURCE},
         "proposals": [
             {
                 "for": aim,

@@ -1,4 +1,4 @@
-"""What was measured of schemes: how fast they are served, and what they lose. Data, with sources.
+"""What was measured of schemes: what they lose, and which multiply in 8 bits. Data, with sources.
 
 The page docs/how-to/choose-a-scheme.md shows both; tests compare them with the files of the
 measurements.
@@ -8,34 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Speed:
-    """Tokens a second: of one request, of 32 requests together, and of prompts that are read."""
-
-    one: float
-    many: float
-    prompts: float
-
-
-#: The number of requests behind ``Speed.many``.
-MANY = 32
-#: The scheme ``""`` is the float model in bfloat16. From docs/serving_gain.json.
-SPEEDS = {
-    "": Speed(151.7, 4558.2, 42961),
-    "FP8_DYNAMIC": Speed(214.7, 6313.6, 61353),
-    "W4A16": Speed(239.9, 6847.9, 39824),
-    "W8A8": Speed(225.6, 6414.0, 60938),
-}
 #: The engine that was timed.
 SPEEDS_ENGINE = "vLLM"
-SPEEDS_SOURCE = "vLLM 0.26 on one H100, Llama 3 8B's shape, 2026-11-25"
-#: The GPU of the measurement; the blocks of Llama 3 8B, the weights of their linears, its head's.
-SPEEDS_GPU = "H100"
-SPEEDS_BLOCKS = 32
-SPEEDS_LINEARS, SPEEDS_HEAD = 6_979_321_856, 128_256 * 4096
-#: The bytes of a token in its KV cache, and the mean number of tokens of a request (32 to 160).
-SPEEDS_CACHE, SPEEDS_TOKENS = 131_072, 96
 
 #: The schemes that multiply in 8 bits, by the rate of a GPU that the products take.
 RATES = {
@@ -44,6 +18,7 @@ RATES = {
     "FP8": "fp8",
     "FP8_DYNAMIC": "fp8",
     "FP8_BLOCK": "fp8",
+    "W4AFP8": "fp8",
 }
 
 

@@ -8,10 +8,11 @@ from typing import Literal
 
 from qplug.planning.fleet import Fleet
 from qplug.planning.kv_cache import Cache, find_cache
-from qplug.planning.measured import LOSSES, MANY, SPEEDS_ENGINE, Loss
+from qplug.planning.measured import LOSSES, SPEEDS_ENGINE, Loss
 from qplug.planning.offers import Offer, Refusal, find_offers, sizes
 from qplug.planning.outline import Outline
-from qplug.planning.speed import Work, reading, work_of, writing
+from qplug.planning.speed import MANY, reading, work_of, writing
+from qplug.planning.timing import Work
 from qplug.registry.registry import Registry
 
 Aim = Literal["latency", "throughput", "size"]
@@ -30,7 +31,7 @@ class Wish:
     """What is asked of the server: ``requests`` at a time, each of ``context`` tokens.
 
     ``requests`` is None if nobody said: one request must fit, and throughput is estimated for as
-    many as fit, up to 32. ``cache_bits`` is 8 for an fp8 cache.
+    many as fit, up to the most that were timed. ``cache_bits`` is 8 for an fp8 cache.
     """
 
     context: int = 8192
