@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 FOUND, PAGE = DOCS / "serving_gain.json", DOCS / "how-to/choose-a-scheme.md"
 DATA = ROOT / "core/qplug/planning/speeds.py"
-BEGIN, END = "<!-- begin: serving gain -->", "<!-- end: serving gain -->"
+GAIN = ("<!-- begin: serving gain -->", "<!-- end: serving gain -->")
+ADVICE = ("<!-- begin: advice -->", "<!-- end: advice -->")
 
 Row = dict[str, Any]
 
@@ -37,6 +38,22 @@ SHAPES = {
 
 #: The order of schemes; others follow by name.
 ORDER = ("bf16", "W4A16", "FP8_DYNAMIC", "W8A8", "FP8_BLOCK", "NVFP4A16", "W4AFP8")
+
+#: The algorithm that the page advises for a scheme.
+ALGORITHMS = {
+    "W4A16": "gptq",
+    "FP8_DYNAMIC": "rtn",
+    "W8A8": "smoothquant",
+    "FP8_BLOCK": "rtn",
+    "NVFP4A16": "gptq",
+    "W4AFP8": "gptq",
+}
+
+#: The schemes that multiply in fp8, which Ampere cannot.
+IN_FP8 = ("FP8_DYNAMIC", "FP8_BLOCK", "W4AFP8")
+
+#: Schemes that come so near to the fastest count as fast; the first in ORDER is advised.
+NEAR = 0.98
 
 #: The mean number of tokens of a request while it is written: from 32 to 160.
 WRITTEN = 96
@@ -157,7 +174,7 @@ def table(group: Group) -> str:
 
 def section(told: dict[str, Any]) -> str:
     """All that stands between the marks."""
-    parts = [BEGIN]
+    parts = []
     for shape, each in groups(told).items():
         whole, file = SHAPES[shape][1:]
         for number, group in enumerate(each):
@@ -166,7 +183,7 @@ def section(told: dict[str, Any]) -> str:
             else:
                 parts.append(_where(group, whole))
             parts.append(table(group))
-    return "\n\n".join([*parts, END])
+    return "\n\n".join(parts)
 
 
 def _where(group: Group, whole: int) -> str:
@@ -242,11 +259,100 @@ def _timing(shape: str, group: Group) -> list[str]:
     ]
 
 
+def advice(told: dict[str, Any]) -> str:
+    """The schemes to take, for what was timed, and from which length of prompts on fp8 is ahead."""
+    lines = ["| you have | take | because |", "|---|---|---|"]
+    found = groups(told)
+    for shape, (group, *_) in found.items():
+        kind = "a mixture of experts" if SHAPES[shape][0] is QWEN3_30B_A3B else "a dense model"
+        for key, name in group.timed.items():
+            if key.startswith("decode"):
+                requests = name.removeprefix("writing, ")
+                had = f"{kind}, {requests} at a time, short prompts and long answers"
+                lines.append(_advised(group, key, had, "wrote"))
+        key = list(group.timed)[-1]
+        had = f"{kind}, prompts much longer than the answers"
+        lines.append(_advised(group, key, f"{had}, an Ada, Hopper or Blackwell GPU", "read"))
+        others = Group((name, row) for name, row in group.items() if name not in IN_FP8)
+        lines.append(_advised(others, key, f"{had}, an Ampere GPU (no fp8 products)", "read"))
+    lines.append(
+        "| little memory: a model that does not fit otherwise, or many long requests | `W4A16` "
+        "with `--algo gptq` | a quarter of the weights, and the cache gets the rest |"
+    )
+    lines.append(
+        "| the least loss | `W8A16` with `rtn` | weights have 8 bits, and inputs are not rounded |"
+    )
+    lines.append(
+        "| a checkpoint as DeepSeek publishes them | `FP8_BLOCK` with `rtn` | each block of 128 x "
+        "128 weights has a scale |"
+    )
+    equal = [
+        f"- {line}"
+        for shape, (group, *_) in found.items()
+        for line in break_even(shape, group, "FP8_DYNAMIC", "W4A16")
+    ]
+    return "\n".join([*lines, "", *equal])
+
+
+def fastest(group: Group, key: str) -> list[str]:
+    """The schemes but bf16, the fastest first; of those near to it, the first in ORDER."""
+    order = sorted(set(group) - {"bf16"}, key=lambda scheme: -group[scheme][key])
+    least = NEAR * group[order[0]][key]
+    near = [scheme for scheme in group if scheme in order and group[scheme][key] >= least]
+    return [near[0], *(scheme for scheme in order if scheme != near[0])]
+
+
+def _advised(group: Group, key: str, had: str, did: str) -> str:
+    best, second, *_ = fastest(group, key)
+    if group.gain(best, key) < 1:
+        why = f"no scheme {did} faster: `{best}` {group.gain(best, key):.2f} times as fast as bf16"
+        return f"| {had} | bf16 | {why} |"
+    why = f"it {did} {group.gain(best, key):.2f} times as fast as bf16, `{second}` "
+    why += f"{group.gain(second, key):.2f} times"
+    return f"| {had} | `{best}` with `{ALGORITHMS[best]}` | {why} |"
+
+
+def break_even(shape: str, group: Group, wide: str, narrow: str) -> list[str]:
+    """How long prompts are, in answers, when ``wide`` becomes faster than ``narrow``: sentences."""
+    if wide not in group or narrow not in group:
+        return []
+    read = list(group.timed)[-1]
+    reading = 1 / group[narrow][read] - 1 / group[wide][read]
+    lines = []
+    for key, name in group.timed.items():
+        if not key.startswith("decode") or key == "decode 1":
+            continue
+        writing = 1 / group[wide][key] - 1 / group[narrow][key]
+        where = f"{shape}, {name.removeprefix('writing, ')}: `{wide}`"
+        saves, loses = f"{abs(reading) * 1e6:.1f}", f"{abs(writing) * 1e6:.1f}"
+        if reading > 0 and writing > 0:
+            lines.append(
+                f"{where} saves {saves} microseconds for a token that is read and loses {loses} "
+                f"for one that is written, beside `{narrow}`: it is ahead where prompts are longer "
+                f"than {writing / reading:.1f} times the answers."
+            )
+        elif reading > 0:
+            lines.append(
+                f"{where} saves {saves} microseconds for a token that is read and {loses} for one "
+                f"that is written, beside `{narrow}`: it is ahead whatever the lengths are."
+            )
+        elif writing > 0:
+            lines.append(f"{where} reads and writes no faster than `{narrow}`.")
+        else:
+            lines.append(
+                f"{where} loses {saves} microseconds for a token that is read and saves {loses} "
+                f"for one that is written, beside `{narrow}`: it is ahead where prompts are "
+                f"shorter than {writing / reading:.1f} times the answers."
+            )
+    return lines
+
+
 def page(before: str, told: dict[str, Any]) -> str:
-    """The page with this section in the place of what stood there."""
-    head, _, rest = before.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return head + section(told) + tail
+    """The page with the sections in the places of what stood there."""
+    for (begin, end), text in ((ADVICE, advice(told)), (GAIN, section(told))):
+        head, _, rest = before.partition(begin)
+        before = f"{head}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+    return before
 
 
 if __name__ == "__main__":
