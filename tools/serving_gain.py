@@ -105,13 +105,18 @@ def _requests(number: int) -> str:
 
 
 def groups(told: dict[str, Any]) -> dict[str, list[Group]]:
-    """The groups of each shape; the one with the most schemes, of these the newest, comes first."""
+    """The groups of each shape; the one with the most schemes, of these the newest, comes first.
+
+    A group needs the float model and a scheme beside it.
+    """
     apart: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     for row in told["rows"]:
         if "error" not in row:
             apart[row["shape"], row["device"]][row["scheme"]] = row
     found: dict[str, list[Group]] = {name: [] for name in SHAPES}
     for (shape, _), each in apart.items():
+        if "bf16" not in each or len(each) < 2:
+            continue
         known = [scheme for scheme in ORDER if scheme in each]
         names = [*known, *sorted(set(each) - set(known))]
         found[shape].append(Group((name, each[name]) for name in names))

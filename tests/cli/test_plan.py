@@ -48,10 +48,10 @@ def test_a_large_model_on_two_gpus(cli: Cli, big: Path) -> None:
     assert "llama, 70.6 billion weights in 80 blocks, 141.1 GB in bfloat16" in text
     assert "KV cache: 327,680 bytes a token; a request of 8192 tokens takes 2.7 GB" in text
     row = next(line for line in text.splitlines() if line.startswith("W4A16 ") and "vllm" in line)
-    assert row.split()[-9:-5] == ["GB", "42", "78", "+4.4%"]
+    assert row.split()[-9:-5] == ["GB", "42", "75", "+4.4%"]
     assert "for latency, one request at a time: W4A16 by vllm" in text
     assert "39.5 GB on 2 GPUs, room for 42 requests of 8192 tokens" in text
-    assert "an estimate, scaled from vLLM 0.26 on one H100" in text
+    assert "an estimate, scaled from vLLM 0.26 on one H200" in text
     assert f"$ qplug quantize {big} --algo gptq --scheme W4A16 --backend vllm" in text
     lines = [line for line in text.splitlines() if "$ qplug" not in line]
     assert max(map(len, lines[1:])) <= 110

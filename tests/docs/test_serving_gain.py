@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from qplug.api.gpus import GPUS
+from qplug.planning.speed import reading, timing_of, writing
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -31,6 +35,33 @@ def test_what_the_benchmark_found_is_everywhere(script: dict[str, Any]) -> None:
         assert {"bf16", "W4A16", "W8A8", "FP8_DYNAMIC"} <= set(group)
         for scheme in set(group) - {"bf16"}:
             assert f">{scheme}</text>" in picture
+
+
+def test_the_sentences_below_the_tables_quote_them() -> None:
+    text = (DOCS / "how-to/choose-a-scheme.md").read_text("utf-8")
+    tables, _, after = text.partition("<!-- begin: serving gain -->")[2].partition("<!-- end")
+    sentences = after.partition("\n## ")[0]
+    figures = set(re.findall(r"\b\d\.\d\d\b", sentences))
+    assert len(figures) > 8
+    assert {figure for figure in figures if f"({figure} x)" not in tables} == set()
+
+
+def test_the_estimate_for_another_gpu_is_near_to_what_was_timed_there() -> None:
+    """The page says how near: older rows of an H100 are beside those that plans are scaled from."""
+    timing = timing_of(has_experts=False)
+    rows = json.loads((DOCS / "serving_gain.json").read_text("utf-8"))["rows"]
+    others = [row for row in rows if "H100" in row["device"] and row["shape"] == timing.shape]
+    assert timing.gpu != "H100"
+    assert len(others) == 4
+    for row in others:
+        scheme = row["scheme"].removeprefix("bf16")
+        work = timing.work(scheme)
+        for requests in (1, 32):
+            cache = requests * timing.tokens * timing.cache
+            speed = writing(scheme, work, GPUS["H100"], 1, requests, cache)
+            assert speed == pytest.approx(row[f"decode {requests}"], rel=0.12)
+        read = reading(scheme, work, GPUS["H100"], 1)
+        assert read == pytest.approx(row["prefill 8 x 2048"], rel=0.12)
 
 
 def _row(scheme: str, one: float, many: float, prompts: float) -> dict[str, Any]:
