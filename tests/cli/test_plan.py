@@ -49,7 +49,7 @@ def test_a_large_model_on_two_gpus(cli: Cli, big: Path) -> None:
     assert "KV cache: 327,680 bytes a token; a request of 8192 tokens takes 2.7 GB" in text
     row = next(line for line in text.splitlines() if line.startswith("W4A16 ") and "vllm" in line)
     assert row.split()[-9:-5] == ["GB", "42", "75", "+4.4%"]
-    assert "for latency, one request at a time: W4A16 by vllm" in text
+    assert "for latency, one request at a time: NVFP4A16 by vllm" in text
     assert "39.5 GB on 2 GPUs, room for 42 requests of 8192 tokens" in text
     assert "an estimate, scaled from vLLM 0.26 on one H200" in text
     assert f"$ qplug quantize {big} --algo gptq --scheme W4A16 --backend vllm" in text
@@ -81,7 +81,7 @@ def test_requests_and_context_decide(cli: Cli, big: Path) -> None:
     with_fp8 = told(cli, *words, "--kv-cache", "fp8")
     assert with_fp8["cache"]["bytes_per_token"] == 163_840
     first = with_fp8["proposals"][0]
-    assert first["offer"]["scheme"] == "W4A16"
+    assert first["offer"]["scheme"] == "NVFP4A16"
     assert first["offer"]["requests"] >= 20
     assert "--kv-cache fp8" in first["commands"][0]
 

@@ -110,10 +110,13 @@ def test_a_row_that_failed_is_not_shown_and_another_gpu_has_its_own_table(
     script: dict[str, Any],
 ) -> None:
     rows = [_row("bf16", 100, 10_000, 50_000), _row("W8A8", 150, 10_000, 80_000)]
-    old = {**_row("bf16", 90, 9_000, 40_000), "device": "NVIDIA H100 80GB HBM3"}
+    slow = [_row("bf16", 90, 9_000, 40_000), _row("W8A8", 120, 9_500, 60_000)]
+    old = [{**row, "device": "NVIDIA H100 80GB HBM3", "date": "2026-11-25"} for row in slow]
+    alone = {**_row("bf16", 300, 30_000, 200_000), "shape": "Qwen3 30B A3B"}
     failed = {"shape": "Llama 3 8B", "scheme": "W4AFP8", "error": "no kernel"}
-    text = script["section"]({"rows": [*rows, old, failed]})
+    text = script["section"]({"rows": [*old, *rows, alone, failed]})
     assert text.count("| `bf16` |") == 2
     assert text.index("NVIDIA H200") < text.index("NVIDIA H100")
     assert "W4AFP8" not in text
-    assert 'gpu="H200"' in script["data"]({"rows": [old, *rows]})
+    assert "Qwen3" not in text
+    assert 'gpu="H200"' in script["data"]({"rows": [*old, *rows]})
