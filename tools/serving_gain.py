@@ -188,6 +188,11 @@ def section(told: dict[str, Any]) -> str:
             else:
                 parts.append(_where(group, whole))
             parts.append(table(group))
+    for row in told["rows"]:
+        if row["scheme"] == "bf16" and row["shape"] not in groups(told):
+            group = Group({"bf16": row})
+            where = _where(group, SHAPES[row["shape"]][1])
+            parts += [f"### {row['shape']}", f"{where} No scheme was timed yet.", table(group)]
     return "\n\n".join(parts)
 
 

@@ -115,8 +115,9 @@ def test_a_row_that_failed_is_not_shown_and_another_gpu_has_its_own_table(
     alone = {**_row("bf16", 300, 30_000, 200_000), "shape": "Qwen3 30B A3B"}
     failed = {"shape": "Llama 3 8B", "scheme": "W4AFP8", "error": "no kernel"}
     text = script["section"]({"rows": [*old, *rows, alone, failed]})
-    assert text.count("| `bf16` |") == 2
+    assert text.count("| `bf16` |") == 3
     assert text.index("NVIDIA H200") < text.index("NVIDIA H100")
     assert "W4AFP8" not in text
-    assert "Qwen3" not in text
+    assert text.endswith("| `bf16` | 300 (1.00 x) | 30,000 (1.00 x) | 200,000 (1.00 x) |")
+    assert "No scheme was timed yet" in text
     assert 'gpu="H200"' in script["data"]({"rows": [*old, *rows]})
