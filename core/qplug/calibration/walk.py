@@ -283,7 +283,11 @@ class Walk:
         alike = alike_in(self._blocks.modules[name]) if self._device.type == "cuda" else []
         here = [own for names in alike if (own := [n for n in names if n in on_cpu])]
         weights = copied(on_cpu, None, here, self._device)
-        refuse_infinite({f"{name}.{n}": w for n, w in weights.items()}, self._view.dtype)
+        refuse_infinite(
+            {f"{name}.{n}": w for n, w in weights.items()},
+            self._view.dtype,
+            [[f"{name}.{n}" for n in names] for names in here],
+        )
         return weights
 
     def _live(
