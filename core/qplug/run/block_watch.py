@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qplug.api.events import RaisedBlock
 from qplug.calibration.ranges import four_digits
+from qplug.errors import QplugError
 from qplug.output.plan import Step
 from qplug.run.planned import PlannedRun
 from qplug.run.stop_at import Limit, StopAt
@@ -73,16 +75,30 @@ class Attempt:
         level left.
         """
         self._distances.append(_known(distance))
-        if self.raised is not None:
-            self.raised = self._tried(self._distances)
         if self._limit.is_kept(distance):
+            if self.raised is not None:
+                self._settle(self._tried(self._distances))
             return None
         if len(self._distances) > len(self._raising.levels(self._step.name)):
             raise self._stop.refused_at_highest(self._step, self._tried(self._distances))
-        self.raised = self._tried([*self._distances, None])
-        others = [block for block in self._raising.raised if block.name != self._step.name]
-        self._watch.run = self._watch.run.with_raised([*others, self.raised])
+        higher = self._tried([*self._distances, None])  # its distance is not known yet
+        try:
+            self._watch.run = self._watch.run.with_raised(self._with_others(higher))
+        except QplugError as error:  # such as a model of which nothing is left to quantize
+            tried = self._tried(self._distances)
+            raise self._stop.refused_at_highest(
+                self._step, tried, f"{higher.schemes[-1]} is refused: {error}"
+            ) from error
+        self.raised = higher
         return self._watch.run
+
+    def _settle(self, block: RaisedBlock) -> None:
+        """Takes ``block`` with the distance at which it stays."""
+        self.raised, run = block, self._watch.run
+        self._watch.run = replace(run, raising=self._raising.with_raised(self._with_others(block)))
+
+    def _with_others(self, block: RaisedBlock) -> list[RaisedBlock]:
+        return [*(each for each in self._raising.raised if each.name != block.name), block]
 
     def _tried(self, distances: Sequence[float | None]) -> RaisedBlock:
         return self._raising.tried(self._step.name, distances, self._limit.distance)

@@ -103,12 +103,16 @@ class StopAt:
             "finished it; pass --overwrite to begin again, or raise --stop-at"
         )
 
-    def refused_at_highest(self, step: Step, tried: RaisedBlock) -> KeptError:
-        """Returns the error that ``step`` is above the limit also at the last scheme ``tried``."""
+    def refused_at_highest(self, step: Step, tried: RaisedBlock, why: str = "") -> KeptError:
+        """Returns the error that ``step`` is above the limit also at the last scheme ``tried``.
+
+        ``why`` says why the scheme after it cannot be tried; "" if there is none.
+        """
         away = [math.inf if distance is None else distance for distance in tried.distances]
         others = [*zip(tried.schemes[1:], away[1:], strict=True)]
         raised = " and ".join(f"{scheme} ({_number(each)})" for scheme, each in others)
-        also = f", also when it is raised to {raised}" if others else ", and has no wider scheme"
+        also = f", also when it is raised to {raised}" if others else ""
+        also += f", and {why}" if why else ""
         return KeptError(
             f"{self._how_far(step, away[0], self._before)}{also}; give the blocks before it more "
             "bits, or raise --stop-at: a run that differs in --stop-at alone goes on with the "
