@@ -18,12 +18,9 @@ from qplug.model.view import model_view
 from qplug.registry.registry import Registry
 
 
-def view_of(folder: Path) -> ModelView:
-    return model_view(open_checkpoint(folder), Registry.installed())
-
-
-def ladder_of(folder: Path, scheme: Scheme, backend: str = "compressed-tensors") -> Ladder:
-    view, exporter = view_of(folder), Registry.installed().exporters.make(backend, {})
+def ladder_of(folder: Path, scheme: Scheme) -> Ladder:
+    view = model_view(open_checkpoint(folder))
+    exporter = Registry.installed().exporters.make("compressed-tensors", {})
     assigned = {name: scheme for name in view.linears if name in view.quantizable}
     return find_ladder(assigned, served_schemes(exporter), view, exporter)
 
