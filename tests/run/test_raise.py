@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import qplug
 from qplug import QplugError
-from qplug.api.scheme import Scheme
+from qplug.api.scheme import Scheme, preset
 from qplug.choosing.ladder import Ladder
+from qplug.cli.plan_text import plan_paragraph
 from qplug.output.manifest import read_manifest
 from qplug.output.shard_layout import ShardLayout
 from qplug.recipe.recipe import Export, Job, Recipe
@@ -45,6 +46,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def test_a_dry_run_names_the_schemes_from_the_lowest_to_the_highest(
+    tiny: str, tmp_path: Path
+) -> None:
+    two_bits = preset("W2A16").with_group_size(32)
+    words = {**HOW, "overrides": {"model.layers.1.*": two_bits}, "backend": "compressed-tensors"}
+    plan = qplug.quantize(tiny, tmp_path / "out", dry_run=True, **words, **RAISE).plan
+    assert plan is not None
+    assert plan.raises_to == ("W4A16 g32", "W8A16 g32", "float")
+    sentence = "A block whose output is more than 0.026 from the float model's is raised to "
+    assert f"{sentence}W4A16 g32, then W8A16 g32, then float." in plan_paragraph(plan)
 
 
 class Killed(BaseException):

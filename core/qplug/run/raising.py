@@ -70,12 +70,12 @@ class Raising:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all schemes to which blocks can be raised, in order."""
-        places = range(max(map(len, self.ladder.levels.values())))
+        most = max(map(len, self.ladder.levels.values()))
         found = (
-            level_text(levels[place], self.assigned)
-            for place in places
+            level_text(levels[-place], self.assigned)
+            for place in range(most, 0, -1)  # from the end: blocks that begin lower have more
             for levels in self.ladder.levels.values()
-            if place < len(levels)
+            if place <= len(levels)
         )
         return tuple(dict.fromkeys(found))
 
