@@ -211,7 +211,8 @@ def test_transformers_loads_it(tiny: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_knows_a_folder_with_raised_blocks_as_its_own(tiny: str, tmp_path: Path) -> None:
-    recipe = changed(Recipe(), {n: x for n, x in HOW.items() if n not in ("device",)})
+    words: Any = {name: value for name, value in HOW.items() if name != "device"}
+    recipe = changed(Recipe(), words)
     exports = (Export(tmp_path / "one"), Export(tmp_path / "two", "compressed-tensors"))
     job = Job(model=tiny, recipe=recipe, exports=exports)
     qplug.quantize(tiny, exports[0].out, **HOW, **RAISE)
