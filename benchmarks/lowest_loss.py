@@ -51,7 +51,6 @@ TEXTS = ("eval-dev.txt", "wikitext-2-valid.txt")
 GROUPS = {"W2A16": 64}
 #: Formats that auto-round computes but does not write.
 NOT_WRITTEN = ("W4A8", "W4A4")
-WEIGHTS_ONLY = ("W4A16", "W3A16", "W2A16")
 FOUR_BIT_FLOATS = ("NVFP4", "MXFP4")
 
 _E12, _E30 = "-o signround.epochs=12", "-o signround.epochs=30"
@@ -143,7 +142,8 @@ class Bench:
             seconds = time.monotonic() - begun
             found = [f"{self._perplexity(folder, text):.4f}" for text in TEXTS]
             if self.arguments.own and row.tool not in ("float", "qplug"):
-                found.append(f"own {self._own_perplexity(folder):.4f}")
+                dtype = torch.bfloat16 if row.scheme in FOUR_BIT_FLOATS else torch.float32
+                found.append(f"own {self._own_perplexity(folder, dtype):.4f}")
         return "|".join([*found, f"{seconds:.0f}"])
 
     def _written(self, row: Row, out: Path) -> Path:
@@ -162,8 +162,9 @@ class Bench:
         options: dict[str, dict[str, Any]] = {}
         for word in words:
             if word != "-o":
-                (name, key), value = (part.split(".", 1) for part in word.split("=", 1))
-                options.setdefault(name, {})[key] = json.loads(".".join(value))
+                option, value = word.split("=")
+                name, key = option.split(".")
+                options.setdefault(name, {})[key] = json.loads(value)
         for given in options.values():
             if "epochs" in given:
                 given["epochs"] = min(given["epochs"], self.arguments.epochs_at_most)
@@ -264,11 +265,11 @@ class Bench:
             device=self.arguments.device,
         ).perplexity
 
-    def _own_perplexity(self, folder: Path) -> float:
+    def _own_perplexity(self, folder: Path, dtype: torch.dtype) -> float:
         """What transformers and compressed-tensors compute from ``folder`` on the first text."""
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         tokens = evaluation_tokens(
             str(folder),
             Session.alone("cpu"),
@@ -333,9 +334,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.device = "cuda" if arguments.gpus else "cpu"
     arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
     with tempfile.TemporaryDirectory() as work:
-        models = {f.name: f for f in (arguments.models / "ref-19m", arguments.models / "ref-moe-27m")}
-        models = {name: folder for name, folder in models.items() if folder.is_dir()}
+        found = [arguments.models / name for name in ("ref-19m", "ref-moe-27m")]
+        models = {folder.name: folder for folder in found if folder.is_dir()}
         if "ref-19m" in models:
             models["twin"] = with_outliers(models["ref-19m"], 6, Path(work) / "twin")
         order = [name for name in ("ref-19m", "twin", "ref-moe-27m") if name in models]
@@ -344,11 +346,9 @@ def main() -> None:
         if arguments.gpus <= 1:  # a table of one model at a time
             queue.sort(key=lambda row: order.index(row.model))
         done = arguments.done.read_text().splitlines() if arguments.done else []
-        finished = {"|".join(line.split("|")[:5]) for line in done if "Error" not in line}
+        finished = {line.rsplit("|", 3)[0] for line in done if re.search(r"\|\d+$", line)}
         queue = [
-            row
-            for row in queue
-            if re.search(arguments.only, str(row)) and str(row) not in finished
+            row for row in queue if re.search(arguments.only, str(row)) and str(row) not in finished
         ]
         if arguments.list:
             print(*queue, sep="\n")
