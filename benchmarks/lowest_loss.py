@@ -252,7 +252,8 @@ class Bench:
             max_seq_length=self.arguments.seq_len,
             num_calibration_samples=len(windows),
         )
-        model.to(torch.bfloat16).save_pretrained(out, save_compressed=True)
+        packed = {"quantization_format": "pack-quantized"} if row.scheme == "W4A8" else {}
+        model.to(torch.bfloat16).save_pretrained(out, save_compressed=True, **packed)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(self.models[row.model] / name, out)
 
@@ -361,7 +362,7 @@ def _work(queue: list[Row], bench: Bench, work: Path) -> None:
     arguments = bench.arguments
     fork, begun, running, number = get_context("fork"), time.monotonic(), {}, 0
     free = [gpu for _ in range(arguments.jobs) for gpu in range(max(1, arguments.gpus))]
-    with open(arguments.out / "results.txt", "a") as results:
+    with (arguments.out / "results.txt").open("a") as results:
         while queue or running:
             over = time.monotonic() - begun > arguments.seconds
             while queue and free and not over:
