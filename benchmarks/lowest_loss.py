@@ -24,7 +24,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 import traceback
@@ -360,7 +359,8 @@ def main() -> None:
 def _work(queue: list[Row], bench: Bench, work: Path) -> None:
     """Run ``queue`` by several processes at once, until the time is over."""
     arguments = bench.arguments
-    fork, begun, running, number = get_context("fork"), time.monotonic(), {}, 0
+    fork, begun, number = get_context("fork"), time.monotonic(), 0
+    running: dict[Any, tuple[Row, int, Path, float]] = {}
     free = [gpu for _ in range(arguments.jobs) for gpu in range(max(1, arguments.gpus))]
     with (arguments.out / "results.txt").open("a") as results:
         while queue or running:
@@ -391,4 +391,4 @@ def _work(queue: list[Row], bench: Bench, work: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
