@@ -22,7 +22,7 @@ _STORED = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32
 # Triton accepts no annotations but its own.
 @triton.jit
 def _range_of(  # type: ignore[no-untyped-def]
-    values, low_part, high_part, top, least, SYMMETRIC: tl.constexpr, STORED: tl.constexpr
+    values, low_part, high_part, inverse_top, least, SYMMETRIC: tl.constexpr, STORED: tl.constexpr
 ):
     """The ends of each row of ``values``, the kept ends, the scale, and the exact zero point."""
     low = tl.minimum(tl.min(values, axis=1), 0.0)
@@ -30,7 +30,7 @@ def _range_of(  # type: ignore[no-untyped-def]
     low_end, high_end = low * low_part, high * high_part
     # torch multiplies a tensor on a GPU by the inverse of a number that it is divided by.
     reach = tl.maximum(-low_end, high_end) if SYMMETRIC else high_end - low_end
-    scale = tl.maximum((reach * (1.0 / top)).to(STORED).to(tl.float32), least)
+    scale = tl.maximum((reach * inverse_top).to(STORED).to(tl.float32), least)
     return low, high, low_end, high_end, scale, tl.math.div_rn(-low_end, scale)
 
 
@@ -50,7 +50,7 @@ def _round(  # type: ignore[no-untyped-def]
     width,
     groups,
     size,
-    top,
+    inverse_top,
     first,
     last,
     least,
@@ -70,7 +70,7 @@ def _round(  # type: ignore[no-untyped-def]
     low_part = tl.load(low_parts + here, mask=row < rows, other=1.0)
     high_part = tl.load(high_parts + here, mask=row < rows, other=1.0)
     _, _, _, _, scale, exact_zero = _range_of(
-        values, low_part, high_part, top, least, SYMMETRIC, STORED
+        values, low_part, high_part, inverse_top, least, SYMMETRIC, STORED
     )
     code = _nearest(tl.math.div_rn(values, tl.broadcast_to(scale[:, None], (ROWS, GROUP))))
     if SYMMETRIC:
@@ -95,7 +95,7 @@ def _round_backward(  # type: ignore[no-untyped-def]
     width,
     groups,
     size,
-    top,
+    inverse_top,
     first,
     last,
     least,
@@ -117,7 +117,7 @@ def _round_backward(  # type: ignore[no-untyped-def]
     low_part = tl.load(low_parts + here, mask=row < rows, other=1.0)
     high_part = tl.load(high_parts + here, mask=row < rows, other=1.0)
     low, high, low_end, high_end, scale, exact_zero = _range_of(
-        values, low_part, high_part, top, least, SYMMETRIC, STORED
+        values, low_part, high_part, inverse_top, least, SYMMETRIC, STORED
     )
     quotient = tl.math.div_rn(values, tl.broadcast_to(scale[:, None], (ROWS, GROUP)))
     code = _nearest(quotient)
@@ -126,7 +126,7 @@ def _round_backward(  # type: ignore[no-untyped-def]
         code = tl.minimum(tl.maximum(code, first), last)
         through = tl.where(unclipped, grad, 0.0)
         of_scale = tl.sum(code * grad - quotient * through, axis=1)
-        of_end = of_scale * (1.0 / top)
+        of_end = of_scale * inverse_top
         # Ends that are equally far share the gradient, as torch.maximum does.
         share = tl.where(-low_end > high_end, 1.0, tl.where(-low_end < high_end, 0.0, 0.5))
         of_low_end, of_high_end = -of_end * share, of_end * (1.0 - share)
@@ -142,7 +142,7 @@ def _round_backward(  # type: ignore[no-untyped-def]
         of_zero = tl.sum((through - grad) * scale[:, None], axis=1)
         of_zero = tl.where(movable, of_zero, 0.0)
         of_scale += of_zero * (-exact_zero / scale)
-        of_end = of_scale * (1.0 / top)
+        of_end = of_scale * inverse_top
         of_low_end, of_high_end = -of_end - of_zero / scale, of_end
     of_low_part, of_high_part = of_low_end * low, of_high_end * high
     if SYMMETRIC:
@@ -232,7 +232,7 @@ def _launch(
     first, last = args.code_range
     top = largest_code(args) if args.symmetric else float(last)
     least = SMALLEST[args.scale_dtype]
-    numbers = (rows, width, width // size, size, top, float(first), float(last), least)
+    numbers = (rows, width, width // size, size, 1 / top, float(first), float(last), least)
     constants = {
         "SYMMETRIC": args.symmetric,
         "STORED": _STORED[args.scale_dtype],
