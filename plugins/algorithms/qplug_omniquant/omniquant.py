@@ -31,6 +31,9 @@ from qplug.numerics import (
 
 #: The widest range that can be learned, relative to one that clips nothing.
 _WIDEST = 1.25
+#: The sums of all steps of AdamW, each of which is about as long as its rate: of the logits of
+#: clips, and of the logarithms of scales. Runs of few steps get as far as runs of many.
+_CLIPS_REACH, _SCALES_REACH = 1.6, 0.8
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,18 @@ class Params:
     shift: Annotated[
         bool, Param("Learn offsets of inputs, where biases can take them.", also=("use_shift",))
     ] = True
-    lwc_lr: Annotated[float, Param("The first step of clips.", 0)] = 1e-2
-    let_lr: Annotated[float, Param("The first step of scales and offsets.", 0)] = 5e-3
+    lwc_lr: Annotated[
+        float | None,
+        Param("The first step of clips; none: all steps add up to at most 1.6, as logits.", 0),
+    ] = None
+    let_lr: Annotated[
+        float | None,
+        Param(
+            "The first step of scales and offsets; none: all steps add up to at most 0.8, as "
+            "logarithms.",
+            0,
+        ),
+    ] = None
     weight_decay: Annotated[float, Param("Weight decay of AdamW.", 0, also=("wd",))] = 0.0
     epochs: Annotated[int, Param("Passes over the calibration data, at most.", 1)] = 5
     patience: Annotated[
@@ -87,13 +100,17 @@ class OmniQuant(Algorithm[Params]):
         if not (of_moves or of_clips):
             block.notes.append(f"{block.name}: has nothing that omniquant can learn")
             return
+        steps = params.epochs * block.reconstruction.steps
         learning = _Learning(
             block, block.reconstruction, moves, clips, getattr(torch, params.dtype)
         )
         optimizer = torch.optim.AdamW(
             [
                 {"params": tensors, "lr": lr}
-                for tensors, lr in ((of_clips, params.lwc_lr), (of_moves, params.let_lr))
+                for tensors, lr in (
+                    (of_clips, _rate(params.lwc_lr, _CLIPS_REACH, steps)),
+                    (of_moves, _rate(params.let_lr, _SCALES_REACH, steps)),
+                )
                 if tensors
             ],
             weight_decay=params.weight_decay,
@@ -137,6 +154,11 @@ class OmniQuant(Algorithm[Params]):
             / weight.clamp(min=1e-5).pow(1 - alpha),  # SmoothQuant's
         ):
             yield block.shared(group, scale / (scale.max() * scale.min()).sqrt())
+
+
+def _rate(given: float | None, reach: float, steps: int) -> float:
+    """The first of ``steps`` rates that fall to 0 evenly; by default they add up to ``reach``."""
+    return 2 * reach / (steps + 1) if given is None else given
 
 
 class _Move:

@@ -18,7 +18,7 @@ from qplug.calibration.samples import Samples
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
 from qplug.numerics.activations import activation_top, fake_quantize_activations
-from qplug.numerics.learning import SignSGD, learn
+from qplug.numerics.learning import Learned, SignSGD, learn
 from qplug.numerics.rounding import quantize
 from qplug.numerics.scales import minmax_scale, range_scale, weight_range
 from qplug.numerics.straight_through import (
@@ -427,6 +427,31 @@ def test_omniquant_reaches_the_codes(
         moved = reconstruction.compute({}, batch, rounding=False)
         assert distance(moved, batch.target) < 1e-5
     assert any(not torch.equal(plain[name], value) for name, value in block.weights32.items())
+
+
+@pytest.mark.parametrize("epochs", [1, 5, 20])
+def test_steps_reach_equally_far_in_any_number_of_epochs(
+    epochs: int,
+    family: Family,
+    start: Callable[..., Walk],
+    make_tokens: MakeTokens,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[float] = []
+
+    def instead(*args: Any, **kwargs: Any) -> Learned:
+        begun.extend(group["lr"] for group in args[3].param_groups)
+        assert kwargs["decay"]
+        return Learned(1.0, 1.0)
+
+    monkeypatch.setattr("qplug_omniquant.omniquant.learn", instead)
+    block = start(family("llama"), make_tokens(6, 12), scheme=SCHEMES["W4"]).gather(
+        "model.layers.0"
+    )
+    OmniQuant(OmniQuantParams(epochs=epochs)).transform(block)
+    steps = epochs * reconstruction_of(block).steps
+    reached = [sum(rate * (1 - step / steps) for step in range(steps)) for rate in begun]
+    assert reached == pytest.approx([1.6, 0.8])
 
 
 def test_the_best_is_kept_and_waiting_ends(
