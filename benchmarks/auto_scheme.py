@@ -192,16 +192,17 @@ def main() -> None:
                 overrides={"*down_proj": "W8A16", "*v_proj": "W8A16"},
                 seed=int(seed),
             )
-        for seed, file in enumerate(arguments.assignments):
+        seeds = arguments.seeds.split(",")
+        for seed, file in zip(seeds, arguments.assignments, strict=False):
             for target, assignment in json.loads(Path(file).read_text()).items():
                 table.row(
                     f"AutoScheme, {target} bits, {Path(file).stem}",
                     scheme="W8A16",
-                    seed=seed,
+                    seed=int(seed),
                     overrides=schemes_of(assignment, str(model)),
                 )
         for bits in filter(None, arguments.bits.split(",")):
-            for seed in arguments.seeds.split(","):
+            for seed in seeds:
                 table.row(
                     f"auto, {bits} bits, seed {seed}",
                     scheme="auto",

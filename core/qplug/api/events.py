@@ -42,7 +42,8 @@ class RunPlan:
     ``seq_len`` the tokens of a window. ``device`` is the name of the device in words.
     ``source_bytes`` and ``bytes`` are the sizes of all tensors before and after. ``estimate`` says
     what the run takes, None if the time of an algorithm is not known, and ``block_seconds`` what
-    each block takes; empty if not known.
+    each block takes; empty if not known. With ``--on-stop raise``, ``raises_to`` are the schemes
+    that a block gets, in this order, whose output is more than ``stop_at`` from the float model's.
     """
 
     model: str
@@ -61,6 +62,8 @@ class RunPlan:
     bytes: int
     estimate: Estimate | None = None
     block_seconds: tuple[float, ...] = ()
+    stop_at: float | None = None
+    raises_to: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ class BlockReport:
     ``block`` is the block after all transforms, with the statistics of its input groups; its
     weights are float32 in a calibrated run. ``codes`` are by linear, as the exporter receives them.
     Both are freed when the hook returns: keep numbers, not tensors, and change nothing. If the step
-    only copies tensors, ``block`` is None and ``codes`` are empty.
+    only copies tensors, ``block`` is None and ``codes`` are empty. A block that ``--on-stop raise``
+    quantizes again comes once for each scheme, with the same ``number``; the last report counts.
     """
 
     name: str
@@ -197,6 +201,31 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class RaisedBlock:
+    """A decoder block that ``--on-stop raise`` gave more bits than the recipe does.
+
+    ``schemes`` are the names of the schemes that were tried: first the recipe's, last the one that
+    is stored; ``float`` stands for float weights. ``distances`` are how far the hidden states after
+    the block were from the float model's under each of them, None where they were not finite, and
+    ``limit`` is the ``stop_at`` of the run.
+    """
+
+    name: str
+    schemes: tuple[str, ...]
+    distances: tuple[float | None, ...]
+    limit: float
+
+    @property
+    def sentence(self) -> str:
+        """What was raised and why, in words."""
+        away = ["infinitely" if d is None else f"{d:.3f}" for d in self.distances]
+        tried = [f"{s} ({d} away)" for s, d in zip(self.schemes, away, strict=True)]
+        first, *between, last = tried
+        through = f" through {' and '.join(between)}" if between else ""
+        return f"{self.name}: raised from {first}{through} to {last}, limit {self.limit:g}"
+
+
+@dataclass(frozen=True)
 class Result:
     """The result of a finished run.
 
@@ -214,7 +243,8 @@ class Result:
     ``source_format`` says in words how the source was quantized; it is empty for a float source.
     ``plan`` says after a dry run what the run would do; None after other runs. ``quality`` is None
     unless somebody measured the result, as the command ``qplug quantize`` does.
-    ``choice`` says what ``--scheme auto`` chose; None for other schemes.
+    ``choice`` says what ``--scheme auto`` chose; None for other schemes. ``raised`` are the blocks
+    that ``--on-stop raise`` gave more bits, in order.
     """
 
     out: Path
@@ -234,6 +264,7 @@ class Result:
     plan: RunPlan | None = None
     quality: Quality | None = None
     choice: Choice | None = None
+    raised: tuple[RaisedBlock, ...] = ()
 
     @property
     def estimate(self) -> Estimate | None:

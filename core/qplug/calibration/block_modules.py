@@ -68,6 +68,10 @@ class BlockModules:
         self._tied = {name for name, block in self.modules.items() if _has_ties(block)}
         self._buffers = {n for block in self.modules.values() for n, _ in block.named_buffers()}
 
+    def reassign(self, schemes: Mapping[str, Scheme]) -> None:
+        """Takes other ``schemes``, by which ``rounding_inputs`` rounds."""
+        self._schemes = schemes
+
     def computable(
         self, values: Mapping[str, Tensor], on_host: Collection[str] = ()
     ) -> dict[str, Tensor]:

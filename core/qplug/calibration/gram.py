@@ -40,6 +40,8 @@ class Gram:
             self._gather(x)
         elif x.dtype == torch.float32:
             self.value.addmm_(x.T, x)
+        elif len(self._sum) <= self._panel and hasattr(torch.ops.aten.addmm, "dtype_out"):
+            torch.addmm(self._sum, x.T, x, out_dtype=torch.float32, out=self._sum)
         else:
             self._is_whole = False
             for start in range(0, len(self._sum), self._panel):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import TypeAlias
 
 import torch
@@ -15,14 +15,25 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qplug.api.scheme import Scheme
-from qplug.calibration.statistics import SeenTokens, Statistics
-from qplug.model.experts import Given, expert_of, experts_in, given_to, seeing_all, silent
+from qplug.calibration.channels import Channels
+from qplug.calibration.statistics import SeenTokens, Statistics, observe_side_by_side
+from qplug.model.experts import (
+    Given,
+    expert_of,
+    experts_in,
+    given_to,
+    multiplies_together,
+    seeing_all,
+    silent,
+)
 from qplug.model.hooks import hooked
 from qplug.model.input_groups import GroupPaths
 
 #: Tokens in the sample of a group. The experts of a layer divide that number, each has the least.
 SAMPLE = 2048
 _LEAST_OF_EXPERT = 64
+#: Tokens of experts that a GPU computes together.
+_TOGETHER = 1 << 16
 
 #: Inputs in the float model by module path.
 FloatInputs: TypeAlias = dict[str, Tensor]
@@ -116,15 +127,15 @@ class Observation:
             if group.experts is None:
                 self._sampled[group.at], room = quota.of_sample(SAMPLE)
                 self.statistics[group.at] = start(room)
-                count = max(_LEAST_OF_EXPERT, SAMPLE // max(1, len(of_experts)))
+                kept = max(_LEAST_OF_EXPERT, SAMPLE // max(1, len(of_experts)))
             else:
                 of_experts = [group.at]
                 experts = len([*block.get_submodule(group.experts).children()])
-                count = max(_LEAST_OF_EXPERT, SAMPLE // experts)
+                kept = max(_LEAST_OF_EXPERT, SAMPLE // experts)
             for path in of_experts:
-                self._sampled[path] = quota.of_sample(count)[0] * own
+                self._sampled[path] = quota.of_sample(kept)[0] * own
                 # A process may see all tokens of an expert, or none.
-                begin = partial(start, count)
+                begin = partial(start, kept)
                 expert = expert_of(block, path)
                 assert expert is not None
                 layer, number = expert
@@ -223,18 +234,24 @@ class Observation:
         return found
 
     def _begun(self, experts: Mapping[int, Mapping[str, _Begin]]) -> dict[str, Statistics]:
-        """Empty statistics; the Gram matrices of one width are together in memory."""
+        """Empty statistics; the sums of one width are together in memory."""
         widths = [begin.width for paths in experts.values() for begin in paths.values()]
         rooms = {
             width: iter(torch.zeros(widths.count(width), width, width, device=self._device))
             for width in {*widths}
         }
+        channels = {
+            width: Channels.of_no_rows(widths.count(width), width, self._device)
+            for width in {*widths}
+        }
+        numbers = {width: count() for width in {*widths}}
         found = {}
         # All first linears come before all last ones, which may have the same width.
         for place in range(max((len(paths) for paths in experts.values()), default=0)):
             for paths in experts.values():
                 for path, begin in [*paths.items()][place : place + 1]:
-                    found[path] = begin.statistics(room=next(rooms[begin.width]))
+                    own = channels[begin.width].one(next(numbers[begin.width]))
+                    found[path] = begin.statistics(room=next(rooms[begin.width]), channels=own)
         return found
 
     def _add(
@@ -249,6 +266,9 @@ class Observation:
         experts, seen = self._layers[layer], SeenTokens.joined(self._seen)
         given, of_float = self._given[layer]
         places = given.by_expert(len(experts))
+        if of_float is None and self._goes_together(layer, chosen, statistics, parameters):
+            self._add_together(layer, chosen, statistics, parameters, places)
+            return
         float_places = None if of_float is None else of_float.by_expert(len(experts))
         for number, begun in chosen.items():
             expert, paths = experts.get_submodule(str(number)), [*begun]
@@ -274,6 +294,53 @@ class Observation:
                 )
                 statistics[path].settle()
 
+    def _goes_together(
+        self,
+        layer: str,
+        chosen: Mapping[int, Mapping[str, _Begin]],
+        statistics: Mapping[str, Statistics],
+        parameters: Mapping[str, Tensor],
+    ) -> bool:
+        """Whether a GPU can compute several of the ``chosen`` experts of ``layer`` at once."""
+        first = next(iter(chosen), None)
+        if first is None or not multiplies_together(self._layers[layer], layer, parameters, first):
+            return False
+        paths = {number: [*begun] for number, begun in chosen.items()}
+        names = {tuple(path.rpartition(".")[2] for path in own) for own in paths.values()}
+        return (
+            len(names) == 1
+            and all(seen.real is None and seen.counted is None for seen in self._seen)
+            and all(statistics[path].is_plain for own in paths.values() for path in own)
+        )
+
+    def _add_together(
+        self,
+        layer: str,
+        chosen: Mapping[int, Mapping[str, _Begin]],
+        statistics: Mapping[str, Statistics],
+        parameters: Mapping[str, Tensor],
+        places: Sequence[tuple[Tensor, Tensor]],
+    ) -> None:
+        """``_add`` by one product for each linear of some experts, whose weights are together.
+
+        ``places``: the rows and the tokens of each expert.
+        """
+        experts, (given, _) = self._layers[layer], self._given[layer]
+        counts = {number: len(places[number][0]) for number in chosen}
+        for numbers in _few_at_a_time(counts, _TOGETHER):
+            own = [counts[number] for number in numbers]
+            x = given.source[torch.cat([places[number][0] for number in numbers])]
+            ends = torch.tensor([*accumulate(own)], device=x.device)
+            # The n-th path of each expert: the same linear in all of them.
+            for paths in zip(*(chosen[number] for number in numbers), strict=True):
+                is_last = paths[0].rpartition(".")[2] == experts.last
+                read = experts.read_by_last(x, ends, layer, parameters, numbers) if is_last else x
+                seen_by = [statistics[path] for path in paths]
+                sampled = [self._sampled[path] for path in paths]
+                observe_side_by_side(seen_by, read, own, sampled)
+                for each in seen_by:
+                    each.settle()
+
     @contextmanager
     def _seeing(
         self, see: Callable[[str, Tensor], None], see_given: Callable[[str, Given], None]
@@ -296,6 +363,20 @@ def _joined(passes: list[Passed], before: Sequence[int]) -> Given:
     joined = Given.joined([given for _, given in passes], [before[batch] for batch, _ in passes])
     passes.clear()
     return joined
+
+
+def _few_at_a_time(counts: Mapping[int, int], most: int) -> Iterator[list[int]]:
+    """Yields the keys of ``counts`` in lists whose counts add up to ``most``, or of one key."""
+    few: list[int] = []
+    total = 0
+    for number, own in counts.items():
+        if few and total + own > most:
+            yield few
+            few, total = [], 0
+        few.append(number)
+        total += own
+    if few:
+        yield few
 
 
 def _inputs(

@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from qplug.api import Block, Linear, QuantizedWeight
+from qplug.api import Block, InputGroup, Linear, QuantizedWeight
 from qplug.numerics.alike import as_one, of_one_shape, together
 from qplug.numerics.scales import minmax_scale
 
@@ -50,16 +50,23 @@ def input_ranges(block: Block) -> dict[str, InputRange]:
     groups = [group for group in block.groups if group.tokens]
     if not groups:
         return {}
-    found = [  # a GPU is waited for once
-        torch.stack(
-            [group.low.min(), group.high.max(), torch.maximum(-group.low, group.high).median()]
-        )
-        for group in groups
-    ]
+    by_width: dict[int, list[InputGroup]] = {}
+    for group in groups:
+        by_width.setdefault(group.width, []).append(group)
+    found = []
+    for alike in by_width.values():
+        low = together([group.low for group in alike])
+        high = together([group.high for group in alike])
+        typical = torch.maximum(-low, high).median(1).values
+        found.append(torch.stack([low.amin(1), high.amax(1), typical], dim=1))
+    in_order = [group for alike in by_width.values() for group in alike]
+    known = {  # a GPU is waited for once
+        id(group): InputRange(*map(four_digits, numbers))
+        for group, numbers in zip(in_order, torch.cat(found).tolist(), strict=True)
+    }
     ranges = {}
-    for group, numbers in zip(groups, torch.stack(found).tolist(), strict=True):
-        group_range = InputRange(*map(four_digits, numbers))
-        ranges.update({linear.name: group_range for linear in group.linears})
+    for group in groups:
+        ranges.update({linear.name: known[id(group)] for linear in group.linears})
     return ranges
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from qplug.calibration.channels import Channels
 from qplug.calibration.gram import Gram
 from qplug.machine.processes import Processes
-
-#: Values that a CPU works on at a time, so that they stay in the cache of a core.
-_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,16 +96,19 @@ class Statistics:
         by_window: bool = False,
         with_drift: bool = False,
         room: Tensor | None = None,
+        channels: Channels | None = None,
     ) -> None:
-        """``sample``: rows to keep at most. ``room``: as in ``Gram``."""
+        """``sample``: rows to keep at most. ``room``: as in ``Gram``.
+
+        ``channels``, of one tensor and no rows, are what sums are added to, if not its own.
+        """
         self.tokens = 0
         self._gram = Gram(width, device, room)
+        self._channels = channels or Channels.of_no_rows(1, width, device)
         self.drift = torch.zeros(width, width, device=device) if with_drift else None
         self.total_shift = torch.zeros(width, device=device) if with_drift else None
-        self.total = torch.zeros(width, dtype=torch.float64, device=device)
-        self.absolute = torch.zeros(width, dtype=torch.float64, device=device)
-        self.low = torch.full((width,), torch.inf, device=device)
-        self.high = torch.full((width,), -torch.inf, device=device)
+        self.total, self.absolute = self._channels.total[0], self._channels.absolute[0]
+        self.low, self.high = self._channels.low[0], self._channels.high[0]
         self._room = sample
         self._kept: list[Tensor] = []
         self._by_window = by_window
@@ -168,7 +170,7 @@ class Statistics:
             self._lows.append(torch.stack([window.amin(0) for window in windows]))
             self._highs.append(torch.stack([window.amax(0) for window in windows]))
         if seen.counted is not None and seen.counted is not seen.real:
-            self._widen(x)
+            self._channels.widen(x)
             kept = seen.counted[tokens]
             x, tokens = x[kept], tokens[kept]
             float_x = float_x[kept] if float_x is not None and same else float_x
@@ -189,13 +191,7 @@ class Statistics:
         self._gram.add(x)
         if float_x is not None:
             self.compare(x, float_x)
-        if x.device.type == "cpu":
-            for rows in x.split(max(1, _CHUNK // x.shape[1])):
-                self._add_on_cpu(rows)
-        else:
-            self._widen(x)
-            self.total += x.sum(0, dtype=torch.float32)
-            self.absolute += x.abs().sum(0, dtype=torch.float32)
+        self._channels.add(x)
         count = min(sampled, self._room, x.shape[0])
         if count:
             even = torch.arange(count, device=x.device) * x.shape[0] // count
@@ -205,6 +201,11 @@ class Statistics:
     def settle(self) -> None:
         """Frees what was held back for more rows, of which few or none will come."""
         self._gram.value  # noqa: B018  # brings the sum up to date
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows are all that it wants: neither windows nor the float model's inputs."""
+        return self.drift is None and not self._by_window
 
     @property
     def gram(self) -> Tensor:
@@ -236,21 +237,6 @@ class Statistics:
         """Some of the rows, float32 ``[rows, in]``."""
         return torch.cat(self._kept) if self._kept else self.gram[:0]
 
-    def _widen(self, x: Tensor) -> None:
-        """Makes the extremes cover the rows of ``x: [tokens, in]``."""
-        if len(x):
-            low, high = torch.aminmax(x, dim=0)
-            torch.minimum(self.low, low.float(), out=self.low)
-            torch.maximum(self.high, high.float(), out=self.high)
-
-    def _add_on_cpu(self, x: Tensor) -> None:
-        """Adds a few rows to sums and extremes. NumPy's extremes are twenty times as fast."""
-        rows = x.float()
-        torch.minimum(self.low, torch.from_numpy(rows.numpy().min(0)), out=self.low)
-        torch.maximum(self.high, torch.from_numpy(rows.numpy().max(0)), out=self.high)
-        self.total += rows.sum(0)
-        self.absolute += rows.abs().sum(0)
-
     def compare(self, x: Tensor, float_x: Tensor) -> None:
         """Adds to ``drift`` and ``total_shift``; ``x`` and ``float_x``: ``[tokens, in]``."""
         assert self.drift is not None
@@ -261,6 +247,31 @@ class Statistics:
             self.drift.addmm_(x.T.float(), shift)
         else:  # the difference of two close numbers has few significant digits anyway
             self.drift += torch.mm(x.T, shift.to(x.dtype), out_dtype=torch.float32)
+
+
+def observe_side_by_side(
+    statistics: Sequence[Statistics], x: Tensor, counts: Sequence[int], sampled: Sequence[int]
+) -> None:
+    """``observe`` for several on a GPU: the first ``counts[0]`` rows of ``x`` are the first's.
+
+    ``x: [rows, in]``. ``sampled`` is by statistics, whose channels follow one another in memory.
+    """
+    starts = [0, *accumulate(counts)]
+    on_device = torch.tensor(starts, device=x.device)
+    Channels.joined([own._channels for own in statistics]).add(x, on_device)
+    rows: list[int] = []
+    kept = []
+    for own, start, count, most in zip(statistics, starts, counts, sampled, strict=False):
+        if count:
+            own.tokens += count
+            own._gram.add(x[start : start + count])
+        kept.append(min(most, own._room, count))
+        rows += (start + place * count // kept[-1] for place in range(kept[-1]))
+    sample = x[torch.tensor(rows, dtype=torch.int64, device=x.device)].float().split(kept)
+    for own, count, part in zip(statistics, kept, sample, strict=True):
+        if count:
+            own._kept.append(part)
+            own._room -= count
 
 
 def _tokens_of(x: Tensor, shape: torch.Size) -> Tensor | None:

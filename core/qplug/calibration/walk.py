@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -173,6 +173,16 @@ class Walk:
         """
         return self._gathered(name, self._reader.read(name))
 
+    @torch.no_grad()
+    def gather_again(self, name: str, schemes: Mapping[str, Scheme]) -> LiveBlock:
+        """Like ``gather`` of block ``name``, which was gathered already, under other ``schemes``.
+
+        ``schemes`` are those of all linears from now on.
+        """
+        self._schemes = schemes
+        self._blocks.reassign(schemes)
+        return self._gathered(name, self._reader.read(name), first=False)
+
     def gather_parts(self, name: str) -> Iterator[LiveBlock]:
         """Yields ``gather(name)``, or parts of it if there is not memory for all experts at once.
 
@@ -189,12 +199,14 @@ class Walk:
             yield from self._in_portions(name, on_cpu, portions)
 
     @torch.no_grad()
-    def _gathered(self, name: str, on_cpu: Mapping[str, Tensor]) -> LiveBlock:
+    def _gathered(
+        self, name: str, on_cpu: Mapping[str, Tensor], *, first: bool = True
+    ) -> LiveBlock:
         structure = self._structure(name, on_cpu)
         weights = self._on_device(name, on_cpu)
         parameters = self._blocks.computable(weights)
-        statistics = self._observe(name, structure, parameters, parameters, first=True)
-        if self._propagate == "float" and name != self._view.blocks[-1]:
+        statistics = self._observe(name, structure, parameters, parameters, first=first)
+        if first and self._propagate == "float" and name != self._view.blocks[-1]:
             self._replace(name, self._probe, self._blocks.computing(name, parameters))
         del parameters
         block = self._live(name, structure, statistics, weights)
@@ -283,7 +295,11 @@ class Walk:
         alike = alike_in(self._blocks.modules[name]) if self._device.type == "cuda" else []
         here = [own for names in alike if (own := [n for n in names if n in on_cpu])]
         weights = copied(on_cpu, None, here, self._device)
-        refuse_infinite({f"{name}.{n}": w for n, w in weights.items()}, self._view.dtype)
+        refuse_infinite(
+            {f"{name}.{n}": w for n, w in weights.items()},
+            self._view.dtype,
+            [[f"{name}.{n}" for n in names] for names in here],
+        )
         return weights
 
     def _live(
@@ -337,6 +353,15 @@ class Walk:
         return budget is None or size <= budget / 2
 
     @torch.no_grad()
+    def measured(self, name: str, effective: Mapping[str, Tensor]) -> float:
+        """Returns what ``distance`` would be after block ``name`` with parameters ``effective``.
+
+        The tokens stay before the block.
+        """
+        with self._advancing(name, effective) as (_, through_cache):
+            return self._distance_of(name, through_cache, replaces=False)
+
+    @torch.no_grad()
     def advance(self, name: str, effective: Mapping[str, Tensor]) -> None:
         """Sends the tokens through block ``name`` with the parameters ``effective``."""
         is_last = name == self._view.blocks[-1]
@@ -345,16 +370,9 @@ class Walk:
         if self._propagate == "float":
             self._stream.step()
             return
-        self._rooms.clear()
-        on_host: set[str] = set()
-        if self._device.type == "cuda" and not self._fits(name):
-            on_host = {n for names in alike_in(self._blocks.modules[name]) for n in names}
-        parameters = self._blocks.parameters_of(name, effective, on_host)
-        with self._blocks.rounding_inputs(name, self._blocks.parameters[name], effective):
-            compute = self._blocks.computing(name, parameters)
-            through_cache = self._through_cache(name, effective, compute)
+        with self._advancing(name, effective) as (compute, through_cache):
             if self._with_distance:
-                self._measure_distance(name, through_cache, is_last=is_last)
+                self.distance = self._distance_of(name, through_cache, replaces=not is_last)
             else:
                 self._replace(name, self._stream, through_cache)
             if is_last:
@@ -364,18 +382,35 @@ class Walk:
             self._float_stream.step()
             self._agree = False
 
-    def _measure_distance(self, name: str, compute: Compute, *, is_last: bool) -> None:
-        """Like ``_replace`` of the stream, which stays at the last block, and sets ``distance``."""
+    @contextmanager
+    def _advancing(
+        self, name: str, effective: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Compute, Compute]]:
+        """Within it, the two functions compute block ``name`` with parameters ``effective``.
+
+        The second one rounds keys and values if the KV cache is quantized.
+        """
+        self._rooms.clear()
+        on_host: set[str] = set()
+        if self._device.type == "cuda" and not self._fits(name):
+            on_host = {n for names in alike_in(self._blocks.modules[name]) for n in names}
+        parameters = self._blocks.parameters_of(name, effective, on_host)
+        with self._blocks.rounding_inputs(name, self._blocks.parameters[name], effective):
+            compute = self._blocks.computing(name, parameters)
+            yield compute, self._through_cache(name, effective, compute)
+
+    def _distance_of(self, name: str, compute: Compute, *, replaces: bool) -> float:
+        """Returns the distance after block ``name``; ``replaces`` as ``_replace`` of the stream."""
         assert self._targets is not None
         distance = StreamDistance(self._real)
         self._stream.expect(name)
         calls = zip(self._stream, self._targets, strict=True)
         for index, (call, target) in enumerate(calls):
-            output = compute(call)
+            output = compute(call if replaces else call.apart())
             distance.add(index, hidden_states(output), target)
-            if not is_last:
+            if replaces:
                 self._stream.replace(index, call, output, compute)
-        self.distance = distance.shared(self._processes)
+        return distance.shared(self._processes)
 
     @torch.no_grad()
     def skip(self, name: str, effective: Mapping[str, Tensor]) -> None:

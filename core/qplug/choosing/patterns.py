@@ -46,6 +46,28 @@ def as_recipe(asked: Recipe, assigned: Mapping[str, Scheme | None], model: Model
     )
 
 
+def with_changes(
+    recipe: Recipe, before: Mapping[str, Scheme], after: Mapping[str, Scheme], model: ModelView
+) -> Recipe:
+    """``recipe``, which assigns ``before``, with patterns after which it assigns ``after``.
+
+    Linears that ``after`` lacks stay float.
+    """
+    others = [*model.linears, *model.other_weights]
+    changed = {name: after.get(name) for name in before if before[name] != after.get(name)}
+    overrides = [
+        (pattern, scheme)
+        for scheme in dict.fromkeys(s for s in changed.values() if s is not None)
+        for pattern in patterns([n for n, s in changed.items() if s == scheme], others)
+    ]
+    floats = [name for name, scheme in changed.items() if scheme is None]
+    return replace(
+        recipe,
+        overrides=(*recipe.overrides, *overrides),
+        ignore=(*recipe.ignore, *patterns(floats, others)),
+    )
+
+
 def patterns(names: Collection[str], others: Collection[str]) -> Iterator[str]:
     """Yields patterns that match ``names`` and none of the ``others``, one for each kind of name.
 

@@ -49,6 +49,8 @@ def tell_outcome(result: Result, start: RunStart | None = None, report: Path | N
     say(f"{out}: {len(result.errors)} layers, {sizes}, {result.seconds:.1f} s{resumed}")
     say(_errors(result))
     _tell_choice(result, whole=False)
+    for block in result.raised:
+        say(block.sentence)
     _tell_floats(result)
     _tell_notes(result.notes)
     if result.quality is not None:

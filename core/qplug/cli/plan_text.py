@@ -25,7 +25,17 @@ def plan_paragraph(plan: RunPlan) -> str:
     return (
         f"{plan.model} ({plan.architecture}, {count}, {blocks}) becomes {plan.scheme} by "
         f"{plan.algorithm} for {plan.backend}: {plan.source_bytes / 1e6:,.1f} MB -> "
-        f"{plan.bytes / 1e6:,.1f} MB. {data} {_costs(plan.estimate, plan.device)}"
+        f"{plan.bytes / 1e6:,.1f} MB. {data}{_raising(plan)} {_costs(plan.estimate, plan.device)}"
+    )
+
+
+def _raising(plan: RunPlan) -> str:
+    """Returns what becomes of a block that is too far from the float model; "" if it stops."""
+    if plan.stop_at is None or not plan.raises_to:
+        return ""
+    return (
+        f" A block whose output is more than {plan.stop_at:g} from the float model's is raised to "
+        f"{', then '.join(plan.raises_to)}."
     )
 
 

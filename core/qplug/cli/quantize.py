@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qplug.cli.choice import Choice
 from qplug.cli.chosen import AUTO, chosen_algorithm, chosen_dataset, chosen_line
 from qplug.cli.config import tell
 from qplug.cli.headed import HeadedCommand, HeadedOption
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from qplug.reading.perplexity import Evaluation
     from qplug.recipe.words import RecipeWords
     from qplug.run.perform import JobResult, RunOptions
+    from qplug.run.stop_at import OnStop
 
 _run_option = partial(click.option, cls=HeadedOption)
 _result_option = partial(click.option, cls=HeadedOption, heading="Model and output")
@@ -82,6 +84,13 @@ _result_option = partial(click.option, cls=HeadedOption, heading="Model and outp
     help="Stop after a block whose output is further from the float model's, such as 0.3.",
 )
 @_run_option(
+    "--on-stop",
+    type=Choice(["stop", "raise"]),
+    default="stop",
+    show_default=True,
+    help="What --stop-at does: raise gives the block 8 bits, then float weights, and goes on.",
+)
+@_run_option(
     "--check/--no-check",
     default=True,
     help="Measure perplexity and KL divergence from the float model afterwards, on a little text.",
@@ -101,6 +110,7 @@ def command(
     memory: str | None,
     trust_remote_code: bool,
     stop_at: float | None,
+    on_stop: OnStop,
     check: bool,
     dry_run: bool,
     as_json: bool,
@@ -125,7 +135,9 @@ def command(
         from qplug.run.perform import RunOptions
 
         size = int(shard_size * 1e9)
-        options = RunOptions(device, size, overwrite, trust_remote_code, memory, check, stop_at)
+        options = RunOptions(
+            device, size, overwrite, trust_remote_code, memory, check, stop_at, on_stop
+        )
         if config is not None:
             job = _from_file(
                 config, words, model, out, options, registry, dry_run, report, progress
@@ -197,6 +209,7 @@ def _from_words(
             memory=options.memory,
             check=options.check,
             stop_at=options.stop_at,
+            on_stop=options.on_stop,
             registry=registry.with_(progress, "progress").with_(unfinished, "unfinished"),
             **words,
         )
@@ -249,6 +262,7 @@ def _from_file(
             memory=options.memory,
             check=options.check,
             stop_at=options.stop_at,
+            on_stop=options.on_stop,
             registry=registry.with_(progress, "progress").with_(unfinished, "unfinished"),
             watch=watch,
         )

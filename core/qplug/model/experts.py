@@ -135,8 +135,10 @@ class Experts(nn.Module):
         if self.on_given is not None:
             self.on_given(self._all(tokens) if self.sees_all else Given(tokens, flat, place, place))
         order = torch.argsort(flat, stable=True)
-        counts = torch.bincount(flat, minlength=len(self))
-        outputs = self._computed(tokens[place[order]], counts[: len(self)])
+        # Not by bincount, which waits for the GPU.
+        numbers = torch.arange(len(self), device=flat.device)
+        ends = torch.searchsorted(flat[order], numbers, right=True)
+        outputs = self._computed(tokens[place[order]], ends)
         unsorted = torch.empty_like(outputs)
         unsorted[order] = outputs
         weighted = unsorted.unflatten(0, (-1, per_token)) * shares.unsqueeze(-1)
@@ -157,43 +159,67 @@ class Experts(nn.Module):
         if self.on_given is not None:
             self.on_given(Given(rows, expert, torch.arange(len(rows), device=rows.device), token))
         outputs = torch.zeros_like(copies)
-        outputs[given] = self._computed(rows, given.sum(1))
+        outputs[given] = self._computed(rows, given.sum(1).cumsum(0))
         return outputs.flatten(0, 1)
 
-    def _computed(self, rows: Tensor, counts: Tensor) -> Tensor:
+    def _computed(self, rows: Tensor, ends: Tensor) -> Tensor:
         """The outputs for ``rows: [n, width]``: first those of the first expert, and so on.
 
-        ``counts``: the number of rows of each expert, int64. Rows beyond give zeros.
+        ``ends``: where the rows of each expert end, int64. Rows beyond give zeros.
         """
         outputs = torch.zeros_like(rows)
         if self.is_silent:
             return outputs
         if self._parameters[f"all_{self.last}"] is not None:
-            return self._grouped(rows, counts)
+            return self._grouped(rows, ends)
         start = 0
-        for expert, count in zip(self.children(), counts.tolist(), strict=True):
-            if count:
-                outputs[start : start + count] = _here(expert, rows[start : start + count])
-            start += count
+        for expert, end in zip(self.children(), ends.tolist(), strict=True):
+            if end > start:
+                outputs[start:end] = _here(expert, rows[start:end])
+            start = end
         return outputs
 
-    def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:
+    def _grouped(self, rows: Tensor, ends: Tensor) -> Tensor:
         """``_computed`` as one product for each linear, with the weights of all experts."""
-        ends = counts.cumsum(0)
         expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device), right=True)
         is_routed = (expert < len(self))[:, None]
         expert.clamp_(max=len(self) - 1)
 
         def product(x: Tensor, name: str) -> Tensor:
-            weight = self._parameters[f"all_{name}"]
+            weight, bias = self._parameters[f"all_{name}"], self._parameters[f"all_{name}_bias"]
             assert weight is not None
-            output = functional.grouped_mm(x, weight.transpose(1, 2), offs=ends.to(torch.int32))
-            bias = self._parameters[f"all_{name}_bias"]
-            return output if bias is None else output + bias[expert]
+            return _grouped_product(x, weight, bias, ends, expert)
 
         inner = self._inner([product(rows, name) for name in self.readers])
         # The product leaves the memory of rows beyond the last expert as it was.
         return product(inner, self.last).masked_fill_(~is_routed, 0)
+
+    def read_by_last(
+        self,
+        rows: Tensor,
+        ends: Tensor,
+        path: str,
+        parameters: Mapping[str, Tensor],
+        numbers: Sequence[int],
+    ) -> Tensor:
+        """What the last linears of the experts ``numbers`` read, given ``rows: [n, width]``.
+
+        ``ends``, int64: where the rows of each expert end. ``parameters`` are those of a block
+        with this layer at ``path``, which ``multiplies_together`` accepts.
+        """
+
+        def all_of(name: str, local: str) -> Tensor | None:
+            own = [parameters.get(f"{path}.{number}.{name}.{local}") for number in numbers]
+            there = [each for each in own if each is not None]
+            return together(there) if there else None
+
+        expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device), right=True)
+        outputs = []
+        for name in self.readers:
+            weight = all_of(name, "weight")
+            assert weight is not None
+            outputs.append(_grouped_product(rows, weight, all_of(name, "bias"), ends, expert))
+        return self._inner(outputs)
 
     def _inner(self, outputs: list[Tensor]) -> Tensor:
         layout: Layout = self.__dict__["_layout"]
@@ -265,7 +291,7 @@ def with_experts_together(block: nn.Module, parameters: Mapping[str, Tensor]) ->
     """
     joined = dict(parameters)
     for path, layer in experts_in(block).items():
-        if not _multiplies_together(layer, path, parameters):
+        if not multiplies_together(layer, path, parameters):
             continue
         for name in layer.linears:
             for local in ("weight", "bias"):
@@ -282,13 +308,18 @@ def experts_in(block: nn.Module) -> dict[str, Experts]:
     return {path: part for path, part in block.named_modules() if isinstance(part, Experts)}
 
 
-def _multiplies_together(layer: Experts, path: str, parameters: Mapping[str, Tensor]) -> bool:
-    """Whether a GPU multiplies by the weights of all experts of ``layer`` at once."""
+def multiplies_together(
+    layer: Experts, path: str, parameters: Mapping[str, Tensor], number: int = 0
+) -> bool:
+    """Whether a GPU multiplies by the weights of all experts of ``layer`` at once.
+
+    ``parameters`` are those of the block; ``number``: an expert whose parameters are there.
+    """
     linears = [expert.get_submodule(name) for expert in layer.children() for name in layer.linears]
     if any(linear._forward_pre_hooks or linear._forward_hooks for linear in linears):
         return False
     for name in layer.linears:
-        weight = parameters.get(f"{path}.0.{name}.weight")
+        weight = parameters.get(f"{path}.{number}.{name}.weight")
         if weight is None or weight.dtype != torch.bfloat16 or not weight.is_cuda:
             return False
         if any(size * weight.element_size() % 16 for size in weight.shape):
@@ -296,6 +327,18 @@ def _multiplies_together(layer: Experts, path: str, parameters: Mapping[str, Ten
         if torch.cuda.get_device_capability(weight.device) < (8, 0):
             return False
     return hasattr(functional, "grouped_mm")
+
+
+def _grouped_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, expert: Tensor
+) -> Tensor:
+    """``x: [n, in]`` times the weight of the expert of each row: ``[n, out]``.
+
+    ``weight: [experts, out, in]``; ``bias: [experts, out]``. ``ends: [experts]`` says where the
+    rows of each expert end, and ``expert: [n]`` which expert each row belongs to.
+    """
+    output = functional.grouped_mm(x, weight.transpose(1, 2), offs=ends.to(torch.int32))
+    return output if bias is None else output + bias[expert]
 
 
 def _here(expert: nn.Module, x: Tensor) -> Tensor:

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from qplug.checkpoint.names import split_name
 from qplug.errors import QplugError
+from qplug.numerics.alike import together
 from qplug.numerics.losses import TOO_LARGE, TOO_SMALL, overflowing, too_large, too_small
 
 
-def refuse_infinite(tensors: Mapping[str, Tensor], dtype: str = "float32") -> None:
+def refuse_infinite(
+    tensors: Mapping[str, Tensor],
+    dtype: str = "float32",
+    alike: Iterable[Sequence[str]] = (),
+) -> None:
     """Raises QplugError for the first of ``tensors`` that cannot be computed with.
 
     Its values are not finite, or, if it is a matrix, too large or too small for squares in float32,
-    or too large for ``dtype``, the model's.
+    or too large for ``dtype``, the model's. ``alike``: names of tensors of one shape and dtype that
+    follow one another in memory.
     """
     if not tensors:
         return
     limit = torch.finfo(getattr(torch, dtype)).max
-    peaks = torch.stack([_extremes(value) for value in tensors.values()]).abs().amax(1).tolist()
-    for (name, value), peak in zip(tensors.items(), peaks, strict=True):
+    found = _peaks(tensors, [[*names] for names in alike if names])
+    for name, value in tensors.items():
+        peak = found[name]
         if not math.isfinite(peak):
             raise QplugError(f"{name}: has NaN or infinite values; mend the float model")
         if value.ndim > 1 and peak > limit:
@@ -32,6 +39,17 @@ def refuse_infinite(tensors: Mapping[str, Tensor], dtype: str = "float32") -> No
             raise QplugError(f"{name}: {too_large(peak)}")
         if value.ndim > 1 and 0 < peak < TOO_SMALL:
             raise QplugError(f"{name}: {too_small(peak)}")
+
+
+def _peaks(tensors: Mapping[str, Tensor], alike: Sequence[list[str]]) -> dict[str, float]:
+    """The greatest absolute value of each of ``tensors``; a GPU is waited for once."""
+    names = [name for names in alike for name in names]
+    runs = [together([tensors[name] for name in names]).flatten(1) for names in alike]
+    extremes = [torch.stack(torch.aminmax(run, dim=1), dim=1).float() for run in runs]
+    for name in tensors.keys() - {*names}:
+        names.append(name)
+        extremes.append(_extremes(tensors[name])[None])
+    return dict(zip(names, torch.cat(extremes).abs().amax(1).tolist(), strict=True))
 
 
 def _extremes(value: Tensor) -> Tensor:

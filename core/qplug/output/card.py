@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import yaml
 
 from qplug.api import Exporter, ModelView
+from qplug.api.events import RaisedBlock
 from qplug.api.scheme import Scheme
 from qplug.errors import QplugError
 from qplug.files.regular import read_text
@@ -43,7 +44,7 @@ _BODY = Template("""\
 $model $action by qplug $version: `$algorithms`, scheme $scheme, for `$backend`.
 
 $summary
-$mix$data`$manifest` has the recipe, the versions, and the error of each layer.
+$mix$raised$data`$manifest` has the recipe, the versions, and the error of each layer.
 
 Check this folder with `qplug verify .`$serve.
 """)
@@ -58,12 +59,13 @@ def model_card(
     schemes: Mapping[str, Scheme],
     errors: Mapping[str, float],
     config: Mapping[str, Any],
+    raised: Sequence[RaisedBlock] = (),
 ) -> str:
     """Returns the text of README.md.
 
     ``model`` is the float model as the user named it, ``source`` its folder, and ``view`` its
     structure. ``schemes`` and ``errors`` are by quantized linear, and ``config`` is the config.json
-    of the result.
+    of the result. ``raised`` are the blocks that were given more bits than the recipe does.
     """
     engine, serve = exporter.engine, None
     if engine is not None and engine.serve_command is not None:
@@ -80,6 +82,7 @@ def model_card(
         action="transformed" if exporter.format.stores_float else "quantized",
         summary=_summary(errors),
         mix=mix,
+        raised=_raised(raised),
         data=_data(recipe.calibration),
         manifest=MANIFEST,
         serve=f"; serve it with `{serve}`" if serve else "",
@@ -194,6 +197,18 @@ def _mix(view: ModelView, schemes: Mapping[str, Scheme]) -> str:
     total = sum(weights.values())
     shares = ", ".join(f"{_percent(n / total)} {what}" for what, n in weights.most_common())
     return f"A mix of schemes, by weights: {shares}.\n"
+
+
+def _raised(blocks: Sequence[RaisedBlock]) -> str:
+    """Returns a list of raised blocks, "" if there are none."""
+    if not blocks:
+        return ""
+    lines = [f"- {block.sentence}" for block in blocks]
+    why = (
+        "Blocks that were given more bits, since the hidden states after them were too far from "
+        "the float model's (the distance is the mean over tokens of the relative error):"
+    )
+    return "\n".join(["", why, "", *lines, "", ""])
 
 
 def _percent(share: float) -> str:

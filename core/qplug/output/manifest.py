@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qplug.api.events import RaisedBlock
 from qplug.api.scheme import QuantArgs, Scheme
 from qplug.calibration.ranges import InputRange
 from qplug.errors import QplugError
@@ -19,6 +20,9 @@ from qplug.recipe.recipe import Recipe
 T = TypeVar("T")
 
 MANIFEST = "qplug.json"
+
+#: The key of the blocks that ``--on-stop raise`` raised, and of the recipe that was asked for.
+RAISED = "raised"
 
 #: The version of the format of ``qplug.json``. Older files have no version, but the same format.
 VERSION = 1
@@ -36,7 +40,9 @@ class Manifest:
     ``experts`` are the numbers of tokens in the statistics of each expert, by layer. ``identity``
     is the name under which ``origins`` notes where the float model is. ``choice`` says what
     ``--scheme auto`` chose, as plain values of ``qplug.api.events.Choice``, and in ``asked`` the
-    recipe that asked for it; it is empty for other schemes.
+    recipe that asked for it; it is empty for other schemes. ``raised`` are the blocks that
+    ``--on-stop raise`` gave more bits; ``asked`` is the recipe without them, empty if there are
+    none.
     """
 
     model: str
@@ -57,6 +63,8 @@ class Manifest:
     experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     identity: str = ""
     choice: Mapping[str, Any] = field(default_factory=dict)
+    raised: tuple[RaisedBlock, ...] = ()
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -77,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     recipe = record.need("recipe")
     cache, online = recipe.get("kv_cache"), record.get("online")
     kept, experts = record.get("kept_float"), record.get("experts")
-    choice = record.get("choice")
+    choice, raised = record.get("choice"), record.get(RAISED)
     _read(Recipe.from_dict, recipe)
     losses = {name: layer.get("loss") for name, layer in layers.items()}
     inputs = {name: layer.get("inputs") for name, layer in layers.items()}
@@ -113,7 +121,9 @@ def read_manifest(folder: Path) -> Manifest | None:
             for name, counts in (experts.mapping() if experts else {}).items()
         },
         identity=identity(record.value),
-        choice={} if choice is None else {n: v.value for n, v in choice.mapping().items()},
+        choice={} if choice is None else _plain_mapping(choice),
+        raised=() if raised is None else tuple(map(read_raised, raised.need("blocks").items())),
+        asked={} if raised is None else _plain_mapping(raised.need("asked")),
         kept_float={} if kept is None else {n: why.text() for n, why in kept.mapping().items()},
     )
 
@@ -126,6 +136,24 @@ def _read(from_dict: Callable[[dict[str, Any]], T], plain: Typed) -> T:
     except (QplugError, KeyError, TypeError, ValueError) as error:
         reason = f"lacks or does not know {error}" if isinstance(error, KeyError) else error
         raise QplugError(f"{plain.where}: is damaged: {reason}") from error
+
+
+def _plain_mapping(plain: Typed) -> dict[str, Any]:
+    """Returns a mapping as JSON has it."""
+    return {name: value.value for name, value in plain.mapping().items()}
+
+
+def read_raised(plain: Typed) -> RaisedBlock:
+    """Returns the block of which ``plain`` is the ``asdict``. Raises QplugError if it is not."""
+    schemes, distances = plain.need("schemes").texts(), [*plain.need("distances").items()]
+    if not 2 <= len(schemes) == len(distances):
+        raise QplugError(f"{plain.where}: must have a distance for each of two schemes or more")
+    return RaisedBlock(
+        plain.need("name").text(),
+        schemes,
+        tuple(None if each.value is None else each.number() for each in distances),
+        plain.need("limit").number(),
+    )
 
 
 def _range(plain: Typed) -> InputRange:

@@ -80,6 +80,7 @@ def make_plan(
     shard_bytes: int,
     by_block: bool,
     cache_scales: Mapping[str, tuple[str, ...]] | None = None,
+    like: Plan | None = None,
 ) -> Plan:
     """Returns the plan of a run over all tensors of ``source``, in natural order of their names.
 
@@ -87,7 +88,7 @@ def make_plan(
     ``by_block`` each decoder block is a step. Otherwise each tensor is a step, except that linears
     that must share a global scale are one step together. ``cache_scales`` are the full names of
     KV cache scales, float32 ``[1]``, by block. A shard has at most ``shard_bytes`` bytes, or a
-    single step.
+    single step; with ``like``, a plan of the same source, steps have the shards of that plan.
     """
     two_level = [name for name, scheme in schemes.items() if scheme.weights.two_level]
     first = {name: group[0] for group in exporter.merged(two_level) for name in group}
@@ -110,6 +111,9 @@ def make_plan(
     for block, names in (cache_scales or {}).items():
         outputs = {**steps[block].outputs, **dict.fromkeys(names, TensorSpec("float32", (1,)))}
         steps[block] = replace(steps[block], outputs=outputs, cache_scales=names)
+    if like is not None:
+        assert [*steps] == [step.name for step in like.steps]
+        return Plan(tuple(steps.values()), like.shard_of)
     return Plan(tuple(steps.values()), _assign_shards(list(steps.values()), shard_bytes))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qplug.api import Exporter, ModelView
+from qplug.api.events import RaisedBlock
 from qplug.api.scheme import Scheme
 from qplug.errors import QplugError
 from qplug.output.card import CARD, model_card
@@ -34,6 +35,7 @@ def result_files(
     online: Sequence[str] = (),
     notes: Sequence[str] = (),
     kept_float: Mapping[str, str] | None = None,
+    raised: Sequence[RaisedBlock] = (),
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Returns the text files of a finished run by file name, and the content of qplug.json.
 
@@ -42,7 +44,7 @@ def result_files(
     model as the user named it, and ``source`` its folder. ``schemes`` has the scheme of each
     quantized linear, ``reports`` the reports of all steps, in order. ``online`` names the linears
     whose inputs must be rotated as the model runs; ``kept_float`` says of linears that no kernel
-    takes why they are float.
+    takes why they are float; ``raised`` are blocks that were given more bits.
     """
     config = dict(model.config)
     quantization = exporter.format.config(model, schemes)
@@ -78,7 +80,7 @@ def result_files(
         manifest["experts"] = experts
     if kept_float:
         manifest["kept_float"] = dict(kept_float)
-    card = model_card(model_name, source, recipe, exporter, model, schemes, errors, config)
+    card = model_card(model_name, source, recipe, exporter, model, schemes, errors, config, raised)
     return {"config.json": _json(config), CARD: card}, manifest
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from qplug.api.events import RaisedBlock
 from qplug.machine.processes import Processes
 from qplug.output.writer import Content, Writer
 
@@ -39,6 +40,18 @@ class SharedWriter:
         All processes must call this together.
         """
         return self._processes.from_first(lambda: self._of_first().finished)
+
+    def raised(self) -> tuple[RaisedBlock, ...]:
+        """Returns the blocks that earlier runs raised.
+
+        All processes must call this together.
+        """
+        return self._processes.from_first(lambda: self._of_first().raised)
+
+    def raise_block(self, block: RaisedBlock) -> None:
+        """Calls ``Writer.raise_block`` in the first process."""
+        if self._writer is not None:
+            self._writer.raise_block(block)
 
     def stored(self, modules: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """Returns ``Writer.stored`` of each module, by name.

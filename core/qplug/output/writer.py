@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -18,23 +18,25 @@ from typing import Any, TypeAlias
 from safetensors.torch import save
 from torch import Tensor
 
-from qplug.api import StoredTensor
-from qplug.checkpoint.names import by_module
+from qplug.api.events import RaisedBlock
 from qplug.checkpoint.open import INDEX
-from qplug.checkpoint.stacked import members
-from qplug.checkpoint.tensor_file import FileTensor, lay_out, read_header, tensor_bytes
-from qplug.checkpoint.transposed import transposed_tensor
+from qplug.checkpoint.tensor_file import read_header, tensor_bytes
 from qplug.errors import QplugError
+from qplug.files.typed import Typed
 from qplug.output import disk
 from qplug.output.checksums import KIND, crc32, file_checksum
 from qplug.output.entry import Entry
 from qplug.output.journal import Run, differences
-from qplug.output.manifest import MANIFEST
+from qplug.output.manifest import MANIFEST, RAISED, read_raised
 from qplug.output.ownership import refuse_existing
 from qplug.output.plan import Plan
 from qplug.output.result_files import manifest_text
+from qplug.output.shard_layout import NEW, ShardLayout
 from qplug.output.source_bytes import SourceBytes
 from qplug.output.unfinished import KeptError, Unfinished, clean_up
+
+#: Returns the plan in which blocks are raised.
+Replan: TypeAlias = Callable[[Sequence[RaisedBlock]], Plan]
 
 _PIECE = 1 << 22  # bytes of a tensor that are written at once
 _SMALL = 1 << 18  # bytes whose checksum takes less time than it takes to wake a thread
@@ -76,19 +78,21 @@ class Writer:
         single_file: str | None = None,
         learned: Iterable[str] = (),
         spare: int = 0,
+        replan: Replan | None = None,
     ) -> None:
         """Opens or resumes the unfinished folder of ``out``.
 
         ``fingerprint`` describes the run, and ``source`` its float tensors; only a run with the
         same of both is resumed. ``companions`` are files to copy to OUT, ``single_file`` is the
         name of the file that replaces the shards, ``learned`` names the algorithms that call
-        ``cached``. ``spare`` are bytes that must be free in addition to those of the plan. Raises
+        ``cached``. ``spare`` are bytes that must be free in addition to those of the plan.
+        ``replan`` returns the plan with raised blocks, None if the run raises none. Raises
         QplugError if ``out`` cannot be written, holds an unfinished run with another fingerprint
         (unless ``overwrite``) or files that qplug did not write, is being written by another
         process, or if the disk is too full.
         """
         self._spare, self._overwrite = spare, overwrite
-        self._plan, self._source = plan, source
+        self._source, self._replan = source, replan
         self._companions = {_name_of(path): path for path in companions}
         self._single_file = single_file
         clean_up(out)
@@ -98,10 +102,13 @@ class Writer:
             self._folder = Unfinished(self._out)
         except OSError as error:
             raise QplugError(f"{out}: cannot be written: {error.strerror}") from error
-        self._lay_out_shards()
-        shards = {path.name for path in self._headers}
+        #: The blocks that this run, or the earlier runs that it continues, raised.
+        self.raised: tuple[RaisedBlock, ...] = ()
+        self._base, self._layout = plan, ShardLayout(self._folder.model, plan)
+        shards = {path.name for path in self._layout.headers}  # raised blocks add none
+        again = {f"{name}{NEW}" for name in shards} if replan is not None else set()
         single = {single_file} if single_file else set()
-        files = frozenset({*shards, *self._companions, *_TEXTS, *single})
+        files = frozenset({*shards, *again, *self._companions, *_TEXTS, *single})
         self._crcs: dict[str, int] = {}
         self._learned: dict[str, dict[str, Any]] = {}
         try:
@@ -126,16 +133,16 @@ class Writer:
 
     # --- beginning -------------------------------------------------------------------------------
 
-    def _lay_out_shards(self) -> None:
-        """Computes the header and the size of each shard, and the place of each tensor."""
-        self._places: dict[str, FileTensor] = {}  # by stored name
-        self._headers: dict[Path, bytes] = {}
-        self._sizes: dict[Path, int] = {}
-        for file, specs in self._plan.shards().items():
-            path = self._folder.model / file
-            self._headers[path], tensors = lay_out(path, specs)
-            self._sizes[path] = len(self._headers[path]) + sum(s.nbytes for s in specs.values())
-            self._places.update(tensors)
+    @property
+    def _plan(self) -> Plan:
+        return self._layout.plan
+
+    def _take(self, raised: Sequence[RaisedBlock]) -> None:
+        """Takes the plan with ``raised`` blocks."""
+        if self._replan is not None and self.raised != tuple(raised):
+            self.raised = tuple(raised)
+            plan = self._replan(self.raised) if raised else self._base
+            self._layout = ShardLayout(self._folder.model, plan)
 
     def _has_begun(self) -> bool:
         """Whether the unfinished folder holds more than the beginning of a journal."""
@@ -151,6 +158,11 @@ class Writer:
                 self._refuse_other_run(differences(earlier.fingerprint, run.fingerprint))
             self._folder.restart(run)
             return {}
+        if self._replan is None and _raised_in(entries):
+            self._refuse_other_run("--on-stop")
+            self._folder.restart(run)
+            return {}
+        self._take(_raised_in(entries))
         steps, valid = self._read(entries)
         noted = next(iter(self._learned.values()), None)
         is_same = self._source.are_as_noted(
@@ -160,9 +172,11 @@ class Writer:
         if not is_same:
             self._refuse_other_run("model")
             self._learned.clear()
+            self._take(())
             self._folder.restart(run)
             return {}
         self._folder.journal.keep(valid)
+        self._take(_raised_in(entries[:valid]))
         self._folder.open_model()
         # After a power cut the journal may list steps whose bytes never reached the disk.
         with ThreadPoolExecutor(_CHECKERS, "qplug-checker") as pool:
@@ -193,6 +207,8 @@ class Writer:
                 if entry is None:
                     return steps, count
                 steps[entry.step] = entry
+            elif RAISED in plain:
+                continue
             elif "learned" in plain:
                 name = plain["learned"]
                 if not self._is_learned(plain):
@@ -218,7 +234,7 @@ class Writer:
         outputs = self._plan.steps[entry.step].outputs
         try:
             return all(
-                crc32(self._places[name].chunks()) == crc
+                crc32(self._layout.places[name].chunks()) == crc
                 for name, crc in zip(outputs, entry.crcs, strict=True)
             )
         except (QplugError, FileNotFoundError):
@@ -271,7 +287,7 @@ class Writer:
         files: dict[int, None] = {}
         known = dict(read)
         for name in step.outputs:
-            content, place = contents[name], self._places[name]
+            content, place = contents[name], self._layout.places[name]
             file = self._file(place.path)
             self._crcs[name] = self._write_tensor(content, file, place.start)
             if not isinstance(content, Tensor):
@@ -333,7 +349,7 @@ class Writer:
         except disk.StrangeFileError as error:
             raise KeptError(f"{path}: {error}; move it away") from None
         self._files[path] = file
-        disk.write_at(file, self._headers[path], 0)
+        disk.write_at(file, self._layout.headers[path], 0)
         if is_new:
             disk.sync_folder(path.parent)
         return file
@@ -341,23 +357,37 @@ class Writer:
     def stored(self, module: str) -> dict[str, Tensor]:
         """Returns the written tensors of ``module`` by local name, without its children's."""
         return {
-            local: self._readable[f"{module}.{local}"].read()
-            for local in self._by_module.get(module, ())
+            local: self._layout.readable[f"{module}.{local}"].read()
+            for local in self._layout.by_module.get(module, ())
         }
 
-    @cached_property
-    def _readable(self) -> dict[str, StoredTensor]:
-        """All tensors by name, also of experts that are stored together; matrices ``[out, in]``."""
-        readable: dict[str, StoredTensor] = dict(self._places)
-        for step in self._plan.steps:
-            for name, stacked in step.stacks.items():
-                readable |= members(self._places[name], name, stacked)
-            readable |= {name: transposed_tensor(self._places[name]) for name in step.transposed}
-        return readable
+    def raise_block(self, block: RaisedBlock) -> None:
+        """Enters ``block`` in the journal as raised, and makes room for what it will take.
 
-    @cached_property
-    def _by_module(self) -> dict[str, list[str]]:
-        return by_module(self._readable)
+        All steps that are done are on disk afterwards. If the process is killed meanwhile, the
+        steps that share a shard with the block may have to be computed again.
+        """
+        while self._pending:
+            self._wait()
+        old = self._layout
+        self._take([*(each for each in self.raised if each.name != block.name), block])
+        moving = [
+            n for path, n in old.sizes.items() if old.headers[path] != self._layout.headers[path]
+        ]
+        more = self._plan.nbytes - old.plan.nbytes + max(moving, default=0)
+        free = shutil.disk_usage(self._folder.folder).free
+        if more > free:
+            raise KeptError(
+                f"{self._out.parent}: the disk is full: {block.name} is raised to "
+                f"{block.schemes[-1]}, for which {more / 2**30:.2f} GiB more are needed, and "
+                f"{free / 2**30:.2f} GiB are free; the finished steps are kept"
+            )
+        with self._keeping():
+            self._folder.journal.append({RAISED: asdict(block)})
+            self._folder.journal.sync()
+            while self._files:
+                os.close(self._files.popitem()[1])
+            old.moved_to(self._layout, self._crcs)
 
     def cached(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Returns the tensors of ``make()``, stored under ``name`` in the unfinished folder.
@@ -409,7 +439,7 @@ class Writer:
         convert: Callable[[Path], None] | None,
     ) -> None:
         model = self._folder.model
-        for path, size in self._sizes.items():  # a power cut may have lost a header
+        for path, size in self._layout.sizes.items():  # a power cut may have lost a header
             file = self._file(path)
             os.ftruncate(file, size)
             os.fsync(file)
@@ -419,10 +449,10 @@ class Writer:
         files = {name: _copy(path, model / name) for name, path in self._companions.items()}
         for name, text in texts.items():
             files[name] = _put(text, model / name)
-        self._folder.remove_all_but({*files, *(path.name for path in self._headers)})
+        self._folder.remove_all_but({*files, *(path.name for path in self._layout.headers)})
         if convert is not None:
             convert(model)
-        shards = [path for path in self._headers if path.exists()]
+        shards = [path for path in self._layout.headers if path.exists()]
         if self._single_file is not None:
             files[self._single_file] = _settled(model / self._single_file)
             files.pop(INDEX, None)
@@ -437,11 +467,11 @@ class Writer:
         self, shards: Sequence[Path], files: Mapping[str, Mapping[str, int]]
     ) -> dict[str, Any]:
         """Returns the checksums of ``shards`` and of the other ``files``, for qplug.json."""
-        crcs = {n: crc for n, crc in self._crcs.items() if self._places[n].path in shards}
+        crcs = {n: crc for n, crc in self._crcs.items() if self._layout.places[n].path in shards}
         return {
             "kind": KIND,
             "tensors": dict(sorted(crcs.items())),
-            "headers": {path.name: zlib.crc32(self._headers[path]) for path in shards},
+            "headers": {path.name: zlib.crc32(self._layout.headers[path]) for path in shards},
             "files": dict(sorted(files.items())),
         }
 
@@ -492,6 +522,12 @@ class Writer:
         self._close()
         if limit:
             raise QplugError(f"{self._out.parent}: {limit}; nothing was kept") from error
+
+
+def _raised_in(entries: Sequence[Mapping[str, Any]]) -> list[RaisedBlock]:
+    """Returns the raised blocks in ``entries`` of a journal, each as it was raised last."""
+    raised = [read_raised(Typed("the journal", e[RAISED])) for e in entries if RAISED in e]
+    return [*{block.name: block for block in raised}.values()]
 
 
 def _name_of(companion: Path) -> str:

@@ -49,7 +49,7 @@ def overview(folder: Folder, name: str) -> Overview:
         schemes=Counter(scheme.name for scheme in schemes.values()),
         recipe=manifest.recipe if manifest else {},
         versions=manifest.versions if manifest else {},
-        notes=manifest.notes if manifest else (),
+        notes=(*(block.sentence for block in manifest.raised), *manifest.notes) if manifest else (),
         bytes=_bytes(folder.checkpoint, matrices, schemes),
         weights=sum(matrices[n] for n in schemes),
         linear_weights=sum(matrices.values()),

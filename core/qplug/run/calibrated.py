@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qplug.api.scheme import Scheme
@@ -51,7 +51,7 @@ def start_walk(
             batch_size=data.batch_size,
             with_drift=stages.needs_drift,
             with_targets=stages.learns,
-            with_distance=steps.stop_at is not None,
+            with_distance=steps.watch is not None,
             online=prepared.online,
             cache=cache,
             skeleton=skeleton,
@@ -76,23 +76,40 @@ def _walked(
     for number, step in enumerate(steps.plan.steps):
         if step.name in steps.prepared.view.blocks:
             if number in done:
-                walk.skip(step.name, _written(steps, step, output))
-                if steps.stop_at is not None and walk.distance is not None:
-                    steps.stop_at(step, walk.distance)
-            else:
-                yield _block(steps, walk, number)
+                walk.skip(step.name, _written(steps, steps.plan.steps[number], output))
+                if steps.watch is not None and walk.distance is not None:
+                    steps.watch.finished_before(step, walk.distance)
+                continue
+            computed = _computed(steps, number, _gathered(steps, walk, step), walk)
+            if steps.watch is not None:
+                steps, computed = _raised(steps, walk, number, computed, output)
+            yield _passed_on(steps, walk, number, computed)
+            del computed
         elif number not in done and step.linears:  # a head, whose inputs have no statistics
             yield steps.quantized(number, steps.weights(step), steps.stages.quantize_apart)
         elif number not in done:
             yield steps.copied(number)
 
 
-def _block(steps: Steps, walk: Walk, number: int) -> Finished:
-    """Gathers the statistics of a block, transforms it, quantizes it, and passes the tokens on."""
+@dataclass(frozen=True, eq=False)
+class _Computed:
+    """A block that is quantized: tensors to write, values to compute with, and the report."""
+
+    packed: dict[str, Tensor]
+    floats: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+    scales: dict[str, Tensor]
+    report: Report
+
+
+def _computed(
+    steps: Steps, number: int, gathered: Iterator[LiveBlock], walk: Walk, *, again: bool = False
+) -> _Computed:
+    """Transforms and quantizes a block, of which ``gathered`` are the parts, with statistics."""
     step, clock = steps.plan.steps[number], steps.session.clock
     parts = []
-    for block in _gathered(steps, walk, step):
-        parts.append(_part(steps, walk, step, block))
+    for block in gathered:
+        parts.append(_part(steps, walk, step, block, again=again))
         del block  # frees most of the GPU memory of the part, before the next one is made
     packed = {name: tensor for part in parts for name, tensor in part.packed.items()}
     floats = {name: tensor for part in parts for name, tensor in part.floats.items()}
@@ -107,13 +124,50 @@ def _block(steps: Steps, walk: Walk, number: int) -> Finished:
         parameters |= _unpacked(steps, step, packed)
     with clock("passing on"):
         scales = walk.cache_scales(step.name, parameters)
-        walk.advance(step.name, parameters | scales)
-    if steps.stop_at is not None and walk.distance is not None:
-        steps.stop_at(step, walk.distance)
+    return _Computed(packed, floats, parameters | scales, scales, report)
+
+
+def _raised(
+    steps: Steps, walk: Walk, number: int, computed: _Computed, output: SharedWriter
+) -> tuple[Steps, _Computed]:
+    """Returns the block as it is within the limit, and the steps with the block raised so far.
+
+    Without ``--on-stop raise`` these are ``computed`` and ``steps``. Raises KeptError if the block
+    cannot be raised so far.
+    """
+    watch, step = steps.watch, steps.plan.steps[number]
+    assert watch is not None
+    if watch.raising is None:
+        return steps, computed
+    attempt = watch.raising.attempt(step)
+    while True:
+        with steps.session.clock("passing on"):
+            distance = walk.measured(step.name, computed.parameters)
+        run = attempt.next_run(distance)
+        if run is None:
+            break
+        del computed
+        steps = replace(steps, stages=run.stages, plan=run.plan)
+        parts = _gathered_again(steps, walk, step.name, run.decision.schemes)
+        computed = _computed(steps, number, parts, walk, again=True)
+    if attempt.raised is not None:
+        with steps.session.clock("writing"):
+            output.raise_block(attempt.raised)
+    return steps, computed
+
+
+def _passed_on(steps: Steps, walk: Walk, number: int, computed: _Computed) -> Finished:
+    """Sends the tokens through the block, and returns what is to be written of it."""
+    step = steps.plan.steps[number]
+    with steps.session.clock("passing on"):
+        walk.advance(step.name, computed.parameters)
+    if steps.watch is not None and walk.distance is not None:
+        steps.watch.computed(step, walk.distance)
+    floats, scales = computed.floats, computed.scales
     # Blocks of old checkpoints contain tensors that are not parameters, such as masks and tables.
     copies = steps.copies([name for name in step.others if name not in floats])
     cache = {f"{step.name}.{local}": scale for local, scale in scales.items()}
-    return steps.finished(number, {**packed, **floats, **copies, **cache}, report)
+    return steps.finished(number, {**computed.packed, **floats, **copies, **cache}, computed.report)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +192,20 @@ def _gathered(steps: Steps, walk: Walk, step: Step) -> Iterator[LiveBlock]:
         del block
 
 
-def _part(steps: Steps, walk: Walk, step: Step, block: LiveBlock) -> _Part:
-    """Transforms and quantizes ``block``, which is step ``step`` or a part of it."""
+def _gathered_again(
+    steps: Steps, walk: Walk, name: str, schemes: Mapping[str, Scheme]
+) -> Iterator[LiveBlock]:
+    """Yields block ``name`` with the statistics for ``schemes``."""
+    with steps.session.clock("statistics"):
+        block = [walk.gather_again(name, schemes)]
+    yield block.pop()
+
+
+def _part(steps: Steps, walk: Walk, step: Step, block: LiveBlock, *, again: bool = False) -> _Part:
+    """Transforms and quantizes ``block``, which is step ``step`` or a part of it.
+
+    ``again``: the step was computed already, under other schemes.
+    """
     stages = steps.stages
     inputs = input_ranges(block)
     codes = stages.quantize(block)  # all transforms, then the codes
@@ -151,7 +217,7 @@ def _part(steps: Steps, walk: Walk, step: Step, block: LiveBlock) -> _Part:
     floats = block.stored_floats(step.others)
     parameters = block.effective_parameters(codes, floats, walk.dtype)
     if block.is_whole:
-        steps.watchers.block_done(step.name, report, block, codes)
+        steps.watchers.block_done(step.name, report, block, codes, again=again)
     return _Part(packed, floats, walk.parked(step.name, parameters), report)
 
 

@@ -33,6 +33,7 @@ from qplug.recipe.pipeline import make_pipeline
 from qplug.recipe.recipe import Calibration, Recipe
 from qplug.recipe.spelled_scheme import scheme_text
 from qplug.recipe.spellings import AUTO
+from qplug.registry.registry import Registry
 from qplug.run.drafts import open_model
 from qplug.run.refuse import open_source
 
@@ -70,7 +71,9 @@ def choose(model: str, out: Path, asked: Recipe, session: Session) -> Chosen:
     exporter = session.registry.exporters.make(asked.backend, asked.backend_options)
     if exporter.format.stores_float:
         raise QplugError(f"--scheme auto: {exporter.name} stores float weights; take another")
-    schemes = _accepted(served_schemes(exporter), asked, session)
+    schemes, reason = accepted(served_schemes(exporter), asked, session.registry)
+    if not schemes:
+        raise reason or QplugError("--scheme auto: the backend serves no scheme on this device")
     source, skeleton = open_source(model, out, exporter, session)
     source, view = open_model(asked, source, session, skeleton)
     problem = _Problem.of(asked, schemes, source, view, exporter)
@@ -111,21 +114,21 @@ def _as_json(value: Any) -> Any:
     return [_as_json(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def _accepted(schemes: Sequence[Scheme], asked: Recipe, session: Session) -> list[Scheme]:
-    """The members of ``schemes`` that all algorithms of ``asked`` take.
+def accepted(
+    schemes: Sequence[Scheme], recipe: Recipe, registry: Registry
+) -> tuple[list[Scheme], QplugError | None]:
+    """Returns the members of ``schemes`` that all algorithms of ``recipe`` take.
 
-    Raises QplugError, the reason of the last scheme, if there are none.
+    The second value is why the last scheme that is not among them was refused, None if all are.
     """
-    accepted, reason = [], None
+    taken, reason = [], None
     for scheme in schemes:
         try:
-            make_pipeline(asked.algorithms, asked.algorithm_options, [scheme], session.registry)
-            accepted.append(scheme)
+            make_pipeline(recipe.algorithms, recipe.algorithm_options, [scheme], registry)
+            taken.append(scheme)
         except QplugError as error:
             reason = error
-    if not accepted:
-        raise reason or QplugError("--scheme auto: the backend serves no scheme on this device")
-    return accepted
+    return taken, reason
 
 
 def _windows(model: str, asked: Recipe, view: ModelView, session: Session) -> Samples:

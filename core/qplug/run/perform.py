@@ -20,6 +20,7 @@ from qplug.recipe.recipe import Export, Job, Measurement, Recipe, Stage
 from qplug.registry.registry import Registry
 from qplug.run.choose import Chosen, has_asked
 from qplug.run.quantize import SHARD_BYTES, quantize_by
+from qplug.run.stop_at import OnStop
 
 #: Called after each step of a job: activity, steps done, steps in all, name of the step, its loss.
 Watcher = Callable[[str, int, int, str, "float | None"], None]
@@ -52,7 +53,7 @@ class RunOptions:
 
     ``device`` is "auto", "cpu" or "cuda[:N]"; ``shard_bytes`` the size of a weight file in bytes;
     ``memory`` what a block may take on the device, such as "20GiB". ``check`` measures the quality
-    of each folder, and ``stop_at`` stops a run as in ``qplug.quantize``.
+    of each folder; ``stop_at`` and ``on_stop`` stop a run, or raise blocks: see ``qplug.quantize``.
     """
 
     device: str = "auto"
@@ -62,6 +63,7 @@ class RunOptions:
     memory: str | None = None
     check: bool = False
     stop_at: float | None = None
+    on_stop: OnStop = "stop"
 
 
 def perform(
@@ -75,6 +77,7 @@ def perform(
     memory: str | None = None,
     check: bool = False,
     stop_at: float | None = None,
+    on_stop: OnStop = "stop",
     registry: Registry | None = None,
     watch: Watcher | None = None,
 ) -> JobResult:
@@ -85,7 +88,9 @@ def perform(
     the others are written. Raises QplugError for mistakes that the user can mend, before any work
     is done if they can be detected then.
     """
-    options = RunOptions(device, shard_bytes, overwrite, trust_remote_code, memory, check, stop_at)
+    options = RunOptions(
+        device, shard_bytes, overwrite, trust_remote_code, memory, check, stop_at, on_stop
+    )
     runner = _JobRunner(job, options, registry or Registry.installed(), watch or (lambda *_: None))
     return runner.dry_run() if dry_run else runner()
 
@@ -161,6 +166,7 @@ class _JobRunner:
             memory=options.memory,
             check=options.check and not self._is_hidden(export),
             stop_at=options.stop_at,
+            on_stop=options.on_stop,
             registry=self._registry,
             watch=lambda *step: self._watch("quantizing", *step),
         )
@@ -182,7 +188,7 @@ class _JobRunner:
             return False
         if manifest.choice:  # the schemes were chosen: the job is equal if it asks for the same
             return has_asked(manifest.choice, self._job.recipe_for(export))
-        recorded = Recipe.from_dict(manifest.recipe)
+        recorded = Recipe.from_dict(manifest.asked or manifest.recipe)
         wanted = public_values(self._as_recorded(export, recorded).to_dict())
         return bool(public_values(recorded.to_dict()) == wanted)
 

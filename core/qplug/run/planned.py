@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qplug.api import Checkpoint, ModelView
-from qplug.api.events import Result, RunPlan
+from qplug.api.events import RaisedBlock, Result, RunPlan
 from qplug.api.scheme import Scheme
 from qplug.calibration.samples import Samples
 from qplug.calibration.tokens import calibration_tokens
 from qplug.machine.session import Session
 from qplug.model.kv_cache import KVCache
 from qplug.model.skeleton import Skeleton
+from qplug.output.manifest import RAISED
 from qplug.output.plan import Plan, make_plan
 from qplug.run.choose import CHOICE, Chosen
 from qplug.run.description import describe
 from qplug.run.drafts import open_model
 from qplug.run.prepare import Prepared, prepare, with_float_experts_stacked
+from qplug.run.raising import Raising
 from qplug.run.refuse import Decision, open_source, refuse_unplanned, servable_cache
 from qplug.run.stages import Stages
+from qplug.run.stop_at import Limit
 from qplug.run.watchers import Watchers
 
 
@@ -33,7 +36,8 @@ class PlannedRun:
     ``prepared`` is the model as algorithms rewrite it. ``decision`` says what is quantized, and
     ``coded`` has the schemes of linears that are stored as codes. ``plan`` fixes the position of
     every byte of the result. ``cache`` is None without scales of a KV cache, ``samples`` without
-    calibration data, ``chosen`` without ``--scheme auto``. ``what`` describes the run to its user.
+    calibration data, ``chosen`` without ``--scheme auto``, ``raising`` without ``--on-stop raise``.
+    ``what`` describes the run to its user.
     """
 
     model: str
@@ -52,11 +56,48 @@ class PlannedRun:
     what: RunPlan
     chosen: Chosen | None
     shard_bytes: int
+    raising: Raising | None = None
 
     @property
     def record_of_choice(self) -> dict[str, Any]:
         """What ``qplug.json`` says of the choice of schemes; empty without one."""
         return {} if self.chosen is None else {CHOICE: self.chosen.to_dict()}
+
+    @property
+    def record_of_raised(self) -> dict[str, Any]:
+        """What ``qplug.json`` says of raised blocks; empty if none was raised."""
+        if self.raising is None or not self.raising.raised:
+            return {}
+        return {RAISED: self.raising.to_dict()}
+
+    def with_raised(self, raised: Sequence[RaisedBlock]) -> PlannedRun:
+        """Returns this run with ``raised`` blocks instead of those that were raised before.
+
+        Every step has the shard that it had, which may grow.
+        """
+        if self.raising is None or tuple(raised) == self.raising.raised:
+            return self
+        raising, view = self.raising.with_raised(raised), self.prepared.view
+        exporter = self.stages.exporter
+        stages = self.stages.with_recipe(raising.recipe(view, exporter.built_float(view)))
+        decision = stages.decide(self.source, view)
+        plan = _plan(
+            self.prepared,
+            decision.schemes,
+            stages,
+            self.cache,
+            self.session,
+            shard_bytes=self.shard_bytes,
+            like=self.plan,
+        )
+        return replace(
+            self,
+            stages=stages,
+            decision=decision,
+            coded=decision.schemes,
+            plan=plan,
+            raising=raising,
+        )
 
     def learned(self, prepared: Prepared) -> Prepared:
         """Returns ``prepared``, rewritten as was learned, in the layout that the plan stores."""
@@ -92,8 +133,9 @@ def plan_run(
     shard_bytes: int,
     chosen: Chosen | None,
     watchers: Watchers,
+    limit: Limit | None = None,
 ) -> PlannedRun:
-    """Returns the run that quantizes ``model`` into ``out`` by ``stages``.
+    """Returns the run that quantizes ``model`` into ``out`` by ``stages``, within ``limit``.
 
     Raises QplugError for all mistakes that can be detected before a weight is read.
     """
@@ -107,17 +149,10 @@ def plan_run(
     cache = servable_cache(recipe.kv_cache, source, prepared.view, exporter, session)
     coded = {} if exporter.format.stores_float else decision.schemes
     prepared = with_float_experts_stacked(prepared, coded)
-    with session.registry.blaming(exporter, "layout"):
-        plan = make_plan(
-            prepared.checkpoint,
-            prepared.view,
-            coded,
-            exporter,
-            shard_bytes=shard_bytes,
-            by_block=recipe.calibration is not None,
-            cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
-        )
-    refuse_unplanned(plan, coded, exporter)
+    plan = _plan(prepared, coded, stages, cache, session, shard_bytes=shard_bytes)
+    raising = None
+    if limit is not None and limit.raises:
+        raising = Raising.of(stages, prepared, coded, session.registry)
     samples = _samples(model, stages, prepared.view, session, watchers)
     return PlannedRun(
         model=model,
@@ -133,10 +168,42 @@ def plan_run(
         cache=cache,
         plan=plan,
         samples=samples,
-        what=describe(model, source, stages, plan, prepared, samples, session),
+        what=replace(
+            describe(model, source, stages, plan, prepared, samples, session),
+            stop_at=None if raising is None or limit is None else limit.distance,
+            raises_to=() if raising is None else raising.names,
+        ),
         chosen=chosen,
         shard_bytes=shard_bytes,
+        raising=raising,
     )
+
+
+def _plan(
+    prepared: Prepared,
+    coded: Mapping[str, Scheme],
+    stages: Stages,
+    cache: KVCache | None,
+    session: Session,
+    *,
+    shard_bytes: int,
+    like: Plan | None = None,
+) -> Plan:
+    """The plan that stores the linears ``coded`` as codes; ``like`` as in ``make_plan``."""
+    exporter = stages.exporter
+    with session.registry.blaming(exporter, "layout"):
+        plan = make_plan(
+            prepared.checkpoint,
+            prepared.view,
+            coded,
+            exporter,
+            shard_bytes=shard_bytes,
+            by_block=stages.recipe.calibration is not None,
+            cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
+            like=like,
+        )
+    refuse_unplanned(plan, coded, exporter)
+    return plan
 
 
 def _samples(

@@ -24,7 +24,7 @@ from qplug.run.check import check_quality
 from qplug.run.choose import Chosen, choose
 from qplug.run.planned import PlannedRun, plan_run
 from qplug.run.stages import Stages
-from qplug.run.stop_at import refuse_blind
+from qplug.run.stop_at import Limit, OnStop
 from qplug.run.watchers import Watcher, Watchers
 from qplug.run.written import WrittenRun, write_run
 
@@ -47,6 +47,7 @@ def quantize(
     memory: str | None = None,
     check: bool = False,
     stop_at: float | None = None,
+    on_stop: OnStop = "stop",
     registry: Registry | None = None,
     watch: Watcher | None = None,
     **words: Unpack[RecipeWords],
@@ -63,7 +64,10 @@ def quantize(
     KL divergence from the float model on text that calibration has not seen, ``Result.quality``.
     ``stop_at`` stops a calibrated run after a block whose output is further from the float model's:
     the limit of the mean over calibration tokens of ``||x' - x|| / ||x||``, where ``x`` and ``x'``
-    are the hidden states after the block in the float and in the quantized model.
+    are the hidden states after the block in the float and in the quantized model. With
+    ``on_stop="raise"`` such a block gets more bits instead, 8 and then float weights, and the run
+    stops only if that is not enough: ``Result.raised``. Blocks after it are calibrated on the
+    raised block.
 
     Returns the folder, its size in bytes, the error of each layer and the seconds that the run
     took. If a run was killed, the same call continues it. Raises QplugError for mistakes that the
@@ -86,6 +90,7 @@ def quantize(
         memory=memory,
         check=check,
         stop_at=stop_at,
+        on_stop=on_stop,
         registry=registry,
         watch=watch or (lambda *_: None),
     )
@@ -105,6 +110,7 @@ def quantize_by(
     memory: str | None,
     check: bool,
     stop_at: float | None,
+    on_stop: OnStop,
     registry: Registry | None,
     watch: Watcher,
 ) -> Result:
@@ -140,6 +146,7 @@ def quantize_by(
             dry_run=dry_run,
             check=check,
             stop_at=stop_at,
+            on_stop=on_stop,
             watch=watch,
         )
 
@@ -156,6 +163,7 @@ def run(
     watch: Watcher,
     check: bool = False,
     stop_at: float | None = None,
+    on_stop: OnStop = "stop",
     chosen: Chosen | None = None,
 ) -> Result:
     """Quantize ``model`` into ``out`` by ``stages``, and return the result.
@@ -165,7 +173,7 @@ def run(
     file written.
     """
     began, watchers = time.monotonic(), Watchers(session, watch)
-    refuse_blind(stop_at, stages)
+    limit = Limit.of(stop_at, on_stop, stages)
     with ExitStack() as stack:
 
         def begin() -> None:
@@ -176,12 +184,19 @@ def run(
 
         session.processes.from_first(begin)
         planned = plan_run(
-            model, out, stages, session, shard_bytes=shard_bytes, chosen=chosen, watchers=watchers
+            model,
+            out,
+            stages,
+            session,
+            shard_bytes=shard_bytes,
+            chosen=chosen,
+            watchers=watchers,
+            limit=limit,
         )
         if dry_run:
             return planned.dry_result()
-        written = write_run(planned, watchers, stop_at, overwrite=overwrite)
-    result = _result(planned, written, time.monotonic() - began)
+        written = write_run(planned, watchers, limit, overwrite=overwrite)
+    result = _result(written.run, written, time.monotonic() - began)
     watchers.run_done(result)
     return _checked(result, planned, watchers) if check and result.errors else result
 
@@ -204,6 +219,7 @@ def _result(run: PlannedRun, written: WrittenRun, seconds: float) -> Result:
         kept_float=run.decision.narrow,
         source_format=run.source.quantized,
         choice=None if run.chosen is None else run.chosen.choice,
+        raised=() if run.raising is None else run.raising.raised,
     )
 
 

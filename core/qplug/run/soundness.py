@@ -17,6 +17,7 @@ from qplug.api import Linear, QuantizedWeight
 from qplug.api.scheme import FLOAT_STEP, QuantArgs
 from qplug.errors import QplugError
 from qplug.model.parameters import refuse_infinite
+from qplug.numerics.alike import as_one, of_one_shape
 from qplug.numerics.losses import TOO_LARGE, TOO_SMALL
 from qplug.numerics.rounding import code_dtype, round_floats
 from qplug.numerics.scale_formats import largest_code
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class _Check:
-    """A statement on ``linear``: ``holds`` is bool ``[]``; ``sentence`` says what is wrong."""
+    """A statement on ``linears``: ``holds``, bool ``[n]``; ``sentence`` says what is wrong."""
 
-    linear: Linear
+    linears: Sequence[Linear]
     holds: Tensor
     sentence: str
 
@@ -41,16 +42,23 @@ def refuse_unsound(
 
     ``codes`` are by linear; ``who`` names the algorithm, and its plugin, in the message.
     """
-    checks: list[_Check] = []
     for linear in linears:
-        weight = codes[linear.name]
-        sentence = _misshapen(linear, weight)
+        sentence = _misshapen(linear, codes[linear.name])
         if sentence is not None:
             raise QplugError(f"{linear.name}: {who} gave {sentence}; choose another algorithm")
-        checks += _checks(linear, weight)
-    for check, holds in zip(checks, _read(checks), strict=True):
-        if not (holds or _is_zero(check)):
-            raise QplugError(_blame(check, who))
+    checks: list[_Check] = []
+    for alike in of_one_shape([linear.weight for linear in linears]):
+        checks += _checks_side_by_side([linears[place] for place in alike], codes)
+    order = {linear.name: place for place, linear in enumerate(linears)}
+    wrong = [
+        (linear, check.sentence)
+        for check, all_hold in zip(checks, _read(checks), strict=True)
+        for linear, holds in zip(check.linears, all_hold, strict=True)
+        if not (holds or _is_zero(linear, check.sentence))
+    ]
+    if wrong:
+        linear, sentence = min(wrong, key=lambda found: order[found[0].name])
+        raise QplugError(_blame(linear, sentence, who))
 
 
 def refuse_not_finite(numbers: Mapping[str, float], what: str) -> None:
@@ -107,31 +115,52 @@ def _misshapen(linear: Linear, weight: object) -> str | None:
     return None
 
 
-def _checks(linear: Linear, weight: QuantizedWeight) -> Iterator[_Check]:
-    """Yields what must hold of the numbers in ``weight``."""
-    args, scale, unit = linear.args, weight.scale, linear.global_scale
-    yield _Check(linear, _positive(scale), "scales that are NaN, infinite, zero or negative")
-    largest = scale.amax() * largest_code(args)
-    yield _Check(linear, largest <= TOO_LARGE, _TOO_LARGE)
-    yield _Check(linear, largest >= TOO_SMALL, _TOO_SMALL)
-    if linear.input_scale is not None:
-        yield _Check(linear, _positive(linear.input_scale), "a scale of inputs that is not sound")
-    if unit is not None:
-        yield _Check(linear, _positive(unit), "a global scale that is not sound")
-    local = scale if unit is None else scale / unit
+def _checks_side_by_side(
+    linears: Sequence[Linear], codes: Mapping[str, QuantizedWeight]
+) -> Iterator[_Check]:
+    """Yields ``_checks`` of ``linears`` of one shape, as those of one if that is possible."""
+    weights = [codes[linear.name] for linear in linears]
+    joined = None
+    if all(linear.input_scale is None and linear.global_scale is None for linear in linears):
+        joined = as_one(weights) if len(weights) > 1 else None
+    if joined is not None:
+        yield from _checks(linears, joined)
+        return
+    for linear, weight in zip(linears, weights, strict=True):
+        yield from _checks([linear], weight)
+
+
+def _checks(linears: Sequence[Linear], weight: QuantizedWeight) -> Iterator[_Check]:
+    """Yields what must hold of ``weight``, which has those of ``linears``, one below the other.
+
+    Scales of inputs and global scales are those of the first.
+    """
+    first, args, scale = linears[0], linears[0].args, weight.scale.view(len(linears), -1)
+    yield _Check(linears, _positive(scale), "scales that are NaN, infinite, zero or negative")
+    largest = scale.amax(1) * largest_code(args)
+    yield _Check(linears, largest <= TOO_LARGE, _TOO_LARGE)
+    yield _Check(linears, largest >= TOO_SMALL, _TOO_SMALL)
+    for own, what in ((first.input_scale, "scale of inputs"), (first.global_scale, "global scale")):
+        if own is not None:
+            yield _Check(linears, _positive(own.view(1, -1)), f"a {what} that is not sound")
+    local = scale if first.global_scale is None else scale / first.global_scale
     if args.scale_dtype != "float32":
         stored = local.to(getattr(torch, args.scale_dtype)).float()
-        yield _Check(linear, (stored == local).all(), f"scales that {args.scale_dtype} cannot hold")
+        yield _Check(
+            linears, (stored == local).all(1), f"scales that {args.scale_dtype} cannot hold"
+        )
     outside = f"codes that are no {args.dtype}"
+    rows = weight.codes.view(len(linears), -1)
     if args.is_float:
-        yield _Check(linear, _on_grid(weight.codes, args), outside)
+        yield _Check(linears, _on_grid(rows, args), outside)
         return
     low, high = args.code_range
     if args.bits < 8:
-        inside = (weight.codes.amin() >= low) & (weight.codes.amax() <= high)
-        yield _Check(linear, inside, outside)
+        least, most = torch.aminmax(rows, dim=1)
+        yield _Check(linears, (least >= low) & (most <= high), outside)
         if weight.zero is not None:
-            yield _Check(linear, weight.zero.amax() <= high, "zero points outside the codes")
+            most = weight.zero.view(len(linears), -1).amax(1)
+            yield _Check(linears, most <= high, "zero points outside the codes")
 
 
 _TOO_LARGE = "weights too large"
@@ -139,20 +168,21 @@ _TOO_SMALL = "weights too small"
 
 
 def _positive(scale: Tensor) -> Tensor:
-    low, high = torch.aminmax(scale)
+    """Returns whether each row of ``scale: [n, scales]`` is positive and finite, bool ``[n]``."""
+    low, high = torch.aminmax(scale, dim=1)
     return (low > 0) & (high < float("inf"))  # both are NaN if one is
 
 
 def _on_grid(codes: Tensor, args: QuantArgs) -> Tensor:
-    """Returns whether float ``codes`` are values of their format, bool ``[]``."""
+    """Returns whether float ``codes: [n, numbers]`` are values of their format, bool ``[n]``."""
     if codes.element_size() == 1:
         every = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
         on_grid = _is_value(every, args).to(codes.device)
         if FLOAT_STEP[args.dtype] == FLOAT_STEP.get(_NATIVE.get(codes.dtype, "")):
             # The format is torch's own: its NaN and infinities alone are no values.
             return _native_is_finite(codes)
-        return on_grid[codes.view(torch.uint8).int()].all()
-    return _is_value(codes.float(), args).all()
+        return on_grid[codes.view(torch.uint8).int()].all(1)
+    return _is_value(codes.float(), args).all(1)
 
 
 _NATIVE = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
@@ -168,33 +198,33 @@ def _native_is_finite(codes: Tensor) -> Tensor:
     largest = torch.tensor([top]).to(codes.dtype).view(torch.uint8).item()
     bits = codes.view(torch.uint8)
     if bits.is_cuda:
-        return (bits & 0x7F).amax() <= largest
-    pieces = bits.flatten().numpy()
+        return (bits & 0x7F).amax(1) <= largest
     step = 1 << 17
     return torch.tensor(
-        all(
-            int((pieces[n : n + step] & 0x7F).max()) <= largest for n in range(0, len(pieces), step)
-        )
+        [
+            all(int((row[n : n + step] & 0x7F).max()) <= largest for n in range(0, len(row), step))
+            for row in bits.numpy()
+        ]
     )
 
 
-def _read(checks: Sequence[_Check]) -> list[bool]:
-    """Returns whether each of ``checks`` holds; waits once for each device."""
+def _read(checks: Sequence[_Check]) -> list[list[bool]]:
+    """Returns where each of ``checks`` holds; waits once for each device."""
     if not checks:
         return []
     device = checks[0].holds.device
-    held: list[bool] = torch.stack([check.holds.to(device) for check in checks]).tolist()
-    return held
+    held = torch.cat([check.holds.to(device) for check in checks])
+    return [part.tolist() for part in held.cpu().split([len(check.linears) for check in checks])]
 
 
-def _is_zero(check: _Check) -> bool:
-    """Returns whether ``check`` failed for a weight of zeros, which has the least of scales."""
-    return check.sentence == _TOO_SMALL and not check.linear.weight.any()
+def _is_zero(linear: Linear, sentence: str) -> bool:
+    """Returns whether a check failed for a weight of zeros, which has the least of scales."""
+    return sentence == _TOO_SMALL and not linear.weight.any()
 
 
-def _blame(check: _Check, who: str) -> str:
-    """Returns a sentence on ``check``, which failed: the weight's fault, or the algorithm's."""
-    linear, args = check.linear, check.linear.args
+def _blame(linear: Linear, sentence: str, who: str) -> str:
+    """Returns what is wrong with ``linear``: the weight's fault, or the algorithm's."""
+    args = linear.args
     peak = float(linear.weight.abs().amax()) if linear.weight.numel() else 0.0
     limit = torch.finfo(getattr(torch, args.scale_dtype)).max
     if args.scale_dtype == "float16" and peak / largest_code(args) > limit:
@@ -202,4 +232,4 @@ def _blame(check: _Check, who: str) -> str:
             f"{linear.name}: its weights, up to {peak:.3g}, need scales that overflow float16, the "
             "dtype in config.json; state bfloat16 there, or --ignore this layer"
         )
-    return f"{linear.name}: {who} gave {check.sentence}; choose another algorithm"
+    return f"{linear.name}: {who} gave {sentence}; choose another algorithm"

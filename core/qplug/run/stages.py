@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,12 @@ class Stages:
         Raises QplugError as ``qplug.run.refuse.decide`` does.
         """
         return decide(self.recipe, view, self.exporter)
+
+    def with_recipe(self, recipe: Recipe) -> Stages:
+        """Returns the same components under ``recipe``, which differs in patterns alone."""
+        other = copy(self)
+        other.recipe = recipe
+        return other
 
     @property
     def needs_data(self) -> bool:

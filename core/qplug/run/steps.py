@@ -19,9 +19,9 @@ from qplug.model.parameters import refuse_infinite
 from qplug.output.plan import Plan, Step
 from qplug.output.step_report import Report
 from qplug.output.writer import Content
+from qplug.run.block_watch import BlockWatch
 from qplug.run.prepare import Prepared
 from qplug.run.stages import Stages
-from qplug.run.stop_at import StopAt
 from qplug.run.watchers import Watchers
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class Finished:
 class Steps:
     """The steps of ``plan``, which ``stages`` compute from the ``prepared`` model.
 
-    ``stop_at`` stops the run after a block that is too far from the float model's; None if nothing
-    does.
+    ``watch`` stops the run after a block that is too far from the float model's, or raises the
+    block; None if nothing does.
     """
 
     stages: Stages
@@ -58,7 +58,7 @@ class Steps:
     prepared: Prepared
     watchers: Watchers
     session: Session
-    stop_at: StopAt | None = None
+    watch: BlockWatch | None = None
 
     def stored_weights(self, step: Step) -> dict[str, StoredTensor]:
         """Returns the stored weights of the linears in ``step``, by full name, in their order."""

@@ -50,12 +50,15 @@ class Watchers:
         report: Report,
         block: Block | None = None,
         codes: Mapping[str, QuantizedWeight] | None = None,
+        *,
+        again: bool = False,
     ) -> None:
         """Calls ``qplug_block_done`` for a step that is computed and not yet written.
 
-        ``block`` and ``codes`` are None for a step that only copies tensors.
+        ``block`` and ``codes`` are None for a step that only copies tensors. ``again``: the
+        step was reported already, under other schemes.
         """
-        self._done += 1
+        self._done += 0 if again else 1
         event = BlockReport(
             name=name,
             number=self._done,

@@ -15,6 +15,7 @@ from qplug.output.shared_writer import SharedWriter
 from qplug.output.source_bytes import SourceBytes
 from qplug.output.step_report import Report
 from qplug.output.writer import Writer
+from qplug.run.block_watch import BlockWatch
 from qplug.run.calibrated import calibrated, start_walk
 from qplug.run.description import start_of
 from qplug.run.learning import LearnOnce
@@ -22,22 +23,26 @@ from qplug.run.memory_needs import memory_needs
 from qplug.run.planned import PlannedRun
 from qplug.run.prepare import Prepared, prepare
 from qplug.run.steps import Finished, Steps
-from qplug.run.stop_at import StopAt
+from qplug.run.stop_at import Limit
 from qplug.run.streamed import streamed
 from qplug.run.watchers import Watchers
 
 
 @dataclass(frozen=True, eq=False)
 class WrittenRun:
-    """A folder that is written: the model as it was rewritten, and the reports of all steps."""
+    """A folder that is written: the model as it was rewritten, and the reports of all steps.
 
+    ``run`` is the run with the blocks that were raised.
+    """
+
+    run: PlannedRun
     prepared: Prepared
     reports: Sequence[Report]
     resumed: int
 
 
 def write_run(
-    run: PlannedRun, watchers: Watchers, stop_at: float | None, *, overwrite: bool
+    run: PlannedRun, watchers: Watchers, limit: Limit | None, *, overwrite: bool
 ) -> WrittenRun:
     """Computes the steps of ``run`` that no earlier run has finished, and writes the folder."""
     stages, session, plan = run.stages, run.session, run.plan
@@ -58,14 +63,16 @@ def write_run(
         naming_file(run.source.folder / CONFIG, "the model does not run"),
     ):
         done = output.finished()
+        run = run.with_raised(output.raised())
+        plan = run.plan
         watchers.run_begun(start_of(run.out, plan, len(done), run.what, prepared))
         if samples is not None and stages.learning:
             watchers.stage_begun("learning")
             learn = LearnOnce(stages, run.decision.schemes, samples, output, session)
             prepared = run.learned(prepare(stages, run.source, run.view, session, learn=learn))
         reports |= {number: Report.from_dict(plain) for number, plain in done.items()}
-        limit = StopAt.of(stop_at, stages, plan, prepared.view)
-        steps = Steps(stages, plan, prepared, watchers, session, limit)
+        watch = None if limit is None else BlockWatch(limit, run)
+        steps = Steps(run.stages, plan, prepared, watchers, session, watch)
         for step in _computed(run, steps, output, source_bytes, done):
             with clock("writing"):
                 output.write(step.number, step.contents, step.report.to_dict(), step.read)
@@ -74,8 +81,9 @@ def write_run(
         watchers.stage_begun("writing")
         shared = session.processes.from_first(lambda: reports)
         reported = [shared[number] for number in range(len(plan.steps))]
+        run = run if watch is None else watch.run
         _finish(run, prepared, reported, output)
-    return WrittenRun(prepared, reported, len(done))
+    return WrittenRun(run, prepared, reported, len(done))
 
 
 def _writer(run: PlannedRun, source_bytes: SourceBytes, *, overwrite: bool) -> Writer:
@@ -99,6 +107,7 @@ def _writer(run: PlannedRun, source_bytes: SourceBytes, *, overwrite: bool) -> W
         single_file=single.name if single else None,
         learned=stages.learning,
         spare=run.plan.nbytes if single else 0,  # for a moment both are on disk
+        replan=None if run.raising is None else lambda raised: run.with_raised(raised).plan,
     )
 
 
@@ -143,11 +152,12 @@ def _finish(
             online=prepared.online,
             notes=prepared.notes,
             kept_float=run.decision.narrow,
+            raised=run.raising.raised if run.raising is not None else (),
         )
     with session.clock("writing"):
         output.finish(
             texts,
-            {**record, **public_values(run.record_of_choice)},
+            {**record, **public_values(run.record_of_choice | run.record_of_raised)},
             lambda folder: stages.convert(folder, prepared.view, run.coded),
         )
     session.processes.from_first(lambda: remember_origin(record, run.model))
