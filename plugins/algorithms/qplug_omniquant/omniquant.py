@@ -31,9 +31,27 @@ from qplug.numerics import (
 
 #: The widest range that can be learned, relative to one that clips nothing.
 _WIDEST = 1.25
-#: The sums of all steps of AdamW, each of which is about as long as its rate: of the logits of
-#: clips, and of the logarithms of scales. Runs of few steps get as far as runs of many.
-_CLIPS_REACH, _SCALES_REACH = 1.6, 0.8
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """The first rate of AdamW, whose steps are about as long as their rates.
+
+    All steps add up to ``reach``, so that runs of few steps get as far as runs of many, within the
+    bounds of the first rate.
+    """
+
+    reach: float
+    least: float
+    most: float
+
+    def first(self, steps: int) -> float:
+        """The first of ``steps`` rates that fall to 0 evenly."""
+        return min(max(2 * self.reach / (steps + 1), self.least), self.most)
+
+
+#: Of the logits of clips, and of the logarithms of scales.
+_OF_CLIPS, _OF_SCALES = _Rates(1.6, 0.01, 0.04), _Rates(0.8, 0.005, 0.02)
 
 
 @dataclass(frozen=True)
@@ -45,13 +63,12 @@ class Params:
     ] = True
     lwc_lr: Annotated[
         float | None,
-        Param("The first step of clips; none: all steps add up to at most 1.6, as logits.", 0),
+        Param("The first step of clips; none: 0.01, up to 0.04 if there are few steps.", 0),
     ] = None
     let_lr: Annotated[
         float | None,
         Param(
-            "The first step of scales and offsets; none: all steps add up to at most 0.8, as "
-            "logarithms.",
+            "The first step of scales and offsets; none: 0.005, up to 0.02 if there are few steps.",
             0,
         ),
     ] = None
@@ -108,8 +125,8 @@ class OmniQuant(Algorithm[Params]):
             [
                 {"params": tensors, "lr": lr}
                 for tensors, lr in (
-                    (of_clips, _rate(params.lwc_lr, _CLIPS_REACH, steps)),
-                    (of_moves, _rate(params.let_lr, _SCALES_REACH, steps)),
+                    (of_clips, _first(params.lwc_lr, _OF_CLIPS, steps)),
+                    (of_moves, _first(params.let_lr, _OF_SCALES, steps)),
                 )
                 if tensors
             ],
@@ -156,9 +173,8 @@ class OmniQuant(Algorithm[Params]):
             yield block.shared(group, scale / (scale.max() * scale.min()).sqrt())
 
 
-def _rate(given: float | None, reach: float, steps: int) -> float:
-    """The first of ``steps`` rates that fall to 0 evenly; by default they add up to ``reach``."""
-    return 2 * reach / (steps + 1) if given is None else given
+def _first(given: float | None, rates: _Rates, steps: int) -> float:
+    return rates.first(steps) if given is None else given
 
 
 class _Move:
