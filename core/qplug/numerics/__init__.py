@@ -53,6 +53,7 @@ from qplug.numerics.straight_through import (
     fake_quantize,
     range_scale_with_gradients,
     ranges_with_gradients,
+    round_in_range,
     round_inputs,
     stretched,
 )
@@ -108,6 +109,7 @@ __all__ = [
     "rotations",
     "round_codes",
     "round_floats",
+    "round_in_range",
     "round_inputs",
     "round_to_nearest",
     "scale_of",

@@ -21,6 +21,9 @@ from qplug.numerics.activations import fake_quantize_activations
 from qplug.numerics.rounding import float_steps, round_floats
 from qplug.numerics.scale_formats import largest_code
 
+#: Weights of a group that a program on a GPU holds at once.
+_LONGEST_GROUP = 1 << 14
+
 
 def fake_quantize(
     weight: Tensor,
@@ -71,6 +74,29 @@ def stretched(
     return range_scale_with_gradients(low * factors[0], high * factors[-1], args, global_scale)
 
 
+def round_in_range(
+    weight: Tensor,
+    parts: Sequence[Tensor],
+    args: QuantArgs,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Returns ``weight`` rounded in ``parts`` of its own range, with gradients for both.
+
+    ``weight: [out, in]``, float32. ``parts``: those of the low and of the high end that are kept,
+    or one for both if ``args`` is symmetric, each float32 ``args.scale_shape``; without ``parts``
+    the whole range is. ``dtype`` is the dtype of the result where one kernel computes it (integers
+    on a GPU); elsewhere the result is float32.
+    """
+    if parts and weight.is_cuda and _in_one_kernel(weight, args):
+        from qplug.numerics.straight_through_kernel import round_in_range_on_gpu
+
+        return round_in_range_on_gpu(weight, parts, args, dtype)
+    low, high = ranges_with_gradients(weight, args)
+    if parts:
+        low, high = low * parts[0], high * parts[-1]
+    return fake_quantize(weight, *range_scale_with_gradients(low, high, args), args)
+
+
 def ranges_with_gradients(weight: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
     """``weight_range`` of ``weight: [out, in]``, float32, with gradients."""
     groups = in_groups(weight, args)
@@ -92,6 +118,16 @@ def round_inputs(
         x, scale, args, through_peaks
     )
     return rounded
+
+
+def _in_one_kernel(weight: Tensor, args: QuantArgs) -> bool:
+    """Whether a GPU computes ``round_in_range`` of ``weight`` in one kernel."""
+    return (
+        not args.is_float
+        and args.strategy in ("group", "channel")
+        and args.scale_dtype in ("float16", "bfloat16", "float32")
+        and (args.group_size or weight.shape[1]) <= _LONGEST_GROUP
+    )
 
 
 def _straight(values: Tensor, rounded: Tensor) -> Tensor:

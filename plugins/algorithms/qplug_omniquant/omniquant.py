@@ -22,6 +22,7 @@ from qplug.numerics import (
     minmax_scale,
     range_scale_with_gradients,
     ranges_with_gradients,
+    round_in_range,
     scale_of,
     scaling_error,
     start_clips,
@@ -33,14 +34,44 @@ _WIDEST = 1.25
 
 
 @dataclass(frozen=True)
+class _Rates:
+    """The first rate of AdamW, whose steps are about as long as their rates.
+
+    All steps add up to ``reach``, so that runs of few steps get as far as runs of many, within the
+    bounds of the first rate.
+    """
+
+    reach: float
+    least: float
+    most: float
+
+    def first(self, steps: int) -> float:
+        """The first of ``steps`` rates that fall to 0 evenly."""
+        return min(max(2 * self.reach / (steps + 1), self.least), self.most)
+
+
+#: Of the logits of clips, and of the logarithms of scales.
+_OF_CLIPS, _OF_SCALES = _Rates(1.6, 0.01, 0.04), _Rates(0.8, 0.005, 0.02)
+
+
+@dataclass(frozen=True)
 class Params:
     lwc: Annotated[bool, Param("Learn clips of weights.")] = True
     let: Annotated[bool, Param("Learn scales of inputs.")] = True
     shift: Annotated[
         bool, Param("Learn offsets of inputs, where biases can take them.", also=("use_shift",))
     ] = True
-    lwc_lr: Annotated[float, Param("The first step of clips.", 0)] = 1e-2
-    let_lr: Annotated[float, Param("The first step of scales and offsets.", 0)] = 5e-3
+    lwc_lr: Annotated[
+        float | None,
+        Param("The first step of clips; none: 0.01, up to 0.04 if there are few steps.", 0),
+    ] = None
+    let_lr: Annotated[
+        float | None,
+        Param(
+            "The first step of scales and offsets; none: 0.005, up to 0.02 if there are few steps.",
+            0,
+        ),
+    ] = None
     weight_decay: Annotated[float, Param("Weight decay of AdamW.", 0, also=("wd",))] = 0.0
     epochs: Annotated[int, Param("Passes over the calibration data, at most.", 1)] = 5
     patience: Annotated[
@@ -86,11 +117,17 @@ class OmniQuant(Algorithm[Params]):
         if not (of_moves or of_clips):
             block.notes.append(f"{block.name}: has nothing that omniquant can learn")
             return
-        learning = _Learning(block, block.reconstruction, moves, clips)
+        steps = params.epochs * block.reconstruction.steps
+        learning = _Learning(
+            block, block.reconstruction, moves, clips, getattr(torch, params.dtype)
+        )
         optimizer = torch.optim.AdamW(
             [
                 {"params": tensors, "lr": lr}
-                for tensors, lr in ((of_clips, params.lwc_lr), (of_moves, params.let_lr))
+                for tensors, lr in (
+                    (of_clips, _first(params.lwc_lr, _OF_CLIPS, steps)),
+                    (of_moves, _first(params.let_lr, _OF_SCALES, steps)),
+                )
                 if tensors
             ],
             weight_decay=params.weight_decay,
@@ -136,6 +173,10 @@ class OmniQuant(Algorithm[Params]):
             yield block.shared(group, scale / (scale.max() * scale.min()).sqrt())
 
 
+def _first(given: float | None, rates: _Rates, steps: int) -> float:
+    return rates.first(steps) if given is None else given
+
+
 class _Move:
     """Scales of a group's input, as logarithms, and offsets: ``[in]``."""
 
@@ -167,47 +208,45 @@ class _Clip:
         logit = torch.logit(part.clamp(0.01, 0.99))
         count = 1 if args.symmetric else 2
         self._logits = [logit.clone().requires_grad_(learned) for _ in range(count)]
-        self._still = ranges_with_gradients(linear.weight, args)
 
     def learned(self) -> list[Tensor]:
         return [x for x in self._logits if x.requires_grad and not self._fixed]
 
-    def weight(self, weight: Tensor) -> Tensor:
-        """``weight`` rounded, with gradients."""
-        # The extremes of a weight that no scale is moved into do not change.
-        args, moved = self.linear.args, weight is not self.linear.weight
-        if self._fixed and not moved:
-            return fake_quantize(weight, *scale_of(self.linear), args)
-        return fake_quantize(
-            weight,
-            *self._scale(*(ranges_with_gradients(weight, args) if moved else self._still)),
-            args,
-        )
+    def weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """``weight`` rounded, with gradients. ``dtype``: as in ``round_in_range``."""
+        if self._fixed and weight is self.linear.weight:  # no scale is moved into it
+            return fake_quantize(weight, *scale_of(self.linear), self.linear.args)
+        return round_in_range(weight, self._parts(), self.linear.args, dtype)
 
     @torch.no_grad()
     def apply(self) -> None:
         if self._fixed:
             return
-        linear = self.linear
-        scale, zero = self._scale(*ranges_with_gradients(linear.weight, linear.args))
+        linear, parts = self.linear, self._parts()
+        low, high = ranges_with_gradients(linear.weight, linear.args)
+        scale, zero = range_scale_with_gradients(low * parts[0], high * parts[-1], linear.args)
         linear.scale, linear.zero = scale, None if zero is None else zero.to(torch.uint8)
 
-    def _scale(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
-        args = self.linear.args
+    def _parts(self) -> tuple[Tensor, ...]:
         if self._fixed:
-            return range_scale_with_gradients(low, high, args)
-        parts = [self._widest * torch.sigmoid(logit) for logit in self._logits]
-        return range_scale_with_gradients(low * parts[0], high * parts[-1], args)
+            return ()
+        return tuple(self._widest * torch.sigmoid(logit) for logit in self._logits)
 
 
 class _Learning:
     """Everything that is learned for a block."""
 
     def __init__(
-        self, block: Block, reconstruction: Reconstruction, moves: list[_Move], clips: list[_Clip]
+        self,
+        block: Block,
+        reconstruction: Reconstruction,
+        moves: list[_Move],
+        clips: list[_Clip],
+        dtype: torch.dtype,
     ) -> None:
         self._block, self._reconstruction = block, reconstruction
         self._moves, self._clips = moves, clips
+        self._dtype = dtype
 
     def values(self) -> dict[str, Tensor]:
         """The parameters of the block, with scale and offsets moved, and weights rounded."""
@@ -218,7 +257,7 @@ class _Learning:
             values = self._reconstruction.smoothed(values, move.group, move.scale(self._block))
         for clip in self._clips:
             name = f"{clip.linear.name}.weight"
-            values[name] = clip.weight(values[name])
+            values[name] = clip.weight(values[name], self._dtype)
         return values
 
     @torch.no_grad()

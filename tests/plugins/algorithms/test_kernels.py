@@ -24,6 +24,7 @@ from qplug.model.view import model_view
 from qplug.numerics.clipping import clip_errors, diagonal_blocks, scaled_differences
 from qplug.numerics.losses import output_errors
 from qplug.numerics.scales import minmax_scale, range_scale, weight_range
+from qplug.numerics.straight_through import round_in_range
 from qplug.registry.registry import Registry
 from qplug_gptq import solver
 
@@ -128,6 +129,37 @@ def test_scaled_differences_are_those_of_plain_torch(
     # Equal but for bfloat16, save where two clips are about as good.
     close = torch.isclose(differences[0], differences[1], rtol=1e-2, atol=1e-6)
     assert close.float().mean() > 0.97
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [24, 32, 128, None])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_rounding_in_a_range_and_its_gradients_are_those_of_plain_torch(
+    wanted: torch.dtype, symmetric: bool, size: int | None, shape: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    rows, width = shape[0], 360 if size == 24 else shape[1]
+    strategy = "group" if size else "channel"
+    args = QuantArgs("int4", strategy, size, symmetric=symmetric, scale_dtype="bfloat16")
+    weight = torch.randn(rows, width) * 0.02
+    weight[0], weight[1], weight[2] = weight[0].abs(), -weight[1].abs(), 0
+    weight[3] = weight[3].round(decimals=2)  # several extremes
+    pull = torch.randn(rows, width).bfloat16().float()
+    of_scales = args.scale_shape((rows, width))
+    kept = [torch.rand(of_scales) * 0.6 + 0.5 for _ in range(1 if symmetric else 2)]
+    found = []
+    for device in ("cpu", "cuda"):
+        given = [x.to(device, copy=True).requires_grad_() for x in (weight, *kept)]
+        made = round_in_range(given[0], given[1:], args, wanted)
+        (made.float() * pull.to(device)).sum().backward()
+        grads = [x.grad.cpu() for x in given if x.grad is not None]
+        assert len(grads) == len(given)
+        found.append([made.detach().to(wanted).cpu(), *grads])
+    for plain, kernel in zip(*found, strict=True):
+        # A scale or code that is half-way between two may fall on the other side.
+        close = torch.isclose(plain, kernel, rtol=1e-3, atol=1e-5 * float(plain.abs().max()))
+        assert close.float().mean() > 0.999
 
 
 def test_hidden_states_come_back_as_they_went() -> None:

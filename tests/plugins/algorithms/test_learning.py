@@ -18,7 +18,7 @@ from qplug.calibration.samples import Samples
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
 from qplug.numerics.activations import activation_top, fake_quantize_activations
-from qplug.numerics.learning import SignSGD, learn
+from qplug.numerics.learning import Learned, SignSGD, learn
 from qplug.numerics.rounding import quantize
 from qplug.numerics.scales import minmax_scale, range_scale, weight_range
 from qplug.numerics.straight_through import (
@@ -427,6 +427,33 @@ def test_omniquant_reaches_the_codes(
         moved = reconstruction.compute({}, batch, rounding=False)
         assert distance(moved, batch.target) < 1e-5
     assert any(not torch.equal(plain[name], value) for name, value in block.weights32.items())
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rates"), [(1, [0.04, 0.02]), (100, [3.2 / 101, 1.6 / 101]), (1000, [0.01, 0.005])]
+)
+def test_few_steps_of_omniquant_are_longer(
+    epochs: int,
+    rates: list[float],
+    family: Family,
+    start: Callable[..., Walk],
+    make_tokens: MakeTokens,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[float] = []
+
+    def instead(*args: Any, **kwargs: Any) -> Learned:
+        begun.extend(group["lr"] for group in args[3].param_groups)
+        assert kwargs["decay"]
+        return Learned(1.0, 1.0)
+
+    monkeypatch.setattr("qplug_omniquant.omniquant.learn", instead)
+    block = start(family("llama"), make_tokens(2, 12), scheme=SCHEMES["W4"]).gather(
+        "model.layers.0"
+    )
+    assert reconstruction_of(block).steps == 1
+    OmniQuant(OmniQuantParams(epochs=epochs)).transform(block)
+    assert begun == pytest.approx(rates)
 
 
 def test_the_best_is_kept_and_waiting_ends(
