@@ -56,6 +56,15 @@ def format_of(scheme: Scheme) -> str | None:
     return None
 
 
+def stores(name: str, scheme: Scheme) -> bool:
+    """Whether the layout ``name`` stores ``scheme``, be it in folders of other writers alone.
+
+    compressed-tensors stores all integers in bytes whose inputs are quantized, in any bits.
+    """
+    bytewise = name == INT_QUANTIZED and scheme.activations is not None
+    return (bytewise and not scheme.weights.is_float) or name == format_of(scheme)
+
+
 def _packs(weights: QuantArgs, activations: QuantArgs | None) -> bool:
     """Whether words of int32 can store ``weights`` for inputs that are rounded as given."""
     if weights.is_float or weights.strategy not in ("group", "channel"):

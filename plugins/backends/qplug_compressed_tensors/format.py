@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qplug import Format, ModelView, Problem, QuantArgs, QuantizedWeight, Scheme, TensorSpec
-from qplug_compressed_tensors import fp4, mxfp8
+from qplug_compressed_tensors import byte_codes, fp4, mxfp8
 from qplug_compressed_tensors.configuration import (
     MXFP8_QUANTIZED,
     PACK_QUANTIZED,
@@ -57,17 +57,12 @@ class CompressedTensors(Format):
             return mxfp8.layout(shape, scheme)
         if args.fixes_scales:
             return fp4.layout(shape, scheme)
-        scales = args.scale_shape(shape)
-        scale = TensorSpec(args.scale_dtype, (1,) if args.strategy == "tensor" else scales)
         if format_of(scheme) != PACK_QUANTIZED:
-            code = "float8_e4m3fn" if args.is_float else "int8"
-            packed = {"weight": TensorSpec(code, shape), "weight_scale": scale}
-            if scheme.static_inputs:
-                packed["input_scale"] = TensorSpec("float32", (1,))
-            return packed
+            return byte_codes.layout(shape, scheme)
+        scales = args.scale_shape(shape)
         packed = {
             "weight_packed": TensorSpec("int32", (out, word_count(width, args.bits))),
-            "weight_scale": scale,
+            "weight_scale": TensorSpec(args.scale_dtype, scales),
             "weight_shape": TensorSpec("int64", (2,)),
         }
         if not args.symmetric:
@@ -111,14 +106,13 @@ class CompressedTensors(Format):
             return mxfp8.unpack(tensors, scheme)
         if scheme.weights.fixes_scales:
             return fp4.unpack(tensors, scheme)
+        # llm-compressor stores in bytes what qplug packs. Each format has a name of its own for
+        # codes, so the name says which it is: rules check that config.json says the same.
+        if "weight" in tensors or format_of(scheme) != PACK_QUANTIZED:
+            return byte_codes.unpack(tensors, scheme, self.input_scale(tensors, scheme))
         stored = tensors["weight_scale"]
         args = stored_args(scheme.weights, stored)
         scale = stored.float()
-        if args.strategy == "tensor":
-            scale = scale.reshape(1, 1)
-        if format_of(scheme) != PACK_QUANTIZED:
-            inputs = self.input_scale(tensors, scheme)
-            return QuantizedWeight(tensors["weight"], scale, None, args, inputs)
         out, width = tensors["weight_shape"].tolist()
         codes = unpack_words(tensors["weight_packed"], args.bits, width)
         if args.symmetric:

@@ -32,8 +32,9 @@ class Loader:
     parts of merged matrices. ``heads``: the formats in which a head is loaded. ``unread``: formats
     that are not loaded. ``caches``: the strategies of stored scales of a KV cache that are read;
     ``cache_models``: the architectures of config.json whose scales are read, None for all.
-    ``int8_experts``: whether experts run with int8 weights and int8 inputs. ``source`` is where
-    this was read.
+    ``int8_experts``: whether experts run with int8 weights and int8 inputs. ``int4_in_bytes``:
+    whether integers of fewer than 8 bits run that fill a byte each. ``source`` is where this was
+    read.
     """
 
     plain: Plain = "whole"
@@ -45,6 +46,7 @@ class Loader:
     caches: frozenset[str] = frozenset({"tensor"})
     cache_models: frozenset[str] | None = None
     int8_experts: bool = True
+    int4_in_bytes: bool = True
     source: str = ""
 
 

@@ -17,8 +17,10 @@ from qplug import (
     Problem,
     QuantArgs,
     Scheme,
+    TensorSpec,
     kernel_problems,
 )
+from qplug_compressed_tensors import byte_codes
 from qplug_compressed_tensors.configuration import (
     FLOAT_QUANTIZED,
     INT_QUANTIZED,
@@ -30,6 +32,7 @@ from qplug_compressed_tensors.configuration import (
     cache_of,
     format_of,
     matches,
+    stores,
 )
 from qplug_compressed_tensors.fusing import fused_problems
 from qplug_compressed_tensors.loader import Loader
@@ -71,6 +74,20 @@ class Case:
         groups = {name: self.config.group(name) for name in self.model.linears}
         return {name: group.scheme for name, group in groups.items() if group is not None}
 
+    def layout(self, name: str) -> dict[str, TensorSpec]:
+        """The tensors of the quantized linear ``name``, by local name, in its group's format."""
+        scheme, shape = self.schemes[name], self.model.linears[name]
+        if self.fills_bytes(name):
+            return byte_codes.layout(shape, scheme)
+        return self.format.layout(shape, scheme, self.model.dtype)
+
+    def fills_bytes(self, name: str) -> bool:
+        """Whether config.json says that the integers of linear ``name`` fill a byte each."""
+        group = self.config.group(name)
+        if group is None or group.format != INT_QUANTIZED:
+            return False
+        return stores(INT_QUANTIZED, group.scheme)
+
     @cached_property
     def present(self) -> dict[str, dict[str, str]]:
         """Full names of the tensors of weights and inputs, by module name and then local name."""
@@ -88,9 +105,8 @@ Rule = Callable[[Case], Iterator[Problem]]
 def known_format(case: Case) -> Iterator[Problem]:
     """The format of each group can store the group's scheme."""
     for group in case.config.groups:
-        fitting = format_of(group.scheme)
-        if group.format not in _FORMATS or group.format != fitting:
-            where = ", ".join(group.targets)
+        if group.format not in _FORMATS or not stores(group.format, group.scheme):
+            where, fitting = ", ".join(group.targets), format_of(group.scheme)
             yield Problem(
                 "format", where, f"{group.format!r} does not store {group.scheme.name} ({fitting})"
             )
@@ -100,7 +116,7 @@ def codes_are_laid_out(case: Case) -> Iterator[Problem]:
     """A quantized linear has exactly the tensors of its layout, in their dtypes and shapes."""
     for name, scheme in case.schemes.items():
         present = case.present.get(name, {})
-        layout = case.format.layout(case.model.linears[name], scheme, case.model.dtype)
+        layout = case.layout(name)
         for local in sorted(layout.keys() - present.keys()):
             yield Problem("missing", name, f"there is no {local}")
         for local in sorted(present.keys() - layout.keys()):
@@ -282,6 +298,9 @@ def formats_are_read(case: Case) -> Iterator[Problem]:
     for name, scheme in case.schemes.items():
         if format_of(scheme) in case.loader.unread:
             yield Problem("format", name, f"{case.engine} does not load {format_of(scheme)}")
+        elif case.fills_bytes(name) and scheme.weights.bits < 8 and not case.loader.int4_in_bytes:
+            sentence = f"{case.engine} does not run {scheme.name} in {INT_QUANTIZED}"
+            yield Problem("format", name, f"{sentence}: pack the codes with qplug convert")
 
 
 #: Rules of the format: the stored tensors agree with the configuration.

@@ -11,6 +11,7 @@ _HEADS = frozenset({PACK_QUANTIZED, INT_QUANTIZED})
 LOADERS = {
     "vLLM 0.32.0": Loader(
         heads=_HEADS,
+        int4_in_bytes=False,  # choose_mp_linear_kernel has int4 on Arm and Intel GPUs alone
         source="compressed_tensors.py and utils.py of 0.32.0, which are the same in 0.33.0",
     ),
     "vLLM 0.26.0": Loader(

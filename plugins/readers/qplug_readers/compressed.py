@@ -87,7 +87,7 @@ def _weight(module: Module, group: Group | None, dtype: str) -> StoredTensor | N
             module, "weight", _SCALE, dtype, block=block, activations=inputs, input_scale=stored
         )
     if weight is not None and weight.spec.dtype == "int8":
-        return _int8(module, weight, inputs, dtype)
+        return _int8(module, weight, group, inputs, dtype)
     return None
 
 
@@ -186,20 +186,28 @@ def _fp4(module: Module, inputs: QuantArgs | None, dtype: str) -> StoredTensor:
 
 
 def _int8(
-    module: Module, weight: StoredTensor, inputs: QuantArgs | None, dtype: str
+    module: Module,
+    weight: StoredTensor,
+    group: Group | None,
+    inputs: QuantArgs | None,
+    dtype: str,
 ) -> StoredTensor:
-    """A weight in int8, which is not packed."""
+    """A weight in int8, which is not packed: the configuration says how many bits count."""
     if len(weight.spec.shape) != 2:
         raise module.wrong("weight", f"is int8 {list(weight.spec.shape)}, not a matrix")
+    if not all(weight.spec.shape):
+        raise module.wrong("weight", f"is empty: {list(weight.spec.shape)}")
     module.used.add("weight")
     out, width = weight.spec.shape
     scales = module.need(_SCALE, _FLOATS, of="weight")
+    bits = 8 if group is None or group.scheme.weights.is_float else group.scheme.weights.bits
+    symmetric = _ZERO not in module.tensors or _ZERO in module.used
     if scales.spec.shape in ((), (1,)):
-        args = QuantArgs("int8", "tensor")
+        args = QuantArgs(f"int{bits}", "tensor", symmetric=symmetric)
     else:
-        args = _group_args(module, 8, (out, width), scales, symmetric=True)
+        args = _group_args(module, bits, (out, width), scales, symmetric=symmetric)
     parts = {"weight": weight, _SCALE: scales}
-    if _ZERO in module.tensors and _ZERO not in module.used:
+    if not symmetric:
         parts[_ZERO] = module.need(_ZERO, ("int8",), scales.spec.shape, of="weight")
     stored = module.find("input_scale")
     if stored is not None:
@@ -207,24 +215,4 @@ def _int8(
     elif inputs is not None and not inputs.dynamic:
         inputs = None  # there is no scale for inputs
     scheme = named_scheme(args, inputs).with_scale_dtype(scales.spec.dtype)
-    return coded((out, width), dtype, parts, scheme, partial(_unpack_int8, args))
-
-
-def _unpack_int8(args: QuantArgs, values: Mapping[str, Tensor]) -> QuantizedWeight:
-    from dataclasses import replace
-
-    codes, stored = values["weight"], values["weight_scale"]
-    scale, zero = stored.float().reshape(-1, stored.shape[-1] if stored.ndim else 1), None
-    if _ZERO in values:  # codes and zero points count from -128
-        zero, args = values[_ZERO].reshape(scale.shape), replace(args, symmetric=False)
-        codes, zero = (t.view(_uint8()) + 128 for t in (codes, zero))
-    inputs = values.get("input_scale")
-    inputs = None if inputs is None else inputs.float().reshape(1)
-    args = replace(args, scale_dtype=str(stored.dtype).removeprefix("torch."))
-    return QuantizedWeight(codes, scale, zero, args, inputs)
-
-
-def _uint8() -> Any:
-    import torch
-
-    return torch.uint8
+    return coded((out, width), dtype, parts, scheme, partial(_unpack, scheme))
