@@ -84,6 +84,12 @@ def no_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
             monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub does not answer, so that the dataset of a run does not depend on the network."""
+    monkeypatch.setattr("qplug.cli.chosen.hub_answers", lambda seconds: False)
+
+
 # --- the CPU of the host --------------------------------------------------------------------------
 
 #: The features of the CPU that tests see: all that vLLM's kernels for CPUs are known to ask for.
@@ -167,6 +173,7 @@ class Starter:
         assert self.starter.stdout is not None
         log = self.logs / str(time.monotonic_ns())
         told = {"words": [str(word) for word in words], "count": count, "log": str(log)}
+        environment = {"HF_HUB_OFFLINE": "1", **environment}
         told |= {"folder": str(folder or Path.cwd()), "environment": environment}
         self.starter.stdin.write(json.dumps({**told, "end_together": end_together}) + "\n")
         self.starter.stdin.flush()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qplug import Dataset, NoParams, QplugError
-from qplug.cli.chosen import chosen_algorithm, chosen_dataset
+from qplug.cli.chosen import better_dataset, chosen_algorithm, chosen_dataset
 from qplug.registry.registry import Registry
 from qplug.testing.models import write_tiny_model
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from click.testing import Result
 
     from qplug import Split
+    from qplug.recipe.words import RecipeWords
 
     Cli = Callable[..., Result]
 
@@ -106,3 +107,83 @@ def test_auto_is_said_and_recorded_by_its_name(
     assert done.exit_code == 0, done.output
     assert "--dataset auto: demo" in done.stderr.splitlines()
     assert "of demo." in done.stdout
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """Plugins with a text of the Hub, which answers."""
+    registry = Registry.installed()
+    monkeypatch.setattr("qplug.cli.chosen.hub_answers", lambda seconds: True)
+    monkeypatch.setattr(registry.datasets, "make", lambda name: Online(NoParams()))
+    return registry
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "better"),
+    [
+        ({"algo": "gptq"}, "some/model", "wikitext2"),
+        ({"algo": "rtn", "scheme": "W8A8_STATIC"}, "some/model", "wikitext2"),
+        ({"algo": "gptq"}, "qplug:demo", None),
+        ({"algo": "rtn"}, "some/model", None),
+        ({"algo": "gptq", "dataset": "demo"}, "some/model", None),
+    ],
+)
+def test_a_model_of_ones_own_gets_a_text_of_the_hub(
+    words: dict[str, Any], model: str, better: str | None, answering: Registry, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert better_dataset(words, model, out, answering, overwrite=False) == better  # type: ignore[arg-type]
+
+
+def test_the_default_stays_if_the_hub_cannot_be_read(
+    answering: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words: RecipeWords = {"algo": "gptq"}
+
+    def better() -> str | None:
+        return better_dataset(words, "some/model", tmp_path / "out", answering, overwrite=False)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert better() is None
+    monkeypatch.delenv("WORLD_SIZE")
+    assert better() == "wikitext2"
+    monkeypatch.setattr(answering.datasets, "make", lambda name: Offline(NoParams()))
+    assert better() is None
+    monkeypatch.setattr("qplug.cli.chosen.hub_answers", lambda seconds: False)
+    assert better() is None
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_run_that_was_begun_keeps_its_dataset(
+    is_finished: bool,
+    answering: Registry,
+    cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, out = write_tiny_model(tmp_path / "tiny"), tmp_path / "out"
+    words = ("--algo", "awq", "--group-size", 32, "--backend", "fake", "--out", out, *QUICK[:-1])
+    with monkeypatch.context() as changed:
+        changed.setattr("qplug.cli.chosen.hub_answers", lambda seconds: False)
+        if not is_finished:
+            changed.setattr("qplug.output.unfinished.Unfinished.publish", _interrupt)
+        assert (cli("quantize", model, *words).exit_code == 0) == is_finished
+    begun = {"algo": "awq"}
+    assert better_dataset(begun, str(model), out, answering, overwrite=False) == "demo"  # type: ignore[arg-type]
+    assert better_dataset(begun, str(model), out, answering, overwrite=True) == "wikitext2"  # type: ignore[arg-type]
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_the_command_takes_is_said(
+    answering: Registry, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qplug.cli.quantize.better_dataset", lambda *_, overwrite: "demo")
+    model = write_tiny_model(tmp_path / "tiny")
+    words = ("--algo", "awq", "--group-size", 32, "--backend", "fake")
+    done = cli("quantize", model, *words, "--out", tmp_path / "out", *QUICK)
+    assert done.exit_code == 0, done.output
+    line = "--dataset demo: chosen, since --dataset is not given and the Hub answers"
+    assert line in done.stderr.splitlines()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from qplug.cli.hub_access import hub_answers
 
 if TYPE_CHECKING:
     from qplug.recipe.words import RecipeWords
@@ -14,6 +18,8 @@ _FOR_AUTO = "W4A16"
 #: ``--dataset auto`` is the first of these that can be read.
 AUTO = "auto"
 _DATASETS = ("wikitext2", "demo")
+#: How long the Hub may take to answer before ``demo`` is taken.
+_PATIENCE = 1.0  # seconds
 
 
 def chosen_algorithm(words: RecipeWords, registry: Registry) -> str | None:
@@ -67,3 +73,38 @@ def chosen_dataset(registry: Registry) -> tuple[str, str]:
         else:
             return name, f"--dataset {AUTO}: {name}"
     return last, f"--dataset {AUTO}: {last}{why}"
+
+
+def better_dataset(
+    words: RecipeWords, model: str, out: Path, registry: Registry, *, overwrite: bool
+) -> str | None:
+    """Returns a dataset for a run of ``words`` that names none; None for the default of recipes.
+
+    The default is the text of the demo model, which is unlike what other models read. If the Hub
+    answers, the run gets one of the Hub's texts. A run into ``out`` that was begun keeps its
+    dataset, unless ``overwrite``, and so do processes that share a run: they might not agree.
+    """
+    from qplug.checkpoint.locate import DEMO
+    from qplug.output.unfinished import begun_dataset
+
+    if "dataset" in words or model == DEMO or not _needs_data(words, registry):
+        return None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return None
+    begun = None if overwrite else begun_dataset(out)
+    if begun is not None:
+        return begun if begun in _DATASETS else None
+    if not hub_answers(_PATIENCE):
+        return None
+    name, _ = chosen_dataset(registry)
+    return name if name != _DATASETS[-1] else None
+
+
+def _needs_data(words: RecipeWords, registry: Registry) -> bool:
+    from qplug.recipe.recipe import Recipe
+    from qplug.recipe.words import changed
+
+    recipe = changed(Recipe(), words)
+    return recipe.stores_ranges or any(
+        registry.algorithms[name].needs_data for name in recipe.algorithms
+    )

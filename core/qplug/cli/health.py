@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from qplug.api import Server
+from qplug.cli.hub_access import endpoint, hub_answers, is_offline
 from qplug.errors import QplugError, reason
 from qplug.files.regular import read_text
 from qplug.machine.engines import find_engine, python_variable
@@ -140,21 +139,13 @@ def hub_findings() -> Iterator[Finding]:
         yield Finding("Hub token", "ok", "none", advice)
     else:
         yield Finding("Hub token", "ok", f"in {_token()}")
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    if is_offline():
         yield Finding("Hub", "ok", "not asked, since HF_HUB_OFFLINE is set")
-        return
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    try:
-        request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310 - the user's endpoint
-        with urllib.request.urlopen(request, timeout=_TIMEOUT):  # noqa: S310
-            pass
-    except urllib.error.HTTPError:
-        pass  # it answers
-    except (OSError, ValueError):
+    elif hub_answers(_TIMEOUT):
+        yield Finding("Hub", "ok", f"{endpoint()} answers")
+    else:
         advice = "check the network and HTTPS_PROXY, or use folders on this machine"
-        yield Finding("Hub", "warning", f"{endpoint} cannot be reached", advice)
-        return
-    yield Finding("Hub", "ok", f"{endpoint} answers")
+        yield Finding("Hub", "warning", f"{endpoint()} cannot be reached", advice)
 
 
 def _token() -> str | None:

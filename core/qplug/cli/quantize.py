@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 import click
 
 from qplug.cli.choice import Choice
-from qplug.cli.chosen import AUTO, chosen_algorithm, chosen_dataset, chosen_line
+from qplug.cli.chosen import (
+    AUTO,
+    better_dataset,
+    chosen_algorithm,
+    chosen_dataset,
+    chosen_line,
+)
 from qplug.cli.config import tell
 from qplug.cli.headed import HeadedCommand, HeadedOption
 from qplug.cli.outcome import tell_outcome
@@ -145,7 +151,8 @@ def command(
         else:
             assert model is not None
             assert out is not None
-            words = _with_dataset(_with_algorithm({**usual, **words}, registry), registry)
+            words = _with_algorithm({**usual, **words}, registry)
+            words = _with_dataset(words, model, out, registry, overwrite=overwrite)
             result = _from_words(words, model, out, options, registry, dry_run, report, progress)
     if as_json:
         say_json(_plain(job) if config is not None else _plain_result(result))
@@ -164,8 +171,14 @@ def _with_algorithm(words: RecipeWords, registry: Registry) -> RecipeWords:
     return {**words, "algo": algorithm}
 
 
-def _with_dataset(words: RecipeWords, registry: Registry) -> RecipeWords:
-    """``words`` with the dataset that qplug chooses for ``--dataset auto``, which is said."""
+def _with_dataset(
+    words: RecipeWords, model: str, out: Path, registry: Registry, *, overwrite: bool
+) -> RecipeWords:
+    """``words`` with the dataset that qplug chooses if they name none, or auto, which is said."""
+    better = better_dataset(words, model, out, registry, overwrite=overwrite)
+    if better is not None:
+        note(f"--dataset {better}: chosen, since --dataset is not given and the Hub answers")
+        return {**words, "dataset": better}
     if words.get("dataset") != AUTO:
         return words
     dataset, line = chosen_dataset(registry)

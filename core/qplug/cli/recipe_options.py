@@ -25,7 +25,8 @@ _COMPLETED = {"algo": algorithms, "scheme": schemes, "backend": backends, "datas
 #: What the command line takes besides what recipes take, by the name of the keyword.
 _MORE = {
     "algo": "{} Without it: what plugins suggest, gptq for weights of up to 4 bits, else rtn.",
-    "dataset": "{} auto is wikitext2 if it can be read, else demo.",
+    "dataset": "{} auto is wikitext2 if it can be read, else demo. Without it: auto if the Hub "
+    "answers, or demo for qplug:demo.",
 }
 
 

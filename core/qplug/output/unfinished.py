@@ -8,6 +8,7 @@ put there.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qplug.errors import QplugError
+from qplug.files.regular import read_text
 from qplug.output import disk
 from qplug.output.checksums import file_checksum
 from qplug.output.journal import Journal, Run
@@ -28,7 +30,31 @@ _NOTE_TEXT = (
 )
 _JOURNAL = "journal.jsonl"
 _LEARNED = (".safetensors", ".new")  # endings of learned tensors: whole, and as they are written
+_MOST = 1 << 30  # bytes of a journal or a manifest
 _PUBLISHED = "published"  # the key of the last entry: the CRC-32 of qplug.json
+
+
+def begun_dataset(out: Path) -> str | None:
+    """Returns the dataset of the run that wrote ``out``, or of one that is to be continued there.
+
+    None if there is no such run, or if it read no data; also for files that are damaged, which the
+    run itself refuses.
+    """
+    manifest, journal = out / MANIFEST, _partial(out) / _JOURNAL
+    for path, key in ((journal, "run"), (manifest, None)):
+        try:
+            first = read_text(path, _MOST).partition("\n")[0] if key else read_text(path, _MOST)
+            record = json.loads(first)
+            recipe = (record[key] if key else record)["recipe"]
+            dataset = recipe["calibration"]["dataset"]
+        except (OSError, QplugError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        return dataset if isinstance(dataset, str) else None
+    return None
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
 
 
 class KeptError(QplugError):
@@ -48,7 +74,7 @@ class Unfinished:
         OSError if it cannot be made.
         """
         self.out = out
-        self.folder = out.with_name(f".{out.name}.partial")
+        self.folder = _partial(out)
         self.model = self.folder / "model"
         self.replaced = self.folder / "replaced"
         with suppress(FileExistsError):
