@@ -300,7 +300,7 @@ def formats_are_read(case: Case) -> Iterator[Problem]:
             yield Problem("format", name, f"{case.engine} does not load {format_of(scheme)}")
         elif case.fills_bytes(name) and scheme.weights.bits < 8 and not case.loader.int4_in_bytes:
             sentence = f"{case.engine} does not run {scheme.name} in {INT_QUANTIZED}"
-            yield Problem("format", name, f"{sentence}: use qplug convert --backend vllm")
+            yield Problem("format", name, f"{sentence}; pack the codes with qplug convert")
 
 
 #: Rules of the format: the stored tensors agree with the configuration.
