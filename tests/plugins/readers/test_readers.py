@@ -178,6 +178,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         for bits, symmetric in ((2, True), (3, False), (5, True), (6, False), (7, True))
     },
     "W8A8": ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
+    "W4A8": ("int-quantized", {"num_bits": 4, "strategy": "group", "group_size": 32}),
+    "W4A8 asym": ("int-quantized", {"num_bits": 4, "strategy": "channel", "symmetric": False}),
     "fp8 row": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
     "fp8 tensor": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
     "fp8 block": (
