@@ -8,7 +8,6 @@ put there.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qplug.errors import QplugError
+from qplug.files.json_text import parse_json, read_json
 from qplug.files.regular import read_text
 from qplug.output import disk
 from qplug.output.checksums import file_checksum
@@ -37,19 +37,17 @@ _PUBLISHED = "published"  # the key of the last entry: the CRC-32 of qplug.json
 def begun_dataset(out: Path) -> str | None:
     """Returns the dataset of the run that wrote ``out``, or of one that is to be continued there.
 
-    None if there is no such run, or if it read no data; also for files that are damaged, which the
-    run itself refuses.
+    None if there is no such run, or if it read no data; also for names and files that the run
+    itself refuses.
     """
-    manifest, journal = out / MANIFEST, _partial(out) / _JOURNAL
-    for path, key in ((journal, "run"), (manifest, None)):
-        try:
-            first = read_text(path, _MOST).partition("\n")[0] if key else read_text(path, _MOST)
-            record = json.loads(first)
-            recipe = (record[key] if key else record)["recipe"]
-            dataset = recipe["calibration"]["dataset"]
-        except (OSError, QplugError, ValueError, KeyError, TypeError, RecursionError):
-            continue
-        return dataset if isinstance(dataset, str) else None
+    with suppress(QplugError, OSError, ValueError, KeyError, TypeError):
+        journal = _partial(out) / _JOURNAL
+        if journal.exists():
+            first = read_text(journal, _MOST).partition("\n")[0]
+            recipe = parse_json(first, str(journal))["run"]["recipe"]
+        else:
+            recipe = read_json(out / MANIFEST)["recipe"]
+        return str(recipe["calibration"]["dataset"])
     return None
 
 
