@@ -144,3 +144,12 @@ def test_what_sglang_alone_builds_float(model_type: str, name: str) -> None:
     found = built_float([name], {"model_type": model_type})
     assert found[name].engines == ("SGLang",)
     assert not built_float([name], {"model_type": "llama"})
+
+
+def test_experts_that_vllm_reads_as_one_tensor_stay_float() -> None:
+    name = "language_model.model.layers.0.mlp.experts.0.up_proj"
+    shared = "language_model.model.layers.0.mlp.shared_experts.up_proj"
+    found = built_float([name, shared], {"model_type": "aria"})
+    assert found.keys() == {name}
+    assert found[name].engines == ("vLLM",)
+    assert not built_float([name], {"model_type": "llama"})
