@@ -9,6 +9,7 @@ import pytest
 
 from qplug import Dataset, NoParams, QplugError
 from qplug.cli.chosen import better_dataset, chosen_algorithm, chosen_dataset
+from qplug.output.unfinished import begun_dataset
 from qplug.registry.registry import Registry
 from qplug.testing.models import write_tiny_model
 
@@ -126,13 +127,14 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Registry:
         ({"algo": "gptq"}, "qplug:demo", None),
         ({"algo": "rtn"}, "some/model", None),
         ({"algo": "gptq", "dataset": "demo"}, "some/model", None),
+        ({"algo": "gptq", "dataset_options": {"path": "mine"}}, "some/model", None),
     ],
 )
 def test_a_model_of_ones_own_gets_a_text_of_the_hub(
     words: dict[str, Any], model: str, better: str | None, answering: Registry, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    assert better_dataset(words, model, out, answering, overwrite=False) == better  # type: ignore[arg-type]
+    chosen = better_dataset(words, model, tmp_path / "out", answering, overwrite=False)  # type: ignore[arg-type]
+    assert (chosen and chosen[0]) == better
 
 
 def test_the_default_stays_if_the_hub_cannot_be_read(
@@ -140,13 +142,17 @@ def test_the_default_stays_if_the_hub_cannot_be_read(
 ) -> None:
     words: RecipeWords = {"algo": "gptq"}
 
-    def better() -> str | None:
+    def better() -> tuple[str, str] | None:
         return better_dataset(words, "some/model", tmp_path / "out", answering, overwrite=False)
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert better() is None
-    monkeypatch.delenv("WORLD_SIZE")
-    assert better() == "wikitext2"
+    with monkeypatch.context() as changed:
+        for name in ("RANK", "LOCAL_RANK"):
+            changed.setenv(name, "0")
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            changed.setenv(name, "2")
+        assert better() is None
+    line = "--dataset wikitext2: chosen, since --dataset is not given and the Hub answers"
+    assert better() == ("wikitext2", line)
     monkeypatch.setattr(answering.datasets, "make", lambda name: Offline(NoParams()))
     assert better() is None
     monkeypatch.setattr("qplug.cli.chosen.hub_answers", lambda seconds: False)
@@ -168,9 +174,25 @@ def test_a_run_that_was_begun_keeps_its_dataset(
         if not is_finished:
             changed.setattr("qplug.output.unfinished.Unfinished.publish", _interrupt)
         assert (cli("quantize", model, *words).exit_code == 0) == is_finished
-    begun = {"algo": "awq"}
-    assert better_dataset(begun, str(model), out, answering, overwrite=False) == "demo"  # type: ignore[arg-type]
-    assert better_dataset(begun, str(model), out, answering, overwrite=True) == "wikitext2"  # type: ignore[arg-type]
+
+    def better(*, overwrite: bool = False) -> str | None:
+        chosen = better_dataset({"algo": "awq"}, str(model), out, answering, overwrite=overwrite)
+        return chosen and chosen[0]
+
+    assert begun_dataset(out) == "demo"
+    assert better() is None
+    assert better(overwrite=True) == "wikitext2"
+
+
+def test_a_text_of_the_hub_stays_though_the_hub_is_gone(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub does not answer, as in all tests; the run was begun when it did."""
+    monkeypatch.setattr("qplug.output.unfinished.begun_dataset", lambda out: "wikitext2")
+    model, out = write_tiny_model(tmp_path / "tiny"), tmp_path / "out"
+    words = ("--algo", "awq", "--group-size", 32, "--backend", "fake", "--out", out, *QUICK)
+    done = cli("quantize", model, *words)
+    assert f"--dataset wikitext2: as in the run that was begun in {out}" in done.stderr.splitlines()
 
 
 def _interrupt(*_: object) -> None:
@@ -178,12 +200,12 @@ def _interrupt(*_: object) -> None:
 
 
 def test_what_the_command_takes_is_said(
-    answering: Registry, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qplug.cli.quantize.better_dataset", lambda *_, overwrite: "demo")
+    line = "--dataset demo: chosen, since it is the best"
+    monkeypatch.setattr("qplug.cli.quantize.better_dataset", lambda *_, overwrite: ("demo", line))
     model = write_tiny_model(tmp_path / "tiny")
     words = ("--algo", "awq", "--group-size", 32, "--backend", "fake")
     done = cli("quantize", model, *words, "--out", tmp_path / "out", *QUICK)
     assert done.exit_code == 0, done.output
-    line = "--dataset demo: chosen, since --dataset is not given and the Hub answers"
     assert line in done.stderr.splitlines()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qplug.cli.hub_access import hub_answers
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qplug.recipe.words import RecipeWords
     from qplug.registry.registry import Registry
 
@@ -77,27 +77,32 @@ def chosen_dataset(registry: Registry) -> tuple[str, str]:
 
 def better_dataset(
     words: RecipeWords, model: str, out: Path, registry: Registry, *, overwrite: bool
-) -> str | None:
-    """Returns a dataset for a run of ``words`` that names none; None for the default of recipes.
+) -> tuple[str, str] | None:
+    """Returns a dataset for a run of ``words`` that names none, and one line that says why.
 
-    The default is the text of the demo model, which is unlike what other models read. If the Hub
-    answers, the run gets one of the Hub's texts. A run into ``out`` that was begun keeps its
-    dataset, unless ``overwrite``, and so do processes that share a run: they might not agree.
+    None for the default of recipes, the text of the demo model, which is unlike what other models
+    read. If the Hub answers, the run gets one of the Hub's texts. A run into ``out`` that was begun
+    keeps its dataset, unless ``overwrite``; processes that share a run keep the default, since they
+    might not agree.
     """
     from qplug.checkpoint.locate import DEMO
+    from qplug.machine.launch import Launch
     from qplug.output.unfinished import begun_dataset
 
-    if "dataset" in words or model == DEMO or not _needs_data(words, registry):
+    if {"dataset", "dataset_options"} & words.keys() or model == DEMO:
         return None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if Launch.of().count > 1 or not _needs_data(words, registry):
         return None
+    *better, last = _DATASETS
     begun = None if overwrite else begun_dataset(out)
     if begun is not None:
-        return begun if begun in _DATASETS else None
+        line = f"--dataset {begun}: as in the run that was begun in {out}"
+        return (begun, line) if begun in better else None
     if not hub_answers(_PATIENCE):
         return None
     name, _ = chosen_dataset(registry)
-    return name if name != _DATASETS[-1] else None
+    line = f"--dataset {name}: chosen, since --dataset is not given and the Hub answers"
+    return (name, line) if name != last else None
 
 
 def _needs_data(words: RecipeWords, registry: Registry) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 
 
 def is_offline() -> bool:
@@ -27,5 +28,5 @@ def hub_answers(seconds: float) -> bool:
             return True
     except urllib.error.HTTPError:
         return True  # it answers
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPException):
         return False

@@ -94,7 +94,7 @@ _result_option = partial(click.option, cls=HeadedOption, heading="Model and outp
     type=Choice(["stop", "raise"]),
     default="stop",
     show_default=True,
-    help="What --stop-at does: raise gives the block 8 bits, then float weights, and goes on.",
+    help="What --stop-at does: raise gives the block more bits (4, 8, float), and goes on.",
 )
 @_run_option(
     "--check/--no-check",
@@ -175,13 +175,12 @@ def _with_dataset(
     words: RecipeWords, model: str, out: Path, registry: Registry, *, overwrite: bool
 ) -> RecipeWords:
     """``words`` with the dataset that qplug chooses if they name none, or auto, which is said."""
-    better = better_dataset(words, model, out, registry, overwrite=overwrite)
-    if better is not None:
-        note(f"--dataset {better}: chosen, since --dataset is not given and the Hub answers")
-        return {**words, "dataset": better}
-    if words.get("dataset") != AUTO:
+    chosen = better_dataset(words, model, out, registry, overwrite=overwrite)
+    if words.get("dataset") == AUTO:
+        chosen = chosen_dataset(registry)
+    if chosen is None:
         return words
-    dataset, line = chosen_dataset(registry)
+    dataset, line = chosen
     note(line)
     return {**words, "dataset": dataset}
 
