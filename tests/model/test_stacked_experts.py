@@ -86,6 +86,54 @@ def test_separate_experts_compute_what_the_module_does(model: dict[str, Path], n
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("name", [*STACKED, "aria_text"])
+def test_experts_that_stay_together_have_the_names_and_axes_of_the_checkpoint(
+    tmp_path: Path, name: str
+) -> None:
+    folder = make(name, tmp_path / name)
+    whole, renamed = load(str(folder)), load(str(folder))
+    stored = load_file(folder / "model.safetensors")
+    source = open_checkpoint(folder)
+    view = model_view(by_linear(source, Registry.installed()))
+    blocks = as_on_disk(renamed, view.blocks, source.tensors, shapes=source.shapes)
+    swapped = 0
+    for block, module in blocks.items():
+        for local, parameter in module.named_parameters():
+            assert parameter.shape == stored[f"{block}.{local}"].shape
+            owner, _, last = local.rpartition(".")
+            module.get_submodule(owner)._parameters[last] = nn.Parameter(
+                stored[f"{block}.{local}"].float()
+            )
+            swapped += parameter.ndim == 3
+    assert swapped >= 2
+    tokens = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        expected, found = (each(input_ids=tokens).logits for each in (whole, renamed))
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["aria_text", "granitemoe", "qwen3_vl_moe_hubfused"])
+def test_experts_may_stay_float_in_a_calibrated_run(tmp_path: Path, name: str) -> None:
+    folder, out = make(name, tmp_path / name), tmp_path / "out"
+    qplug.quantize(
+        str(folder),
+        out,
+        algo="gptq",
+        scheme="W8A16",
+        group_size=32,
+        backend="fake",
+        ignore=("*experts.*",),
+        samples=4,
+        seq_len=64,
+    )
+    before, after = (load_file(f / "model.safetensors") for f in (folder, out))
+    experts = [tensor for tensor, values in before.items() if values.ndim == 3]
+    assert experts
+    assert all(torch.equal(before[tensor], after[tensor]) for tensor in experts)
+    linear = next(tensor for tensor in before if tensor.endswith("self_attn.q_proj.weight"))
+    assert not torch.equal(before[linear], after[linear])
+
+
 def test_the_layout_is_found_whatever_grouped_products_leave_in_memory(
     model: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,11 @@ class Checkpoint:
         """The files that contain tensors, in order of their names."""
         return sorted({path for tensor in self.tensors.values() for path in tensor.paths})
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, by name."""
+        return {name: tensor.spec.shape for name, tensor in self.tensors.items()}
+
     def read(self, name: str) -> Tensor:
         """Returns a copy of the tensor called ``name`` in memory."""
         return self.tensors[name].read()

@@ -53,7 +53,9 @@ class BlockModules:
             if block_of(on_disk, view.blocks) is None
         }
         self.in_memory = decoder_blocks(self.model, source.folder)
-        self.modules = as_on_disk(self.model, view.blocks, source.tensors, names)
+        self.modules = as_on_disk(
+            self.model, view.blocks, source.tensors, names, shapes=source.shapes
+        )
         rotate_inputs(modules_of_blocks(self.modules), online)
         self.parameters = {
             name: [

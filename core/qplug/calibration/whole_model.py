@@ -79,7 +79,7 @@ class InMemoryModel(WholeModel):
         self._model = build(config, source.folder, trust_remote_code=trusted).eval()
         names = disk_names(self._model, source.tensors)
         in_memory = decoder_blocks(self._model, source.folder)
-        blocks = as_on_disk(self._model, view.blocks, source.tensors, names)
+        blocks = as_on_disk(self._model, view.blocks, source.tensors, names, shapes=source.shapes)
         self._stored = {name: tensor.read().to(device) for name, tensor in source.tensors.items()}
         self._buffers = {name for name, _ in self._model.named_buffers()}
         for module in self._model.modules():

@@ -78,7 +78,7 @@ class FloatPasses:
         self._model: Any = build(config, source.folder, trust_remote_code=trusted).eval()
         names = disk_names(self._model, source.tensors)
         in_memory = decoder_blocks(self._model, source.folder)
-        blocks = as_on_disk(self._model, view.blocks, source.tensors, names)
+        blocks = as_on_disk(self._model, view.blocks, source.tensors, names, shapes=source.shapes)
         self.blocks: list[_Block] = []
         for (name, module), path in zip(blocks.items(), in_memory, strict=True):
             rotated = [relative_name(name, n) for n in online if is_within(name, n)]

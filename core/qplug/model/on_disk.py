@@ -41,16 +41,19 @@ def as_on_disk(
     blocks: Sequence[str],
     stored: Collection[str],
     names: DiskNames | None = None,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, nn.Module]:
     """Give the parameters in the blocks of ``model`` the names and shapes that they have on disk.
 
     ``blocks``: the names of the blocks on disk; ``stored``: the names of the checkpoint's tensors;
-    ``names``: their map, if it was made already. Returns the blocks by name; within a block,
+    ``names``: their map, if it was made already; ``shapes``: of the tensors, by name, by default
+    those that transformers would write. Returns the blocks by name; within a block,
     modules have their names on disk. The outputs of ``model`` stay the same; the weights of experts
     are views of its own tensors. Raises QplugError for an unknown layout.
     """
     names = disk_names(model, stored) if names is None else names
-    stacks = {stack.module: stack for stack in stacked_experts(model, names)}
+    stacks = {stack.module: stack for stack in stacked_experts(model, names, shapes)}
     layouts = _Layouts()
     modules = blocks_by_name(model, blocks)
     in_memory = decoder_blocks(model, Path(str(model.config.name_or_path)))
@@ -72,6 +75,13 @@ def as_on_disk(
                 if stack.is_apart(stored):
                     placement.module(path, relative_name(block, stack.experts))
                     layout = stack.layout
+                else:
+                    for parameter, on_disk in stack.stored.items():
+                        placement.parameter(
+                            f"{path}.{parameter}",
+                            relative_name(block, on_disk),
+                            turned=parameter in stack.turned,
+                        )
             elif _are_experts(names.parts.get(own[0], ())):
                 traced = [traces.get(name) or _trace(model, name, names) for name in own]
                 placement.module(path, relative_name(block, traced[0][0]))

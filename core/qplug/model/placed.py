@@ -22,17 +22,20 @@ class Placement:
     def __init__(self, block: nn.Module) -> None:
         self._block = block
         self._modules: dict[str, str] = {}
-        self._parameters: list[tuple[nn.Module, str, str]] = []
+        self._parameters: list[tuple[nn.Module, str, str, bool]] = []
         self._parts: list[tuple[nn.Module, str, Sequence[tuple[str, Tensor]]]] = []
 
     def module(self, path: str, on_disk: str) -> None:
         """The module at ``path``, with its parameters, goes to ``on_disk``."""
         self._modules[path] = on_disk
 
-    def parameter(self, path: str, on_disk: str) -> None:
-        """The parameter ``path`` goes to ``on_disk``."""
+    def parameter(self, path: str, on_disk: str, *, turned: bool = False) -> None:
+        """The parameter ``path`` goes to ``on_disk``.
+
+        ``turned``: whether its last two axes are the other way round there.
+        """
         owner, local = split_name(path)
-        self._parameters.append((self._block.get_submodule(owner), local, on_disk))
+        self._parameters.append((self._block.get_submodule(owner), local, on_disk, turned))
 
     def parts(self, path: str, parts: Sequence[tuple[str, Tensor]]) -> None:
         """The parameter ``path`` goes to several places, as in ``_part_parameter``."""
@@ -54,9 +57,9 @@ class Placement:
         for module, on_disk in sorted(apart, key=lambda pair: pair[1].count(".")):
             if not _move_module(block, module, on_disk):
                 for local in [*module._parameters]:
-                    self._parameters.append((module, local, f"{on_disk}.{local}"))
-        for module, local, on_disk in self._parameters:
-            _move_parameter(block, module, local, on_disk)
+                    self._parameters.append((module, local, f"{on_disk}.{local}", False))
+        for module, local, on_disk, turned in self._parameters:
+            _move_parameter(block, module, local, on_disk, turned=turned)
         of_linears: dict[nn.Linear, dict[str, Sequence[tuple[str, Tensor]]]] = {}
         for module, local, parts in self._parts:
             if isinstance(module, nn.Linear):
@@ -131,14 +134,29 @@ def _move_module(block: nn.Module, module: nn.Module, on_disk: str) -> bool:
     return True
 
 
-def _move_parameter(block: nn.Module, owner: nn.Module, local: str, on_disk: str) -> None:
-    """Registers the parameter ``local`` of ``owner``, which lies in ``block``, as ``on_disk``."""
+def _move_parameter(
+    block: nn.Module, owner: nn.Module, local: str, on_disk: str, *, turned: bool
+) -> None:
+    """Registers the parameter ``local`` of ``owner``, which lies in ``block``, as ``on_disk``.
+
+    ``turned``: with its last two axes the other way round.
+    """
     path, new = split_name(on_disk)
     place, parameter = _container(block, path), owner._parameters[local]
-    if parameter is None or (place is owner and new == local):
+    if parameter is None or (place is owner and new == local and not turned):
         return
-    _compute(owner, local, lambda: getattr(place, new))
+    if turned:
+        parameter = nn.Parameter(parameter.mT, requires_grad=parameter.requires_grad)
+        # Not as an attribute: on disk it may go by the very name that is computed.
+        _compute(owner, local, lambda: _mT(place._parameters[new]))
+    else:
+        _compute(owner, local, lambda: getattr(place, new))
     place._parameters[new] = parameter
+
+
+def _mT(parameter: Tensor | None) -> Tensor:
+    assert parameter is not None
+    return parameter.mT
 
 
 def _part_parameter(

@@ -87,8 +87,7 @@ def experts_apart(model: PreTrainedModel, names: DiskNames, checkpoint: Checkpoi
     ``names``: on disk, of the parameters of ``model``.
     """
     tensors = dict(checkpoint.tensors)
-    shapes = {name: tensor.spec.shape for name, tensor in tensors.items()}
-    for stack in stacked_experts(model, names, shapes):
+    for stack in stacked_experts(model, names, checkpoint.shapes):
         if any(name not in tensors for name in stack.stored.values()):
             continue
         for name, stacked, number, cut in stack.linears():
