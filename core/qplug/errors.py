@@ -48,6 +48,9 @@ class OtherProcessError(Exception):
     The finished steps stay on disk, so that the same command can resume the run.
     """
 
+    #: Whether this process must say so, as no process before it is left on this machine.
+    first_left = False
+
 
 class CtrlC(KeyboardInterrupt):
     """The user pressed Ctrl-C. A plugin that raises KeyboardInterrupt raises another class."""

@@ -591,6 +591,8 @@ def test_all_learn_the_same(
 
 #: Seconds from a failure to the end of all. The block takes one; whoever waits in vain, a minute.
 SOON = 40
+#: What the first process that is left says if another was killed.
+ENDED = "another process of this run has ended; the same command goes on from here"
 
 
 @pytest.fixture
@@ -641,6 +643,8 @@ def test_a_process_that_is_killed_ends_the_others(
     ended = fail(f"{rank} kill")
     assert ended.codes[int(rank)] == -signal.SIGKILL
     assert "Traceback" not in ended.output
+    assert ended.output.count("Error: ") == 1
+    assert complaint(ended) == f"Error: {ENDED}\n"
     assert (tmp_path / ".out.partial").exists()
 
 
@@ -720,10 +724,7 @@ def test_killed_in_a_portion_of_experts_and_taken_up_again(
     ended = start(*words(source, "out", **changes), count=2, TROUBLE=trouble).wait()
     assert ended.codes[rank] == -signal.SIGKILL
     assert ended.seconds < SOON
-    said = "another process of this run has ended; the same command goes on from here"
-    # The first process speaks for all; torchrun says that it was killed, if it was.
-    assert ("Error: " in ended.output) == bool(rank)
-    assert complaint(ended) == f"Error: {said}\n" or not rank
+    assert complaint(ended) == f"Error: {ENDED}\n"
     assert (tmp_path / ".out.partial" / "journal.jsonl").read_bytes().count(b"\n") > 2
     assert contents(together(source, "out", **changes)) == wanted
 

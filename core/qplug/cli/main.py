@@ -76,7 +76,10 @@ class Qplug(click.Group):
     """The group of all commands: prints a QplugError as one line, and a bug with its traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs a command. Only the first of several processes prints; any prints a traceback."""
+        """Runs a command. Only the first of several processes prints; any prints a traceback.
+
+        If the first was killed, another one says so.
+        """
         try:
             with marking_ctrl_c():
                 return self._main(*args, **kwargs)
@@ -138,6 +141,8 @@ class Qplug(click.Group):
             note(f"Error: {error}")
             if Launch.of().is_first:
                 time.sleep(_EXIT_DELAY)
+            elif error.first_left:  # nobody else can say it
+                note(f"Error: {error}", file=sys.__stderr__)
             raise click.exceptions.Exit(1) from error
         except click.ClickException as error:
             raise _in_one_line(error) from error

@@ -92,9 +92,9 @@ def say_json(value: object) -> None:
     click.echo(json.dumps(_finite(value), indent=2, default=str), file=_stream())
 
 
-def note(line: object) -> None:
-    """Prints one line for people on stderr."""
-    click.echo(shown(line), err=True)
+def note(line: object, *, file: TextIO | None = None) -> None:
+    """Prints one line for people on stderr, or to ``file``."""
+    click.echo(shown(line), file=file, err=True)
 
 
 def warn(sentence: object) -> None:

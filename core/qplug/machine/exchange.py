@@ -23,6 +23,7 @@ from qplug.errors import OtherProcessError
 from qplug.machine.bundles import as_bytes, bundles, joined, taken_apart
 from qplug.machine.launch import Launch
 from qplug.machine.messages import Announcement, Failure, Message, Packed, pack, unpack
+from qplug.machine.neighbours import Place, first_left
 from qplug.machine.processes import ALONE, Processes, shares_of
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class JoinedProcesses(Processes):
         self._in_step = True
         #: Whether all processes know of a failure.
         self._failure_known = False
+        #: Of all processes, by rank; this one alone until they have met.
+        self._places: list[Place] = []
 
     def __enter__(self) -> Processes:
         # Import before the process group exists: the module stores the current group as a default
@@ -70,6 +73,7 @@ class JoinedProcesses(Processes):
             world_size=self.count,
             device_id=self._device if on_gpu else None,
         )
+        self._places = self.gather(Place.own())
         return self
 
     def __exit__(
@@ -85,6 +89,8 @@ class JoinedProcesses(Processes):
                 self._agree("the end")
             elif self._in_step and not self._failure_known:
                 self._announce_failure(error)
+            elif isinstance(error, OtherProcessError) and not self._failure_known:
+                error.first_left = first_left(self._places, self.rank)
         finally:
             if self._in_step and self._failure_known:
                 self._wait_for_all()
