@@ -16,6 +16,7 @@ from qplug import InputGroup, Linear, QuantArgs
 from qplug.api.groups import dequantize
 from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.walk import Walk
+from qplug.errors import QplugError
 from qplug.numerics.rounding import round_to_nearest
 from qplug_gptq import solver
 from qplug_gptq.gptq import GPTQ, Params
@@ -189,11 +190,12 @@ def test_a_factor_made_in_panels_is_that_of_the_whole(
 def test_a_matrix_that_needs_more_damping_leaves_its_neighbours_as_they_are(
     make_inputs: MakeInputs,
 ) -> None:
-    whole = make_inputs(200, 23)
+    # Each begins at an address of the same alignment: products may depend on that.
+    whole = make_inputs(200, 32)
     narrow = whole[:5].T @ whole[:5]  # of rank 5
-    grams = [whole.T @ whole, narrow - 0.02 * narrow.diagonal().mean() * torch.eye(23)]
+    grams = [whole.T @ whole, narrow - 0.02 * narrow.diagonal().mean() * torch.eye(32)]
     grams.append(grams[0])
-    order = torch.arange(23).expand(3, 23)
+    order = torch.arange(32).expand(3, 32)
     assert torch.linalg.eigvalsh(grams[1]).min() < 0
     factors, damps = solver.inverse_factor(torch.stack(grams), order, 0.01)
     (alone,), (damp,) = solver.inverse_factor(grams[1][None], order[:1], 0.01)
@@ -201,6 +203,41 @@ def test_a_matrix_that_needs_more_damping_leaves_its_neighbours_as_they_are(
     assert damp > 0.01
     assert torch.equal(factors[0], factors[2])
     assert distance(factors[1], alone) <= RTOL
+
+
+@pytest.mark.parametrize("panel", [5, 16, 64])
+@pytest.mark.parametrize("positive", [True, False])
+def test_a_large_matrix_is_factored_in_its_own_memory(
+    panel: int, *, positive: bool, make_inputs: MakeInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solver, "_PANEL", panel)
+    x = make_inputs(200 if positive else 5, 32)
+    gram = (x.T @ x)[None].contiguous()
+    gram -= 0 if positive else 0.02 * gram[0].diagonal().mean() * torch.eye(32)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))[None]
+    wanted, dampings = solver.inverse_factor(gram, order, 0.01)
+    assert (dampings == [0.01]) == positive
+    before = gram.clone()
+    monkeypatch.setattr(solver, "_LARGE", 0)
+    with solver.factored(gram, order, 0.01) as (factor, damps):
+        assert factor.data_ptr() == gram.data_ptr()
+        assert distance(factor.triu(), wanted) <= RTOL
+        assert damps == dampings
+    assert torch.equal(gram, before)
+
+
+def test_a_matrix_that_cannot_be_factored_in_its_own_memory_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(solver, "_LARGE", 0)
+    gram = -torch.ones(1, 8, 8) + 0.5 * torch.eye(8)
+    before, order = gram.clone(), torch.arange(8)[None]
+    with (
+        pytest.raises(QplugError, match="cannot be factored"),
+        solver.factored(gram, order, 0.01),
+    ):
+        pass
+    assert torch.equal(gram, before)
 
 
 # --- true-sequential ------------------------------------------------------------------------------

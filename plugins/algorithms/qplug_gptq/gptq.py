@@ -6,6 +6,7 @@ Linears that read one tensor share its Gram matrix, so they are solved with one 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Annotated
@@ -29,7 +30,7 @@ from qplug.numerics import (
     weight_range,
 )
 from qplug_gptq.choosing import order_of_columns, solve_choosing
-from qplug_gptq.solver import corrected, inverse_factor, solve
+from qplug_gptq.solver import corrected, factored, inverse_factor, solve
 
 
 @dataclass(frozen=True)
@@ -110,38 +111,52 @@ class GPTQ(Algorithm[Params]):
             return _Solved({linear.name: self._rounded(linear) for linear in every}, [])
         width = gram.shape[1]
         order = torch.arange(width, device=gram.device).expand(len(groups), width)
-        chosen_on_the_way = self._chooses_on_the_way(groups[0])
+        on_the_way = self._chooses_on_the_way(groups[0])
         if params.act_order:
             diagonal = gram.diagonal(dim1=1, dim2=2)
-            size = groups[0].linears[0].args.group_size if chosen_on_the_way else None
+            size = groups[0].linears[0].args.group_size if on_the_way else None
             order = order_of_columns(diagonal, size or 1)
-        factor, dampings = inverse_factor(gram, order, params.damp)
+        drifts = [g.drift for g in groups if g.drift is not None] if params.correct else []
+        sets = [*zip(*(group.linears for group in groups), strict=True)]
+        scales: list[tuple[Tensor, Tensor | None]] = []
+        if not drifts and not on_the_way:
+            # Before the factor, which may take the memory of the Gram matrix.
+            scales = [self._scale(linears, _weights(linears), gram) for linears in sets]
+        factoring = (
+            nullcontext(inverse_factor(gram, order, params.damp))
+            if drifts
+            else factored(gram, order, params.damp)
+        )
+        codes: dict[str, QuantizedWeight] = {}
+        with factoring as (factor, dampings):
+            for number, linears in enumerate(sets):
+                weight = _weights(linears)
+                if drifts:
+                    weight = corrected(weight, together(drifts), factor, order, params.correct)
+                if on_the_way:
+                    codes |= self._choosing(linears, weight, factor, order)
+                    continue
+                scale, zero = scales[number] if scales else self._scale(linears, weight, gram)
+                args, size = linears[0].args, params.block_size
+                solution = solve(weight, scale, zero, args, factor, order, size)
+                codes |= _by_name(linears, solution, scale, zero)
         notes = []
         for group, damp in zip(groups, dampings, strict=True):
             if damp > params.damp:
                 names = ", ".join(linear.name for linear in group.linears)
                 notes.append(f"{names}: damping was raised from {params.damp:g} to {damp:g}")
-        drifts = [group.drift for group in groups if group.drift is not None]
-        codes = {}
-        for linears in zip(*(group.linears for group in groups), strict=True):
-            weight = together([linear.weight for linear in linears])
-            if params.correct and drifts:
-                weight = corrected(weight, together(drifts), factor, order, params.correct)
-            args, zero = linears[0].args, None
-            if chosen_on_the_way:
-                units = torch.stack(
-                    [unit for unit in map(global_scale_of, linears) if unit is not None]
-                )
-                solution, scale = solve_choosing(
-                    weight, units, args, factor, order, params.block_size, params.clip_steps + 1
-                )
-            else:
-                scale, zero = self._scale(linears, weight, gram)
-                solution = solve(weight, scale, zero, args, factor, order, params.block_size)
-            for number, linear in enumerate(linears):
-                own = None if zero is None else zero[number]
-                codes[linear.name] = QuantizedWeight(solution[number], scale[number], own, args)
         return _Solved(codes, notes)
+
+    def _choosing(
+        self, linears: Sequence[Linear], weight: Tensor, factor: Tensor, order: Tensor
+    ) -> dict[str, QuantizedWeight]:
+        """The codes of ``linears``, whose scales are chosen column by column."""
+        units = torch.stack([unit for unit in map(global_scale_of, linears) if unit is not None])
+        size, trials = self.params.block_size, self.params.clip_steps + 1
+        solution, scale = solve_choosing(
+            weight, units, linears[0].args, factor, order, size, trials
+        )
+        return _by_name(linears, solution, scale, None)
 
     def _rounded(self, linear: Linear) -> QuantizedWeight:
         """The nearest codes of ``linear``, whose inputs are not known."""
@@ -182,6 +197,21 @@ class GPTQ(Algorithm[Params]):
             low, high = weight_range(own, args)
             found.append(range_scale(low * ratio, high * ratio, args, linear.global_scale))
         return _stacked(found)
+
+
+def _weights(linears: Sequence[Linear]) -> Tensor:
+    """The weights of ``linears``, one of each of the groups that are alike: ``[n, out, in]``."""
+    return together([linear.weight for linear in linears])
+
+
+def _by_name(
+    linears: Sequence[Linear], codes: Tensor, scale: Tensor, zero: Tensor | None
+) -> dict[str, QuantizedWeight]:
+    """What ``linears`` become, by name; the tensors have a leading axis for them."""
+    return {
+        linear.name: QuantizedWeight(own, step, None if zero is None else zero[number], linear.args)
+        for number, (linear, own, step) in enumerate(zip(linears, codes, scale, strict=True))
+    }
 
 
 def _stacked(found: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:

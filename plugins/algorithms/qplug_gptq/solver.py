@@ -5,7 +5,8 @@ All tensors have a leading axis: the layers that are solved side by side, such a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -24,6 +25,62 @@ _MOST_DAMP = 10.0
 #: Rows of a matrix that are factored at a time: of one matrix, and of several side by side, for
 #: which a GPU has a kernel that is fast on small matrices.
 _PANEL, _PANEL_OF_SEVERAL = 1024, 128
+#: Bytes of a Gram matrix that is factored in its own memory: from a width of 16384.
+_LARGE = 1 << 30
+
+
+@contextmanager
+def factored(gram: Tensor, order: Tensor, damp: float) -> Iterator[tuple[Tensor, list[float]]]:
+    """``inverse_factor``; one large matrix is factored in its own memory.
+
+    Then ``gram: [1, in, in]`` has other values within the context, and the factor is of use only on
+    and above its diagonal, which is all that ``solve`` reads.
+    """
+    if len(gram) > 1 or gram.nbytes < _LARGE:
+        yield inverse_factor(gram, order, damp)
+        return
+    # Only the upper half is overwritten: the rest of the matrix is kept below its diagonal.
+    _permute(gram[0], order[0])
+    panels = [slice(start, start + _PANEL) for start in range(0, gram.shape[1], _PANEL)]
+    corners = [gram[0, panel, panel].clone() for panel in panels]
+    try:
+        yield gram, [_factor_in_place(gram, panels, corners, damp)]
+    finally:
+        _mirror(gram[0], panels, corners)
+        _permute(gram[0], order[0].argsort())
+
+
+def _factor_in_place(
+    gram: Tensor, panels: list[slice], corners: list[Tensor], damp: float
+) -> float:
+    """Overwrites the upper half of ``gram: [1, in, in]`` by its inverse factor.
+
+    ``corners``: what ``gram`` has in its ``panels``. Returns the damping used.
+    """
+    diagonal = gram.diagonal(dim1=1, dim2=2).clone()
+    mean = _mean(diagonal)
+    while True:
+        _damp(gram, diagonal, mean, damp)
+        if not _factor(gram, keep_lower=True):
+            _invert(gram)
+            return damp
+        _mirror(gram[0], panels, corners)
+        damp = _more(damp)
+
+
+def _mirror(matrix: Tensor, panels: list[slice], corners: list[Tensor]) -> None:
+    """Makes ``matrix: [in, in]`` symmetric by its lower half, and ``corners`` on its diagonal."""
+    for panel, corner in zip(panels, corners, strict=True):
+        matrix[: panel.start, panel] = matrix[panel, : panel.start].T
+        matrix[panel, panel] = corner
+
+
+def _permute(matrix: Tensor, order: Tensor) -> None:
+    """Puts rows and columns of ``matrix: [in, in]`` into ``order: [in]``, in its own memory."""
+    for columns in matrix.split(_PANEL, 1):
+        columns.copy_(columns[order])
+    for rows in matrix.split(_PANEL):
+        rows.copy_(rows[:, order])
 
 
 def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> tuple[Tensor, list[float]]:
@@ -36,10 +93,7 @@ def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> tuple[Tensor, li
     matrix cannot be factored with any damping.
     """
     diagonal = gram.diagonal(dim1=1, dim2=2).gather(1, order)
-    if not torch.isfinite(diagonal).all():  # the largest entries are on the diagonal
-        raise QplugError("the inputs of this layer are not finite")
-    mean = diagonal.mean(1)
-    mean = torch.where(diagonal.any(1), mean, 1.0)
+    mean = _mean(diagonal)
     dampings = [damp] * len(gram)
     factors = _damped(gram, order, diagonal, mean, damp)
     failed = _factor(factors)
@@ -51,16 +105,33 @@ def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> tuple[Tensor, li
     return factors, dampings
 
 
+def _mean(diagonal: Tensor) -> Tensor:
+    """The mean of ``diagonal: [n, in]`` of each matrix, or 1 if it is zero."""
+    if not torch.isfinite(diagonal).all():  # the largest entries are on the diagonal
+        raise QplugError("the inputs of this layer are not finite")
+    return torch.where(diagonal.any(1), diagonal.mean(1), 1.0)
+
+
+def _more(damp: float) -> float:
+    """The damping to try after ``damp``."""
+    more = max(damp * 10, 1e-4)
+    if more > _MOST_DAMP:
+        raise QplugError(
+            "the statistics of this layer cannot be factored: too few calibration tokens"
+        )
+    return more
+
+
 def _with_more_damp(
     gram: Tensor, order: Tensor, diagonal: Tensor, mean: Tensor, damp: float
 ) -> tuple[Tensor, float]:
     """The factor of one matrix that could not be factored with ``damp``, and the damping used."""
-    while (damp := max(damp * 10, 1e-4)) <= _MOST_DAMP:
+    while True:
+        damp = _more(damp)
         factor = _damped(gram[None], order[None], diagonal[None], mean[None], damp)
         if not _factor(factor):
             _invert(factor)
             return factor[0], damp
-    raise QplugError("the statistics of this layer cannot be factored: too few calibration tokens")
 
 
 def _damped(gram: Tensor, order: Tensor, diagonal: Tensor, mean: Tensor, damp: float) -> Tensor:
@@ -69,20 +140,26 @@ def _damped(gram: Tensor, order: Tensor, diagonal: Tensor, mean: Tensor, damp: f
     for out, whole, columns in zip(matrix, gram, order, strict=True):
         for part, rows in zip(out.split(_PANEL), columns.split(_PANEL), strict=True):
             torch.index_select(whole[rows], 1, columns, out=part)
+    _damp(matrix, diagonal, mean, damp)
+    return matrix
+
+
+def _damp(matrix: Tensor, diagonal: Tensor, mean: Tensor, damp: float) -> None:
+    """Add ``damp`` times ``mean: [n]`` to each ``matrix: [n, in, in]``, which has ``diagonal``."""
     own = matrix.diagonal(dim1=1, dim2=2)
     own.add_(damp * mean[:, None])
     own.copy_(torch.where(diagonal == 0, mean[:, None], own))
-    return matrix
 
 
 def _panel(matrices: Tensor) -> int:
     return _PANEL if len(matrices) == 1 else _PANEL_OF_SEVERAL
 
 
-def _factor(matrices: Tensor) -> list[int]:
+def _factor(matrices: Tensor, *, keep_lower: bool = False) -> list[int]:
     """Replace each of ``matrices: [n, in, in]`` by upper ``R``, ``R Rᵀ = matrix``.
 
-    Returns the numbers of those that are not positive definite, whose factors are of no use.
+    ``keep_lower``: what is below the panels on the diagonal stays, instead of zeros. Returns the
+    numbers of those that are not positive definite, whose factors are of no use.
     """
     width, size = matrices.shape[1], _panel(matrices)
     failed = torch.zeros(len(matrices), dtype=torch.int32, device=matrices.device)
@@ -95,7 +172,8 @@ def _factor(matrices: Tensor) -> list[int]:
         corner.copy_(lower.flip(1, 2))
         if start:
             above.copy_(torch.linalg.solve_triangular(corner.mT, above, upper=False, left=False))
-            matrices[:, panel, :start] = 0
+            if not keep_lower:
+                matrices[:, panel, :start] = 0
         for row in range(0, start, _PANEL):  # only the upper half is used
             rows = slice(row, min(row + _PANEL, start))
             subtract(matrices[:, rows, row:start], above[:, rows], above[:, row:].mT)
@@ -103,7 +181,7 @@ def _factor(matrices: Tensor) -> list[int]:
 
 
 def _invert(upper: Tensor) -> None:
-    """Replace matrices ``[n, in, in]`` that are zero below their diagonals by their inverses."""
+    """Replace ``[n, in, in]``, matrices of which the upper half counts, by their inverses."""
     width, size = upper.shape[1], _panel(upper)
     for start in range(0, width, size):
         panel = slice(start, start + size)
