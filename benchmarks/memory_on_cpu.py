@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--algo", default="gptq")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--memory", help="what a block may take, such as 6GiB")
     parser.add_argument("--dir", type=Path, help="where the temporary folder is made")
     args = parser.parse_args()
 
@@ -61,7 +62,8 @@ def main() -> None:
             write_slice(model, target.shape, layers)
             words = ["quantize", str(model), "--out", str(Path(folder, "out"))]
             words += ["--algo", args.algo, "--device", "cpu", "--samples", str(args.samples)]
-            words += ["--seq-len", str(args.seq_len)]
+            words += ["--seq-len", str(args.seq_len), "--no-check"]
+            words += ["--memory", args.memory] if args.memory else []
             used = taken[layers] = run(words)
         print(f"{layers} layers: {used.seconds:.0f} CPU s, peak {used.peak / 2**30:.2f} GiB")
     few, many = min(taken), max(taken)

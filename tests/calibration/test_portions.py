@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
 import qplug
 from qplug import InputGroup, QplugError
-from qplug.calibration import portions, walk
+from qplug.calibration import groups_apart, portions, walk
+from qplug.calibration.groups_apart import GroupRoom
 from qplug.calibration.portions import divide_experts
 from qplug.calibration.samples import Samples
 from qplug.checkpoint.open import open_checkpoint
 from qplug.machine.memory import parse_size
+from qplug.model.input_groups import GroupPaths
 from qplug.model.on_disk import as_on_disk
 from qplug.model.skeleton import Skeleton
 from qplug.model.view import model_view
@@ -60,7 +64,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return found or None
 
     monkeypatch.setattr(walk, "divide_experts", divide)
-    monkeypatch.setattr(portions, "_BESIDES", 0)
+    monkeypatch.setattr(portions, "BESIDES", 0)
     return seen
 
 
@@ -160,3 +164,63 @@ def test_sizes_are_read(text: str, size: int) -> None:
 def test_other_words_are_no_size(text: str) -> None:
     with pytest.raises(QplugError, match="is no size; write 20GiB"):
         parse_size(text)
+
+
+# --- blocks without experts -----------------------------------------------------------------------
+
+
+def test_input_groups_apart_have_the_bytes_of_the_whole(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = family("llama"), []
+
+    def divide(structure: Sequence[GroupPaths], *_: object) -> list[tuple[GroupPaths, ...]]:
+        seen.append(len(structure))
+        return [(group,) for group in reversed(structure)]
+
+    _quantize(model, tmp_path / "whole", algo="gptq")
+    monkeypatch.setattr(walk, "divide_groups", divide)
+    result = _quantize(model, tmp_path / "parts", algo="gptq")
+    assert set(seen) == {4}
+    assert qplug.verify(str(tmp_path / "parts")).ok
+    assert result.losses.keys() == {*result.errors}
+    whole, parts = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "parts"))
+    assert whole == parts
+
+
+@pytest.mark.parametrize(
+    ("algo", "options"),
+    [("awq+gptq", {}), ("awq", {}), ("gptq", {"gptq": {"true_sequential": True}})],
+)
+def test_what_needs_the_whole_block_is_not_divided(
+    family: Family,
+    algo: str,
+    options: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(walk, "divide_groups", lambda *_: pytest.fail("divided"))
+    _quantize(family("llama"), tmp_path / "out", algo=algo, algorithm_options=options)
+
+
+@given(
+    others=st.integers(0, 100),
+    groups=st.lists(st.tuples(st.integers(1, 10_000), st.integers(1, 100)), max_size=6),
+    budget=st.integers(0, 400_000),
+)
+def test_parts_have_each_group_once_and_keep_to_the_budget(
+    others: int, groups: list[tuple[int, int]], budget: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups_apart, "BESIDES", 0)
+        room = GroupRoom(others, groups)
+        parts = room.parts(budget)
+        assert room.peak(budget) <= max(budget, room.whole)
+        if parts is None:
+            assert room.whole <= budget or len(groups) < 2
+            return
+        assert sorted(number for part in parts for number in part) == [*range(len(groups))]
+        assert all(parts)
+        alone = max(GroupRoom(others, [group]).whole for group in groups)
+        staying = 4 * (others + sum(count for count, _ in groups))
+        assert room.peak(budget) <= max(budget, staying + alone)

@@ -42,6 +42,14 @@ class Algorithm(Component[P]):
         return False
 
     @property
+    def by_group(self) -> bool:
+        """Whether ``quantize`` treats each input group by itself.
+
+        Then it may be given the groups of a block in several parts, where memory is scarce.
+        """
+        return False
+
+    @property
     def decides(self) -> frozenset[str]:
         """Choices that a later algorithm must not undo, as phrases: "the scales of inputs".
 
@@ -85,6 +93,11 @@ class Algorithm(Component[P]):
     def quantizes(cls) -> bool:
         """Whether the algorithm implements ``quantize``."""
         return cls.quantize is not Algorithm.quantize
+
+    @classmethod
+    def transforms(cls) -> bool:
+        """Whether the algorithm implements ``transform``."""
+        return cls.transform is not Algorithm.transform
 
     @classmethod
     def prepares(cls) -> bool:

@@ -17,7 +17,7 @@ PER_WEIGHT = 2 + 4 + 1 + 4
 #: Bytes for each entry of a Gram matrix.
 PER_ENTRY = 4
 #: Bytes that steps on a part take besides: copies of a few layers, and of a batch.
-_BESIDES = 2 << 30
+BESIDES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Room:
 
         It is a power of two: portions stay the same if a little more or less memory is free.
         """
-        if not self.layers or self.whole + _BESIDES <= budget:
+        if not self.layers or self.whole + BESIDES <= budget:
             return None
         count, per_number = 1, self.expert * self.layers
-        while 2 * count * per_number <= budget - _BESIDES - self._staying(budget):
+        while 2 * count * per_number <= budget - BESIDES - self._staying(budget):
             count *= 2
         return count
 

@@ -22,6 +22,7 @@ from qplug.calibration.block_reader import BlockReader
 from qplug.calibration.block_structures import PROBE, BlockStructures
 from qplug.calibration.cache_scales import CalledBatch, find_cache_scales, rounded_cache
 from qplug.calibration.entrance import Entrance
+from qplug.calibration.groups_apart import divide_groups, weights_of_part
 from qplug.calibration.hidden_states import HiddenStates
 from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.observation import FloatInputs, Observation, SampleQuota, Seen
@@ -71,6 +72,7 @@ class Walk:
         cache: KVCache | None = None,
         skeleton: Skeleton | None = None,
         memory: int | None = None,
+        by_group: bool = False,
     ) -> None:
         """Each process of ``session`` takes a part of the ``samples``.
 
@@ -79,7 +81,8 @@ class Walk:
         ``reconstruction``; ``with_distance`` measures ``distance``. ``online``: names of linears
         whose inputs are rotated while the model runs. ``cache``: how keys and values are stored,
         None if not quantized. ``skeleton``: of the source, if it is made already. ``memory``: bytes
-        that a block may take; by default those that are free. Raises QplugError if there are fewer
+        that a block may take; by default those that are free. ``by_group``: whether input groups
+        may come one after another if a block takes more. Raises QplugError if there are fewer
         samples than processes.
         """
         device, processes = session.device, session.processes
@@ -99,7 +102,7 @@ class Walk:
             skeleton or Skeleton(source.folder, trust_remote_code=session.trust_remote_code),
             online=online,
         )
-        self._memory = memory
+        self._memory, self._by_group = memory, by_group
         self._rooms: dict[str, Tensor] = {}  # for the weights of experts with which tokens go on
         self._structures = BlockStructures(device)
         self._reader = BlockReader(
@@ -184,14 +187,17 @@ class Walk:
         return self._gathered(name, self._reader.read(name), first=False)
 
     def gather_parts(self, name: str) -> Iterator[LiveBlock]:
-        """Yields ``gather(name)``, or parts of it if there is not memory for all experts at once.
+        """Yields ``gather(name)``, or parts of it if there is not memory for all of it at once.
 
-        The first part is the block without its experts; others have some of the experts each. No
-        scale can be moved from outside of the experts into them. Use a part before the next one.
+        Of a block with experts the first part is the block without them; others have some of the
+        experts each. No scale can be moved from outside of the experts into them. Other blocks are
+        divided ``by_group``. Use a part before the next one.
         """
         on_cpu = self._reader.read(name)
         portions = self._portions(name, on_cpu)
-        if portions is None:
+        if portions is None and (parts := self._groups_apart(name, on_cpu)) is not None:
+            yield from self._group_by_group(name, on_cpu, parts)
+        elif portions is None:
             whole = [self._gathered(name, on_cpu)]
             del on_cpu  # the block has copies in float32; no local refers to what is yielded
             yield whole.pop()
@@ -262,6 +268,46 @@ class Walk:
             statistics |= own
         part = part_of_structure(structure, module, numbers)
         return self._live(name, part, statistics, weights)
+
+    @torch.no_grad()
+    def _group_by_group(
+        self, name: str, on_cpu: dict[str, Tensor], parts: Sequence[tuple[GroupPaths, ...]]
+    ) -> Iterator[LiveBlock]:
+        """Empties ``on_cpu``. The tokens pass the block once for each of ``parts``."""
+        weights = self._on_device(name, on_cpu)
+        on_cpu.clear()
+        for number in range(len(parts)):
+            yield self._part(name, parts, number, weights)
+
+    def _part(
+        self,
+        name: str,
+        parts: Sequence[tuple[GroupPaths, ...]],
+        number: int,
+        weights: dict[str, Tensor],
+    ) -> LiveBlock:
+        """The part with ``number``; the last one empties ``weights``, those of the block."""
+        parameters = self._blocks.computable(weights)
+        statistics = self._observe(name, parts[number], parameters, parameters, first=number == 0)
+        own = weights_of_part(parts, number, weights)
+        if number == len(parts) - 1:
+            weights.clear()
+        return self._live(name, parts[number], statistics, own)
+
+    def _groups_apart(
+        self, name: str, on_cpu: Mapping[str, Tensor]
+    ) -> list[tuple[GroupPaths, ...]] | None:
+        """The input groups of each part of block ``name``; None if there is memory for all."""
+        if not self._by_group or self._with_float or self._cache is not None:
+            return None
+        if experts_in(self._blocks.modules[name]):
+            return None
+        if any(scheme.static_inputs for scheme in within(name, self._schemes).values()):
+            return None  # the linears that an engine merges share a scale
+        budgets = [each for each in self._processes.gather(self._budget()) if each is not None]
+        if not budgets:
+            return None
+        return divide_groups(self._structure(name, on_cpu), on_cpu, min(budgets))
 
     def _portions(self, name: str, on_cpu: Mapping[str, Tensor]) -> list[range] | None:
         """The experts of each part of block ``name``; None if there is memory for the whole."""

@@ -56,6 +56,7 @@ def start_walk(
             cache=cache,
             skeleton=skeleton,
             memory=session.memory,
+            by_group=stages.by_group,
         )
 
 

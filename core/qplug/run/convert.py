@@ -127,6 +127,11 @@ class KeptCodes(Stages):
         """The time of a change of the format is not known."""
         return None
 
+    @property
+    def by_group(self) -> bool:
+        """Whether input groups may come one after another: there are none."""
+        return False
+
     def decide(self, source: Checkpoint, view: ModelView) -> Decision:
         """Returns the scheme of each linear that has codes, as the exporter stores it.
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from qplug.api.events import Estimate
+from qplug.calibration.groups_apart import GroupRoom
 from qplug.calibration.portions import PER_ENTRY, PER_WEIGHT, Room
 from qplug.machine.memory import memory_of_each
 from qplug.machine.session import Session
@@ -134,8 +135,10 @@ def _block_seconds(block: BlockWork, work: Workload, machine: Machine) -> dict[s
     if machine.processes > 1:
         exchange = PER_ENTRY * sum(map(_entries, block.readers)) / rates.exchange
         exchange += rates.exchanged * sum(one.count for one in block.readers)
+    groups, budget = _groups(block, work), machine.memory
+    parts = None if groups is None or budget is None else groups.parts(budget)
     return {
-        "statistics": forward + gram + exchange,
+        "statistics": forward * len(parts or [()]) + gram + exchange,
         "quantize": _solving(block, work, machine),
         "packing": _packing(block, rates),
         "passing on": forward,
@@ -187,12 +190,26 @@ def _memory(work: Workload, machine: Machine) -> tuple[float, float]:
         return machine.rates.streamed * work.largest, base + ahead + _PENDING * work.largest
     tokens = work.tokens / machine.processes
     budget = float("inf") if machine.memory is None else machine.memory
-    device = max((room(block, tokens).peak(budget) for block in work.blocks), default=0)
+    device = max((_peak(block, work, tokens, budget) for block in work.blocks), default=0)
     if machine.on_gpu:
         device += _passes(work, tokens)
     read = max((block.read for block in work.blocks), default=0) * min(2, len(work.blocks))
     written = max((block.written for block in work.blocks), default=0) * _PENDING
     return device, base + read + written + tokens * work.width * _BYTES
+
+
+def _peak(block: BlockWork, work: Workload, tokens: float, budget: float) -> float:
+    """The bytes that ``block`` takes on a device at most."""
+    groups = _groups(block, work)
+    return room(block, tokens).peak(budget) if groups is None else groups.peak(budget)
+
+
+def _groups(block: BlockWork, work: Workload) -> GroupRoom | None:
+    """The input groups of ``block``, if these may be quantized one after another."""
+    if not work.by_group or any(one.experts for one in block.readers):
+        return None
+    each = [(one.width * one.rows, one.width) for one in block.readers for _ in range(one.count)]
+    return GroupRoom(block.others, each)
 
 
 def _passes(work: Workload, tokens: float) -> float:

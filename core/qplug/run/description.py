@@ -39,7 +39,14 @@ def describe(
     costs: Estimate | None = None
     each: tuple[float, ...] = ()
     if stages.efforts is not None:  # else the time of an algorithm is not known
-        work = workload(plan, view, prepared.checkpoint, samples, stages.efforts)
+        work = workload(
+            plan,
+            view,
+            prepared.checkpoint,
+            samples,
+            stages.efforts,
+            by_group=stages.by_group,
+        )
         machine = Machine.of(session)
         costs, each = estimate(work, machine, plan.nbytes), block_seconds(work, machine)
     data = recipe.calibration

@@ -104,6 +104,11 @@ class Stages:
         return self._stores_ranges or any(algorithm.needs_data for algorithm in self.pipeline)
 
     @property
+    def by_group(self) -> bool:
+        """Whether the input groups of a block may be quantized one after another."""
+        return self.quantizer.by_group and not any(each.transforms() for each in self.pipeline)
+
+    @property
     def needs_drift(self) -> bool:
         """Whether an algorithm reads the drift, the distance of inputs from the float model's."""
         return any(algorithm.needs_drift for algorithm in self.pipeline)

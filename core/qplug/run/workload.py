@@ -63,7 +63,8 @@ class Workload:
     """A run: its blocks in order, and the bytes ``outside`` of them, which are read and written.
 
     ``efforts`` are what the algorithms spend their time on. ``tokens`` are all calibration tokens,
-    0 for a run without data; ``width`` is the width of the residual stream. ``largest`` is the
+    0 for a run without data; ``by_group``: whether input groups may be quantized one after another;
+    ``width`` is the width of the residual stream. ``largest`` is the
     number of weights that a run without data rounds at once.
     """
 
@@ -73,6 +74,7 @@ class Workload:
     tokens: int
     width: int
     largest: int
+    by_group: bool = False
 
     @property
     def weights(self) -> int:
@@ -121,8 +123,13 @@ def workload(
     source: Checkpoint,
     samples: Samples | None,
     efforts: frozenset[Effort],
+    *,
+    by_group: bool,
 ) -> Workload:
-    """The work of the run ``plan`` over ``source``; ``samples`` are None for a run without data."""
+    """The work of the run ``plan`` over ``source``; ``samples`` are None for a run without data.
+
+    ``efforts`` and ``by_group`` are those of the stages.
+    """
     of_a_token = experts_of_a_token(view.config) or _DEFAULT_EXPERTS
     shapes: list[dict[str, tuple[int, int]]] = [{} for _ in view.blocks]
     others, read, written = Counter[int](), Counter[int](), Counter[int]()
@@ -158,6 +165,7 @@ def workload(
         samples.tokens.numel() if samples else 0,
         text_config(view.config).get("hidden_size") or _stream_width(view),
         max(steps, default=0),
+        by_group,
     )
 
 

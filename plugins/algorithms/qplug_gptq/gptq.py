@@ -79,6 +79,10 @@ class GPTQ(Algorithm[Params]):
     effort = "solves"
 
     @property
+    def by_group(self) -> bool:
+        return not self.params.true_sequential
+
+    @property
     def needs_drift(self) -> bool:
         return self.params.correct > 0
 
