@@ -60,7 +60,8 @@ def quantize(
     (``propagate="quantized"``) or from the float block (``propagate="float"``). The ranges of
     static inputs, which ``observer`` determines, and the scales of ``kv_cache="fp8"`` need data
     too. ``memory`` ("20GiB") is what a block may take on the device, by default what is free; the
-    experts of a block that takes more are quantized in portions. ``check`` measures perplexity and
+    experts of a block that takes more are quantized in portions, and so are the input groups of one
+    without experts where the algorithm allows it. ``check`` measures perplexity and
     KL divergence from the float model on text that calibration has not seen, ``Result.quality``.
     ``stop_at`` stops a calibrated run after a block whose output is further from the float model's:
     the limit of the mean over calibration tokens of ``||x' - x|| / ||x||``, where ``x`` and ``x'``
