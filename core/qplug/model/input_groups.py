@@ -26,6 +26,8 @@ from qplug.model.hooks import hooked
 Call = Callable[[], Tensor]
 
 _RTOL = 1e-3
+#: Bytes of a matrix of which a trial keeps no copy: it is undone, which may change last bits.
+_LARGE = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class GroupPaths:
 def find_groups(block: nn.Module, call: Call) -> tuple[GroupPaths, ...]:
     """The groups of ``block``, in the order in which it computes. ``block`` must be float32.
 
-    The block is left as it was. One expert is examined; the others are taken to be alike.
+    The block is left as it was, large matrices but for rounding. One expert is examined; the others
+    are taken to be alike.
     """
     seen = _watch(block, call)
     readers_of_tensor: dict[tuple[int, int], list[str]] = {}
@@ -291,7 +294,7 @@ def _holds(
     # Experts may share the memory of their weights here.
     weights = _apart(block.get_parameter(f"{name}.weight") for name in readers)
     touched = _apart([*divided_parameters.values(), *weights])
-    kept = [parameter.detach().clone() for parameter in touched]
+    kept = [None if _is_large(parameter) else parameter.detach().clone() for parameter in touched]
     try:
         with torch.no_grad():
             for weight in weights:
@@ -302,9 +305,19 @@ def _holds(
     finally:
         with torch.no_grad():
             for parameter, old in zip(touched, kept, strict=True):
-                parameter.copy_(old)
+                if old is not None:
+                    parameter.copy_(old)
+    with torch.no_grad():
+        if _is_large(own := divided_parameters["weight"]):
+            own.mul_(_row_scale(producer, scale, len(own))[:, None])
+        for weight in filter(_is_large, weights):
+            weight.div_(scale)
     # Relative to the effect of the scale alone, since a large residual hides any error.
     return bool((restored - result).norm() < _RTOL * (disturbed - result).norm())
+
+
+def _is_large(parameter: Tensor) -> bool:
+    return parameter.ndim == 2 and parameter.nbytes >= _LARGE
 
 
 def _apart(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -317,6 +330,12 @@ def _apart(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def divide(weight: Tensor, bias: Tensor | None, producer: Producer, scale: Tensor) -> None:
     """Divide ``weight`` and ``bias`` of ``producer`` in place: its output, by ``scale: [in]``."""
+    if producer.kind == "rows":
+        rows = _row_scale(producer, scale.to(weight.dtype), len(weight))
+        weight.div_(rows[:, None])
+        if bias is not None:
+            bias.div_(rows)
+        return
     new_weight, new_bias = divided(weight, bias, producer, scale)
     weight.copy_(new_weight)
     if bias is not None and new_bias is not None:
@@ -331,15 +350,19 @@ def divided(
     If several channels share a row, the scale of the first one counts.
     """
     if producer.kind == "rows":
-        rows, device = producer.rows, weight.device
-        channels = torch.full((len(weight),), -1, device=device)
-        channels[rows.flip(0)] = torch.arange(len(rows), device=device).flip(0)
-        scale = torch.where(channels >= 0, scale.to(weight.dtype)[channels.clamp(min=0)], 1)
-        if producer.power != 1:
-            scale = scale**producer.power
+        scale = _row_scale(producer, scale.to(weight.dtype), len(weight))
         new_weight = weight / scale[:, None]
     elif producer.kind == "offset-norm":
         new_weight = (weight + 1) / scale - 1
     else:
         new_weight = weight / scale
     return new_weight, None if bias is None else bias / scale
+
+
+def _row_scale(producer: Producer, scale: Tensor, count: int) -> Tensor:
+    """What each of ``count`` rows of the linear ``producer`` is divided by, for ``scale: [in]``."""
+    rows = producer.rows
+    channels = torch.full((count,), -1, device=rows.device)
+    channels[rows.flip(0)] = torch.arange(len(rows), device=rows.device).flip(0)
+    of_rows = torch.where(channels >= 0, scale[channels.clamp(min=0)], 1)
+    return of_rows if producer.power == 1 else of_rows**producer.power
