@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +19,10 @@ import qplug
 from qplug import InputGroup, QplugError
 from qplug.calibration import groups_apart, portions, walk
 from qplug.calibration.groups_apart import GroupRoom
+from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.portions import divide_experts
 from qplug.calibration.samples import Samples
+from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
 from qplug.machine.memory import parse_size
 from qplug.model.input_groups import GroupPaths
@@ -224,3 +229,35 @@ def test_parts_have_each_group_once_and_keep_to_the_budget(
         alone = max(GroupRoom(others, [group]).whole for group in groups)
         staying = 4 * (others + sum(count for count, _ in groups))
         assert room.peak(budget) <= max(budget, staying + alone)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+def test_a_part_is_freed_before_the_next_is_made(
+    family: Family,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: list[int],
+) -> None:
+    made: list[weakref.ref[LiveBlock]] = []
+    observe, live = Walk._observe, Walk._live
+
+    def watched(self: Walk, *args: Any, **options: Any) -> Any:
+        assert all(part() is None for part in made)
+        return observe(self, *args, **options)
+
+    def kept(self: Walk, *args: Any) -> LiveBlock:
+        assert all(part() is None for part in made)
+        block = live(self, *args)
+        made.append(weakref.ref(block))
+        return block
+
+    monkeypatch.setattr(Walk, "_observe", watched)
+    monkeypatch.setattr(Walk, "_live", kept)
+    monkeypatch.setattr(walk, "divide_groups", lambda structure, *_: [(g,) for g in structure])
+    gc.disable()  # nothing is left to the garbage collector either
+    try:
+        _quantize(family(name), tmp_path / "out", algo="gptq")
+    finally:
+        gc.enable()
+    assert len(made) > 4

@@ -230,16 +230,17 @@ class Walk:
             )
         return block
 
-    @torch.no_grad()
     def _in_portions(
         self, name: str, on_cpu: Mapping[str, Tensor], portions: Sequence[Collection[int]]
     ) -> Iterator[LiveBlock]:
         structure = self._structure(name, on_cpu)
         observation = self._passed_without_experts(name, structure, on_cpu)
-        # No local refers to what is yielded: it is freed before the next part is made.
+        # Nothing refers to what is yielded: it is freed before the next part is made. (A generator
+        # that torch decorates would be kept company by its last value.)
         for numbers in ((), *portions):
             yield self._portion(name, structure, observation, on_cpu, numbers)
 
+    @torch.no_grad()
     def _passed_without_experts(
         self, name: str, structure: tuple[GroupPaths, ...], on_cpu: Mapping[str, Tensor]
     ) -> Observation:
@@ -249,6 +250,7 @@ class Walk:
         share(list(observation.statistics.values()), self._processes)
         return observation
 
+    @torch.no_grad()
     def _portion(
         self,
         name: str,
@@ -269,7 +271,6 @@ class Walk:
         part = part_of_structure(structure, module, numbers)
         return self._live(name, part, statistics, weights)
 
-    @torch.no_grad()
     def _group_by_group(
         self, name: str, on_cpu: dict[str, Tensor], parts: Sequence[tuple[GroupPaths, ...]]
     ) -> Iterator[LiveBlock]:
@@ -279,6 +280,7 @@ class Walk:
         for number in range(len(parts)):
             yield self._part(name, parts, number, weights)
 
+    @torch.no_grad()
     def _part(
         self,
         name: str,
@@ -290,6 +292,7 @@ class Walk:
         parameters = self._blocks.computable(weights)
         statistics = self._observe(name, parts[number], parameters, parameters, first=number == 0)
         own = weights_of_part(parts, number, weights)
+        del parameters
         if number == len(parts) - 1:
             weights.clear()
         return self._live(name, parts[number], statistics, own)
@@ -331,6 +334,7 @@ class Walk:
         """The bytes that a block may take in this process; None if nothing limits them."""
         return memory_of_each(self._device, self._processes.count, self._memory)
 
+    @torch.no_grad()
     def _structure(self, name: str, weights: Mapping[str, Tensor]) -> tuple[GroupPaths, ...]:
         self._probe.expect(name)
         (probe,) = self._probe
