@@ -16,7 +16,7 @@ from qplug.checkpoint.names import block_of
 from qplug.model.block_call import BlockCall, Output
 from qplug.model.block_list import decoder_blocks
 from qplug.model.experts import with_experts_together
-from qplug.model.on_disk import as_on_disk, modules_of_blocks
+from qplug.model.on_disk import as_on_disk, modules_of_blocks, parts_in_order
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.rounding_hooks import InputRounding, rounding_inputs
 from qplug.model.skeleton import Skeleton
@@ -27,7 +27,8 @@ class BlockModules:
 
     ``parameters``: the names of each block's parameters, relative to the block.
     ``in_memory``: the paths of the blocks in ``model``, in the same order.
-    ``outer``: the names on disk of parameters outside of the blocks, by name in memory.
+    ``outer``: the tensors on disk of each parameter outside of the blocks, by name in memory; if
+    there are several, the parameter has their elements one after the other.
     ``dtype``: what blocks compute in.
     """
 
@@ -47,12 +48,17 @@ class BlockModules:
         """
         names = skeleton.names(source.tensors)
         self.model = skeleton.take().eval()
-        self.outer = {
-            name: on_disk
+        self.in_memory = decoder_blocks(self.model, source.folder)
+        self.outer: dict[str, tuple[str, ...]] = {
+            name: (on_disk,)
             for name, on_disk in names.of_parameter.items()
             if block_of(on_disk, view.blocks) is None
         }
-        self.in_memory = decoder_blocks(self.model, source.folder)
+        for name in names.parts:
+            if block_of(name, self.in_memory) is None:
+                parts = parts_in_order(self.model, name, names)
+                if parts is not None:
+                    self.outer[name] = parts
         self.modules = as_on_disk(
             self.model, view.blocks, source.tensors, names, shapes=source.shapes
         )

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.block_modules import BlockModules
 from qplug.calibration.samples import Samples
 from qplug.calibration.stopped_pass import StoppedPass, StoppingBlocks
 from qplug.checkpoint.names import is_within, module_of
-from qplug.model.parameters import fill_parameters, refuse_infinite
+from qplug.model.model_part import part_for
+from qplug.model.parameters import compute_on, fill_parameters, refuse_infinite
 
 
 class Entrance:
@@ -34,7 +36,7 @@ class Entrance:
             path = module_of(path)
         at_once, self._below = [], dict[str, list[str]]()  # names in memory, by module
         for name, on_disk in blocks.outer.items():
-            if on_disk not in source.tensors:
+            if not all(each in source.tensors for each in on_disk):
                 continue
             path = module_of(name)
             if path in around or self._in_decoder(name):
@@ -48,6 +50,7 @@ class Entrance:
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
+        compute_on(model, device)
         # Each hook refers to this object, which refers to the model: a cycle until ``close``.
         self._hooks = [
             model.get_submodule(path).register_forward_pre_hook(partial(self._fill_empty, path))
@@ -59,7 +62,8 @@ class Entrance:
         """A pass of the model on ``batch``."""
         blocks = self._blocks
         inputs = {name: x.to(blocks.device) for name, x in batch.inputs(blocks.dtype).items()}
-        return self._stopping.begin(partial(blocks.model, **inputs, use_cache=False))
+        part = part_for(blocks.model, self._decoder, inputs)
+        return self._stopping.begin(partial(part, **inputs, use_cache=False))
 
     def free_embeddings(self) -> None:
         """Frees the memory of embeddings and of parts outside of the decoder.
@@ -85,12 +89,16 @@ class Entrance:
 
     def _fill(self, names: list[str]) -> None:
         on_disk = {name: self._blocks.outer[name] for name in names}
-        stored = {
-            name: self._source.read(stored).to(self._blocks.device)
-            for name, stored in on_disk.items()
-        }
-        refuse_infinite({on_disk[name]: value for name, value in stored.items()})
-        fill_parameters(self._blocks.model, self._blocks.computable(stored))
+        model, values = self._blocks.model, dict[str, Tensor]()
+        for name, tensors in on_disk.items():
+            stored = {each: self._source.read(each).to(self._blocks.device) for each in tensors}
+            refuse_infinite(stored)
+            value, *others = stored.values()
+            if others:
+                elements = torch.cat([each.flatten() for each in (value, *others)])
+                value = elements.view(model.get_parameter(name).shape)
+            values[name] = value
+        fill_parameters(model, self._blocks.computable(values))
 
     def _fill_empty(self, path: str, module: nn.Module, inputs: object) -> None:
         """Fills ``module`` at ``path``, to its depths, before it computes."""

@@ -23,6 +23,7 @@ from qplug.model.block_list import decoder_blocks
 from qplug.model.disk_names import DiskNames, disk_names
 from qplug.model.expert_layout import Layout, Part
 from qplug.model.experts import Experts
+from qplug.model.joined_on_disk import joined_on_disk
 from qplug.model.layout_trial import agrees
 from qplug.model.placed import Placement
 from qplug.model.quiet import quiet_transformers
@@ -67,9 +68,13 @@ def as_on_disk(
     }
     for (block, module), before in zip(modules.items(), in_memory, strict=True):
         placement = Placement(module)
+        joined = _place_joined(placement, model, before, module, block, names, stacks)
         for path in dict.fromkeys(module_of(local) for local, _ in module.named_parameters()):
             full, part = f"{before}.{path}" if path else before, module.get_submodule(path)
             own = [f"{full}.{local}" for local, _ in part.named_parameters(recurse=False)]
+            own = [name for name in own if name not in joined]
+            if not own:
+                continue
             stack, layout = stacks.get(full), None
             if stack is not None:
                 if stack.is_apart(stored):
@@ -102,6 +107,54 @@ def _are_experts(tensors: Sequence[str]) -> bool:
     """Whether all ``tensors`` on disk belong to linears of numbered modules."""
     numbers = [local_of(module_of(module_of(name))) for name in tensors]
     return bool(numbers) and all(number.isdigit() for number in numbers)
+
+
+def _place_joined(
+    placement: Placement,
+    model: PreTrainedModel,
+    before: str,
+    module: nn.Module,
+    block: str,
+    names: DiskNames,
+    stacks: Collection[str],
+) -> set[str]:
+    """Gives the parameters of a block that are joined on disk their tensors there; returns them.
+
+    ``before`` and ``block``: the names of the block ``module`` in memory and on disk. ``stacks``:
+    the modules of experts whose tensors are stacked.
+    """
+    apart = [
+        name
+        for local, _ in module.named_parameters()
+        if (name := f"{before}.{local}") not in names.of_parameter
+        and not _are_experts(names.parts.get(name, ()))
+        and module_of(name) not in stacks
+    ]
+    if all(len(names.parts.get(name, ())) > 1 for name in apart):
+        return set()
+    tensors = joined_on_disk(
+        model, apart, names.parts, lambda values: _all_converted(model, values)
+    )
+    if tensors is None:
+        raise _unknown(apart[0])
+    of_linears: dict[str, dict[str, Tensor]] = {}
+    for tensor in tensors:
+        for name, rows in (tensor.rows or {}).items():
+            linear, local = split_name(name)
+            of_linears.setdefault(linear, {})[local] = rows
+    for linear, rows_of in of_linears.items():
+        own = {local for local, _ in model.get_submodule(linear).named_parameters(recurse=False)}
+        if own != rows_of.keys() or len({tuple(rows.tolist()) for rows in rows_of.values()}) > 1:
+            raise _unknown(f"{linear}.weight")
+    for tensor in tensors:
+        places = tensor.elements if tensor.rows is None else tensor.rows
+        placement.joined(
+            relative_name(block, tensor.name),
+            tensor.shape,
+            {relative_name(before, name): each for name, each in places.items()},
+            by_rows=tensor.rows is not None,
+        )
+    return {name for tensor in tensors for name in tensor.elements}
 
 
 def _place(
@@ -154,6 +207,29 @@ def _parts(model: PreTrainedModel, name: str) -> list[tuple[str, Tensor]]:
         (on_disk, torch.empty_like(values, device="meta", dtype=parameter.dtype))
         for on_disk, values in parts
     ]
+
+
+def parts_in_order(model: PreTrainedModel, name: str, names: DiskNames) -> tuple[str, ...] | None:
+    """The tensors on disk that follow one another in the parameter ``name``; None if they do not.
+
+    If there is one, it has the shape of the parameter.
+    """
+    parameter = model.get_parameter(name)
+    # Two columns tell as much as all: the embeddings of a model may be its largest matrix.
+    shape = (*parameter.shape[:1], 2) if parameter.ndim == 2 else tuple(parameter.shape)
+    numbers = torch.arange(torch.Size(shape).numel()).view(shape)
+    try:
+        converted = _converted(model, name, numbers)
+    except QplugError:
+        return None
+    parts = sorted(converted.items(), key=lambda item: int(item[1].flatten()[0]))
+    found = tuple(on_disk for on_disk, _ in parts)
+    joined = torch.cat([values.flatten() for _, values in parts])
+    if {*found} != {*names.parts[name]} or not torch.equal(joined, numbers.flatten()):
+        return None
+    if len(parts) == 1 and parts[0][1].shape != numbers.shape:
+        return None
+    return found
 
 
 def blocks_by_name(model: PreTrainedModel, blocks: Sequence[str]) -> dict[str, nn.Module]:
@@ -230,13 +306,18 @@ class _Layouts:
 
 def _converted(model: PreTrainedModel, name: str, values: Tensor) -> dict[str, Tensor]:
     """The tensors on disk, by name, that hold the parameter ``name`` if it has ``values``."""
+    return _all_converted(model, {name: values})
+
+
+def _all_converted(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on disk, by name, that hold the parameters with these ``values``."""
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
         with quiet_transformers():
-            on_disk: dict[str, Tensor] = revert_weight_conversion(model, {name: values})
-    except Exception as error:  # a conversion may need more tensors than this one
-        raise _unknown(name) from error
+            on_disk: dict[str, Tensor] = revert_weight_conversion(model, dict(values))
+    except Exception as error:  # a conversion may need more tensors than these
+        raise _unknown(next(iter(values))) from error
     return on_disk
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qplug.checkpoint.names import split_name
 from qplug.errors import QplugError
+from qplug.model.computed import compute_attribute
 from qplug.numerics.alike import together
 from qplug.numerics.losses import TOO_LARGE, TOO_SMALL, overflowing, too_large, too_small
 
@@ -73,6 +74,16 @@ def fill_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Set the parameters and buffers of ``module`` named in ``values``."""
     for name, value in values.items():
         set_parameter(module, name, value)
+
+
+def compute_on(model: nn.Module, device: torch.device) -> None:
+    """Makes the parts of ``model`` that have a ``device`` say that it is ``device``.
+
+    transformers takes that of the first parameter, which may be one that is empty still.
+    """
+    for module in model.modules():
+        if isinstance(getattr(type(module), "device", None), property):
+            compute_attribute(module, "device", lambda: device)
 
 
 def empty_parameters(module: nn.Module, names: Iterable[str]) -> None:

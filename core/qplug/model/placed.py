@@ -7,6 +7,7 @@ module that it was moved out of.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 
 from qplug.checkpoint.names import split_name
 from qplug.model.block_proxy import BlockProxy
+from qplug.model.computed import compute_attribute
+
+#: A parameter that lies in a tensor on disk: its module, its name there, and where it lies.
+_Place = tuple[nn.Module, str, Tensor]
 
 
 class Placement:
@@ -24,6 +29,8 @@ class Placement:
         self._modules: dict[str, str] = {}
         self._parameters: list[tuple[nn.Module, str, str, bool]] = []
         self._parts: list[tuple[nn.Module, str, Sequence[tuple[str, Tensor]]]] = []
+        self._of_rows: dict[str, dict[str, tuple[tuple[int, ...], list[_Place]]]] = {}
+        self._of_elements: list[tuple[str, tuple[int, ...], list[_Place]]] = []
 
     def module(self, path: str, on_disk: str) -> None:
         """The module at ``path``, with its parameters, goes to ``on_disk``."""
@@ -41,6 +48,30 @@ class Placement:
         """The parameter ``path`` goes to several places, as in ``_part_parameter``."""
         owner, local = split_name(path)
         self._parts.append((self._block.get_submodule(owner), local, parts))
+
+    def joined(
+        self,
+        on_disk: str,
+        shape: tuple[int, ...],
+        places: Mapping[str, Tensor],
+        *,
+        by_rows: bool,
+    ) -> None:
+        """Several parameters go to one tensor ``on_disk`` of ``shape``.
+
+        ``places``: by parameter, int64: the rows there that it has, if ``by_rows``, and all of them
+        are weights, or biases, of linears; else the place of each element in the flat tensor, in
+        the shape of the parameter.
+        """
+        found = []
+        for path, each in places.items():
+            owner, local = split_name(path)
+            found.append((self._block.get_submodule(owner), local, each))
+        if not by_rows:
+            self._of_elements.append((on_disk, shape, found))
+            return
+        module, local = split_name(on_disk)
+        self._of_rows.setdefault(module, {})[local] = shape, found
 
     def carry_out(self) -> None:
         """Moves everything to its place."""
@@ -60,6 +91,14 @@ class Placement:
                     self._parameters.append((module, local, f"{on_disk}.{local}", False))
         for module, local, on_disk, turned in self._parameters:
             _move_parameter(block, module, local, on_disk, turned=turned)
+        self._carry_out_parts()
+        for on_disk, tensors in self._of_rows.items():
+            _join_linears(block, on_disk, tensors)
+        for on_disk, shape, places in self._of_elements:
+            _join_parameters(block, on_disk, shape, places)
+
+    def _carry_out_parts(self) -> None:
+        block = self._block
         of_linears: dict[nn.Linear, dict[str, Sequence[tuple[str, Tensor]]]] = {}
         for module, local, parts in self._parts:
             if isinstance(module, nn.Linear):
@@ -212,6 +251,82 @@ def _part_linear(
     linear.__dict__["forward"] = lambda x: torch.cat([part(x) for part in linears], -1)
 
 
+def _join_linears(
+    block: nn.Module,
+    on_disk: str,
+    tensors: Mapping[str, tuple[tuple[int, ...], Sequence[_Place]]],
+) -> None:
+    """Registers one linear ``on_disk`` in the place of several, which take rows of its output.
+
+    ``tensors``: the shape of its weight, and of its bias if it has one, and whose rows they are.
+    """
+    (out, width), of_weight = tensors["weight"]
+    joined = nn.Linear(width, out, bias="bias" in tensors, device="meta")
+    for local, (_, places) in tensors.items():
+        old = places[0][0]._parameters[places[0][1]]
+        assert old is not None
+        empty = torch.empty_like(joined.get_parameter(local), dtype=old.dtype)
+        joined._parameters[local] = nn.Parameter(empty, requires_grad=False)
+    paths = {id(part): path for path, part in block.named_modules()}
+    output = _JoinedOutput(joined, len(of_weight))
+    for linear, _, rows in of_weight:
+        parent, own = split_name(paths[id(linear)])
+        owner = block.get_submodule(parent)
+        del owner._modules[own]
+        owner.__dict__[own] = linear  # the model's code goes on to call it
+        linear._parameters.update(dict.fromkeys(linear._parameters))
+        linear.__dict__["forward"] = partial(output.rows, own, rows)
+    path, local = split_name(on_disk)
+    _container(block, path)._modules[local] = joined
+
+
+class _JoinedOutput:
+    """What a linear returns, of which several others take rows; computed once for all of them."""
+
+    def __init__(self, linear: nn.Linear, readers: int) -> None:
+        """``readers``: how many take rows."""
+        self._linear, self._readers = linear, readers
+        self._taken = set[str]()
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+
+    def rows(self, reader: str, rows: Tensor, x: Tensor) -> Tensor:
+        """``x: [..., in]``; returns ``[..., len(rows)]``. ``reader`` tells the others apart."""
+        # Who reads once more reads in another pass, whose weights may be others.
+        if self._output is None or self._input is not x or reader in self._taken:
+            self._taken.clear()
+            self._input, self._output = x, self._linear(x)
+        first, last = int(rows[0]), int(rows[-1])
+        if torch.equal(rows, torch.arange(first, last + 1)):
+            output = self._output[..., first : last + 1]
+        else:
+            output = self._output[..., rows.to(x.device)]
+        self._taken.add(reader)
+        if len(self._taken) == self._readers:
+            self._input = self._output = None
+        return output
+
+
+def _join_parameters(
+    block: nn.Module, on_disk: str, shape: tuple[int, ...], places: Sequence[_Place]
+) -> None:
+    """Registers the parameter ``on_disk`` of ``shape``, of which others take their elements."""
+    path, new = split_name(on_disk)
+    place, (first, first_local, _) = _container(block, path), places[0]
+    old = first._parameters[first_local]
+    assert old is not None
+    empty = torch.empty(shape, dtype=old.dtype, device="meta")
+    for owner, local, elements in places:
+        _compute(owner, local, partial(_elements, place, new, elements))
+    place._parameters[new] = nn.Parameter(empty, requires_grad=False)
+
+
+def _elements(place: nn.Module, name: str, elements: Tensor) -> Tensor:
+    parameter = place._parameters[name]
+    assert parameter is not None
+    return parameter.flatten()[elements.to(parameter.device)]
+
+
 class _Around(BlockProxy):
     """Stands where a module stood that now lies inside of it, and is called in its place."""
 
@@ -233,6 +348,4 @@ def _container(block: nn.Module, path: str) -> nn.Module:
 def _compute(module: nn.Module, local: str, compute: Callable[[], Tensor | None]) -> None:
     """Makes ``local`` an attribute of ``module`` that is computed, not a parameter of its own."""
     del module._parameters[local]
-    kind = type(module)
-    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    module.__class__ = type(kind.__name__, (kind,), {**named, local: property(lambda _: compute())})
+    compute_attribute(module, local, compute)
