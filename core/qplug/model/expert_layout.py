@@ -26,13 +26,15 @@ class Layout:
 
     ``readers`` read the tokens, in the order of their rows; ``last`` makes the output. ``gathers``:
     whether the module is called with the tokens of the layer, and with the experts of each token
-    and their shares; else it is given a copy of all tokens for each expert.
+    and their shares; else it is given a copy of all tokens for each expert. ``returns_others``:
+    whether tokens that are routed past the last expert come out as they are.
     """
 
     count: int
     readers: tuple[Part, ...]
     last: Part
     gathers: bool = True
+    returns_others: bool = False
 
     @property
     def parts(self) -> tuple[Part, ...]:

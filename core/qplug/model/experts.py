@@ -93,6 +93,7 @@ class Experts(nn.Module):
         self.is_silent = False
         self.__dict__["_fused"] = fused  # not registered: the linears have its parameters
         self.__dict__["_layout"] = layout
+        self._returns_others = layout.returns_others
         parameters = dict(fused.named_parameters(recurse=False))
         for number in range(layout.count):
             expert = Expert(self.readers, self.last, self._inner)
@@ -138,7 +139,10 @@ class Experts(nn.Module):
         # Not by bincount, which waits for the GPU.
         numbers = torch.arange(len(self), device=flat.device)
         ends = torch.searchsorted(flat[order], numbers, right=True)
-        outputs = self._computed(tokens[place[order]], ends)
+        rows = tokens[place[order]]
+        outputs = self._computed(rows, ends)
+        if self._returns_others:
+            outputs = torch.where((flat[order] < len(self)).unsqueeze(-1), outputs, rows)
         unsorted = torch.empty_like(outputs)
         unsorted[order] = outputs
         weighted = unsorted.unflatten(0, (-1, per_token)) * shares.unsqueeze(-1)

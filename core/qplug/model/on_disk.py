@@ -297,11 +297,13 @@ class _Layouts:
         if len(last) != 1 or len(by_parameter) != 1:
             raise _unknown(path)
         (readers,) = by_parameter.values()
-        layout = Layout(len(fused.get_parameter(last[0].fused)), tuple(readers), last[0])
-        if (type(fused), layout) not in self._agreed and not agrees(fused, layout):
-            raise _unknown(path)
-        self._agreed.add((type(fused), layout))
-        return layout
+        count = len(fused.get_parameter(last[0].fused))
+        for returns_others in (False, True):
+            layout = Layout(count, tuple(readers), last[0], returns_others=returns_others)
+            if (type(fused), layout) in self._agreed or agrees(fused, layout):
+                self._agreed.add((type(fused), layout))
+                return layout
+        raise _unknown(path)
 
 
 def _converted(model: PreTrainedModel, name: str, values: Tensor) -> dict[str, Tensor]:

@@ -68,13 +68,14 @@ class _Tree:
     """An untrained model under its names on disk: modules with a weight, blocks, the head.
 
     ``parts`` are the modules on disk whose weights transformers joins or cuts into linears.
-    ``tensors`` has the shapes of all tensors that a float checkpoint of the model has, by name.
+    ``idle`` are linears of experts that do not compute. ``tensors`` has the shapes of all tensors that a float checkpoint of the model has, by name.
     """
 
     modules: Mapping[str, nn.Module]
     blocks: tuple[str, ...]
     head: str | None
     parts: frozenset[str]
+    idle: frozenset[str]
     tensors: Mapping[str, tuple[int, ...]]
 
 
@@ -99,6 +100,8 @@ def _tree(checkpoint: Checkpoint, stored: Collection[str], skeleton: Skeleton) -
         if stack.is_apart(stored) and any(each in stored for each, *_ in stack.linears()):
             whole = {each: shapes.pop(each) for each in stack.stored.values()}
             shapes |= {each: cut.shape(whole[of]) for each, of, _, cut in stack.linears()}
+    idle = _idle_experts(shapes)
+    shapes = {name: shape for name, shape in shapes.items() if module_of(name) not in idle}
     parts = {
         module_of(part)
         for name, of_linear in names.parts.items()
@@ -106,7 +109,25 @@ def _tree(checkpoint: Checkpoint, stored: Collection[str], skeleton: Skeleton) -
         for part in of_linear
         if local_of(part) == "weight"
     }
-    return _Tree(modules, blocks, head, frozenset(parts), shapes)
+    return _Tree(modules, blocks, head, frozenset(parts), frozenset(idle), shapes)
+
+
+def _idle_experts(shapes: Collection[str]) -> set[str]:
+    """The linears, among those of the tensors ``shapes``, of experts that lack some of the others'.
+
+    transformers has them where tokens that are routed to an expert come out as they are, and
+    checkpoints need not have their weights.
+    """
+    experts: dict[str, dict[str, set[str]]] = {}
+    for name in shapes:
+        if _EXPERT.search(linear := module_of(name)):
+            expert = module_of(linear)
+            experts.setdefault(module_of(expert), {}).setdefault(expert, set()).add(linear)
+    idle = set()
+    for by_number in experts.values():
+        most = max(map(len, by_number.values()))
+        idle |= {name for own in by_number.values() if len(own) < most for name in own}
+    return idle
 
 
 def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, int]]) -> ModelView:
@@ -114,6 +135,8 @@ def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, i
     for tensor, stored in checkpoint.tensors.items():
         name, local = split_name(tensor)
         is_matrix = local == "weight" and len(stored.spec.shape) == 2
+        if name in tree.idle:
+            continue
         if is_matrix and not isinstance(tree.modules.get(name), nn.Embedding):
             shapes.setdefault(name, (stored.spec.shape[0], stored.spec.shape[1]))
     in_blocks = {name: m for name, m in tree.modules.items() if _is_in(tree.blocks, name)}
