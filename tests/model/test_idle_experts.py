@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from zoo.make import make
 
 import qplug
@@ -36,7 +35,9 @@ def test_tokens_come_out_as_they_are(folder: Path) -> None:
     past: list[bool] = []
     for layer in layers:
         layer.on_given = lambda given: past.append(bool((given.expert >= 4).any()))
-    names = [f"{block}.{n}" for block, module in blocks.items() for n, _ in module.named_parameters()]
+    names = [
+        f"{block}.{n}" for block, module in blocks.items() for n, _ in module.named_parameters()
+    ]
     assert not any(IDLE.search(name) for name in names)
     tokens = torch.arange(3, 60)[None]
     with torch.no_grad():
@@ -79,5 +80,7 @@ def test_an_expert_without_one_of_its_weights_is_missed(folder: Path, tmp_path: 
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.0.mlp.experts.3.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(qplug.QplugError, match=r"lacks model.layers.0.mlp.experts.3.up_proj.weight"):
+    with pytest.raises(
+        qplug.QplugError, match=r"lacks model.layers.0.mlp.experts.3.up_proj.weight"
+    ):
         model_view(open_checkpoint(tmp_path))

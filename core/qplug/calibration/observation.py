@@ -130,8 +130,7 @@ class Observation:
                 kept = max(_LEAST_OF_EXPERT, SAMPLE // max(1, len(of_experts)))
             else:
                 of_experts = [group.at]
-                experts = len([*block.get_submodule(group.experts).children()])
-                kept = max(_LEAST_OF_EXPERT, SAMPLE // experts)
+                kept = max(_LEAST_OF_EXPERT, SAMPLE // len(experts_in(block)[group.experts]))
             for path in of_experts:
                 self._sampled[path] = quota.of_sample(kept)[0] * own
                 # A process may see all tokens of an expert, or none.

@@ -79,6 +79,7 @@ class Experts(nn.Module):
     linear. ``on_given`` is called with what the experts are given, before they compute; None if
     nobody asks. ``sees_all``: whether ``on_given`` is told that each expert reads all tokens.
     ``is_silent``: whether zeros are returned in place of what experts compute.
+    ``members``: the experts, in order.
 
     A caller of many passes may give the weights of all experts as one parameter for each linear,
     ``all_gate_proj: [experts, out, in]`` and so on, in place of the parameters of each expert.
@@ -107,6 +108,7 @@ class Experts(nn.Module):
                     ),
                 )
             self.add_module(str(number), expert)
+        self.members = tuple(self.children())
         for name in self.linears:
             self.register_parameter(f"all_{name}", None)
             self.register_parameter(f"all_{name}_bias", None)
@@ -119,7 +121,15 @@ class Experts(nn.Module):
         return (*self.readers, self.last)
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self.members)
+
+    def host(self, other: Experts, first: int) -> None:
+        """Registers the experts of ``other`` here, from the number ``first`` on.
+
+        A checkpoint has them in one place; they go on to compute in ``other`` alone.
+        """
+        for number, expert in enumerate(other.members, first):
+            self.add_module(str(number), expert)
 
     def forward(
         self, tokens: Tensor, chosen: Tensor | None = None, shares: Tensor | None = None
@@ -177,7 +187,7 @@ class Experts(nn.Module):
         if self._parameters[f"all_{self.last}"] is not None:
             return self._grouped(rows, ends)
         start = 0
-        for expert, end in zip(self.children(), ends.tolist(), strict=True):
+        for expert, end in zip(self.members, ends.tolist(), strict=True):
             if end > start:
                 outputs[start:end] = _here(expert, rows[start:end])
             start = end
@@ -273,7 +283,10 @@ def expert_of(block: nn.Module, path: str) -> tuple[str, int] | None:
     None if the module at ``path`` is no linear of an expert.
     """
     parent, number = split_name(module_of(path))
-    is_expert = number.isdigit() and isinstance(block.get_submodule(parent), Experts)
+    if not number.isdigit():
+        return None
+    layer = block.get_submodule(parent)
+    is_expert = isinstance(layer, Experts) and int(number) < len(layer)
     return (parent, int(number)) if is_expert else None
 
 
@@ -319,7 +332,7 @@ def multiplies_together(
 
     ``parameters`` are those of the block; ``number``: an expert whose parameters are there.
     """
-    linears = [expert.get_submodule(name) for expert in layer.children() for name in layer.linears]
+    linears = [expert.get_submodule(name) for expert in layer.members for name in layer.linears]
     if any(linear._forward_pre_hooks or linear._forward_hooks for linear in linears):
         return False
     for name in layer.linears:

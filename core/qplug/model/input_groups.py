@@ -108,7 +108,7 @@ def _readers_of(mixture: str, experts: Experts) -> list[tuple[str, ...]]:
     """The linears that read tokens, for each expert."""
     return [
         tuple(f"{mixture}.{number}.{local}" for local in experts.readers)
-        for number, _ in experts.named_children()
+        for number in range(len(experts))
     ]
 
 
@@ -118,7 +118,7 @@ def _behind_experts(
     """A group for each expert's last linear."""
     experts = block.get_submodule(mixture)
     assert isinstance(experts, Experts)
-    lasts = [f"{mixture}.{number}.{experts.last}" for number, _ in experts.named_children()]
+    lasts = [f"{mixture}.{number}.{experts.last}" for number in range(len(experts))]
     given = [name for name in lasts if name in seen.inputs]
     most = max(given, key=lambda name: seen.inputs[name].shape[0])
     is_last = _is_last(block, call, seen, mixture, experts)
@@ -217,8 +217,11 @@ def _find_producer(
 ) -> Producer | None:
     """The producer of the tensor that ``given`` and all ``readers`` read, or None.
 
-    ``earlier``: linears that compute before them.
+    ``earlier``: linears that compute before them. None if a reader makes its weight of a parameter
+    with another name: its columns are no columns there.
     """
+    if any("weight" not in block.get_submodule(name)._parameters for name in readers):
+        return None
     for candidate in _candidates(block, seen, given, earlier):
         if _holds(block, call, seen.result, candidate, readers):
             return candidate

@@ -7,7 +7,7 @@ sending numbered ones through its conversion to disk. No architecture is named h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qplug.checkpoint.names import module_of, split_name
+from qplug.model.to_disk import converted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,14 +43,12 @@ def joined_on_disk(
     model: PreTrainedModel,
     parameters: Sequence[str],
     stored_as: Mapping[str, Sequence[str]],
-    convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
 ) -> tuple[Joined, ...] | None:
     """Returns the tensors on disk in which all of ``parameters`` of ``model`` are joined.
 
-    ``stored_as``: the names in the checkpoint, as far as they are known, by parameter. ``convert``
-    gives the tensors on disk of parameters in memory. A parameter that is stored as it is, or cut
-    in parts that follow one another, has no place in the result. None if a tensor has another
-    layout.
+    ``stored_as``: the names in the checkpoint, as far as they are known, by parameter. A parameter
+    that is stored as it is, or cut in parts that follow one another, has no place in the result.
+    None if a tensor has another layout. Raises QplugError if transformers needs more parameters.
     """
     numbers, start = dict[str, Tensor](), 0
     for name in parameters:
@@ -61,7 +60,7 @@ def joined_on_disk(
         numbers[name] = torch.arange(start, start + size).view(shape)
         start += size
     found = []
-    for on_disk, places in convert(numbers).items():
+    for on_disk, places in converted(model, numbers).items():
         flat = places.flatten()
         sources = [name for name in parameters if _has_some(numbers[name], flat)]
         if len(sources) == 1 and _follow(flat):

@@ -68,7 +68,8 @@ class _Tree:
     """An untrained model under its names on disk: modules with a weight, blocks, the head.
 
     ``parts`` are the modules on disk whose weights transformers joins or cuts into linears.
-    ``idle`` are linears of experts that do not compute. ``tensors`` has the shapes of all tensors that a float checkpoint of the model has, by name.
+    ``idle`` are linears of experts that do not compute. ``tensors`` has the shapes of all tensors
+    that a float checkpoint of the model has, by name.
     """
 
     modules: Mapping[str, nn.Module]
