@@ -106,10 +106,13 @@ def disk_names(model: PreTrainedModel, stored: Iterable[str]) -> DiskNames:
     for name, tensor in converted.items():
         target = in_memory.get(id(tensor), "")
         if target and target not in parts:
-            alone[target] = name if name in joined else _moved(target, alone, name)
+            alone[target] = name if name in joined else _moved(model, target, alone, name)
             shapes[alone[target]] = tuple(tensor.shape)
         elif name in joined or not is_old:
             shapes[name] = tuple(tensor.shape)
+    for name in others.keys() - alone.keys() - parts.keys():
+        if parameters[name].ndim == 3:  # experts in several tensors that the checkpoint lacks
+            parts[name] = [each for each in _written(model, name) if each in shapes]
     return DiskNames(shapes, alone, {name: tuple(each) for name, each in parts.items()})
 
 
@@ -157,15 +160,32 @@ def _loaded(model: PreTrainedModel, stored: Iterable[str]) -> Iterator[tuple[str
             yield name, target, pattern is not None
 
 
-def _moved(target: str, alone: Mapping[str, str], otherwise: str) -> str:
+def _written(model: PreTrainedModel, name: str) -> tuple[str, ...]:
+    """Returns the tensors that the parameter ``name`` becomes if transformers writes it alone.
+
+    Empty if it cannot.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        with quiet_transformers():
+            return tuple(revert_weight_conversion(model, {name: model.get_parameter(name)}))
+    except Exception:  # a conversion may need more tensors than this one
+        return ()
+
+
+def _moved(model: PreTrainedModel, target: str, alone: Mapping[str, str], otherwise: str) -> str:
     """Returns the name on disk of the parameter ``target``, which the checkpoint lacks.
 
-    It is changed as the names of the parameters next to it are; ``otherwise`` if there are none.
+    It is changed as the names of the parameters next to it are; ``otherwise``, the name that
+    transformers would write, if there are none, or if it would write theirs as they are.
     """
     near = max(alone, key=lambda name: len(_common_prefix([name, target])), default=None)
     if near is None:
         return otherwise
     stored = alone[near]
+    if _written(model, near) == (stored,):
+        return otherwise
     same = len(_common_prefix([near[::-1], stored[::-1]]))
     before, after = near[: len(near) - same], stored[: len(stored) - same]
     if not target.startswith(before) or before == after:

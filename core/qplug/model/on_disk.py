@@ -132,7 +132,11 @@ class _Places:
             placement.module(path, relative_name(block, stack.experts))
             _put(module, path, Experts(module.get_submodule(path), stack.layout))
             return
-        for parameter, on_disk in stack.stored.items():
+        for parameter, (on_disk, *others) in stack.stored.items():
+            if others:
+                names = [relative_name(block, each) for each in (on_disk, *others)]
+                placement.several(f"{path}.{parameter}", names, stack.axis(parameter))
+                continue
             placement.parameter(
                 f"{path}.{parameter}",
                 relative_name(block, on_disk),

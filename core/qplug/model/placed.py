@@ -29,6 +29,7 @@ class Placement:
         self._modules: dict[str, str] = {}
         self._parameters: list[tuple[nn.Module, str, str, bool]] = []
         self._parts: list[tuple[nn.Module, str, Sequence[tuple[str, Tensor]]]] = []
+        self._several: list[tuple[nn.Module, str, Sequence[str], int]] = []
         self._of_rows: dict[str, dict[str, tuple[tuple[int, ...], list[_Place]]]] = {}
         self._of_elements: list[tuple[str, tuple[int, ...], list[_Place]]] = []
 
@@ -48,6 +49,11 @@ class Placement:
         """The parameter ``path`` goes to several places, as in ``_part_parameter``."""
         owner, local = split_name(path)
         self._parts.append((self._block.get_submodule(owner), local, parts))
+
+    def several(self, path: str, on_disk: Sequence[str], axis: int) -> None:
+        """The parameter ``path`` goes to the tensors ``on_disk``, of equal size along ``axis``."""
+        owner, local = split_name(path)
+        self._several.append((self._block.get_submodule(owner), local, on_disk, axis))
 
     def joined(
         self,
@@ -91,6 +97,8 @@ class Placement:
                     self._parameters.append((module, local, f"{on_disk}.{local}", False))
         for module, local, on_disk, turned in self._parameters:
             _move_parameter(block, module, local, on_disk, turned=turned)
+        for module, local, names, axis in self._several:
+            _cut_parameter(block, module, local, names, axis)
         self._carry_out_parts()
         for on_disk, tensors in self._of_rows.items():
             _join_linears(block, on_disk, tensors)
@@ -220,6 +228,20 @@ def _part_parameter(
         return torch.cat(values).view(shape)
 
     _compute(owner, local, join)
+
+
+def _cut_parameter(
+    block: nn.Module, owner: nn.Module, local: str, on_disk: Sequence[str], axis: int
+) -> None:
+    """Registers the parts of the parameter ``local`` of ``owner``, of equal size along ``axis``."""
+    parameter = owner._parameters[local]
+    assert parameter is not None
+    places = []
+    for name, values in zip(on_disk, parameter.chunk(len(on_disk), axis), strict=True):
+        path, new = split_name(name)
+        places.append((_container(block, path), new))
+        places[-1][0]._parameters[new] = nn.Parameter(values, requires_grad=False)
+    _compute(owner, local, lambda: torch.cat([getattr(*place) for place in places], axis))
 
 
 def _part_linear(

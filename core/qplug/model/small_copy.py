@@ -132,7 +132,7 @@ class SmallCopy:
         names = disk_names(self.model, on_disk)
         self.stored_blocks = tuple(map(names.block, self.blocks))
         stacks = stacked_experts(self.model, names)
-        whole = {name for stack in stacks for name in stack.stored.values()}
+        whole = {name for stack in stacks for name in stack.tensors}
         self._numbers = {name: tensor for name, tensor in on_disk.items() if name not in whole}
         for stack in stacks:
             for name, stacked, expert, cut in stack.linears():

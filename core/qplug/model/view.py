@@ -99,7 +99,7 @@ def _tree(checkpoint: Checkpoint, stored: Collection[str], skeleton: Skeleton) -
     shapes = dict(names.shapes)
     for stack in stacked_experts(model, names):
         if stack.is_apart(stored) and any(each in stored for each, *_ in stack.linears()):
-            whole = {each: shapes.pop(each) for each in stack.stored.values()}
+            whole = {each: shapes.pop(each) for each in stack.tensors}
             shapes |= {each: cut.shape(whole[of]) for each, of, _, cut in stack.linears()}
     idle = _idle_experts(shapes)
     shapes = {name: shape for name, shape in shapes.items() if module_of(name) not in idle}

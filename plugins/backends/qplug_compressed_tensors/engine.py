@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qplug import Engine, Format, ModelView, Problem, QuantArgs, Scheme, Target
@@ -28,11 +29,32 @@ if TYPE_CHECKING:
     from qplug import Checkpoint
 
 
-#: What to do for models whose experts engines load in a layout of their own, by type of model:
-#: load_weights of gpt_oss.py in vLLM 0.32 and in SGLang 0.5.23 passes over other names in silence.
+@dataclass(frozen=True)
+class OwnLayout:
+    """Experts that servers load in one layout alone: names of single experts are passed over.
+
+    ``servers``: which of them do so. ``remedy``: what to do, in the words of the command line.
+    """
+
+    servers: frozenset[str]
+    remedy: str
+
+
+#: By type of model. load_weights of gpt_oss.py in vLLM 0.32 and in SGLang 0.5.23 reads no others;
+#: step3p5.py in SGLang 0.5.23 (also for step3p7) takes the experts out of one tensor for each
+#: linear, while that in vLLM 0.32 reads single experts, too.
 OWN_LAYOUTS = {
-    "gpt_oss": "take --backend gpt-oss --scheme MXFP4A16, or --ignore '*.experts.*' to keep them "
-    "float"
+    "gpt_oss": OwnLayout(
+        frozenset(("vLLM", "SGLang")),
+        "take --backend gpt-oss --scheme MXFP4A16, or --ignore '*.experts.*' to keep them float",
+    ),
+    **dict.fromkeys(
+        ("step3p5", "step3p7"),
+        OwnLayout(
+            frozenset(("SGLang",)),
+            "take --backend vllm, or --ignore '*.experts.*' to keep them float",
+        ),
+    ),
 }
 
 
@@ -91,8 +113,11 @@ class CompressedTensorsLoader(MergingEngine):
         self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
     ) -> str | None:
         own = OWN_LAYOUTS.get(str(model.config.get("model_type")))
-        if own is not None and any(".experts." in name for name in schemes):
-            return f"engines load the experts of this model in another layout alone: {own}"
+        experts = any(".experts." in name for name in schemes)
+        if own is not None and experts and self.servers <= own.servers:
+            who = "engines load" if len(own.servers) > 1 else f"{self.release} loads"
+            what = "the experts of this model in another layout alone"
+            return f"{who} {what}: {own.remedy}"
         sentence = self._refuses_layers(model, schemes) or self._refuses_mixture(schemes)
         return sentence or super().refuses(model, schemes, target)
 
