@@ -13,6 +13,7 @@ from qplug.api.scheme import Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.batches import passing_dtype
 from qplug.checkpoint.names import block_of
+from qplug.errors import QplugError
 from qplug.model.block_call import BlockCall, Output
 from qplug.model.block_list import decoder_blocks
 from qplug.model.experts import with_experts_together
@@ -49,6 +50,7 @@ class BlockModules:
         names = skeleton.names(source.tensors)
         self.model = skeleton.take().eval()
         self.in_memory = decoder_blocks(self.model, source.folder)
+        _refuse_ties(self.model, self.in_memory)
         self.outer: dict[str, tuple[str, ...]] = {
             name: (on_disk,)
             for name, on_disk in names.of_parameter.items()
@@ -129,6 +131,24 @@ class BlockModules:
                 scale = None if scale is None else scale.to(self.device)
                 roundings[path] = InputRounding(scheme.activations, scale)
         return rounding_inputs(self.modules[block], roundings)
+
+
+def _refuse_ties(model: nn.Module, blocks: Sequence[str]) -> None:
+    """Raises QplugError if ``model`` computes with parameters of its ``blocks`` outside of them."""
+    inside: set[int] = set()
+    outside: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if block_of(name, blocks) is None:
+            outside[id(parameter)] = name
+        else:
+            inside.add(id(parameter))
+    shared = next((name for number, name in outside.items() if number in inside), None)
+    if shared is not None:
+        raise QplugError(
+            f"{shared}: is a weight of a decoder block that the model computes with outside of its "
+            "blocks, too, so algorithms that need calibration data cannot take this architecture; "
+            "use one that needs none, such as rtn"
+        )
 
 
 def _has_ties(block: nn.Module) -> bool:

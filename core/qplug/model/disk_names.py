@@ -94,9 +94,10 @@ def disk_names(model: PreTrainedModel, stored: Iterable[str]) -> DiskNames:
             alone[target] = name
     shapes = {stored_name: tuple(parameters[name].shape) for name, stored_name in alone.items()}
     others = {
-        names[0]: parameters[names[0]]
+        name: parameters[name]
         for names in aliases.values()
-        if not any(name in alone for name in names)
+        if not any(each in alone for each in names)
+        for name in [_best_known(names, alone)]
     }
     with quiet_transformers():
         converted: dict[str, Tensor] = revert_weight_conversion(model, others)
@@ -191,6 +192,13 @@ def _moved(model: PreTrainedModel, target: str, alone: Mapping[str, str], otherw
     if not target.startswith(before) or before == after:
         return otherwise
     return after + target.removeprefix(before)
+
+
+def _best_known(names: Sequence[str], alone: Mapping[str, str]) -> str:
+    """Returns the one of ``names``, of a tied parameter, that is most like those in ``alone``."""
+    if len(names) == 1:
+        return names[0]
+    return max(names, key=lambda n: max((len(_common_prefix([n, a])) for a in alone), default=0))
 
 
 def _common_prefix(names: Sequence[str]) -> str:
