@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from zoo.make import make
 
 import qplug
+from qplug.calibration.samples import Samples
+from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
+from qplug.machine.session import Session
 from qplug.model.architectures import by_linear
 from qplug.model.on_disk import as_on_disk
 from qplug.model.view import model_view
@@ -79,6 +82,23 @@ def test_a_joined_linear_is_called_once_in_a_pass(tmp_path: Path, name: str) -> 
     second = _answer(model)
     assert len(calls) == len(passes)
     assert not torch.equal(first, second)  # it does not go by what it returned before
+
+
+@pytest.mark.parametrize("name", ["gte", "molmo2"])
+def test_scale_moves_into_the_first_half_of_up_and_gate(tmp_path: Path, name: str) -> None:
+    folder = make(name, tmp_path / name)
+    source = open_checkpoint(folder)
+    view = model_view(source)
+    schemes = dict.fromkeys(view.quantizable, qplug.preset("W4A16"))
+    samples = Samples(torch.arange(3, 67)[None])
+    walk = Walk(source, view, schemes, samples, Session(Registry([])), propagate="float")
+    block = walk.gather(view.blocks[0])
+    group = block.groups[-1]
+    producer, readers = block.producer_and_readers(group)
+    assert readers in {("mlp.down_proj",), ("mlp.ff_out",)}
+    assert producer.module in {"mlp.up_gate_proj", "mlp.ff_proj"}
+    assert torch.equal(producer.rows, torch.arange(512))
+    walk.close()
 
 
 @pytest.mark.parametrize("name", ["gte", "nomic_bert"])

@@ -255,7 +255,7 @@ def _sections(out: int, width: int, device: torch.device) -> Iterator[Tensor]:
 
     Each channel has a row of its own, or heads that share values are repeated. The rows are the
     whole matrix, or its last part where a matrix fuses several (qkv, gate-up), or the last part of
-    each head of such a matrix.
+    each head of such a matrix, or the first half (up-gate).
     """
     sizes = [out] if out <= width else []
     if out > width:
@@ -277,6 +277,8 @@ def _sections(out: int, width: int, device: torch.device) -> Iterator[Tensor]:
         for count in _divisors(gcd(out, width))[:-1]:
             runs = torch.arange(out, device=device).view(count, -1)
             yield runs[:, -(width // count) :].reshape(-1)
+    if out == 2 * width:
+        yield torch.arange(width, device=device)
 
 
 def _divisors(size: int) -> list[int]:
