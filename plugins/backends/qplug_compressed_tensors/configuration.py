@@ -19,6 +19,7 @@ from qplug_compressed_tensors.outside import expert_groups, portable, tower_entr
 PACK_QUANTIZED = "pack-quantized"
 INT_QUANTIZED = "int-quantized"
 FLOAT_QUANTIZED = "float-quantized"
+NAIVE_QUANTIZED = "naive-quantized"
 NVFP4_PACKED = "nvfp4-pack-quantized"
 MXFP4_PACKED = "mxfp4-pack-quantized"
 MXFP8_QUANTIZED = "mxfp8-quantized"
@@ -59,10 +60,16 @@ def format_of(scheme: Scheme) -> str | None:
 def stores(name: str, scheme: Scheme) -> bool:
     """Whether the layout ``name`` stores ``scheme``, be it in folders of other writers alone.
 
-    compressed-tensors stores all integers in bytes whose inputs are quantized, in any bits.
+    compressed-tensors stores all integers in bytes whose inputs are quantized, in any bits. Its
+    ``naive-quantized`` is for all weights that fit no other layout, and stores each code in the
+    dtype that is next to it: int8, or fp8. Folders in fp8 whose inputs are float are such.
     """
-    bytewise = name == INT_QUANTIZED and scheme.activations is not None
-    return (bytewise and not scheme.weights.is_float) or name == format_of(scheme)
+    weights = scheme.weights
+    if name == format_of(scheme):
+        return True
+    if name == NAIVE_QUANTIZED:
+        return not weights.is_float or (weights.dtype == "e4m3" and not weights.fixes_scales)
+    return name == INT_QUANTIZED and scheme.activations is not None and not weights.is_float
 
 
 def _packs(weights: QuantArgs, activations: QuantArgs | None) -> bool:

@@ -32,9 +32,11 @@ class Loader:
     parts of merged matrices. ``heads``: the formats in which a head is loaded. ``unread``: formats
     that are not loaded. ``caches``: the strategies of stored scales of a KV cache that are read;
     ``cache_models``: the architectures of config.json whose scales are read, None for all.
-    ``int8_experts``: whether experts run with int8 weights and int8 inputs. ``int4_in_bytes``:
-    whether integers of fewer than 8 bits run that fill a byte each. ``source`` is where this was
-    read.
+    ``int8_experts``: whether experts run with int8 weights and int8 inputs. ``row_experts``: the
+    schemes of packed integers, with devices, in which experts run that have one scale a row; None
+    for all. ``int4_in_bytes``: whether integers of fewer than 8 bits run that fill a byte each;
+    ``weights_in_bytes``: whether integers of any width do whose inputs are float. ``source`` is
+    where this was read.
     """
 
     plain: Plain = "whole"
@@ -46,7 +48,9 @@ class Loader:
     caches: frozenset[str] = frozenset({"tensor"})
     cache_models: frozenset[str] | None = None
     int8_experts: bool = True
+    row_experts: frozenset[tuple[str, str]] | None = None
     int4_in_bytes: bool = True
+    weights_in_bytes: bool = True
     source: str = ""
 
 

@@ -26,6 +26,7 @@ from qplug_compressed_tensors.configuration import (
     INT_QUANTIZED,
     MXFP4_PACKED,
     MXFP8_QUANTIZED,
+    NAIVE_QUANTIZED,
     NVFP4_PACKED,
     PACK_QUANTIZED,
     Configuration,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from qplug import Checkpoint
 
 _FORMATS = (
-    *(PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED),
+    *(PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED, NAIVE_QUANTIZED),
     *(NVFP4_PACKED, MXFP4_PACKED, MXFP8_QUANTIZED),
 )
 _FLOATS = ("bfloat16", "float16", "float32")
@@ -82,11 +83,14 @@ class Case:
         return self.format.layout(shape, scheme, self.model.dtype)
 
     def fills_bytes(self, name: str) -> bool:
-        """Whether config.json says that the integers of linear ``name`` fill a byte each."""
+        """Whether config.json says that the codes of linear ``name`` fill a byte each.
+
+        The format of its group does so for codes of any width.
+        """
         group = self.config.group(name)
-        if group is None or group.format != INT_QUANTIZED:
+        if group is None or group.format not in (INT_QUANTIZED, NAIVE_QUANTIZED):
             return False
-        return stores(INT_QUANTIZED, group.scheme)
+        return stores(group.format, group.scheme)
 
     @cached_property
     def present(self) -> dict[str, dict[str, str]]:
@@ -298,9 +302,13 @@ def formats_are_read(case: Case) -> Iterator[Problem]:
     for name, scheme in case.schemes.items():
         if format_of(scheme) in case.loader.unread:
             yield Problem("format", name, f"{case.engine} does not load {format_of(scheme)}")
-        elif case.fills_bytes(name) and scheme.weights.bits < 8 and not case.loader.int4_in_bytes:
-            sentence = f"{case.engine} does not run {scheme.name} in {INT_QUANTIZED}"
-            yield Problem("format", name, f"{sentence}; pack the codes with qplug convert")
+        elif case.fills_bytes(name) and not scheme.weights.is_float:
+            narrow, alone = scheme.weights.bits < 8, scheme.activations is None
+            loader, group = case.loader, case.config.group(name)
+            if (narrow and not loader.int4_in_bytes) or (alone and not loader.weights_in_bytes):
+                layout = "bytes" if group is None else group.format
+                sentence = f"{case.engine} does not run {scheme.name} in {layout}"
+                yield Problem("format", name, f"{sentence}; pack the codes with qplug convert")
 
 
 #: Rules of the format: the stored tensors agree with the configuration.

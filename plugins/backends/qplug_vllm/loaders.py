@@ -7,16 +7,28 @@ from qplug_compressed_tensors.loader import Loader
 
 #: The formats in which a head was run.
 _HEADS = frozenset({PACK_QUANTIZED, INT_QUANTIZED})
+#: Experts with one scale a row run by Marlin alone: CompressedTensorsWNA16MoEMethod asserts groups
+#: for all other kernels. On sm90 Humming comes first (prioritize_humming), and Marlin has no zero
+#: points of 8 bits (MarlinExpertsBase._supports_quant_scheme).
+_ROW_EXPERTS = frozenset(
+    (scheme, device)
+    for scheme in ("W4A16", "W4A16_ASYM", "W8A16")
+    for device in ("sm80", "sm89", "sm100")
+)
 
 LOADERS = {
     "vLLM 0.32.0": Loader(
         heads=_HEADS,
+        row_experts=_ROW_EXPERTS,
+        weights_in_bytes=False,  # _quantization_scheme_map_from_config asserts floats
         int4_in_bytes=False,  # choose_mp_linear_kernel has int4 on Arm and Intel GPUs alone
-        source="compressed_tensors.py and utils.py of 0.32.0, which are the same in 0.33.0",
+        source="compressed_tensors.py, utils.py and compressed_tensors_moe_wna16.py of 0.32.0, "
+        "which are the same in 0.33.0",
     ),
     "vLLM 0.26.0": Loader(
         heads=_HEADS,
         classes_first=True,
+        weights_in_bytes=False,
         source="find_matched_target of 0.26.0 asks for names, then classes, then parts",
     ),
 }
