@@ -23,7 +23,7 @@ from qplug.machine.session import Session
 from qplug.model.architectures import by_linear, find_packed_view, with_turned_matrices
 from qplug.model.kv_cache import SCALES
 from qplug.model.skeleton import Skeleton
-from qplug.model.view import refuse_quantized
+from qplug.model.view import refuse_quantized, with_embedding
 from qplug.output.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -212,4 +212,6 @@ def _opened(
             cache = exporter.format.read_cache(config)
     elif manifest is not None:
         schemes, cache = dict(manifest.schemes), manifest.kv_cache
+        if view.embedding in schemes:  # floats that are to be measured as if they were codes
+            view = with_embedding(view, checkpoint)
     return Folder(checkpoint, view, manifest, exporter, schemes, cache, trusted)

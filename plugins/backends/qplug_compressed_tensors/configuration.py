@@ -25,6 +25,9 @@ MXFP4_PACKED = "mxfp4-pack-quantized"
 MXFP8_QUANTIZED = "mxfp8-quantized"
 MIXED = "mixed-precision"
 
+#: The class of embeddings in targets: a part of the name that engines have for it.
+EMBEDDING = "Embedding"
+
 # Layouts of schemes whose formats prescribe the dtype of scales.
 _FIXED = {
     (PRESETS[name].weights, PRESETS[name].activations): layout
@@ -98,6 +101,8 @@ def write_config(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, A
         targets = ["Linear"] if len(kinds) == 1 else _entries(members, schemes, model)
         if model.head in members and len(kinds) == 1:  # engines do not class a head as Linear
             targets.append(rf"re:.*{re.escape(model.head)}$")
+        if model.embedding in members:  # vLLM builds that of Llama without a name
+            targets += [EMBEDDING] if len(kinds) > 1 else [EMBEDDING, model.embedding]
         groups[f"group_{number}"] = _group(scheme, targets)
         if len(formats) > 1:
             groups[f"group_{number}"]["format"] = format_of(scheme)
@@ -237,15 +242,19 @@ class Group:
 class Configuration:
     """A parsed ``quantization_config``.
 
-    ``plain``: how plain entries of ``ignore`` match names.
+    ``plain``: how plain entries of ``ignore`` match names. ``embedding``: the module that is not of
+    the class ``Linear`` but of ``Embedding``.
     """
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
     plain: Plain = "whole"
+    embedding: str | None = None
 
     @classmethod
-    def parse(cls, config: Mapping[str, Any], *, plain: Plain = "whole") -> Configuration:
+    def parse(
+        cls, config: Mapping[str, Any], *, plain: Plain = "whole", embedding: str | None = None
+    ) -> Configuration:
         """Parse ``config``. Raises QplugError for a configuration that no engine takes."""
         if config.get("quant_method") != "compressed-tensors":
             raise QplugError(
@@ -263,7 +272,7 @@ class Configuration:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise QplugError(f"quantization_config is damaged: {error!r}") from error
-        return cls(groups, tuple(config.get("ignore") or ()), plain)
+        return cls(groups, tuple(config.get("ignore") or ()), plain, embedding)
 
     def ignored(self, name: str) -> bool:
         """Whether the module ``name`` stays float."""
@@ -275,13 +284,14 @@ class Configuration:
         )
 
     def group(self, name: str) -> Group | None:
-        """The group of the linear ``name``, by its name, else by its class; None if float."""
+        """The group of the module ``name``, by its name, else by its class; None if float."""
         if self.ignored(name):
             return None
         for group in self.groups:
             if any(matches(target, name) for target in group.targets):
                 return group
-        return next((group for group in self.groups if "Linear" in group.targets), None)
+        kind = "Linear" if name != self.embedding else EMBEDDING
+        return next((group for group in self.groups if kind in group.targets), None)
 
 
 #: Names of an expert's linears by which engines look up how to build all experts of a layer.

@@ -34,7 +34,9 @@ class Loader:
     ``cache_models``: the architectures of config.json whose scales are read, None for all.
     ``int8_experts``: whether experts run with int8 weights and int8 inputs. ``row_experts``: the
     schemes of packed integers, with devices, in which experts run that have one scale a row; None
-    for all. ``int4_in_bytes``: whether integers of fewer than 8 bits run that fill a byte each;
+    for all. ``embeddings``: the architectures whose embedding is looked up if it is quantized,
+    None for all; ``unnamed_embeddings``: those among them that are found by their class alone.
+    ``int4_in_bytes``: whether integers of fewer than 8 bits run that fill a byte each;
     ``weights_in_bytes``: whether integers of any width do whose inputs are float. ``source`` is
     where this was read.
     """
@@ -49,6 +51,8 @@ class Loader:
     cache_models: frozenset[str] | None = None
     int8_experts: bool = True
     row_experts: frozenset[tuple[str, str]] | None = None
+    embeddings: frozenset[str] | None = None
+    unnamed_embeddings: frozenset[str] = frozenset()
     int4_in_bytes: bool = True
     weights_in_bytes: bool = True
     source: str = ""

@@ -5,7 +5,7 @@ A rule is a function that yields the problems it finds. Its docstring states wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from qplug import (
 )
 from qplug_compressed_tensors import byte_codes
 from qplug_compressed_tensors.configuration import (
+    EMBEDDING,
     FLOAT_QUANTIZED,
     INT_QUANTIZED,
     MXFP4_PACKED,
@@ -171,7 +172,8 @@ def fused_linears_agree(case: Case) -> Iterator[Problem]:
 
 def kernels_take_the_shapes(case: Case) -> Iterator[Problem]:
     """The kernel for each weight takes the weight's shape."""
-    yield from kernel_problems(case.model, case.schemes, case.kernels)
+    schemes = without_embedding(case.model, case.schemes)
+    yield from kernel_problems(case.model, schemes, case.kernels)
 
 
 def head_is_as_the_loader_takes_it(case: Case) -> Iterator[Problem]:
@@ -180,7 +182,7 @@ def head_is_as_the_loader_takes_it(case: Case) -> Iterator[Problem]:
     Engines do not class a head as ``Linear``: without a target of its own, its codes have no place.
     """
     for name, scheme in case.schemes.items():
-        if name in case.model.quantizable:
+        if name in case.model.quantizable or name == case.model.embedding:
             continue
         if name != case.model.head:
             yield Problem("head", name, "is a router, and must stay float")
@@ -194,6 +196,49 @@ def head_is_as_the_loader_takes_it(case: Case) -> Iterator[Problem]:
 def loads_head(loader: Loader, scheme: Scheme) -> bool:
     """Whether ``loader`` loads a head in ``scheme``: scales of blocks do not fit a vocabulary."""
     return format_of(scheme) in loader.heads and scheme.weights.strategy != "block"
+
+
+def embedding_is_as_the_loader_takes_it(case: Case) -> Iterator[Problem]:
+    """An embedding is quantized only as the loader looks it up, and with a target that it finds."""
+    name = case.model.embedding
+    if name is None or name not in case.schemes:
+        return
+    sentence = refuses_embedding(case.loader, case.model, case.schemes[name])
+    if sentence is None and case.model.is_tied(name):
+        sentence = "computes the head with the same tensor, which has to be float"
+    if sentence is not None:
+        yield Problem("embedding", name, f"{case.engine} {sentence}")
+        return
+    group, models = case.config.group(name), architectures(case.model)
+    by_class = group is not None and EMBEDDING in group.targets
+    if not by_class and models & case.loader.unnamed_embeddings:
+        sentence = f"needs the target {EMBEDDING}: {case.engine} builds that of {min(models)}"
+        yield Problem("embedding", name, f"{sentence} without a name")
+
+
+def refuses_embedding(loader: Loader, model: ModelView, scheme: Scheme) -> str | None:
+    """Why ``loader`` does not take a quantized embedding of ``model``, as the end of a sentence."""
+    weights, models = scheme.weights, architectures(model)
+    if loader.embeddings is None:
+        return None
+    if not loader.embeddings:
+        return "serves no quantized embedding"
+    if not models & loader.embeddings:
+        return f"builds the embedding of {', '.join(sorted(models)) or 'this model'} float"
+    whole = weights.bits in (2, 4, 8)  # it looks for the codes of a column in one word
+    if format_of(scheme) != PACK_QUANTIZED or not (weights.symmetric and whole):
+        return f"looks up embeddings in W2A16, W4A16 or W8A16, not {scheme.name}"
+    return None
+
+
+def without_embedding(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    """Returns ``schemes`` without that of the embedding, which no kernel multiplies with."""
+    return {name: scheme for name, scheme in schemes.items() if name != model.embedding}
+
+
+def architectures(model: ModelView) -> set[str]:
+    """The architectures that config.json names."""
+    return {str(name) for name in model.config.get("architectures") or ()}
 
 
 def numbers_are_sound(case: Case) -> Iterator[Problem]:
@@ -326,6 +371,7 @@ LOADER_RULES: tuple[Rule, ...] = (
     formats_of_groups_count,
     fused_linears_agree,
     head_is_as_the_loader_takes_it,
+    embedding_is_as_the_loader_takes_it,
     cache_scales_are_read,
     kernels_take_the_shapes,
 )

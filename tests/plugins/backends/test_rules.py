@@ -621,7 +621,9 @@ FAULTS += [
 
 def test_every_rule_has_a_fault() -> None:
     experts = silent.int8_experts_have_a_kernel  # has its test where there are experts
-    assert {experts, *(fault.rule for fault in FAULTS)} == {*rules.FORMAT_RULES, *SGLang.rules}
+    embeddings = rules.embedding_is_as_the_loader_takes_it  # has its tests in test_embedding
+    tested = {experts, embeddings, *(fault.rule for fault in FAULTS)}
+    assert tested == {*rules.FORMAT_RULES, *SGLang.rules}
 
 
 @pytest.fixture
