@@ -32,8 +32,8 @@ def loaders() -> str:
     """A table of what the loaders of compressed-tensors folders read, by release."""
     registry = Registry.installed()
     lines = [
-        "| loader | formats in a folder | head | embedding | scales of a cache | entries of `ignore` "
-        "match |",
+        "| loader | formats in a folder | head | embedding | scales of a cache "
+        "| entries of `ignore` match |",
         "|---|---|---|---|---|---|",
     ]
     for name in registry.exporters:
