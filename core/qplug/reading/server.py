@@ -105,8 +105,8 @@ def find_serving(
     By default ``backend`` is the one that wrote the folder. If that is several that are joined, it
     is the first of them whose engine is installed, else the first. ``python`` is the interpreter
     that has the engine; by default the one that QPLUG_<ENGINE>_PYTHON names, else the one that runs
-    qplug. ``arguments`` are passed on to the engine. Raises QplugError if the backend has no engine with a
-    server.
+    qplug. ``arguments`` are passed on to the engine. Raises QplugError if the backend has no engine
+    with a server.
     """
     registry = session.registry
     path = find_model(folder)
