@@ -66,7 +66,8 @@ def _embeddings(loader: Loader) -> str:
 def _caches(loader: Loader) -> str:
     if loader.caches and loader.cache_models is not None:
         return f"for {len(loader.cache_models)} architectures"
-    return "yes" if loader.caches else "no"
+    by_head = ", also by head" if "attn_head" in loader.caches else ""
+    return f"yes{by_head}" if loader.caches else "no"
 
 
 def _table(rows: Sequence[Capability]) -> str:

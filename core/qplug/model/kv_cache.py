@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -27,6 +27,9 @@ from qplug.numerics.activations import fake_quantize_activations, input_scale
 
 #: The names of the scales of keys and values, float32 ``[1]``, in a module of attention.
 SCALES = ("k_scale", "v_scale")
+
+#: Those that folders of others have: engines round queries too, under the last of them.
+STORED_SCALES = (*SCALES, "q_scale")
 
 #: Tokens on which the modules that fill the cache are found.
 _PROBE = 4
@@ -96,9 +99,12 @@ class ObservedCache(PassingCache):
 
 
 class RoundedCache(PassingCache):
-    """Rounds keys and values under the two scales of a layer, each ``[1]``."""
+    """Rounds keys and values under the two scales of a layer, each ``[1]``, or ``[heads]``."""
 
     def __init__(self, args: QuantArgs, scales: tuple[Tensor, ...]) -> None:
+        if args.strategy == "attn_head":  # of keys and values [samples, heads, tokens, 1, size]
+            args = replace(args, strategy="tensor")
+            scales = tuple(scale.reshape(-1, 1, 1, 1) for scale in scales)
         self._args, self._scales = args, scales
 
     def update(

@@ -59,7 +59,7 @@ class Loader:
 
 
 #: What holds for every loader: the backend of the bare format has no other row.
-COMMON = Loader(classes_first=True)
+COMMON = Loader(classes_first=True, caches=frozenset({"tensor", "attn_head"}))
 
 #: Rows by release (``SGLang 0.5.23``), as in ``Engine.releases``. A release without a row has the
 #: row of the next older one.

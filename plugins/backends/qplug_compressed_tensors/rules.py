@@ -51,7 +51,9 @@ _FORMATS = (
 _FLOATS = ("bfloat16", "float16", "float32")
 _SCALES = ("weight_scale", "input_scale", "weight_global_scale", "input_global_scale")
 _CACHE_SCALES = ("k_scale", "v_scale")
+_QUERY_SCALE = "q_scale"
 _CACHE = QuantArgs("e4m3", "tensor")
+_CACHE_BY_HEAD = QuantArgs("e4m3", "attn_head")
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,8 @@ def cache_problems(
         block: [
             tensor
             for tensor in folder.tensors
-            if tensor.startswith(f"{block}.") and tensor.rpartition(".")[2] in _CACHE_SCALES
+            if tensor.startswith(f"{block}.")
+            and tensor.rpartition(".")[2] in (*_CACHE_SCALES, _QUERY_SCALE)
         ]
         for block in model.blocks
     }
@@ -286,7 +289,7 @@ def cache_problems(
         for tensor in sorted(name for names in stored.values() for name in names):
             yield Problem("unexpected", tensor, "config.json has no cache for it")
         return
-    if args != _CACHE:
+    if args not in (_CACHE, _CACHE_BY_HEAD):
         yield Problem(
             "cache",
             "config.json",
@@ -294,16 +297,29 @@ def cache_problems(
         )
         return
     for block, names in stored.items():
-        local = sorted(name.rpartition(".")[2] for name in names)
+        keys_and_values = [name for name in names if not name.endswith(f".{_QUERY_SCALE}")]
+        local = sorted(name.rpartition(".")[2] for name in keys_and_values)
         if local != sorted(_CACHE_SCALES) or len({n.rpartition(".")[0] for n in names}) != 1:
             present = " and ".join(sorted(n.removeprefix(f"{block}.") for n in names)) or "none"
             yield Problem("missing", block, f"needs one k_scale and one v_scale, but has {present}")
         for name in sorted(names):
-            spec = folder.tensors[name].spec
-            if spec.dtype not in _FLOATS or spec.shape not in ((), (1,)):
-                yield Problem("shape", name, f"is {spec.dtype} {list(spec.shape)}, not float32 [1]")
+            spec, count = folder.tensors[name].spec, 1
+            if args == _CACHE_BY_HEAD:
+                count = _heads(model, of_queries=name.endswith(f".{_QUERY_SCALE}"))
+            shapes = ((count,), (count, 1, 1), *(((),) if count == 1 else ()))
+            if spec.dtype not in _FLOATS or spec.shape not in shapes:
+                stated = f"is {spec.dtype} {list(spec.shape)}, not float32 [{count}]"
+                yield Problem("shape", name, stated)
             elif not _is_sound(folder.read(name)):
                 yield Problem("scale", name, "a scale is zero, negative, or not finite")
+
+
+def _heads(model: ModelView, *, of_queries: bool) -> int:
+    """The number of heads of queries, or of keys and values, by config.json."""
+    text = model.config.get("text_config") or model.config
+    heads = text.get("num_attention_heads")
+    found = heads if of_queries else text.get("num_key_value_heads") or heads
+    return found if type(found) is int else 1
 
 
 def cache_scales_are_read(case: Case) -> Iterator[Problem]:

@@ -35,6 +35,7 @@ _EMBEDDINGS = _UNNAMED_EMBEDDINGS | {
 LOADERS = {
     "vLLM 0.32.0": Loader(
         heads=_HEADS,
+        caches=frozenset({"tensor", "attn_head"}),  # CompressedTensorsKVCacheMethod
         row_experts=_ROW_EXPERTS,
         embeddings=_EMBEDDINGS,
         unnamed_embeddings=_UNNAMED_EMBEDDINGS,
