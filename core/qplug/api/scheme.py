@@ -329,8 +329,12 @@ PRESETS: dict[str, Scheme] = {
     )
 }
 
-#: The formats of a KV cache, by name. Keys and values have one scale each in every layer.
-CACHES: dict[str, QuantArgs] = {"fp8": _STATIC_E4M3}
+#: The formats of a KV cache, by name. Keys and values have one scale each in every layer, or each
+#: head has its own; then each head of queries has one too.
+CACHES: dict[str, QuantArgs] = {
+    "fp8": _STATIC_E4M3,
+    "fp8_per_head": replace(_STATIC_E4M3, strategy="attn_head"),
+}
 
 
 #: Other spellings of schemes, in the exact case: ``FP8`` is the name of a scheme, ``fp8`` is what

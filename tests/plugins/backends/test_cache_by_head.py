@@ -119,6 +119,48 @@ def test_the_model_is_measured_with_them(by_head: Path, quantized: Quantized) ->
     assert torch.nn.functional.cosine_similarity(*[each.flatten() for each in logits], dim=0) > 0.99
 
 
+@pytest.mark.parametrize(
+    ("backend", "options", "said"),
+    [
+        ("vllm", {"gpu": "sm89"}, "need FlashAttention 3, which is for sm90, not sm89: use fp8"),
+        ("vllm", {"engine": "0.26"}, "vLLM 0.26.0 drops the scales of a KV cache"),
+        ("sglang", {}, "SGLang 0.5.23 drops the scales of a KV cache"),
+        ("gptq", {}, "has no place for the scales of a KV cache"),
+    ],
+)
+def test_where_it_is_not_served(
+    backend: str, options: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(QplugError, match=said):
+        qplug.quantize(
+            "qplug:demo",
+            tmp_path / "out",
+            scheme="W8A16",
+            backend=backend,
+            backend_options=options,
+            kv_cache="fp8_per_head",
+            dry_run=True,
+        )
+
+
+def test_it_is_written_for_vllm(quantized: Quantized) -> None:
+    out = quantized(
+        "W8A8",
+        backend="vllm",
+        backend_options={"gpu": "sm90"},
+        kv_cache="fp8_per_head",
+        samples=2,
+        seq_len=32,
+    )
+    assert qplug.verify(str(out)).ok
+    folder = open_folder(str(out), Session.alone())
+    assert folder.kv_cache == BY_HEAD
+    told = folder.checkpoint.config["quantization_config"]["kv_cache_scheme"]
+    assert QuantizationArgs.model_validate(told).strategy == "attn_head"
+    specs = {n: folder.checkpoint.tensors[f"{ATTENTION}.{n}_scale"].spec.shape for n in "qkv"}
+    assert specs == {"q": (4, 1, 1), "k": (2, 1, 1), "v": (2, 1, 1)}
+
+
 def test_no_layer_has_scales_of_heads() -> None:
     for args in ((BY_HEAD, None), (QuantArgs("int8", "channel"), BY_HEAD)):
         with pytest.raises(QplugError, match="'attn_head' is of a KV cache"):
