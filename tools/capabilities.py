@@ -32,14 +32,18 @@ def loaders() -> str:
     """A table of what the loaders of compressed-tensors folders read, by release."""
     registry = Registry.installed()
     lines = [
-        "| loader | formats in a folder | head | scales of a cache | entries of `ignore` match |",
-        "|---|---|---|---|---|",
+        "| loader | formats in a folder | head | embedding | scales of a cache "
+        "| entries of `ignore` match |",
+        "|---|---|---|---|---|---|",
     ]
     for name in registry.exporters:
         engine = registry.exporters[name].engine
         held = engine.loaders if isinstance(engine, CompressedTensorsLoader) else {}
         for release, loader in held.items():
-            cells = [_formats(loader), _list(loader.heads), _caches(loader), _PLAIN[loader.plain]]
+            cells = [
+                *(_formats(loader), _list(loader.heads), _embeddings(loader)),
+                *(_caches(loader), _PLAIN[loader.plain]),
+            ]
             lines.append(f"| {release} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -55,10 +59,15 @@ def _list(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names)) or "no"
 
 
+def _embeddings(loader: Loader) -> str:
+    return f"of {len(loader.embeddings)} architectures" if loader.embeddings else "no"
+
+
 def _caches(loader: Loader) -> str:
     if loader.caches and loader.cache_models is not None:
         return f"for {len(loader.cache_models)} architectures"
-    return "yes" if loader.caches else "no"
+    by_head = ", also by head" if "attn_head" in loader.caches else ""
+    return f"yes{by_head}" if loader.caches else "no"
 
 
 def _table(rows: Sequence[Capability]) -> str:

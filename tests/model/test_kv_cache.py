@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_who_fills_the_cache_is_found(name: str, family: Family) -> None:
     assert found.argument == argument
     for number, block in enumerate(view.blocks):
         wanted = tuple(f"{module.format(number)}.{local}" for local in ("k_scale", "v_scale"))
-        assert found.scale_names(block) == wanted
+        assert tuple(found.scale_specs(block)) == wanted
 
 
 def test_rotary_tables_may_depend_on_positions(tmp_path: Path) -> None:
@@ -160,6 +161,64 @@ def test_scales_just_cover_what_the_quantized_model_stores(
             assert codes.abs().max().item() == pytest.approx(448, rel=1e-5)
             grid = codes.float().to(torch.float8_e4m3fn).double()
             assert torch.allclose(codes, grid, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+@torch.no_grad()
+def test_each_head_has_a_scale_that_just_covers_it(
+    name: str, family: Family, tokens_given: Tensor, tmp_path: Path
+) -> None:
+    """Of the quantized model, on the data of the calibration; of queries too."""
+    out = qplug.quantize(
+        str(family(name)),
+        tmp_path / "out",
+        algo="rtn",
+        scheme="W8A16",
+        group_size=16,
+        backend="compressed-tensors",
+        kv_cache="fp8_per_head",
+        device="cpu",
+    ).out
+    assert qplug.verify(str(out)).problems == ()
+    model: Any = qplug.load(str(out))
+    queries, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def seeing(query: Tensor, *args: Any, **call: Any) -> Tensor:
+        queries.append(query)
+        return attend(query, *args, **call)
+
+    cache = DynamicCache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", seeing)
+        model(tokens_given, past_key_values=cache, use_cache=True)
+    folder = open_folder(str(out), Session.alone())
+    for number, layer in enumerate(cache.layers):
+        (attention,) = {
+            stored.rpartition(".")[0]
+            for stored in folder.checkpoint.tensors
+            if stored.startswith(folder.view.blocks[number]) and stored.endswith(".q_scale")
+        }
+        for part, local in ((layer.keys, "k"), (layer.values, "v"), (queries[number], "q")):
+            scale = folder.checkpoint.read(f"{attention}.{local}_scale")
+            assert scale.shape == (part.shape[1], 1, 1)
+            covered = (part.abs() / scale).amax((0, 2, 3))
+            assert torch.allclose(covered, torch.full_like(covered, 448), rtol=1e-5)
+
+
+def test_queries_that_are_not_seen_are_refused(
+    family: Family, tokens_given: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ObservedCache, "with_queries", lambda self: nullcontext())
+    with pytest.raises(QplugError, match="cannot see the queries of its attention"):
+        qplug.quantize(
+            str(family("llama")),
+            tmp_path / "out",
+            scheme="W8A16",
+            group_size=16,
+            backend="compressed-tensors",
+            kv_cache="fp8_per_head",
+            device="cpu",
+        )
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -442,6 +444,19 @@ def test_activations_by_hand() -> None:
     x = torch.tensor([[448.0, 17.0, 19.0, -448.0, 1.0, 0.0, 0.0, 0.0]])
     found = fake_quantize_activations(x, ACTIVATIONS["fp8 groups"])
     assert found.tolist() == [[448, 16, 20, -448, 1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_largest_input_is_the_largest_code(bits: int) -> None:
+    """As in engines. compressed-tensors would clip it: its divisor lies half a step further."""
+    top = 2 ** (bits - 1) - 1
+    codes = torch.arange(-top, top + 1, dtype=torch.float32)
+    x = torch.stack([codes, 0.625 * codes])
+    args = QuantArgs(f"int{bits}", "token", dynamic=True)
+    assert torch.equal(fake_quantize_activations(x, args), x)
+    theirs = QuantizationArgs(num_bits=bits, strategy="token", dynamic=True)
+    scale, _ = calculate_qparams(codes.min(), codes.max(), theirs)
+    assert scale.item() == pytest.approx(top / (top + 0.5))
 
 
 def test_activations_that_no_engine_rounds_so() -> None:

@@ -257,6 +257,40 @@ def test_dry_run_for_another_engine(cli: Cli, folder: Callable[..., Path]) -> No
         assert module in cli("serve", path, "--dry-run", *words).stdout
 
 
+def test_of_two_engines_an_installed_one_serves(
+    cli: Cli, folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the first of the two, which is said."""
+    path = folder(scheme="W4A16", backend="vllm+sglang")
+    for engine in ("VLLM", "SGLANG"):
+        monkeypatch.delenv(f"QPLUG_{engine}_PYTHON", raising=False)
+    said = f"{path}: written for vllm+sglang, to be served with"
+    python = tmp_path / "python"  # without the packages of the Python that runs this
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="$ENGINES" exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+
+    def served(*installed: str) -> tuple[str, str]:
+        engines = tmp_path / "-".join(["engines", *installed])
+        for name in installed:
+            (engines / name).mkdir(parents=True)
+            (engines / name / "__init__.py").touch()
+        monkeypatch.setenv("ENGINES", str(engines))
+        found = cli("serve", path, "--dry-run", "--no-verify", "--python", python)
+        assert found.exit_code == 0
+        return found.stdout.split()[2], found.stderr
+
+    vllm, sglang = "vllm.entrypoints.openai.api_server", "sglang.launch_server"
+    other = "; --backend sglang takes another one\n"
+    assert served() == (vllm, f"{said} vllm, though no engine of them is installed{other}")
+    assert served("vllm", "sglang") == (vllm, f"{said} vllm, which is installed{other}")
+    assert served("sglang") == (
+        sglang,
+        f"{said} sglang, which is installed; --backend vllm takes another one\n",
+    )
+    named = cli("serve", path, "--dry-run", "--no-verify", "--backend", "sglang")
+    assert (named.stdout.split()[2], named.stderr) == (sglang, "")
+
+
 def test_a_folder_that_is_not_sound_is_not_served(
     cli: Cli, folder: Callable[..., Path], tmp_path: Path, saw: Any
 ) -> None:

@@ -32,7 +32,9 @@ class ModelView:
     tensor of its own. ``quantizable`` are the linears that an engine can load as codes, which are
     all but head and routers. ``blocks`` are the names of the decoder blocks, in order. ``head`` is
     the name of the module that computes the logits, even if its weight is tied to the embedding;
-    None if the model has none.
+    None if the model has none. ``embedding`` is the name of the module that looks up the vectors of
+    tokens, None if qplug knows none. It is among ``linears``, as rows of a matrix ``(tokens,
+    width)``, only if it is quantized, and never among ``quantizable``.
 
     ``built_float`` says why linears stay float whatever the scheme, by linear or other weight; a
     linear that only some engines build float may be in ``quantizable`` too. ``other_weights`` are
@@ -51,6 +53,11 @@ class ModelView:
     built_float: Mapping[str, BuiltFloat] = field(default_factory=dict)
     other_weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     drafts: frozenset[str] = frozenset()
+    embedding: str | None = None
+
+    def is_tied(self, name: str) -> bool:
+        """Whether ``name`` is the embedding, and the head is computed with the same tensor."""
+        return name == self.embedding and self.head is not None and self.head not in self.linears
 
     @property
     def stacked_experts(self) -> tuple[str, ...]:

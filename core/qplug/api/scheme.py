@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from qplug.errors import QplugError, did_you_mean
 
-Strategy = Literal["tensor", "channel", "group", "block", "token"]
+Strategy = Literal["tensor", "channel", "group", "block", "token", "attn_head"]
 
 #: The bits of exponent and mantissa of each float format, by name (``e4m3``). Every format has a
 #: sign bit, the bias ``2^(E-1) - 1``, and subnormals. With one exponent bit the values are evenly
@@ -60,8 +60,8 @@ class QuantArgs:
 
     ``dtype`` is ``int<bits>`` or one of ``FLOATS``, ``e<exponent>m<mantissa>``. ``strategy`` says
     what shares one scale: the whole tensor (``tensor``), an output row (``channel``),
-    ``group_size`` columns of a row (``group``), a ``block`` of rows x columns, or a token of an
-    activation (``token``).
+    ``group_size`` columns of a row (``group``), a ``block`` of rows x columns, a token of an
+    activation (``token``), or a head of attention in a KV cache (``attn_head``).
 
     ``dynamic`` scales are computed by the engine at run time and are not stored. ``scale_dtype`` is
     the dtype in which the backend stores scales: codes must be nearest under the scale *as stored*.
@@ -193,12 +193,18 @@ def _members(block: object) -> tuple[object, ...]:
 class Scheme:
     """How the weight and the inputs of a layer are quantized, under a name.
 
-    ``activations`` is None if inputs stay float.
+    ``activations`` is None if inputs stay float. Raises QplugError for what a KV cache alone has.
     """
 
     name: str
     weights: QuantArgs
     activations: QuantArgs | None = None
+
+    def __post_init__(self) -> None:
+        """Checks that a layer can have such scales."""
+        for args in (self.weights, self.activations):
+            if args is not None and args.strategy == "attn_head":
+                raise QplugError("strategy 'attn_head' is of a KV cache, not of a layer")
 
     @property
     def static_inputs(self) -> bool:
@@ -323,8 +329,12 @@ PRESETS: dict[str, Scheme] = {
     )
 }
 
-#: The formats of a KV cache, by name. Keys and values have one scale each in every layer.
-CACHES: dict[str, QuantArgs] = {"fp8": _STATIC_E4M3}
+#: The formats of a KV cache, by name. Keys and values have one scale each in every layer, or each
+#: head has its own; then each head of queries has one too.
+CACHES: dict[str, QuantArgs] = {
+    "fp8": _STATIC_E4M3,
+    "fp8_per_head": replace(_STATIC_E4M3, strategy="attn_head"),
+}
 
 
 #: Other spellings of schemes, in the exact case: ``FP8`` is the name of a scheme, ``fp8`` is what

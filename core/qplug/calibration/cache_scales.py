@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from qplug.calibration.block_modules import BlockModules
@@ -26,15 +27,19 @@ def find_cache_scales(
     batches: Iterable[CalledBatch],
     processes: Processes,
 ) -> dict[str, Tensor]:
-    """The scales of keys and values of ``block``, float32 ``[1]``, by name within the block.
+    """The scales of keys and values of ``block``, by name within the block, as ``cache`` has them.
 
-    They cover the keys and values that the quantized block computes from ``batches`` with the
-    parameters ``effective``. Raises QplugError if these are not finite, or if the block fills the
-    cache more than once.
+    They cover the keys and values (and queries, if each head has a scale) that the quantized block
+    computes from ``batches`` with the parameters ``effective``. Raises QplugError if these are not
+    finite, if the block fills the cache more than once, or if its queries are not seen.
     """
-    observer, count = ObservedCache(), 0
+    by_head = cache.heads is not None
+    observer, count = ObservedCache(by_head=by_head), 0
     parameters = blocks.parameters_of(block, effective)
-    with blocks.rounding_inputs(block, blocks.parameters[block], effective):
+    with (
+        blocks.rounding_inputs(block, blocks.parameters[block], effective),
+        observer.with_queries() if by_head else nullcontext(),
+    ):
         compute = blocks.computing(block, parameters)
         for call, real in batches:
             observer.real = real
@@ -46,10 +51,18 @@ def find_cache_scales(
             f"{block}: fills its KV cache several times in a pass, so one scale does not fit it; "
             "leave out --kv-cache"
         )
+    attention, specs = cache.modules[block], cache.scales
+    if [peak.numel() for peak in observer.peaks] != [spec.shape[0] for spec in specs.values()]:
+        raise QplugError(
+            f"{block}: qplug cannot see the queries of its attention, which get scales too; take "
+            "--kv-cache fp8"
+        )
     processes.reduce(most=observer.peaks)
-    attention = cache.modules[block]
     scales = observer.scales(cache.args, f"{block}.{attention}")
-    return {f"{attention}.{local}": scale for local, scale in zip(SCALES, scales, strict=True)}
+    return {
+        f"{attention}.{local}": scale.reshape(spec.shape)
+        for (local, spec), scale in zip(specs.items(), scales, strict=True)
+    }
 
 
 def rounded_cache(cache: KVCache, block: str, effective: Mapping[str, Tensor]) -> RoundedCache:

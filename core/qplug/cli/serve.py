@@ -21,7 +21,7 @@ _SHOWN = 20
 @click.option(
     "--backend",
     shell_complete=backends,
-    help="The engine, vllm or sglang; default: the one FOLDER is for.",
+    help="The engine, vllm or sglang; default: the one FOLDER is for, of several one installed.",
 )
 @click.option("--python", metavar="PATH", help="The Python that has the engine.")
 @click.option("--host", default="127.0.0.1", show_default=True)
@@ -61,6 +61,8 @@ def command(
         port=port,
         arguments=arguments,
     )
+    if serving.choice is not None:
+        note(f"{folder}: {serving.choice}")
     if not dry_run:
         serving.require_engine()
     if not no_verify:

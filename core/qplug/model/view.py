@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -67,14 +67,15 @@ def packed_view(
 class _Tree:
     """An untrained model under its names on disk: modules with a weight, blocks, the head.
 
-    ``parts`` are the modules on disk whose weights transformers joins or cuts into linears.
-    ``idle`` are linears of experts that do not compute. ``tensors`` has the shapes of all tensors
-    that a float checkpoint of the model has, by name.
+    ``embedding`` is None if the model names none. ``parts`` are the modules on disk whose weights
+    transformers joins or cuts into linears. ``idle`` are linears of experts that do not compute.
+    ``tensors`` has the shapes of all tensors that a float checkpoint of the model has, by name.
     """
 
     modules: Mapping[str, nn.Module]
     blocks: tuple[str, ...]
     head: str | None
+    embedding: str | None
     parts: frozenset[str]
     idle: frozenset[str]
     tensors: Mapping[str, tuple[int, ...]]
@@ -95,6 +96,12 @@ def _tree(checkpoint: Checkpoint, stored: Collection[str], skeleton: Skeleton) -
         # A head of another name on disk (embed_out) is a float linear like others there; loaders
         # that ask for the head's own name find it in ignore.
         head = on_disk if local_of(on_disk) == local_of(head) else head
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # transformers says so of models without tokens
+        table = None
+    inputs = next((path for path, module in model.named_modules() if module is table), None)
+    embedding = names.module(inputs) if isinstance(table, nn.Embedding) and inputs else None
     blocks = tuple(map(names.block, decoder_blocks(model, folder)))
     shapes = dict(names.shapes)
     for stack in stacked_experts(model, names):
@@ -110,7 +117,7 @@ def _tree(checkpoint: Checkpoint, stored: Collection[str], skeleton: Skeleton) -
         for part in of_linear
         if local_of(part) == "weight"
     }
-    return _Tree(modules, blocks, head, frozenset(parts), frozenset(idle), shapes)
+    return _Tree(modules, blocks, head, embedding, frozenset(parts), frozenset(idle), shapes)
 
 
 def _idle_experts(shapes: Collection[str]) -> set[str]:
@@ -163,7 +170,21 @@ def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, i
         blocks=tree.blocks,
         head=tree.head,
         built_float=floats,
+        embedding=tree.embedding,
     )
+
+
+def with_embedding(view: ModelView, checkpoint: Checkpoint) -> ModelView:
+    """Returns ``view`` with the embedding among its linears, as it is to be quantized.
+
+    ``checkpoint`` has it as a float tensor; if it has not, ``view`` stays as it is.
+    """
+    name = view.embedding
+    stored = None if name is None else checkpoint.tensors.get(f"{name}.weight")
+    if name is None or stored is None or name in view.linears:
+        return view
+    out, width = stored.spec.shape
+    return replace(view, linears={name: (out, width), **view.linears})
 
 
 def _is_expert(blocks: tuple[str, ...], name: str) -> bool:

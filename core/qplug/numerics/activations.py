@@ -28,8 +28,9 @@ def fake_quantize_activations(x: Tensor, args: QuantArgs, scale: Tensor | None =
 
     Each token has one scale, or one for each ``group_size`` columns; or all of ``x`` has the static
     ``scale``, float32 ``[1]``, and without one a scale that covers ``x``. In NVFP4 ``scale`` is the
-    global scale of the scales of groups. Int8 activations are divided by ``max|x| / 127``, as
-    engines do, not by ``max|x| / 127.5`` like weights. Asymmetric activations have the scale and
+    global scale of the scales of groups. Integers are divided by ``max|x| / 127`` in 8 bits and
+    ``max|x| / 7`` in 4, as engines do (see ``activation_top``), not by ``max|x| / 127.5`` and
+    ``max|x| / 7.5`` like weights. Asymmetric activations have the scale and
     zero point of ``range_scale``, for each token. Raises QplugError if groups do not divide the
     width, NotImplementedError for a combination that no scheme has.
     """
@@ -84,5 +85,12 @@ def input_scale(peak: Tensor, args: QuantArgs) -> Tensor:
 
 
 def activation_top(args: QuantArgs) -> float:
-    """The code of the largest magnitude of an input: 127 for int8, 448 for e4m3."""
+    """The code of the largest magnitude of an input: 127 for int8, 7 for int4, 448 for e4m3.
+
+    This is what engines divide by: 127 in vLLM's int8 kernels (``scaled_int8_quant``, the same on
+    CPUs, and ``per_token_quant_int8``) and in SGLang's, and ``2^(bits - 1) - 1`` for int8 and int4
+    in Humming, which runs W4A4 in vLLM (``target_maximum`` in quantization.cuh of 0.1.19).
+    compressed-tensors divides by half the number of steps, 127.5 and 7.5 (``calculate_qparams``):
+    it rounds so in its own simulation, and no engine asks it.
+    """
     return FLOAT_MAX[args.dtype] if args.is_float else args.code_range[1]

@@ -79,15 +79,15 @@ def make_plan(
     *,
     shard_bytes: int,
     by_block: bool,
-    cache_scales: Mapping[str, tuple[str, ...]] | None = None,
+    cache_scales: Mapping[str, Mapping[str, TensorSpec]] | None = None,
     like: Plan | None = None,
 ) -> Plan:
     """Returns the plan of a run over all tensors of ``source``, in natural order of their names.
 
     The linears in ``schemes`` are packed by ``exporter``, other tensors are copied. With
     ``by_block`` each decoder block is a step. Otherwise each tensor is a step, except that linears
-    that must share a global scale are one step together. ``cache_scales`` are the full names of
-    KV cache scales, float32 ``[1]``, by block. A shard has at most ``shard_bytes`` bytes, or a
+    that must share a global scale are one step together. ``cache_scales`` are the scales of
+    a KV cache by block, each by its full name. A shard has at most ``shard_bytes`` bytes, or a
     single step; with ``like``, a plan of the same source, steps have the shards of that plan.
     """
     two_level = [name for name, scheme in schemes.items() if scheme.weights.two_level]
@@ -108,9 +108,9 @@ def make_plan(
         parts.setdefault(key, []).append(step)
     steps = {key: _joined(key, each) for key, each in parts.items()}
     steps = _with_stacks(steps, exporter)
-    for block, names in (cache_scales or {}).items():
-        outputs = {**steps[block].outputs, **dict.fromkeys(names, TensorSpec("float32", (1,)))}
-        steps[block] = replace(steps[block], outputs=outputs, cache_scales=names)
+    for block, scales in (cache_scales or {}).items():
+        outputs = {**steps[block].outputs, **scales}
+        steps[block] = replace(steps[block], outputs=outputs, cache_scales=tuple(scales))
     if like is not None:
         assert [*steps] == [step.name for step in like.steps]
         return Plan(tuple(steps.values()), like.shard_of)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qplug.api import Problem
 from qplug.checkpoint.finite import Magnitudes
 from qplug.checkpoint.names import module_of
-from qplug.model.kv_cache import SCALES
+from qplug.model.kv_cache import STORED_SCALES
 from qplug.reading.folder import Folder
 
 
@@ -18,7 +18,7 @@ def not_finite(opened: Folder) -> list[Problem]:
     for name, tensor in opened.checkpoint.tensors.items():
         if module_of(name) in opened.schemes and not name.endswith(".bias"):
             continue
-        if opened.kv_cache is not None and name.endswith(SCALES):
+        if opened.kv_cache is not None and name.endswith(STORED_SCALES):
             continue
         magnitudes = Magnitudes(name, tensor.spec, opened.view.dtype)
         found = (magnitudes.problem(piece) for piece in tensor.chunks())

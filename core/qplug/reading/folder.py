@@ -21,9 +21,9 @@ from qplug.errors import QplugError
 from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
 from qplug.model.architectures import by_linear, find_packed_view, with_turned_matrices
-from qplug.model.kv_cache import SCALES
+from qplug.model.kv_cache import SCALES, STORED_SCALES
 from qplug.model.skeleton import Skeleton
-from qplug.model.view import refuse_quantized
+from qplug.model.view import refuse_quantized, with_embedding
 from qplug.output.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Folder:
             name, local = split_name(tensor)
             if name in self.schemes and local != "bias":
                 packed.setdefault(name, {})[local] = self.checkpoint.read(tensor)
-            elif self.kv_cache is None or local not in SCALES:
+            elif self.kv_cache is None or local not in STORED_SCALES:
                 yield tensor, self.checkpoint.read(tensor)
         for name, tensors in packed.items():
             yield f"{name}.weight", self._effective(name, tensors)
@@ -129,7 +129,9 @@ class Folder:
         return scale
 
     def cache_scales(self) -> dict[int, tuple[Tensor, ...]]:
-        """The scales of keys and of values, each float32 ``[1]``, by the number of the block.
+        """The scales of keys and of values, by the number of the block.
+
+        Each is float32 ``[1]``, or ``[heads]`` if each head of keys and values has its own.
 
         Raises QplugError for a block that has not exactly one scale of keys and one of values.
         """
@@ -141,7 +143,7 @@ class Folder:
             ]
             if any(len(names) != 1 for names in stored):
                 raise QplugError(f"{block}: needs exactly one {' and one '.join(SCALES)}")
-            scales[number] = tuple(self.checkpoint.read(n).float().reshape(1) for (n,) in stored)
+            scales[number] = tuple(self.checkpoint.read(n).float().flatten() for (n,) in stored)
         return scales
 
 
@@ -212,4 +214,6 @@ def _opened(
             cache = exporter.format.read_cache(config)
     elif manifest is not None:
         schemes, cache = dict(manifest.schemes), manifest.kv_cache
+        if view.embedding in schemes:  # floats that are to be measured as if they were codes
+            view = with_embedding(view, checkpoint)
     return Folder(checkpoint, view, manifest, exporter, schemes, cache, trusted)

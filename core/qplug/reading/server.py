@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qplug.api import Server
+from qplug.api.joined import JoinedEngine
 from qplug.checkpoint.config_file import read_config
 from qplug.checkpoint.locate import as_word, find_model
 from qplug.errors import QplugError
@@ -28,7 +29,8 @@ class Serving:
     """A server that can be started: its command, and the address at which it will answer.
 
     ``rules``: the backend by whose rules ``verify`` checks the folder; None for the backend that
-    wrote it. ``warnings``: silent faults of the engine on this machine, as sentences.
+    wrote it. ``warnings``: silent faults of the engine on this machine, as sentences. ``choice``
+    says which engine was chosen, and why, if the folder was written for several.
     """
 
     folder: Path
@@ -40,6 +42,7 @@ class Serving:
     host: str
     port: int
     warnings: tuple[str, ...] = ()
+    choice: str | None = None
 
     @property
     def name(self) -> str:
@@ -67,16 +70,24 @@ class Serving:
     def require_engine(self) -> None:
         """Raise QplugError if the engine is not installed for ``python``."""
         package = self.server.package
-        code = f"import importlib.util as u, sys; sys.exit(u.find_spec({package!r}) is None)"
-        try:
-            installed = subprocess.run([self.python, "-c", code], check=False).returncode == 0  # noqa: S603
-        except OSError:
-            installed = False
-        if not installed:
+        if not _is_installed(package, self.python):
             raise QplugError(
                 f"{package} is not installed for {self.python}: install it there, or name the "
                 f"Python that has {package} with --python or {python_variable(self.server.package)}"
             )
+
+
+def _is_installed(package: str, python: str) -> bool:
+    """Whether the interpreter ``python`` runs and finds ``package``."""
+    code = f"import importlib.util as u, sys; sys.exit(u.find_spec({package!r}) is None)"
+    try:
+        return subprocess.run([python, "-c", code], check=False).returncode == 0  # noqa: S603
+    except OSError:
+        return False
+
+
+def _interpreter(server: Server, python: str | None) -> str:
+    return python or os.environ.get(python_variable(server.package)) or sys.executable
 
 
 def find_serving(
@@ -91,10 +102,11 @@ def find_serving(
 ) -> Serving:
     """Find the command that serves ``folder`` with the engine of ``backend``.
 
-    By default ``backend`` is the one that wrote the folder. ``python`` is the interpreter that has
-    the engine; by default the one that QPLUG_<ENGINE>_PYTHON names, else the one that runs qplug.
-    ``arguments`` are passed on to the engine. Raises QplugError if the backend has no engine with a
-    server.
+    By default ``backend`` is the one that wrote the folder. If that is several that are joined, it
+    is the first of them whose engine is installed, else the first. ``python`` is the interpreter
+    that has the engine; by default the one that QPLUG_<ENGINE>_PYTHON names, else the one that runs
+    qplug. ``arguments`` are passed on to the engine. Raises QplugError if the backend has no engine
+    with a server.
     """
     registry = session.registry
     path = find_model(folder)
@@ -102,6 +114,10 @@ def find_serving(
     manifest = read_manifest(path)
     name = backend or (manifest.backend if manifest else None)
     engine = registry.exporters[name].engine if name else None
+    choice = None
+    if isinstance(engine, JoinedEngine) and name is not None:
+        name, choice = _chosen(engine, name, python)
+        engine = engine.engines[name]
     if engine is None or engine.server is None or name is None:
         engines = _names_of_engines(registry)
         why = f"was written for {name}, which is no engine" if name else "names no engine"
@@ -111,7 +127,7 @@ def find_serving(
     server = engine.server
     assert server is not None
     needed = engine.serve_arguments(config)
-    interpreter = python or os.environ.get(python_variable(server.package)) or sys.executable
+    interpreter = _interpreter(server, python)
     if session.trust_remote_code:
         needed = (*needed, "--trust-remote-code")
     rules: str | None = name
@@ -123,7 +139,27 @@ def find_serving(
     else:
         warnings = tuple(engine.serve_warnings(opened.schemes, opened.kv_cache))
     words = (*needed, *arguments)
-    return Serving(path, name, rules, server, interpreter, words, host, port, warnings)
+    return Serving(path, name, rules, server, interpreter, words, host, port, warnings, choice)
+
+
+def _chosen(joined: JoinedEngine, written: str, python: str | None) -> tuple[str, str]:
+    """The backend among those of ``joined`` whose engine serves, and a sentence that says why.
+
+    ``written``: the name of the joined backends. ``python`` as in ``find_serving``.
+    """
+    servers = {name: each.server for name, each in joined.engines.items() if each.server}
+    if not servers:
+        raise QplugError(f"{written}: none of these backends has an engine with a server")
+    installed = [
+        name
+        for name, server in servers.items()
+        if _is_installed(server.package, _interpreter(server, python))
+    ]
+    name = next(iter(installed or servers))
+    others = " or ".join(f"--backend {each}" for each in servers if each != name)
+    why = "which is installed" if installed else "though no engine of them is installed"
+    other = f"; {others} takes another one" if others else ""
+    return name, f"written for {written}, to be served with {name}, {why}{other}"
 
 
 def _names_of_engines(registry: Registry) -> list[str]:

@@ -21,7 +21,7 @@ from qplug.errors import QplugError
 from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
 from qplug.model.architectures import by_linear, expected_tensors
-from qplug.model.kv_cache import SCALES
+from qplug.model.kv_cache import STORED_SCALES
 from qplug.model.skeleton import Skeleton
 from qplug.output.origins import find_origin
 from qplug.reading.built import built_otherwise, share_of
@@ -301,7 +301,7 @@ def _strays(opened: Folder, source: Checkpoint) -> list[Problem]:
         for tensor in opened.checkpoint.tensors
         if tensor not in known
         and module_of(tensor) not in opened.schemes
-        and not (opened.kv_cache and tensor.endswith(SCALES))
+        and not (opened.kv_cache and tensor.endswith(STORED_SCALES))
     ]
 
 

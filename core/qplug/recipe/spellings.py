@@ -15,7 +15,7 @@ from qplug.recipe.spelled_scheme import spelled
 Options: TypeAlias = Mapping[str, str | int | float | bool | None]
 
 #: The names of ``CACHES``.
-CacheName: TypeAlias = Literal["fp8"]
+CacheName: TypeAlias = Literal["fp8", "fp8_per_head"]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from qplug.machine.session import Session
 from qplug.model.architectures import by_linear, find_view
 from qplug.model.draft_layers import draft_names, without_drafts
 from qplug.model.skeleton import Skeleton
+from qplug.model.view import with_embedding
 from qplug.recipe.recipe import Recipe
 
 
@@ -21,7 +22,8 @@ def open_model(
 ) -> tuple[Checkpoint, ModelView]:
     """Returns ``source`` and its view, without draft layers if ``recipe`` drops them.
 
-    The checkpoint has a tensor for each linear of each expert. ``skeleton`` is that of ``source``.
+    The checkpoint has a tensor for each linear of each expert. The embedding is one of the linears
+    if an override has its very name. ``skeleton`` is that of ``source``.
     Raises QplugError if there are no draft layers to quantize, or if ``find_view`` does.
     """
     source = by_linear(source, session.registry, skeleton)
@@ -33,6 +35,8 @@ def open_model(
     if recipe.mtp == "drop":
         source = without_drafts(source, view.blocks)
         view = find_view(source, session.registry, skeleton)
+    if any(pattern == view.embedding for pattern, _ in recipe.overrides):
+        view = with_embedding(view, source)
     return source, view
 
 

@@ -199,7 +199,7 @@ def _plan(
             exporter,
             shard_bytes=shard_bytes,
             by_block=stages.recipe.calibration is not None,
-            cache_scales={b: cache.scale_names(b) for b in prepared.view.blocks} if cache else {},
+            cache_scales={b: cache.scale_specs(b) for b in prepared.view.blocks} if cache else {},
             like=like,
         )
     refuse_unplanned(plan, coded, exporter)

@@ -68,6 +68,7 @@ def decide(recipe: Recipe, view: ModelView, exporter: Exporter[Any]) -> Decision
     """
     assigned = assign(recipe, view, exporter.built_float(view))
     refuse_built_float(assigned, view, exporter)
+    _refuse_embedding(assigned, view)
     narrow = find_narrow(recipe, view, assigned, exporter)
     share = stays_float(recipe, view, assigned, exporter, narrow)
     refuse_static(assigned, view)
@@ -86,6 +87,23 @@ def refuse_built_float(
                     f"{exporter.name}: {name}: {' and '.join(why.engines)} build it without "
                     f"quantization ({why.reason}); leave it out of --override"
                 )
+
+
+def _refuse_embedding(schemes: Mapping[str, Scheme], view: ModelView) -> None:
+    """Raises QplugError if the embedding is quantized and tied, or its inputs are rounded."""
+    for name, scheme in schemes.items():
+        if name != view.embedding:
+            continue
+        if view.is_tied(name):
+            raise QplugError(
+                f"--override {name}: the head is computed with the same tensor (it is tied), so it "
+                "stays float"
+            )
+        if scheme.activations is not None:
+            raise QplugError(
+                f"--override {name}: its inputs are numbers of tokens, which {scheme.name} cannot "
+                "round; take a scheme of weights alone, such as W8A16"
+            )
 
 
 def servable(

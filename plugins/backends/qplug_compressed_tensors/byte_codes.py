@@ -1,7 +1,8 @@
-"""Integers that fill a byte each, whatever their bits are: ``int-quantized`` of other writers.
+"""Codes that fill a byte each, whatever their bits are: formats of other writers.
 
-llm-compressor stores integers so wherever inputs are quantized too. qplug packs integers of fewer
-than 8 bits into words.
+llm-compressor stores integers so wherever inputs are quantized too (``int-quantized``), and all
+weights that no other format of compressed-tensors has a place for (``naive-quantized``). qplug
+packs integers of fewer than 8 bits into words.
 """
 
 from __future__ import annotations

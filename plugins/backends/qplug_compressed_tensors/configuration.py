@@ -19,10 +19,14 @@ from qplug_compressed_tensors.outside import expert_groups, portable, tower_entr
 PACK_QUANTIZED = "pack-quantized"
 INT_QUANTIZED = "int-quantized"
 FLOAT_QUANTIZED = "float-quantized"
+NAIVE_QUANTIZED = "naive-quantized"
 NVFP4_PACKED = "nvfp4-pack-quantized"
 MXFP4_PACKED = "mxfp4-pack-quantized"
 MXFP8_QUANTIZED = "mxfp8-quantized"
 MIXED = "mixed-precision"
+
+#: The class of embeddings in targets: a part of the name that engines have for it.
+EMBEDDING = "Embedding"
 
 # Layouts of schemes whose formats prescribe the dtype of scales.
 _FIXED = {
@@ -59,10 +63,16 @@ def format_of(scheme: Scheme) -> str | None:
 def stores(name: str, scheme: Scheme) -> bool:
     """Whether the layout ``name`` stores ``scheme``, be it in folders of other writers alone.
 
-    compressed-tensors stores all integers in bytes whose inputs are quantized, in any bits.
+    compressed-tensors stores all integers in bytes whose inputs are quantized, in any bits. Its
+    ``naive-quantized`` is for all weights that fit no other layout, and stores each code in the
+    dtype that is next to it: int8, or fp8. Folders in fp8 whose inputs are float are such.
     """
-    bytewise = name == INT_QUANTIZED and scheme.activations is not None
-    return (bytewise and not scheme.weights.is_float) or name == format_of(scheme)
+    weights = scheme.weights
+    if name == format_of(scheme):
+        return True
+    if name == NAIVE_QUANTIZED:
+        return not weights.is_float or (weights.dtype == "e4m3" and not weights.fixes_scales)
+    return name == INT_QUANTIZED and scheme.activations is not None and not weights.is_float
 
 
 def _packs(weights: QuantArgs, activations: QuantArgs | None) -> bool:
@@ -91,6 +101,8 @@ def write_config(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, A
         targets = ["Linear"] if len(kinds) == 1 else _entries(members, schemes, model)
         if model.head in members and len(kinds) == 1:  # engines do not class a head as Linear
             targets.append(rf"re:.*{re.escape(model.head)}$")
+        if model.embedding in members:  # vLLM builds that of Llama without a name
+            targets += [EMBEDDING] if len(kinds) > 1 else [EMBEDDING, model.embedding]
         groups[f"group_{number}"] = _group(scheme, targets)
         if len(formats) > 1:
             groups[f"group_{number}"]["format"] = format_of(scheme)
@@ -230,15 +242,19 @@ class Group:
 class Configuration:
     """A parsed ``quantization_config``.
 
-    ``plain``: how plain entries of ``ignore`` match names.
+    ``plain``: how plain entries of ``ignore`` match names. ``embedding``: the module that is not of
+    the class ``Linear`` but of ``Embedding``.
     """
 
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
     plain: Plain = "whole"
+    embedding: str | None = None
 
     @classmethod
-    def parse(cls, config: Mapping[str, Any], *, plain: Plain = "whole") -> Configuration:
+    def parse(
+        cls, config: Mapping[str, Any], *, plain: Plain = "whole", embedding: str | None = None
+    ) -> Configuration:
         """Parse ``config``. Raises QplugError for a configuration that no engine takes."""
         if config.get("quant_method") != "compressed-tensors":
             raise QplugError(
@@ -256,7 +272,7 @@ class Configuration:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise QplugError(f"quantization_config is damaged: {error!r}") from error
-        return cls(groups, tuple(config.get("ignore") or ()), plain)
+        return cls(groups, tuple(config.get("ignore") or ()), plain, embedding)
 
     def ignored(self, name: str) -> bool:
         """Whether the module ``name`` stays float."""
@@ -268,13 +284,14 @@ class Configuration:
         )
 
     def group(self, name: str) -> Group | None:
-        """The group of the linear ``name``, by its name, else by its class; None if float."""
+        """The group of the module ``name``, by its name, else by its class; None if float."""
         if self.ignored(name):
             return None
         for group in self.groups:
             if any(matches(target, name) for target in group.targets):
                 return group
-        return next((group for group in self.groups if "Linear" in group.targets), None)
+        kind = "Linear" if name != self.embedding else EMBEDDING
+        return next((group for group in self.groups if kind in group.targets), None)
 
 
 #: Names of an expert's linears by which engines look up how to build all experts of a layer.

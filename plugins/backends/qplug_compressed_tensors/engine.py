@@ -21,7 +21,9 @@ from qplug_compressed_tensors.rules import (
     Case,
     Rule,
     loads_head,
+    refuses_embedding,
     without_cache_scales,
+    without_embedding,
 )
 from qplug_compressed_tensors.silent import SILENT, is_int8_expert
 
@@ -119,13 +121,25 @@ class CompressedTensorsLoader(MergingEngine):
             what = "the experts of this model in another layout alone"
             return f"{who} {what}: {own.remedy}"
         sentence = self._refuses_layers(model, schemes) or self._refuses_mixture(schemes)
-        return sentence or super().refuses(model, schemes, target)
+        on_cpu = target.column.device == "cpu" and bool(self.loaders)
+        if sentence is None and on_cpu and model.embedding in schemes:
+            return f"{model.embedding}: {self.release} looks up codes on GPUs alone"
+        return sentence or super().refuses(model, without_embedding(model, schemes), target)
+
+    def too_narrow(
+        self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
+    ) -> dict[str, str]:
+        return super().too_narrow(model, without_embedding(model, schemes), target)
 
     def _refuses_layers(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
         """Why the loader does not read a linear, whatever the other linears are."""
         loader, release = self.loader, self.release
         for name, scheme in schemes.items():
-            if name not in model.quantizable and self.loaders:
+            if name == model.embedding and self.loaders:
+                sentence = refuses_embedding(loader, model, scheme)
+                if sentence is not None:
+                    return f"{name}: {release} {sentence}; leave it out of --override"
+            elif name not in model.quantizable and self.loaders:
                 if name != model.head:
                     return f"{name}: {release} keeps routers float; add --ignore {name}"
                 if not loads_head(loader, scheme):
@@ -171,7 +185,7 @@ class CompressedTensorsLoader(MergingEngine):
         if config.get("quant_method") != CompressedTensors.quant_method:
             yield from super().check_folder(folder, model, format)
             return
-        parsed = Configuration.parse(config, plain=self.loader.plain)
+        parsed = Configuration.parse(config, plain=self.loader.plain, embedding=model.embedding)
         case = Case(folder, model, parsed, format, self.capabilities(), self.loader, self.release)
         for rule in self.rules:
             yield from rule(case)

@@ -151,7 +151,7 @@ class CompressedTensors(Format):
         return shapes
 
     def read_schemes(self, config: Mapping[str, Any], model: ModelView) -> dict[str, Scheme]:
-        parsed = Configuration.parse(config, plain=self.plain)
+        parsed = Configuration.parse(config, plain=self.plain, embedding=model.embedding)
         groups = {name: parsed.group(name) for name in model.linears}
         return {name: group.scheme for name, group in groups.items() if group is not None}
 
@@ -164,7 +164,7 @@ class CompressedTensors(Format):
         if config is None:
             yield Problem("format", "config.json", "has no quantization_config")
             return
-        parsed = Configuration.parse(config, plain=self.plain)
+        parsed = Configuration.parse(config, plain=self.plain, embedding=model.embedding)
         case = Case(folder, model, parsed, self)
         for rule in FORMAT_RULES:
             yield from rule(case)

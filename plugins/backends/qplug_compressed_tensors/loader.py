@@ -32,9 +32,13 @@ class Loader:
     parts of merged matrices. ``heads``: the formats in which a head is loaded. ``unread``: formats
     that are not loaded. ``caches``: the strategies of stored scales of a KV cache that are read;
     ``cache_models``: the architectures of config.json whose scales are read, None for all.
-    ``int8_experts``: whether experts run with int8 weights and int8 inputs. ``int4_in_bytes``:
-    whether integers of fewer than 8 bits run that fill a byte each. ``source`` is where this was
-    read.
+    ``int8_experts``: whether experts run with int8 weights and int8 inputs. ``row_experts``: the
+    schemes of packed integers, with devices, in which experts run that have one scale a row; None
+    for all. ``embeddings``: the architectures whose embedding is looked up if it is quantized,
+    None for all; ``unnamed_embeddings``: those among them that are found by their class alone.
+    ``int4_in_bytes``: whether integers of fewer than 8 bits run that fill a byte each;
+    ``weights_in_bytes``: whether integers of any width do whose inputs are float. ``source`` is
+    where this was read.
     """
 
     plain: Plain = "whole"
@@ -46,12 +50,16 @@ class Loader:
     caches: frozenset[str] = frozenset({"tensor"})
     cache_models: frozenset[str] | None = None
     int8_experts: bool = True
+    row_experts: frozenset[tuple[str, str]] | None = None
+    embeddings: frozenset[str] | None = None
+    unnamed_embeddings: frozenset[str] = frozenset()
     int4_in_bytes: bool = True
+    weights_in_bytes: bool = True
     source: str = ""
 
 
 #: What holds for every loader: the backend of the bare format has no other row.
-COMMON = Loader(classes_first=True)
+COMMON = Loader(classes_first=True, caches=frozenset({"tensor", "attn_head"}))
 
 #: Rows by release (``SGLang 0.5.23``), as in ``Engine.releases``. A release without a row has the
 #: row of the next older one.

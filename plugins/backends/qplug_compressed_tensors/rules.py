@@ -5,7 +5,7 @@ A rule is a function that yields the problems it finds. Its docstring states wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -22,10 +22,12 @@ from qplug import (
 )
 from qplug_compressed_tensors import byte_codes
 from qplug_compressed_tensors.configuration import (
+    EMBEDDING,
     FLOAT_QUANTIZED,
     INT_QUANTIZED,
     MXFP4_PACKED,
     MXFP8_QUANTIZED,
+    NAIVE_QUANTIZED,
     NVFP4_PACKED,
     PACK_QUANTIZED,
     Configuration,
@@ -43,13 +45,15 @@ if TYPE_CHECKING:
     from qplug import Checkpoint
 
 _FORMATS = (
-    *(PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED),
+    *(PACK_QUANTIZED, INT_QUANTIZED, FLOAT_QUANTIZED, NAIVE_QUANTIZED),
     *(NVFP4_PACKED, MXFP4_PACKED, MXFP8_QUANTIZED),
 )
 _FLOATS = ("bfloat16", "float16", "float32")
 _SCALES = ("weight_scale", "input_scale", "weight_global_scale", "input_global_scale")
 _CACHE_SCALES = ("k_scale", "v_scale")
+_QUERY_SCALE = "q_scale"
 _CACHE = QuantArgs("e4m3", "tensor")
+_CACHE_BY_HEAD = QuantArgs("e4m3", "attn_head")
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,14 @@ class Case:
         return self.format.layout(shape, scheme, self.model.dtype)
 
     def fills_bytes(self, name: str) -> bool:
-        """Whether config.json says that the integers of linear ``name`` fill a byte each."""
+        """Whether config.json says that the codes of linear ``name`` fill a byte each.
+
+        The format of its group does so for codes of any width.
+        """
         group = self.config.group(name)
-        if group is None or group.format != INT_QUANTIZED:
+        if group is None or group.format not in (INT_QUANTIZED, NAIVE_QUANTIZED):
             return False
-        return stores(INT_QUANTIZED, group.scheme)
+        return stores(group.format, group.scheme)
 
     @cached_property
     def present(self) -> dict[str, dict[str, str]]:
@@ -167,7 +174,8 @@ def fused_linears_agree(case: Case) -> Iterator[Problem]:
 
 def kernels_take_the_shapes(case: Case) -> Iterator[Problem]:
     """The kernel for each weight takes the weight's shape."""
-    yield from kernel_problems(case.model, case.schemes, case.kernels)
+    schemes = without_embedding(case.model, case.schemes)
+    yield from kernel_problems(case.model, schemes, case.kernels)
 
 
 def head_is_as_the_loader_takes_it(case: Case) -> Iterator[Problem]:
@@ -176,7 +184,7 @@ def head_is_as_the_loader_takes_it(case: Case) -> Iterator[Problem]:
     Engines do not class a head as ``Linear``: without a target of its own, its codes have no place.
     """
     for name, scheme in case.schemes.items():
-        if name in case.model.quantizable:
+        if name in case.model.quantizable or name == case.model.embedding:
             continue
         if name != case.model.head:
             yield Problem("head", name, "is a router, and must stay float")
@@ -190,6 +198,49 @@ def head_is_as_the_loader_takes_it(case: Case) -> Iterator[Problem]:
 def loads_head(loader: Loader, scheme: Scheme) -> bool:
     """Whether ``loader`` loads a head in ``scheme``: scales of blocks do not fit a vocabulary."""
     return format_of(scheme) in loader.heads and scheme.weights.strategy != "block"
+
+
+def embedding_is_as_the_loader_takes_it(case: Case) -> Iterator[Problem]:
+    """An embedding is quantized only as the loader looks it up, and with a target that it finds."""
+    name = case.model.embedding
+    if name is None or name not in case.schemes:
+        return
+    sentence = refuses_embedding(case.loader, case.model, case.schemes[name])
+    if sentence is None and case.model.is_tied(name):
+        sentence = "computes the head with the same tensor, which has to be float"
+    if sentence is not None:
+        yield Problem("embedding", name, f"{case.engine} {sentence}")
+        return
+    group, models = case.config.group(name), architectures(case.model)
+    by_class = group is not None and EMBEDDING in group.targets
+    if not by_class and models & case.loader.unnamed_embeddings:
+        sentence = f"needs the target {EMBEDDING}: {case.engine} builds that of {min(models)}"
+        yield Problem("embedding", name, f"{sentence} without a name")
+
+
+def refuses_embedding(loader: Loader, model: ModelView, scheme: Scheme) -> str | None:
+    """Why ``loader`` does not take a quantized embedding of ``model``, as the end of a sentence."""
+    weights, models = scheme.weights, architectures(model)
+    if loader.embeddings is None:
+        return None
+    if not loader.embeddings:
+        return "serves no quantized embedding"
+    if not models & loader.embeddings:
+        return f"builds the embedding of {', '.join(sorted(models)) or 'this model'} float"
+    whole = weights.bits in (2, 4, 8)  # it looks for the codes of a column in one word
+    if format_of(scheme) != PACK_QUANTIZED or not (weights.symmetric and whole):
+        return f"looks up embeddings in W2A16, W4A16 or W8A16, not {scheme.name}"
+    return None
+
+
+def without_embedding(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    """Returns ``schemes`` without that of the embedding, which no kernel multiplies with."""
+    return {name: scheme for name, scheme in schemes.items() if name != model.embedding}
+
+
+def architectures(model: ModelView) -> set[str]:
+    """The architectures that config.json names."""
+    return {str(name) for name in model.config.get("architectures") or ()}
 
 
 def numbers_are_sound(case: Case) -> Iterator[Problem]:
@@ -229,7 +280,8 @@ def cache_problems(
         block: [
             tensor
             for tensor in folder.tensors
-            if tensor.startswith(f"{block}.") and tensor.rpartition(".")[2] in _CACHE_SCALES
+            if tensor.startswith(f"{block}.")
+            and tensor.rpartition(".")[2] in (*_CACHE_SCALES, _QUERY_SCALE)
         ]
         for block in model.blocks
     }
@@ -237,7 +289,7 @@ def cache_problems(
         for tensor in sorted(name for names in stored.values() for name in names):
             yield Problem("unexpected", tensor, "config.json has no cache for it")
         return
-    if args != _CACHE:
+    if args not in (_CACHE, _CACHE_BY_HEAD):
         yield Problem(
             "cache",
             "config.json",
@@ -245,16 +297,29 @@ def cache_problems(
         )
         return
     for block, names in stored.items():
-        local = sorted(name.rpartition(".")[2] for name in names)
+        keys_and_values = [name for name in names if not name.endswith(f".{_QUERY_SCALE}")]
+        local = sorted(name.rpartition(".")[2] for name in keys_and_values)
         if local != sorted(_CACHE_SCALES) or len({n.rpartition(".")[0] for n in names}) != 1:
             present = " and ".join(sorted(n.removeprefix(f"{block}.") for n in names)) or "none"
             yield Problem("missing", block, f"needs one k_scale and one v_scale, but has {present}")
         for name in sorted(names):
-            spec = folder.tensors[name].spec
-            if spec.dtype not in _FLOATS or spec.shape not in ((), (1,)):
-                yield Problem("shape", name, f"is {spec.dtype} {list(spec.shape)}, not float32 [1]")
+            spec, count = folder.tensors[name].spec, 1
+            if args == _CACHE_BY_HEAD:
+                count = _heads(model, of_queries=name.endswith(f".{_QUERY_SCALE}"))
+            shapes = ((count,), (count, 1, 1), *(((),) if count == 1 else ()))
+            if spec.dtype not in _FLOATS or spec.shape not in shapes:
+                stated = f"is {spec.dtype} {list(spec.shape)}, not float32 [{count}]"
+                yield Problem("shape", name, stated)
             elif not _is_sound(folder.read(name)):
                 yield Problem("scale", name, "a scale is zero, negative, or not finite")
+
+
+def _heads(model: ModelView, *, of_queries: bool) -> int:
+    """The number of heads of queries, or of keys and values, by config.json."""
+    text = model.config.get("text_config") or model.config
+    heads = text.get("num_attention_heads")
+    found = heads if of_queries else text.get("num_key_value_heads") or heads
+    return found if type(found) is int else 1
 
 
 def cache_scales_are_read(case: Case) -> Iterator[Problem]:
@@ -298,9 +363,13 @@ def formats_are_read(case: Case) -> Iterator[Problem]:
     for name, scheme in case.schemes.items():
         if format_of(scheme) in case.loader.unread:
             yield Problem("format", name, f"{case.engine} does not load {format_of(scheme)}")
-        elif case.fills_bytes(name) and scheme.weights.bits < 8 and not case.loader.int4_in_bytes:
-            sentence = f"{case.engine} does not run {scheme.name} in {INT_QUANTIZED}"
-            yield Problem("format", name, f"{sentence}; pack the codes with qplug convert")
+        elif case.fills_bytes(name) and not scheme.weights.is_float:
+            narrow, alone = scheme.weights.bits < 8, scheme.activations is None
+            loader, group = case.loader, case.config.group(name)
+            if (narrow and not loader.int4_in_bytes) or (alone and not loader.weights_in_bytes):
+                layout = "bytes" if group is None else group.format
+                sentence = f"{case.engine} does not run {scheme.name} in {layout}"
+                yield Problem("format", name, f"{sentence}; pack the codes with qplug convert")
 
 
 #: Rules of the format: the stored tensors agree with the configuration.
@@ -318,6 +387,7 @@ LOADER_RULES: tuple[Rule, ...] = (
     formats_of_groups_count,
     fused_linears_agree,
     head_is_as_the_loader_takes_it,
+    embedding_is_as_the_loader_takes_it,
     cache_scales_are_read,
     kernels_take_the_shapes,
 )

@@ -25,6 +25,8 @@ _NO_STATIC_INT8 = (
     "SGLang ignores input_scale of int8 and fails while loading; W8A8 finds scales at run time"
 )
 _EXPERTS_ALONE = "SGLang has int4 weights with fp8 inputs for experts alone"
+_INT4_FP8 = "Cutlass int4 x fp8 of experts alone, inputs are rounded with one scale for all"
+_SM90_ALONE = "the int4 and fp8 kernel of Cutlass is for sm90 alone"
 _WITH_INPUTS = "SGLang reads NVFP4 with scales of inputs (modelopt): use NVFP4"
 _GPT_OSS = "SGLang has MXFP4 for the experts of GPT-OSS alone"
 _NO_MXFP4 = (
@@ -93,7 +95,8 @@ SGLANG_0_5_23 = (
     Capability("FP8_DYNAMIC", _NO_CPU, False, (), 1, 1, _READ_0_5_23, _CPU),
     Capability("FP8_BLOCK", "Triton or DeepGEMM fp8", True, (), 128, 128, _READ_0_5_23, _FROM_SM89),
     Capability("FP8_BLOCK", _NO_CPU, False, (), 1, 1, _READ_0_5_23, _CPU),
-    Capability("W4AFP8", _EXPERTS_ALONE, False, (), 1, 1, _READ_0_5_23, _ALL),
+    Capability("W4AFP8", _INT4_FP8, True, (128,), 128, 128, _READ_0_5_23, _SM90),
+    Capability("W4AFP8", _SM90_ALONE, False, (), 1, 1, _READ_0_5_23, _OTHERS),
     Capability("W4AFP8", _NO_CPU, False, (), 1, 1, _READ_0_5_23, _CPU),
     Capability("NVFP4A16", "Marlin", True, (), 64, 128, _READ_0_5_23, _TO_SM90),
     Capability("NVFP4A16", "FlashInfer bf16 x fp4", True, (), 64, 128, _READ_0_5_23, ("sm100",)),

@@ -10,6 +10,7 @@ from qplug_compressed_tensors.engine import CompressedTensorsLoader, half_precis
 from qplug_compressed_tensors.rules import cache_problems
 from qplug_compressed_tensors.silent import merged_matrices_are_named
 from qplug_sglang.capabilities import RELEASES
+from qplug_sglang.int4_fp8 import int4_fp8_is_of_experts, unserved
 from qplug_sglang.loaders import FP4_BY_OPTION, LOADERS
 from qplug_sglang.modelopt import NVFP4, ModelOptNVFP4, loader_problems
 
@@ -31,7 +32,11 @@ class SGLang(CompressedTensorsLoader):
         "--tp-size",
         "--context-length",
     )
-    rules = (*CompressedTensorsLoader.rules, merged_matrices_are_named)
+    rules = (
+        *CompressedTensorsLoader.rules,
+        merged_matrices_are_named,
+        int4_fp8_is_of_experts,
+    )
 
     def refuses(
         self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
@@ -42,7 +47,9 @@ class SGLang(CompressedTensorsLoader):
                 f"NVFP4 is stored in ModelOpt's format, which has no other scheme, not "
                 f"{' and '.join(others)}; take --backend compressed-tensors for both in one folder"
             )
-        return super().refuses(model, schemes, target)
+        sentence = super().refuses(model, schemes, target)
+        unloaded = unserved(schemes)
+        return ": ".join(unloaded) if sentence is None and unloaded is not None else sentence
 
     def check_folder(
         self, folder: Checkpoint, model: ModelView, format: Format

@@ -39,6 +39,8 @@ LOADERS = {
         unread=frozenset({MXFP4_PACKED, MXFP8_QUANTIZED}),
         cache_models=_CACHE_MODELS,
         int8_experts=False,
+        weights_in_bytes=False,
+        embeddings=frozenset(),  # a quantized one is uninitialized memory
         source="compressed_tensors.py of 0.5.23: _get_scheme_from_parts, get_lm_head_scheme, "
         "CompressedTensorsKVCacheMethod; its experts compare the format of the folder alone "
         "(schemes/compressed_tensors_wNa16_moe.py, compressed_tensors_w4a8_fp8_moe.py)",
@@ -50,6 +52,8 @@ LOADERS = {
         unread=frozenset({NVFP4_PACKED, MXFP4_PACKED, MXFP8_QUANTIZED}),
         caches=frozenset(),
         int8_experts=False,
+        weights_in_bytes=False,
+        embeddings=frozenset(),  # a quantized one is uninitialized memory
         source="compressed_tensors.py of 0.5.16, and runs on an H200: a quantized head is garbage, "
         "scales of a cache are dropped, two formats are refused",
     ),

@@ -48,7 +48,9 @@ class VLLM(CompressedTensorsLoader):
     def refuses(
         self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
     ) -> str | None:
-        expert = unserved_expert(schemes) or narrow_expert(model.linears, schemes, target.tp)
+        expert = unserved_expert(
+            model.linears, schemes, self.loader, target.column.device
+        ) or narrow_expert(model.linears, schemes, target.tp)
         return ": ".join(expert) if expert else super().refuses(model, schemes, target)
 
     def effective_weight(

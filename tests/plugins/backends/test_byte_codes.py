@@ -1,4 +1,4 @@
-"""Integers of 4 bits in bytes, ``int-quantized`` as llm-compressor stores them, are read.
+"""Codes in bytes, ``int-quantized`` and ``naive-quantized`` as llm-compressor stores them.
 
 compressed-tensors makes the folders, and is the reference reader.
 """
@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
+from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 
 import qplug
@@ -20,7 +26,7 @@ from qplug import QplugError
 from qplug.checkpoint.locate import find_model
 from qplug.machine.session import Session
 from qplug.reading.folder import open_folder
-from qplug_compressed_tensors.configuration import Configuration
+from qplug_compressed_tensors.configuration import Configuration, stores
 from qplug_compressed_tensors.format import CompressedTensors
 
 if TYPE_CHECKING:
@@ -135,3 +141,100 @@ def test_codes_of_more_bits_are_refused() -> None:
     made["weight"][3, 5] = 8
     with pytest.raises(QplugError, match="weight has integers from -8 to 8, which are not int4"):
         CompressedTensors().unpack(made, qplug.preset("W4A8"))
+
+
+#: Schemes that compressed-tensors itself stores as naive-quantized: they fit no other format.
+NAIVE = {
+    "fp8 per row": QuantizationArgs(num_bits=8, type="float", strategy="channel"),
+    "fp8 per tensor": QuantizationArgs(num_bits=8, type="float", strategy="tensor"),
+    "fp8 blocks": QuantizationArgs(
+        num_bits=8, type="float", strategy="block", block_structure=[128, 128]
+    ),
+}
+#: Integers that it would pack, and stores so if it is told to.
+FORCED = {
+    "int4 per tensor": QuantizationArgs(num_bits=4, strategy="tensor"),
+    "int4 groups": QuantizationArgs(num_bits=4, strategy="group", group_size=128),
+    "int3 per row, zero points": QuantizationArgs(num_bits=3, strategy="channel", symmetric=False),
+    "int8 per row": QuantizationArgs(num_bits=8, strategy="channel"),
+}
+
+
+def naive_folder(folder: Path, weights: QuantizationArgs) -> dict[str, Tensor]:
+    """Writes the demo model with naive-quantized ``weights``; returns what they stand for."""
+    naive = BaseCompressor.get_value_from_registry("naive-quantized")
+    demo, scheme = find_model("qplug:demo"), QuantizationScheme(targets=["Linear"], weights=weights)
+    shutil.copytree(demo, folder)
+    tensors, floats = {}, {}
+    for name, value in load_file(demo / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if not module.endswith("_proj"):
+            tensors[name] = value
+            continue
+        state = {"weight": value} | parameters(value, weights)
+        made = naive.compress(state, scheme)
+        floats[module] = naive.decompress(made, scheme)["weight"]
+        tensors |= {f"{module}.{local}": tensor for local, tensor in made.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "format": "naive-quantized",
+        "config_groups": {"group_0": scheme.model_dump(mode="json")},
+    }
+    rewrite(folder, quantization)
+    return floats
+
+
+def parameters(weight: Tensor, args: QuantizationArgs) -> dict[str, Tensor]:
+    """The scales, and zero points if ``args`` has them, of ``weight`` [out, in]."""
+    (out, width), values = weight.shape, weight.float()
+    if args.strategy == "tensor":
+        low, high = (bound.reshape(1) for bound in values.aminmax())
+    elif args.strategy == "block":
+        tiles = values.view(out // 128, 128, width // 128, 128).transpose(1, 2).flatten(2)
+        low, high = tiles.amin(2), tiles.amax(2)
+    else:
+        groups = values.view(out, -1, args.group_size or width)
+        low, high = groups.amin(2), groups.amax(2)
+    scale, zero = calculate_qparams(low, high, args)
+    found = {"weight_scale": scale}
+    return found if args.symmetric else found | {"weight_zero_point": zero}
+
+
+@pytest.mark.parametrize("weights", [*NAIVE.values(), *FORCED.values()], ids=[*NAIVE, *FORCED])
+def test_naive_quantized_is_read_and_verified(tmp_path: Path, weights: QuantizationArgs) -> None:
+    wanted = naive_folder(tmp_path / "in", weights)
+    found = qplug.verify(str(tmp_path / "in"))
+    assert (found.problems, found.linears) == ((), 28)
+    folder = open_folder(str(tmp_path / "in"), Session.alone())
+    for name, weight in wanted.items():
+        assert torch.equal(folder.parameter(f"{name}.weight").to(weight.dtype), weight), name
+        assert torch.equal(folder.dequantized(name).to(weight.dtype), weight), name
+
+
+@pytest.mark.parametrize("weights", NAIVE.values(), ids=NAIVE)
+def test_such_weights_are_naive_to_the_library(weights: QuantizationArgs) -> None:
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    assert infer_module_format(torch.nn.Linear, scheme).value == "naive-quantized"
+
+
+def test_engines_run_naive_integers_once_they_are_packed(tmp_path: Path) -> None:
+    wanted = naive_folder(tmp_path / "in", FORCED["int4 groups"])
+    for backend in ("vllm", "sglang"):
+        said = qplug.verify(str(tmp_path / "in"), backend=backend).problems
+        assert any("does not run W4A16 in naive-quantized" in str(each) for each in said)
+        out = qplug.convert(str(tmp_path / "in"), tmp_path / backend, backend=backend).out
+        assert qplug.verify(str(out)).ok
+        folder = open_folder(str(out), Session.alone())
+        assert f"{UP}.weight_packed" in folder.checkpoint.tensors
+        for name, weight in wanted.items():
+            assert torch.equal(folder.dequantized(name).to(weight.dtype), weight), name
+
+
+def test_other_floats_are_no_naive_weights() -> None:
+    assert not stores("naive-quantized", qplug.preset("NVFP4A16"))
+    assert not stores("naive-quantized", qplug.preset("MXFP8"))
+    assert stores("naive-quantized", qplug.preset("FP8"))
+    assert stores("naive-quantized", qplug.preset("W8A8"))

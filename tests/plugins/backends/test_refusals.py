@@ -86,8 +86,9 @@ def test_the_multiples_are_enough(exporter: Exporter[Any], scheme: str) -> None:
     for row in served:
         for size in row.group_sizes or (None,):
             found = preset(scheme) if size is None else preset(scheme).with_group_size(size)
-            wide = max(row.in_multiple, size or 1)
-            assert refusal(exporter, view(up=(row.out_multiple, wide)), found) is None
+            shape = (row.out_multiple, max(row.in_multiple, size or 1))
+            name = "mlp.experts.0.up_proj" if "experts alone" in row.kernel else "up"
+            assert refusal(exporter, view(**{name: shape}), found) is None
 
 
 @pytest.mark.parametrize("exporter", [VLLM, SGLANG], ids=lambda exporter: exporter.name)
@@ -380,3 +381,36 @@ def test_experts_that_vllm_cannot_load() -> None:
     for scheme in (preset("W3A16").with_group_size(64), preset("MXFP8"), preset("MXFP4AFP8")):
         assert said(scheme) is None
     assert refusal(VLLM, view(up=(128, 128)), preset("W4A8")) is None
+
+
+@pytest.mark.parametrize("name", ["W4A16", "W4A16_ASYM", "W8A16", "W8A16_ASYM"])
+@pytest.mark.parametrize("gpu", ["any", *DEVICES[:-1]])
+def test_experts_with_one_scale_a_row_run_by_marlin_alone(name: str, gpu: str) -> None:
+    """vLLM asserts groups where it takes Humming: on sm90, and for 8 bits with zero points."""
+    model = view(**{"mlp.experts.0.up_proj": (128, 128), "mlp.experts.0.down_proj": (128, 128)})
+    newest, old = (VLLMExporter(Target(gpu, engine=at)) for at in ("0.33", "0.26"))
+    rows = preset(name).with_group_size(-1)
+    said = refusal(newest, model, rows, rows)
+    if gpu == "sm90" or name == "W8A16_ASYM":
+        where = "" if name == "W8A16_ASYM" else " on sm90"
+        assert said == (
+            f"layers.0.mlp.experts.0.up_proj: vLLM runs experts in {name} in groups alone{where}: "
+            "add --group-size 64"
+        )
+    else:
+        assert said is None
+    groups = preset(name).with_group_size(64)
+    assert refusal(newest, model, groups, groups) is None
+    assert refusal(newest, view(up=(128, 128)), rows) is None
+    if name != "W8A16_ASYM":  # which 0.26 does not have
+        assert refusal(old, model, rows, rows) is None
+
+
+def test_experts_with_one_scale_a_row_want_hidden_states_for_marlin() -> None:
+    rows = preset("W4A16").with_group_size(-1)
+    narrow = view(**{"mlp.experts.0.w1": (128, 192), "mlp.experts.0.w2": (192, 128)})
+    for model in (narrow, view(**{"mlp.experts.0.w2": (192, 128)})):
+        assert str(refusal(VLLM, model, *[rows] * len(model.linears))).endswith(
+            "in groups alone if hidden states are 192 wide, no multiple of 128: add --group-size 32"
+        )
+    assert refusal(VLLM, view(**{"mlp.experts.0.w2": (128, 192)}), rows) is None

@@ -20,6 +20,7 @@ from qplug_compressed_tensors.configuration import Configuration
 from qplug_compressed_tensors.engine import CompressedTensorsLoader
 from qplug_compressed_tensors.rules import Case
 from qplug_sglang.engine import SGLang
+from qplug_sglang.int4_fp8 import int4_fp8_is_of_experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -621,7 +622,10 @@ FAULTS += [
 
 def test_every_rule_has_a_fault() -> None:
     experts = silent.int8_experts_have_a_kernel  # has its test where there are experts
-    assert {experts, *(fault.rule for fault in FAULTS)} == {*rules.FORMAT_RULES, *SGLang.rules}
+    embeddings = rules.embedding_is_as_the_loader_takes_it  # has its tests in test_embedding
+    tested = {experts, embeddings, *(fault.rule for fault in FAULTS)}
+    tested.add(int4_fp8_is_of_experts)  # has its tests in test_sglang_int4_fp8
+    assert tested == {*rules.FORMAT_RULES, *SGLang.rules}
 
 
 @pytest.fixture
