@@ -7,6 +7,8 @@ from typing import Any
 from zoo.tiny import Tiny
 
 BOTH_KINDS = ["linear_attention", "full_attention"]
+#: The sizes of the feed-forward layers, which the engine reads.
+LFM_2: dict[str, Any] = {"block_dim": 256, "block_ff_dim": 512}
 JAMBA: dict[str, Any] = {
     "attn_layer_period": 2,
     "attn_layer_offset": 1,
@@ -44,6 +46,7 @@ MODELS: dict[str, Tiny] = {
             "block_auto_adjust_ff_dim": False,
             "conv_dim": 256,  # the engine reads it, as files on the Hub have it,
         },
+        published=LFM_2,
     ),
     "lfm2_moe": Tiny(
         "Lfm2MoeForCausalLM",

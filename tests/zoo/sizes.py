@@ -100,7 +100,7 @@ TEXT: dict[str, Any] = {
     "n_ctx": 512,
     "max_seq_len": 512,
     "sliding_window": 32,
-    "attention_chunk_size": 64,
+    "attention_chunk_size": 128,
     "type_vocab_size": 1,
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.hybrids import QWEN_4
+from zoo.hybrids import LFM_2, QWEN_4
 from zoo.text import BY_KIND
 from zoo.tiny import Tiny
 
@@ -15,6 +15,7 @@ def by_axes(*section: int, **others: Any) -> dict[str, Any]:
     return {"text_config": {"rope_parameters": {**rotary, **others}}}
 
 
+GLM_4V = by_axes(4, 6, 6, partial_rotary_factor=0.5)
 GEMMA_EXPERTS: dict[str, Any] = {
     "num_experts": 4,
     "top_k_experts": 2,
@@ -89,20 +90,12 @@ MODELS: dict[str, Tiny] = {
         },
     ),
     "gemma4_unified": Tiny("Gemma4UnifiedForConditionalGeneration"),
-    "glm46v": Tiny("Glm46VForConditionalGeneration"),
-    "glm4v": Tiny("Glm4vForConditionalGeneration"),
+    "glm46v": Tiny("Glm46VForConditionalGeneration", GLM_4V),
+    "glm4v": Tiny("Glm4vForConditionalGeneration", GLM_4V),
     "glm4v_moe": Tiny(
         "Glm4vMoeForConditionalGeneration",
-        {
-            "text_config": {
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 10000.0,
-                    "partial_rotary_factor": 0.5,
-                    "mrope_section": [4, 6, 6],
-                }
-            }
-        },
+        GLM_4V,
+        published={"text_config": {"head_dim": 64}},
     ),
     "glm5_next": Tiny(
         "Glm5NextForConditionalGeneration",
@@ -111,7 +104,7 @@ MODELS: dict[str, Tiny] = {
             "text_config": {"linear_num_heads": 4},
         },
     ),
-    "glm_ocr": Tiny("GlmOcrForConditionalGeneration"),
+    "glm_ocr": Tiny("GlmOcrForConditionalGeneration", GLM_4V),
     "glmasr": Tiny("GlmAsrForConditionalGeneration"),
     "got_ocr2": Tiny("GotOcr2ForConditionalGeneration"),
     "granite4_vision": Tiny(
@@ -153,7 +146,7 @@ MODELS: dict[str, Tiny] = {
         },
     ),
     "kimi_k25": Tiny("Kimi_K25ForConditionalGeneration"),
-    "lfm2_vl": Tiny("Lfm2VlForConditionalGeneration"),
+    "lfm2_vl": Tiny("Lfm2VlForConditionalGeneration", published={"text_config": LFM_2}),
     "lfm3_vl": Tiny("Lfm3VlForConditionalGeneration"),
     "lighton_ocr": Tiny("LightOnOcrForConditionalGeneration"),
     "llama4": Tiny(

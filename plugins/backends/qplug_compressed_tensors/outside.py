@@ -1,4 +1,4 @@
-"""Names that engines have for float modules outside of the decoder blocks: towers, draft layers.
+"""Names that engines have for float modules, most of them outside of the decoder blocks: towers.
 
 Engines rename modules of composite models, merge linears inside towers, and load draft layers under
 prefixes of their own. vLLM and SGLang rename plain entries of ``ignore``, but not expressions, so
@@ -72,6 +72,32 @@ def _numbered_on(model: ModelView, tower: str, linears: Iterable[str]) -> list[s
 def tower_entries(model: ModelView, floats: Collection[str]) -> list[str]:
     """An expression for each of ``tower_suffixes``, which matches all names inside the tower."""
     return [rf"re:.*{re.escape(end)}\..*" for end in tower_suffixes(model, floats)]
+
+
+def loose_entries(model: ModelView, floats: Collection[str]) -> list[str]:
+    """An expression for each linear in ``floats`` that is in no block, and in no tower.
+
+    It stands beside the lists of blocks, where engines put modules around it: vLLM has
+    ``model.self_decoder.per_layer_model_projection`` for Gemma 3n's
+    ``model.per_layer_model_projection``. A linear that quantized ones share their last name with
+    has none, and so has the head, which engines find by its whole name.
+    """
+    inside = {name for linears in towers(model).values() for name in linears}
+    inside |= {name for name in model.linears if {*_parents(name)} & {*model.blocks}}
+    ends = {name.rpartition(".")[2] for name in floats if name not in inside and "." in name}
+    ends.discard((model.head or "").rpartition(".")[2])
+    others = {name.rpartition(".")[2] for name in model.linears if name not in floats}
+    return [rf"re:.*\.{re.escape(end)}$" for end in sorted(ends - others)]
+
+
+def renamed(model: ModelView, floats: Collection[str]) -> list[str]:
+    """The names that an engine has for linears in ``floats``, where it has others for them."""
+    found = []
+    for name in sorted(floats):
+        why = model.built_float.get(name)
+        if why is not None and why.renamed is not None:
+            found.append(name.replace(*why.renamed))
+    return found
 
 
 def portable(name: str) -> str:
