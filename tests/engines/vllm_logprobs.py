@@ -164,7 +164,7 @@ def multiply_fp8(
     return (product if bias is None else product + bias.float()).to(out_dtype or a.dtype)
 
 
-# --- experts, for which vLLM has int4 kernels on CPUs with AMX only, and not for every router ------
+# --- experts, for which vLLM has int4 kernels on CPUs with AMX, and not for every router ----------
 
 EXPERTS = "int4 experts"
 

@@ -26,7 +26,20 @@ _AS_BORN = ("A_log", "position_embedding.weight", "position_embeddings.weight", 
 #: The spread of the others: large enough that the answers of models are not all alike.
 _SPREAD = 0.06
 #: Tokens by which processors ask the tokenizer for the places of pictures and sound.
-_MARKS = {f"{kind}_token": f"<|{kind}|>" for kind in ("image", "video", "audio")}
+_MARKS = {
+    f"{kind}_token": f"<|{kind}|>"
+    for kind in (
+        "image",
+        "video",
+        "audio",
+        "image_break",
+        "image_end",
+        "image_boundary",
+        *("vision_bos", "vision_eos", "audio_bos", "audio_eos"),
+        "boi",
+        "eoi",
+    )
+}
 #: So many weights are not tiny any more.
 _LARGEST = 12_000_000
 
@@ -77,7 +90,7 @@ def built(tiny: Tiny) -> PreTrainedModel:
 
 def _processors(tiny: Tiny) -> dict[str, str]:
     """Returns the classes that prepare pictures and sound for the model, with their defaults."""
-    kind = getattr(transformers, tiny.architecture).config_class.model_type
+    kind = getattr(transformers, tiny.architecture).config_class.model_type.removesuffix("_thinker")
     pictures = IMAGE_PROCESSOR_MAPPING_NAMES.get(kind)
     found = {
         "image_processor_type": pictures["torchvision"] if pictures else None,

@@ -73,8 +73,8 @@ TEXT: dict[str, Any] = {
     # linear attention and state spaces
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
     "mamba_num_heads": 32,
     "mamba_head_dim": 16,
     "mamba_n_heads": 32,

@@ -50,7 +50,7 @@ MODELS: dict[str, Tiny] = {
     "glm": Tiny("GlmForCausalLM"),
     "glm4": Tiny("Glm4ForCausalLM"),
     "gpt2": Tiny("GPT2LMHeadModel"),
-    "gpt_bigcode": Tiny("GPTBigCodeForCausalLM"),
+    "gpt_bigcode": Tiny("GPTBigCodeForCausalLM", {"num_key_value_heads": 1}),
     "gpt_neo": Tiny("GPTNeoForCausalLM"),
     "gpt_neox": Tiny("GPTNeoXForCausalLM"),
     "gptj": Tiny("GPTJForCausalLM"),

@@ -21,8 +21,8 @@ class Tiny:
 
     ``changes`` go over the fields of the shrunk configuration; mappings in it over those of
     sub-configurations. ``published`` are fields that config.json of published models has, and
-    ``save_pretrained`` does not write. ``layout`` changes the files. ``config`` is a class of configurations where
-    the model's own one does not do.
+    ``save_pretrained`` does not write. ``layout`` changes the files. ``config`` is a class of
+    configurations where the model's own one does not do.
     """
 
     architecture: str

@@ -16,7 +16,7 @@ from qplug_compressed_tensors.fusing import with_merged_names
 from qplug_compressed_tensors.loader import Plain, plain_match
 from qplug_compressed_tensors.outside import (
     expert_groups,
-    loose_entries,
+    loose_ends,
     portable,
     renamed,
     tower_entries,
@@ -129,10 +129,10 @@ def float_modules(model: ModelView, schemes: Mapping[str, Scheme]) -> list[str]:
     has other names for, and experts that are stacked.
     """
     floats = model.linears.keys() - schemes.keys()
-    outside = tower_entries(model, floats) + loose_entries(model, floats)
+    loose = [rf"re:.*\.{re.escape(end)}$" for end in loose_ends(model, floats)]
     others = renamed(model, floats)
     named = _entries(others, [*schemes, *others], model)
-    return outside + named + experts_entries(model, schemes)
+    return [*tower_entries(model, floats), *loose, *named, *experts_entries(model, schemes)]
 
 
 def experts_entries(model: ModelView, schemes: Mapping[str, Scheme]) -> list[str]:

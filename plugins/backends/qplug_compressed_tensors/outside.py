@@ -74,20 +74,21 @@ def tower_entries(model: ModelView, floats: Collection[str]) -> list[str]:
     return [rf"re:.*{re.escape(end)}\..*" for end in tower_suffixes(model, floats)]
 
 
-def loose_entries(model: ModelView, floats: Collection[str]) -> list[str]:
-    """An expression for each linear in ``floats`` that is in no block, and in no tower.
+def loose_ends(model: ModelView, floats: Collection[str]) -> list[str]:
+    """The last parts of the names of linears in ``floats`` that are in no block, and in no tower.
 
-    It stands beside the lists of blocks, where engines put modules around it: vLLM has
+    They stand beside the lists of blocks, where engines put modules around them: vLLM has
     ``model.self_decoder.per_layer_model_projection`` for Gemma 3n's
-    ``model.per_layer_model_projection``. A linear that quantized ones share their last name with
-    has none, and so has the head, which engines find by its whole name.
+    ``model.per_layer_model_projection``, and ``model.multi_modal_projector`` for what Mllama has on
+    top. An end that is in a quantized name is left out, and so is
+    the head, which engines find by its whole name.
     """
-    inside = {name for linears in towers(model).values() for name in linears}
-    inside |= {name for name in model.linears if {*_parents(name)} & {*model.blocks}}
-    ends = {name.rpartition(".")[2] for name in floats if name not in inside and "." in name}
-    ends.discard((model.head or "").rpartition(".")[2])
-    others = {name.rpartition(".")[2] for name in model.linears if name not in floats}
-    return [rf"re:.*\.{re.escape(end)}$" for end in sorted(ends - others)]
+    elsewhere = {name for linears in towers(model).values() for name in linears}
+    elsewhere |= {name for name in model.linears if {*model.blocks}.intersection(_parents(name))}
+    loose = [name for name in floats if name not in elsewhere and name != model.head]
+    ends = {name.rpartition(".")[2] for name in loose}
+    others = [name for name in model.linears if name not in floats]
+    return [end for end in sorted(ends) if not any(end in name for name in others)]
 
 
 def renamed(model: ModelView, floats: Collection[str]) -> list[str]:
