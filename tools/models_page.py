@@ -67,8 +67,8 @@ def counts(records: Records) -> str:
         lines.append(f"| {run}, `verify` | {len(tried)} | {tried.count('ok')} |")
     for engine in engines:
         served = [found["served"][engine] for found in records.values() if _has(found, engine)]
-        taken = [record for record in served if _served(record) != "not its model"]
-        same = sum(_served(record) == "yes" for record in taken)
+        taken = [record for record in served if record["outcome"] != "not its model"]
+        same = sum(record["outcome"] == "ok" for record in taken)
         version = next((record["version"] for record in served if record.get("version")), "")
         lines.append(f"| loaded by {_ENGINES[engine]} ({version}) | {len(taken)} | {same} |")
     return "\n".join(lines)
@@ -165,7 +165,8 @@ def _served(record: Mapping[str, Any] | None) -> str:
     """Returns what became of a folder in an engine."""
     if record is None:
         return ""
-    words = {"ok": "yes", "differs": f"differs by {record.get('difference')}", "not loaded": "no"}
+    yes = "yes, emulated" if "emulated" in record else "yes"
+    words = {"ok": yes, "differs": f"differs by {record.get('difference')}", "not loaded": "no"}
     outcome: str = record["outcome"]
     return words.get(outcome, outcome)
 

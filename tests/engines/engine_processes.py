@@ -2,7 +2,8 @@
 
 Each process loads one folder after another, since starting one takes most of a minute. After a
 load that failed it is ended, and the next load is of a new one: an engine that has failed is not
-to be asked again. What failed is tried once more when all else is done.
+to be asked again. Not so where the process says that it ``forks``, for each load. What failed is
+tried once more when all else is done.
 """
 
 from __future__ import annotations
@@ -125,6 +126,12 @@ class EnginePool:
         self._loads[name] = load
         self._waiting.put(name)
 
+    def answer(self, name: str, load: Mapping[str, Any]) -> Answer:
+        """What is found of ``load``, now, and with no second try."""
+        self.give(name, load)
+        self._waiting.join()
+        return self._found[name]
+
     def answers(self) -> dict[str, Answer]:
         """What was found of each load that was given, when all are done."""
         self._waiting.join()
@@ -156,12 +163,13 @@ class EnginePool:
                 until = min(now + self.launch.seconds_each, self._until)
                 found = process.ask(self._loads[name], until)
                 self.told = process.told or self.told
+                spoilt = "error" in found and not self.told.get("forks")
             except (Failed, OSError, ValueError) as error:
-                found = {"error": str(error)}
+                found, spoilt = {"error": str(error)}, True
             if name in self._found:
                 found.setdefault("at first", self._found[name]["error"])
             self._found[name] = found
-            if "error" in found and process is not None:
+            if spoilt and process is not None:
                 process.stop()
                 process = None
             self._waiting.task_done()

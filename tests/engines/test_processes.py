@@ -32,10 +32,14 @@ answer_loads({{"device": "none"}}, measure)
 
 
 def started(
-    base: Path, processes: int = 1, seconds: float = 60.0, each: float = 30.0
+    base: Path,
+    processes: int = 1,
+    seconds: float = 60.0,
+    each: float = 30.0,
+    source: str = ENGINE,
 ) -> EnginePool:
     program, job = base / "engine.py", base / "job.json"
-    program.write_text(ENGINE.format(folder=str(Path(__file__).parent)))
+    program.write_text(source.format(folder=str(Path(__file__).parent)))
     job.write_text('{"prompts": [[1, 2]], "options": {"a": 1, "b": 1}}')
     environments = [{} for _ in range(processes)]
     return EnginePool(Launch((sys.executable, program, job), environments, each, seconds), base)
@@ -83,3 +87,18 @@ def test_no_time_is_left(tmp_path: Path) -> None:
     with started(tmp_path, seconds=0.0) as running:
         running.give("late", load("late"))
         assert running.answers()["late"]["error"] == "there was no time left for it"
+
+
+def test_an_error_ends_no_process_that_forks(tmp_path: Path) -> None:
+    source = ENGINE.replace(
+        'answer_loads({{"device": "none"}}, measure)',
+        "from forked_loads import in_forks\n"
+        'answer_loads({{"device": "none", "forks": True}}, in_forks(measure))',
+    )
+    names = ("first", "crash", "refuse", "third")
+    with started(tmp_path, source=source) as running:
+        found = {name: running.answer(name, load(name)) for name in names}
+    assert found["crash"] == {"error": "RuntimeError: the load ended with status 3"}
+    assert found["refuse"] == {"error": "ValueError: no such scheme"}
+    assert found["first"]["process"] != found["third"]["process"]
+    assert len(list(tmp_path.glob("answers-*.jsonl"))) == 1

@@ -9,6 +9,7 @@ was ``emulated``.
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 import time
@@ -18,23 +19,36 @@ from typing import Any
 from unittest import mock
 
 from engine_program import answer_loads
+from forked_loads import in_forks
+from torchvision_for_cpu import make_importable
+
+#: The engine of the last load. Taking it down takes seconds, which a fork saves by ending with it.
+engines: list[Any] = []
 
 
 def measure(
     folder: str, dtype: str, prompts: list[list[int]], options: dict[str, Any]
 ) -> dict[str, Any]:
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
     began = time.monotonic()
     emulated_calls.clear()
-    try:
-        with without_amx_products() if dtype == "float32" else nullcontext():
-            logprobs = logprobs_of(folder, dtype, prompts, options)
-    finally:
-        gc.collect()
-        cleanup_dist_env_and_memory()
+    with without_amx_products() if dtype == "float32" else nullcontext():
+        logprobs = logprobs_of(folder, dtype, prompts, options)
     seconds = round(time.monotonic() - began, 1)
     return {"logprobs": logprobs, "seconds": seconds, "emulated": sorted(set(emulated_calls))}
+
+
+def measure_and_clean(
+    folder: str, dtype: str, prompts: list[list[int]], options: dict[str, Any]
+) -> dict[str, Any]:
+    """``measure``, after which this process can load another folder."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    try:
+        return measure(folder, dtype, prompts, options)
+    finally:
+        engines.clear()
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
 def logprobs_of(
@@ -53,6 +67,7 @@ def logprobs_of(
         disable_log_stats=True,
         **options,
     )
+    engines.append(llm)
     answers = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
@@ -149,6 +164,78 @@ def multiply_fp8(
     return (product if bias is None else product + bias.float()).to(out_dtype or a.dtype)
 
 
+# --- experts, for which vLLM has int4 kernels on CPUs with AMX, and not for every router ----------
+
+EXPERTS = "int4 experts"
+
+
+def emulate_int4_experts() -> None:
+    """Let experts that no int4 kernel takes here be those that vLLM has for GPUs without a kernel.
+
+    vLLM reads them from the files as ever, and makes float matrices of them when it has; here they
+    then go through its float experts for CPUs, and not through those in Triton.
+    """
+    from vllm._custom_ops import cpu_prepack_moe_weight
+    from vllm.model_executor.layers.fused_moe.experts import int4_emulation_moe
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    from vllm.model_executor.layers.fused_moe.oracle import int_wna16
+
+    triton = int4_emulation_moe.Int4EmulationTritonExperts
+    backends = [*int_wna16._get_priority_backends(), int_wna16.WNA16MoEBackend.EMULATION]
+
+    class FloatExperts(CPUUnquantizedExperts):  # type: ignore[misc]
+        """The weights that ``apply`` is given are float by now."""
+
+        _supports_quant_scheme = staticmethod(triton._supports_quant_scheme)
+        quant_dtype = block_shape = None
+
+        def __init__(self, moe_config: Any, quant_config: Any):
+            super().__init__(moe_config, quant_config)
+            for weight in (self.quant_config._w1, self.quant_config._w2):
+                weight.dtype = weight.scale = None
+
+        def apply(self, *, w1: Any, w2: Any, **others: Any) -> None:
+            emulated_calls.append(EXPERTS)
+            packed = (cpu_prepack_moe_weight(weight, self.isa) for weight in (w1, w2))
+            super().apply(**dict(zip(("w1", "w2"), packed, strict=True)), **others)
+
+    int_wna16._get_priority_backends = lambda: backends
+    int4_emulation_moe.Int4EmulationTritonExperts = FloatExperts
+
+
+# --- what takes time, and is the same for every load ----------------------------------------------
+
+
+def inspect_here() -> None:
+    """Let vLLM look at a model's class in this process, not in one that imports all of it again."""
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda work: work()
+
+
+def import_all() -> None:
+    """Import what every load imports."""
+    for module in (
+        "vllm.entrypoints.llm",
+        "vllm.v1.engine.core",
+        "vllm.v1.worker.cpu_worker",
+        "vllm.model_executor.models.llama",
+        "vllm.model_executor.models.mixtral",
+        "vllm.model_executor.models.qwen2_vl",
+        "vllm.v1.attention.backends.cpu_attn",
+        "vllm.v1.core.sched.scheduler",
+        "vllm.utils.cpu_triton_utils",
+        "vllm.distributed.elastic_ep.elastic_execute",
+        "transformers.integrations.mistral.tokenizer",
+        "torch.distributed.tensor.experimental",
+        "torch._inductor.compile_fx",
+    ):
+        importlib.import_module(module)
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    get_quantization_config("compressed-tensors")  # imports all of them
+
+
 # --------------------------------------------------------------------------------------------------
 
 
@@ -156,20 +243,30 @@ def main() -> None:
     # Several engines one after another in this process: starting one takes most of a minute.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import torch
+
+    if torch.version.cuda is None:
+        make_importable()
     from vllm import _custom_ops  # noqa: F401 - loads the library with vLLM's operators
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu() and not hasattr(torch.ops._C, INT4):
-        emulate_int4()
-    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
-        emulate_fp8()
+    how = measure_and_clean
+    if current_platform.is_cpu():
+        if not hasattr(torch.ops._C, INT4):
+            emulate_int4()
+        if torch.cpu._is_amx_tile_supported():
+            emulate_fp8()
+        emulate_int4_experts()
+        inspect_here()
+        import_all()
+        how = in_forks(measure)
     packages = {"vllm": packages_distributions()["vllm"][0], "torch": "torch"}
     packages["transformers"] = "transformers"
     told = {
         "versions": {name: f"{package} {version(package)}" for name, package in packages.items()},
         "device": "cpu" if current_platform.is_cpu() else current_platform.get_device_name(),
+        "forks": current_platform.is_cpu(),
     }
-    answer_loads(told, measure)
+    answer_loads(told, how)
     # Threads that vLLM leaves behind must not keep the process alive.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -7,6 +7,13 @@ from typing import Any
 from zoo.tiny import Tiny
 
 BOTH_KINDS = ["linear_attention", "full_attention"]
+LFM_2: dict[str, Any] = {
+    "layer_types": ["conv", "full_attention"],
+    "num_hidden_layers": 2,
+    "block_auto_adjust_ff_dim": False,
+    "conv_dim": 256,  # the engine reads it, as files on the Hub have it,
+}
+LFM_2_SIZES: dict[str, Any] = {"block_dim": 256, "block_ff_dim": 512}  # and these
 JAMBA: dict[str, Any] = {
     "attn_layer_period": 2,
     "attn_layer_offset": 1,
@@ -36,15 +43,7 @@ MODELS: dict[str, Tiny] = {
     ),
     "jamba": Tiny("JambaForCausalLM", JAMBA),
     "kimi_linear": Tiny("KimiLinearForCausalLM", {"linear_num_heads": 4}),
-    "lfm2": Tiny(
-        "Lfm2ForCausalLM",
-        {
-            "layer_types": ["conv", "full_attention"],
-            "num_hidden_layers": 2,
-            "block_auto_adjust_ff_dim": False,
-            "conv_dim": 256,  # the engine reads it, as files on the Hub have it,
-        },
-    ),
+    "lfm2": Tiny("Lfm2ForCausalLM", LFM_2, published=LFM_2_SIZES),
     "lfm2_moe": Tiny(
         "Lfm2MoeForCausalLM",
         {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ def _ones(width: int) -> Tensor:
 
 
 def _with(layout: Any, tiny: Tiny) -> Tiny:
-    return Tiny(tiny.architecture, tiny.changes, layout, tiny.config)
+    return replace(tiny, layout=layout)
 
 
 MODELS: dict[str, Tiny] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from qplug.checkpoint.locate import DEMO, find_model
 from zoo.catalogue import CATALOGUE
@@ -21,6 +25,21 @@ from zoo.tiny import Layout, Tiny
 _AS_BORN = ("A_log", "position_embedding.weight", "position_embeddings.weight", "conv1d.weight")
 #: The spread of the others: large enough that the answers of models are not all alike.
 _SPREAD = 0.06
+#: Tokens by which processors ask the tokenizer for the places of pictures and sound.
+_MARKS = {
+    f"{kind}_token": f"<|{kind}|>"
+    for kind in (
+        "image",
+        "video",
+        "audio",
+        "image_break",
+        "image_end",
+        "image_boundary",
+        *("vision_bos", "vision_eos", "audio_bos", "audio_eos"),
+        "boi",
+        "eoi",
+    )
+}
 #: So many weights are not tiny any more.
 _LARGEST = 12_000_000
 
@@ -39,6 +58,11 @@ def make(name: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(find_model(DEMO) / file, folder)
+    if processors := _processors(tiny):
+        (folder / "preprocessor_config.json").write_text(json.dumps(processors), "utf-8")
+        _add(folder / "tokenizer_config.json", {"extra_special_tokens": _MARKS})
+    if tiny.published:
+        _add(folder / "config.json", tiny.published)
     if tiny.layout is not None:
         _lay_out(folder, tiny.layout)
     return folder
@@ -62,6 +86,26 @@ def built(tiny: Tiny) -> PreTrainedModel:
             elif name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter), alpha=_SPREAD)
     return model.eval()
+
+
+def _processors(tiny: Tiny) -> dict[str, str]:
+    """Returns the classes that prepare pictures and sound for the model, with their defaults."""
+    kind = getattr(transformers, tiny.architecture).config_class.model_type.removesuffix("_thinker")
+    pictures = IMAGE_PROCESSOR_MAPPING_NAMES.get(kind)
+    found = {
+        "image_processor_type": pictures["torchvision"] if pictures else None,
+        "feature_extractor_type": FEATURE_EXTRACTOR_MAPPING_NAMES.get(kind),
+        "processor_class": PROCESSOR_MAPPING_NAMES.get(kind),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _add(file: Path, fields: Mapping[str, Any]) -> None:
+    """Adds ``fields`` to ``file``; mappings in it go over those of the same name."""
+    plain = json.loads(file.read_text("utf-8"))
+    for name, value in fields.items():
+        plain[name] = {**plain.get(name, {}), **value} if isinstance(value, Mapping) else value
+    file.write_text(json.dumps(plain, indent=2) + "\n", "utf-8")
 
 
 def _lay_out(folder: Path, layout: Layout) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from engine_processes import EnginePool
 from real_engines import SGLANG_ON_GPU, VLLM_ON_CPU, VLLM_ON_GPU, RealEngine
 from torch import Tensor
 
@@ -35,22 +36,17 @@ _TOWERS = ("vision_config", "audio_config")
 #: The mean |difference| of log-probabilities that is allowed, and how many times the difference
 #: that the float model has in the same engine.
 LIMIT, TIMES_FLOAT = 0.05, 3.0
-
-
-@dataclass(frozen=True)
-class _Loads:
-    """The folders of a tiny model, and what the reader finds in them."""
-
-    folders: Mapping[str, Path]
-    logprobs: Mapping[str, Tensor]
+#: A float model that is so far away is another one to the engine.
+OTHER_MODEL = 0.1
 
 
 def serve(names: Sequence[str], file: Path, *, engine: str, run: str, jobs: int) -> None:
     """Loads each model, quantized by ``run``, in ``engine``, and adds what it answers to ``file``.
 
-    In the record of a model, ``served`` has by engine: ``version``, ``device``, ``run``, and either
-    ``difference`` (nats, the mean over tokens) or ``error``. Where that is an error or large, the
-    float model is loaded too, and ``float difference`` or ``float error`` says what it gave.
+    Each is added when it is done. In the record of a model, ``served`` has by engine: ``version``,
+    ``device``, ``run``, what was ``emulated``, and either ``difference`` (nats, the mean over
+    tokens) or ``error``. Where that is an error or large, the float model is loaded too, and
+    ``float difference`` or ``float error`` says what it gave.
     """
     preload()
     prompts = evaluation_tokens(
@@ -62,14 +58,24 @@ def serve(names: Sequence[str], file: Path, *, engine: str, run: str, jobs: int)
         windows=WINDOWS,
     )
     with tempfile.TemporaryDirectory() as base:
-        made = _written(names, Path(base), prompts, run, jobs)
-        _load(made, file, prompts, Path(base), ENGINES[engine], engine, run)
+        quantized = _quantized(names, Path(base), prompts, run, jobs)
+        with ENGINES[engine].started(prompts.tolist(), Path(base)) as running:
+            for name, read in quantized:
+                record = _loaded(Path(base) / name, read, ENGINES[engine], running) | {"run": run}
+                results = read_results(file)
+                results.setdefault(name, {}).setdefault("served", {})[engine] = record
+                write_results(file, results)
+                print(f"{name}: {record}", flush=True)
+                shutil.rmtree(Path(base) / name)
 
 
-def _written(
+def _quantized(
     names: Sequence[str], base: Path, prompts: Tensor, run: str, jobs: int
-) -> dict[str, _Loads]:
-    """Returns the folders of the models that ``run`` takes, by name."""
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yields each model that ``run`` takes, and what the reader finds in its folders.
+
+    These are ``float`` and ``quantized``, in the folder of its name in ``base``.
+    """
 
     def work(name: str, _: Path, tell: Callable[[str, Any], None]) -> None:
         model = make(name, base / name / "float")
@@ -78,17 +84,11 @@ def _written(
         tell("float", _read(model, prompts).tolist())
         tell("quantized", _read(folder, prompts).tolist())
 
-    found = {}
     for name, record in in_forks(names, work, jobs=jobs, seconds=240):
-        if "quantized" not in record:
+        if "quantized" in record:
+            yield name, {kind: torch.tensor(record[kind]) for kind in ("float", "quantized")}
+        else:
             print(f"{name}: not written: {record.get('not made', record.get('ended'))}", flush=True)
-            continue
-        kinds = ("quantized", "float")
-        found[name] = _Loads(
-            {kind: base / name / kind for kind in kinds},
-            {kind: torch.tensor(record[kind]) for kind in kinds},
-        )
-    return found
 
 
 @torch.inference_mode()
@@ -99,33 +99,26 @@ def _read(folder: Path, prompts: Tensor) -> Tensor:
     return logprobs[:, :-1].gather(2, prompts[:, 1:, None]).squeeze(2)
 
 
-def _load(
-    made: Mapping[str, _Loads],
-    file: Path,
-    prompts: Tensor,
-    base: Path,
-    engine: RealEngine,
-    called: str,
-    run: str,
-) -> None:
-    found: dict[str, dict[str, Any]] = {name: {"run": run} for name in made}
-    with engine.started(prompts.tolist(), base) as running:
-        for name, loads in made.items():
-            options = engine.options_for(loads.folders["quantized"])
-            running.give(f"{name} quantized", _asked(loads.folders["quantized"], engine, options))
-        _compare(found, made, "quantized", running.answers())
-        doubted = [name for name, record in found.items() if verdict(record) != "ok"]
-        for name in doubted:
-            running.give(f"{name} float", _asked(made[name].folders["float"], engine, {}))
-        _compare({name: found[name] for name in doubted}, made, "float", running.answers())
-        told = running.told
-    results = read_results(file)
-    for name, record in found.items():
-        record |= {"outcome": verdict(record), "device": told.get("device")}
-        record |= {"version": told.get("versions", {}).get(engine.name)}
-        results.setdefault(name, {}).setdefault("served", {})[called] = record
-        print(f"{name}: {verdict(record)} {record}", flush=True)
-    write_results(file, results)
+def _loaded(
+    folder: Path, read: Mapping[str, Tensor], engine: RealEngine, running: EnginePool
+) -> dict[str, Any]:
+    """Returns the record of the model in ``folder``; ``read`` is what qplug's reader finds."""
+    options = engine.options_for(folder / "quantized")
+    asked = _asked(folder / "quantized", engine, options)
+    answer = running.answer(f"{folder.name} quantized", asked)
+    record = _compared(answer, read["quantized"])
+    if answer.get("emulated"):
+        record["emulated"] = answer["emulated"]
+    if verdict(record) != "ok":
+        asked = _asked(folder / "float", engine, {})
+        answer = running.answer(f"{folder.name} float", asked)
+        record |= {f"float {key}": value for key, value in _compared(answer, read["float"]).items()}
+    version = running.told.get("versions", {}).get(engine.name)
+    return record | {
+        "outcome": verdict(record),
+        "device": running.told.get("device"),
+        "version": version,
+    }
 
 
 def _asked(folder: Path, engine: RealEngine, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,29 +129,22 @@ def _asked(folder: Path, engine: RealEngine, options: Mapping[str, Any]) -> dict
     return {"folder": str(folder), "dtype": "auto", "options": {**options, **alone}}
 
 
-def _compare(
-    found: Mapping[str, dict[str, Any]],
-    made: Mapping[str, _Loads],
-    kind: str,
-    answers: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Adds to each record how far the engine's answers for ``kind`` are from the reader's."""
-    prefix = "float " if kind == "float" else ""
-    for name, record in found.items():
-        answer = answers[f"{name} {kind}"]
-        if "error" in answer:
-            record[f"{prefix}error"] = answer["error"][-300:]
-        else:
-            away = torch.tensor(answer["logprobs"]) - made[name].logprobs[kind]
-            record[f"{prefix}difference"] = round(away.abs().mean().item(), 4)
+def _compared(answer: Mapping[str, Any], read: Tensor) -> dict[str, Any]:
+    """Returns how far the engine's answer is from the reader's, or why there is none."""
+    if "error" in answer:
+        return {"error": answer["error"][-300:]}
+    away = torch.tensor(answer["logprobs"]) - read
+    if not away.isfinite().all():
+        return {"error": "its answers, or the reader's, are not finite"}
+    return {"difference": round(away.abs().mean().item(), 4)}
 
 
 def verdict(record: Mapping[str, Any]) -> str:
     """Returns ``ok``, ``differs``, ``not loaded``, or ``not its model``.
 
-    The last: the engine does not load the float model either.
+    The last: the engine does not load the float model either, or answers otherwise for it.
     """
-    if "float error" in record:
+    if "float error" in record or not record.get("float difference", 0.0) < OTHER_MODEL:
         return "not its model"
     if "error" in record:
         return "not loaded"

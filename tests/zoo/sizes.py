@@ -73,8 +73,8 @@ TEXT: dict[str, Any] = {
     # linear attention and state spaces
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
     "mamba_num_heads": 32,
     "mamba_head_dim": 16,
     "mamba_n_heads": 32,
@@ -100,7 +100,7 @@ TEXT: dict[str, Any] = {
     "n_ctx": 512,
     "max_seq_len": 512,
     "sliding_window": 32,
-    "attention_chunk_size": 64,
+    "attention_chunk_size": 128,
     "type_vocab_size": 1,
 }
 

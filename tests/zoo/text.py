@@ -11,6 +11,8 @@ BY_KIND: dict[str, Any] = {
     kind: {"rope_type": "default", "rope_theta": 10000.0}
     for kind in ("full_attention", "sliding_attention")
 }
+#: How experts are chosen, which the engine reads.
+AFMOE: dict[str, Any] = {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}
 GEMMA_3N: dict[str, Any] = {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -20,7 +22,7 @@ GEMMA_3N: dict[str, Any] = {
 }
 
 MODELS: dict[str, Tiny] = {
-    "afmoe_dense": Tiny("AfmoeForCausalLM", {"num_dense_layers": 2}),
+    "afmoe_dense": Tiny("AfmoeForCausalLM", {"num_dense_layers": 2}, published=AFMOE),
     "apertus": Tiny("ApertusForCausalLM"),
     "arcee": Tiny("ArceeForCausalLM"),
     "bitnet": Tiny("BitNetForCausalLM"),
@@ -34,8 +36,11 @@ MODELS: dict[str, Tiny] = {
     "doge": Tiny("DogeForCausalLM"),
     "ernie4_5": Tiny("Ernie4_5ForCausalLM"),
     "exaone4": Tiny("Exaone4ForCausalLM"),
-    "falcon": Tiny("FalconForCausalLM", {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon7b": Tiny("FalconForCausalLM"),
+    "falcon": Tiny(
+        "FalconForCausalLM",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 1024},
+    ),
+    "falcon7b": Tiny("FalconForCausalLM", {"ffn_hidden_size": 1024}),
     "gemma": Tiny("GemmaForCausalLM"),
     "gemma2": Tiny("Gemma2ForCausalLM"),
     "gemma3_text": Tiny("Gemma3ForCausalLM"),
@@ -45,7 +50,7 @@ MODELS: dict[str, Tiny] = {
     "glm": Tiny("GlmForCausalLM"),
     "glm4": Tiny("Glm4ForCausalLM"),
     "gpt2": Tiny("GPT2LMHeadModel"),
-    "gpt_bigcode": Tiny("GPTBigCodeForCausalLM"),
+    "gpt_bigcode": Tiny("GPTBigCodeForCausalLM", {"num_key_value_heads": 1}),
     "gpt_neo": Tiny("GPTNeoForCausalLM"),
     "gpt_neox": Tiny("GPTNeoXForCausalLM"),
     "gptj": Tiny("GPTJForCausalLM"),
@@ -59,7 +64,7 @@ MODELS: dict[str, Tiny] = {
     "llama": Tiny("LlamaForCausalLM"),
     "llama_tied": Tiny("LlamaForCausalLM", {"tie_word_embeddings": True}),
     "llama_biases": Tiny("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
-    "mellum": Tiny("MellumForCausalLM"),
+    "mellum": Tiny("MellumForCausalLM", published={"num_nextn_predict_layers": 0}),
     "minicpm3": Tiny("MiniCPM3ForCausalLM"),
     "ministral": Tiny("MinistralForCausalLM"),
     "ministral3": Tiny("Ministral3ForCausalLM"),

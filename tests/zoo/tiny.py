@@ -20,11 +20,13 @@ class Tiny:
     """A tiny model: a class of transformers, and how its configuration differs from a shrunk one.
 
     ``changes`` go over the fields of the shrunk configuration; mappings in it over those of
-    sub-configurations. ``layout`` changes the files. ``config`` is a class of configurations where
-    the model's own one does not do.
+    sub-configurations. ``published`` are fields that config.json of published models has, and
+    ``save_pretrained`` does not write. ``layout`` changes the files. ``config`` is a class of
+    configurations where the model's own one does not do.
     """
 
     architecture: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     layout: Layout | None = None
+    published: Mapping[str, Any] = field(default_factory=dict)
     config: str | None = None

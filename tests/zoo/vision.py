@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.hybrids import QWEN_4
+from transformers import Gemma4VisionConfig
+
+from zoo.hybrids import LFM_2, LFM_2_SIZES, QWEN_4
 from zoo.text import BY_KIND
 from zoo.tiny import Tiny
 
@@ -15,6 +17,17 @@ def by_axes(*section: int, **others: Any) -> dict[str, Any]:
     return {"text_config": {"rope_parameters": {**rotary, **others}}}
 
 
+GEMMA_4_TOWER = Gemma4VisionConfig(
+    hidden_size=128,
+    intermediate_size=256,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=64,
+    num_hidden_layers=2,
+)
+GLM_4V = by_axes(4, 6, 6, partial_rotary_factor=0.5)
+#: transformers leaves the scale of Cohere's logits out beside a tower, and engines do not.
+UNSCALED: dict[str, Any] = {"text_config": {"logit_scale": 1.0}}
 GEMMA_EXPERTS: dict[str, Any] = {
     "num_experts": 4,
     "top_k_experts": 2,
@@ -24,7 +37,7 @@ GEMMA_EXPERTS: dict[str, Any] = {
 MODELS: dict[str, Tiny] = {
     "aria": Tiny("AriaForConditionalGeneration"),
     "audioflamingo3": Tiny("AudioFlamingo3ForConditionalGeneration"),
-    "aya_vision": Tiny("AyaVisionForConditionalGeneration"),
+    "aya_vision": Tiny("AyaVisionForConditionalGeneration", UNSCALED),
     "blip2": Tiny("Blip2ForConditionalGeneration"),
     "chameleon": Tiny(
         "ChameleonForConditionalGeneration",
@@ -34,10 +47,12 @@ MODELS: dict[str, Tiny] = {
         },
     ),
     "cohere2_vision": Tiny(
-        "Cohere2VisionForConditionalGeneration", {"alignment_intermediate_size": 512}
+        "Cohere2VisionForConditionalGeneration",
+        {"alignment_intermediate_size": 512, **UNSCALED},
     ),
     "cohere_compass": Tiny(
-        "CohereCompassForConditionalGeneration", {"text_config": {"rope_parameters": BY_KIND}}
+        "CohereCompassForConditionalGeneration",
+        {"text_config": {"rope_parameters": BY_KIND, "tie_word_embeddings": True}},
     ),
     "cosmos3_edge": Tiny(
         "Cosmos3EdgeForConditionalGeneration",
@@ -72,11 +87,12 @@ MODELS: dict[str, Tiny] = {
     "ernie4_5_vl_moe": Tiny(
         "Ernie4_5_VLMoeForConditionalGeneration",
         {"text_config": {"moe_intermediate_size": [512, 384], "num_attention_heads": 2}},
+        published={"vision_config": {"embed_dim": 128, "mlp_ratio": 2}},
     ),
     "exaone4_5": Tiny("Exaone4_5_ForConditionalGeneration"),
     "fuyu": Tiny("FuyuForCausalLM"),
     "gemma3": Tiny("Gemma3ForConditionalGeneration"),
-    "gemma4": Tiny("Gemma4ForConditionalGeneration"),
+    "gemma4": Tiny("Gemma4ForConditionalGeneration", {"vision_config": GEMMA_4_TOWER}),
     "gemma4_moe": Tiny(
         "Gemma4ForConditionalGeneration",
         {
@@ -85,24 +101,17 @@ MODELS: dict[str, Tiny] = {
                 "num_experts": 4,
                 "top_k_experts": 2,
                 "moe_intermediate_size": 384,
-            }
+            },
+            "vision_config": GEMMA_4_TOWER,
         },
     ),
     "gemma4_unified": Tiny("Gemma4UnifiedForConditionalGeneration"),
-    "glm46v": Tiny("Glm46VForConditionalGeneration"),
-    "glm4v": Tiny("Glm4vForConditionalGeneration"),
+    "glm46v": Tiny("Glm46VForConditionalGeneration", GLM_4V),
+    "glm4v": Tiny("Glm4vForConditionalGeneration", GLM_4V),
     "glm4v_moe": Tiny(
         "Glm4vMoeForConditionalGeneration",
-        {
-            "text_config": {
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 10000.0,
-                    "partial_rotary_factor": 0.5,
-                    "mrope_section": [4, 6, 6],
-                }
-            }
-        },
+        GLM_4V,
+        published={"text_config": {"head_dim": 64, "use_qk_norm": False}},
     ),
     "glm5_next": Tiny(
         "Glm5NextForConditionalGeneration",
@@ -111,7 +120,7 @@ MODELS: dict[str, Tiny] = {
             "text_config": {"linear_num_heads": 4},
         },
     ),
-    "glm_ocr": Tiny("GlmOcrForConditionalGeneration"),
+    "glm_ocr": Tiny("GlmOcrForConditionalGeneration", GLM_4V),
     "glmasr": Tiny("GlmAsrForConditionalGeneration"),
     "got_ocr2": Tiny("GotOcr2ForConditionalGeneration"),
     "granite4_vision": Tiny(
@@ -153,7 +162,11 @@ MODELS: dict[str, Tiny] = {
         },
     ),
     "kimi_k25": Tiny("Kimi_K25ForConditionalGeneration"),
-    "lfm2_vl": Tiny("Lfm2VlForConditionalGeneration"),
+    "lfm2_vl": Tiny(
+        "Lfm2VlForConditionalGeneration",
+        {"text_config": LFM_2},
+        published={"text_config": LFM_2_SIZES},
+    ),
     "lfm3_vl": Tiny("Lfm3VlForConditionalGeneration"),
     "lighton_ocr": Tiny("LightOnOcrForConditionalGeneration"),
     "llama4": Tiny(
@@ -163,7 +176,8 @@ MODELS: dict[str, Tiny] = {
                 "projector_input_dim": 128,
                 "projector_output_dim": 128,
                 "vision_output_dim": 128,
-            }
+            },
+            "text_config": {"num_experts_per_tok": 1},
         },
     ),
     "llava": Tiny("LlavaForConditionalGeneration"),
@@ -258,7 +272,9 @@ MODELS: dict[str, Tiny] = {
         "Qwen3VLForConditionalGeneration", by_axes(12, 10, 10, mrope_interleaved=True)
     ),
     "qwen3_vl_moe": Tiny(
-        "Qwen3VLMoeForConditionalGeneration", by_axes(12, 10, 10, mrope_interleaved=True)
+        "Qwen3VLMoeForConditionalGeneration",
+        by_axes(12, 10, 10, mrope_interleaved=True),
+        published={"text_config": {"norm_topk_prob": True}},
     ),
     "qwen4_exp": Tiny("Qwen4ExpForConditionalGeneration", {"text_config": QWEN_4}),
     "smolvlm": Tiny("SmolVLMForConditionalGeneration"),

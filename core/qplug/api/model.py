@@ -14,12 +14,14 @@ class BuiltFloat:
 
     ``engines`` are the names of the engines that do so (``vLLM``, ``SGLang``); empty for all.
     ``reason`` completes the sentence "it stays float: ...". ``source`` names the file of the engine
-    and its version, or whatever else the statement rests on.
+    and its version, or whatever else the statement rests on. ``renamed`` is a part of the weight's
+    name, and what an engine that renames it makes of that: ``(".conv.", ".short_conv.")``.
     """
 
     reason: str
     engines: tuple[str, ...] = ()
     source: str = ""
+    renamed: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)

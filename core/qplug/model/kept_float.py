@@ -148,7 +148,9 @@ KEPT_FLOAT = (
         BuiltFloat(
             "ShortConv takes no quantization before vLLM 0.32",
             ("vLLM",),
-            "no quant_config in vLLM 0.26, layers/mamba/short_conv.py",
+            "no quant_config in vLLM 0.26, layers/mamba/short_conv.py; "
+            "short_conv in vLLM 0.32, models/lfm2.py and lfm2_moe.py",
+            renamed=(".conv.", ".short_conv."),
         ),
     ),
     KeptFloat(

@@ -15,7 +15,7 @@ from qplug import (
 )
 from qplug_compressed_tensors.fusing import with_merged_names
 from qplug_compressed_tensors.one_scheme import OneSchemeFormat
-from qplug_compressed_tensors.outside import portable, tower_suffixes
+from qplug_compressed_tensors.outside import loose_ends, portable, renamed, tower_suffixes
 from qplug_compressed_tensors.packing import pack_words, stored_args, unpack_words
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ def names_of_floats(model: ModelView, schemes: Mapping[str, Scheme]) -> list[str
     floats = [name for name in model.linears if name not in schemes]
     if model.head is not None and model.head not in model.linears:
         floats.append(model.head)
-    names = {*with_merged_names(floats), *model.stacked_experts}
-    ends = [f"{end}." for end in tower_suffixes(model, floats)]
+    names = {*with_merged_names(floats + renamed(model, floats)), *model.stacked_experts}
+    ends = [f"{end}." for end in tower_suffixes(model, floats)] + loose_ends(model, floats)
     blocks = tuple(f"{block}." for block in model.blocks)
     return sorted({*(portable(n) if n.startswith(blocks) else n for n in names), *ends})
 

@@ -14,7 +14,13 @@ from typing import Any
 from qplug import E4M3_SCALES, E8M0_SCALES, PRESETS, ModelView, QplugError, QuantArgs, Scheme
 from qplug_compressed_tensors.fusing import with_merged_names
 from qplug_compressed_tensors.loader import Plain, plain_match
-from qplug_compressed_tensors.outside import expert_groups, portable, tower_entries
+from qplug_compressed_tensors.outside import (
+    expert_groups,
+    loose_ends,
+    portable,
+    renamed,
+    tower_entries,
+)
 
 PACK_QUANTIZED = "pack-quantized"
 INT_QUANTIZED = "int-quantized"
@@ -131,10 +137,14 @@ def _entries(names: Iterable[str], among: Iterable[str], model: ModelView) -> li
 def float_modules(model: ModelView, schemes: Mapping[str, Scheme]) -> list[str]:
     """Expressions for modules of ``model`` that are float as a whole, in names that engines have.
 
-    They are towers and draft layers outside of the blocks, and experts that are stacked.
+    They are towers and draft layers outside of the blocks, linears there, linears that an engine
+    has other names for, and experts that are stacked.
     """
     floats = model.linears.keys() - schemes.keys()
-    return tower_entries(model, floats) + experts_entries(model, schemes)
+    loose = [rf"re:.*\.{re.escape(end)}$" for end in loose_ends(model, floats)]
+    others = renamed(model, floats)
+    named = _entries(others, [*schemes, *others], model)
+    return [*tower_entries(model, floats), *loose, *named, *experts_entries(model, schemes)]
 
 
 def experts_entries(model: ModelView, schemes: Mapping[str, Scheme]) -> list[str]:

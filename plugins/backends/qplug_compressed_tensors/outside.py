@@ -1,4 +1,4 @@
-"""Names that engines have for float modules outside of the decoder blocks: towers, draft layers.
+"""Names that engines have for float modules, most of them outside of the decoder blocks: towers.
 
 Engines rename modules of composite models, merge linears inside towers, and load draft layers under
 prefixes of their own. vLLM and SGLang rename plain entries of ``ignore``, but not expressions, so
@@ -72,6 +72,33 @@ def _numbered_on(model: ModelView, tower: str, linears: Iterable[str]) -> list[s
 def tower_entries(model: ModelView, floats: Collection[str]) -> list[str]:
     """An expression for each of ``tower_suffixes``, which matches all names inside the tower."""
     return [rf"re:.*{re.escape(end)}\..*" for end in tower_suffixes(model, floats)]
+
+
+def loose_ends(model: ModelView, floats: Collection[str]) -> list[str]:
+    """The last parts of the names of linears in ``floats`` that are in no block, and in no tower.
+
+    They stand beside the lists of blocks, where engines put modules around them: vLLM has
+    ``model.self_decoder.per_layer_model_projection`` for Gemma 3n's
+    ``model.per_layer_model_projection``, and ``model.multi_modal_projector`` for what Mllama has on
+    top. An end that is in a quantized name is left out, and so is
+    the head, which engines find by its whole name.
+    """
+    elsewhere = {name for linears in towers(model).values() for name in linears}
+    elsewhere |= {name for name in model.linears if {*model.blocks}.intersection(_parents(name))}
+    loose = [name for name in floats if name not in elsewhere and name != model.head]
+    ends = {name.rpartition(".")[2] for name in loose}
+    others = [name for name in model.linears if name not in floats]
+    return [end for end in sorted(ends) if not any(end in name for name in others)]
+
+
+def renamed(model: ModelView, floats: Collection[str]) -> list[str]:
+    """The names that an engine has for linears in ``floats``, where it has others for them."""
+    found = []
+    for name in sorted(floats):
+        why = model.built_float.get(name)
+        if why is not None and why.renamed is not None:
+            found.append(name.replace(*why.renamed))
+    return found
 
 
 def portable(name: str) -> str:

@@ -26,7 +26,7 @@ from qplug import (
 )
 from qplug_compressed_tensors import fp4
 from qplug_compressed_tensors.fusing import merged_matrices, with_merged_names
-from qplug_compressed_tensors.outside import tower_suffixes
+from qplug_compressed_tensors.outside import loose_ends, renamed, tower_suffixes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +89,9 @@ class ModelOptNVFP4(Format):
         if model.head is not None and model.head not in model.linears:
             floats.append(model.head)
         ends = [f"*{end}.*" for end in tower_suffixes(model, floats)]
-        ignore = sorted((*with_merged_names(floats), *model.stacked_experts, *ends))
+        ends += [f"*.{end}" for end in loose_ends(model, floats)]
+        named = with_merged_names(floats + renamed(model, floats))
+        ignore = sorted((*named, *model.stacked_experts, *ends))
         return {
             "quant_method": self.quant_method,
             "quant_algo": "NVFP4",

@@ -73,7 +73,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], int, set[str]]] = {
     "gpt-neox": (
         lambda: transformers.GPTNeoXConfig(**SIZES, intermediate_size=96),
         2 * 4,
-        {"embed_out", "lm_head"},
+        {"embed_out", r"re:.*\.embed_out$", "lm_head"},
     ),
     "qwen3-moe": (
         lambda: transformers.Qwen3MoeConfig(

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 import pytest
 
-from qplug import ModelView, Scheme, preset
+from qplug import BuiltFloat, ModelView, Scheme, preset
 from qplug_awq_format.format import AWQ
 from qplug_compressed_tensors.configuration import write_config
 from qplug_compressed_tensors.outside import portable, tower_suffixes, towers
@@ -26,6 +26,7 @@ PACKED = {
 }
 BLOCKS = tuple(f"model.language_model.layers.{number}" for number in range(3))
 DENSE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
+LOOSE = ("model.per_layer_model_projection", "multi_modal_projector")  # beside the blocks
 DRAFT = ("self_attn.q_proj", "mlp.down_proj", *(f"mlp.experts.{n}.up_proj" for n in range(3)))
 
 
@@ -35,10 +36,16 @@ def model(*, draft: str = "mtp.layers.0") -> ModelView:
     names += [f"{BLOCKS[1]}.linear_attn.in_proj_{part}" for part in "ab"]
     quantizable = frozenset(names)
     names += [f"model.visual.blocks.{n}.attn.{part}" for n in range(2) for part in ("qkv", "proj")]
+    names += [f"{block}.conv.in_proj" for block in BLOCKS]
+    names += LOOSE
     names += ["model.visual.layers.2.self_attn.q_proj", "model.visual.merger.linear_fc1", "lm_head"]
     names += [f"{draft}.{local}" for local in DRAFT]
     linears = dict.fromkeys(names, (128, 128))
-    return ModelView({}, "bfloat16", linears, quantizable, BLOCKS, "lm_head")
+    why = BuiltFloat("a convolution", renamed=(".conv.", ".short_conv."))
+    floats = {f"{block}.conv.in_proj": why for block in BLOCKS}
+    floats |= dict.fromkeys(LOOSE, BuiltFloat("it is small"))
+    view = ModelView({}, "bfloat16", linears, quantizable, BLOCKS, "lm_head")
+    return replace(view, built_float=floats)
 
 
 def schemes(view: ModelView, scheme: Scheme) -> dict[str, Scheme]:
@@ -65,6 +72,10 @@ MODULES = {
     "language_model.model.layers.2.self_attn.qkv_proj": True,
     "mtp.layers.0.self_attn.qkv_proj": False,
     "mtp.layers.0.mlp.experts.0.up_proj": False,
+    "language_model.model.layers.2.short_conv.in_proj": False,
+    "language_model.model.layers.0.conv.in_proj": False,
+    "language_model.model.self_decoder.per_layer_model_projection": False,
+    "model.multi_modal_projector": False,
 }
 
 
