@@ -12,8 +12,8 @@ from qplug.model.input_groups import GroupPaths
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Bytes for each weight of the block: as it is stored, and with which the tokens go on.
-_STAYING = 2 + 2
+#: Bytes for each weight of the block, as it is stored and with which the tokens go on.
+_STORED = _ROUNDED = 2
 #: Bytes for each weight of a part, besides: in float32, its code, and a copy in float32.
 _IN_PART = PER_WEIGHT - 2
 
@@ -31,8 +31,7 @@ class GroupRoom:
     @property
     def whole(self) -> int:
         """The bytes that all groups take at once."""
-        weights = self.others + sum(count for count, _ in self.groups)
-        return PER_WEIGHT * weights + PER_ENTRY * sum(width**2 for _, width in self.groups)
+        return PER_WEIGHT * self._weights + PER_ENTRY * sum(width**2 for _, width in self.groups)
 
     def parts(self, budget: float) -> list[list[int]] | None:
         """The numbers of the groups in each part, the largest last; None if all have room.
@@ -41,7 +40,7 @@ class GroupRoom:
         """
         if len(self.groups) < 2 or self.whole + BESIDES <= budget:
             return None
-        room = budget - BESIDES - self._staying
+        room = budget - BESIDES - (_STORED + _ROUNDED) * self._weights
         parts: list[list[int]] = [[]]
         taken = float(_IN_PART * self.others)
         for number in sorted(range(len(self.groups)), key=self._size):
@@ -58,13 +57,20 @@ class GroupRoom:
         parts = self.parts(budget)
         if parts is None:
             return self.whole
-        sizes = [sum(map(self._size, part)) for part in parts]
-        sizes[0] += _IN_PART * self.others
-        return self._staying + max(sizes)
+        found: list[float] = []
+        stored, finished = _STORED * self._weights, 0
+        for part in parts:
+            others = 0 if found else self.others
+            if part is parts[-1]:
+                stored = 0  # the tokens pass the block before
+            own = sum(map(self._size, part)) + _IN_PART * others
+            found.append(stored + finished + own)
+            finished += _ROUNDED * (others + sum(self.groups[number][0] for number in part))
+        return max(found)
 
     @property
-    def _staying(self) -> int:
-        return _STAYING * (self.others + sum(count for count, _ in self.groups))
+    def _weights(self) -> int:
+        return self.others + sum(count for count, _ in self.groups)
 
     def _size(self, number: int) -> int:
         count, width = self.groups[number]

@@ -135,10 +135,9 @@ def _block_seconds(block: BlockWork, work: Workload, machine: Machine) -> dict[s
     if machine.processes > 1:
         exchange = PER_ENTRY * sum(map(_entries, block.readers)) / rates.exchange
         exchange += rates.exchanged * sum(one.count for one in block.readers)
-    groups, budget = _groups(block, work), machine.memory
-    parts = None if groups is None or budget is None else groups.parts(budget)
+    budget = float("inf") if machine.memory is None else machine.memory
     return {
-        "statistics": forward * len(parts or [()]) + gram + exchange,
+        "statistics": forward * max(1, _parts(block, work, budget)) + gram + exchange,
         "quantize": _solving(block, work, machine),
         "packing": _packing(block, rates),
         "passing on": forward,
@@ -193,7 +192,10 @@ def _memory(work: Workload, machine: Machine) -> tuple[float, float]:
     device = max((_peak(block, work, tokens, budget) for block in work.blocks), default=0)
     if machine.on_gpu:
         device += _passes(work, tokens)
-    read = max((block.read for block in work.blocks), default=0) * min(2, len(work.blocks))
+    in_memory = min(2, len(work.blocks))
+    if not machine.on_gpu and any(_parts(block, work, budget) for block in work.blocks):
+        in_memory -= 1  # counted with the parts
+    read = max((block.read for block in work.blocks), default=0) * in_memory
     written = max((block.written for block in work.blocks), default=0) * _PENDING
     return device, base + read + written + tokens * work.width * _BYTES
 
@@ -202,6 +204,15 @@ def _peak(block: BlockWork, work: Workload, tokens: float, budget: float) -> flo
     """The bytes that ``block`` takes on a device at most."""
     groups = _groups(block, work)
     return room(block, tokens).peak(budget) if groups is None else groups.peak(budget)
+
+
+def _parts(block: BlockWork, work: Workload, budget: float) -> int:
+    """The number of parts that the input groups of ``block`` are divided into; 0 if they are not.
+
+    ``budget``: the bytes that a block may take.
+    """
+    groups = _groups(block, work)
+    return 0 if groups is None else len(groups.parts(budget) or ())
 
 
 def _groups(block: BlockWork, work: Workload) -> GroupRoom | None:
