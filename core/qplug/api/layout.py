@@ -56,7 +56,8 @@ def layout_problems(
 
     Linears in ``schemes`` have the tensors of ``format.layout``, others a float weight alone.
     Float tensors may be of any float dtype: loaders convert them. Tensors that ``scales`` names,
-    such as ``weight_scale``, are positive and finite (asked of linears whose layout is right).
+    such as ``weight_scale``, are positive and finite (asked of linears whose layout is right, and
+    has them).
     """
     held: dict[str, dict[str, Any]] = {name: {} for name in model.linears}
     for tensor, stored in folder.tensors.items():
@@ -78,6 +79,8 @@ def layout_problems(
             right.append(name)
     for name in right:
         for local in scales:
+            if local not in held[name]:
+                continue
             values = folder.read(f"{name}.{local}").float()
             if not (values.isfinite() & (values > 0)).all():
                 yield Problem("scale", name, f"{local}: one is zero, negative, or not finite")

@@ -12,14 +12,15 @@ from qplug_compressed_tensors.silent import merged_matrices_are_named
 from qplug_sglang.capabilities import RELEASES
 from qplug_sglang.int4_fp8 import int4_fp8_is_of_experts, unserved
 from qplug_sglang.loaders import FP4_BY_OPTION, LOADERS
-from qplug_sglang.modelopt import NVFP4, ModelOptNVFP4, loader_problems
+from qplug_sglang.mixed import MIXED, NVFP4, refuses_mixture
+from qplug_sglang.modelopt import ModelOpt, loader_problems
 
 if TYPE_CHECKING:
     from qplug import Checkpoint
 
 
 class SGLang(CompressedTensorsLoader):
-    """SGLang, which loads compressed-tensors folders and ModelOpt's NVFP4."""
+    """SGLang, which loads compressed-tensors folders and ModelOpt's, with NVFP4 and FP8."""
 
     releases = RELEASES
     loaders = LOADERS
@@ -41,27 +42,29 @@ class SGLang(CompressedTensorsLoader):
     def refuses(
         self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
     ) -> str | None:
-        others = sorted({scheme.name for scheme in schemes.values() if scheme != NVFP4})
-        if others and NVFP4 in schemes.values():
-            return (
-                f"NVFP4 is stored in ModelOpt's format, which has no other scheme, not "
-                f"{' and '.join(others)}; take --backend compressed-tensors for both in one folder"
-            )
+        if NVFP4 in schemes.values():
+            sentence = refuses_mixture(model, schemes)
+            if sentence is not None:
+                return sentence
         sentence = super().refuses(model, schemes, target)
         unloaded = unserved(schemes)
         return ": ".join(unloaded) if sentence is None and unloaded is not None else sentence
+
+    def _refuses_mixture(self, schemes: Mapping[str, Scheme]) -> str | None:
+        """The rules of compressed-tensors hold where the folder has that format."""
+        return None if NVFP4 in schemes.values() else super()._refuses_mixture(schemes)
 
     def check_folder(
         self, folder: Checkpoint, model: ModelView, format: Format
     ) -> Iterator[Problem]:
         yield from super().check_folder(folder, model, format)
         config = folder.config.get("quantization_config") or {}
-        if config.get("quant_method") == ModelOptNVFP4.quant_method:
+        if config.get("quant_method") == ModelOpt.quant_method:
             yield from loader_problems(folder, model, format.read_schemes(config, model))
             yield from cache_problems(folder, model, format.read_cache(config))
 
     def serve_arguments(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The kernel for NVFP4, where the version does not choose it; bfloat16 for float32."""
         quantization = config.get("quantization_config") or {}
-        nvfp4 = quantization.get("quant_algo") == "NVFP4" and self.release in FP4_BY_OPTION
+        nvfp4 = quantization.get("quant_algo") in ("NVFP4", MIXED) and self.release in FP4_BY_OPTION
         return (*half_precision(config), *(("--fp4-gemm-backend", "marlin") if nvfp4 else ()))

@@ -1,4 +1,4 @@
-"""Joins the two formats that SGLang loads: ModelOpt's for NVFP4, else compressed-tensors."""
+"""Joins the formats that SGLang loads: ModelOpt's where NVFP4 is, else compressed-tensors."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from qplug import Format, ModelView, Problem, QuantArgs, QuantizedWeight, Scheme, TensorSpec
 from qplug_compressed_tensors.format import CompressedTensors
-from qplug_sglang.modelopt import NVFP4, ModelOptNVFP4
+from qplug_sglang.mixed import NVFP4
+from qplug_sglang.modelopt import ModelOpt
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qplug import Checkpoint
 
-_MODELOPT = ModelOptNVFP4()
+_MODELOPT = ModelOpt()
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class SGLangFormat(Format):
         return self._of_stored(tensors, scheme).input_scale(tensors, scheme)
 
     def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any] | None:
-        first = next(iter(schemes.values()), None)  # all have one format: see SGLang.refuses
-        return self._of_scheme(first).config(model, schemes)
+        four_bits = NVFP4 in schemes.values()  # FP8 beside it is stored alike: see ModelOpt
+        return (_MODELOPT if four_bits else self.compressed).config(model, schemes)
 
     def with_cache(self, config: dict[str, Any] | None, cache: QuantArgs) -> dict[str, Any] | None:
         return self._of_config(config).with_cache(config, cache)
@@ -70,8 +71,8 @@ class SGLangFormat(Format):
     def check_folder(self, folder: Checkpoint, model: ModelView) -> Iterator[Problem]:
         return self._of_config(folder.config.get("quantization_config")).check_folder(folder, model)
 
-    def _of_scheme(self, scheme: Scheme | None) -> Format:
-        """The format in which qplug writes ``scheme``."""
+    def _of_scheme(self, scheme: Scheme) -> Format:
+        """The format that has the tensors in which qplug writes ``scheme``."""
         return _MODELOPT if scheme == NVFP4 else self.compressed
 
     def _of_config(self, config: Mapping[str, Any] | None) -> Format:

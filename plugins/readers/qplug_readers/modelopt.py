@@ -83,6 +83,6 @@ def _weight(module: Module, dtype: str) -> StoredTensor | None:
 
 
 def _unpack(scheme: Scheme, values: Mapping[str, Tensor]) -> QuantizedWeight:
-    from qplug_sglang.modelopt import ModelOptNVFP4
+    from qplug_sglang.modelopt import ModelOpt
 
-    return ModelOptNVFP4().unpack(values, scheme)
+    return ModelOpt().unpack(values, scheme)

@@ -14,7 +14,8 @@ from qplug_awq_format.format import AWQ
 from qplug_compressed_tensors.configuration import write_config
 from qplug_compressed_tensors.outside import portable, tower_suffixes, towers
 from qplug_gptq_format.format import GPTQ
-from qplug_sglang.modelopt import NVFP4, ModelOptNVFP4
+from qplug_sglang.mixed import NVFP4
+from qplug_sglang.modelopt import ModelOpt
 
 #: How engines rename modules of such a model, by beginning of the name: ``hf_to_vllm_mapper``.
 RENAMED = {"model.language_model.": "language_model.model.", "model.visual.": "visual."}
@@ -125,7 +126,7 @@ def test_awq_whose_entries_are_parts_of_names(module: str) -> None:
 @pytest.mark.parametrize("module", [name for name in MODULES if "language_model" not in name])
 def test_modelopt_whose_entries_have_stars(module: str) -> None:
     view = model()
-    format_, given = ModelOptNVFP4(), schemes(view, NVFP4)
+    format_, given = ModelOpt(), schemes(view, NVFP4)
     config = format_.config(view, given)
     assert any(fnmatchcase(module, renamed(entry)) for entry in config["ignore"])
     assert format_.read_schemes(config, view) == given

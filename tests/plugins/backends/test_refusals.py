@@ -215,10 +215,11 @@ def test_experts_of_sglang_want_one_format_in_the_folder() -> None:
     assert refusal(SGLANG, view(**linears), W4, W8) is None
 
 
-def test_nvfp4_of_sglang_is_alone_in_a_folder() -> None:
+def test_nvfp4_of_sglang_has_fp8_alone_beside_it() -> None:
     model = view(up=(128, 128), down=(128, 128))
     sentence = str(refusal(SGLANG, model, preset("NVFP4"), W4))
-    assert sentence.startswith("NVFP4 is stored in ModelOpt's format, which has no other scheme, ")
+    assert sentence.startswith("NVFP4 is stored in ModelOpt's format, which has FP8 beside it, ")
+    assert refusal(SGLANG, model, preset("NVFP4"), preset("FP8")) is None
     assert refusal(SGLANG, model, preset("NVFP4A16"), W4) is None
 
 
