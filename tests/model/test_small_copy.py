@@ -43,6 +43,15 @@ def test_a_part_for_text_that_does_not_say_whether_its_words_are_tied(tmp_path: 
         )
 
 
+def test_norms_that_multiply_by_no_parameter(tmp_path: Path) -> None:
+    """Those within the mixers of Falcon-Mamba keep ones in a buffer."""
+    folder = make("falcon_mamba", tmp_path / "falcon_mamba")
+    with pytest.raises(QplugError, match="nothing is left to quantize"):
+        qplug.quantize(
+            str(folder), tmp_path / "out", algo="quarot+rtn", scheme="W8A8", backend="vllm"
+        )
+
+
 def test_a_model_without_logits(tmp_path: Path) -> None:
     folder = make("roberta_embedding", tmp_path / "roberta")
     with pytest.raises(QplugError, match="computes no logits, by which") as error:
