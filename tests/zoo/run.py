@@ -42,7 +42,8 @@ def run(
 
     for name, record in in_forks(names, work, jobs=jobs, seconds=seconds):
         results = read_results(file)
-        kept = results.get(name, {})
+        ends = ("ended", "not made")  # of the run before
+        kept = {key: value for key, value in results.get(name, {}).items() if key not in ends}
         fresh = {
             "architecture": CATALOGUE[name].architecture,
             "family": family_of(name),

@@ -278,7 +278,7 @@ MODELS: dict[str, Tiny] = {
     ),
     "qwen4_exp": Tiny("Qwen4ExpForConditionalGeneration", {"text_config": QWEN_4}),
     "smolvlm": Tiny("SmolVLMForConditionalGeneration"),
-    "step3p7": Tiny("Step3p7ForConditionalGeneration"),
+    "step3p7": Tiny("Step3p7ForConditionalGeneration", {"text_config": {"sliding_window": 16}}),
     "video_llama_3": Tiny("VideoLlama3ForConditionalGeneration"),
     "vipllava": Tiny("VipLlavaForConditionalGeneration"),
     "voxtral": Tiny("VoxtralForConditionalGeneration"),

@@ -52,7 +52,7 @@ class StreamFinder:
         self._norms = {
             name: module
             for name, module in self._model.named_modules()
-            if is_norm(module) and module.get_parameter("weight").shape == (width,)
+            if is_norm(module) and _width(module) == (width,)
         }
         hidden = torch.randn(width, generator=torch.Generator().manual_seed(1))
         self._hidden = hidden / hidden.norm()  # the unit vector u
@@ -333,6 +333,12 @@ def _turn_heads(matrix: Tensor, rows: Tensor, turn: Tensor) -> None:
 def _without(x: Tensor, direction: Tensor) -> Tensor:
     """``x: [..., width]`` without its part along the unit vector ``direction``."""
     return x - (x @ direction)[..., None] * direction
+
+
+def _width(norm: nn.Module) -> tuple[int, ...] | None:
+    """The shape of the parameter by which ``norm`` multiplies; some have a buffer of ones alone."""
+    weight = dict(norm.named_parameters(recurse=False)).get("weight")
+    return None if weight is None else tuple(weight.shape)
 
 
 def _offset(name: str, norm: nn.Module, width: int) -> float:

@@ -44,6 +44,8 @@ _TOKENS = 16
 # model of smaller sizes does not run, the copy has the sizes of the model.
 _INNER = ("intermediate_size", "ffn_dim", "n_inner", "shared_expert_intermediate_size")
 _EXPERT_INNER = "moe_intermediate_size"
+# The fields that hold a word for each block.
+_LAYER_TYPES = ("layer_types", "layers_block_type")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -73,6 +75,8 @@ class SmallCopy:
             self._make(_untied(config), folder, trust_remote_code)
             try:
                 self.run()
+            except QplugError as error:
+                raise QplugError(f"{folder}: {error}") from error
             except Exception as error:
                 reason = " ".join(str(error).split())[:200]
                 raise QplugError(
@@ -92,10 +96,7 @@ class SmallCopy:
         path, local = split_name(parent)
         kept = nn.ModuleList([modules[index] for index in self.first])
         setattr(self.model.get_submodule(path), local, kept)
-        text = self.model.config.get_text_config()
-        text.num_hidden_layers = len(kept)
-        if isinstance(types := getattr(text, "layer_types", None), list):
-            text.layer_types = [types[index] for index in self.first]
+        _keep_layers(self.model.config.get_text_config(), self.first)
         self._draw()
         self._trace()
 
@@ -191,7 +192,10 @@ class SmallCopy:
 
     @torch.no_grad()
     def run(self, online: Sequence[str] = ()) -> Seen:
-        """Run a few tokens; inputs of linears in ``online`` are rotated."""
+        """Run a few tokens; inputs of linears in ``online`` are rotated.
+
+        Raises QplugError if the model computes no logits.
+        """
         vocabulary = self.model.config.get_text_config().vocab_size
         tokens = torch.arange(2, 2 + _TOKENS) * 7 % (vocabulary - 1) + 1
         hidden: list[Tensor] = []
@@ -201,7 +205,13 @@ class SmallCopy:
         ]
         handles += rotate_inputs(modules_on_disk(self.model, self._numbers), online)
         with hooked(handles):
-            logits = self.model(input_ids=tokens[None], use_cache=False).logits
+            output = self.model(input_ids=tokens[None], use_cache=False)
+        logits: Tensor | None = getattr(output, "logits", None)
+        if logits is None:
+            raise QplugError(
+                "the model computes no logits, by which it is checked that a rewritten model "
+                "computes what it did; take an algorithm that rewrites nothing, such as rtn"
+            )
         return Seen(logits[0].float(), tuple(hidden))
 
 
@@ -225,6 +235,22 @@ def _kind(block: nn.Module) -> tuple[Any, ...]:
     types = sorted({str(type(part)) for part in block.modules()})
     shapes = [(name, tuple(value.shape)) for name, value in block.named_parameters()]
     return (*types, *shapes)
+
+
+def _keep_layers(text: PreTrainedConfig, kept: Sequence[int]) -> None:
+    """Make ``text`` the configuration of a model that has the blocks ``kept`` alone."""
+    types = {name: getattr(text, name, None) for name in _LAYER_TYPES}
+    text.num_hidden_layers = len(kept)
+    for name, all_types in types.items():
+        if not isinstance(all_types, list):
+            continue
+        of_kept = [all_types[index] for index in kept]
+        plain_class, own_name = type(text), text.attribute_map.get(name, name)
+        if isinstance(getattr(plain_class, own_name, None), property):
+            # Computed from the number of blocks, which does not say which blocks were kept.
+            text.__class__ = type(plain_class.__name__, (plain_class,), {own_name: of_kept})
+        else:
+            setattr(text, name, of_kept)
 
 
 def _untied(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -26,6 +26,7 @@ from qplug.run.stages import Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedConfig
 
 #: A function that returns the tensors that an algorithm learns on the model of a checkpoint.
 Learn = Callable[[Algorithm[Any], FloatModel, Checkpoint], "Mapping[str, Tensor]"]
@@ -81,6 +82,16 @@ def prepare(
         return _prepare(stages, prepared, session, learn)
 
 
+def _is_tied(plain: Mapping[str, Any], config: PreTrainedConfig) -> bool:
+    """Returns whether the head is the embedding, by config.json and what transformers reads in it.
+
+    A model of several parts may say it of the whole, of the part for text, or of both.
+    """
+    name = "tie_word_embeddings"
+    whole = getattr(config, name, False)
+    return bool(plain.get(name, getattr(config.get_text_config(), name, whole)))
+
+
 def _prepare(
     stages: Stages,
     prepared: Prepared,
@@ -93,7 +104,7 @@ def _prepare(
     copy = SmallCopy(config, source.folder, trusted)
     finder = StreamFinder(copy)
     text = config.get_text_config()
-    tied = bool(view.config.get("tie_word_embeddings", text.tie_word_embeddings))
+    tied = _is_tied(view.config, config)
     width = text.hidden_size
     for algorithm in stages.preparing:
         specs = {name: tensor.spec for name, tensor in prepared.checkpoint.tensors.items()}

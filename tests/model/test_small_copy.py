@@ -1,0 +1,61 @@
+"""The small copy on which rewrites are tried keeps one block of each kind of an architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from zoo.make import make
+
+import qplug
+from qplug import QplugError
+from qplug.model.hollow import load_config
+from qplug.model.small_copy import SmallCopy
+
+
+@pytest.mark.parametrize(
+    ("name", "types"),
+    [
+        ("mamba2", ["linear_attention"]),
+        ("jamba", ["linear_attention", "full_attention"]),
+        ("bamba", ["linear_attention", "full_attention"]),
+        ("recurrent_gemma", ["linear_attention", "sliding_attention"]),
+    ],
+)
+def test_types_of_blocks_that_the_configuration_computes(
+    name: str, types: list[str], tmp_path: Path
+) -> None:
+    """They are computed from the number of blocks, and that of the copy is another."""
+    folder = make(name, tmp_path / name)
+    config = load_config(folder, trust_remote_code=False)
+    copy = SmallCopy(config, folder, False)
+    text = copy.model.config.get_text_config()
+    assert set(text.layer_types) == set(types)
+    assert text.layer_types == [config.get_text_config().layer_types[at] for at in copy.first]
+    assert text.num_hidden_layers == len(copy.first) == len(copy.run().hidden)
+
+
+def test_a_part_for_text_that_does_not_say_whether_its_words_are_tied(tmp_path: Path) -> None:
+    folder = make("glm4v", tmp_path / "glm4v")
+    with pytest.raises(QplugError, match=r"model\.visual .*reads, too, and cannot be rotated"):
+        qplug.quantize(
+            str(folder), tmp_path / "out", algo="quarot+rtn", scheme="W8A8", backend="vllm"
+        )
+
+
+def test_norms_that_multiply_by_no_parameter(tmp_path: Path) -> None:
+    """Those within the mixers of Falcon-Mamba keep ones in a buffer."""
+    folder = make("falcon_mamba", tmp_path / "falcon_mamba")
+    with pytest.raises(QplugError, match="nothing is left to quantize"):
+        qplug.quantize(
+            str(folder), tmp_path / "out", algo="quarot+rtn", scheme="W8A8", backend="vllm"
+        )
+
+
+def test_a_model_without_logits(tmp_path: Path) -> None:
+    folder = make("roberta_embedding", tmp_path / "roberta")
+    with pytest.raises(QplugError, match="computes no logits, by which") as error:
+        qplug.quantize(
+            str(folder), tmp_path / "out", algo="quarot+rtn", scheme="W8A8", backend="vllm"
+        )
+    assert "\n" not in str(error.value)
