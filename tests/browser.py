@@ -27,6 +27,9 @@ _KEYS = {
     **{"Tab": 9, " ": 32},
 }
 
+#: What has been drawn when the second frame begins is what the pointer meets.
+_TWO_FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
 
 class Browser:
     """One page of a browser. Sizes are CSS pixels, and a page may be narrower than a window."""
@@ -91,7 +94,8 @@ class Browser:
             )
 
     def point(self, x: float, y: float) -> None:
-        """Moves the pointer to a place on the screen."""
+        """Moves the pointer to a place on the screen, once that shows what was scrolled there."""
+        self._ask("Runtime.evaluate", expression=_TWO_FRAMES, awaitPromise=True)
         self._ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def click(self, x: float, y: float) -> None:

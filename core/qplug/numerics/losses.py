@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -82,22 +82,31 @@ def _squares(weight: Tensor, quantized: QuantizedWeight, count: int) -> Tensor:
 
     ``weight: [count * out, in]`` and ``quantized`` have one weight below the other.
     """
-    args, step = quantized.args, row_step(quantized.args)
-    scale = quantized.scale.expand(row_scales(weight, args))
-    zero = None if quantized.zero is None else quantized.zero.expand(scale.shape)
     errors, norms = [], []  # of each row
-    for rows, groups in in_chunks(weight, args):
-        codes = quantized.codes[rows.start * step : rows.stop * step]
-        part = in_groups(codes.float(), args)
-        if zero is not None:
-            part -= spread_scales(zero[rows])
-        part *= spread_scales(scale[rows])
-        norms.append(_row_squares(out_of_groups(groups, codes.shape[1], codes.shape[0])))
-        # Cut to the weight's shape: the padding of ragged blocks is no error.
-        difference = out_of_groups(part.sub_(groups), codes.shape[1], codes.shape[0])
+    for _, original, difference in _differences(weight, quantized):
+        norms.append(_row_squares(original))
         errors.append(_row_squares(difference))
     sums = [torch.cat(each).view(count, -1).sum(1) for each in (errors, norms)]
     return torch.stack(sums, 1)
+
+
+def _differences(
+    weight: Tensor, quantized: QuantizedWeight
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yields some rows of ``weight: [out, in]``, their values, and ``W' - W`` of them, float32."""
+    args, step = quantized.args, row_step(quantized.args)
+    scale = quantized.scale.expand(row_scales(weight, args))
+    zero = None if quantized.zero is None else quantized.zero.expand(scale.shape)
+    for steps, groups in in_chunks(weight, args):
+        rows = slice(steps.start * step, min(steps.stop * step, len(weight)))
+        codes = quantized.codes[rows].to(torch.float32, copy=True)
+        part = in_groups(codes, args)
+        if zero is not None:
+            part -= spread_scales(zero[steps])
+        part *= spread_scales(scale[steps])
+        original = out_of_groups(groups, codes.shape[1], codes.shape[0])
+        # Cut to the weight's shape: the padding of ragged blocks is no error.
+        yield rows, original, out_of_groups(part.sub_(groups), codes.shape[1], codes.shape[0])
 
 
 def _row_squares(rows: Tensor) -> Tensor:
@@ -118,11 +127,15 @@ def relative_output_errors(
     ``weight: [n, out, in]``, ``gram: [n, in, in]``.
     """
     norms = output_errors(weight.float(), gram)
-    joined = as_one(quantized)
+    joined = as_one(quantized) if weight.is_cuda else None
     if joined is not None:
         difference = dequantize(joined).view(weight.shape).sub_(weight)
     else:
-        difference = torch.stack([dequantize(each) for each in quantized]).sub_(weight)
+        # A few rows at a time: of one large weight there is no room for several copies.
+        difference = torch.empty_like(weight, dtype=torch.float32)
+        for own, original, each in zip(difference, weight, quantized, strict=True):
+            for rows, _, part in _differences(original, each):
+                own[rows] = part
     errors = output_errors(difference, gram)
     pairs = zip(errors.tolist(), norms.tolist(), strict=True)
     return [(max(error, 0.0) / norm) ** 0.5 if norm > 0 else 0.0 for error, norm in pairs]
