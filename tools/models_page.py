@@ -75,11 +75,15 @@ def counts(records: Records) -> str:
 
 
 def outcomes(records: Records) -> str:
-    """Returns a table for each family: what each step made of each model."""
-    runs, engines = _runs(records), _engines(records)
+    """Returns a table for each family: what each step made of each model.
+
+    A table has the steps that a model of the family went through.
+    """
     reasons = _Notes()
     lines = []
     for family, models in _by_family(records).items():
+        runs = [run for run in _runs(records) if run in _runs(models)]
+        engines = [engine for engine in _engines(records) if engine in _engines(models)]
         heads = ["model", "class", *runs, *(f"loaded by {_ENGINES[name]}" for name in engines)]
         lines += [f"### {family[0].upper()}{family[1:]}", ""]
         lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
