@@ -121,6 +121,7 @@ def work_of(name: str, layers: int, algo: str, tokens: int) -> Workload:
         tokens,
         n["hidden_size"],
         max(math.prod(shape) for shape in block(n, layers - 1).values()),
+        by_group=algo == "gptq",
     )
 
 

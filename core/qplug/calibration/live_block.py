@@ -198,6 +198,11 @@ class LiveBlock(Block):
         """The full names of parameters that ``smooth``, ``shift`` and ``clip`` have changed."""
         return tuple(sorted(self._full(local) for local in self._rewritten))
 
+    def forget_statistics(self) -> None:
+        """Frees the Gram matrices of all groups, which nothing reads any more."""
+        for group, _ in self._seen_at:
+            group.gram = group.gram.new_empty(0, 0)
+
     def stored_floats(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The parameters among ``names`` (full names), in the checkpoint's dtype, on the CPU."""
         return {

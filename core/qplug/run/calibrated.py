@@ -214,6 +214,8 @@ def _part(steps: Steps, walk: Walk, step: Step, block: LiveBlock, *, again: bool
         block.clip()
     changed = {*block.rewritten(), *(n for n in steps.rewritten(step) if n in block.parameters)}
     report = stages.report(block, codes, tuple(sorted(changed)), inputs)
+    if not block.is_whole:  # memory is scarce, and copies of the codes follow
+        block.forget_statistics()
     packed = stages.pack(codes, step, steps.prepared.view.dtype)
     floats = block.stored_floats(step.others)
     parameters = block.effective_parameters(codes, floats, walk.dtype)
