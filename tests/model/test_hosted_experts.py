@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filled_blocks import fill_blocks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from zoo.make import make
@@ -40,12 +41,7 @@ def test_both_modules_compute_with_the_experts_of_one_list(folder: Path) -> None
     whole, apart = load(str(folder)), load(str(folder))
     stored, source = load_file(folder / "model.safetensors"), open_checkpoint(folder)
     blocks = as_on_disk(apart, model_view(source).blocks, source.tensors)
-    for block, module in blocks.items():
-        for local, parameter in module.named_parameters():
-            value = stored[f"{block}.{local}"].float()
-            assert parameter.shape == value.shape
-            owner, _, last = local.rpartition(".")
-            module.get_submodule(owner)._parameters[last] = nn.Parameter(value)
+    fill_blocks(blocks, stored.__getitem__)
     expected = _answer(whole)
     assert (_answer(apart) - expected).norm() < 1e-5 * expected.norm()
     experts = blocks[BLOCK].get_submodule("mlp.experts")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filled_blocks import fill_blocks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from zoo.make import make
@@ -39,12 +40,7 @@ def _on_disk(folder: Path) -> tuple[nn.Module, dict[str, nn.Module]]:
 
 def _fill(folder: Path, blocks: dict[str, nn.Module]) -> None:
     stored = load_file(folder / "model.safetensors")
-    for block, module in blocks.items():
-        for local, parameter in module.named_parameters():
-            value = stored[f"{block}.{local}"].float()
-            assert parameter.shape == value.shape
-            owner, _, last = local.rpartition(".")
-            module.get_submodule(owner)._parameters[last] = nn.Parameter(value)
+    fill_blocks(blocks, stored.__getitem__)
 
 
 def _answer(model: nn.Module) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filled_blocks import fill_blocks
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -96,16 +97,7 @@ def test_experts_that_stay_together_have_the_names_and_axes_of_the_checkpoint(
     source = open_checkpoint(folder)
     view = model_view(by_linear(source, Registry.installed()))
     blocks = as_on_disk(renamed, view.blocks, source.tensors, shapes=source.shapes)
-    swapped = 0
-    for block, module in blocks.items():
-        for local, parameter in module.named_parameters():
-            assert parameter.shape == stored[f"{block}.{local}"].shape
-            owner, _, last = local.rpartition(".")
-            module.get_submodule(owner)._parameters[last] = nn.Parameter(
-                stored[f"{block}.{local}"].float()
-            )
-            swapped += parameter.ndim == 3
-    assert swapped >= 2
+    assert fill_blocks(blocks, stored.__getitem__) >= 2
     tokens = torch.arange(3, 60)[None]
     with torch.no_grad():
         expected, found = (each(input_ids=tokens).logits for each in (whole, renamed))

@@ -21,6 +21,7 @@ from qplug.model.on_disk import as_on_disk, modules_of_blocks, parts_in_order
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.rounding_hooks import InputRounding, rounding_inputs
 from qplug.model.skeleton import Skeleton
+from qplug.model.to_disk import TAKES_NO_DATA
 
 
 class BlockModules:
@@ -146,8 +147,7 @@ def _refuse_ties(model: nn.Module, blocks: Sequence[str]) -> None:
     if shared is not None:
         raise QplugError(
             f"{shared}: is a weight of a decoder block that the model computes with outside of its "
-            "blocks, too, so algorithms that need calibration data cannot take this architecture; "
-            "use one that needs none, such as rtn"
+            f"blocks, too, {TAKES_NO_DATA}"
         )
 
 

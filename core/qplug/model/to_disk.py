@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+#: What follows for the user from a model that cannot be calibrated.
+TAKES_NO_DATA = (
+    "so algorithms that need calibration data cannot take this architecture; use one that needs "
+    "none, such as rtn"
+)
+
 
 def converted(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors on disk, by name, that hold the parameters of ``model`` with ``values``.
@@ -30,7 +36,4 @@ def converted(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str,
 
 def unknown(name: str) -> QplugError:
     """The error for a parameter, or module, ``name`` whose place on disk is not found."""
-    return QplugError(
-        f"{name}: is stored in parts that qplug cannot put together, so algorithms that need "
-        "calibration data cannot take this architecture; use one that needs none, such as rtn"
-    )
+    return QplugError(f"{name}: is stored in parts that qplug cannot put together, {TAKES_NO_DATA}")

@@ -7,6 +7,7 @@ docs/scale.md compares it with measured runs.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class Machine:
     on_gpu: bool = True
     processes: int = 1
     memory: float | None = None
+
+    @property
+    def budget(self) -> float:
+        """``memory``, infinite if nothing limits it."""
+        return math.inf if self.memory is None else self.memory
 
     @classmethod
     def of(cls, session: Session) -> Machine:
@@ -135,9 +141,8 @@ def _block_seconds(block: BlockWork, work: Workload, machine: Machine) -> dict[s
     if machine.processes > 1:
         exchange = PER_ENTRY * sum(map(_entries, block.readers)) / rates.exchange
         exchange += rates.exchanged * sum(one.count for one in block.readers)
-    budget = float("inf") if machine.memory is None else machine.memory
     return {
-        "statistics": forward * max(1, _parts(block, work, budget)) + gram + exchange,
+        "statistics": forward * max(1, _parts(block, work, machine.budget)) + gram + exchange,
         "quantize": _solving(block, work, machine),
         "packing": _packing(block, rates),
         "passing on": forward,
@@ -188,7 +193,7 @@ def _memory(work: Workload, machine: Machine) -> tuple[float, float]:
         ahead = min(_AHEAD, sum(block.read for block in work.blocks))
         return machine.rates.streamed * work.largest, base + ahead + _PENDING * work.largest
     tokens = work.tokens / machine.processes
-    budget = float("inf") if machine.memory is None else machine.memory
+    budget = machine.budget
     device = max((_peak(block, work, tokens, budget) for block in work.blocks), default=0)
     if machine.on_gpu:
         device += _passes(work, tokens)
