@@ -297,7 +297,8 @@ def _round_inputs(model: Path, folder: Path, scheme: str) -> None:
 def _child(bench: Bench, row: Row, gpu: int | None, answer: Path) -> None:
     """Run ``row`` in this process, and write its line to ``answer``."""
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
     log = io.StringIO()
     try:
         with redirect_stdout(log), redirect_stderr(log):
@@ -322,6 +323,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=200, help="seconds of a row")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="a pattern of the rows to run")
+    parser.add_argument("--rows", type=Path, help="rows in their order, as --list prints them")
     parser.add_argument("--done", type=Path, help="results of an earlier run, not run again")
     parser.add_argument("--list", action="store_true", help="print the rows alone")
     parser.add_argument("--samples", type=int, default=128)
@@ -345,6 +347,9 @@ def main() -> None:
         queue = sorted(rows(order, seeds), key=lambda row: row.stage)
         if arguments.gpus <= 1:  # a table of one model at a time
             queue.sort(key=lambda row: order.index(row.model))
+        if arguments.rows:
+            known = {str(row): row for row in queue}
+            queue = [known[line] for line in arguments.rows.read_text().splitlines()]
         done = arguments.done.read_text().splitlines() if arguments.done else []
         finished = {line.rsplit("|", 3)[0] for line in done if re.search(r"\|\d+$", line)}
         queue = [

@@ -1,8 +1,9 @@
-"""Loads of an engine on a CPU in forks of a process that has imported it: a load takes seconds.
+"""Loads of an engine in forks of a process that has imported it: a load takes seconds.
 
 Importing vLLM takes ten seconds, and after a load most of that again is spent on taking the engine
 down. A fork has what its parent imported, starts from the state of a fresh process, and just ends;
-if it fails or crashes its parent is as before. Not for GPUs: CUDA does not survive a fork.
+if it fails or crashes its parent is as before. A GPU can be used in a fork as long as its parent
+has not touched it: ``a_fork_computes`` tries.
 """
 
 from __future__ import annotations
@@ -50,3 +51,18 @@ def in_forks(measure: Measure) -> Measure:
         return answered
 
     return measured
+
+
+def a_fork_computes() -> bool:
+    """Say whether a fork of this process can use the GPU, by trying it in one."""
+    import torch
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            computes = torch.ones(1, device="cuda").sum().item() == 1
+        except Exception:
+            traceback.print_exc()
+            computes = False
+        os._exit(0 if computes else 1)
+    return os.waitpid(pid, 0)[1] == 0

@@ -117,7 +117,12 @@ VLLM_ON_GPU = RealEngine(
     name="vllm",
     variable="QPLUG_VLLM_PYTHON",
     program="vllm_logprobs.py",
-    settings={"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_DEEP_GEMM": "0"},
+    settings={
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_DEEP_GEMM": "0",
+        # Counting GPUs must not touch them, so that forks can.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    },
     # With a cache of a stated size it does not measure what others leave of the GPU's memory.
     options={"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**28},
     on_cpu=False,

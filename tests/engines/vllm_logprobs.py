@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 from engine_program import answer_loads
-from forked_loads import in_forks
+from forked_loads import a_fork_computes, in_forks
 from torchvision_for_cpu import make_importable
 
 #: The engine of the last load. Taking it down takes seconds, which a fork saves by ending with it.
@@ -213,23 +213,30 @@ def inspect_here() -> None:
     registry._run_in_subprocess = lambda work: work()
 
 
-def import_all() -> None:
-    """Import what every load imports."""
-    for module in (
-        "vllm.entrypoints.llm",
-        "vllm.v1.engine.core",
-        "vllm.v1.worker.cpu_worker",
-        "vllm.model_executor.models.llama",
-        "vllm.model_executor.models.mixtral",
-        "vllm.model_executor.models.qwen2_vl",
-        "vllm.v1.attention.backends.cpu_attn",
-        "vllm.v1.core.sched.scheduler",
-        "vllm.utils.cpu_triton_utils",
-        "vllm.distributed.elastic_ep.elastic_execute",
-        "transformers.integrations.mistral.tokenizer",
-        "torch.distributed.tensor.experimental",
-        "torch._inductor.compile_fx",
-    ):
+#: What every load imports, and what it imports on a CPU and on a GPU alone.
+EVERYWHERE = (
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core",
+    "vllm.model_executor.models.llama",
+    "vllm.model_executor.models.mixtral",
+    "vllm.v1.core.sched.scheduler",
+    "torch.distributed.tensor.experimental",
+    "torch._inductor.compile_fx",
+)
+ON_A_CPU = (
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.qwen2_vl",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.utils.cpu_triton_utils",
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "transformers.integrations.mistral.tokenizer",
+)
+ON_A_GPU = ("vllm.v1.worker.gpu_worker", "vllm.v1.attention.backends.triton_attn")
+
+
+def import_all(modules: tuple[str, ...]) -> None:
+    """Import ``modules``, and the formats that vLLM reads."""
+    for module in modules:
         importlib.import_module(module)
     from vllm.model_executor.layers.quantization import get_quantization_config
 
@@ -249,24 +256,27 @@ def main() -> None:
     from vllm import _custom_ops  # noqa: F401 - loads the library with vLLM's operators
     from vllm.platforms import current_platform
 
-    how = measure_and_clean
-    if current_platform.is_cpu():
+    forks = current_platform.is_cpu()
+    if forks:
         if not hasattr(torch.ops._C, INT4):
             emulate_int4()
         if torch.cpu._is_amx_tile_supported():
             emulate_fp8()
         emulate_int4_experts()
         inspect_here()
-        import_all()
-        how = in_forks(measure)
+        import_all(EVERYWHERE + ON_A_CPU)
+    elif not torch.cuda.is_initialized():
+        inspect_here()
+        import_all(EVERYWHERE + ON_A_GPU)
+        forks = a_fork_computes()
     packages = {"vllm": packages_distributions()["vllm"][0], "torch": "torch"}
     packages["transformers"] = "transformers"
     told = {
         "versions": {name: f"{package} {version(package)}" for name, package in packages.items()},
         "device": "cpu" if current_platform.is_cpu() else current_platform.get_device_name(),
-        "forks": current_platform.is_cpu(),
+        "forks": forks,
     }
-    answer_loads(told, how)
+    answer_loads(told, in_forks(measure) if forks else measure_and_clean)
     # Threads that vLLM leaves behind must not keep the process alive.
     sys.stdout.flush()
     sys.stderr.flush()

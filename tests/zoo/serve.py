@@ -132,11 +132,17 @@ def _asked(folder: Path, engine: RealEngine, options: Mapping[str, Any]) -> dict
 def _compared(answer: Mapping[str, Any], read: Tensor) -> dict[str, Any]:
     """Returns how far the engine's answer is from the reader's, or why there is none."""
     if "error" in answer:
-        return {"error": answer["error"][-300:]}
+        return {"error": _told(answer["error"])}
     away = torch.tensor(answer["logprobs"]) - read
     if not away.isfinite().all():
         return {"error": "its answers, or the reader's, are not finite"}
     return {"difference": round(away.abs().mean().item(), 4)}
+
+
+def _told(error: str) -> str:
+    """Returns what an engine says went wrong, with its beginning and its end if it is long."""
+    line = " ".join(error.split())
+    return line if len(line) <= 300 else f"{line[:180]} ... {line[-115:]}"
 
 
 def verdict(record: Mapping[str, Any]) -> str:
