@@ -16,6 +16,7 @@ _H100_128 = f"{_H100}, groups of 128"
 _H100_ROW = f"{_H100}, groups of 128 and rows"
 _H100_ALL = f"{_H100}, groups of 32, 64, 128 and rows"
 _READ = "not run; by what the kernel is built for"
+_READ_0_5_16 = "not run; read from the source of 0.5.16"
 _READ_0_5_23 = "not run; read from the source of 0.5.23"
 _ON_CPU = "run on a CPU, 2026-11-22"
 
@@ -24,6 +25,7 @@ _INT8_SM100 = "int8_scaled_mm is for sm75 to sm90: use FP8_DYNAMIC"
 _NO_STATIC_INT8 = (
     "SGLang ignores input_scale of int8 and fails while loading; W8A8 finds scales at run time"
 )
+_TENSOR_ALONE = "SGLang takes fp8 weights with scales of rows for int4: use FP8A16_TENSOR"
 _EXPERTS_ALONE = "SGLang has int4 weights with fp8 inputs for experts alone"
 _INT4_FP8 = "Cutlass int4 x fp8 of experts alone, inputs are rounded with one scale for all"
 _SM90_ALONE = "the int4 and fp8 kernel of Cutlass is for sm90 alone"
@@ -64,6 +66,10 @@ SGLANG_0_5_16 = (
     Capability("FP8_BLOCK", "Triton fp8", True, (), 128, 128, _H100, _SM90),
     Capability("FP8_BLOCK", "Triton fp8", True, (), 128, 128, _READ, ("sm89", "sm100")),
     Capability("FP8_BLOCK", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
+    Capability("FP8A16", _TENSOR_ALONE, False, (), 1, 1, _READ_0_5_16, _ALL),
+    Capability("FP8A16", _NO_CPU, False, (), 1, 1, _READ_0_5_16, _CPU),
+    Capability("FP8A16_TENSOR", "Marlin", True, (), 64, 128, _READ_0_5_16, _ALL),
+    Capability("FP8A16_TENSOR", _NO_CPU, False, (), 1, 1, _READ_0_5_16, _CPU),
     Capability("W4AFP8", _EXPERTS_ALONE, False, (), 1, 1, _H200, _SM90),
     Capability("W4AFP8", _EXPERTS_ALONE, False, (), 1, 1, _READ, _OTHERS),
     Capability("W4AFP8", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
@@ -95,6 +101,10 @@ SGLANG_0_5_23 = (
     Capability("FP8_DYNAMIC", _NO_CPU, False, (), 1, 1, _READ_0_5_23, _CPU),
     Capability("FP8_BLOCK", "Triton or DeepGEMM fp8", True, (), 128, 128, _READ_0_5_23, _FROM_SM89),
     Capability("FP8_BLOCK", _NO_CPU, False, (), 1, 1, _READ_0_5_23, _CPU),
+    Capability("FP8A16", "Marlin", True, (), 64, 128, _READ_0_5_23, _ALL),
+    Capability("FP8A16", _NO_CPU, False, (), 1, 1, _READ_0_5_23, _CPU),
+    Capability("FP8A16_TENSOR", "Marlin", True, (), 64, 128, _READ_0_5_23, _ALL),
+    Capability("FP8A16_TENSOR", _NO_CPU, False, (), 1, 1, _READ_0_5_23, _CPU),
     Capability("W4AFP8", _INT4_FP8, True, (128,), 128, 128, _READ_0_5_23, _SM90),
     Capability("W4AFP8", _SM90_ALONE, False, (), 1, 1, _READ_0_5_23, _OTHERS),
     Capability("W4AFP8", _NO_CPU, False, (), 1, 1, _READ_0_5_23, _CPU),
