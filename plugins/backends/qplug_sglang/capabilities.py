@@ -29,7 +29,7 @@ _TENSOR_ALONE = "SGLang takes fp8 weights with scales of rows for int4: use FP8A
 _EXPERTS_ALONE = "SGLang has int4 weights with fp8 inputs for experts alone"
 _INT4_FP8 = "Cutlass int4 x fp8 of experts alone, inputs are rounded with one scale for all"
 _SM90_ALONE = "the int4 and fp8 kernel of Cutlass is for sm90 alone"
-_WITH_INPUTS = "SGLang reads NVFP4 with scales of inputs (modelopt): use NVFP4"
+_WITH_INPUTS = "fp4 kernels of sm100 take inputs in fp4: use NVFP4"
 _GPT_OSS = "SGLang has MXFP4 for the experts of GPT-OSS alone"
 _NO_MXFP4 = (
     "SGLang passes over MXFP4 of experts in silence but for Kimi-K3 and DeepSeek-V4, and has no "
@@ -73,7 +73,8 @@ SGLANG_0_5_16 = (
     Capability("W4AFP8", _EXPERTS_ALONE, False, (), 1, 1, _H200, _SM90),
     Capability("W4AFP8", _EXPERTS_ALONE, False, (), 1, 1, _READ, _OTHERS),
     Capability("W4AFP8", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
-    Capability("NVFP4A16", _WITH_INPUTS, False, (), 1, 1, _READ, _ALL),
+    Capability("NVFP4A16", "Marlin", True, (), 64, 128, _READ_0_5_16, _TO_SM90),
+    Capability("NVFP4A16", _WITH_INPUTS, False, (), 1, 1, _READ_0_5_16, ("sm100",)),
     Capability("NVFP4A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
     Capability("NVFP4", _NVFP4_MARLIN, True, (), 64, 128, _H100, _SM90),
     Capability("NVFP4", "Cutlass or FlashInfer fp4", True, (), 64, 128, _READ, ("sm100",)),
@@ -118,4 +119,10 @@ SGLANG_0_5_23 = (
     Capability("MXFP4A16", _NO_CPU, False, (), 1, 1, _READ_0_5_23, _CPU),
     *ROWS,
 )
+#: Kernels of ModelOpt's folders alone, which qplug reads and does not write: by the scheme.
+IN_MODELOPT = {
+    "MXFP8": Capability(
+        "MXFP8", "DeepGEMM or FlashInfer MXFP8", True, (), 128, 128, _READ_0_5_23, ("sm100",)
+    )
+}
 RELEASES = {"SGLang 0.5.23": SGLANG_0_5_23, "SGLang 0.5.16": SGLANG_0_5_16}

@@ -328,8 +328,12 @@ def test_schemes_without_a_kernel() -> None:
             "SGLang 0.5.16 reads one format",
         ),
         (
-            {"backend": "sglang", "scheme": "NVFP4A16", "backend_options": {"engine": "0.5.16"}},
-            "SGLang reads NVFP4 with scales of inputs (modelopt)",
+            {
+                "backend": "sglang",
+                "scheme": "NVFP4A16",
+                "backend_options": {"engine": "0.5.16", "gpu": "B200"},
+            },
+            "fp4 kernels of sm100 take inputs in fp4: use NVFP4",
         ),
         (
             {"backend": "sglang", "backend_options": {"engine": "0.5.17"}},
