@@ -176,9 +176,15 @@ def cases_for_gpus() -> list[Case]:
         Case("W4A16", override=("*.mlp.*", "W8A8")),
         Case("W4A16", model="qwen2", override=("lm_head", "W8A16")),
         Case("FP8", kv_cache="fp8"),
+        *(_beside_fp8(scheme) for scheme in ("NVFP4", "NVFP4A16")),
         *_read_by_the_loader("sglang"),
         *larger_cases(("W4A16", "W4A16_ASYM", "W8A8", "FP8", "FP8_DYNAMIC", "NVFP4")),
     ]
+
+
+def _beside_fp8(scheme: str) -> Case:
+    """A mixed folder of SGLang: ModelOpt's for NVFP4, and for NVFP4A16 in old versions."""
+    return Case(scheme, backend="sglang", override=("*.self_attn.*", "FP8"))
 
 
 def _read_by_the_loader(backend: str) -> list[Case]:

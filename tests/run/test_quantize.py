@@ -38,7 +38,7 @@ BACKENDS = ("sglang", "vllm", "compressed-tensors", "fake")
 NOT_SERVED = [
     (scheme, "sglang")
     for scheme, preset in PRESETS.items()
-    if scheme in ("W8A8_STATIC", "W4AFP8", "W4A8", "W8A16_ASYM", "MXFP8")
+    if scheme in ("W8A8_STATIC", "W4AFP8", "W4A8", "W8A16_ASYM", "MXFP8", "FP8A16_BLOCK")
     or scheme.startswith("MXFP4")
     or (preset.weights.dtype.startswith("int") and preset.weights.bits not in (4, 8))
 ]

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from qplug.api.tensors import Checkpoint
 
 
+#: Tensors of a linear that say nothing of its weight.
+_NOT_OF_WEIGHTS = ("bias", "k_scale", "v_scale")
+
+
 @dataclass(frozen=True)
 class Stacked:
     """How a stored tensor is made of tensors of single experts: its first axis counts the experts.
@@ -57,12 +61,13 @@ def layout_problems(
     Linears in ``schemes`` have the tensors of ``format.layout``, others a float weight alone.
     Float tensors may be of any float dtype: loaders convert them. Tensors that ``scales`` names,
     such as ``weight_scale``, are positive and finite (asked of linears whose layout is right, and
-    has them).
+    has them). A single number may have one axis or none: loaders reshape it. Scales of a KV cache
+    that a linear has (``k_proj.k_scale``) are left to other rules.
     """
     held: dict[str, dict[str, Any]] = {name: {} for name in model.linears}
     for tensor, stored in folder.tensors.items():
         name, _, local = tensor.rpartition(".")
-        if name in held and local != "bias":
+        if name in held and local not in _NOT_OF_WEIGHTS:
             held[name][local] = stored.spec
     right: list[str] = []
     for name, specs in held.items():
@@ -103,7 +108,7 @@ def _misplaced(name: str, specs: Mapping[str, Any], layout: Mapping[str, Any]) -
             yield Problem("missing", name, f"there is no {local}")
             continue
         spec = specs[local]
-        if spec.shape != wanted.shape:
+        if spec.shape != wanted.shape and not {spec.shape, wanted.shape} <= {(), (1,)}:
             yield Problem("shape", name, f"{local} is {list(spec.shape)}, not {list(wanted.shape)}")
         if spec.dtype != wanted.dtype and not {spec.dtype, wanted.dtype} <= {*FLOAT_DTYPES}:
             yield Problem("dtype", name, f"{local} is {spec.dtype}, not {wanted.dtype}")

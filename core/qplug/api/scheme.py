@@ -216,13 +216,14 @@ class Scheme:
 
         Raises QplugError if the weights are not quantized in groups or rows, as in ``FP8_BLOCK``;
         if the format prescribes the group size; if weights are floats and inputs are quantized
-        too; or if inputs are quantized and the scheme has one scale a row.
+        too; or if the scheme has one scale a row and its weights are floats, or inputs quantized.
         """
         floats_with_inputs = self.weights.is_float and self.activations is not None
         is_fixed = floats_with_inputs or self.weights.fixes_scales
         if self.weights.strategy not in ("group", "channel") or is_fixed:
             raise QplugError(f"{self.name} has no group size to choose")
-        if self.activations is not None and self.weights.strategy == "channel" and size != -1:
+        by_row = self.weights.strategy == "channel"
+        if by_row and size != -1 and (self.weights.is_float or self.activations is not None):
             raise QplugError(f"{self.name} has one scale for each row: no engine serves groups")
         weights = (
             replace(self.weights, strategy="channel", group_size=None)
@@ -319,6 +320,9 @@ PRESETS: dict[str, Scheme] = {
             QuantArgs("e4m3", "block", block=(128, 128)),
             _GROUP_E4M3,
         ),
+        Scheme("FP8A16", QuantArgs("e4m3", "channel")),
+        Scheme("FP8A16_TENSOR", QuantArgs("e4m3", "tensor")),
+        Scheme("FP8A16_BLOCK", QuantArgs("e4m3", "block", block=(128, 128))),
         Scheme("W4AFP8", QuantArgs("int4", "group", 128), _TOKEN_E4M3),
         Scheme("NVFP4A16", _NVFP4),
         Scheme("NVFP4", _NVFP4, replace(_NVFP4, dynamic=True)),

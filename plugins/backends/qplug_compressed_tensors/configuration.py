@@ -55,15 +55,16 @@ def format_of(scheme: Scheme) -> str | None:
     weights, activations = scheme.weights, scheme.activations
     if weights.fixes_scales:
         return _FIXED.get((weights, activations))
+    fp8 = weights.dtype == "e4m3" and weights.strategy in ("tensor", "channel", "block")
+    if activations is None and weights.is_float:
+        return NAIVE_QUANTIZED if fp8 else None
     if activations is None or (not weights.is_float and weights.bits < 8):
         return PACK_QUANTIZED if _packs(weights, activations) else None
     if not (weights.symmetric and activations.symmetric and weights.dtype == activations.dtype):
         return None
-    if weights.dtype == "e4m3" and weights.strategy in ("tensor", "channel", "block"):
-        return FLOAT_QUANTIZED
     if weights.dtype == "int8" and weights.strategy in ("tensor", "channel"):
         return INT_QUANTIZED
-    return None
+    return FLOAT_QUANTIZED if fp8 else None
 
 
 def stores(name: str, scheme: Scheme) -> bool:
@@ -71,11 +72,14 @@ def stores(name: str, scheme: Scheme) -> bool:
 
     compressed-tensors stores all integers in bytes whose inputs are quantized, in any bits. Its
     ``naive-quantized`` is for all weights that fit no other layout, and stores each code in the
-    dtype that is next to it: int8, or fp8. Folders in fp8 whose inputs are float are such.
+    dtype that is next to it: int8, or fp8. fp8 whose inputs are float is such; in
+    ``float-quantized`` it has the same tensors, and engines load both.
     """
     weights = scheme.weights
     if name == format_of(scheme):
         return True
+    if name == FLOAT_QUANTIZED:
+        return format_of(scheme) == NAIVE_QUANTIZED
     if name == NAIVE_QUANTIZED:
         return not weights.is_float or (weights.dtype == "e4m3" and not weights.fixes_scales)
     return name == INT_QUANTIZED and scheme.activations is not None and not weights.is_float

@@ -25,7 +25,7 @@ from qplug_compressed_tensors.rules import (
     without_cache_scales,
     without_embedding,
 )
-from qplug_compressed_tensors.silent import SILENT, is_int8_expert
+from qplug_compressed_tensors.silent import SILENT, lacks_expert
 
 if TYPE_CHECKING:
     from qplug import Checkpoint
@@ -145,7 +145,7 @@ class CompressedTensorsLoader(MergingEngine):
                 if not loads_head(loader, scheme):
                     what = f"{release} does not load a head in {scheme.name}"
                     return f"{name}: {what}; add --ignore {name}"
-            if not loader.int8_experts and is_int8_expert(name, scheme):
+            if lacks_expert(loader, name, scheme):
                 what = f"{release} runs no experts in {scheme.name}"
                 return f"{name}: {what}; try FP8_DYNAMIC or W4A16"
         return None

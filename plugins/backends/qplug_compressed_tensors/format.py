@@ -10,6 +10,7 @@ from qplug import Format, ModelView, Problem, QuantArgs, QuantizedWeight, Scheme
 from qplug_compressed_tensors import byte_codes, fp4, mxfp8
 from qplug_compressed_tensors.configuration import (
     MXFP8_QUANTIZED,
+    NAIVE_QUANTIZED,
     PACK_QUANTIZED,
     Configuration,
     args_to_json,
@@ -46,9 +47,10 @@ class CompressedTensors(Format):
         return None
 
     def scale_dtype(self, scheme: Scheme, model_dtype: str) -> str:
-        # Engines keep the scales of packed integers in the model's dtype, whatever the inputs are.
-        packed = format_of(scheme) == PACK_QUANTIZED
-        return model_dtype if packed else super().scale_dtype(scheme, model_dtype)
+        # Kernels multiply with the scales of packed integers in the model's dtype, whatever the
+        # inputs are, and so does Marlin with those of fp8 whose inputs are float.
+        is_own = format_of(scheme) in (PACK_QUANTIZED, NAIVE_QUANTIZED)
+        return model_dtype if is_own else super().scale_dtype(scheme, model_dtype)
 
     def layout(self, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
         out, width = shape

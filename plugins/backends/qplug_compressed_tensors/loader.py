@@ -32,7 +32,8 @@ class Loader:
     parts of merged matrices. ``heads``: the formats in which a head is loaded. ``unread``: formats
     that are not loaded. ``caches``: the strategies of stored scales of a KV cache that are read;
     ``cache_models``: the architectures of config.json whose scales are read, None for all.
-    ``int8_experts``: whether experts run with int8 weights and int8 inputs. ``row_experts``: the
+    ``int8_experts``: whether experts run with int8 weights and int8 inputs. ``fp8_a16_experts``:
+    whether they do with fp8 weights and float inputs. ``row_experts``: the
     schemes of packed integers, with devices, in which experts run that have one scale a row; None
     for all. ``embeddings``: the architectures whose embedding is looked up if it is quantized,
     None for all; ``unnamed_embeddings``: those among them that are found by their class alone.
@@ -50,6 +51,7 @@ class Loader:
     caches: frozenset[str] = frozenset({"tensor"})
     cache_models: frozenset[str] | None = None
     int8_experts: bool = True
+    fp8_a16_experts: bool = True
     row_experts: frozenset[tuple[str, str]] | None = None
     embeddings: frozenset[str] | None = None
     unnamed_embeddings: frozenset[str] = frozenset()

@@ -50,6 +50,7 @@ _FORMATS = (
 )
 _FLOATS = ("bfloat16", "float16", "float32")
 _SCALES = ("weight_scale", "input_scale", "weight_global_scale", "input_global_scale")
+_ONE = {(), (1,)}  # a single number may have an axis or none: loaders reshape it
 _CACHE_SCALES = ("k_scale", "v_scale")
 _QUERY_SCALE = "q_scale"
 _CACHE = QuantArgs("e4m3", "tensor")
@@ -130,7 +131,7 @@ def codes_are_laid_out(case: Case) -> Iterator[Problem]:
             yield Problem("unexpected", name, f"{local} does not belong to {scheme.name}")
         for local in sorted(present.keys() & layout.keys()):
             stored, planned = case.folder.tensors[present[local]].spec, layout[local]
-            if stored.shape != planned.shape:
+            if stored.shape != planned.shape and not {stored.shape, planned.shape} <= _ONE:
                 yield Problem(
                     "shape", name, f"{local} is {list(stored.shape)}, not {list(planned.shape)}"
                 )
@@ -299,7 +300,7 @@ def cache_problems(
     for block, names in stored.items():
         keys_and_values = [name for name in names if not name.endswith(f".{_QUERY_SCALE}")]
         local = sorted(name.rpartition(".")[2] for name in keys_and_values)
-        if local != sorted(_CACHE_SCALES) or len({n.rpartition(".")[0] for n in names}) != 1:
+        if local != sorted(_CACHE_SCALES) or len({_attention_of(name) for name in names}) != 1:
             present = " and ".join(sorted(n.removeprefix(f"{block}.") for n in names)) or "none"
             yield Problem("missing", block, f"needs one k_scale and one v_scale, but has {present}")
         for name in sorted(names):
@@ -312,6 +313,12 @@ def cache_problems(
                 yield Problem("shape", name, stated)
             elif not _is_sound(folder.read(name)):
                 yield Problem("scale", name, "a scale is zero, negative, or not finite")
+
+
+def _attention_of(scale: str) -> str:
+    """The module of attention of the scale of a cache, which ModelOpt stores in ``k_proj``."""
+    module, _, local = scale.rpartition(".")
+    return module.removesuffix(f".{local[0]}_proj")
 
 
 def _heads(model: ModelView, *, of_queries: bool) -> int:

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qplug import Problem, Scheme
+from qplug_compressed_tensors.configuration import NAIVE_QUANTIZED, format_of
 from qplug_compressed_tensors.fusing import fused_groups, merged_matrices, with_merged_names
+from qplug_compressed_tensors.loader import Loader
 from qplug_compressed_tensors.rules import Case, Rule
 
 #: The fields of compressed-tensors' QuantizationArgs that the oldest supported engines know.
@@ -107,20 +109,24 @@ def merged_scales_agree(case: Case) -> Iterator[Problem]:
                     yield Problem("fused", ", ".join(names), f"have more than one {local}")
 
 
-def int8_experts_have_a_kernel(case: Case) -> Iterator[Problem]:
-    """No expert has int8 weights and int8 inputs, unless the engine has a kernel for them."""
+def experts_have_a_kernel(case: Case) -> Iterator[Problem]:
+    """No expert has int8 inputs, or float inputs of fp8, unless the engine has kernels for them."""
     for name, scheme in case.schemes.items():
-        if not case.loader.int8_experts and is_int8_expert(name, scheme):
+        if lacks_expert(case.loader, name, scheme):
             yield Problem("kernel", name, f"{case.engine} runs no experts in {scheme.name}")
 
 
-def is_int8_expert(name: str, scheme: Scheme) -> bool:
-    """Whether the linear ``name`` is of an expert with int8 inputs."""
-    return (
-        ".experts." in name
-        and scheme.activations is not None
-        and (scheme.activations.dtype == "int8")
-    )
+def lacks_expert(loader: Loader, name: str, scheme: Scheme) -> bool:
+    """Whether the linear ``name`` is of an expert in a ``scheme`` that ``loader`` has no place for.
+
+    Loaders place experts by weights and inputs, apart from dense linears.
+    """
+    inputs = scheme.activations
+    if ".experts." not in name:
+        return False
+    if inputs is None:
+        return format_of(scheme) == NAIVE_QUANTIZED and not loader.fp8_a16_experts
+    return inputs.dtype == "int8" and not loader.int8_experts
 
 
 #: The rules of this module that hold for every engine.
@@ -130,5 +136,5 @@ SILENT: tuple[Rule, ...] = (
     ignored_names_are_linears,
     embedding_is_float,
     merged_scales_agree,
-    int8_experts_have_a_kernel,
+    experts_have_a_kernel,
 )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qplug import Format, ModelView, Problem, QuantArgs, QuantizedWeight, Scheme, TensorSpec
 from qplug_compressed_tensors.format import CompressedTensors
-from qplug_sglang.mixed import NVFP4
+from qplug_sglang.members import ALGORITHMS, NVFP4
 from qplug_sglang.modelopt import ModelOpt
 
 if TYPE_CHECKING:
@@ -23,10 +23,12 @@ _MODELOPT = ModelOpt()
 class SGLangFormat(Format):
     """Passes each call on to the format for the scheme, or to the format that config.json names.
 
-    ``compressed``: the format of all schemes but NVFP4, as the loader of SGLang's version reads it.
+    ``compressed``: the format of all schemes but ``own``, as the loader of SGLang's version reads
+    it. ``own``: those that are written in ModelOpt's.
     """
 
     compressed: CompressedTensors
+    own: frozenset[Scheme] = field(default=frozenset({NVFP4}))
 
     def refuses(self, model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
         return self.compressed.refuses(model, schemes)
@@ -50,8 +52,8 @@ class SGLangFormat(Format):
         return self._of_stored(tensors, scheme).input_scale(tensors, scheme)
 
     def config(self, model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str, Any] | None:
-        four_bits = NVFP4 in schemes.values()  # FP8 beside it is stored alike: see ModelOpt
-        return (_MODELOPT if four_bits else self.compressed).config(model, schemes)
+        is_own = not self.own.isdisjoint(schemes.values())  # FP8 beside them is stored alike
+        return (_MODELOPT if is_own else self.compressed).config(model, schemes)
 
     def with_cache(self, config: dict[str, Any] | None, cache: QuantArgs) -> dict[str, Any] | None:
         return self._of_config(config).with_cache(config, cache)
@@ -73,7 +75,7 @@ class SGLangFormat(Format):
 
     def _of_scheme(self, scheme: Scheme) -> Format:
         """The format that has the tensors in which qplug writes ``scheme``."""
-        return _MODELOPT if scheme == NVFP4 else self.compressed
+        return _MODELOPT if scheme in self.own else self.compressed
 
     def _of_config(self, config: Mapping[str, Any] | None) -> Format:
         """The format that a ``quantization_config`` names."""
@@ -81,6 +83,7 @@ class SGLangFormat(Format):
         return _MODELOPT if named == _MODELOPT.quant_method else self.compressed
 
     def _of_stored(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Format:
-        """The format of a linear's ``tensors``: other backends store NVFP4 otherwise."""
+        """A format that reads a linear's ``tensors``: four bits have other tensors in each."""
         stored = {"weight_packed", "input_global_scale"} & tensors.keys()
-        return self.compressed if stored else self._of_scheme(scheme)
+        is_known = scheme in ALGORITHMS.values()  # ModelOpt reads the fp8 of both
+        return _MODELOPT if is_known and not stored else self.compressed

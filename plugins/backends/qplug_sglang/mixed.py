@@ -1,58 +1,76 @@
-"""NVFP4 and FP8 in one folder of ModelOpt: ``quant_algo`` is ``MIXED_PRECISION``.
+"""Several schemes in one folder of ModelOpt: ``quant_algo`` is ``MIXED_PRECISION``.
 
 ``quantized_layers`` names each quantized linear and its scheme. SGLang looks a module up by its
 whole name, and leaves it float if it finds none: it would then take the codes of fp8 for weights,
 without a word. So the names here are those by which SGLang may ask. It knows which linears are
-merged for some classes of models alone, so merged matrices have entries of their own. Other schemes
-that its loader knows (``FP8_PB_WO``, ``MXFP8``, ``W4A16_NVFP4``) are not written by qplug.
+merged for some classes of models alone, so merged matrices have entries of their own. qplug reads
+all of ``members.ALGORITHMS``, and writes those beside NVFP4 that every release reads alike: for the
+scales of blocks SGLang and vLLM have other names and shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qplug import PRESETS, ModelView, Problem, QplugError, Scheme
+from qplug import ModelView, Problem, QplugError, Scheme
 from qplug_compressed_tensors.fusing import merged_matrices, with_merged_names
 from qplug_compressed_tensors.outside import portable
+from qplug_sglang.members import ALGORITHMS, FP8, NVFP4, NVFP4_A16
 from qplug_sglang.splitting import SPLITS_MERGED_NAMES
 
 if TYPE_CHECKING:
     from qplug import Checkpoint
 
 MIXED = "MIXED_PRECISION"
-NVFP4, FP8 = PRESETS["NVFP4"], PRESETS["FP8"]
-#: The ``quant_algo`` of a linear, and what it means.
-ALGORITHMS = {"NVFP4": NVFP4, "FP8": FP8}
+#: One of them must be in a mixed folder: SGLang takes others for W4AFP8.
+FOUR_BITS = (NVFP4, NVFP4_A16)
 
 #: What composite models have around the list of their blocks, in checkpoints and in SGLang, which
 #: moves a model from one to another by ``hf_to_sglang_mapper`` and by ``add_prefix``.
 _AROUND = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 
 
-def refuses_mixture(model: ModelView, schemes: Mapping[str, Scheme]) -> str | None:
-    """Why NVFP4 and what stands beside it cannot be in one folder, as a sentence; None if it can.
+def refuses_mixture(
+    model: ModelView, schemes: Mapping[str, Scheme], written: Collection[Scheme]
+) -> str | None:
+    """Why ``schemes``, by linear, cannot be in one folder, as a sentence; None if they can.
 
-    ``schemes``: by linear, NVFP4 among them.
+    ``written``: the schemes that are stored in this format, of which ``schemes`` has one at least.
     """
-    others = sorted({s.name for s in schemes.values() if s not in ALGORITHMS.values()})
+    others = sorted({s.name for s in schemes.values() if s not in (*written, FP8)})
     if others:
+        own = next(scheme.name for scheme in schemes.values() if scheme in written)
         return (
-            f"NVFP4 is stored in ModelOpt's format, which has {FP8.name} beside it, not "
+            f"{own} is stored in ModelOpt's format, which has {FP8.name} beside it, not "
             f"{' and '.join(others)}; take --backend compressed-tensors for both in one folder"
         )
-    if len({*schemes.values()}) < 2:
+    if not is_mixed(schemes):
         return None
     blocks = tuple(f"{block}." for block in model.blocks)
     for name in schemes:
         if not name.startswith(blocks):
             where = "SGLang may have another name for a linear outside of the blocks"
-            return f"{name}: {where}, where NVFP4 and FP8 are mixed; add --ignore {name}"
+            return f"{name}: {where}, in {_kinds(schemes)}; add --ignore {name}"
         if portable(name) != name and not name.startswith(_AROUND[:2]):
             where = "SGLang may have another name for it"
-            return f"{name}: {where}, where NVFP4 and FP8 are mixed; take one scheme"
+            return f"{name}: {where}, in {_kinds(schemes)}; take NVFP4 for all"
     apart = next(shared_apart(model, schemes), None)
     return None if apart is None else ": ".join(apart)
+
+
+def is_mixed(schemes: Mapping[str, Scheme]) -> bool:
+    """Whether ``schemes``, by linear, need an entry for each linear.
+
+    NVFP4 in all needs none. Only the newest SGLang reads NVFP4A16 without one.
+    """
+    return {*schemes.values()} != {NVFP4}
+
+
+def _kinds(schemes: Mapping[str, Scheme]) -> str:
+    """``a mixture of FP8 and NVFP4``, or ``NVFP4A16`` alone."""
+    names = sorted({scheme.name for scheme in schemes.values()})
+    return names[0] if len(names) == 1 else f"a mixture of {' and '.join(names)}"
 
 
 def shared_apart(model: ModelView, schemes: Mapping[str, Scheme]) -> Iterator[tuple[str, str]]:
@@ -79,9 +97,10 @@ def shared_apart(model: ModelView, schemes: Mapping[str, Scheme]) -> Iterator[tu
 def quantized_layers(schemes: Mapping[str, Scheme]) -> dict[str, dict[str, Any]]:
     """The entries of ``quantized_layers``: linears and merged matrices, in all their spellings."""
     layers: dict[str, dict[str, Any]] = {}
-    for algorithm, scheme in ALGORITHMS.items():
+    for scheme in dict.fromkeys(ALGORITHMS.values()):
+        algorithm = next(name for name, meant in ALGORITHMS.items() if meant == scheme)
         entry: dict[str, Any] = {"quant_algo": algorithm}
-        if scheme.weights.group_size is not None:
+        if scheme in FOUR_BITS:
             entry["group_size"] = scheme.weights.group_size
         for name in with_merged_names(name for name in schemes if schemes[name] == scheme):
             layers |= dict.fromkeys(_spellings(name), entry)
@@ -106,14 +125,25 @@ def layers_of(config: Mapping[str, Any]) -> Mapping[str, Scheme]:
 
 def _scheme(name: str, entry: object) -> Scheme:
     told = entry if isinstance(entry, dict) else {}
-    scheme = ALGORITHMS.get(str(told.get("quant_algo")).upper())
-    size = told.get("group_size", NVFP4.weights.group_size)
-    if scheme is None or (scheme == NVFP4 and size != NVFP4.weights.group_size):
+    algorithm, size = told.get("quant_algo"), told.get("group_size")
+    scheme = scheme_of(algorithm, size)
+    if scheme is None:
+        groups = "" if size is None else f" in groups of {size}"
         raise QplugError(
-            f"qplug reads NVFP4 in groups of 16 and FP8 in modelopt's {MIXED}, not {name} with "
-            f"quant_algo {told.get('quant_algo')!r} in groups of {size}"
+            f"qplug reads {', '.join(ALGORITHMS)} in modelopt's {MIXED}, not {name} with "
+            f"quant_algo {algorithm!r}{groups}"
         )
     return scheme
+
+
+def scheme_of(algorithm: object, size: object) -> Scheme | None:
+    """The scheme of a ``quant_algo`` with groups or blocks of ``size``; None if qplug has none."""
+    scheme = ALGORITHMS.get(str(algorithm).upper())
+    if scheme is None:
+        return None
+    weights = scheme.weights
+    own = weights.block[0] if weights.block is not None else weights.group_size
+    return scheme if size is None or own is None or size == own else None
 
 
 def mixture_problems(
@@ -125,10 +155,11 @@ def mixture_problems(
     """
     for name, what in shared_apart(model, schemes):
         yield Problem("fused", name, what)
-    if NVFP4 not in schemes.values():
+    if not {*schemes.values()} & {*FOUR_BITS}:
         where, what = "quantized_layers", "SGLang takes a mixture without NVFP4 for W4AFP8"
         yield Problem("format", where, what)
     config = folder.config["quantization_config"]
+    config = config.get("quantization") or config
     if {*(folder.config.get("architectures") or ())} & SPLITS_MERGED_NAMES:
         return
     layers = layers_of(config)

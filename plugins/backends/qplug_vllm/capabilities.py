@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qplug import Capability
 from qplug_vllm.capabilities_0_33 import ROWS
+from qplug_vllm.capabilities_fp8_a16 import FP8_A16_0_26, FP8_A16_0_33, FP8_A16_CPU
 
 _SM90, _OTHERS = ("sm90",), ("sm80", "sm89", "sm100")
 _CPU = ("cpu",)
@@ -39,6 +40,7 @@ VLLM_0_32 = (
     Capability("FP8", _NO_FP8_OP, False, (), 1, 1, _ON_CPU, _CPU),
     Capability("FP8_DYNAMIC", "oneDNN fp8", True, (), 16, 16, _ON_CPU, _CPU),
     Capability("FP8_BLOCK", "its CPU kernel needs AMX", False, (), 1, 1, _ON_CPU, _CPU),
+    *FP8_A16_CPU,
     Capability("W4AFP8", _SM90_ALONE, False, (), 1, 1, _ON_CPU, _CPU),
     Capability("NVFP4A16", _NO_FP4_CPU, False, (), 1, 1, _ON_CPU, _CPU),
     Capability("NVFP4", _NO_FP4_CPU, False, (), 1, 1, _ON_CPU, _CPU),
@@ -66,6 +68,7 @@ VLLM_0_26 = (
     Capability("FP8_BLOCK", "Cutlass or Triton fp8", True, (), 128, 128, _H100, _SM90),
     Capability("FP8_BLOCK", "Cutlass or Triton fp8", True, (), 128, 128, _READ, ("sm89", "sm100")),
     Capability("FP8_BLOCK", _MARLIN_STAY, True, (), 128, 128, _READ, ("sm80",)),
+    *FP8_A16_0_26,
     Capability("W4AFP8", "Cutlass int4 x fp8", True, (128,), 128, 128, _H100, _SM90),
     Capability("W4AFP8", _SM90_ALONE, False, (), 1, 1, _READ, _OTHERS),
     Capability("NVFP4A16", "Marlin", True, (), 64, 128, _H100, _SM90),
@@ -103,6 +106,7 @@ VLLM_0_33 = (
     ),
     Capability("FP8_BLOCK", _MARLIN_STAY, True, (), 128, 128, _READ_0_33, ("sm89",)),
     Capability("FP8_BLOCK", _HUMMING_STAY, True, (), 128, 128, _READ_0_33, ("sm80",)),
+    *FP8_A16_0_33,
     Capability("W4AFP8", "Cutlass int4 x fp8", True, (128,), 128, 128, _READ_0_33, _SM90),
     Capability("W4AFP8", _SM90_ALONE, False, (), 1, 1, _READ_0_33, _OTHERS),
     Capability("NVFP4A16", "Humming", True, (), 64, 128, _READ_0_33, _SM90),

@@ -39,6 +39,7 @@ LOADERS = {
         row_experts=_ROW_EXPERTS,
         embeddings=_EMBEDDINGS,
         unnamed_embeddings=_UNNAMED_EMBEDDINGS,
+        fp8_a16_experts=False,  # CompressedTensorsMoEMethod.get_moe_method raises
         weights_in_bytes=False,  # _quantization_scheme_map_from_config asserts floats
         int4_in_bytes=False,  # choose_mp_linear_kernel has int4 on Arm and Intel GPUs alone
         source="compressed_tensors.py, utils.py and compressed_tensors_moe_wna16.py of 0.32.0, "
@@ -48,6 +49,7 @@ LOADERS = {
         heads=_HEADS,
         classes_first=True,
         embeddings=frozenset(),
+        fp8_a16_experts=False,
         weights_in_bytes=False,
         source="find_matched_target of 0.26.0 asks for names, then classes, then parts",
     ),

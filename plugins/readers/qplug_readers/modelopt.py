@@ -1,4 +1,4 @@
-"""Checkpoints of NVIDIA's ModelOpt: fp8, NVFP4, and mixtures of both."""
+"""Checkpoints of NVIDIA's ModelOpt: fp8, NVFP4, MXFP8, and mixtures of them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from qplug import PRESETS, QuantizedWeight, Reader, Scheme, StoredTensor
+from qplug import PRESETS, QuantArgs, QuantizedWeight, Reader, Scheme, StoredTensor
 from qplug_readers.modules import Module, coded, read_modules
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _FLOATS = ("float16", "bfloat16", "float32")
+#: What ModelOpt calls fp4 weights whose inputs are float.
+_FLOAT_INPUTS = "W4A16_NVFP4"
 
 
 class ModelOptReader(Reader):
     """Reads ModelOpt: fp8 with scales for tensors, rows or blocks, NVFP4, and MXFP8.
 
     What each module stores says how it is read. NVFP4 is uint8 ``X.weight`` ``[out, in / 2]`` with
-    ``X.weight_scale`` in e4m3 ``[out, in / 16]``, which ``X.weight_scale_2`` multiplies.
+    ``X.weight_scale`` in e4m3 ``[out, in / 16]``, which ``X.weight_scale_2`` multiplies. Scales of
+    blocks and of MXFP8 are ``X.weight_scale`` or, as SGLang has them, ``X.weight_scale_inv``.
     """
 
     name = "modelopt"
@@ -30,10 +33,10 @@ class ModelOptReader(Reader):
     def as_float(
         self, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
     ) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-        dtype = self.float_dtype(config)
+        quantization, dtype = self.quantization(config), self.float_dtype(config)
 
         def floats_of(module: Module) -> dict[str, StoredTensor]:
-            weight = _weight(module, dtype)
+            weight = _weight(module, dtype, _algorithm(quantization, module.name))
             return {} if weight is None else {"weight": weight}
 
         return self.without_quantization(config), read_modules(tensors, floats_of, self.name)
@@ -42,8 +45,31 @@ class ModelOptReader(Reader):
         return f"modelopt {self.quantization(config).get('quant_algo', '')}".strip()
 
 
-def _weight(module: Module, dtype: str) -> StoredTensor | None:
-    """Returns the float weight of a module; None if the module has no codes."""
+def _algorithm(quantization: Mapping[str, Any], name: str) -> str:
+    """The ``quant_algo`` of the module ``name``, in upper case; empty if there is none."""
+    inner = quantization.get("quantization")
+    told = inner if isinstance(inner, dict) else quantization
+    layers = told.get("quantized_layers")
+    entry = layers.get(name) if isinstance(layers, dict) else told
+    return str(entry.get("quant_algo") or "").upper() if isinstance(entry, Mapping) else ""
+
+
+def _inputs(scales: StoredTensor | None, *, stored: bool) -> QuantArgs | None:
+    """How the inputs of an fp8 weight are rounded; ``stored``: under a scale that is stored."""
+    from qplug_readers.float8 import POWERS
+
+    name = "FP8" if stored else "FP8_DYNAMIC"
+    if scales is not None and not stored:
+        sides = [side for side in scales.spec.shape if side != 1]
+        name = "MXFP8" if scales.spec.dtype in POWERS else "FP8_BLOCK" if len(sides) > 1 else name
+    return PRESETS[name].activations
+
+
+def _weight(module: Module, dtype: str, algorithm: str) -> StoredTensor | None:
+    """Returns the float weight of a module; None if the module has no codes.
+
+    ``algorithm``: the ``quant_algo`` that config.json has for it.
+    """
     from qplug_readers.float8 import FLOAT8, float8_weight
 
     weight = module.tensors.get("weight")
@@ -53,14 +79,11 @@ def _weight(module: Module, dtype: str) -> StoredTensor | None:
         raise module.wrong("pre_quant_scale", "scales inputs, which qplug cannot undo")
     inputs = module.find("input_scale")
     if weight.spec.dtype in FLOAT8:
-        kind = PRESETS["FP8" if inputs is not None else "FP8_DYNAMIC"]
+        inverse = "weight_scale_inv"
+        scale = inverse if inverse in module.tensors else "weight_scale"
+        rounded = _inputs(module.tensors.get(scale), stored=inputs is not None)
         return float8_weight(
-            module,
-            "weight",
-            "weight_scale",
-            dtype,
-            activations=kind.activations,
-            input_scale=inputs,
+            module, "weight", scale, dtype, activations=rounded, input_scale=inputs
         )
     shape = weight.spec.shape
     if "weight_scale_2" not in module.tensors or len(shape) != 2 or shape[1] % 8:
@@ -75,9 +98,10 @@ def _weight(module: Module, dtype: str) -> StoredTensor | None:
         ),
         "weight_scale_2": module.need("weight_scale_2", _FLOATS, (), (1,), of="weight"),
     }
-    if inputs is not None:
+    rounds = inputs is not None and algorithm != _FLOAT_INPUTS  # older folders store a scale there
+    if inputs is not None and rounds:
         parts["input_scale"] = inputs
-    scheme = PRESETS["NVFP4A16" if inputs is None else "NVFP4"]
+    scheme = PRESETS["NVFP4" if rounds else "NVFP4A16"]
     unpack = partial(_unpack, scheme)
     return coded((out, width), dtype, parts, scheme, unpack, ("weight", "weight_scale"))
 

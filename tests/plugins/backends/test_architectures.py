@@ -367,6 +367,19 @@ def test_experts_in_int8_are_not_for_sglang(
     assert all(".experts." in name for name in named)
 
 
+def test_experts_in_fp8_with_float_inputs_are_for_no_engine(
+    source: Callable[[str], Path], quantized: Quantized
+) -> None:
+    model = str(source("qwen3-moe"))
+    out = str(quantized("FP8A16_TENSOR", model=model, backend="compressed-tensors"))
+    assert qplug.verify(out).ok
+    for backend in ("vllm", "sglang"):
+        problems = qplug.verify(out, backend=backend).problems
+        named = {problem.where for problem in problems if "runs no experts" in problem.message}
+        assert len(named) == 2 * 3 * 4  # blocks, projections, experts
+        assert all(".experts." in name for name in named)
+
+
 def test_experts_as_narrow_as_a_group_are_not_for_vllm(
     written: Callable[[str], Path], source: Callable[[str], Path]
 ) -> None:

@@ -220,6 +220,27 @@ def test_such_weights_are_naive_to_the_library(weights: QuantizationArgs) -> Non
     assert infer_module_format(torch.nn.Linear, scheme).value == "naive-quantized"
 
 
+@pytest.mark.parametrize("layout", ["naive-quantized", "float-quantized"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    list(zip(NAIVE, ("FP8A16", "FP8A16_TENSOR", "FP8A16_BLOCK"), strict=True)),
+)
+def test_fp8_of_others_with_float_inputs_is_served(
+    tmp_path: Path, kind: str, name: str, layout: str
+) -> None:
+    wanted = naive_folder(tmp_path / "in", NAIVE[kind])
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    rewrite(tmp_path / "in", config["quantization_config"] | {"format": layout})
+    assert qplug.verify(str(tmp_path / "in"), backend="vllm").problems == ()
+    folder = open_folder(str(tmp_path / "in"), Session.alone())
+    assert {each.name for each in folder.schemes.values()} == {name}
+    for linear, weight in wanted.items():
+        assert torch.equal(folder.dequantized(linear).to(weight.dtype), weight), linear
+    said = {each.message for each in qplug.verify(str(tmp_path / "in"), backend="sglang").problems}
+    where = "SGLang has fp8 weights with float inputs by row or tensor alone: use FP8A16"
+    assert [where in each for each in said] == ([True] if name == "FP8A16_BLOCK" else [])
+
+
 def test_engines_run_naive_integers_once_they_are_packed(tmp_path: Path) -> None:
     wanted = naive_folder(tmp_path / "in", FORCED["int4 groups"])
     for backend in ("vllm", "sglang"):
@@ -236,5 +257,6 @@ def test_engines_run_naive_integers_once_they_are_packed(tmp_path: Path) -> None
 def test_other_floats_are_no_naive_weights() -> None:
     assert not stores("naive-quantized", qplug.preset("NVFP4A16"))
     assert not stores("naive-quantized", qplug.preset("MXFP8"))
+    assert not stores("float-quantized", qplug.preset("WE4M3A16"))
     assert stores("naive-quantized", qplug.preset("FP8"))
     assert stores("naive-quantized", qplug.preset("W8A8"))

@@ -44,6 +44,7 @@ CASES = [
     *((name, size) for name in ("W4A16", "W4A16_ASYM", "W8A16") for size in GROUP_SIZES),
     *((name, None) for name in ("W8A8", "W8A8_STATIC", "FP8", "FP8_DYNAMIC", "FP8_BLOCK")),
     *((name, None) for name in ("W4AFP8", "W4A8", "W3A16", "MXFP8")),
+    *((name, None) for name in ("FP8A16", "FP8A16_TENSOR", "FP8A16_BLOCK")),
 ]
 #: Schemes that differ from a case in the number of bits, or in zero points.
 LIKE_OTHERS = [
@@ -51,7 +52,7 @@ LIKE_OTHERS = [
     *("W3A16_ASYM", "W8A16_ASYM"),
 ]
 #: SGLang does not serve them; both others do.
-REFUSED = {"W8A8_STATIC", "W4AFP8", "W4A8", "W3A16", "MXFP8", *LIKE_OTHERS}
+REFUSED = {"W8A8_STATIC", "W4AFP8", "W4A8", "W3A16", "MXFP8", "FP8A16_BLOCK", *LIKE_OTHERS}
 every_case = pytest.mark.parametrize(
     ("scheme", "group_size"),
     [*CASES, *(pytest.param(name, 64, marks=pytest.mark.slow) for name in LIKE_OTHERS)],
@@ -130,11 +131,14 @@ def essence(args: QuantizationArgs | None) -> dict[str, Any] | None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_those_of_compressed_tensors(name: str) -> None:
     # Static int8 has no name there: it is W8A8 with the inputs of FP8 in int8. Of zero points only
-    # those of four bits have a name.
-    named = {"MXFP4AFP8": "MXFP4XFP8", "W4A16_ASYM": "W4A16_ASYM"}
+    # those of four bits have a name. fp8 with float inputs is each fp8 without its inputs.
+    named = {"MXFP4AFP8": "MXFP4XFP8", "W4A16_ASYM": "W4A16_ASYM", "FP8A16": "FP8_DYNAMIC"}
+    named |= {"FP8A16_TENSOR": "FP8", "FP8A16_BLOCK": "FP8_BLOCK"}
     usual = name.removesuffix("_STATIC").removesuffix("_ASYM")
     theirs = preset_name_to_scheme(named.get(name, usual), ["Linear"])
     theirs.weights.symmetric = theirs.weights.symmetric and "_ASYM" not in name
+    if name.startswith("FP8A16"):
+        theirs.input_activations = None
     if name == "W8A8_STATIC":
         fp8 = preset_name_to_scheme("FP8", ["Linear"]).input_activations
         theirs.input_activations = fp8.model_copy(update={"type": "int"})

@@ -295,7 +295,7 @@ TOKEN_FP8 = QuantArgs("e4m3", "token", dynamic=True)
         Scheme("W8A8_ASYM", QuantArgs("int8", "channel", symmetric=False), TOKEN_INT8),
         Scheme("INT8_FP8", QuantArgs("int8", "channel"), TOKEN_FP8),
         Scheme("FP8_INT8", QuantArgs("e4m3", "channel"), TOKEN_INT8),
-        Scheme("FP8A16", QuantArgs("e4m3", "channel")),
+        Scheme("WE4M3A16", QuantArgs("e4m3", "group", 128)),
         Scheme("E5M2", QuantArgs("e5m2", "channel"), QuantArgs("e5m2", "token", dynamic=True)),
     ],
     ids=lambda scheme: scheme.name,
@@ -328,8 +328,12 @@ def test_schemes_without_a_kernel() -> None:
             "SGLang 0.5.16 reads one format",
         ),
         (
-            {"backend": "sglang", "scheme": "NVFP4A16", "backend_options": {"engine": "0.5.16"}},
-            "SGLang reads NVFP4 with scales of inputs (modelopt)",
+            {
+                "backend": "sglang",
+                "scheme": "NVFP4A16",
+                "backend_options": {"engine": "0.5.16", "gpu": "B200"},
+            },
+            "fp4 kernels of sm100 take inputs in fp4: use NVFP4",
         ),
         (
             {"backend": "sglang", "backend_options": {"engine": "0.5.17"}},
@@ -382,6 +386,32 @@ def test_experts_that_vllm_cannot_load() -> None:
     for scheme in (preset("W3A16").with_group_size(64), preset("MXFP8"), preset("MXFP4AFP8")):
         assert said(scheme) is None
     assert refusal(VLLM, view(up=(128, 128)), preset("W4A8")) is None
+
+
+@pytest.mark.parametrize("name", ["FP8A16", "FP8A16_TENSOR", "FP8A16_BLOCK"])
+@pytest.mark.parametrize(
+    ("exporter", "release"),
+    [
+        *((VLLMExporter, f"vLLM {at}") for at in ("0.26.0", "0.32.0", "0.33.0")),
+        *((SGLangExporter, f"SGLang {at}") for at in ("0.5.16", "0.5.23")),
+    ],
+)
+def test_no_engine_has_experts_in_fp8_with_float_inputs(
+    exporter: type[Exporter[Target]], release: str, name: str
+) -> None:
+    served = exporter(Target(engine=release.partition(" ")[2]))
+    expert, dense = view(**{"mlp.experts.0.up_proj": (128, 128)}), view(up=(128, 128))
+    said = refusal(served, expert, preset(name))
+    first = f"layers.0.mlp.experts.0.up_proj: {release} runs no experts in {name}"
+    assert said == f"{first}; try FP8_DYNAMIC or W4A16"
+    unserved = {"SGLang 0.5.16": {"FP8A16", "FP8A16_BLOCK"}, "SGLang 0.5.23": {"FP8A16_BLOCK"}}
+    assert (refusal(served, dense, preset(name)) is None) == (name not in unserved.get(release, ()))
+
+
+def test_fp8_with_float_inputs_has_no_groups() -> None:
+    with pytest.raises(QplugError, match="FP8A16 has one scale for each row: no engine serves gro"):
+        preset("FP8A16").with_group_size(128)
+    assert preset("FP8A16").with_group_size(-1) == preset("FP8A16")
 
 
 @pytest.mark.parametrize("name", ["W4A16", "W4A16_ASYM", "W8A16", "W8A16_ASYM"])

@@ -621,7 +621,7 @@ FAULTS += [
 
 
 def test_every_rule_has_a_fault() -> None:
-    experts = silent.int8_experts_have_a_kernel  # has its test where there are experts
+    experts = silent.experts_have_a_kernel  # has its test where there are experts
     embeddings = rules.embedding_is_as_the_loader_takes_it  # has its tests in test_embedding
     tested = {experts, embeddings, *(fault.rule for fault in FAULTS)}
     tested.add(int4_fp8_is_of_experts)  # has its tests in test_sglang_int4_fp8
