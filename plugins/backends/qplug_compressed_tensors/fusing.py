@@ -150,8 +150,7 @@ def fused_problems(names: Iterable[str], schemes: Mapping[str, Scheme]) -> Itera
 def with_merged_names(names: Iterable[str]) -> list[str]:
     """``names``, followed by the names that engines give to the matrices merged from them."""
     extended = dict.fromkeys(names)
-    dense = [name for name in extended if ".experts." not in name]
-    for parent, row, _ in list(_merges(dense)):
+    for parent, row, _ in list(_merges(extended)):
         for merged in row.names:
             extended[f"{parent}.{merged}" if parent else merged] = None
     return list(extended)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qplug import Format, ModelView, Problem, Scheme, Server, Target, kernel_problems
 from qplug_compressed_tensors.engine import CompressedTensorsLoader, half_precision
-from qplug_compressed_tensors.fusing import fused_problems
+from qplug_compressed_tensors.fusing import fused_problems, with_partners
 from qplug_compressed_tensors.rules import cache_problems
 from qplug_compressed_tensors.silent import merged_matrices_are_named
 from qplug_sglang.capabilities import IN_MODELOPT, RELEASES
@@ -16,6 +16,7 @@ from qplug_sglang.loaders import FP4_BY_OPTION, LOADERS
 from qplug_sglang.members import WRITTEN
 from qplug_sglang.mixed import MIXED, refuses_mixture
 from qplug_sglang.modelopt import ModelOpt, loader_problems, told_by
+from qplug_sglang.unpacked import latent_projections_are_unpacked, packed_in_vain
 
 if TYPE_CHECKING:
     from qplug import Checkpoint
@@ -39,6 +40,7 @@ class SGLang(CompressedTensorsLoader):
         *CompressedTensorsLoader.rules,
         merged_matrices_are_named,
         int4_fp8_is_of_experts,
+        latent_projections_are_unpacked,
     )
 
     def refuses(
@@ -51,6 +53,12 @@ class SGLang(CompressedTensorsLoader):
         sentence = super().refuses(model, schemes, target)
         unloaded = unserved(schemes)
         return ": ".join(unloaded) if sentence is None and unloaded is not None else sentence
+
+    def too_narrow(
+        self, model: ModelView, schemes: Mapping[str, Scheme], target: Target
+    ) -> dict[str, str]:
+        unpacked = with_partners(packed_in_vain(model, schemes), schemes)
+        return unpacked | super().too_narrow(model, schemes, target)
 
     def _is_modelopt(self, schemes: Mapping[str, Scheme]) -> bool:
         """Whether a folder with ``schemes`` is written in ModelOpt's format."""
@@ -71,6 +79,8 @@ class SGLang(CompressedTensorsLoader):
         rows = [row for row in self.capabilities() if row.scheme not in IN_MODELOPT]
         yield from kernel_problems(model, schemes, [*rows, *IN_MODELOPT.values()])
         yield from fused_problems(model.linears, schemes)
+        for name, sentence in packed_in_vain(model, schemes).items():
+            yield Problem("kernel", name, sentence)
         yield from loader_problems(folder, model, schemes, self.release)
         yield from cache_problems(folder, model, format.read_cache(config))
 

@@ -21,6 +21,7 @@ from qplug_compressed_tensors.engine import CompressedTensorsLoader
 from qplug_compressed_tensors.rules import Case
 from qplug_sglang.engine import SGLang
 from qplug_sglang.int4_fp8 import int4_fp8_is_of_experts
+from qplug_sglang.unpacked import latent_projections_are_unpacked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -625,6 +626,7 @@ def test_every_rule_has_a_fault() -> None:
     embeddings = rules.embedding_is_as_the_loader_takes_it  # has its tests in test_embedding
     tested = {experts, embeddings, *(fault.rule for fault in FAULTS)}
     tested.add(int4_fp8_is_of_experts)  # has its tests in test_sglang_int4_fp8
+    tested.add(latent_projections_are_unpacked)  # has its tests in test_sglang_unpacked
     assert tested == {*rules.FORMAT_RULES, *SGLang.rules}
 
 
