@@ -1,7 +1,9 @@
-"""A run builds its hollow model once, whatever asks for it, and imports nothing for data sets."""
+"""A run builds its hollow model once, whatever asks for it, and only if it needs one."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +36,20 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[PreTrainedModel]:
 def test_a_run_builds_one_hollow_model(
     algo: str, built: list[PreTrainedModel], tmp_path: Path
 ) -> None:
-    quantize(DEMO, tmp_path / "out", algo=algo, samples=1, seq_len=8)
+    model = tmp_path / "model"
+    shutil.copytree(find_model(DEMO), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "of_its_own": 1}))
+    quantize(str(model), tmp_path / "out", algo=algo, samples=1, seq_len=8)
     assert len(built) == 1
+
+
+@pytest.mark.parametrize(("algo", "count"), [("rtn", 0), ("gptq", 1)])
+def test_a_run_that_only_rounds_builds_none_of_a_plain_model(
+    algo: str, count: int, built: list[PreTrainedModel], tmp_path: Path
+) -> None:
+    quantize(DEMO, tmp_path / "out", algo=algo, samples=1, seq_len=8)
+    assert len(built) == count
 
 
 def test_a_model_that_was_taken_is_built_again(built: list[PreTrainedModel]) -> None:

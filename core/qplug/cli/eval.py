@@ -14,6 +14,7 @@ from qplug.cli.printing import say, say_json
 from qplug.cli.task_options import TaskOptions, print_scores, task_options
 from qplug.cli.text_options import TextOptions, text_options
 from qplug.errors import QplugError
+from qplug.machine.read_ahead import read_ahead
 from qplug.registry.registry import Registry
 
 #: The heading of the options of the suite of behaviour.
@@ -98,6 +99,7 @@ def command(
     needed, and parts that do not apply say why.
     """
     registry: Registry = ctx.obj
+    read_ahead("torch", "models")
     if behaviour:
         refused = ("tasks", *_OF_TASKS, *_OF_PERPLEXITY, "batch_size")
         _refuse(ctx, refused, "another measure than --behaviour")

@@ -26,6 +26,8 @@ from qplug.cli.report import write_report
 from qplug.cli.run_progress import RunProgress, run_progress
 from qplug.cli.unfinished import telling_kept
 from qplug.machine.launch import Launch
+from qplug.machine.read_ahead import read_ahead
+from qplug.recipe.recipe import DEFAULT_QUANTIZER
 from qplug.registry.registry import Registry
 from qplug.report.page_file import refuse_pages, report_file
 
@@ -130,6 +132,8 @@ def command(
     A PATTERN is a glob over module names, or re: and a regular expression.
     """
     words, registry = typed_words(ctx), ctx.obj
+    rounds = words.get("algo") == DEFAULT_QUANTIZER and not check
+    read_ahead("torch", *(() if rounds else ("models",)))
     _tell_aliases(words)
     for value, name in ((model, "MODEL"), (out, "--out")):
         if value is None and config is None:

@@ -16,6 +16,7 @@ from qplug.checkpoint.names import block_of, natural_order, split_name
 from qplug.errors import PluginError, QplugError
 from qplug.model.draft_layers import with_drafts
 from qplug.model.kept_float import built_float
+from qplug.model.plain_models import plain_tree
 from qplug.model.skeleton import Skeleton
 from qplug.model.stacked_experts import experts_apart
 from qplug.model.transposed import seen_as_linears
@@ -63,7 +64,7 @@ def by_linear(
     architectures that a plugin teaches, stay as they are. Raises QplugError if the architecture is
     unknown.
     """
-    if _taught_view(checkpoint, registry) is not None:
+    if _taught_view(checkpoint, registry) is not None or plain_tree(checkpoint) is not None:
         return checkpoint
     skeleton = skeleton or Skeleton(checkpoint.folder)
     checkpoint = seen_as_linears(skeleton.model(), checkpoint)

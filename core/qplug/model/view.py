@@ -1,15 +1,16 @@
 """The view of a checkpoint: its linears and blocks, found in its module tree without weights.
 
-There is no table of architectures: decoder blocks are the largest list of modules, linears are the
-modules of that class. Names are those on disk, which engines use too; transformers renames modules
-in memory and fuses experts, but on disk each expert has tensors of its own.
+No architecture needs a table (``plain_models`` only saves time): decoder blocks are the largest
+list of modules, linears are the modules of that class. Names are those on disk, which engines use
+too; transformers renames modules in memory and fuses experts, but on disk each expert has tensors
+of its own.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import nn
 
@@ -21,6 +22,8 @@ from qplug.errors import QplugError
 from qplug.model.block_list import decoder_blocks
 from qplug.model.disk_names import tied_name
 from qplug.model.kept_float import built_float
+from qplug.model.module_tree import ModuleTree
+from qplug.model.plain_models import plain_tree
 from qplug.model.skeleton import Skeleton
 from qplug.model.stacked_experts import stacked_experts
 
@@ -34,8 +37,10 @@ def model_view(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> Mode
     architecture has, or it is quantized already.
     """
     refuse_quantized(checkpoint)
-    tree = _tree(checkpoint, checkpoint.tensors, skeleton or Skeleton(checkpoint.folder))
-    _check_whole(checkpoint, tree)
+    tree = plain_tree(checkpoint)
+    if tree is None:
+        tree = _tree(checkpoint, checkpoint.tensors, skeleton or Skeleton(checkpoint.folder))
+        _check_whole(checkpoint, tree)
     return _view(checkpoint, tree, {})
 
 
@@ -63,25 +68,7 @@ def packed_view(
     return _view(checkpoint, tree, packed)
 
 
-@dataclass(frozen=True)
-class _Tree:
-    """An untrained model under its names on disk: modules with a weight, blocks, the head.
-
-    ``embedding`` is None if the model names none. ``parts`` are the modules on disk whose weights
-    transformers joins or cuts into linears. ``idle`` are linears of experts that do not compute.
-    ``tensors`` has the shapes of all tensors that a float checkpoint of the model has, by name.
-    """
-
-    modules: Mapping[str, nn.Module]
-    blocks: tuple[str, ...]
-    head: str | None
-    embedding: str | None
-    parts: frozenset[str]
-    idle: frozenset[str]
-    tensors: Mapping[str, tuple[int, ...]]
-
-
-def _tree(checkpoint: Checkpoint, stored: Collection[str], skeleton: Skeleton) -> _Tree:
+def _tree(checkpoint: Checkpoint, stored: Collection[str], skeleton: Skeleton) -> ModuleTree:
     """Returns the model of ``checkpoint``; ``stored`` are the names of its tensors, as float."""
     folder, model, names = checkpoint.folder, skeleton.model(), skeleton.names(stored)
     modules = {
@@ -117,7 +104,20 @@ def _tree(checkpoint: Checkpoint, stored: Collection[str], skeleton: Skeleton) -
         for part in of_linear
         if local_of(part) == "weight"
     }
-    return _Tree(modules, blocks, head, embedding, frozenset(parts), frozenset(idle), shapes)
+    return ModuleTree(
+        linears={
+            name: (module.out_features, module.in_features)
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear)
+        },
+        lookups=frozenset(n for n, module in modules.items() if isinstance(module, nn.Embedding)),
+        blocks=blocks,
+        head=head,
+        embedding=embedding,
+        parts=frozenset(parts),
+        idle=frozenset(idle),
+        tensors=shapes,
+    )
 
 
 def _idle_experts(shapes: Collection[str]) -> set[str]:
@@ -138,25 +138,25 @@ def _idle_experts(shapes: Collection[str]) -> set[str]:
     return idle
 
 
-def _view(checkpoint: Checkpoint, tree: _Tree, packed: Mapping[str, tuple[int, int]]) -> ModelView:
+def _view(
+    checkpoint: Checkpoint, tree: ModuleTree, packed: Mapping[str, tuple[int, int]]
+) -> ModelView:
     shapes = dict(packed)
     for tensor, stored in checkpoint.tensors.items():
         name, local = split_name(tensor)
         is_matrix = local == "weight" and len(stored.spec.shape) == 2
         if name in tree.idle:
             continue
-        if is_matrix and not isinstance(tree.modules.get(name), nn.Embedding):
+        if is_matrix and name not in tree.lookups:
             shapes.setdefault(name, (stored.spec.shape[0], stored.spec.shape[1]))
-    in_blocks = {name: m for name, m in tree.modules.items() if _is_in(tree.blocks, name)}
-    for name, module in in_blocks.items():
-        if isinstance(module, nn.Linear):
-            shapes[name] = (module.out_features, module.in_features)
+    in_blocks = {name: s for name, s in tree.linears.items() if _is_in(tree.blocks, name)}
+    shapes |= in_blocks
     floats = built_float(shapes, checkpoint.config)
     quantizable = {
         name
         for name in shapes
         if (
-            isinstance(in_blocks.get(name), nn.Linear)
+            name in in_blocks
             or _is_expert(tree.blocks, name)
             or (name in tree.parts and _is_in(tree.blocks, name))
         )
@@ -207,7 +207,7 @@ def float_tensors(
     return dict(_tree(checkpoint, stored, skeleton).tensors)
 
 
-def _check_whole(checkpoint: Checkpoint, tree: _Tree) -> None:
+def _check_whole(checkpoint: Checkpoint, tree: ModuleTree) -> None:
     for tensor, shape in tree.tensors.items():
         stored = checkpoint.tensors.get(tensor)
         if stored is None:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 from qplug.api.events import Result
 from qplug.errors import QplugError
 from qplug.machine.memory import parse_size
+from qplug.machine.read_ahead import read_ahead
 from qplug.machine.session import Session
 from qplug.output.ownership import refuse_existing
 from qplug.output.parent_folders import parent_folders
 from qplug.output.unfinished import clean_up
-from qplug.recipe.recipe import Recipe
+from qplug.recipe.recipe import DEFAULT_QUANTIZER, Recipe
 from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
 from qplug.run.check import check_quality
@@ -120,6 +121,8 @@ def quantize_by(
     ``choices`` are those for recipes with ``--scheme auto``, by folder: a choice that is not among
     them is made, and added. A dry run and the run after it need one choice.
     """
+    if check or recipe.algorithms != (DEFAULT_QUANTIZER,):  # a run that only rounds needs no model
+        read_ahead("models")
     with (
         Session.joined(
             device,
