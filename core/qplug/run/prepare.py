@@ -15,7 +15,7 @@ from qplug.checkpoint.stacked import stacked_again
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.architectures import with_other_weights
-from qplug.model.block_list import other_parts
+from qplug.model.beside_text import beside_text
 from qplug.model.hollow import load_config
 from qplug.model.residual_stream import StreamFinder
 from qplug.model.small_copy import SmallCopy, place_of
@@ -193,11 +193,13 @@ def _refuse_other_writers(
 
     Pictures and sounds enter the stream in the place of embeddings.
     """
-    others = other_parts(copy.model)
     writers = {tensor for tensor, axis in stream.tensors.items() if axis.norm is None}
-    if others and not writers.isdisjoint(preparation.rewrites):
+    if writers.isdisjoint(preparation.rewrites):
+        return
+    if others := beside_text(copy):
+        verb = "write" if len(others) > 1 else "writes"
         raise QplugError(
-            f"{name}: {' and '.join(others[:3])} write what the decoder reads, too, and cannot be "
+            f"{name}: {' and '.join(others[:3])} {verb} what the decoder reads, too, and cannot be "
             "rotated with it; take an algorithm that leaves the residual stream as it is"
         )
 

@@ -421,13 +421,20 @@ class Wrong(Algorithm[NoParams]):
         )
 
 
-def test_a_tied_model_that_ranks_is_refused(family: Family, tmp_path: Path) -> None:
-    """Its config says that words are tied, and it has no head to tie them to."""
-    config = AutoConfig.from_pretrained(family("gpt2"))
-    model = AutoModelForSequenceClassification.from_config(config)
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "qwen3", "gpt2", "gpt-neox"])
+def test_a_model_that_ranks_computes_what_it_did(name: str, family: Family, tmp_path: Path) -> None:
+    """Its head reads the stream as one of words does; config.json may say that words are tied."""
+    config = AutoConfig.from_pretrained(family(name), pad_token_id=0, num_labels=3)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
     model.save_pretrained(tmp_path / "ranking")
-    with pytest.raises(QplugError, match="score write what the decoder reads, too"):
-        rotated(tmp_path / "ranking")
+    prepared = rotated(tmp_path / "ranking")
+    assert prepared.checkpoint.config == open_checkpoint(tmp_path / "ranking").config
+    assert isinstance(prepared.checkpoint.tensors["score.weight"], RewrittenTensor)
+    turned = AutoModelForSequenceClassification.from_pretrained(
+        save(prepared, tmp_path / "out"), dtype=torch.float32
+    )
+    assert distance(logits(turned.eval()), logits(model)) <= RTOL
 
 
 def test_a_rewrite_that_changes_what_is_computed_is_refused(family: Family) -> None:
