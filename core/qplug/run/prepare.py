@@ -103,6 +103,11 @@ def _prepare(
     config = load_config(source.folder, trust_remote_code=trusted)
     copy = SmallCopy(config, source.folder, trusted)
     finder = StreamFinder(copy)
+    if embedding := finder.embedding_apart:
+        raise QplugError(
+            f"{stages.preparing[0].name}: {embedding}: more than norms read what it writes, so the "
+            "residual stream cannot be rotated; take an algorithm that leaves it as it is"
+        )
     text = config.get_text_config()
     tied = _is_tied(view.config, config)
     width = text.hidden_size
@@ -231,8 +236,13 @@ def _check_logits(
             block = copy.blocks[kind]
             inside = [relative_name(block, n) for n in finder.unread if is_within(block, n)]
             norms = " and ".join(inside or outside)
-            why = f": no linear reads the output of {norms}" if norms else ""
-            raise QplugError(f"{name}: {blocks[copy.first[kind]]}: cannot be rotated{why}")
+            why = (
+                f"no linear reads the output of {norms}" if norms else "it computes otherwise then"
+            )
+            raise QplugError(
+                f"{name}: {blocks[copy.first[kind]]}: cannot be rotated: {why}; take an algorithm "
+                "that leaves the residual stream as it is"
+            )
     raise QplugError(f"{name}: the head, or the norm before it, cannot be rotated")
 
 
