@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from odd_models import OddModel
+from zoo.make import make
 
 import qplug
 from qplug import QplugError
@@ -153,3 +154,14 @@ def test_experts_that_vllm_reads_as_one_tensor_stay_float() -> None:
     assert found.keys() == {name}
     assert found[name].engines == ("vLLM",)
     assert not built_float([name], {"model_type": "llama"})
+
+
+def test_a_projector_that_vllm_calls_otherwise(tmp_path: Path) -> None:
+    """Its module in transformers has no name in common with its tensors: vLLM builds by that."""
+    source = make("deepseek_ocr2", tmp_path / "model")
+    qplug.quantize(
+        str(source), tmp_path / "out", algo="rtn", scheme="W4A16", backend="vllm", device="cpu"
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    ignore = config["quantization_config"]["ignore"]
+    assert {"model.projector.layers", "model.multi_modal_projector"} <= {*ignore}

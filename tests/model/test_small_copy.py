@@ -59,3 +59,24 @@ def test_a_model_without_logits(tmp_path: Path) -> None:
             str(folder), tmp_path / "out", algo="quarot+rtn", scheme="W8A8", backend="vllm"
         )
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("blip2", "the model computes nothing of text without pixel_values, so"),
+        ("gemma3n_text", r"a small copy of the model, on which .* take an algorithm that rewrites"),
+        ("zamba2", r"model\.embed_tokens\.weight: more than norms read what it writes, so"),
+        ("xglm", r"model\.layers\.0: cannot be rotated: it computes otherwise then; take an"),
+    ],
+)
+def test_what_is_said_of_models_that_cannot_be_rotated(
+    name: str, says: str, tmp_path: Path
+) -> None:
+    folder = make(name, tmp_path / name)
+    with pytest.raises(QplugError, match=says) as error:
+        qplug.quantize(
+            str(folder), tmp_path / "out", algo="quarot+rtn", scheme="W8A8", backend="vllm"
+        )
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()

@@ -36,7 +36,7 @@ MODELS: dict[str, Tiny] = {
     "bailing_hybrid": Tiny("BailingHybridForCausalLM"),
     "bamba": Tiny("BambaForCausalLM", {"attn_layer_indices": [1]}),
     "falcon_h1": Tiny("FalconH1ForCausalLM"),
-    "falcon_mamba": Tiny("FalconMambaForCausalLM"),
+    "falcon_mamba": Tiny("FalconMambaForCausalLM", {"state_size": 32}),
     "granitemoehybrid": Tiny("GraniteMoeHybridForCausalLM", {"layer_types": BOTH_KINDS}),
     "granitemoehybrid_dense": Tiny(
         "GraniteMoeHybridForCausalLM", {"num_local_experts": 0, "layer_types": BOTH_KINDS}
@@ -52,7 +52,7 @@ MODELS: dict[str, Tiny] = {
         },
     ),
     "lfm3": Tiny("Lfm3ForCausalLM"),
-    "mamba": Tiny("MambaForCausalLM"),
+    "mamba": Tiny("MambaForCausalLM", {"state_size": 32}),
     "mamba2": Tiny(
         "Mamba2ForCausalLM", {"num_heads": 32, "head_dim": 16, "state_size": 16, "n_groups": 1}
     ),

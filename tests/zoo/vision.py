@@ -35,7 +35,10 @@ GEMMA_EXPERTS: dict[str, Any] = {
 }
 
 MODELS: dict[str, Tiny] = {
-    "aria": Tiny("AriaForConditionalGeneration"),
+    "aria": Tiny(
+        "AriaForConditionalGeneration",
+        {"projector_patch_to_query_dict": {16: 4, 1225: 128, 4900: 256}},
+    ),
     "audioflamingo3": Tiny("AudioFlamingo3ForConditionalGeneration"),
     "aya_vision": Tiny("AyaVisionForConditionalGeneration", UNSCALED),
     "blip2": Tiny("Blip2ForConditionalGeneration"),
@@ -70,13 +73,14 @@ MODELS: dict[str, Tiny] = {
     "deepseek_ocr2": Tiny(
         "DeepseekOcr2ForConditionalGeneration",
         {
+            "vision_config": {"sam_config": {"downsample_channels": [64, 128]}},
             "text_config": {
                 "mlp_layer_types": ["dense", "sparse"],
                 "num_experts_per_tok": 2,
                 "n_group": 1,
                 "topk_group": 1,
                 "num_key_value_heads": 4,
-            }
+            },
         },
     ),
     "deepseek_vl": Tiny("DeepseekVLForConditionalGeneration"),
@@ -132,7 +136,10 @@ MODELS: dict[str, Tiny] = {
             "use_spatial_sampling": False,
         },
     ),
-    "granite_speech": Tiny("GraniteSpeechForConditionalGeneration"),
+    "granite_speech": Tiny(
+        "GraniteSpeechForConditionalGeneration",
+        {"projector_config": {"encoder_hidden_size": 128}},
+    ),
     "hunyuan_vl": Tiny(
         "HunYuanVLForConditionalGeneration",
         {
@@ -161,7 +168,7 @@ MODELS: dict[str, Tiny] = {
             "vision_config": {"projection_dim": 256},
         },
     ),
-    "kimi_k25": Tiny("Kimi_K25ForConditionalGeneration"),
+    "kimi_k25": Tiny("Kimi_K25ForConditionalGeneration", {"projection_hidden_size": 128}),
     "lfm2_vl": Tiny(
         "Lfm2VlForConditionalGeneration",
         {"text_config": LFM_2},
@@ -173,6 +180,7 @@ MODELS: dict[str, Tiny] = {
         "Llama4ForConditionalGeneration",
         {
             "vision_config": {
+                "intermediate_size": 512,
                 "projector_input_dim": 128,
                 "projector_output_dim": 128,
                 "vision_output_dim": 128,
@@ -183,7 +191,9 @@ MODELS: dict[str, Tiny] = {
     "llava": Tiny("LlavaForConditionalGeneration"),
     "llava_next": Tiny("LlavaNextForConditionalGeneration"),
     "llava_next_video": Tiny("LlavaNextVideoForConditionalGeneration"),
-    "llava_onevision": Tiny("LlavaOnevisionForConditionalGeneration"),
+    "llava_onevision": Tiny(
+        "LlavaOnevisionForConditionalGeneration", {"image_grid_pinpoints": [[112, 112]]}
+    ),
     "minicpmv4_6": Tiny("MiniCPMV4_6ForConditionalGeneration"),
     "minicpmv4_7": Tiny("MiniCPMV4_7ForConditionalGeneration"),
     "minimax_m3_vl": Tiny(
@@ -233,7 +243,10 @@ MODELS: dict[str, Tiny] = {
     ),
     "ovis2": Tiny("Ovis2ForConditionalGeneration"),
     "paddleocr_vl": Tiny("PaddleOCRVLForConditionalGeneration", by_axes(8, 12, 12)),
-    "paligemma": Tiny("PaliGemmaForConditionalGeneration"),
+    "paligemma": Tiny(
+        "PaliGemmaForConditionalGeneration",
+        {"projection_dim": 256, "vision_config": {"projection_dim": 256}},
+    ),
     "phi4_multimodal": Tiny(
         "Phi4MultimodalForCausalLM",
         {
@@ -252,10 +265,16 @@ MODELS: dict[str, Tiny] = {
         {"vision_config": {"model_type": "pixtral"}, "text_config": {"model_type": "mistral"}},
     ),
     "qianfan_ocr": Tiny("QianfanOCRForConditionalGeneration"),
-    "qwen2_5_omni_thinker": Tiny("Qwen2_5OmniThinkerForConditionalGeneration", by_axes(8, 12, 12)),
+    "qwen2_5_omni_thinker": Tiny(
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        {**by_axes(8, 12, 12), "vision_start_token_id": 4110},
+    ),
     "qwen2_5_vl": Tiny("Qwen2_5_VLForConditionalGeneration", by_axes(8, 12, 12)),
     "qwen2_audio": Tiny("Qwen2AudioForConditionalGeneration"),
-    "qwen2_vl": Tiny("Qwen2VLForConditionalGeneration", by_axes(8, 12, 12)),
+    "qwen2_vl": Tiny(
+        "Qwen2VLForConditionalGeneration",
+        {**by_axes(8, 12, 12), "vision_config": {"hidden_size": 256}},
+    ),
     "qwen3_5": Tiny(
         "Qwen3_5ForConditionalGeneration",
         by_axes(4, 2, 2, mrope_interleaved=True, partial_rotary_factor=0.25),
@@ -266,7 +285,8 @@ MODELS: dict[str, Tiny] = {
     ),
     "qwen3_asr": Tiny("Qwen3ASRForConditionalGeneration"),
     "qwen3_omni_moe_thinker": Tiny(
-        "Qwen3OmniMoeThinkerForConditionalGeneration", by_axes(12, 10, 10, mrope_interleaved=True)
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        {**by_axes(12, 10, 10, mrope_interleaved=True), "vision_start_token_id": 4110},
     ),
     "qwen3_vl": Tiny(
         "Qwen3VLForConditionalGeneration", by_axes(12, 10, 10, mrope_interleaved=True)
@@ -280,6 +300,8 @@ MODELS: dict[str, Tiny] = {
     "smolvlm": Tiny("SmolVLMForConditionalGeneration"),
     "step3p7": Tiny("Step3p7ForConditionalGeneration", {"text_config": {"sliding_window": 16}}),
     "video_llama_3": Tiny("VideoLlama3ForConditionalGeneration"),
-    "vipllava": Tiny("VipLlavaForConditionalGeneration"),
-    "voxtral": Tiny("VoxtralForConditionalGeneration"),
+    "vipllava": Tiny(
+        "VipLlavaForConditionalGeneration", {"vision_feature_layers": [-2, -1, 0, 1, 2]}
+    ),
+    "voxtral": Tiny("VoxtralForConditionalGeneration", {"audio_token_id": 4096}),
 }

@@ -31,28 +31,6 @@ def decoder_blocks(tree: nn.Module, folder: Path) -> tuple[str, ...]:
     return tuple(f"{name}.{index}" for index in range(len(module)))
 
 
-def other_parts(tree: nn.Module) -> tuple[str, ...]:
-    """The names of the modules with parameters outside of the text decoder, without its head.
-
-    These are towers of vision and audio and their projectors; of each the topmost module.
-    """
-    decoder = _text_decoder(tree)
-    if not decoder:
-        return ()
-    find = getattr(tree, "get_output_embeddings", None)
-    head = find() if find is not None else None
-    inside = {id(p) for p in tree.get_submodule(decoder.removesuffix(".")).parameters()}
-    inside |= {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
-    around = decoder.split(".")[:-2]
-    tops: dict[str, None] = {}
-    for name, parameter in tree.named_parameters():
-        path = name.split(".")
-        if id(parameter) not in inside:
-            common = sum(a == b for a, b in zip(path, around, strict=False))
-            tops[".".join(path[: common + 1])] = None
-    return tuple(tops)
-
-
 def _text_decoder(tree: nn.Module) -> str:
     """The name of the text decoder with a dot; empty if it is the whole ``tree``, or not known."""
     find = getattr(tree, "get_decoder", None)

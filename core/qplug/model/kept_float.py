@@ -237,6 +237,16 @@ KEPT_FLOAT = (
         ),
     ),
     KeptFloat(
+        ("*.projector.layers",),
+        ("deepseek_ocr2",),
+        BuiltFloat(
+            "the projector of pictures is float, and has another name in the engine",
+            ("vLLM",),
+            "MultiModalMixin in vLLM 0.32, models/transformers: names of transformers in memory",
+            renamed=(".projector.layers", ".multi_modal_projector"),
+        ),
+    ),
+    KeptFloat(
         ("*.conv1d", "*.?_conv1d", "*.conv.conv", "*.short_conv.conv", "*.A_log"),
         (),
         BuiltFloat(

@@ -8,7 +8,7 @@ In both cases the change must have an effect while ``u`` is not hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +56,8 @@ class StreamFinder:
         }
         hidden = torch.randn(width, generator=torch.Generator().manual_seed(1))
         self._hidden = hidden / hidden.norm()  # the unit vector u
+        #: The norms that text passes.
+        self._passed: set[str] = set()
         #: The axis of each parameter that faces the stream, and the norm that it reads.
         self._facing = dict(self._find())
         self.read = {norm for _, norm in self._facing.values() if norm is not None}
@@ -72,8 +74,15 @@ class StreamFinder:
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """Norms as wide as the stream whose output no linear reads."""
-        return tuple(name for name in self._norms if name not in self.read)
+        """Norms as wide as the stream that text passes, and whose output no linear reads."""
+        return tuple(n for n in self._norms if n in self._passed and n not in self.read)
+
+    @property
+    def embedding_apart(self) -> str | None:
+        """The embedding's weight in memory, if more than norms read what it writes, or None."""
+        name, weight = self._embedding()
+        apart = weight.shape[-1] == self.copy.width and name not in self._facing
+        return name if apart and self.read else None
 
     # --- writers and readers ----------------------------------------------------------------------
 
@@ -89,6 +98,11 @@ class StreamFinder:
             with self._hiding(norm):
                 hidden[norm] = self._logits()
         plain = self._logits()
+        self._passed = {
+            norm for norm, logits in hidden.items() if norm and not torch.equal(logits, plain)
+        }
+        inner = self._inner_norms(plain, hidden[None])
+        hidden = {norm: logits for norm, logits in hidden.items() if norm not in inner}
         for name, parameter in self._model.named_parameters():
             if name in of_norms:
                 continue
@@ -101,6 +115,37 @@ class StreamFinder:
                 if norm is not _NEITHER:
                     yield name, (axis, norm)
                     break
+
+    def _inner_norms(self, plain: Tensor, hidden: Tensor) -> set[str]:
+        """The norms that do not read the stream, such as those of latent or attended values.
+
+        A change of the embedding reaches them through other norms alone. ``plain``, ``hidden``: the
+        logits, and those with ``u`` hidden from all norms. None are told if a change of the
+        embedding reaches more than norms, or a single norm, whose output is the stream.
+        """
+        _, embedding = self._embedding()
+        if embedding.shape[-1] != self.copy.width:
+            return set()
+        with self._changed(embedding, embedding.ndim - 1):
+            effect = (self._logits() - plain).norm()
+            with self._hiding(None):
+                if not (self._logits() - hidden).norm() <= _RTOL * effect:
+                    return set()
+        inner = set()
+        for norm in self._norms:
+            others = [name for name in self._norms if name != norm]
+            with self._hiding_from(others):
+                without = self._logits()
+                with self._changed(embedding, embedding.ndim - 1):
+                    if (self._logits() - without).norm() <= _RTOL * effect:
+                        inner.add(norm)
+        return inner if len(self._passed - inner) > 1 else set()
+
+    def _embedding(self) -> tuple[str, nn.Parameter]:
+        """The name in memory of the embedding's weight, and the weight."""
+        model: Any = self._model
+        weight: nn.Parameter = model.get_input_embeddings().weight
+        return next(n for n, p in model.named_parameters() if p is weight), weight
 
     def _hidden_by(self, hidden: Mapping[str | None, Tensor], effect: Tensor) -> Any:
         """The norm that must hide ``u`` so that the present change has no effect.
@@ -119,20 +164,25 @@ class StreamFinder:
     @contextmanager
     def _hiding(self, norm: str | None) -> Iterator[None]:
         """Within it, the output of ``norm`` (if None, the inputs of all norms) have no ``u``."""
-        u = self._hidden
         if norm is None:
-            handles = [
-                module.register_forward_pre_hook(
-                    lambda module, inputs: (_without(inputs[0], u), *inputs[1:])
-                )
-                for module in self._norms.values()
-            ]
-        else:
-            handles = [
-                self._norms[norm].register_forward_hook(
-                    lambda module, inputs, output: _without(output, u)
-                )
-            ]
+            with self._hiding_from(self._norms):
+                yield
+            return
+        handle = self._norms[norm].register_forward_hook(
+            lambda module, inputs, output: _without(output, self._hidden)
+        )
+        with hooked([handle]):
+            yield
+
+    @contextmanager
+    def _hiding_from(self, norms: Iterable[str]) -> Iterator[None]:
+        """Within it, the inputs of ``norms`` have no ``u``."""
+        handles = [
+            self._norms[norm].register_forward_pre_hook(
+                lambda module, inputs: (_without(inputs[0], self._hidden), *inputs[1:])
+            )
+            for norm in norms
+        ]
         with hooked(handles):
             yield
 
@@ -299,7 +349,7 @@ class StreamFinder:
             return {}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         head = names[id(output.weight)]
-        embedding = names[id(model.get_input_embeddings().weight)]
+        embedding, _ = self._embedding()
         ((head_name, _),) = self.copy.on_disk(head)
         ((embedding_name, _),) = self.copy.on_disk(embedding)
         return {head_name: embedding_name}

@@ -6,6 +6,7 @@ Its tensors go by their names on disk, even where transformers fuses or renames 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -80,7 +81,9 @@ class SmallCopy:
             except Exception as error:
                 reason = " ".join(str(error).split())[:200]
                 raise QplugError(
-                    f"{folder}: a random copy of the model does not run: {reason}"
+                    f"{folder}: a small copy of the model, on which it is tried how to rewrite "
+                    f"weights, does not run ({reason}); take an algorithm that rewrites nothing, "
+                    "such as rtn"
                 ) from error
         self.width = self.model.config.get_text_config().hidden_size
 
@@ -194,8 +197,14 @@ class SmallCopy:
     def run(self, online: Sequence[str] = ()) -> Seen:
         """Run a few tokens; inputs of linears in ``online`` are rotated.
 
-        Raises QplugError if the model computes no logits.
+        Raises QplugError if the model computes no logits, or if it needs more than text.
         """
+        if needed := _needed_besides_text(self.model):
+            raise QplugError(
+                f"the model computes nothing of text without {needed}, so it is not checked that a "
+                "rewritten model computes what it did; take an algorithm that rewrites nothing, "
+                "such as rtn"
+            )
         vocabulary = self.model.config.get_text_config().vocab_size
         tokens = torch.arange(2, 2 + _TOKENS) * 7 % (vocabulary - 1) + 1
         hidden: list[Tensor] = []
@@ -213,6 +222,19 @@ class SmallCopy:
                 "computes what it did; take an algorithm that rewrites nothing, such as rtn"
             )
         return Seen(logits[0].float(), tuple(hidden))
+
+
+def _needed_besides_text(model: nn.Module) -> str | None:
+    """The first argument besides tokens that ``model`` cannot be called without, or None."""
+    parameters = inspect.signature(model.forward).parameters
+    needed = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name != "input_ids"
+    ]
+    return needed[0] if needed else None
 
 
 def place_of(name: str, blocks: tuple[str, ...], kinds: tuple[int, ...] | range) -> Place:
@@ -292,6 +314,10 @@ def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     for name, limit in most.items():
         if isinstance(size_now := getattr(text, name, None), int):
             setattr(text, name, min(size_now, limit))
-    text.vocab_size = min(text.vocab_size, _VOCABULARY)
+    vocabulary = text.vocab_size
+    text.vocab_size = min(vocabulary, _VOCABULARY)
+    for name, before in (("hidden_size", old), ("vocab_size", vocabulary)):
+        if getattr(config, name, None) == before:  # some say of the whole what they say of its text
+            setattr(config, name, getattr(text, name))
     text.pad_token_id = 0 if isinstance(text.pad_token_id, int) else None
     return config

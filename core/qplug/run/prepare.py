@@ -15,10 +15,11 @@ from qplug.checkpoint.stacked import stacked_again
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.architectures import with_other_weights
-from qplug.model.block_list import other_parts
+from qplug.model.beside_text import beside_text
 from qplug.model.hollow import load_config
 from qplug.model.residual_stream import StreamFinder
 from qplug.model.small_copy import SmallCopy, place_of
+from qplug.model.tower_writers import Towers, towers_of, unknown_parts, with_towers
 from qplug.numerics import one_thread
 from qplug.output.manifest import read_manifest
 from qplug.run.drafts import notes_on
@@ -103,19 +104,26 @@ def _prepare(
     config = load_config(source.folder, trust_remote_code=trusted)
     copy = SmallCopy(config, source.folder, trusted)
     finder = StreamFinder(copy)
+    if embedding := finder.embedding_apart:
+        raise QplugError(
+            f"{stages.preparing[0].name}: {embedding}: more than norms read what it writes, so the "
+            "residual stream cannot be rotated; take an algorithm that leaves it as it is"
+        )
     text = config.get_text_config()
     tied = _is_tied(view.config, config)
     width = text.hidden_size
+    towers = towers_of(config.model_type)
     for algorithm in stages.preparing:
         specs = {name: tensor.spec for name, tensor in prepared.checkpoint.tensors.items()}
         stream = finder.stream(specs, view.blocks, copy.kinds, width, tied=tied)
+        stream = with_towers(stream, towers, copy, specs)
         model = FloatModel(prepared.view, specs, stream)
         if learn is not None and algorithm.learns_rewrite():
             model = replace(model, learned=learn(algorithm, model, prepared.checkpoint))
         preparation = stages.prepare(algorithm, model)
         if learn is None:
             _check_online(preparation.online, stages)
-            _refuse_other_writers(algorithm.name, copy, preparation, stream)
+            _refuse_other_writers(algorithm.name, copy, towers, preparation, stream)
             _try_on(copy, finder, stages, algorithm, prepared.view, view.blocks, tied=tied)
         tied = bool(preparation.config.get("tie_word_embeddings", tied))
         checkpoint = rewritten(prepared.checkpoint, preparation, session.device)
@@ -187,17 +195,19 @@ def _try_on(
 
 
 def _refuse_other_writers(
-    name: str, copy: SmallCopy, preparation: Preparation, stream: Stream
+    name: str, copy: SmallCopy, towers: Towers | None, preparation: Preparation, stream: Stream
 ) -> None:
-    """Raises QplugError if the stream is rewritten, and other parts of the model write it too.
+    """Raises QplugError if the stream is rewritten, and it is not known what parts write it too.
 
-    Pictures and sounds enter the stream in the place of embeddings.
+    Pictures and sounds enter the stream in the place of embeddings. ``towers``: what is known.
     """
-    others = other_parts(copy.model)
     writers = {tensor for tensor, axis in stream.tensors.items() if axis.norm is None}
-    if others and not writers.isdisjoint(preparation.rewrites):
+    if writers.isdisjoint(preparation.rewrites):
+        return
+    if others := unknown_parts(beside_text(copy), towers):
+        verb = "write" if len(others) > 1 else "writes"
         raise QplugError(
-            f"{name}: {' and '.join(others[:3])} write what the decoder reads, too, and cannot be "
+            f"{name}: {' and '.join(others[:3])} {verb} what the decoder reads, too, and cannot be "
             "rotated with it; take an algorithm that leaves the residual stream as it is"
         )
 
@@ -229,8 +239,13 @@ def _check_logits(
             block = copy.blocks[kind]
             inside = [relative_name(block, n) for n in finder.unread if is_within(block, n)]
             norms = " and ".join(inside or outside)
-            why = f": no linear reads the output of {norms}" if norms else ""
-            raise QplugError(f"{name}: {blocks[copy.first[kind]]}: cannot be rotated{why}")
+            why = (
+                f"no linear reads the output of {norms}" if norms else "it computes otherwise then"
+            )
+            raise QplugError(
+                f"{name}: {blocks[copy.first[kind]]}: cannot be rotated: {why}; take an algorithm "
+                "that leaves the residual stream as it is"
+            )
     raise QplugError(f"{name}: the head, or the norm before it, cannot be rotated")
 
 

@@ -76,7 +76,15 @@ class SpinQuant(Algorithm[Params]):
         )
 
     def prepare(self, model: FloatModel) -> Preparation:
-        """Rotate by the learned matrices; by the start if nothing has been learned."""
+        """Rotate by the learned matrices; by the start if nothing has been learned.
+
+        Raises QplugError if the model has no head of words, as those that rank have none.
+        """
+        if model.view.head is None:
+            raise QplugError(
+                "spinquant learns from predictions of the next token, which this model does not "
+                "make; take quarot, which rotates without learning"
+            )
         stream, learned = model.stream, model.learned
         notes: tuple[str, ...] = ()
         if stream.copies:

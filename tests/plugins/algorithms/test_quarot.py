@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedModel,
 )
+from zoo.make import make
 
 import qplug
 from qplug import Algorithm, FloatModel, NoParams, Preparation, QplugError, Rewrite
@@ -74,10 +76,10 @@ REFUSED = {
     "post_attention_layernorm and post_feedforward_layernorm",
     "gemma3": "model.layers.0: cannot be rotated: no linear reads the output of "
     "post_attention_layernorm and post_feedforward_layernorm",
-    "olmo2": "model.layers.0: cannot be rotated",
+    "olmo2": "model.embed_tokens.weight: more than norms read what it writes",
     "bloom": "transformer.h.0: cannot be rotated: no linear reads the output of "
     "transformer.word_embeddings_layernorm",
-    "opt, norm after": "lm_head.weight: reads model.decoder.layers.0.final_layer_norm, a norm",
+    "opt, norm after": "model.decoder.embed_tokens.weight: more than norms read what it writes",
 }
 
 
@@ -110,7 +112,10 @@ def save(prepared: Prepared, folder: Path) -> Path:
 
 
 def reference(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    (architecture,) = load_config(folder, trust_remote_code=False).architectures or ()
+    model: PreTrainedModel = getattr(transformers, architecture).from_pretrained(
+        folder, dtype=torch.float32
+    )
     return model.eval()
 
 
@@ -189,6 +194,15 @@ def test_the_float_model_computes_what_it_did(
         assert prepared.checkpoint.config == open_checkpoint(source).config
     assert any("no longer tied" in note for note in prepared.notes) == tied
     assert any("no heads" in note for note in prepared.notes) == (name in HEADLESS)
+
+
+@pytest.mark.parametrize("name", ["bitnet", "mistral4"])
+def test_norms_as_wide_as_the_stream_that_do_not_read_it(name: str, tmp_path: Path) -> None:
+    """Those of attended or latent values, whose readers are not rotated."""
+    source = make(name, tmp_path / "model")
+    prepared = rotated(source)
+    found = logits(reference(save(prepared, tmp_path / "out")))
+    assert distance(found, logits(reference(source))) <= RTOL
 
 
 #: Who writes into the stream, and who reads which norm of it, in block 0 or outside of blocks.
@@ -421,13 +435,18 @@ class Wrong(Algorithm[NoParams]):
         )
 
 
-def test_a_tied_model_that_ranks_is_refused(family: Family, tmp_path: Path) -> None:
-    """Its config says that words are tied, and it has no head to tie them to."""
-    config = AutoConfig.from_pretrained(family("gpt2"))
-    model = AutoModelForSequenceClassification.from_config(config)
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "qwen3", "gpt2", "gpt-neox"])
+def test_a_model_that_ranks_computes_what_it_did(name: str, family: Family, tmp_path: Path) -> None:
+    """Its head reads the stream as one of words does; config.json may say that words are tied."""
+    config = AutoConfig.from_pretrained(family(name), pad_token_id=0, num_labels=3)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
     model.save_pretrained(tmp_path / "ranking")
-    with pytest.raises(QplugError, match="score write what the decoder reads, too"):
-        rotated(tmp_path / "ranking")
+    prepared = rotated(tmp_path / "ranking")
+    assert prepared.checkpoint.config == open_checkpoint(tmp_path / "ranking").config
+    assert isinstance(prepared.checkpoint.tensors["score.weight"], RewrittenTensor)
+    turned = reference(save(prepared, tmp_path / "out"))
+    assert distance(logits(turned), logits(model)) <= RTOL
 
 
 def test_a_rewrite_that_changes_what_is_computed_is_refused(family: Family) -> None:

@@ -18,7 +18,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 import qplug
 from qplug import (
@@ -426,6 +432,16 @@ def test_what_rounds_no_inputs_is_refused(small: Path, tmp_path: Path) -> None:
     with pytest.raises(QplugError, match="spinquant: learns from the errors of rounded inputs"):
         quantize(small, tmp_path / "out", scheme="W4A16")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_ranks_is_refused(family: Family, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(family("qwen3"), num_labels=1)
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path / "ranking")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(find_model("qplug:demo") / name, tmp_path / "ranking")
+    with pytest.raises(QplugError, match="spinquant learns from predictions of the next token"):
+        quantize(tmp_path / "ranking", tmp_path / "out", dry_run=True)
 
 
 def test_nothing_is_learned_by_a_dry_run(
