@@ -60,7 +60,19 @@ def test_an_old_sglang_takes_one_format_in_a_folder() -> None:
     assert {"W4A16", "W4A16_ASYM", "W8A16"} in ways
     assert {"W8A8"} in ways
     assert {"FP8_DYNAMIC", "FP8_BLOCK"} in ways
-    assert len(ways) == 3
+    assert {"NVFP4A16"} in ways
+    assert len(ways) == 4
+
+
+def test_static_inputs_are_candidates_where_nothing_as_fine_is_served() -> None:
+    make = Registry.installed().exporters.make
+    on_b200 = served_schemes(make("sglang", {"gpu": "sm100", "engine": "0.5.16"}))
+    assert {s.name for s in on_b200 if s.static_inputs} == {"NVFP4"}
+    for gpu in ("sm90", "any"):  # it has NVFP4A16 there
+        found = served_schemes(make("sglang", {"gpu": gpu, "engine": "0.5.16"}))
+        assert not any(scheme.static_inputs for scheme in found)
+    ways = ways_of(find_model("qplug:demo"), "sglang", "sm100", engine="0.5.16")
+    assert {"NVFP4"} in ways
 
 
 def test_awq_takes_one_scheme() -> None:

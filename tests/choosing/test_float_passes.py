@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from small_models import Family
 from transformers import AutoModelForCausalLM
 
 from qplug import preset
+from qplug.api.groups import dequantize
 from qplug.calibration.samples import Samples
 from qplug.checkpoint.open import open_checkpoint
 from qplug.choosing import float_passes
 from qplug.choosing.decisions import Decision
 from qplug.choosing.float_passes import FloatPasses, Passed, Variant
 from qplug.choosing.sensitivity import _in_random_direction, divergence, fisher
+from qplug.choosing.static_scales import static_scales
 from qplug.machine.session import Session
 from qplug.model.view import model_view
+from qplug.numerics.rounding import round_to_nearest
 from qplug.registry.registry import Registry
 
 TOKENS = torch.randint(5, 4000, (4, 24), generator=torch.Generator().manual_seed(1))
@@ -120,3 +125,88 @@ def test_gradients_estimate_the_divergence_that_is_measured(family: Family) -> N
         true = sum(measured[d][scheme] for d in options)
         assert 0.6 < estimate / true < 1.6
     assert all(each[None] == 0 for each in by_gradients.values())
+
+
+# --- static inputs --------------------------------------------------------------------------------
+
+
+def peak_by_the_book(folder: Path, linear: str) -> torch.Tensor:
+    """The largest magnitude of what enters ``linear`` of the whole model on ``TOKENS``."""
+    seen: list[torch.Tensor] = []
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    hook = model.get_submodule(linear).register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].abs().max())
+    )
+    with torch.no_grad():
+        model(TOKENS)
+    hook.remove()
+    return torch.stack(seen).max()
+
+
+def test_peaks_are_those_of_the_whole_model(family: Family) -> None:
+    folder = family("llama")
+    names = [f"model.layers.{n}.{part}_proj" for n in (0, 1) for part in ("self_attn.q", "mlp.up")]
+    found = passes_of(folder).peaks(Samples(TOKENS).batches(1), names)
+    assert found.keys() == {*names}
+    for name in names:
+        torch.testing.assert_close(found[name], peak_by_the_book(folder, name), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scheme", ["FP8", "W8A8_STATIC"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_static_inputs_have_one_scale_for_all_batches(
+    family: Family, scheme: str, batch_size: int
+) -> None:
+    """The divergence is that of the whole model, with a scale from all of its tokens."""
+    folder, name, how = family("llama"), "model.layers.1.mlp.down_proj", preset(scheme)
+    assert how.activations is not None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    top = 448.0 if scheme == "FP8" else 127.0
+    scale = peak_by_the_book(folder, name) / top
+
+    def rounded(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        codes = (inputs[0] / scale).clamp(-top - (scheme != "FP8"), top)
+        codes = codes.to(torch.float8_e4m3fn).float() if scheme == "FP8" else codes.round()
+        return (codes * scale,)
+
+    with torch.no_grad():
+        before = model(TOKENS).logits.log_softmax(-1)
+        linear = model.get_submodule(name)
+        linear.weight.copy_(dequantize(round_to_nearest(linear.weight, how.weights)))
+        linear.register_forward_pre_hook(rounded)
+        after = model(TOKENS).logits.log_softmax(-1)
+    expected = float((before.exp() * (before - after)).sum(-1).mean())
+    decision, samples = Decision(name, (name,)), Samples(TOKENS)
+    found = divergence(
+        passes_of(folder), {decision: [how]}, samples, batch_size, watch=lambda *_: None
+    )
+    assert found[decision][how] == pytest.approx(expected, rel=0.02)
+
+
+def test_scales_cover_all_batches(family: Family) -> None:
+    name, how = "model.layers.0.mlp.down_proj", preset("W8A8_STATIC")
+    decision, folder = Decision(name, (name,)), family("llama")
+    scales = [
+        static_scales(passes_of(folder), {decision: [how, None]}, Samples(TOKENS).batches(size))
+        for size in (1, 4)
+    ]
+    wanted = peak_by_the_book(folder, name).reshape(1) / 127
+    assert how.activations is not None
+    for each in scales:
+        torch.testing.assert_close(each[name][how.activations], wanted, rtol=1e-5, atol=0)
+    assert static_scales(passes_of(folder), {decision: [preset("W8A8")]}, []) == {}
+
+
+def test_experts_of_a_layer_share_a_scale(family: Family) -> None:
+    folder, how = family("qwen3-moe"), preset("FP8")
+    linears = model_view(open_checkpoint(folder)).linears
+    experts = [name for name in linears if "layers.1.mlp.experts" in name]
+    options = {Decision("model.layers.1.mlp.experts", tuple(experts)): [how]}
+    found = static_scales(passes_of(folder), options, Samples(TOKENS).batches(2))
+    assert how.activations is not None
+    by_local: dict[str, set[float]] = {}
+    for name in experts:
+        scale = found[name][how.activations].item()
+        by_local.setdefault(name.rpartition(".")[2], set()).add(scale)
+    assert all(len(each) == 1 for each in by_local.values())
+    assert by_local["gate_proj"] == by_local["up_proj"] != by_local["down_proj"]

@@ -202,7 +202,12 @@ def test_each_head_has_a_scale_that_just_covers_it(
             scale = folder.checkpoint.read(f"{attention}.{local}_scale")
             assert scale.shape == (part.shape[1], 1, 1)
             covered = (part.abs() / scale).amax((0, 2, 3))
-            assert torch.allclose(covered, torch.full_like(covered, 448), rtol=1e-5)
+            # Queries come rounded: to 1 in 16, under the largest scale of heads with the same keys.
+            exact = torch.full_like(covered, 448)
+            assert torch.allclose(covered, exact, rtol=1 / 16 if local == "q" else 1e-5)
+            largest = scale.view(layer.keys.shape[1], -1).argmax(1, keepdim=True)
+            groups = covered.view(layer.keys.shape[1], -1)
+            assert torch.allclose(groups.gather(1, largest), torch.tensor(448.0), rtol=1e-5)
 
 
 def test_queries_that_are_not_seen_are_refused(

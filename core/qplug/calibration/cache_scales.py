@@ -10,7 +10,8 @@ from qplug.calibration.block_modules import BlockModules
 from qplug.errors import QplugError
 from qplug.machine.processes import Processes
 from qplug.model.block_call import BlockCall
-from qplug.model.kv_cache import SCALES, KVCache, ObservedCache, RoundedCache
+from qplug.model.kv_cache import SCALES, STORED_SCALES, KVCache, ObservedCache, RoundedCache
+from qplug.model.queries import RoundedQueries
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,3 +70,13 @@ def rounded_cache(cache: KVCache, block: str, effective: Mapping[str, Tensor]) -
     """A cache that rounds keys and values under the scales of ``block`` in ``effective``."""
     scales = (effective[f"{cache.modules[block]}.{local}"] for local in SCALES)
     return RoundedCache(cache.args, tuple(scales))
+
+
+def rounded_queries(
+    cache: KVCache, block: str, effective: Mapping[str, Tensor]
+) -> RoundedQueries | None:
+    """How queries of ``block`` are rounded, by ``effective``; None if they have no scale."""
+    if cache.heads is None:
+        return None
+    scale = effective[f"{cache.modules[block]}.{STORED_SCALES[-1]}"]
+    return RoundedQueries(cache.args, scale, cache.heads[0])

@@ -20,7 +20,12 @@ from qplug.calibration.batches import counted_tokens, samples_in_a_batch
 from qplug.calibration.block_modules import BlockModules
 from qplug.calibration.block_reader import BlockReader
 from qplug.calibration.block_structures import PROBE, BlockStructures
-from qplug.calibration.cache_scales import CalledBatch, find_cache_scales, rounded_cache
+from qplug.calibration.cache_scales import (
+    CalledBatch,
+    find_cache_scales,
+    rounded_cache,
+    rounded_queries,
+)
 from qplug.calibration.entrance import Entrance
 from qplug.calibration.groups_apart import divide_groups, weights_of_part
 from qplug.calibration.hidden_states import HiddenStates
@@ -485,11 +490,20 @@ class Walk:
     def _through_cache(
         self, name: str, effective: Mapping[str, Tensor], compute: Compute
     ) -> Compute:
-        """``compute``, with a cache that rounds keys and values if the KV cache is quantized."""
+        """``compute``, with a cache that rounds keys and values if the KV cache is quantized.
+
+        Queries are rounded too, if they have a scale.
+        """
         if self._cache is None:
             return compute
         argument, cache = self._cache.argument, rounded_cache(self._cache, name, effective)
-        return lambda call: compute(call.with_argument(argument, cache))
+        queries = rounded_queries(self._cache, name, effective)
+
+        def through(call: BlockCall) -> Output:
+            with queries.rounding() if queries is not None else nullcontext():
+                return compute(call.with_argument(argument, cache))
+
+        return through
 
     @torch.no_grad()
     def cache_scales(self, name: str, effective: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -26,8 +26,15 @@ _MEASURED = (
 )
 
 
+#: Schemes with static inputs that are taken where the backend serves nothing as fine without.
+_STATIC = ("W8A8_STATIC", "FP8")
+
+
 def served_schemes(exporter: Exporter[Any]) -> list[Scheme]:
-    """The schemes with dynamic inputs that the engine serves on the device of the target.
+    """The schemes to choose from that the engine serves on the device of the target.
+
+    A scheme with static inputs is left out if another has weights as fine and inputs that need no
+    calibration: it loses no more in the same bytes, but for those of scales.
 
     If the target is any device, a scheme must be served on each GPU that the engine serves at all.
     Without an engine these are all schemes to choose from.
@@ -35,8 +42,9 @@ def served_schemes(exporter: Exporter[Any]) -> list[Scheme]:
     engine, target = exporter.engine, exporter.target
     rows = [] if engine is None else engine.capabilities()
     served = [row for row in rows if row.served]
+    names = (*_MEASURED, *_STATIC)
     if not rows:
-        found = [s for name in _MEASURED for s in _grouped(PRESETS[name], _GROUP_SIZES)]
+        found = [s for name in names for s in _grouped(PRESETS[name], _GROUP_SIZES)]
     else:
         asked = target.column.device
         devices = {asked} if asked != "any" else _gpus(served)
@@ -55,10 +63,24 @@ def served_schemes(exporter: Exporter[Any]) -> list[Scheme]:
         found = [
             scheme
             for name, by_device in sizes.items()
-            if name in _MEASURED
+            if name in names
             for scheme in _grouped(PRESETS[name], sorted(set.intersection(*by_device)))
         ]
-    return [scheme for scheme in dict.fromkeys(found) if not scheme.static_inputs]
+    kinds = list(dict.fromkeys(found))
+    return [scheme for scheme in kinds if not any(_beats(other, scheme) for other in kinds)]
+
+
+def _beats(other: Scheme, scheme: Scheme) -> bool:
+    """Whether ``other`` has weights as fine as ``scheme``, and no static inputs as ``scheme`` has.
+
+    One scale for a tensor is the coarsest.
+    """
+    if not scheme.static_inputs or other.static_inputs:
+        return False
+    weights, others = scheme.weights, other.weights
+    return others == weights or (
+        weights.strategy == "tensor" and others.dtype == weights.dtype and others.symmetric
+    )
 
 
 def _gpus(served: Sequence[Any]) -> set[str]:

@@ -7,8 +7,8 @@ computes each block once more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -140,6 +140,29 @@ class FloatPasses:
         done, total = count(1), 2 * len(self.blocks) * len(parts)
         for part in parts:
             self._backwards(part, loss, visit, lambda: watch(next(done), total))
+
+    def peaks(self, batches: Sequence[Samples], linears: Collection[str]) -> dict[str, Tensor]:
+        """The largest magnitude of what enters each of ``linears``, float32 ``[]``, by full name.
+
+        All ``batches`` pass each block together, so that it is read once. A linear through which
+        nothing went is left out. Raises QplugError if the model does not call its blocks one after
+        another.
+        """
+        found: dict[str, Tensor] = {}
+        stopping = StoppingBlocks(self._model, {})
+        for block in self.blocks:
+            block.play = partial(block.stop, stopping)
+        begun = [stopping.begin(partial(self._logits, batch, times=1)) for batch in batches]
+        with closing(Stream(begun, self.device)) as stream:
+            for block in self.blocks:
+                stream.expect(block.name)
+                compute = partial(block.compute_with, block.parameters_of())
+                for index, call in enumerate(stream):
+                    with block.watching(linears, found):
+                        output = compute(call)
+                    if block is not self.blocks[-1]:
+                        stream.replace(index, call, output, compute)
+        return found
 
     def _parts(self, batches: Sequence[Samples]) -> list[Sequence[Samples]]:
         """``batches`` in parts whose hidden states take at most a quarter of the free memory."""
@@ -279,6 +302,24 @@ class _Block(BlockProxy):
             inputs = {relative_name(self.name, n): how for n, how in variant.inputs.items()}
             with rounding_inputs(self.module, inputs):
                 yield call.run(self.module, self.parameters_of(variant))
+
+    @contextmanager
+    def watching(self, linears: Collection[str], found: dict[str, Tensor]) -> Iterator[None]:
+        """Notes in ``found`` the largest magnitude of what enters those of ``linears`` in it."""
+
+        def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0].numel():
+                peak = inputs[0].detach().float().abs().amax()
+                found[name] = torch.maximum(found.get(name, peak), peak)
+
+        inside = {f"{self.name}.{local}": m for local, m in self.module.named_modules()}
+        hooks = [
+            inside[name].register_forward_pre_hook(partial(note, name))
+            for name in linears
+            if name in inside
+        ]
+        with hooked(hooks):
+            yield
 
     def backwards(
         self,

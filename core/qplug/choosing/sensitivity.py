@@ -8,6 +8,8 @@ random directions ``n`` of covariance ``F``. To first order, ``n' u`` is the gra
 channels. The estimate leaves out products of two tokens, whose errors hardly correlate.
 
 ``divergence`` computes the model with one decision in one scheme, and measures the divergence.
+
+Static inputs have scales that cover all samples: see ``static_scales``.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from qplug.calibration.samples import Samples
 from qplug.checkpoint.names import is_within, relative_name
 from qplug.choosing.decisions import Decision
 from qplug.choosing.float_passes import FloatPasses, Passed, Variant
+from qplug.choosing.static_scales import StaticScales, scale_for, static_scales
 from qplug.model.rounding_hooks import InputRounding
 from qplug.numerics.activations import fake_quantize_activations
 from qplug.numerics.rounding import round_to_nearest
@@ -53,6 +56,7 @@ def fisher(
     losses = {d: dict.fromkeys(schemes, 0.0) for d, schemes in options.items()}
     generator = torch.Generator(passes.device).manual_seed(seed)
     batches = samples.batches(batch_size)
+    scales = static_scales(passes, options, batches)
 
     def visit(name: str, passed: Passed) -> None:
         decision = of_linear.get(name)
@@ -60,7 +64,9 @@ def fisher(
             return
         for scheme in options[decision]:
             if scheme is not None:
-                losses[decision][scheme] += _half_square(passed, scheme)
+                inputs = scheme.activations
+                scale = None if inputs is None else scale_for(scales, name, inputs)
+                losses[decision][scheme] += _half_square(passed, scheme, scale)
 
     passes.backwards(batches, partial(_in_random_direction, generator), visit, watch)
     tokens = max(1, samples.count)
@@ -83,13 +89,16 @@ def _in_random_direction(generator: torch.Generator, samples: Samples, logits: T
 
 
 @torch.no_grad()
-def _half_square(passed: Passed, scheme: Scheme) -> float:
-    """Half of the sum over tokens of the squared change that rounding in ``scheme`` causes."""
+def _half_square(passed: Passed, scheme: Scheme, scale: Tensor | None) -> float:
+    """Half of the sum over tokens of the squared change that rounding in ``scheme`` causes.
+
+    ``scale``: of static inputs.
+    """
     rounded = dequantize(round_to_nearest(passed.weight, scheme.weights))
     if scheme.activations is None:
         error = passed.x @ (rounded - passed.weight).mT  # [tokens, out]
     else:
-        x = fake_quantize_activations(passed.x, scheme.activations)
+        x = fake_quantize_activations(passed.x, scheme.activations, scale)
         error = x @ rounded.mT - passed.x @ passed.weight.mT
     return float((error * passed.gradient).sum(1).square().sum()) / 2
 
@@ -106,6 +115,7 @@ def divergence(
     """The losses as measured, one decision and scheme at a time; weights are rounded to nearest."""
     losses = {d: dict.fromkeys(schemes, 0.0) for d, schemes in options.items()}
     batches = samples.batches(batch_size)
+    scales = static_scales(passes, options, batches)
     together = max(1, _TOKENS_AT_ONCE // (samples.length * min(batch_size, len(samples))))
     done, total = 0, len(batches) * sum(len(each) for each in options.values())
     for batch in batches:
@@ -121,7 +131,7 @@ def divergence(
             ]
             for start in range(0, len(pairs), together):
                 part = pairs[start : start + together]
-                variants = [_variant(d, scheme, block.name, weights) for d, scheme in part]
+                variants = [_variant(d, scheme, block.name, weights, scales) for d, scheme in part]
                 logits = passes.logits_with(batch, number, variants)
                 for (decision, scheme), own in zip(part, logits.chunk(len(part)), strict=True):
                     losses[decision][scheme] += _kl(expected, own, batch)
@@ -132,7 +142,11 @@ def divergence(
 
 
 def _variant(
-    decision: Decision, scheme: Scheme, block: str, weights: Mapping[str, Tensor]
+    decision: Decision,
+    scheme: Scheme,
+    block: str,
+    weights: Mapping[str, Tensor],
+    scales: StaticScales,
 ) -> Variant:
     rounded = {
         name: dequantize(
@@ -141,7 +155,9 @@ def _variant(
         for name in decision.linears
     }
     inputs = scheme.activations
-    how = {} if inputs is None else dict.fromkeys(decision.linears, InputRounding(inputs))
+    if inputs is None:
+        return Variant(rounded)
+    how = {n: InputRounding(inputs, scale_for(scales, n, inputs)) for n in decision.linears}
     return Variant(rounded, how)
 
 

@@ -22,6 +22,7 @@ from qplug.files.damage import naming_damage
 from qplug.machine.session import Session
 from qplug.model.architectures import by_linear, find_packed_view, with_turned_matrices
 from qplug.model.kv_cache import SCALES, STORED_SCALES
+from qplug.model.queries import RoundedQueries
 from qplug.model.skeleton import Skeleton
 from qplug.model.view import refuse_quantized, with_embedding
 from qplug.output.manifest import Manifest, read_manifest
@@ -145,6 +146,25 @@ class Folder:
                 raise QplugError(f"{block}: needs exactly one {' and one '.join(SCALES)}")
             scales[number] = tuple(self.checkpoint.read(n).float().flatten() for (n,) in stored)
         return scales
+
+    def queries(self) -> dict[str, RoundedQueries]:
+        """How queries are rounded, by the module of attention; empty if they have no scales.
+
+        Raises QplugError for scales that do not fit the heads of keys.
+        """
+        found = {}
+        args, keys = self.kv_cache, self.cache_scales() if self.kv_cache is not None else {}
+        for number, block in enumerate(self.view.blocks if args is not None else ()):
+            for tensor in self.checkpoint.tensors:
+                name, local = split_name(tensor)
+                if local != STORED_SCALES[-1] or not is_within(block, tensor):
+                    continue
+                assert args is not None
+                scale, groups = self.checkpoint.read(tensor), keys[number][0].numel()
+                if scale.numel() % groups:
+                    raise QplugError(f"{tensor}: {scale.numel()} scales do not fit {groups} keys")
+                found[name.removesuffix(".q_proj")] = RoundedQueries(args, scale, groups)
+        return found
 
 
 def open_folder(

@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 from qplug.checkpoint.config_file import CONFIG
+from qplug.checkpoint.names import is_within, relative_name
 from qplug.errors import QplugError
 from qplug.machine.session import Session
 from qplug.model.disk_names import modules_on_disk
 from qplug.model.foreign import naming_file
 from qplug.model.hollow import build, load_config
 from qplug.model.kv_cache import round_cache
-from qplug.model.on_disk import as_on_disk, modules_of_blocks
+from qplug.model.on_disk import as_on_disk, blocks_by_name, modules_of_blocks
 from qplug.model.online_rotation import rotate_inputs
+from qplug.model.queries import round_queries
 from qplug.model.quiet import quiet_transformers
 from qplug.model.rounding_hooks import InputRounding, round_inputs_of
 from qplug.model.stacked_experts import with_stacked_experts
@@ -42,7 +44,8 @@ def load(
 
     ``model`` is a folder, a Hub id, or ``qplug:demo``; ``dtype`` a name such as "bfloat16". Weights
     are dequantized. Unless ``quantize_activations`` is false, the model rounds the inputs of
-    linears by their scheme, and keys and values by the scheme of the KV cache. Raises QplugError if
+    linears by their scheme, and keys and values by the scheme of the KV cache; queries too, if the
+    folder has scales for them. Raises QplugError if
     files are missing or damaged, or if no exporter reads the folder's format.
     """
     session = Session.alone(registry=registry, trust_remote_code=trust_remote_code)
@@ -106,6 +109,19 @@ def compute_as_stored(
         _quantize_activations(model, folder, modules)
         if folder.kv_cache is not None:
             round_cache(model, folder.kv_cache, folder.cache_scales())
+            _round_queries(model, folder)
+
+
+def _round_queries(model: PreTrainedModel, folder: Folder) -> None:
+    rounded = folder.queries()
+    blocks = blocks_by_name(model, folder.view.blocks) if rounded else {}
+    for name, queries in rounded.items():
+        block = next(block for block in blocks if is_within(block, name))
+        try:
+            attention = blocks[block].get_submodule(relative_name(block, name))
+        except AttributeError as error:
+            raise QplugError(f"{name}: has a scale of queries, and is no module") from error
+        round_queries(attention, queries, name)
 
 
 def _quantize_activations(

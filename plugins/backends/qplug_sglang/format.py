@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qplug import Format, ModelView, Problem, QuantArgs, QuantizedWeight, Scheme, TensorSpec
 from qplug_compressed_tensors.format import CompressedTensors
@@ -26,6 +26,9 @@ class SGLangFormat(Format):
     ``compressed``: the format of all schemes but ``own``, as the loader of SGLang's version reads
     it. ``own``: those that are written in ModelOpt's.
     """
+
+    #: That of the format which no other backend has: folders of others are opened by it.
+    quant_method: ClassVar[str | None] = ModelOpt.quant_method
 
     compressed: CompressedTensors
     own: frozenset[Scheme] = field(default=frozenset({NVFP4}))

@@ -119,6 +119,102 @@ def test_the_model_is_measured_with_them(by_head: Path, quantized: Quantized) ->
     assert torch.nn.functional.cosine_similarity(*[each.flatten() for each in logits], dim=0) > 0.99
 
 
+# --- queries --------------------------------------------------------------------------------------
+
+
+def to_fp8(part: Tensor, scale: Tensor) -> Tensor:
+    return (part / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+
+def with_query_scales(folder: Path, scales: Callable[[int], Tensor]) -> None:
+    """Stores ``scales(number)`` for the queries of each block."""
+    tensors = load_file(folder / "model.safetensors")
+    for number in range(4):
+        tensors[f"model.layers.{number}.self_attn.q_scale"] = scales(number)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["attn_head", "tensor"])
+def test_the_rounding_of_queries_is_the_textbook_s(
+    by_head: Path, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all layers, before they are multiplied with keys, by one scale for heads with same keys.
+
+    vLLM has 2 scales for the 4 heads of queries here: the largest of 2 and 2.
+    """
+    stored = {
+        "attn_head": torch.tensor([0.002, 0.05, 0.3, 0.01]).view(4, 1, 1),
+        "tensor": torch.tensor([0.02]),
+    }[strategy]
+    kept = {"attn_head": [0.05, 0.05, 0.3, 0.3], "tensor": [0.02]}[strategy]
+    if strategy == "tensor":
+        config = json.loads((by_head / "config.json").read_text())
+        config["quantization_config"]["kv_cache_scheme"]["strategy"] = strategy
+        (by_head / "config.json").write_text(json.dumps(config))
+        tensors = load_file(by_head / "model.safetensors")
+        for name in tensors:
+            if name.endswith(("k_scale", "v_scale")):
+                tensors[name] = tensors[name].flatten()[:1].clone()
+        save_file(tensors, by_head / "model.safetensors", {"format": "pt"})
+    with_query_scales(by_head, lambda number: stored * (1 + number))
+    assert qplug.verify(str(by_head), backend="vllm").problems == ()
+
+    tokens = torch.arange(3, 67).unsqueeze(0)
+    found = qplug.load(str(by_head))(tokens).logits
+    tensors = load_file(by_head / "model.safetensors")
+    plain = {name: t for name, t in tensors.items() if not name.endswith("q_scale")}
+    save_file(plain, by_head / "model.safetensors", {"format": "pt"})
+    model: Any = qplug.load(str(by_head))  # rounds keys and values, not queries
+    without = model(tokens).logits
+    attend, layers = torch.nn.functional.scaled_dot_product_attention, iter(range(4))
+
+    def rounding(query: Tensor, *args: Any, **call: Any) -> Tensor:
+        scale = torch.tensor(kept).view(-1, 1, 1) * (1 + next(layers))
+        return attend(to_fp8(query, scale), *args, **call)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", rounding)
+    wanted = model(tokens).logits
+    assert torch.equal(found, wanted)
+    assert not torch.allclose(found, without, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_each_token_sees_rounded_queries_as_it_is_generated(by_head: Path) -> None:
+    with_query_scales(by_head, lambda number: torch.full((4, 1, 1), 0.05))
+    model: Any = qplug.load(str(by_head))
+    tokens = torch.arange(3, 35).unsqueeze(0)
+    whole = model(tokens).logits
+    first = model(tokens[:, :20], use_cache=True)
+    rest = model(tokens[:, 20:], past_key_values=first.past_key_values, use_cache=True).logits
+    assert torch.allclose(rest, whole[:, 20:], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_attention_that_is_computed_otherwise_is_refused(by_head: Path) -> None:
+    model: Any = qplug.load(str(by_head))
+    model.set_attn_implementation("eager")
+    with pytest.raises(QplugError, match="self_attn: does not compute attention by scaled_dot_pro"):
+        model(torch.arange(3, 9).unsqueeze(0))
+
+
+def test_scales_of_queries_that_do_not_fit_are_refused(by_head: Path) -> None:
+    with_query_scales(by_head, lambda number: torch.ones(3, 1, 1))
+    with pytest.raises(QplugError, match="q_scale: 3 scales do not fit 2 keys"):
+        qplug.load(str(by_head))
+
+
+@torch.no_grad()
+def test_a_folder_is_compared_with_rounded_queries(by_head: Path) -> None:
+    """Coarse queries make each block, computed alone, worse than exact ones."""
+    with_query_scales(by_head, lambda number: torch.full((4, 1, 1), 1000.0))  # all become zero
+    coarse = qplug.compare(str(by_head), "qplug:demo", windows=2, seq_len=32)
+    with_query_scales(by_head, lambda number: torch.full((4, 1, 1), 0.05))
+    fine = qplug.compare(str(by_head), "qplug:demo", windows=2, seq_len=32)
+    for name, block in coarse.blocks.items():
+        assert block.alone > 1.5 * fine.blocks[name].alone
+
+
 @pytest.mark.parametrize(
     ("backend", "options", "said"),
     [

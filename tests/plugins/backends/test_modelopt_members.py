@@ -234,6 +234,25 @@ def test_folders_as_nvidia_publishes_them(tmp_path: Path, name: str, version: st
     assert [[s.item() for s in pair] for pair in opened.cache_scales().values()] == [[1.5, 1.5]] * 4
 
 
+@torch.no_grad()
+def test_a_published_folder_is_measured_with_rounded_inputs(tmp_path: Path) -> None:
+    told = {"quant_algo": "FP8", "ignore": ["lm_head"]}
+    floats = write(tmp_path / "out", {"_proj": fp8}, told)
+    name, tokens = "model.layers.0.self_attn.q_proj", torch.arange(3, 40).unsqueeze(0)
+    assert qplug.verify(str(tmp_path / "out")).backend == "sglang"
+    read_alike(tmp_path / "out", floats, backend=None)
+    seen: list[Tensor] = []
+    for rounds in (True, False):
+        model = qplug.load(str(tmp_path / "out"), quantize_activations=rounds)
+        linear = model.get_submodule(name)
+        linear.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+        model(tokens)
+    rounded, exact = seen
+    wanted = (exact / 0.013).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.013
+    assert torch.equal(rounded, wanted)
+    assert not torch.equal(rounded, exact)
+
+
 def test_a_file_of_modelopts_own(tmp_path: Path) -> None:
     told = {"quant_algo": "FP8", "exclude_modules": ["lm_head"], "kv_cache_quant_algo": None}
     out = tmp_path / "out"
