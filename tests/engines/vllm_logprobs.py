@@ -3,7 +3,8 @@
 Runs in vLLM's own environment, which has no qplug, and so imports nothing of it. It is told what to
 load as ``engine_program`` says; options are passed to ``vllm.LLM``. An answer has the ``logprobs``
 of every token of every prompt but the first, the ``seconds`` it took to load and compute, and what
-was ``emulated``.
+was ``emulated``. With the option ``pooling``, a task of vLLM's pooling models, it has what that
+task computes of each prompt in place of ``logprobs``, as ``pooled``.
 """
 
 from __future__ import annotations
@@ -31,10 +32,15 @@ def measure(
 ) -> dict[str, Any]:
     began = time.monotonic()
     emulated_calls.clear()
+    options = dict(options)
+    task = options.pop("pooling", None)
     with without_amx_products() if dtype == "float32" else nullcontext():
-        logprobs = logprobs_of(folder, dtype, prompts, options)
+        if task is None:
+            found = {"logprobs": logprobs_of(folder, dtype, prompts, options)}
+        else:
+            found = {"pooled": pooled(folder, dtype, prompts, task, options)}
     seconds = round(time.monotonic() - began, 1)
-    return {"logprobs": logprobs, "seconds": seconds, "emulated": sorted(set(emulated_calls))}
+    return {**found, "seconds": seconds, "emulated": sorted(set(emulated_calls))}
 
 
 def measure_and_clean(
@@ -51,10 +57,9 @@ def measure_and_clean(
         cleanup_dist_env_and_memory()
 
 
-def logprobs_of(
-    folder: str, dtype: str, prompts: list[list[int]], options: dict[str, Any]
-) -> list[list[float]]:
-    from vllm import LLM, SamplingParams
+def load(folder: str, dtype: str, prompts: list[list[int]], options: dict[str, Any]) -> Any:
+    """A ``vllm.LLM`` of ``folder`` that takes ``prompts``."""
+    from vllm import LLM
 
     longest = max(map(len, prompts)) + 1
     llm = LLM(
@@ -68,7 +73,15 @@ def logprobs_of(
         **options,
     )
     engines.append(llm)
-    answers = llm.generate(
+    return llm
+
+
+def logprobs_of(
+    folder: str, dtype: str, prompts: list[list[int]], options: dict[str, Any]
+) -> list[list[float]]:
+    from vllm import SamplingParams
+
+    answers = load(folder, dtype, prompts, options).generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0),
         use_tqdm=False,
@@ -78,6 +91,23 @@ def logprobs_of(
         found = answer.prompt_logprobs[1:]
         logprobs.append([at[token].logprob for token, at in zip(prompt[1:], found, strict=True)])
     return logprobs
+
+
+def pooled(
+    folder: str, dtype: str, prompts: list[list[int]], task: str, options: dict[str, Any]
+) -> list[Any]:
+    """What ``task`` computes of each prompt, with no activation function after it."""
+    from vllm import PoolingParams
+
+    config = {"task": task}
+    llm = load(folder, dtype, prompts, {**options, "runner": "pooling", "pooler_config": config})
+    answers = llm.encode(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        PoolingParams(use_activation=False),
+        pooling_task=task,
+        use_tqdm=False,
+    )
+    return [answer.outputs.data.float().tolist() for answer in answers]
 
 
 def without_amx_products() -> AbstractContextManager[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,33 @@ def serve(names: Sequence[str], file: Path, *, engine: str, run: str, jobs: int)
                 shutil.rmtree(Path(base) / name)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a model computes of ``WINDOWS`` windows of ``LENGTH`` tokens.
+
+    ``kind``: ``logprobs`` for a model of text, with ``values: [windows, tokens - 1]`` of the tokens
+    that are there; ``embeddings`` with ``[windows, tokens, hidden]``; or ``scores`` of a model that
+    ranks, with ``[windows, labels]``.
+    """
+
+    kind: str
+    values: Tensor
+
+    def difference(self, answered: Tensor) -> float:
+        """How far an engine's answers are, on average: in nats, or as a share of embeddings."""
+        away = (answered - self.values).float()
+        if self.kind == "embeddings":
+            return (away.norm(dim=-1) / self.values.norm(dim=-1)).mean().item()
+        return away.abs().mean().item()
+
+
+#: The task of vLLM's pooling models by what a model computes; None is text.
+_TASKS = {"logprobs": None, "embeddings": "token_embed", "scores": "classify"}
+
+
 def _quantized(
     names: Sequence[str], base: Path, prompts: Tensor, run: str, jobs: int
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
+) -> Iterator[tuple[str, dict[str, Reading]]]:
     """Yields each model that ``run`` takes, and what the reader finds in its folders.
 
     These are ``float`` and ``quantized``, in the folder of its name in ``base``.
@@ -81,36 +106,52 @@ def _quantized(
         model = make(name, base / name / "float")
         folder = base / name / "quantized"
         qplug.quantize(str(model), folder, samples=SAMPLES, seq_len=TOKENS, **RUNS[run])
-        tell("float", _read(model, prompts).tolist())
-        tell("quantized", _read(folder, prompts).tolist())
+        for kind, place in (("float", model), ("quantized", folder)):
+            read = _read(place, prompts)
+            tell(kind, (read.kind, read.values.tolist()))
 
     for name, record in in_forks(names, work, jobs=jobs, seconds=240):
         if "quantized" in record:
-            yield name, {kind: torch.tensor(record[kind]) for kind in ("float", "quantized")}
+            told = {kind: record[kind] for kind in ("float", "quantized")}
+            yield name, {key: Reading(kind, torch.tensor(of)) for key, (kind, of) in told.items()}
         else:
             print(f"{name}: not written: {record.get('not made', record.get('ended'))}", flush=True)
 
 
 @torch.inference_mode()
-def _read(folder: Path, prompts: Tensor) -> Tensor:
-    """Returns the log-probabilities ``[windows, tokens - 1]`` that qplug's reader computes."""
+def _read(folder: Path, prompts: Tensor) -> Reading:
+    """Returns what qplug's reader computes from ``folder``."""
     model = qplug.load(str(folder))
-    logprobs = model(prompts, use_cache=False).logits.float().log_softmax(-1)
-    return logprobs[:, :-1].gather(2, prompts[:, 1:, None]).squeeze(2)
+    # One window at a time: a model that ranks reads the last token, whose place it asks in a batch.
+    computed = [model(window[None], use_cache=False) for window in prompts]
+    if "logits" not in computed[0]:
+        return Reading("embeddings", torch.cat([of.last_hidden_state.float() for of in computed]))
+    logits = torch.cat([of.logits.float() for of in computed])
+    if logits.ndim == 2:
+        return Reading("scores", logits)
+    logprobs = logits.log_softmax(-1)[:, :-1]
+    return Reading("logprobs", logprobs.gather(2, prompts[:, 1:, None]).squeeze(2))
 
 
 def _loaded(
-    folder: Path, read: Mapping[str, Tensor], engine: RealEngine, running: EnginePool
+    folder: Path, read: Mapping[str, Reading], engine: RealEngine, running: EnginePool
 ) -> dict[str, Any]:
     """Returns the record of the model in ``folder``; ``read`` is what qplug's reader finds."""
-    options = engine.options_for(folder / "quantized")
+    task = _TASKS[read["float"].kind]
+    if task is not None and engine.name != "vllm":
+        return {
+            "error": "no other engine than vLLM is asked for embeddings",
+            "outcome": "not asked",
+        }
+    pooling = {} if task is None else {"pooling": task}
+    options = engine.options_for(folder / "quantized") | pooling
     asked = _asked(folder / "quantized", engine, options)
     answer = running.answer(f"{folder.name} quantized", asked)
     record = _compared(answer, read["quantized"])
     if answer.get("emulated"):
         record["emulated"] = answer["emulated"]
     if verdict(record) != "ok":
-        asked = _asked(folder / "float", engine, {})
+        asked = _asked(folder / "float", engine, pooling)
         answer = running.answer(f"{folder.name} float", asked)
         record |= {f"float {key}": value for key, value in _compared(answer, read["float"]).items()}
     version = running.told.get("versions", {}).get(engine.name)
@@ -129,14 +170,17 @@ def _asked(folder: Path, engine: RealEngine, options: Mapping[str, Any]) -> dict
     return {"folder": str(folder), "dtype": "auto", "options": {**options, **alone}}
 
 
-def _compared(answer: Mapping[str, Any], read: Tensor) -> dict[str, Any]:
+def _compared(answer: Mapping[str, Any], read: Reading) -> dict[str, Any]:
     """Returns how far the engine's answer is from the reader's, or why there is none."""
     if "error" in answer:
         return {"error": _told(answer["error"])}
-    away = torch.tensor(answer["logprobs"]) - read
-    if not away.isfinite().all():
+    answered = torch.tensor(answer["logprobs" if read.kind == "logprobs" else "pooled"])
+    if answered.shape != read.values.shape:
+        shapes = f"{[*answered.shape]}, not {[*read.values.shape]}"
+        return {"error": f"its answers have another shape than the reader's: {shapes}"}
+    if not (answered.isfinite().all() and read.values.isfinite().all()):
         return {"error": "its answers, or the reader's, are not finite"}
-    return {"difference": round(away.abs().mean().item(), 4)}
+    return {"difference": round(read.difference(answered), 4)}
 
 
 def _told(error: str) -> str:
