@@ -17,7 +17,7 @@ from qplug.reading.folder import open_folder
 
 Quantized = Callable[..., Path]
 
-SCHEMES = ("W2A16", "W3A16_ASYM", "W6A16", "W4A8", "MXFP8", "MXFP4", "MXFP4AFP8")
+SCHEMES = ("W2A16", "W3A16_ASYM", "W6A16", "W4A8", "MXFP8", "MXFP4", "MXFP4AFP8", "FP8A16")
 SHORT = {"ratios": 2, "clip_steps": 3, "clip_in_search": 1}
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("algo", ["rtn", "gptq", "awq"])
-@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "W4A8"])
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in ("W4A8", "FP8A16")])
 def test_experts(quantized: Quantized, mixture: Path, scheme: str, algo: str) -> None:
     size = 64 if scheme.startswith("W") else None
     out = quantized(
