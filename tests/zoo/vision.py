@@ -194,8 +194,12 @@ MODELS: dict[str, Tiny] = {
     "llava_onevision": Tiny(
         "LlavaOnevisionForConditionalGeneration", {"image_grid_pinpoints": [[112, 112]]}
     ),
-    "minicpmv4_6": Tiny("MiniCPMV4_6ForConditionalGeneration"),
-    "minicpmv4_7": Tiny("MiniCPMV4_7ForConditionalGeneration"),
+    "minicpmv4_6": Tiny(
+        "MiniCPMV4_6ForConditionalGeneration", {"image_token_id": 4096, "merger_times": 2}
+    ),
+    "minicpmv4_7": Tiny(
+        "MiniCPMV4_7ForConditionalGeneration", {"image_token_id": 4096, "merger_times": 1}
+    ),
     "minimax_m3_vl": Tiny(
         "MiniMaxM3SparseForConditionalGeneration",
         {"projector_hidden_size": 256, "merged_hidden_size": 1024},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qplug.api import Checkpoint, Preparation, Rewrite, StoredTensor, TensorSpec
+from qplug.checkpoint.stacked import JoinedTensor
 from qplug.checkpoint.tensor_file import tensor_bytes
 from qplug.errors import QplugError
 
@@ -117,7 +118,13 @@ def rewritten(checkpoint: Checkpoint, preparation: Preparation, device: torch.de
 
 def rewritten_names(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[str, ...]:
     """The members of ``names`` whose tensors are rewritten."""
-    return tuple(n for n in names if isinstance(checkpoint.tensors.get(n), RewrittenTensor))
+    return tuple(name for name in names if _is_rewritten(checkpoint.tensors.get(name)))
+
+
+def _is_rewritten(tensor: StoredTensor | None) -> bool:
+    if isinstance(tensor, JoinedTensor):
+        return any(_is_rewritten(part) for part in tensor.tensors())
+    return isinstance(tensor, RewrittenTensor)
 
 
 def apply(preparation: Preparation, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

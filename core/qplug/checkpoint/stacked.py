@@ -81,23 +81,75 @@ def cut_tensor(source: StoredTensor, stacked: str, number: int, cut: Cut) -> Cut
     return CutTensor(spec, source, stacked, number, cut)
 
 
+@dataclass(frozen=True)
+class JoinedTensor(StoredTensor):
+    """A stacked tensor of experts, joined of the tensors of their linears as it is read.
+
+    ``parts``: these tensors, by expert and by their cut of the stacked tensor. ``spec``: of the
+    stacked tensor.
+    """
+
+    spec: TensorSpec
+    parts: Mapping[int, Mapping[Cut, StoredTensor]]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(path for part in self.tensors() for path in part.paths))
+
+    @property
+    def location(self) -> str:
+        return " ".join(part.location for part in self.tensors())
+
+    def leaves(self) -> Iterator[StoredTensor]:
+        for part in self.tensors():
+            yield from part.leaves()
+
+    def read(self) -> Tensor:
+        import torch
+
+        return torch.cat([*self._experts()])
+
+    def chunks(self) -> Iterator[bytes]:
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.spec.dtype)
+        for expert in self._experts():
+            yield bytes(tensor_bytes(expert.to(dtype).cpu()))
+
+    def tensors(self) -> Iterator[StoredTensor]:
+        """Yields the tensors that it is joined of."""
+        for tensors in self.parts.values():
+            yield from tensors.values()
+
+    def _experts(self) -> Iterator[Tensor]:
+        """Yields the part of each expert, with an axis of length 1 before the others."""
+        for number, tensors in sorted(self.parts.items()):
+            yield joined({number: {cut: part.read() for cut, part in tensors.items()}})
+
+
 def stacked_again(checkpoint: Checkpoint, quantized: Collection[str]) -> Checkpoint:
     """Returns ``checkpoint`` with the stacked tensors of experts of which none is ``quantized``.
 
     Engines load float experts in the layout in which the model was published.
     """
-    experts: dict[str, set[str]] = {}  # modules of all experts of a layer, by stacked tensor
+    experts: dict[str, dict[str, CutTensor]] = {}  # by module of all experts of a layer
     for name, tensor in checkpoint.tensors.items():
-        if isinstance(tensor, CutTensor):
-            experts.setdefault(module_of(module_of(module_of(name))), set()).add(name)
+        # That of a tensor that an algorithm rewrites is the first one that it is made of.
+        if isinstance(cut := next(tensor.leaves()), CutTensor):
+            experts.setdefault(module_of(module_of(module_of(name))), {})[name] = cut
     tensors = dict(checkpoint.tensors)
-    for names in experts.values():
-        if any(module_of(name) in quantized for name in names):
+    for cuts in experts.values():
+        if any(module_of(name) in quantized for name in cuts):
             continue
-        for name in names:
-            tensor = tensors.pop(name)
-            assert isinstance(tensor, CutTensor)
-            tensors[tensor.stacked] = tensor.source
+        parts: dict[str, dict[int, dict[Cut, StoredTensor]]] = {}
+        for name, cut in cuts.items():
+            parts.setdefault(cut.stacked, {}).setdefault(cut.number, {})[cut.cut] = tensors[name]
+        for name, cut in cuts.items():
+            tensor, whole = tensors.pop(name), tensors.get(cut.stacked)
+            if tensor is not cut:
+                tensors[cut.stacked] = JoinedTensor(cut.source.spec, parts[cut.stacked])
+            elif whole is None:
+                tensors[cut.stacked] = cut.source
     return replace(checkpoint, tensors=tensors)
 
 

@@ -9,7 +9,7 @@ A projector that ends in a norm cannot be rotated: its weight is on the axis of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -23,7 +23,8 @@ class Towers:
     """The towers of models of ``types``, by names in memory, with a star for the way to them.
 
     ``parts``: all that text does not pass. ``writers``: the parameters in them that write into the
-    stream, as patterns; ``axis`` is that of the stream in each.
+    stream, as patterns, in which ``#`` is the last number of a list; ``axis`` is that of the stream
+    in each.
     """
 
     types: frozenset[str]
@@ -72,6 +73,7 @@ TOWERS: tuple[Towers, ...] = (
     _towers("lighton_ocr", "vision_encoder vision_projection", "vision_projection.linear_2.*"),
     _towers("idefics3 smolvlm", "vision_model connector", "connector.modality_projection.proj.*"),
     _towers("ovis2", "vision_tower visual_embeddings_table", "visual_embeddings_table.weight", 1),
+    _towers("minicpmv4_6 minicpmv4_7", "vision_tower merger", "merger.mlp.#.linear_2.*"),
     _towers("cosmos3_edge", "visual projector", "projector.linear_fc2.*"),
     _towers("paddleocr_vl", "visual projector", "projector.linear_2.*"),
     _towers("video_llama_3", "vision_model projector", "projector.readout.2.*"),
@@ -121,9 +123,10 @@ def with_towers(
     if towers is None:
         return stream
     found = dict(stream.tensors)
-    for parameter, value in copy.model.named_parameters():
-        if not any(fnmatchcase(parameter, pattern) for pattern in towers.writers):
-            continue
+    parameters = dict(copy.model.named_parameters())
+    writers = {name for pattern in towers.writers for name in _matching(pattern, parameters)}
+    for parameter in sorted(writers):
+        value = parameters[parameter]
         axis = towers.axis if value.ndim > 1 else 0
         for name, axis_on_disk in copy.on_disk(parameter, axis):
             spec = tensors.get(name)
@@ -135,3 +138,13 @@ def with_towers(
                 )
             found[name] = StreamAxis(axis_on_disk, None)
     return replace(stream, tensors=found)
+
+
+def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The ``names`` that match ``pattern``, of lists with ``#`` those of the last number alone."""
+    found = [name for name in names if fnmatchcase(name, pattern.replace("#", "*"))]
+    if "#" not in pattern:
+        return found
+    before = pattern.partition("#")[0].lstrip("*")
+    numbers = {name: int(name.partition(before)[2].partition(".")[0]) for name in found}
+    return [name for name in found if numbers[name] == max(numbers.values())]

@@ -123,8 +123,8 @@ def _prepare(
         preparation = stages.prepare(algorithm, model)
         if learn is None:
             _check_online(preparation.online, stages)
-            _refuse_other_writers(algorithm.name, copy, towers, preparation, stream)
             _try_on(copy, finder, stages, algorithm, prepared.view, view.blocks, tied=tied)
+            _refuse_other_writers(algorithm.name, copy, towers, preparation, stream)
         tied = bool(preparation.config.get("tie_word_embeddings", tied))
         checkpoint = rewritten(prepared.checkpoint, preparation, session.device)
         prepared = Prepared(

@@ -46,7 +46,7 @@ from qplug.numerics.rotation import HadamardRotation, KeepingMean, RandomRotatio
 from qplug.recipe.recipe import Recipe
 from qplug.recipe.spellings import parse_scheme
 from qplug.registry.registry import Registry
-from qplug.run.prepare import Prepared, prepare
+from qplug.run.prepare import Prepared, prepare, with_float_experts_stacked
 from qplug.run.stages import Stages
 from qplug_quarot.quarot import Params, QuaRot
 
@@ -203,6 +203,24 @@ def test_norms_as_wide_as_the_stream_that_do_not_read_it(name: str, tmp_path: Pa
     prepared = rotated(source)
     found = logits(reference(save(prepared, tmp_path / "out")))
     assert distance(found, logits(reference(source))) <= RTOL
+
+
+@pytest.mark.parametrize("name", ["aria_text", "granitemoe"])
+def test_float_experts_are_stacked_again(name: str, tmp_path: Path) -> None:
+    source = make(name, tmp_path / "model")
+    apart = rotated(source)
+    config = load_config(source, trust_remote_code=False)
+    hollow = build(config, source, trust_remote_code=False)
+    each = {tensor: apart.checkpoint.read(tensor) for tensor in apart.checkpoint.tensors}
+    wanted = with_stacked_experts(hollow, each)
+    found = with_float_experts_stacked(apart, set()).checkpoint
+    assert found.tensors.keys() == wanted.keys() == open_checkpoint(source).tensors.keys()
+    for tensor, stored in found.tensors.items():
+        assert torch.equal(stored.read(), wanted[tensor])
+        written = torch.frombuffer(bytearray(b"".join(stored.chunks())), dtype=torch.bfloat16)
+        assert torch.equal(written, wanted[tensor].bfloat16().flatten())
+    quantize(source, tmp_path / "out", ignore=("*.experts.*",))
+    assert qplug.verify(str(tmp_path / "out")).problems == ()
 
 
 #: Who writes into the stream, and who reads which norm of it, in block 0 or outside of blocks.

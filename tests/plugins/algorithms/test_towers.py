@@ -125,6 +125,14 @@ def shaped(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     }
 
 
+def in_strips(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+    size = model.config.vision_config.patch_size
+    return {
+        "pixel_values": noise(1, 3, size, 64 * size, seed=seed),
+        "target_sizes": torch.tensor([[8, 8]], dtype=torch.int32),
+    }
+
+
 def merged(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     return {**patches(model, seed), "image_merge_sizes": torch.tensor([1])}
 
@@ -159,6 +167,7 @@ SEES: dict[str, Callable[[PreTrainedModel, int], dict[str, Tensor]]] = {
     ),
     "video_llama_3": merged,
     "lfm2_vl": shaped,
+    **dict.fromkeys(("minicpmv4_6", "minicpmv4_7"), in_strips),
     **dict.fromkeys(("kimi_k25", "paddleocr_vl"), whole_patches),
 }
 
