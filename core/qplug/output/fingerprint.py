@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from qplug.registry.registry import Registry
 _LIBRARIES = ("numpy", "safetensors", "torch", "transformers")
 _PAGE = 4096  # bytes
 _LEAST_PAGES, _MOST_PAGES = 8, 64  # that are sampled of a file of weights
+_SAMPLERS = 16  # threads: a disk finds many pages at a time as fast as one
 _PAGES_IN_ALL = 1024  # a model has up to hundreds of files, and some disks find 100 pages a second
 
 
@@ -47,10 +49,12 @@ def fingerprint(
     threads = {"OMP_NUM_THREADS": torch.get_num_threads()} if learns else {}
     model = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
     pages = max(_LEAST_PAGES, min(_MOST_PAGES, _PAGES_IN_ALL // max(1, len(source.shards))))
-    for path in source.shards:
-        status = path.stat()
-        model.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
-        model.update(_sample(path, status.st_size, pages))
+    sizes = {path: path.stat() for path in source.shards}
+    with ThreadPoolExecutor(_SAMPLERS, "qplug-sampler") as pool:
+        samples_of = pool.map(lambda path: _sample(path, sizes[path].st_size, pages), sizes)
+        for (path, status), sample in zip(sizes.items(), samples_of, strict=True):
+            model.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+            model.update(sample)
     for path in source.companions():  # the tokenizer, and Python code that belongs to the model
         model.update(f"{path.name} {file_checksum(path)}".encode(errors="surrogateescape"))
     if source.quantized:  # how a reader computes weights, which source.config no longer says

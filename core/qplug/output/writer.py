@@ -7,10 +7,11 @@ import json
 import os
 import shutil
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -40,8 +41,10 @@ Replan: TypeAlias = Callable[[Sequence[RaisedBlock]], Plan]
 
 _PIECE = 1 << 22  # bytes of a tensor that are written at once
 _SMALL = 1 << 18  # bytes whose checksum takes less time than it takes to wake a thread
-_PENDING = 2  # steps that may wait for the disk; more steps would only cost memory
-_OPEN_SHARDS = 8  # that are open at once, more than steps are pending; steps fill them in order
+#: Steps that may wait for the disk: two of any size, for which it has memory, and more if they are
+#: as small together. Those that wait at once share a sync.
+_PENDING, _MOST_PENDING, _PENDING_BYTES = 2, 16, 1 << 26
+_OPEN_SHARDS = 24  # that are open at once, more than steps are pending; steps fill them in order
 _CHECKERS = 4  # threads that read what an earlier run wrote
 _TEXTS = ("config.json", "README.md", INDEX, MANIFEST)
 
@@ -56,6 +59,20 @@ _LIMITS = {
 
 #: The content of a tensor to write: the tensor, or its bytes in pieces.
 Content: TypeAlias = Tensor | Iterable[bytes]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A step that is written to ``files``, whose bytes the disk may not have yet.
+
+    ``known``: as for ``SourceBytes.of_step``.
+    """
+
+    number: int
+    files: Sequence[int]
+    crcs: tuple[int, ...]
+    known: Mapping[str, int]
+    report: dict[str, Any]
 
 
 class Writer:
@@ -129,7 +146,9 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "qplug-writer")
         self._summing = ThreadPoolExecutor(1, "qplug-summing")
         self._noting = ThreadPoolExecutor(1, "qplug-noting")
-        self._pending: list[Future[Future[None]]] = []
+        self._reading = ThreadPoolExecutor(1, "qplug-copying")
+        self._pending: list[tuple[int, Future[Future[None]]]] = []  # bytes, and what is awaited
+        self._written: deque[_Written] = deque()
 
     # --- beginning -------------------------------------------------------------------------------
 
@@ -266,14 +285,21 @@ class Writer:
         are the checksums of further tensors of the source, as far as they are known. Waits if too
         many steps are pending. Raises the error of an earlier step that could not be written.
         """
-        while len(self._pending) >= _PENDING:
+        size = self._plan.steps[number].nbytes
+        while self._has_no_room(size):
             self._wait()
-        self._pending.append(self._thread.submit(self._write, number, contents, report, read or {}))
+        done = self._thread.submit(self._write, number, contents, report, read or {})
+        self._pending.append((size, done))
+
+    def _has_no_room(self, size: int) -> bool:
+        """Whether a step of ``size`` bytes has to wait for one that is pending."""
+        count, waiting = len(self._pending), sum(size for size, _ in self._pending)
+        return count >= _PENDING and (count >= _MOST_PENDING or waiting + size > _PENDING_BYTES)
 
     def _wait(self) -> None:
         """Waits for the oldest pending step. Raises the error for which it was not written."""
         with self._keeping():
-            self._pending.pop(0).result().result()
+            self._pending.pop(0)[1].result().result()
 
     def _write(
         self,
@@ -294,31 +320,28 @@ class Writer:
                 known[name] = self._crcs[name]
             files[file] = None
         crcs = tuple(self._crcs[name] for name in step.outputs)
+        self._written.append(_Written(number, [*files], crcs, known, report))
         # Another thread waits for the disk, while this one writes the next step.
-        return self._noting.submit(self._note, number, [*files], crcs, known, report)
+        return self._noting.submit(self._note)
 
-    def _note(
-        self,
-        number: int,
-        files: Sequence[int],
-        crcs: tuple[int, ...],
-        known: Mapping[str, int],
-        report: dict[str, Any],
-    ) -> None:
-        """Enters step ``number`` in the journal, once the disk has what was written to ``files``.
+    def _note(self) -> None:
+        """Enters the steps that are written in the journal, once the disk has their bytes.
 
-        ``known``: as for ``SourceBytes.of_step``.
+        There may be none, if they were entered with a step before.
         """
-        step = self._plan.steps[number]
-        for file in files:
+        steps = [self._written.popleft() for _ in range(len(self._written))]
+        for file in dict.fromkeys(file for step in steps for file in step.files):
             # Before the journal entry: after a power cut it must not list bytes that are lost.
             # Now, while the next step is computed; at the end of the run it would have to wait.
             os.fsync(file)
-        entry = Entry(number, crcs, self._source.of_step(number, known), report)
-        try:
-            self._folder.journal.append(entry.to_dict())
-        except ValueError as error:
-            raise QplugError(f"{step.name}: an error or a range of it is not finite") from error
+        for step in steps:
+            source = self._source.of_step(step.number, step.known)
+            entry = Entry(step.number, step.crcs, source, step.report)
+            try:
+                self._folder.journal.append(entry.to_dict())
+            except ValueError as error:
+                name = self._plan.steps[step.number].name
+                raise QplugError(f"{name}: an error or a range of it is not finite") from error
 
     def _write_tensor(self, content: Content, file: int, offset: int) -> int:
         """Writes ``content`` at ``offset`` of ``file``; returns its CRC-32.
@@ -327,7 +350,7 @@ class Writer:
         for the other's half of the time.
         """
         crc, coming = 0, None
-        for piece in _pieces(content):
+        for piece in self._pieces(content):
             if coming is not None:
                 crc = coming.result()
             coming = self._summing.submit(zlib.crc32, piece, crc) if len(piece) > _SMALL else None
@@ -335,6 +358,27 @@ class Writer:
             if coming is None:
                 crc = zlib.crc32(piece, crc)
         return crc if coming is None else coming.result()
+
+    def _pieces(self, content: Content) -> Iterator[bytes | memoryview]:
+        """Yields the bytes of ``content``, a few MiB at a time.
+
+        A further thread reads and checks a piece of a file while the one before is written.
+        """
+        if isinstance(content, Tensor):
+            whole = tensor_bytes(content)
+            for start in range(0, len(whole), _PIECE):
+                yield whole[start : start + _PIECE]
+            return
+        pieces = iter(content)
+        piece = next(pieces, None)
+        while piece is not None:
+            if len(piece) <= _SMALL:
+                yield piece
+                piece = next(pieces, None)
+                continue
+            coming = self._reading.submit(next, pieces, None)
+            yield piece
+            piece = coming.result()
 
     def _file(self, path: Path) -> int:
         """Returns the descriptor of a shard, which is open, with its header written."""
@@ -500,8 +544,8 @@ class Writer:
     def _stop(self) -> None:
         """Ends the threads, after what they are doing."""
         self._thread.shutdown(cancel_futures=True)
-        self._summing.shutdown()
-        self._noting.shutdown()
+        for thread in (self._reading, self._summing, self._noting):
+            thread.shutdown()
 
     def __enter__(self) -> Writer:
         return self
@@ -534,16 +578,6 @@ def _name_of(companion: Path) -> str:
     """Returns where a file of the source goes in OUT, as a relative path."""
     is_template = companion.parent.name == "additional_chat_templates"
     return f"{companion.parent.name}/{companion.name}" if is_template else companion.name
-
-
-def _pieces(content: Content) -> Iterator[bytes | memoryview]:
-    """Yields the bytes of ``content``, a few MiB at a time."""
-    if not isinstance(content, Tensor):
-        yield from content
-        return
-    whole = tensor_bytes(content)
-    for start in range(0, len(whole), _PIECE):
-        yield whole[start : start + _PIECE]
 
 
 def _limit_reached(error: BaseException) -> str | None:
