@@ -86,6 +86,12 @@ TOWERS: tuple[Towers, ...] = (
     _towers("glm4v_moe", "visual", "visual.merger.down_proj.*"),
     _towers("chameleon", "vqmodel", ""),  # it makes tokens of pictures
     _towers("audioflamingo3 glmasr qwen3_asr voxtral", _HEARD, "multi_modal_projector.linear_2.*"),
+    _towers(
+        "phi4_multimodal",
+        "embed_tokens_extend",
+        "embed_tokens_extend.image_embed.img_projection_down.* "
+        "embed_tokens_extend.audio_embed.down_proj_for_*speech.*",
+    ),
     _towers("qwen2_audio", _HEARD, "multi_modal_projector.linear.*"),
     _towers("granite_speech", "encoder projector", "projector.linear.*"),
     _towers(

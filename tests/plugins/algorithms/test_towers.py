@@ -228,6 +228,24 @@ def answer(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     return found
 
 
+def of_phi(model: PreTrainedModel, kinds: str, seed: int) -> Tensor:
+    """The logits of Phi-4-multimodal for a picture of 13 tokens, a sound of 5, or both."""
+    picture, sound = "picture" in kinds, "sound" in kinds
+    marks = [model.config.vision_config.image_token_id] * 13 if picture else []
+    marks += [model.config.audio_config.audio_token_id] * 5 if sound else []
+    inputs: dict[str, Tensor] = {"input_ids": torch.tensor([[5, 6, *marks, 7, 8]])}
+    if picture:
+        inputs["image_pixel_values"] = noise(1, 2, 3, 56, 56, seed=seed)
+        inputs["image_sizes"] = torch.tensor([[448, 448]])
+        inputs["image_attention_mask"] = torch.ones(1, 2, 4, 4)
+    if sound:
+        inputs["audio_input_features"] = noise(1, 40, 80, seed=seed)
+        inputs["audio_embed_sizes"] = torch.tensor([5])
+    with torch.no_grad():
+        found: Tensor = model(**inputs, use_cache=False).logits
+    return found
+
+
 def distance(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
@@ -260,9 +278,21 @@ def test_a_picture_or_a_sound_is_answered_as_before(
     assert distance(answer(turned, inputs), wanted) <= RTOL
 
 
+def test_what_phi_sees_and_hears(tmp_path: Path) -> None:
+    """Its towers lie inside of the part for text, and it projects sounds beside pictures apart."""
+    source = tiny("phi4_multimodal", tmp_path / "model")
+    model = reference(source)
+    turned = reference(save(rotated(source), tmp_path / "out"))
+    for kinds in ("picture", "sound", "picture and sound"):
+        wanted = of_phi(model, kinds, 1)
+        assert distance(of_phi(model, kinds, 2), wanted) > 100 * RTOL
+        assert distance(of_phi(turned, kinds, 1), wanted) <= RTOL
+
+
 def test_each_family_of_the_table_is_tried() -> None:
+    """But Chameleon, which makes tokens of pictures."""
     types = {kind for towers in TOWERS for kind in towers.types}
-    assert types == {*SEES, *HEARS, "chameleon"}  # which makes tokens of pictures
+    assert types == {*SEES, *HEARS, "phi4_multimodal", "chameleon"}
 
 
 def test_a_projector_of_another_width_is_refused(tmp_path: Path) -> None:
