@@ -213,6 +213,7 @@ MODELS: dict[str, Tiny] = {
     "molmo2": Tiny(
         "Molmo2ForConditionalGeneration",
         {
+            "image_patch_id": 4099,
             "vision_config": {"image_size": [56, 56], "num_position_embeddings": 16},
             "adapter_config": {
                 "vision_feature_layer": [1, 0],
@@ -235,6 +236,7 @@ MODELS: dict[str, Tiny] = {
     "nemotron_h_omni": Tiny(
         "NemotronH_Omni_Reasoning_V3",
         {
+            "image_token_id": 4097,
             "projector_hidden_size": 256,
             "vision_hidden_size": 128,
             "video_temporal_patch_size": 2,

@@ -54,6 +54,17 @@ TOWERS: tuple[Towers, ...] = (
         "multi_modal_projector.linear_2.* image_newline",
     ),
     _towers("llama4", "vision_model multi_modal_projector", "multi_modal_projector.linear_1.*"),
+    _towers(
+        "nemotron_h_omni",
+        "vision_model vision_final_layernorm multi_modal_projector audio_tower embed_audio",
+        "multi_modal_projector.linear_2.* embed_audio.linear_2.*",
+    ),
+    _towers("molmo2", _PROJECTED, "multi_modal_projector.image_projector.down_proj.weight"),
+    _towers(
+        "granite4_vision",
+        "image_newline vision_tower layerwise_projectors spatial_projectors",
+        "image_newline layerwise_projectors.*.out_linear.* spatial_projectors.*.out_linear.*",
+    ),
     _towers("aria", _PROJECTED, "multi_modal_projector.feed_forward.linear_out.*"),
     _towers("got_ocr2", _PROJECTED, "multi_modal_projector.multimodal_projector.*"),
     _towers("minimax_m3_vl", _PROJECTED, "multi_modal_projector.merge_linear_2.*"),
@@ -86,6 +97,12 @@ TOWERS: tuple[Towers, ...] = (
     _towers("glm4v_moe", "visual", "visual.merger.down_proj.*"),
     _towers("chameleon", "vqmodel", ""),  # it makes tokens of pictures
     _towers("audioflamingo3 glmasr qwen3_asr voxtral", _HEARD, "multi_modal_projector.linear_2.*"),
+    _towers(
+        "phi4_multimodal",
+        "embed_tokens_extend",
+        "embed_tokens_extend.image_embed.img_projection_down.* "
+        "embed_tokens_extend.audio_embed.down_proj_for_*speech.*",
+    ),
     _towers("qwen2_audio", _HEARD, "multi_modal_projector.linear.*"),
     _towers("granite_speech", "encoder projector", "projector.linear.*"),
     _towers(

@@ -125,6 +125,25 @@ def shaped(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     }
 
 
+def pooled(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+    """A crop of 4 x 4 patches, of which each token pools four."""
+    size = model.config.vision_config.patch_size
+    return {
+        "pixel_values": noise(1, 16, 3 * size**2, seed=seed),
+        "image_token_pooling": torch.arange(16).view(4, 4),
+        "image_grids": torch.tensor([[2, 2, 0, 0]]),
+    }
+
+
+def flat_patches(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+    """Of a picture of 8 x 8, whose tower has no depth for pictures."""
+    size = model.config.vision_config.patch_size
+    return {
+        "pixel_values": noise(64, 3 * size**2, seed=seed),
+        "image_grid_hw": torch.tensor([[8, 8]]),
+    }
+
+
 def in_strips(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     size = model.config.vision_config.patch_size
     return {
@@ -155,7 +174,9 @@ SEES: dict[str, Callable[[PreTrainedModel, int], dict[str, Tensor]]] = {
         square,
     ),
     **dict.fromkeys(("mistral3", "mistral_large4", "lighton_ocr"), sized),
-    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), several),
+    **dict.fromkeys(
+        ("llava_next", "llava_next_video", "llava_onevision", "granite4_vision"), several
+    ),
     **dict.fromkeys(("idefics3", "smolvlm"), in_a_row),
     **dict.fromkeys(
         (
@@ -167,6 +188,8 @@ SEES: dict[str, Callable[[PreTrainedModel, int], dict[str, Tensor]]] = {
     ),
     "video_llama_3": merged,
     "lfm2_vl": shaped,
+    "molmo2": pooled,
+    "nemotron_h_omni": flat_patches,
     **dict.fromkeys(("minicpmv4_6", "minicpmv4_7"), in_strips),
     **dict.fromkeys(("kimi_k25", "paddleocr_vl"), whole_patches),
 }
@@ -207,6 +230,8 @@ def taken(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> int:
         find = found
     output = find(**inputs)
     features = getattr(output, "pooler_output", output)
+    if features is None and (added := getattr(output, "deepstack_features", None)):
+        _, features = added[0]
     features = output.last_hidden_state if features is None else features
     parts = features if isinstance(features, list | tuple) else [features]
     return sum(part.numel() // part.shape[-1] for part in parts)
@@ -225,6 +250,24 @@ def answer(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     if "attention_mask" in inspect.signature(model.forward).parameters:
         more["attention_mask"] = torch.ones_like(tokens)
     found: Tensor = model(input_ids=tokens, use_cache=False, **inputs, **more).logits
+    return found
+
+
+def of_phi(model: PreTrainedModel, kinds: str, seed: int) -> Tensor:
+    """The logits of Phi-4-multimodal for a picture of 13 tokens, a sound of 5, or both."""
+    picture, sound = "picture" in kinds, "sound" in kinds
+    marks = [model.config.vision_config.image_token_id] * 13 if picture else []
+    marks += [model.config.audio_config.audio_token_id] * 5 if sound else []
+    inputs: dict[str, Tensor] = {"input_ids": torch.tensor([[5, 6, *marks, 7, 8]])}
+    if picture:
+        inputs["image_pixel_values"] = noise(1, 2, 3, 56, 56, seed=seed)
+        inputs["image_sizes"] = torch.tensor([[448, 448]])
+        inputs["image_attention_mask"] = torch.ones(1, 2, 4, 4)
+    if sound:
+        inputs["audio_input_features"] = noise(1, 40, 80, seed=seed)
+        inputs["audio_embed_sizes"] = torch.tensor([5])
+    with torch.no_grad():
+        found: Tensor = model(**inputs, use_cache=False).logits
     return found
 
 
@@ -260,9 +303,38 @@ def test_a_picture_or_a_sound_is_answered_as_before(
     assert distance(answer(turned, inputs), wanted) <= RTOL
 
 
+def test_what_phi_sees_and_hears(tmp_path: Path) -> None:
+    """Its towers lie inside of the part for text, and it projects sounds beside pictures apart."""
+    source = tiny("phi4_multimodal", tmp_path / "model")
+    model = reference(source)
+    turned = reference(save(rotated(source), tmp_path / "out"))
+    for kinds in ("picture", "sound", "picture and sound"):
+        wanted = of_phi(model, kinds, 1)
+        assert distance(of_phi(model, kinds, 2), wanted) > 100 * RTOL
+        assert distance(of_phi(turned, kinds, 1), wanted) <= RTOL
+
+
+@pytest.mark.slow
+def test_what_nemotron_hears(tmp_path: Path) -> None:
+    """The tiny model of the catalogue only sees."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
+    more = {"num_hidden_layers": 1, "projection_hidden_size": 128, "projection_bias": True}
+    tower = {"model_type": "parakeet_encoder", "subsampling_conv_channels": 32, **sizes, **more}
+    of_tiny = CATALOGUE["nemotron_h_omni"]
+    changes = {**of_tiny.changes, "audio_token_id": 4098, "audio_config": tower}
+    built(replace(of_tiny, changes=changes)).save_pretrained(tmp_path / "model")
+    model = reference(tmp_path / "model")
+    heard, other = ({"input_features": 100 * noise(1, 200, 80, seed=seed)} for seed in (1, 2))
+    wanted = answer(model, heard)
+    assert distance(answer(model, other), wanted) > 100 * RTOL
+    turned = reference(save(rotated(tmp_path / "model"), tmp_path / "out"))
+    assert distance(answer(turned, heard), wanted) <= RTOL
+
+
 def test_each_family_of_the_table_is_tried() -> None:
+    """But Chameleon, which makes tokens of pictures."""
     types = {kind for towers in TOWERS for kind in towers.types}
-    assert types == {*SEES, *HEARS, "chameleon"}  # which makes tokens of pictures
+    assert types == {*SEES, *HEARS, "phi4_multimodal", "chameleon"}
 
 
 def test_a_projector_of_another_width_is_refused(tmp_path: Path) -> None:
