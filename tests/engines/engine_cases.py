@@ -16,6 +16,7 @@ from qplug_compressed_tensors.engine import CompressedTensorsLoader
 from qplug_vllm.cpu import FP8_CACHE, SATURATES, Flaw, refused_on_cpu
 from qplug_vllm.cpu import flaws_on_cpu as flaws_of_scheme
 
+EMBEDDING = "model.embed_tokens"
 #: What an algorithm is tried with, where one scheme has to do.
 FITTING = {"smoothquant": "W8A8", "osplus": "W8A8", "spinquant": "FP8_DYNAMIC"}
 
@@ -175,7 +176,10 @@ def cases_for_gpus() -> list[Case]:
         *(Case("W4A16", override=("*.down_proj", "W8A16"), backend=b) for b in ("vllm", "sglang")),
         Case("W4A16", override=("*.mlp.*", "W8A8")),
         Case("W4A16", model="qwen2", override=("lm_head", "W8A16")),
-        *(Case("W4A16", model="qwen2", override=("model.embed_tokens", s)) for s in ("W8A16", "W4A16")),
+        *(
+            Case("W4A16", model="qwen2", override=("model.embed_tokens", s))
+            for s in ("W8A16", "W4A16")
+        ),
         *(Case("FP8", kv_cache=cache) for cache in ("fp8", "fp8_per_head")),
         Case("W4AFP8", backend="sglang", model="qwen3-moe", ignore=("*.self_attn.*",)),
         *(_beside_fp8(scheme) for scheme in ("NVFP4", "NVFP4A16")),

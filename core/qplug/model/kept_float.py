@@ -181,6 +181,16 @@ KEPT_FLOAT = (
         ),
     ),
     KeptFloat(
+        tuple(f"*.self_attn.{name}_proj" for name in "qkvo"),
+        ("stablelm",),
+        BuiltFloat(
+            "attention of StableLM takes no quantization",
+            ("SGLang",),
+            "StablelmDecoderLayer passes no quant_config to it in SGLang 0.5.16 and 0.5.23, "
+            "models/stablelm.py",
+        ),
+    ),
+    KeptFloat(
         ("*.self_attention.query_key_value",),
         ("bloom",),
         BuiltFloat(

@@ -16,6 +16,7 @@ from qplug_sglang.loaders import FP4_BY_OPTION, LOADERS
 from qplug_sglang.members import WRITTEN
 from qplug_sglang.mixed import MIXED, refuses_mixture
 from qplug_sglang.modelopt import ModelOpt, loader_problems, told_by
+from qplug_sglang.shared_experts import divided_shared_expert, shared_experts_are_as_routed_ones
 from qplug_sglang.unpacked import latent_projections_are_unpacked, packed_in_vain
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class SGLang(CompressedTensorsLoader):
         merged_matrices_are_named,
         int4_fp8_is_of_experts,
         latent_projections_are_unpacked,
+        shared_experts_are_as_routed_ones,
     )
 
     def refuses(
@@ -51,7 +53,7 @@ class SGLang(CompressedTensorsLoader):
             if sentence is not None:
                 return sentence
         sentence = super().refuses(model, schemes, target)
-        unloaded = unserved(schemes)
+        unloaded = unserved(schemes) or divided_shared_expert(model, schemes)
         return ": ".join(unloaded) if sentence is None and unloaded is not None else sentence
 
     def too_narrow(
@@ -81,6 +83,8 @@ class SGLang(CompressedTensorsLoader):
         yield from fused_problems(model.linears, schemes)
         for name, sentence in packed_in_vain(model, schemes).items():
             yield Problem("kernel", name, sentence)
+        if (divided := divided_shared_expert(model, schemes)) is not None:
+            yield Problem("fused", *divided)
         yield from loader_problems(folder, model, schemes, self.release)
         yield from cache_problems(folder, model, format.read_cache(config))
 

@@ -21,6 +21,7 @@ from qplug_compressed_tensors.engine import CompressedTensorsLoader
 from qplug_compressed_tensors.rules import Case
 from qplug_sglang.engine import SGLang
 from qplug_sglang.int4_fp8 import int4_fp8_is_of_experts
+from qplug_sglang.shared_experts import shared_experts_are_as_routed_ones
 from qplug_sglang.unpacked import latent_projections_are_unpacked
 
 if TYPE_CHECKING:
@@ -627,6 +628,7 @@ def test_every_rule_has_a_fault() -> None:
     tested = {experts, embeddings, *(fault.rule for fault in FAULTS)}
     tested.add(int4_fp8_is_of_experts)  # has its tests in test_sglang_int4_fp8
     tested.add(latent_projections_are_unpacked)  # has its tests in test_sglang_unpacked
+    tested.add(shared_experts_are_as_routed_ones)  # has its tests in test_sglang_unpacked
     assert tested == {*rules.FORMAT_RULES, *SGLang.rules}
 
 

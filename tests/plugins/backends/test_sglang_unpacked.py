@@ -97,3 +97,19 @@ def test_experts_that_stay_float_are_named_as_they_are_merged(
     out = quantized("W4A16", backend="sglang", model=model)
     config = open_folder(str(out), Session.alone()).checkpoint.config["quantization_config"]
     assert r"re:.*\.mlp\.experts\.\d+\.gate_up_proj$" in config["ignore"]
+
+
+def test_a_shared_expert_is_as_the_routed_ones(
+    tmp_path_factory: pytest.TempPathFactory, quantized: Quantized, tmp_path: Path
+) -> None:
+    model = str(make("glm4_moe", tmp_path_factory.mktemp("shared") / "model"))
+    words = "SGLang runs the shared expert as one more of the routed ones, which are float"
+    with pytest.raises(QplugError, match=words):
+        qplug.quantize(
+            model, tmp_path / "q", scheme="W4A16", backend="sglang", ignore=["*.experts.*"]
+        )
+    both = quantized("W4A16", backend="sglang", model=model)
+    assert not qplug.verify(str(both), backend="sglang").problems
+    divided = quantized("W4A16", backend="vllm", model=model, ignore=["*.experts.*"])
+    found = [str(problem) for problem in qplug.verify(str(divided), backend="sglang").problems]
+    assert any(words in line for line in found)
