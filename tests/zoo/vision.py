@@ -94,7 +94,7 @@ MODELS: dict[str, Tiny] = {
         published={"vision_config": {"embed_dim": 128, "mlp_ratio": 2}},
     ),
     "exaone4_5": Tiny("Exaone4_5_ForConditionalGeneration"),
-    "fuyu": Tiny("FuyuForCausalLM"),
+    "fuyu": Tiny("FuyuForCausalLM", {"image_token_id": 4095}),
     "gemma3": Tiny("Gemma3ForConditionalGeneration"),
     "gemma4": Tiny("Gemma4ForConditionalGeneration", {"vision_config": GEMMA_4_TOWER}),
     "gemma4_moe": Tiny(

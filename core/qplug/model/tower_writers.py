@@ -95,6 +95,7 @@ TOWERS: tuple[Towers, ...] = (
         "visual.merger.linear_fc2.* visual.deepstack_merger_list.*.linear_fc2.*",
     ),
     _towers("glm4v_moe", "visual", "visual.merger.down_proj.*"),
+    _towers("fuyu", "vision_embed_tokens", "vision_embed_tokens.*"),
     _towers("chameleon", "vqmodel", ""),  # it makes tokens of pictures
     _towers("audioflamingo3 glmasr qwen3_asr voxtral", _HEARD, "multi_modal_projector.linear_2.*"),
     _towers(

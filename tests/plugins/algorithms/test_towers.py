@@ -156,6 +156,11 @@ def merged(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     return {**patches(model, seed), "image_merge_sizes": torch.tensor([1])}
 
 
+def projected(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+    """Patches for a model without a tower, which projects them alone."""
+    return {"pixel_values": noise(1, 16, 3 * model.config.patch_size**2, seed=seed)}
+
+
 def whole_patches(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     size = model.config.vision_config.patch_size
     return {
@@ -188,6 +193,7 @@ SEES: dict[str, Callable[[PreTrainedModel, int], dict[str, Tensor]]] = {
     ),
     "video_llama_3": merged,
     "lfm2_vl": shaped,
+    "fuyu": projected,
     "molmo2": pooled,
     "nemotron_h_omni": flat_patches,
     **dict.fromkeys(("minicpmv4_6", "minicpmv4_7"), in_strips),
