@@ -11,6 +11,7 @@ _TO_SM90, _FROM_SM89 = ("sm80", "sm89", "sm90"), ("sm89", "sm90", "sm100")
 _GROUPS = (32, 64, 128, -1)
 
 _H200 = "run on H200, 2026-11-22"
+_H200_28 = "run on H200, 2026-11-28"
 _H100 = "run on H100, 2026-11-26"
 _H100_128 = f"{_H100}, groups of 128"
 _H100_ROW = f"{_H100}, groups of 128 and rows"
@@ -68,12 +69,14 @@ SGLANG_0_5_16 = (
     Capability("FP8_BLOCK", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
     Capability("FP8A16", _TENSOR_ALONE, False, (), 1, 1, _READ_0_5_16, _ALL),
     Capability("FP8A16", _NO_CPU, False, (), 1, 1, _READ_0_5_16, _CPU),
-    Capability("FP8A16_TENSOR", "Marlin", True, (), 64, 128, _READ_0_5_16, _ALL),
+    Capability("FP8A16_TENSOR", "Marlin", True, (), 64, 128, _H200_28, _SM90),
+    Capability("FP8A16_TENSOR", "Marlin", True, (), 64, 128, _READ_0_5_16, _OTHERS),
     Capability("FP8A16_TENSOR", _NO_CPU, False, (), 1, 1, _READ_0_5_16, _CPU),
     Capability("W4AFP8", _EXPERTS_ALONE, False, (), 1, 1, _H200, _SM90),
     Capability("W4AFP8", _EXPERTS_ALONE, False, (), 1, 1, _READ, _OTHERS),
     Capability("W4AFP8", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
-    Capability("NVFP4A16", "Marlin", True, (), 64, 128, _READ_0_5_16, _TO_SM90),
+    Capability("NVFP4A16", "Marlin", True, (), 64, 128, _H200_28, _SM90),
+    Capability("NVFP4A16", "Marlin", True, (), 64, 128, _READ_0_5_16, ("sm80", "sm89")),
     Capability("NVFP4A16", _WITH_INPUTS, False, (), 1, 1, _READ_0_5_16, ("sm100",)),
     Capability("NVFP4A16", _NO_CPU, False, (), 1, 1, _ON_CPU, _CPU),
     Capability("NVFP4", _NVFP4_MARLIN, True, (), 64, 128, _H100, _SM90),
