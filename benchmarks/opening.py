@@ -2,7 +2,9 @@
 
 Checkpoints are files with holes: they have headers and sizes, and take no room on the disk. Each
 run is a process of its own, which ends at the first weight. Its seconds are counted from the start
-of the process; its seconds of computing depend less on other work of the machine.
+of the process; its seconds of computing depend less on other work of the machine. The modules are
+those that were imported by then. With ``--cold`` (root alone) the system forgets all files before
+each run.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,38 +36,51 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--algos", nargs="+", default=["rtn", "gptq"])
     parser.add_argument("--repeats", type=int, default=3, help="the least of so many is told")
+    parser.add_argument("--cold", action="store_true", help="read all files from the disk")
     parser.add_argument("--dir", type=Path, help="where the temporary folder is made")
     parser.add_argument("--child", nargs=2, metavar=("MODEL", "ALGO"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         open_and_stop(*args.child)
-    print(f"{'':22}{'':6}{'seconds':>9}{'computing':>11}")
+    print(f"{'':22}{'':6}{'seconds':>9}{'computing':>11}{'modules':>9}")
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         for model in args.models:
             write(Path(folder) / model, model)
             for algo in args.algos:
-                runs = [measure(Path(folder) / model, algo) for _ in range(args.repeats)]
-                seconds, computing = (min(each) for each in zip(*runs, strict=True))
-                print(f"{model:22}{algo:6}{seconds:9.2f}{computing:11.2f}", flush=True)
+                runs = [
+                    measure(Path(folder) / model, algo, cold=args.cold) for _ in range(args.repeats)
+                ]
+                seconds, computing, modules = (min(each) for each in zip(*runs, strict=True))
+                print(f"{model:22}{algo:6}{seconds:9.2f}{computing:11.2f}{modules:9}", flush=True)
 
 
-def measure(model: Path, algo: str) -> tuple[float, float]:
-    """The seconds, and the seconds of computing, until a run of ``algo`` reads a weight."""
+def measure(model: Path, algo: str, *, cold: bool) -> tuple[float, float, int]:
+    """The seconds until a run of ``algo`` reads a weight, those of computing, and the modules."""
+    if cold:
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3")
     began = time.perf_counter()
-    child = subprocess.Popen([sys.executable, __file__, "--child", str(model), algo])
+    words = [sys.executable, __file__, "--child", str(model), algo]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     _, status, used = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - began
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         sys.exit(child.returncode)
-    return time.perf_counter() - began, used.ru_utime + used.ru_stime
+    assert child.stdout is not None
+    return seconds, used.ru_utime + used.ru_stime, int(child.stdout.read())
 
 
 def open_and_stop(model: str, algo: str) -> NoReturn:
     """Quantize ``model``, and end the process at the first weight."""
     from qplug import quantize
 
+    first = threading.Lock()
+
     def stop(tensor: FileTensor, buffer: object) -> NoReturn:
+        first.acquire()  # it is never released: several threads read
         shutil.rmtree(out)
+        print(len(sys.modules), flush=True)
         os._exit(0)
 
     FileTensor.read_into = stop  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ from qplug.machine.memory import gibibytes
 from qplug.registry.registry import Registry
 from qplug.run.costs import Machine, estimate, portions
 from qplug.run.rates import CPU_CORE, H100
-from qplug.run.workload import BlockWork, Workload, readers
+from qplug.run.workload import BlockWork, Workload, groups_of, readers
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, DATA = DOCS / "scale.md", DOCS / "scale.json"
@@ -107,6 +107,7 @@ def blocks(name: str, layers: int) -> tuple[BlockWork, ...]:
             2 * (sum(map(math.prod, shapes.values())) + router),
             sum(written[shape] for shape in shapes.values()) + 2 * router,
             len(shapes),
+            () if any(".experts." in each for each in shapes) else (*groups_of(shapes, shapes),),
         )
     return tuple(kinds[number < dense] for number in range(layers))
 

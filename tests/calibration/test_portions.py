@@ -17,7 +17,7 @@ from torch import Tensor
 
 import qplug
 from qplug import InputGroup, QplugError
-from qplug.calibration import groups_apart, portions, walk
+from qplug.calibration import block_room, groups_apart, portions
 from qplug.calibration.groups_apart import GroupRoom
 from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.portions import divide_experts
@@ -68,7 +68,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(found))
         return found or None
 
-    monkeypatch.setattr(walk, "divide_experts", divide)
+    monkeypatch.setattr(block_room, "divide_experts", divide)
     monkeypatch.setattr(portions, "BESIDES", 0)
     return seen
 
@@ -94,7 +94,7 @@ def test_portions_have_the_codes_of_the_whole(
 ) -> None:
     model = family("qwen3-moe")
     _quantize(model, tmp_path / "parts", algo="gptq")
-    monkeypatch.setattr(walk, "divide_experts", divide_experts)
+    monkeypatch.setattr(block_room, "divide_experts", divide_experts)
     _quantize(model, tmp_path / "whole", algo="gptq")
     assert max(sizes) == 2
     parts, whole = (load_file(tmp_path / out / "model.safetensors") for out in ("parts", "whole"))
@@ -184,7 +184,7 @@ def test_input_groups_apart_have_the_bytes_of_the_whole(
         return [(group,) for group in reversed(structure)]
 
     _quantize(model, tmp_path / "whole", algo="gptq")
-    monkeypatch.setattr(walk, "divide_groups", divide)
+    monkeypatch.setattr(block_room, "divide_groups", divide)
     result = _quantize(model, tmp_path / "parts", algo="gptq")
     assert set(seen) == {4}
     assert qplug.verify(str(tmp_path / "parts")).ok
@@ -204,7 +204,7 @@ def test_what_needs_the_whole_block_is_not_divided(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(walk, "divide_groups", lambda *_: pytest.fail("divided"))
+    monkeypatch.setattr(block_room, "divide_groups", lambda *_: pytest.fail("divided"))
     _quantize(family("llama"), tmp_path / "out", algo=algo, algorithm_options=options)
 
 
@@ -240,7 +240,7 @@ def test_a_part_is_freed_before_the_next_is_made(
     sizes: list[int],
 ) -> None:
     made: list[weakref.ref[LiveBlock]] = []
-    observe, live = Walk._observe, Walk._live
+    observe, live = Walk.observe, Walk.live
 
     def watched(self: Walk, *args: Any, **options: Any) -> Any:
         assert all(part() is None for part in made)
@@ -252,9 +252,11 @@ def test_a_part_is_freed_before_the_next_is_made(
         made.append(weakref.ref(block))
         return block
 
-    monkeypatch.setattr(Walk, "_observe", watched)
-    monkeypatch.setattr(Walk, "_live", kept)
-    monkeypatch.setattr(walk, "divide_groups", lambda structure, *_: [(g,) for g in structure])
+    monkeypatch.setattr(Walk, "observe", watched)
+    monkeypatch.setattr(Walk, "live", kept)
+    monkeypatch.setattr(
+        block_room, "divide_groups", lambda structure, *_: [(g,) for g in structure]
+    )
     gc.disable()  # nothing is left to the garbage collector either
     try:
         _quantize(family(name), tmp_path / "out", algo="gptq")

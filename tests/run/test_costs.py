@@ -11,12 +11,15 @@ import pytest
 from click.testing import Result
 
 import qplug
+from qplug.calibration import groups_apart
+from qplug.calibration.groups_apart import GroupRoom
 from qplug.calibration.portions import room_of
 from qplug.checkpoint.names import is_within, relative_name
 from qplug.checkpoint.open import open_checkpoint
 from qplug.model.on_disk import as_on_disk
 from qplug.model.skeleton import Skeleton
 from qplug.model.view import model_view
+from qplug.run import costs
 from qplug.run.costs import Machine, estimate, room
 from qplug.run.rates import CPU_CORE, H100
 from qplug.run.workload import BlockWork, Readers, Workload, readers
@@ -105,6 +108,52 @@ def test_a_block_takes_what_the_run_divides_it_by(family: Family, name: str) -> 
     assert found.rest - grams == counted.rest
     assert (found.expert, found.experts) == (counted.expert, counted.experts)
     assert (found.most, found.kept, found.rounded) == (counted.most, counted.kept, counted.rounded)
+
+
+@pytest.mark.parametrize("alone", ["mlp.down_proj", "self_attn.o_proj", ""])
+def test_a_block_is_divided_in_the_estimate_as_in_the_run(
+    alone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever linears are quantized; one input group ``alone``, or all if it is empty."""
+    divided: list[GroupRoom] = []
+    estimated: list[GroupRoom] = []
+    groups_of = costs._groups
+
+    class Noted(GroupRoom):
+        def parts(self, budget: float) -> list[list[int]] | None:
+            divided.append(self)
+            return super().parts(budget)
+
+    def noted(block: BlockWork, work: Workload) -> GroupRoom | None:
+        if (found := groups_of(block, work)) is not None:
+            estimated.append(found)
+        return found
+
+    monkeypatch.setattr(groups_apart, "GroupRoom", Noted)
+    monkeypatch.setattr(costs, "_groups", noted)
+    ignore = (f"re:^(?!.*{alone}).*",) if alone else ()
+    qplug.quantize(
+        "qplug:demo",
+        tmp_path / "out",
+        ignore=ignore,
+        algo="gptq",
+        samples=2,
+        seq_len=16,
+        memory="1KiB",
+        device="cpu",
+    )
+    run, known = divided[0], estimated[0]
+    assert len(run.groups) == 4
+    assert sorted(known.groups) == sorted(run.groups)
+    assert (known.others, known.whole) == (run.others, run.whole)
+    assert len(known.floats) == (3 if alone else 0)
+    parts = known.parts(0)
+    assert parts is not None
+    assert len(parts) == 4
+    taken = known.peak(math.inf) - known.peak(0)
+    assert taken > 0, "parts take less than the whole"
+    held = run.whole - sum(4 * known.groups[number][1] ** 2 for number in known.floats)
+    assert known.peak(math.inf) == held
 
 
 def test_a_dry_run_says_what_the_run_would_take(cli: Cli, tmp_path: Path) -> None:

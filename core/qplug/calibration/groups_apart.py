@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qplug.calibration.portions import BESIDES, PER_ENTRY, PER_WEIGHT
@@ -23,15 +23,18 @@ class GroupRoom:
     """The numbers of weights in a block: ``others`` are not in ``groups``.
 
     ``groups``: for each input group the number of its weights, and the width of its Gram matrix.
+    The groups with numbers in ``floats`` stay float: a block is divided as if they had a Gram
+    matrix, but none is made.
     """
 
     others: int
     groups: Sequence[tuple[int, int]]
+    floats: frozenset[int] = field(default_factory=frozenset)
 
     @property
     def whole(self) -> int:
         """The bytes that all groups take at once."""
-        return PER_WEIGHT * self._weights + PER_ENTRY * sum(width**2 for _, width in self.groups)
+        return PER_WEIGHT * self._weights + sum(map(self._entries, range(len(self.groups))))
 
     def parts(self, budget: float) -> list[list[int]] | None:
         """The numbers of the groups in each part, the largest last; None if all have room.
@@ -56,7 +59,7 @@ class GroupRoom:
         """The bytes of the largest part, and of what stays, within ``budget`` bytes."""
         parts = self.parts(budget)
         if parts is None:
-            return self.whole
+            return self.whole - sum(map(self._entries, self.floats))
         found: list[float] = []
         stored, finished = _STORED * self._weights, 0
         for part in parts:
@@ -64,6 +67,7 @@ class GroupRoom:
             if part is parts[-1]:
                 stored = 0  # the tokens pass the block before
             own = sum(map(self._size, part)) + _IN_PART * others
+            own -= sum(self._entries(number) for number in part if number in self.floats)
             found.append(stored + finished + own)
             finished += _ROUNDED * (others + sum(self.groups[number][0] for number in part))
         return max(found)
@@ -73,8 +77,11 @@ class GroupRoom:
         return self.others + sum(count for count, _ in self.groups)
 
     def _size(self, number: int) -> int:
-        count, width = self.groups[number]
-        return _IN_PART * count + PER_ENTRY * width**2
+        return _IN_PART * self.groups[number][0] + self._entries(number)
+
+    def _entries(self, number: int) -> int:
+        """The bytes of the Gram matrix of a group."""
+        return PER_ENTRY * self.groups[number][1] ** 2
 
 
 def divide_groups(

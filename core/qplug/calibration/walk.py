@@ -6,7 +6,7 @@ Weights of one block are in memory, and the hidden states of all tokens between 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -18,7 +18,9 @@ from qplug.api.scheme import Scheme
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.batches import counted_tokens, samples_in_a_batch
 from qplug.calibration.block_modules import BlockModules
+from qplug.calibration.block_parts import BlockParts
 from qplug.calibration.block_reader import BlockReader
+from qplug.calibration.block_room import BlockRoom
 from qplug.calibration.block_structures import PROBE, BlockStructures
 from qplug.calibration.cache_scales import (
     CalledBatch,
@@ -27,11 +29,9 @@ from qplug.calibration.cache_scales import (
     rounded_queries,
 )
 from qplug.calibration.entrance import Entrance
-from qplug.calibration.groups_apart import divide_groups, weights_of_part
 from qplug.calibration.hidden_states import HiddenStates
 from qplug.calibration.live_block import LiveBlock
 from qplug.calibration.observation import FloatInputs, Observation, SampleQuota, Seen
-from qplug.calibration.portions import divide_experts, part_of_structure, part_of_weights
 from qplug.calibration.reconstruction import Data, LiveReconstruction
 from qplug.calibration.samples import Samples
 from qplug.calibration.statistics import Statistics, share
@@ -39,10 +39,9 @@ from qplug.calibration.stream import Compute, Stream
 from qplug.calibration.stream_distance import StreamDistance
 from qplug.checkpoint.names import within
 from qplug.errors import QplugError
-from qplug.machine.memory import memory_of_each
 from qplug.machine.session import Session
 from qplug.model.block_call import BlockCall, Output, hidden_states
-from qplug.model.experts import alike_in, expert_of, experts_in
+from qplug.model.experts import alike_in
 from qplug.model.input_groups import GroupPaths
 from qplug.model.kv_cache import KVCache
 from qplug.model.parameters import refuse_infinite
@@ -107,8 +106,6 @@ class Walk:
             skeleton or Skeleton(source.folder, trust_remote_code=session.trust_remote_code),
             online=online,
         )
-        self._memory, self._by_group = memory, by_group
-        self._rooms: dict[str, Tensor] = {}  # for the weights of experts with which tokens go on
         self._structures = BlockStructures(device)
         self._reader = BlockReader(
             source, self._blocks.parameters, session.clock, pinned=device.type == "cuda"
@@ -134,6 +131,17 @@ class Walk:
             Seen(len(batch), batch.length, real, real if batch.mask is None else batch.mask)
             for batch, real in zip(batches, self._real, strict=True)
         ]
+        #: What of a block is in memory at once, and where the values of its parts wait.
+        self.room = BlockRoom(
+            source,
+            self._blocks,
+            session,
+            memory=memory,
+            # The float experts must compute too, and a cache is rounded in a whole block.
+            divides=not self._with_float and cache is None,
+            by_group=by_group,
+            tokens=sum(seen.windows * seen.length for seen in self._seen),
+        )
         entrance = self._entrance = Entrance(self._blocks, source)
         weakref.finalize(self, entrance.close)
         # What a few tokens meet shows how the linears of a block are connected.
@@ -160,7 +168,7 @@ class Walk:
             if stream is not None:
                 stream.close()
         self._entrance.close()
-        self._rooms.clear()
+        self.room.clear()
         self._targets = None
 
     @property
@@ -199,28 +207,31 @@ class Walk:
         divided ``by_group``. Use a part before the next one.
         """
         on_cpu = self._reader.read(name)
-        portions = self._portions(name, on_cpu)
-        if portions is None and (parts := self._groups_apart(name, on_cpu)) is not None:
-            yield from self._group_by_group(name, on_cpu, parts)
-        elif portions is None:
+        parts = BlockParts(self, self._blocks, self._processes)  # not kept: it refers to the walk
+        portions = self.room.portions(name, on_cpu, self._schemes)
+        if portions is not None:
+            yield from parts.in_portions(name, on_cpu, portions)
+        elif groups := self.room.groups(
+            name, partial(self.structure, name, on_cpu), on_cpu, self._schemes
+        ):
+            yield from parts.group_by_group(name, on_cpu, groups)
+        else:
             whole = [self._gathered(name, on_cpu)]
             del on_cpu  # the block has copies in float32; no local refers to what is yielded
             yield whole.pop()
-        else:
-            yield from self._in_portions(name, on_cpu, portions)
 
     @torch.no_grad()
     def _gathered(
         self, name: str, on_cpu: Mapping[str, Tensor], *, first: bool = True
     ) -> LiveBlock:
-        structure = self._structure(name, on_cpu)
-        weights = self._on_device(name, on_cpu)
+        structure = self.structure(name, on_cpu)
+        weights = self.on_device(name, on_cpu)
         parameters = self._blocks.computable(weights)
-        statistics = self._observe(name, structure, parameters, parameters, first=first)
+        statistics = self.observe(name, structure, parameters, parameters, first=first)
         if first and self._propagate == "float" and name != self._view.blocks[-1]:
             self._replace(name, self._probe, self._blocks.computing(name, parameters))
         del parameters
-        block = self._live(name, structure, statistics, weights)
+        block = self.live(name, structure, statistics, weights)
         if self._with_targets and self._targets is not None:
             stream = self._stream
             data = Data(
@@ -235,117 +246,14 @@ class Walk:
             )
         return block
 
-    def _in_portions(
-        self, name: str, on_cpu: Mapping[str, Tensor], portions: Sequence[Collection[int]]
-    ) -> Iterator[LiveBlock]:
-        structure = self._structure(name, on_cpu)
-        observation = self._passed_without_experts(name, structure, on_cpu)
-        # Nothing refers to what is yielded: it is freed before the next part is made. (A generator
-        # that torch decorates would be kept company by its last value.)
-        for numbers in ((), *portions):
-            yield self._portion(name, structure, observation, on_cpu, numbers)
-
     @torch.no_grad()
-    def _passed_without_experts(
-        self, name: str, structure: tuple[GroupPaths, ...], on_cpu: Mapping[str, Tensor]
-    ) -> Observation:
-        rest = part_of_weights(self._blocks.modules[name], on_cpu, ())
-        parameters = self._blocks.computable(self._on_device(name, rest))
-        observation = self._passed(name, structure, parameters, parameters, first=True)
-        share(list(observation.statistics.values()), self._processes)
-        return observation
-
-    @torch.no_grad()
-    def _portion(
-        self,
-        name: str,
-        structure: tuple[GroupPaths, ...],
-        observation: Observation,
-        on_cpu: Mapping[str, Tensor],
-        numbers: Collection[int],
-    ) -> LiveBlock:
-        """The experts with these ``numbers``; without any, the rest of the block."""
-        module = self._blocks.modules[name]
-        weights = self._on_device(name, part_of_weights(module, on_cpu, numbers))
-        statistics = dict(observation.statistics)
-        if numbers:
-            parameters = self._blocks.computable(weights)
-            own = observation.experts(parameters, parameters, numbers)
-            share(list(own.values()), self._processes)
-            statistics |= own
-        part = part_of_structure(structure, module, numbers)
-        return self._live(name, part, statistics, weights)
-
-    def _group_by_group(
-        self, name: str, on_cpu: dict[str, Tensor], parts: Sequence[tuple[GroupPaths, ...]]
-    ) -> Iterator[LiveBlock]:
-        """Empties ``on_cpu``. The tokens pass the block once for each of ``parts``."""
-        weights = self._on_device(name, on_cpu)
-        on_cpu.clear()
-        for number in range(len(parts)):
-            yield self._part(name, parts, number, weights)
-
-    @torch.no_grad()
-    def _part(
-        self,
-        name: str,
-        parts: Sequence[tuple[GroupPaths, ...]],
-        number: int,
-        weights: dict[str, Tensor],
-    ) -> LiveBlock:
-        """The part with ``number``; the last one empties ``weights``, those of the block."""
-        parameters = self._blocks.computable(weights)
-        statistics = self._observe(name, parts[number], parameters, parameters, first=number == 0)
-        own = weights_of_part(parts, number, weights)
-        del parameters
-        if number == len(parts) - 1:
-            weights.clear()
-        return self._live(name, parts[number], statistics, own)
-
-    def _groups_apart(
-        self, name: str, on_cpu: Mapping[str, Tensor]
-    ) -> list[tuple[GroupPaths, ...]] | None:
-        """The input groups of each part of block ``name``; None if there is memory for all."""
-        if not self._by_group or self._with_float or self._cache is not None:
-            return None
-        if experts_in(self._blocks.modules[name]):
-            return None
-        if any(scheme.static_inputs for scheme in within(name, self._schemes).values()):
-            return None  # the linears that an engine merges share a scale
-        budgets = [each for each in self._processes.gather(self._budget()) if each is not None]
-        if not budgets:
-            return None
-        return divide_groups(self._structure(name, on_cpu), on_cpu, min(budgets))
-
-    def _portions(self, name: str, on_cpu: Mapping[str, Tensor]) -> list[range] | None:
-        """The experts of each part of block ``name``; None if there is memory for the whole."""
-        if self._with_float or self._cache is not None:  # the float experts must compute, too
-            return None
-        module = self._blocks.modules[name]
-        schemes = within(name, self._schemes)
-        if any(s.static_inputs for path, s in schemes.items() if expert_of(module, path)):
-            return None  # the experts of a layer share a scale
-        if not experts_in(module):
-            return None
-        tokens = sum(seen.windows * seen.length for seen in self._seen)
-        # All processes take the same portions, though one may have less memory or more tokens.
-        every = self._processes.gather((self._budget(), tokens))
-        budgets = [budget for budget, _ in every if budget is not None]
-        return divide_experts(
-            module, on_cpu, max(count for _, count in every), min(budgets, default=None)
-        )
-
-    def _budget(self) -> int | None:
-        """The bytes that a block may take in this process; None if nothing limits them."""
-        return memory_of_each(self._device, self._processes.count, self._memory)
-
-    @torch.no_grad()
-    def _structure(self, name: str, weights: Mapping[str, Tensor]) -> tuple[GroupPaths, ...]:
+    def structure(self, name: str, weights: Mapping[str, Tensor]) -> tuple[GroupPaths, ...]:
+        """The input groups of block ``name``, whose parameters are shaped as ``weights``."""
         self._probe.expect(name)
         (probe,) = self._probe
         return self._structures.of(self._blocks.modules[name], weights, probe)
 
-    def _on_device(self, name: str, on_cpu: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def on_device(self, name: str, on_cpu: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights ``on_cpu`` of block ``name``, checked."""
         alike = alike_in(self._blocks.modules[name]) if self._device.type == "cuda" else []
         here = [own for names in alike if (own := [n for n in names if n in on_cpu])]
@@ -357,13 +265,14 @@ class Walk:
         )
         return weights
 
-    def _live(
+    def live(
         self,
         name: str,
         structure: tuple[GroupPaths, ...],
         statistics: Mapping[str, Statistics],
         weights: Mapping[str, Tensor],
     ) -> LiveBlock:
+        """The block ``name``, or a part of it, with ``weights`` on the device."""
         alike = alike_in(self._blocks.modules[name])
         is_whole = len(weights) == len(self._blocks.parameters[name])
         return LiveBlock(
@@ -378,34 +287,6 @@ class Walk:
             alike=[own for names in alike if (own := [n for n in names if n in weights])],
             is_whole=is_whole,
         )
-
-    def parked(self, name: str, effective: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``effective`` of a part of block ``name``, where ``advance`` wants it.
-
-        On a GPU the weights of all experts are together, or on the host if they take more than half
-        of the memory that a block may take.
-        """
-        if self._device.type != "cuda":
-            return effective
-        if not self._fits(name):
-            return {local: value.cpu() for local, value in effective.items()}
-        parked = dict(effective)
-        for names in alike_in(self._blocks.modules[name]):
-            for place, local in enumerate(names):
-                if local not in effective:
-                    continue
-                value = effective[local]
-                if names[0] not in self._rooms:
-                    self._rooms[names[0]] = value.new_empty(len(names), *value.shape)
-                parked[local] = self._rooms[names[0]][place].copy_(value)
-        return parked
-
-    def _fits(self, name: str) -> bool:
-        module = self._blocks.modules[name]
-        stored = [f"{name}.{local}" for names in alike_in(module) for local in names]
-        size = sum(self._source.tensors[n].nbytes for n in stored if n in self._source.tensors)
-        budget = self._budget()
-        return budget is None or size <= budget / 2
 
     @torch.no_grad()
     def measured(self, name: str, effective: Mapping[str, Tensor]) -> float:
@@ -445,11 +326,8 @@ class Walk:
 
         The second one rounds keys and values if the KV cache is quantized.
         """
-        self._rooms.clear()
-        on_host: set[str] = set()
-        if self._device.type == "cuda" and not self._fits(name):
-            on_host = {n for names in alike_in(self._blocks.modules[name]) for n in names}
-        parameters = self._blocks.parameters_of(name, effective, on_host)
+        self.room.clear()
+        parameters = self._blocks.parameters_of(name, effective, self.room.on_host(name))
         with self._blocks.rounding_inputs(name, self._blocks.parameters[name], effective):
             compute = self._blocks.computing(name, parameters)
             yield compute, self._through_cache(name, effective, compute)
@@ -520,7 +398,7 @@ class Walk:
     def _batches(self) -> Iterator[CalledBatch]:
         return zip(self._stream, self._real, strict=True)
 
-    def _observe(
+    def observe(
         self,
         name: str,
         structure: tuple[GroupPaths, ...],
@@ -531,14 +409,14 @@ class Walk:
     ) -> dict[str, Statistics]:
         """The statistics of the groups in ``structure``, by the module path they are taken at.
 
-        As ``_passed``, with the experts.
+        As ``passed``, with the experts.
         """
-        observation = self._passed(name, structure, parameters, float_parameters, first=first)
+        observation = self.passed(name, structure, parameters, float_parameters, first=first)
         observation.experts(parameters, float_parameters)
         share(list(observation.statistics.values()), self._processes)
         return observation.statistics
 
-    def _passed(
+    def passed(
         self,
         name: str,
         structure: tuple[GroupPaths, ...],
@@ -613,7 +491,7 @@ class Walk:
         float_values: Mapping[str, Tensor],
         rounded: Sequence[str],
     ) -> dict[str, Statistics]:
-        """Like ``_observe``, but half-way through a block.
+        """Like ``observe``, but half-way through a block.
 
         ``values`` and ``float_values`` are parameters of the block and of the float block; linears
         of the weights in ``rounded`` read rounded inputs. Raises QplugError unless ``is_whole``.
@@ -624,7 +502,7 @@ class Walk:
                 "raise --memory, or use fewer --samples"
             )
         with self._blocks.rounding_inputs(name, rounded, values):
-            return self._observe(
+            return self.observe(
                 name,
                 structure,
                 self._blocks.parameters_of(name, values),

@@ -221,7 +221,7 @@ def _part(steps: Steps, walk: Walk, step: Step, block: LiveBlock, *, again: bool
     parameters = block.effective_parameters(codes, floats, walk.dtype)
     if block.is_whole:
         steps.watchers.block_done(step.name, report, block, codes, again=again)
-    return _Part(packed, floats, walk.parked(step.name, parameters), report)
+    return _Part(packed, floats, walk.room.parked(step.name, parameters), report)
 
 
 def _unpacked(steps: Steps, step: Step, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -222,10 +222,13 @@ def _parts(block: BlockWork, work: Workload, budget: float) -> int:
 
 def _groups(block: BlockWork, work: Workload) -> GroupRoom | None:
     """The input groups of ``block``, if these may be quantized one after another."""
-    if not work.by_group or any(one.experts for one in block.readers):
+    if not work.by_group or not block.groups:
         return None
-    each = [(one.width * one.rows, one.width) for one in block.readers for _ in range(one.count)]
-    return GroupRoom(block.others, each)
+    groups = block.groups
+    others = block.others + block.weights - sum(group.weights for group in groups)
+    floats = (number for number, group in enumerate(groups) if group.is_float)
+    each = [(group.weights, group.width) for group in groups]
+    return GroupRoom(max(0, others), each, frozenset(floats))
 
 
 def _passes(work: Workload, tokens: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from qplug.api import ModelView
@@ -12,7 +12,7 @@ from qplug.api.algorithm import Effort
 from qplug.api.tensors import Checkpoint
 from qplug.calibration.samples import Samples
 from qplug.checkpoint.config_file import experts_of_a_token, text_config
-from qplug.checkpoint.names import block_of, kind_of, module_of, within
+from qplug.checkpoint.names import block_of, kind_of, module_of, relative_name, within
 from qplug.output.plan import Plan
 
 #: The experts of a token where config.json does not state their number.
@@ -39,11 +39,24 @@ class Readers:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Linears that read one tensor of ``width`` channels: the number of all of their weights.
+
+    ``is_float``: whether all of them stay float.
+    """
+
+    weights: int
+    width: int
+    is_float: bool
+
+
+@dataclass(frozen=True)
 class BlockWork:
     """A decoder block, whose quantized linears are in ``readers``; ``linears`` is their number.
 
     ``others`` is the number of float weights. ``read`` are the bytes of the block in the source,
-    ``written`` those in the result.
+    ``written`` those in the result. ``groups`` are the input groups of the block, also of linears
+    that stay float; they are empty for a block with experts.
     """
 
     readers: tuple[Readers, ...]
@@ -51,6 +64,7 @@ class BlockWork:
     read: int
     written: int
     linears: int
+    groups: tuple[Group, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -106,15 +120,46 @@ def readers(shapes: Mapping[str, tuple[int, int]], experts_of_a_token: int) -> t
 
 def _sets(linears: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """The width and the rows of each set of the ``linears`` of one module."""
-    rows: dict[int, list[int]] = defaultdict(list)
-    for out, width in linears:
-        rows[width].append(out)
-    if len(rows) == 1:
-        ((width, outs),) = rows.items()
-        if len(outs) > 1:
-            own = width if width in outs else outs[-1]
-            return [(width, sum(outs) - own), (width, own)]
-    return [(width, sum(outs)) for width, outs in rows.items()]
+    named = {str(number): shape for number, shape in enumerate(linears)}
+    return [
+        (named[names[0]][1], sum(named[name][0] for name in names)) for names in _by_input(named)
+    ]
+
+
+def _by_input(linears: Mapping[str, tuple[int, int]]) -> list[list[str]]:
+    """The names of the ``linears`` of one module that read one tensor, for each tensor.
+
+    Of two that may be the output linear, it is the first by name: ``o_proj``, not ``q_proj``. Both
+    have the same shape.
+    """
+    by_width: dict[int, list[str]] = defaultdict(list)
+    for name, (_, width) in linears.items():
+        by_width[width].append(name)
+    if len(by_width) == 1:
+        ((width, names),) = by_width.items()
+        if len(names) > 1:
+            own = min((n for n in names if linears[n][0] == width), default=names[-1])
+            return [[name for name in names if name != own], [own]]
+    return [*by_width.values()]
+
+
+def groups_of(shapes: Mapping[str, tuple[int, int]], quantized: Container[str]) -> list[Group]:
+    """The input groups of a block whose linears have ``shapes``, by name in the block.
+
+    Which of them are ``quantized`` does not change what reads one tensor.
+    """
+    modules: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
+    for name, shape in shapes.items():
+        modules[module_of(name)][name] = shape
+    return [
+        Group(
+            sum(math.prod(linears[name]) for name in names),
+            linears[names[0]][1],
+            not any(name in quantized for name in names),
+        )
+        for linears in modules.values()
+        for names in _by_input(linears)
+    ]
 
 
 def workload(
@@ -147,13 +192,19 @@ def workload(
         read[number] += tensor.nbytes
         if module_of(name) not in shapes[number]:
             others[number] += math.prod(tensor.spec.shape)
+    linears: list[dict[str, tuple[int, int]]] = [{} for _ in view.blocks]
+    for name, shape in view.linears.items():
+        number = block_of(name, view.blocks)
+        if number is not None:
+            linears[number][relative_name(view.blocks[number], name)] = shape
     blocks = (
-        BlockWork(
-            readers(within(block, shapes[number]), of_a_token),
+        _block_work(
+            within(block, shapes[number]),
+            linears[number],
+            of_a_token,
             others[number],
             read[number],
             written[number],
-            len(shapes[number]),
         )
         for number, block in enumerate(view.blocks)
     )
@@ -166,6 +217,27 @@ def workload(
         text_config(view.config).get("hidden_size") or _stream_width(view),
         max(steps, default=0),
         by_group,
+    )
+
+
+def _block_work(
+    quantized: Mapping[str, tuple[int, int]],
+    linears: Mapping[str, tuple[int, int]],
+    of_a_token: int,
+    others: int,
+    read: int,
+    written: int,
+) -> BlockWork:
+    """The work of a block with ``linears``, of which some are ``quantized``; both by local name."""
+    every = readers(linears, of_a_token)
+    has_experts = any(one.experts for one in every)
+    return BlockWork(
+        readers(quantized, of_a_token),
+        others,
+        read,
+        written,
+        len(quantized),
+        () if has_experts else tuple(groups_of(linears, quantized)),
     )
 
 
