@@ -15,6 +15,7 @@ from qplug.errors import QplugError
 from qplug.machine.memory import parse_size
 from qplug.machine.read_ahead import read_ahead
 from qplug.machine.session import Session
+from qplug.machine.turns import short_turns
 from qplug.output.ownership import refuse_existing
 from qplug.output.parent_folders import parent_folders
 from qplug.output.unfinished import clean_up
@@ -130,6 +131,7 @@ def quantize_by(
             trust_remote_code=trust_remote_code,
             memory=None if memory is None else parse_size(memory),
         ) as session,
+        short_turns(),
         session.registry.blaming(),  # a plugin's SystemExit must not end the caller's program
     ):
         chosen = None
