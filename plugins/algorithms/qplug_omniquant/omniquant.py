@@ -108,7 +108,9 @@ class OmniQuant(Algorithm[Params]):
             raise QplugError("omniquant learns from calibration data, but this run has none")
         scalable = [group for group in block.groups if group.scalable] if params.let else []
         for group in scalable:
-            self._start(block, group)
+            # A new scale would drop the clips that an earlier algorithm chose along with its own.
+            if all(linear.scale is None for linear in group.linears):
+                self._start(block, group)
         start_clips(block.groups, steps=params.clip_steps, smallest=params.clip_smallest)
         moves = [_Move(group, shift=params.shift and group.shiftable) for group in scalable]
         clips = [_Clip(linear, learned=params.lwc) for linear in block.linears]

@@ -456,6 +456,29 @@ def test_few_steps_of_omniquant_are_longer(
     assert begun == pytest.approx(rates)
 
 
+def test_omniquant_starts_from_the_clips_that_an_earlier_algorithm_chose(
+    family: Family,
+    start: Callable[..., Walk],
+    make_tokens: MakeTokens,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another search of scales would drop the clips of its linears and of the linear before."""
+    monkeypatch.setattr("qplug_omniquant.omniquant.learn", lambda *_, **__: Learned(1.0, 1.0))
+    block = start(family("llama"), make_tokens(2, 12), scheme=SCHEMES["W4"]).gather(
+        "model.layers.0"
+    )
+    for linear in block.linears:
+        low, high = weight_range(linear.weight, linear.args)
+        linear.scale, linear.zero = range_scale(0.8 * low, 0.8 * high, linear.args)
+    chosen = {linear.name: linear.scale for linear in block.linears}
+    plain = {name: weight.clone() for name, weight in block.weights32.items()}
+    OmniQuant(OmniQuantParams()).transform(block)
+    for name, weight in block.weights32.items():
+        assert torch.equal(weight, plain[name])
+    for linear in block.linears:
+        torch.testing.assert_close(linear.scale, chosen[linear.name], rtol=1e-2, atol=0)
+
+
 def test_the_best_is_kept_and_waiting_ends(
     family: Family, start: Callable[..., Walk], make_tokens: MakeTokens
 ) -> None:
