@@ -30,7 +30,10 @@ def completed(*words: str) -> list[str]:
         (["quantize", "--sch"], ["--scheme"]),
         (["quantize", "--algo", "g"], ["gptq"]),
         (["quantize", "--algo", "quarot+g"], ["quarot+gptq"]),
-        (["quantize", "--scheme", "FP8"], ["FP8", "FP8_BLOCK", "FP8_DYNAMIC"]),
+        (
+            ["quantize", "--scheme", "FP8"],
+            ["FP8", "FP8A16", "FP8A16_BLOCK", "FP8A16_TENSOR", "FP8_BLOCK", "FP8_DYNAMIC"],
+        ),
         (["quantize", "--scheme", "int"], ["int4", "int8"]),
         (["quantize", "--scheme", "w8a8"], ["w8a8", "w8a8_static"]),
         (["quantize", "--backend", "v"], ["vllm"]),
