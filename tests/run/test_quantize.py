@@ -34,13 +34,16 @@ if TYPE_CHECKING:
 DEMO = Path(qplug.__file__).parent / "demo"
 REFERENCE = Path(__file__).parents[3] / "shared" / "models" / "ref-19m"
 BACKENDS = ("sglang", "vllm", "compressed-tensors", "fake")
-#: Presets that SGLang has no kernel for: those with integers of other than 4 and 8 bits, too.
+#: Presets that engines have no kernel for. SGLang has none for those with integers of other than 4 and 8 bits, too.
 NOT_SERVED = [
-    (scheme, "sglang")
-    for scheme, preset in PRESETS.items()
-    if scheme in ("W8A8_STATIC", "W4AFP8", "W4A8", "W8A16_ASYM", "MXFP8", "FP8A16_BLOCK")
-    or scheme.startswith("MXFP4")
-    or (preset.weights.dtype.startswith("int") and preset.weights.bits not in (4, 8))
+    ("FP8A16_BLOCK", "vllm"),
+    *(
+        (scheme, "sglang")
+        for scheme, preset in PRESETS.items()
+        if scheme in ("W8A8_STATIC", "W4AFP8", "W4A8", "W8A16_ASYM", "MXFP8", "FP8A16_BLOCK")
+        or scheme.startswith("MXFP4")
+        or (preset.weights.dtype.startswith("int") and preset.weights.bits not in (4, 8))
+    ),
 ]
 #: The error of a weight of the demo model that is rounded to nearest, by dtype: halved by each bit.
 LIMITS = {f"int{bits}": 0.6 * 2.0 ** (2 - bits) for bits in range(2, 8)}
