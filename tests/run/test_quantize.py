@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DEMO = Path(qplug.__file__).parent / "demo"
 REFERENCE = Path(__file__).parents[3] / "shared" / "models" / "ref-19m"
 BACKENDS = ("sglang", "vllm", "compressed-tensors", "fake")
-#: Presets that engines have no kernel for. SGLang has none for those with integers of other than 4 and 8 bits, too.
+#: Presets that engines have no kernel for; SGLang has no integers of other than 4 and 8 bits.
 NOT_SERVED = [
     ("FP8A16_BLOCK", "vllm"),
     *(
