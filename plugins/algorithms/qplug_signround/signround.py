@@ -30,7 +30,11 @@ class Params:
     ] = None
     range_lr: Annotated[
         float | None,
-        Param("The first step of ranges, relative; none: as offsets.", 0, also=("minmax_lr",)),
+        Param(
+            "The first step of ranges, relative; none: as offsets, and 0 for scales of two levels.",
+            0,
+            also=("minmax_lr",),
+        ),
     ] = None
     aug_loss: Annotated[
         bool, Param("Match the float block on the same inputs too, not the float model alone.")
@@ -55,7 +59,12 @@ class SignRound(Algorithm[Params]):
         if block.reconstruction is None:
             raise QplugError("signround learns from calibration data, but this run has none")
         start_clips(block.groups, steps=params.clip_steps, smallest=params.clip_smallest)
-        learned = {linear.name: _Rounding(linear) for linear in block.linears}
+        told = params.range_lr is not None
+        learned = {
+            # Scales of two levels have few codes, among which the search finds the best already.
+            linear.name: _Rounding(linear, learns=told or not linear.args.two_level)
+            for linear in block.linears
+        }
 
         def weights() -> dict[str, Tensor]:
             return {f"{name}.weight": rounding.weight() for name, rounding in learned.items()}
@@ -93,16 +102,17 @@ class _Rounding:
     """The tensors that are learned for one linear.
 
     ``offset: [out, in]``, in steps of the grid, is added before rounding. ``factors``: the low and
-    the high end of the range (one factor if symmetric) relative to the start, ``args.scale_shape``.
+    the high end of the range (one factor if symmetric) relative to the start, ``args.scale_shape``;
+    none if the range is not learned.
     """
 
-    def __init__(self, linear: Linear) -> None:
+    def __init__(self, linear: Linear, *, learns: bool) -> None:
         self._weight, self._args = linear.weight, linear.args
         self._global_scale = linear.global_scale
         scale, zero = scale_of(linear)
         self._scale, self._zero = scale, None if zero is None else zero.float()
         self.offset = torch.zeros_like(linear.weight, requires_grad=True)
-        ends = (1 if linear.args.symmetric else 2) * learns_ranges(linear.args)
+        ends = (1 if linear.args.symmetric else 2) * (learns and learns_ranges(linear.args))
         self.factors = [torch.ones_like(scale, requires_grad=True) for _ in range(ends)]
 
     def weight(self) -> Tensor:

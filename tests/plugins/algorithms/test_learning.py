@@ -17,8 +17,9 @@ from qplug.api.groups import dequantize_with
 from qplug.calibration.samples import Samples
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
+from qplug.numerics import scale_of
 from qplug.numerics.activations import activation_top, fake_quantize_activations
-from qplug.numerics.learning import Learned, SignSGD, learn
+from qplug.numerics.learning import Learned, SignSGD, learn, start_clips
 from qplug.numerics.rounding import quantize
 from qplug.numerics.scales import minmax_scale, range_scale, weight_range
 from qplug.numerics.straight_through import (
@@ -406,6 +407,24 @@ def test_rounding_that_is_learned_is_never_worse(
     for made in codes.values():
         assert made.scale.dtype == torch.float32
         assert (made.zero is None) == made.args.symmetric
+
+
+@pytest.mark.parametrize(("rate", "same"), [(None, True), (0.02, False)])
+def test_scales_of_two_levels_stay_unless_a_rate_is_given(
+    rate: float | None,
+    same: bool,
+    family: Family,
+    start: Callable[..., Walk],
+    make_tokens: MakeTokens,
+) -> None:
+    """The search finds the best of their few codes; learning made NVFP4 worse."""
+    scheme = qplug.preset("NVFP4A16")
+    block = start(family("llama"), make_tokens(12, 12), scheme=scheme).gather("model.layers.0")
+    start_clips(block.groups, steps=20, smallest=0.6)
+    begun = {linear.name: scale_of(linear)[0].clone() for linear in block.linears}
+    codes = SignRound(SignRoundParams(epochs=20, range_lr=rate)).quantize(block)
+    kept = [torch.equal(codes[name].scale, scale) for name, scale in begun.items()]
+    assert all(kept) == same
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
