@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qplug import (
     Capability,
@@ -321,9 +321,15 @@ def _attention_of(scale: str) -> str:
     return module.removesuffix(f".{local[0]}_proj")
 
 
+def text_part(model: ModelView) -> Mapping[str, Any]:
+    """The part of config.json on the language model; all of it if there is no such part."""
+    inner = model.config.get("text_config")
+    return inner if isinstance(inner, Mapping) else model.config
+
+
 def _heads(model: ModelView, *, of_queries: bool) -> int:
     """The number of heads of queries, or of keys and values, by config.json."""
-    text = model.config.get("text_config") or model.config
+    text = text_part(model)
     heads = text.get("num_attention_heads")
     found = heads if of_queries else text.get("num_key_value_heads") or heads
     return found if type(found) is int else 1

@@ -16,8 +16,16 @@ from qplug_sglang.loaders import FP4_BY_OPTION, LOADERS
 from qplug_sglang.members import WRITTEN
 from qplug_sglang.mixed import MIXED, refuses_mixture
 from qplug_sglang.modelopt import ModelOpt, loader_problems, told_by
-from qplug_sglang.shared_experts import divided_shared_expert, shared_experts_are_as_routed_ones
-from qplug_sglang.unpacked import latent_projections_are_unpacked, packed_in_vain
+from qplug_sglang.shared_experts import (
+    divided_shared_expert,
+    shared_expert_problems,
+    shared_experts_are_as_routed_ones,
+)
+from qplug_sglang.unpacked import (
+    latent_projections_are_unpacked,
+    packed_in_vain,
+    packed_problems,
+)
 
 if TYPE_CHECKING:
     from qplug import Checkpoint
@@ -81,10 +89,8 @@ class SGLang(CompressedTensorsLoader):
         rows = [row for row in self.capabilities() if row.scheme not in IN_MODELOPT]
         yield from kernel_problems(model, schemes, [*rows, *IN_MODELOPT.values()])
         yield from fused_problems(model.linears, schemes)
-        for name, sentence in packed_in_vain(model, schemes).items():
-            yield Problem("kernel", name, sentence)
-        if (divided := divided_shared_expert(model, schemes)) is not None:
-            yield Problem("fused", *divided)
+        yield from packed_problems(model, schemes)
+        yield from shared_expert_problems(model, schemes)
         yield from loader_problems(folder, model, schemes, self.release)
         yield from cache_problems(folder, model, format.read_cache(config))
 

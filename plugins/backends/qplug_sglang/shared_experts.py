@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from qplug import ModelView, Problem, Scheme
-from qplug_compressed_tensors.rules import Case
+from qplug_compressed_tensors.rules import Case, text_part
 
 #: Types of models that do so on every GPU, and those that do if they have so many routed experts,
 #: unless these are in int4.
@@ -23,8 +23,7 @@ def divided_shared_expert(
     model: ModelView, schemes: Mapping[str, Scheme]
 ) -> tuple[str, str] | None:
     """A linear of a shared expert whose scheme is not that of the routed ones, and the reason."""
-    text = model.config.get("text_config")
-    config = text if isinstance(text, Mapping) else model.config
+    config = text_part(model)
     of_256 = config.get("model_type") in _OF_256 and config.get("n_routed_experts") == 256
     if config.get("model_type") not in _ALWAYS and not of_256:
         return None
@@ -48,8 +47,13 @@ def divided_shared_expert(
     return None
 
 
-def shared_experts_are_as_routed_ones(case: Case) -> Iterator[Problem]:
-    """A shared expert has the scheme of the routed ones where SGLang runs it with them."""
-    found = divided_shared_expert(case.model, case.schemes)
+def shared_expert_problems(model: ModelView, schemes: Mapping[str, Scheme]) -> Iterator[Problem]:
+    """Yield a problem for a shared expert whose scheme is not that of the routed ones."""
+    found = divided_shared_expert(model, schemes)
     if found is not None:
         yield Problem("fused", *found)
+
+
+def shared_experts_are_as_routed_ones(case: Case) -> Iterator[Problem]:
+    """A shared expert has the scheme of the routed ones where SGLang runs it with them."""
+    yield from shared_expert_problems(case.model, case.schemes)

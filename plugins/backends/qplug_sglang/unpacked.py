@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from qplug import ModelView, Problem, Scheme
-from qplug_compressed_tensors.rules import Case
+from qplug_compressed_tensors.rules import Case, text_part
 
 #: Projections whose ``weight`` is read, if the module has the second one.
 _READ = {
@@ -42,10 +42,15 @@ def packed_in_vain(model: ModelView, schemes: Mapping[str, Scheme]) -> dict[str,
     return found
 
 
+def packed_problems(model: ModelView, schemes: Mapping[str, Scheme]) -> Iterator[Problem]:
+    """Yield a problem for each linear of ``packed_in_vain``."""
+    for name, sentence in packed_in_vain(model, schemes).items():
+        yield Problem("kernel", name, sentence)
+
+
 def latent_projections_are_unpacked(case: Case) -> Iterator[Problem]:
     """No linear is packed that SGLang reads itself, or whose kernel lacks the activation."""
-    for name, sentence in packed_in_vain(case.model, case.schemes).items():
-        yield Problem("kernel", name, sentence)
+    yield from packed_problems(case.model, case.schemes)
 
 
 def _packs(scheme: Scheme) -> bool:
@@ -66,7 +71,11 @@ def _is_read(name: str, linears: Iterable[str]) -> bool:
 
 def _activation_of_experts(model: ModelView) -> str | None:
     """The name of the activation function in config.json; None if it is not told."""
-    text = model.config.get("text_config")
-    configs = [part for part in (text, model.config) if isinstance(part, Mapping)]
-    told = [config[key] for config in configs for key in _ACTIVATIONS if key in config]
-    return str(told[0]) if told else None
+    told = (
+        part[key]
+        for part in (text_part(model), model.config)
+        for key in _ACTIVATIONS
+        if key in part
+    )
+    activation = next(told, None)
+    return None if activation is None else str(activation)

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rewritten_models import reference, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -39,7 +39,6 @@ from qplug.model.architectures import by_linear
 from qplug.model.hollow import build, load_config
 from qplug.model.online_rotation import rotate_inputs
 from qplug.model.stacked_experts import with_stacked_experts
-from qplug.model.transposed import as_published
 from qplug.model.view import model_view
 from qplug.numerics.hadamard import hadamard_matrix
 from qplug.numerics.rotation import HadamardRotation, KeepingMean, RandomRotation, Rotation
@@ -96,27 +95,6 @@ def stages(algo: str = "quarot", backend: str = "fake", **options: Any) -> Stage
 def rotated(folder: Path, **options: Any) -> Prepared:
     source = by_linear(open_checkpoint(folder), Registry([]))
     return prepare(stages(**options), source, model_view(source), Session(Registry([])))
-
-
-def save(prepared: Prepared, folder: Path) -> Path:
-    """The rewritten model as a float32 checkpoint of its own."""
-    folder.mkdir()
-    tensors = {n: prepared.checkpoint.read(n) for n in prepared.checkpoint.tensors}
-    source = prepared.checkpoint.folder
-    config = load_config(source, trust_remote_code=False)
-    hollow = build(config, source, trust_remote_code=False)
-    tensors = as_published(hollow, with_stacked_experts(hollow, tensors))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(prepared.checkpoint.config))
-    return folder
-
-
-def reference(folder: Path) -> PreTrainedModel:
-    (architecture,) = load_config(folder, trust_remote_code=False).architectures or ()
-    model: PreTrainedModel = getattr(transformers, architecture).from_pretrained(
-        folder, dtype=torch.float32
-    )
-    return model.eval()
 
 
 @torch.no_grad()

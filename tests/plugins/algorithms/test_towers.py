@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from rewritten_models import reference, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,10 +21,7 @@ from qplug import QplugError
 from qplug.checkpoint.open import open_checkpoint
 from qplug.machine.session import Session
 from qplug.model.architectures import by_linear
-from qplug.model.hollow import build, load_config
-from qplug.model.stacked_experts import with_stacked_experts
 from qplug.model.tower_writers import TOWERS
-from qplug.model.transposed import as_published
 from qplug.model.view import model_view
 from qplug.recipe.recipe import Recipe
 from qplug.recipe.spellings import parse_scheme
@@ -44,26 +40,6 @@ def rotated(folder: Path) -> Prepared:
     recipe = Recipe(("quarot",), parse_scheme("W8A8"), "fake")
     stages = Stages(recipe, Session(Registry.installed()))
     return prepare(stages, source, model_view(source), Session(Registry([])))
-
-
-def save(prepared: Prepared, folder: Path) -> Path:
-    """The rewritten model as a float32 checkpoint of its own."""
-    folder.mkdir()
-    source = prepared.checkpoint.folder
-    tensors = {n: prepared.checkpoint.read(n) for n in prepared.checkpoint.tensors}
-    hollow = build(load_config(source, trust_remote_code=False), source, trust_remote_code=False)
-    tensors = as_published(hollow, with_stacked_experts(hollow, tensors))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(prepared.checkpoint.config))
-    return folder
-
-
-def reference(folder: Path) -> PreTrainedModel:
-    (architecture,) = load_config(folder, trust_remote_code=False).architectures or ()
-    found: PreTrainedModel = getattr(transformers, architecture).from_pretrained(
-        folder, dtype=torch.float32
-    )
-    return found.eval()
 
 
 def tiny(name: str, folder: Path) -> Path:
