@@ -154,11 +154,13 @@ class Folder:
         """
         found = {}
         args, keys = self.kv_cache, self.cache_scales() if self.kv_cache is not None else {}
-        for number, block in enumerate(self.view.blocks if args is not None else ()):
-            for tensor in self.checkpoint.tensors:
-                name, local = split_name(tensor)
-                if local != STORED_SCALES[-1] or not is_within(block, tensor):
-                    continue
+        for tensor in self.checkpoint.tensors if args is not None else ():
+            name, local = split_name(tensor)
+            if local != STORED_SCALES[-1]:
+                continue
+            for number in (
+                n for n, block in enumerate(self.view.blocks) if is_within(block, tensor)
+            ):
                 assert args is not None
                 scale, groups = self.checkpoint.read(tensor), keys[number][0].numel()
                 if scale.numel() % groups:
