@@ -20,7 +20,7 @@ from qplug.api.events import Result
 from qplug.errors import QplugError, StageError
 from qplug.output import disk
 from qplug.output.journal import Journal
-from qplug.output.writer import _MOST_PENDING, Writer
+from qplug.output.writer import Writer
 from qplug.run.quantize import quantize
 
 if TYPE_CHECKING:
@@ -170,11 +170,31 @@ def test_stopped_after_every_step(
             run(stop=stop)
         assert not (tmp_path / "out").exists()
         result = run()
-        # So many small steps at most had not reached the disk.
-        assert stop - 1 - _MOST_PENDING <= result.resumed <= stop
+        assert result.resumed == stop
         assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
         shutil.rmtree(tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"llama", "undisturbed"}
+
+
+def test_steps_that_wait_for_a_slow_disk_are_kept(
+    tmp_path: Path,
+    run: Callable[..., Result],
+    contents: Contents,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sync = os.fsync
+
+    def slow(file: int) -> None:
+        time.sleep(0.05)
+        sync(file)
+
+    run(out="undisturbed")
+    monkeypatch.setattr(os, "fsync", slow)
+    with pytest.raises(Stop):
+        run(stop=9)
+    monkeypatch.undo()
+    assert run().resumed == 9
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
 
 def test_errors_of_resumed_steps_are_told_again(

@@ -79,7 +79,8 @@ class Writer:
     """Writes the tensors of ``plan``. Use it as a context manager.
 
     If the context ends by a QplugError or a full disk, the unfinished folder is removed. If it ends
-    by a kill, Ctrl-C or a bug, the unfinished folder stays, and the same command resumes the run.
+    by a kill, Ctrl-C or a bug, the unfinished folder stays, and the same command resumes the run;
+    after Ctrl-C or a bug it holds each step that was given to ``write``.
     ``finished`` are the reports of the steps that earlier runs of this command wrote, by number.
     """
 
@@ -534,16 +535,16 @@ class Writer:
 
     def _close(self) -> None:
         """Stops the threads, and closes the shards and the journal."""
-        self._stop()
+        self._stop(is_kept=True)
         for file in self._files.values():
             with suppress(OSError):
                 os.close(file)
         self._files.clear()
         self._folder.journal.close()
 
-    def _stop(self) -> None:
-        """Ends the threads, after what they are doing."""
-        self._thread.shutdown(cancel_futures=True)
+    def _stop(self, *, is_kept: bool) -> None:
+        """Ends the threads: after all pending steps if the folder is kept, else after one."""
+        self._thread.shutdown(cancel_futures=not is_kept)
         for thread in (self._reading, self._summing, self._noting):
             thread.shutdown()
 
@@ -560,7 +561,7 @@ class Writer:
             return
         limit = _limit_reached(error)
         if limit or (isinstance(error, QplugError) and not isinstance(error, KeptError)):
-            self._stop()
+            self._stop(is_kept=False)
             with suppress(OSError):
                 self._folder.remove()
         self._close()
