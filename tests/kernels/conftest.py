@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_memory import watch
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,9 +32,18 @@ def _interpreting_triton() -> Iterator[None]:
         from triton.runtime import interpreter
 
         patch.setattr(interpreter, "_convert_float", _converting(interpreter))
+        watch(interpreter, patch)
         yield
     _remove(_modules_with_triton())
     sys.modules.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_memory_has_values() -> Iterator[None]:
+    """What a kernel does not write is NaN: torch fills new tensors if runs have to be alike."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def _modules_with_triton() -> dict[str, Any]:

@@ -53,9 +53,11 @@ def _add(  # type: ignore[no-untyped-def]
         totals += values
         absolutes += tl.abs(values)
     place = tensor * width + column
-    sums, least, most = tl.sum(totals, 0), tl.min(lows, 0), tl.max(highs, 0)
-    is_number = sums == sums  # noqa: PLR0124  # extremes of a block leave NaN out, sums do not
-    least, most = tl.where(is_number, least, sums), tl.where(is_number, most, sums)
+    sums, sizes = tl.sum(totals, 0), tl.sum(absolutes, 0)
+    # Extremes of a block leave NaN out. Sums of magnitudes do not, and infinities make none there.
+    is_number = sizes == sizes  # noqa: PLR0124
+    least = tl.where(is_number, tl.min(lows, 0), sizes)
+    most = tl.where(is_number, tl.max(highs, 0), sizes)
     least = tl.minimum(tl.load(low + place, mask=inside), least, propagate_nan=tl.PropagateNan.ALL)
     tl.store(low + place, least, mask=inside)
     most = tl.maximum(tl.load(high + place, mask=inside), most, propagate_nan=tl.PropagateNan.ALL)
@@ -63,7 +65,7 @@ def _add(  # type: ignore[no-untyped-def]
     before = tl.load(total + place, mask=inside)
     tl.store(total + place, before + sums.to(tl.float64), mask=inside)
     before = tl.load(absolute + place, mask=inside)
-    tl.store(absolute + place, before + tl.sum(absolutes, 0).to(tl.float64), mask=inside)
+    tl.store(absolute + place, before + sizes.to(tl.float64), mask=inside)
 
 
 def add_on_gpu(
