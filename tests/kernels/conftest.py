@@ -26,16 +26,18 @@ def _interpreting_triton() -> Iterator[None]:
     """
     before = _modules_with_triton()
     _remove(before)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        pytest.importorskip("triton", reason="there is no Triton, which interprets kernels")
-        from triton.runtime import interpreter
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            pytest.importorskip("triton", reason="there is no Triton, which interprets kernels")
+            from triton.runtime import interpreter
 
-        patch.setattr(interpreter, "_convert_float", _converting(interpreter))
-        watch(interpreter, patch)
-        yield
-    _remove(_modules_with_triton())
-    sys.modules.update(before)
+            patch.setattr(interpreter, "_convert_float", _converting(interpreter))
+            watch(interpreter, patch)
+            yield
+    finally:
+        _remove(_modules_with_triton())
+        sys.modules.update(before)
 
 
 @pytest.fixture(autouse=True)
