@@ -25,9 +25,12 @@ GRIDS = {
 
 
 def assert_rounded_alike(
-    args: QuantArgs, count: int, rows: int, width: int, columns: slice
+    args: QuantArgs, count: int, rows: int, width: int, columns: slice, *, strided: bool = False
 ) -> None:
-    """Columns are a part of ``count`` matrices, in an order of their own, as ``solve`` has them."""
+    """Columns are a part of ``count`` matrices, in an order of their own, as ``solve`` has them.
+
+    ``strided``: scales and zero points have rows one after another in memory, not columns.
+    """
     from qplug_gptq.kernel import round_columns_on_gpu
 
     torch.manual_seed(0)
@@ -40,6 +43,9 @@ def assert_rounded_alike(
     factor, _ = solver.inverse_factor(inputs.mT @ inputs, order, 0.05)
     work = weight.mT.gather(1, order[:, :, None].expand(count, width, rows))[:, columns]
     scales, zeros = solver.column_scales(scale, zero, args, order[:, columns], rows)
+    if strided:
+        scales = scales.mT.contiguous().mT
+        zeros = None if zeros is None else zeros.mT.contiguous().mT
     corner = factor[:, columns, columns]
     before = work.clone()
     on_gpu = round_columns_on_gpu(work, scales, zeros, corner, args)
@@ -67,3 +73,23 @@ def test_blocks_of_any_size_are_rounded_to_the_same_codes(
 
 def test_128_columns_are_rounded_to_the_same_codes() -> None:
     assert_rounded_alike(GRIDS["int4, asymmetric"], 1, 5, 128, slice(0, 128))
+
+
+def test_scales_and_zero_points_may_be_strided() -> None:
+    assert_rounded_alike(GRIDS["int4, asymmetric"], 2, 5, 16, slice(0, 16), strided=True)
+
+
+@pytest.mark.parametrize("grid", ["int4", "int4, asymmetric"])
+def test_weights_half_way_between_codes_get_the_same_codes(grid: str) -> None:
+    """A quotient must be rounded as torch rounds it; the product with an inverse is another."""
+    from qplug_gptq.kernel import round_columns_on_gpu
+
+    torch.manual_seed(0)
+    scales = torch.rand(1, 1, 320) + 0.01
+    work = scales * (torch.arange(320) % 14 - 6.5)
+    zeros = None if GRIDS[grid].symmetric else torch.full_like(scales, 8)
+    given = (scales, zeros, torch.ones(1, 1, 1), GRIDS[grid])
+    codes, errors = round_columns_on_gpu(work, *given)
+    wanted_codes, wanted_errors = solver.round_columns(work.clone(), *given)
+    assert torch.equal(codes, wanted_codes)
+    assert torch.equal(errors, wanted_errors)

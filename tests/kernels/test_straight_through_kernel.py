@@ -25,10 +25,14 @@ symmetric_or_not = pytest.mark.parametrize("grid", ["int4", "int4, asymmetric"])
 
 
 def weights(rows: int, width: int) -> Tensor:
-    """Rows have both signs, but for the first ones, one row is zero, one has several extremes."""
+    """Rows have both signs, but for the first ones, of which one is zero and one has a zero.
+
+    One has several extremes.
+    """
     torch.manual_seed(0)
     weight = torch.randn(rows, width) * 0.02
     weight[0], weight[1], weight[2] = weight[0].abs(), -weight[1].abs(), 0
+    weight[0, 5] = 0
     weight[3] = weight[3].round(decimals=2)
     return weight
 
@@ -38,23 +42,30 @@ def assert_rounded_alike(
     args: QuantArgs,
     wanted: torch.dtype = torch.float32,
     *,
-    least: float = 0.5,
+    kept: tuple[float, float] = (0.5, 1.1),
     of_weight: bool = True,
+    strided: bool = False,
 ) -> None:
-    """``least``: the least part of a range that is kept; up to 0.6 more is."""
+    """``kept``: the least and the greatest part of a range that is kept.
+
+    ``strided``: weights and parts have columns one after another in memory, not rows.
+    """
     from qplug.numerics.straight_through_kernel import round_in_range_on_gpu
 
-    pull = torch.randn(weight.shape).bfloat16().float()
+    pull = torch.randn(weight.shape[::-1]).bfloat16().float().T  # so is the gradient: strided
     of_scales = args.scale_shape(tuple(weight.shape))
-    kept = [torch.rand(of_scales) * 0.6 + least for _ in range(1 if args.symmetric else 2)]
+    parts = [torch.empty(of_scales).uniform_(*kept) for _ in range(1 if args.symmetric else 2)]
+    if strided:
+        weight, *parts = (x.T.contiguous().T for x in (weight, *parts))
     found = []
     for rounded in (round_in_range, round_in_range_on_gpu):
-        own = weight.detach().clone(memory_format=torch.preserve_format)
-        given = [own.requires_grad_(of_weight), *(x.clone().requires_grad_() for x in kept)]
+        given = [weight.clone().requires_grad_(of_weight)]
+        given += [part.clone().requires_grad_() for part in parts]
+        assert not any(x.is_contiguous() == strided for x in given)
         made = rounded(given[0], given[1:], args, wanted)
         (made.float() * pull).sum().backward()
         grads = [x.grad for x in given if x.grad is not None]
-        assert len(grads) == len(kept) + of_weight
+        assert len(grads) == len(parts) + of_weight
         found.append([made.detach(), *grads])
     plain, by_kernel = found
     assert by_kernel[0].dtype == wanted
@@ -101,19 +112,26 @@ def test_a_weight_that_is_not_learned_has_no_gradient(grid: str) -> None:
 
 
 @symmetric_or_not
-def test_strided_weights_are_those_of_plain_torch(grid: str) -> None:
-    weight = weights(6, 128)[:, ::2]
-    assert not weight.is_contiguous()
-    assert_rounded_alike(weight, GRIDS[grid])
+def test_strided_weights_and_parts_are_those_of_plain_torch(grid: str) -> None:
+    assert_rounded_alike(weights(6, 64), GRIDS[grid], strided=True)
 
 
 @symmetric_or_not
 def test_ranges_that_clip_nearly_all_are_those_of_plain_torch(grid: str) -> None:
-    assert_rounded_alike(weights(6, 64), GRIDS[grid], least=0.01)
+    assert_rounded_alike(weights(6, 64), GRIDS[grid], kept=(0.01, 0.6))
 
 
 @symmetric_or_not
 def test_tiny_weights_are_those_of_plain_torch(grid: str) -> None:
     """Scales of float16 are so coarse there that zero points are out of range, and are clipped."""
     args = replace(GRIDS[grid], scale_dtype="float16")
-    assert_rounded_alike(weights(6, 64) * 2e-5, args)
+    assert_rounded_alike(weights(6, 64).abs() * -4e-5, args)
+
+
+@symmetric_or_not
+def test_weights_half_way_between_codes_are_those_of_plain_torch(grid: str) -> None:
+    """A quotient of 2.5 must be exact: a product with the inverse of a scale may not be."""
+    args = replace(GRIDS[grid], scale_dtype="bfloat16")
+    scales = torch.linspace(0.01, 0.03, 100).bfloat16().float()
+    weight = (scales[:, None] * torch.arange(-7.5, 8)).repeat(1, 2)
+    assert_rounded_alike(weight, args, kept=(1, 1))
