@@ -22,6 +22,7 @@ from qplug.numerics.chunks import GPU_CHUNK, in_chunks
 
 #: Magnitudes of weights beyond which squares overflow, or underflow, in float32.
 TOO_LARGE, TOO_SMALL = 1e18, 1e-18
+_COLUMNS = 256  # of a Gram matrix that are multiplied at a time
 
 
 def too_large(peak: float) -> str:
@@ -164,7 +165,15 @@ def output_errors(difference: Tensor, gram: Tensor) -> Tensor:
     totals = torch.zeros(len(difference), dtype=torch.float64, device=difference.device)
     rows = max(1, GPU_CHUNK // 4 // difference[0, 0].numel() // len(difference))
     for part in difference.split(rows, dim=1):
-        totals += (part @ factor).mul_(part).sum((1, 2), dtype=torch.float64)
+        # Half of the products are enough, as G is symmetric: those on its diagonal blocks, and
+        # those above them, twice.
+        for start in range(0, part.shape[2], _COLUMNS):
+            columns = slice(start, start + _COLUMNS)
+            own = part[:, :, columns]
+            product = own @ factor[:, columns, columns]
+            if start:
+                product.baddbmm_(part[:, :, :start], factor[:, :start, columns], alpha=2)
+            totals += product.mul_(own).sum((1, 2), dtype=torch.float64)
     return totals
 
 
