@@ -57,6 +57,11 @@ def find_view(
     return with_drafts(with_other_weights(view, checkpoint))
 
 
+def is_known_without_code(checkpoint: Checkpoint, registry: Registry) -> bool:
+    """Whether the view of ``checkpoint`` is found without the code of transformers."""
+    return _taught_view(checkpoint, registry) is not None or plain_tree(checkpoint) is not None
+
+
 def by_linear(
     checkpoint: Checkpoint, registry: Registry, skeleton: Skeleton | None = None
 ) -> Checkpoint:
@@ -67,7 +72,7 @@ def by_linear(
     architectures that a plugin teaches, stay as they are. Raises QplugError if the architecture is
     unknown.
     """
-    if _taught_view(checkpoint, registry) is not None or plain_tree(checkpoint) is not None:
+    if is_known_without_code(checkpoint, registry):
         return checkpoint
     skeleton = skeleton or Skeleton(checkpoint.folder)
     checkpoint = seen_as_linears(skeleton.model(), checkpoint)
