@@ -46,6 +46,7 @@ from qplug.api import (
     Suggestion,
     TensorSpec,
     Tokenizer,
+    Towers,
     ValueHeads,
     WholeModel,
 )
@@ -162,6 +163,7 @@ __all__ = [
     "TaskScores",
     "TensorSpec",
     "Tokenizer",
+    "Towers",
     "ValueHeads",
     "Verification",
     "WholeModel",

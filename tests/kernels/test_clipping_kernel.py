@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qplug import Linear, QuantArgs
+from qplug import QuantArgs
 from qplug.numerics.clipping import (
     clip_errors,
     diagonal_blocks,
@@ -107,13 +107,13 @@ def assert_differences_are_those_of_plain_torch(
 ) -> None:
     from qplug.numerics.clipping_kernel import scaled_difference_on_gpu
 
-    linears = [Linear("linear", own, args) for own in weight]
-    wanted = scaled_differences(linears, scale, gram, steps=steps, smallest=0.6)
     assert args.group_size is not None
+    blocks = diagonal_blocks(gram, args.group_size)
+    wanted = scaled_differences(weight, args, scale, blocks, steps=steps, smallest=0.6)
     made = scaled_difference_on_gpu(
         weight,
         scale,
-        diagonal_blocks(gram, args.group_size),
+        blocks,
         args,
         steps=steps,
         largest=unclipped_ratio(args) if steps else 1.0,

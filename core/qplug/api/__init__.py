@@ -25,7 +25,7 @@ from qplug.api.float_model import (
 )
 from qplug.api.format import Format, SingleFile
 from qplug.api.layout import Problem, Stacked
-from qplug.api.model import BuiltFloat, ModelView
+from qplug.api.model import BuiltFloat, ModelView, Towers
 from qplug.api.reader import CodedTensor, Reader
 from qplug.api.suggestion import Suggestion
 from qplug.api.tensors import Checkpoint, ComputedTensor, StoredTensor, TensorSpec
@@ -68,6 +68,7 @@ __all__ = [
     "Suggestion",
     "TensorSpec",
     "Tokenizer",
+    "Towers",
     "ValueHeads",
     "WholeModel",
 ]

@@ -133,6 +133,10 @@ def qplug_model_view(config: Mapping[str, Any]) -> ModelView | None:
     checkpoint. A model that transformers does not know can then be verified, and be quantized by
     algorithms that need no data.
 
+    A view without blocks and linears describes no model: its ``built_float`` and ``towers`` are
+    added to the view that qplug finds itself. So a model that comes with its own code, and sees or
+    hears, is rotated: a plugin names its towers.
+
     Since 0.1. Example::
 
         @hookimpl

@@ -25,6 +25,29 @@ class BuiltFloat:
 
 
 @dataclass(frozen=True)
+class Towers:
+    """What towers of a model, for pictures or sound, write into the residual stream.
+
+    Text does not pass towers, so what they write is not found by trial. A rotation of the stream
+    rotates it, too. All names are those in memory, of ``named_modules`` and ``named_parameters``.
+
+    ``parts``: the last names of the topmost modules and parameters that text does not pass:
+    ``("vision_tower", "projector", "image_newline")``. ``writers``: patterns of the parameters in
+    them whose values are added to the stream or take the place of embeddings, such as the last
+    linear of a projector with its bias: ``"*.projector.linear_2.*"``. In a pattern ``*`` is
+    anything, and one ``#`` the last number of each list: ``"*.merger.mlp.#.linear_2.*"``. There
+    are none if the tower only makes tokens. ``axis``: the axis of writers with two or more axes
+    that is as long as the stream is wide: 0 in linears, 1 in tables whose rows are looked up.
+
+    What a norm makes cannot be rotated, so a tower that ends in one must not be named.
+    """
+
+    parts: tuple[str, ...]
+    writers: tuple[str, ...]
+    axis: int = 0
+
+
+@dataclass(frozen=True)
 class ModelView:
     """The structure of a checkpoint: its configuration and its linears, without their values.
 
@@ -44,6 +67,10 @@ class ModelView:
     one tensor: shapes by name, without ``.weight``. ``drafts`` are the linears among
     ``quantizable`` that are in draft layers (MTP), outside of the blocks: a run quantizes them only
     if it is asked to. qplug fills in both from the checkpoint.
+
+    ``towers`` say what is rotated outside of the text part of a model that sees or hears. qplug
+    fills in the rows that its table has for the model type; rows of a plugin are added to them, and
+    take the place of a row that names one of their parts.
     """
 
     config: Mapping[str, Any]
@@ -56,6 +83,7 @@ class ModelView:
     other_weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     drafts: frozenset[str] = frozenset()
     embedding: str | None = None
+    towers: tuple[Towers, ...] = ()
 
     def is_tied(self, name: str) -> bool:
         """Whether ``name`` is the embedding, and the head is computed with the same tensor."""

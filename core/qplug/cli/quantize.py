@@ -27,7 +27,6 @@ from qplug.cli.run_progress import RunProgress, run_progress
 from qplug.cli.unfinished import telling_kept
 from qplug.machine.launch import Launch
 from qplug.machine.read_ahead import read_ahead
-from qplug.recipe.recipe import DEFAULT_QUANTIZER
 from qplug.registry.registry import Registry
 from qplug.report.page_file import refuse_pages, report_file
 
@@ -132,8 +131,9 @@ def command(
     A PATTERN is a glob over module names, or re: and a regular expression.
     """
     words, registry = typed_words(ctx), ctx.obj
-    rounds = words.get("algo") == DEFAULT_QUANTIZER and not check
-    read_ahead("torch", *(() if rounds else ("models",)))
+    # Whether the run itself needs the code of models is known when the algorithms are.
+    computes = (check or report is not None) and not dry_run
+    read_ahead("torch", *(("models",) if computes else ()))
     _tell_aliases(words)
     for value, name in ((model, "MODEL"), (out, "--out")):
         if value is None and config is None:

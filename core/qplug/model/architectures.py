@@ -10,15 +10,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
-from qplug.api import BuiltFloat, ModelView
+from qplug.api import BuiltFloat, ModelView, Towers
 from qplug.api.tensors import FLOAT_DTYPES, Checkpoint
 from qplug.checkpoint.names import block_of, natural_order, split_name
 from qplug.errors import PluginError, QplugError
 from qplug.model.draft_layers import with_drafts
 from qplug.model.kept_float import built_float
+from qplug.model.known_towers import with_known
 from qplug.model.plain_models import plain_tree
 from qplug.model.skeleton import Skeleton
+from qplug.model.small_copy import SmallCopy
 from qplug.model.stacked_experts import experts_apart
+from qplug.model.tower_writers import tower_faults
 from qplug.model.transposed import seen_as_linears
 from qplug.model.view import float_tensors, model_view, packed_view, refuse_quantized
 from qplug.registry.border import is_ctrl_c
@@ -37,7 +40,7 @@ def find_view(
     """
     taught = _taught_view(checkpoint, registry)
     if taught is None:
-        view = model_view(checkpoint, skeleton)
+        view = _with_additions(model_view(checkpoint, skeleton), checkpoint, registry)
         return with_drafts(with_other_weights(view, checkpoint))
     plugin, view = taught
     refuse_quantized(checkpoint)
@@ -54,6 +57,11 @@ def find_view(
     return with_drafts(with_other_weights(view, checkpoint))
 
 
+def is_known_without_code(checkpoint: Checkpoint, registry: Registry) -> bool:
+    """Whether the view of ``checkpoint`` is found without the code of transformers."""
+    return _taught_view(checkpoint, registry) is not None or plain_tree(checkpoint) is not None
+
+
 def by_linear(
     checkpoint: Checkpoint, registry: Registry, skeleton: Skeleton | None = None
 ) -> Checkpoint:
@@ -64,7 +72,7 @@ def by_linear(
     architectures that a plugin teaches, stay as they are. Raises QplugError if the architecture is
     unknown.
     """
-    if _taught_view(checkpoint, registry) is not None or plain_tree(checkpoint) is not None:
+    if is_known_without_code(checkpoint, registry):
         return checkpoint
     skeleton = skeleton or Skeleton(checkpoint.folder)
     checkpoint = seen_as_linears(skeleton.model(), checkpoint)
@@ -101,7 +109,10 @@ def find_packed_view(
     plugin's view has faults.
     """
     taught = _taught_view(checkpoint, registry)
-    view = packed_view(checkpoint, packed, skeleton) if taught is None else taught[1]
+    if taught is None:
+        view = _with_additions(packed_view(checkpoint, packed, skeleton), checkpoint, registry)
+    else:
+        view = taught[1]
     return with_drafts(with_other_weights(view, checkpoint))
 
 
@@ -138,7 +149,54 @@ def with_other_weights(view: ModelView, checkpoint: Checkpoint) -> ModelView:
 
 
 def _taught_view(checkpoint: Checkpoint, registry: Registry) -> tuple[Plugin, ModelView] | None:
-    """The first plugin that knows the architecture, and its view; None if no plugin does."""
+    """The first plugin that describes the architecture, and its view; None if no plugin does."""
+    answer = _answer(checkpoint, registry)
+    if answer is None or _only_adds(answer[1]):
+        return None
+    plugin, view = answer
+    kept = dict.fromkeys(view.linears.keys() - view.quantizable, _NOT_TAUGHT)
+    return plugin, replace(
+        view,
+        config=checkpoint.config,
+        built_float={**kept, **view.built_float},
+        towers=with_known(view.towers, checkpoint.config),
+    )
+
+
+def _with_additions(view: ModelView, checkpoint: Checkpoint, registry: Registry) -> ModelView:
+    """Returns ``view``, as qplug finds it of ``checkpoint``, with what a plugin adds to it."""
+    answer = _answer(checkpoint, registry)
+    if answer is None:
+        return view
+    plugin, more = answer
+    for name in more.built_float:
+        if name not in view.linears and not {name, f"{name}.weight"} & checkpoint.tensors.keys():
+            raise _mismatch(plugin, f"{name} is in built_float, but the model has no such weight")
+    floats = {name for name, why in more.built_float.items() if not why.engines}
+    return replace(
+        view,
+        quantizable=view.quantizable - floats,
+        built_float={**view.built_float, **more.built_float},
+        towers=with_known(more.towers, checkpoint.config),
+    )
+
+
+def refuse_towers(checkpoint: Checkpoint, registry: Registry, copy: SmallCopy) -> None:
+    """Raises QplugError if towers that a plugin names are not those of ``copy``.
+
+    ``copy``: a small copy of the model in ``checkpoint``. The towers of qplug's own table are not
+    tried: a model may have some of a row's parts alone.
+    """
+    answer = _answer(checkpoint, registry)
+    if answer is None or not answer[1].towers:
+        return
+    plugin, view = answer
+    for sentence in tower_faults(view.towers, copy):
+        raise _mismatch(plugin, f"towers: {sentence}")
+
+
+def _answer(checkpoint: Checkpoint, registry: Registry) -> tuple[Plugin, ModelView] | None:
+    """The first plugin that says something of the model, and what it says; None if none does."""
     for plugin, call in registry.implementing("qplug_model_view"):
         try:
             view = call(config=checkpoint.config)
@@ -150,10 +208,13 @@ def _taught_view(checkpoint: Checkpoint, registry: Registry) -> tuple[Plugin, Mo
             continue
         for sentence in _faults(view):
             raise _mismatch(plugin, sentence)
-        kept = dict.fromkeys(view.linears.keys() - view.quantizable, _NOT_TAUGHT)
-        floats = {**kept, **view.built_float}
-        return plugin, replace(view, config=checkpoint.config, built_float=floats)
+        return plugin, view
     return None
+
+
+def _only_adds(view: ModelView) -> bool:
+    """Whether ``view`` describes no model, and adds to what qplug finds itself."""
+    return not (view.linears or view.blocks) and bool(view.built_float or view.towers)
 
 
 def _faults(view: object) -> Iterator[str]:
@@ -161,7 +222,7 @@ def _faults(view: object) -> Iterator[str]:
     if not isinstance(view, ModelView):
         yield f"it must return a ModelView or None, not {view!r}"
         return
-    if not view.blocks:
+    if not (view.blocks or _only_adds(view)):
         yield "it names no blocks"
     for name in sorted(view.quantizable - set(view.linears)):
         yield f"{name} is in quantizable, but not in linears"
@@ -171,6 +232,11 @@ def _faults(view: object) -> Iterator[str]:
     for name, why in view.built_float.items():
         if name in view.quantizable and not why.engines:
             yield f"{name} is in quantizable, but also in built_float for all engines"
+    for towers in view.towers:
+        if not (isinstance(towers, Towers) and towers.parts):
+            yield f"towers has {towers!r}, not Towers of one part or more"
+        elif pattern := next((each for each in towers.writers if each.count("#") > 1), None):
+            yield f"towers: {pattern} has more than one #"
 
 
 def _mismatch(plugin: Plugin, sentence: str) -> QplugError:

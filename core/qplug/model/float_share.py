@@ -62,7 +62,7 @@ def float_share(
     total = 0
     kinds: dict[str, int] = {}
     unnamed: dict[str, int] = {}
-    for name, size in _sizes(model):
+    for name, size in weight_sizes(model):
         total += size
         if name not in quantized:
             kind = kind_of(f"{name}.").removesuffix(".")
@@ -75,7 +75,7 @@ def float_share(
     )
 
 
-def _sizes(model: ModelView) -> Iterator[tuple[str, int]]:
+def weight_sizes(model: ModelView) -> Iterator[tuple[str, int]]:
     """Yields the name and the number of parameters of each weight in a decoder block."""
     for name, shape in model.linears.items():
         if block_of(name, model.blocks) is not None:

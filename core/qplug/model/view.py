@@ -22,6 +22,7 @@ from qplug.errors import QplugError
 from qplug.model.block_list import decoder_blocks
 from qplug.model.disk_names import tied_name
 from qplug.model.kept_float import built_float
+from qplug.model.known_towers import known_towers
 from qplug.model.module_tree import ModuleTree
 from qplug.model.plain_models import plain_tree
 from qplug.model.skeleton import Skeleton
@@ -171,6 +172,7 @@ def _view(
         head=tree.head,
         built_float=floats,
         embedding=tree.embedding,
+        towers=known_towers(checkpoint.config),
     )
 
 

@@ -12,6 +12,7 @@ from qplug.api.old_paths import moved_names
 from qplug.numerics.activations import activation_top, fake_quantize_activations, input_scale
 from qplug.numerics.alike import parts_side_by_side, side_by_side, together
 from qplug.numerics.clipping import (
+    candidate_errors,
     scaling_error,
     scaling_errors,
     search_clip,
@@ -69,6 +70,7 @@ __all__ = [
     "SignSGD",
     "activation_top",
     "as_stored",
+    "candidate_errors",
     "check_width",
     "clip_to_scale",
     "closest",

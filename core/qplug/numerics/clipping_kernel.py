@@ -106,6 +106,7 @@ def _scaled_differences(  # type: ignore[no-untyped-def]
     least,
     SYMMETRIC: tl.constexpr,
     STORED: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -121,6 +122,7 @@ def _scaled_differences(  # type: ignore[no-untyped-def]
     place = row[:, None] * width + group * GROUP + column[None, :]
     factor = tl.load(column_scales + group * GROUP + column)[None, :]
     values = tl.load(weight + place, mask=inside[:, None], other=0.0) * factor
+    undone = 1.0 / factor
     gram = tl.load(blocks + (group * GROUP + column[:, None]) * GROUP + column[None, :])
     bottom = tl.minimum(tl.min(values, axis=1), 0.0)
     peak = tl.maximum(tl.max(values, axis=1), 0.0)
@@ -136,20 +138,20 @@ def _scaled_differences(  # type: ignore[no-untyped-def]
         if not SYMMETRIC:
             zero = (-bottom * ratio * inverse + 12582912.0) - 12582912.0
             zero = tl.minimum(tl.maximum(zero, 0.0), high)
-        difference = _difference(values, scale, inverse, zero, factor, low, high)
-        product = tl.dot(difference, gram, input_precision="tf32")
+        difference = _difference(values, scale, inverse, zero, undone, low, high)
+        product = tl.dot(difference.to(PRODUCTS), gram)
         error = tl.sum(product * difference, axis=1)
         better = error < best_error
         best_error = tl.where(better, error, best_error)
         best_scale = tl.where(better, scale, best_scale)
         best_zero = tl.where(better, zero, best_zero)
-    best = _difference(values, best_scale, 1.0 / best_scale, best_zero, factor, low, high)
+    best = _difference(values, best_scale, 1.0 / best_scale, best_zero, undone, low, high)
     tl.store(differences + place, best.to(tl.bfloat16), mask=inside[:, None])
 
 
 @triton.jit
-def _difference(values, scale, inverse, zero, factor, low, high):  # type: ignore[no-untyped-def]
-    """Rounded minus true weights, with the columns' ``factor`` divided out again.
+def _difference(values, scale, inverse, zero, undone, low, high):  # type: ignore[no-untyped-def]
+    """Rounded minus true weights, with the columns' factors, whose inverses are ``undone``, undone.
 
     Multiplies by the inverse of a scale, so a weight half-way between two codes may get the other
     code, which makes no difference to the error.
@@ -158,7 +160,7 @@ def _difference(values, scale, inverse, zero, factor, low, high):  # type: ignor
     ratio = tl.minimum(tl.maximum(ratio, -4194304.0), 4194304.0)
     code = (ratio + 12582912.0) - 12582912.0 + zero[:, None]
     code = tl.minimum(tl.maximum(code, low), high) - zero[:, None]
-    return (code * scale[:, None] - values) / factor
+    return (code * scale[:, None] - values) * undone
 
 
 def scaled_difference_on_gpu(
@@ -174,7 +176,8 @@ def scaled_difference_on_gpu(
 ) -> Tensor:
     """``clipping.scaled_difference`` of several weights ``[n, out, in]`` as one kernel, bfloat16.
 
-    ``scale: [n, in]``.
+    ``scale: [n, in]``. ``blocks``: ``[n, groups, size, size]``; in bfloat16 products are of
+    bfloat16, in float32 of TF32.
     """
     count, rows, width = weight.shape
     differences = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
@@ -196,6 +199,7 @@ def scaled_difference_on_gpu(
         least,
         SYMMETRIC=args.symmetric,
         STORED=stored[args.scale_dtype],
+        PRODUCTS=tl.bfloat16 if blocks.dtype == torch.bfloat16 else tl.float32,
         GROUP=blocks.shape[2],
         ROWS=_ROWS,
         num_warps=8,

@@ -22,6 +22,7 @@ from qplug.numerics.chunks import GPU_CHUNK, in_chunks
 
 #: Magnitudes of weights beyond which squares overflow, or underflow, in float32.
 TOO_LARGE, TOO_SMALL = 1e18, 1e-18
+_COLUMNS = 256  # of a Gram matrix that are multiplied at a time
 
 
 def too_large(peak: float) -> str:
@@ -144,9 +145,9 @@ def relative_output_errors(
 def output_error(difference: Tensor, gram: Tensor) -> float:
     """``tr(D G Dᵀ)``: the squared error of a linear's output over all tokens.
 
-    ``difference: [out, in]``: ``D``, the error of the weight. ``gram: [in, in]``: ``G``. A GPU
-    multiplies in bfloat16 and sums in float32: over 10^8 terms rounding changes the sum far less
-    than the differences of interest.
+    ``difference: [out, in]``: ``D``, the error of the weight. ``gram: [in, in]``: ``G``, symmetric.
+    A GPU multiplies in bfloat16 and sums in float32: over 10^8 terms rounding changes the sum far
+    less than the differences of interest.
     """
     return float(output_errors(difference[None], gram[None]))
 
@@ -154,15 +155,33 @@ def output_error(difference: Tensor, gram: Tensor) -> float:
 def output_errors(difference: Tensor, gram: Tensor) -> Tensor:
     """``output_error`` of several linears: float64 ``[n]``, on their device.
 
-    ``difference: [n, out, in]``, ``gram: [n, in, in]``.
+    ``difference: [n, out, in]``, ``gram: [n, in, in]``, which may be ``as_factor(gram)``.
     """
-    halved = gram.bfloat16() if difference.is_cuda else gram
+    factor = as_factor(gram)
+    if multiplies_halves(difference):
+        from qplug.numerics.losses_kernel import output_errors_on_gpu
+
+        return output_errors_on_gpu(difference, factor)
     totals = torch.zeros(len(difference), dtype=torch.float64, device=difference.device)
     rows = max(1, GPU_CHUNK // 4 // difference[0, 0].numel() // len(difference))
     for part in difference.split(rows, dim=1):
-        if difference.is_cuda:
-            product = torch.bmm(part.bfloat16(), halved, out_dtype=torch.float32)
-        else:
-            product = part @ halved
-        totals += product.mul_(part).sum((1, 2), dtype=torch.float64)
+        # Half of the products are enough, as G is symmetric: those on its diagonal blocks, and
+        # those above them, twice.
+        for start in range(0, part.shape[2], _COLUMNS):
+            columns = slice(start, start + _COLUMNS)
+            own = part[:, :, columns]
+            product = own @ factor[:, columns, columns]
+            if start:
+                product.baddbmm_(part[:, :, :start], factor[:, :start, columns], alpha=2)
+            totals += product.mul_(own).sum((1, 2), dtype=torch.float64)
     return totals
+
+
+def as_factor(gram: Tensor) -> Tensor:
+    """``gram`` as products with it are computed, in bfloat16 on a GPU that multiplies it."""
+    return gram.bfloat16() if multiplies_halves(gram) else gram
+
+
+def multiplies_halves(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is on a GPU that multiplies bfloat16, and has kernels for it."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 0)

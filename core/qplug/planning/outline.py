@@ -23,6 +23,7 @@ from qplug.checkpoint.draft_names import block_count
 from qplug.checkpoint.names import kind_of, split_name
 from qplug.errors import QplugError
 from qplug.model.kept_float import built_float
+from qplug.model.known_towers import known_towers
 
 _LIST = re.compile(r"^(?P<list>.*?)\.(?P<number>\d{1,9})\.(?P<rest>.+)$")
 
@@ -261,6 +262,7 @@ def _reduced(
         blocks=tuple(f"{prefix}.{number}" for number in range(len(linears))),
         head="lm_head",
         built_float=floats,
+        towers=known_towers(config),
     )
     return view, dict(counts)
 

@@ -9,8 +9,9 @@ from qplug.api.scheme import Scheme
 from qplug.checkpoint.draft_names import announced
 from qplug.checkpoint.unindexed import left_behind
 from qplug.errors import QplugError
+from qplug.machine.read_ahead import read_ahead
 from qplug.machine.session import Session
-from qplug.model.architectures import by_linear, find_view
+from qplug.model.architectures import by_linear, find_view, is_known_without_code
 from qplug.model.draft_layers import draft_names, without_drafts
 from qplug.model.skeleton import Skeleton
 from qplug.model.view import with_embedding
@@ -26,6 +27,8 @@ def open_model(
     if an override has its very name. ``skeleton`` is that of ``source``.
     Raises QplugError if there are no draft layers to quantize, or if ``find_view`` does.
     """
+    if not is_known_without_code(source, session.registry):
+        read_ahead("models")
     source = by_linear(source, session.registry, skeleton)
     view = find_view(source, session.registry, skeleton)
     if recipe.mtp == "quantize" and not view.drafts:

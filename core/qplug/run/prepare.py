@@ -7,19 +7,27 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qplug.api import Algorithm, FloatModel, ModelView, Preparation, Stream, TensorSpec
+from qplug.api import (
+    Algorithm,
+    FloatModel,
+    ModelView,
+    Preparation,
+    Stream,
+    TensorSpec,
+    Towers,
+)
 from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.names import is_within, natural_order, relative_name, split_name
 from qplug.checkpoint.rewritten import apply, rewritten
 from qplug.checkpoint.stacked import stacked_again
 from qplug.errors import QplugError
 from qplug.machine.session import Session
-from qplug.model.architectures import with_other_weights
+from qplug.model.architectures import refuse_towers, with_other_weights
 from qplug.model.beside_text import beside_text
 from qplug.model.hollow import load_config
 from qplug.model.residual_stream import StreamFinder
 from qplug.model.small_copy import SmallCopy, place_of
-from qplug.model.tower_writers import Towers, towers_of, unknown_parts, with_towers
+from qplug.model.tower_writers import unknown_parts, with_towers
 from qplug.numerics import one_thread
 from qplug.output.manifest import read_manifest
 from qplug.run.drafts import notes_on
@@ -112,11 +120,12 @@ def _prepare(
     text = config.get_text_config()
     tied = _is_tied(view.config, config)
     width = text.hidden_size
-    towers = towers_of(config.model_type)
+    if learn is None:
+        refuse_towers(source, session.registry, copy)
     for algorithm in stages.preparing:
         specs = {name: tensor.spec for name, tensor in prepared.checkpoint.tensors.items()}
         stream = finder.stream(specs, view.blocks, copy.kinds, width, tied=tied)
-        stream = with_towers(stream, towers, copy, specs)
+        stream = with_towers(stream, view.towers, copy, specs)
         model = FloatModel(prepared.view, specs, stream)
         if learn is not None and algorithm.learns_rewrite():
             model = replace(model, learned=learn(algorithm, model, prepared.checkpoint))
@@ -124,7 +133,7 @@ def _prepare(
         if learn is None:
             _check_online(preparation.online, stages)
             _try_on(copy, finder, stages, algorithm, prepared.view, view.blocks, tied=tied)
-            _refuse_other_writers(algorithm.name, copy, towers, preparation, stream)
+            _refuse_other_writers(algorithm.name, copy, view.towers, preparation, stream)
         tied = bool(preparation.config.get("tie_word_embeddings", tied))
         checkpoint = rewritten(prepared.checkpoint, preparation, session.device)
         prepared = Prepared(
@@ -195,7 +204,11 @@ def _try_on(
 
 
 def _refuse_other_writers(
-    name: str, copy: SmallCopy, towers: Towers | None, preparation: Preparation, stream: Stream
+    name: str,
+    copy: SmallCopy,
+    towers: Sequence[Towers],
+    preparation: Preparation,
+    stream: Stream,
 ) -> None:
     """Raises QplugError if the stream is rewritten, and it is not known what parts write it too.
 

@@ -19,7 +19,7 @@ from qplug.machine.turns import short_turns
 from qplug.output.ownership import refuse_existing
 from qplug.output.parent_folders import parent_folders
 from qplug.output.unfinished import clean_up
-from qplug.recipe.recipe import DEFAULT_QUANTIZER, Recipe
+from qplug.recipe.recipe import Recipe
 from qplug.recipe.words import RecipeWords, changed
 from qplug.registry.registry import Registry
 from qplug.run.check import check_quality
@@ -122,8 +122,6 @@ def quantize_by(
     ``choices`` are those for recipes with ``--scheme auto``, by folder: a choice that is not among
     them is made, and added. A dry run and the run after it need one choice.
     """
-    if check or recipe.algorithms != (DEFAULT_QUANTIZER,):  # a run that only rounds needs no model
-        read_ahead("models")
     with (
         Session.joined(
             device,
@@ -139,6 +137,7 @@ def quantize_by(
             if os.path.lexists(out):  # else its parent is made later
                 refuse_existing(out, overwrite=overwrite)
             if out not in choices:
+                read_ahead("models")
                 choices[out] = choose(model, out, recipe, session)
             chosen = choices[out]
         return run(
@@ -178,6 +177,8 @@ def run(
     comes from. Raises QplugError. All checks come before the first weight is read and the first
     file written.
     """
+    if stages.compute_models(check=check, dry_run=dry_run):
+        read_ahead("models")
     began, watchers = time.monotonic(), Watchers(session, watch)
     limit = Limit.of(stop_at, on_stop, stages)
     with ExitStack() as stack:

@@ -153,7 +153,7 @@ def stays_float(
     sentence = share.refusal()
     kinds = {kind_of(f"{name}.").removesuffix(".") for name in narrow}
     if sentence is not None and 2 * sum(share.unnamed.get(k, 0.0) for k in kinds) > share.silent:
-        refuse_narrow(view, assigned, narrow, exporter)
+        refuse_narrow(view, assigned, narrow, exporter, share)
     if sentence is not None and not exporter.format.stores_float:
         raise QplugError(sentence)
     return share

@@ -103,6 +103,17 @@ class Stages:
         """Whether an algorithm reads statistics, or scales are stored that come from them."""
         return self._stores_ranges or any(algorithm.needs_data for algorithm in self.pipeline)
 
+    def compute_models(self, *, check: bool, dry_run: bool) -> bool:
+        """Whether a run computes a model or a copy of it, with the code of transformers.
+
+        A run that only rounds does not, unless it measures what it wrote, as ``check`` asks. Which
+        code opens the model is another question: see ``is_known_without_code``.
+        """
+        if self.preparing or self.recipe.kv_cache is not None:
+            return True
+        measures = check and not self.exporter.format.stores_float
+        return not dry_run and (self.needs_data or measures)
+
     @property
     def by_group(self) -> bool:
         """Whether the input groups of a block may be quantized one after another."""

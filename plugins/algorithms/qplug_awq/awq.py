@@ -7,6 +7,7 @@ For scales ``s`` of a group's input, the error over all tokens is ``tr(D G Dᵀ)
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from qplug import Algorithm, Block, InputGroup, Linear, Param
 from qplug.numerics import (
+    candidate_errors,
     completed_experts,
     completed_gram,
     parts_side_by_side,
-    scaling_error,
     scaling_errors,
     search_clips,
     side_by_side,
@@ -79,22 +80,28 @@ class AWQ(Algorithm[Params]):
         The scale of one group does not change the loss of another, so all candidates of all groups
         are tried first, in any order.
         """
-        steps = self.params.ratios
+        steps, count = self.params.ratios, block.processes
         ratios: list[float | None] = [None, *(step / steps for step in range(steps))]
+        cuts = [number * len(ratios) // count for number in range(count + 1)]
+        shares = [ratios[start:end] for start, end in pairwise(cuts)]
         units = side_by_side([group for group in block.groups if group.scalable])
         weights = {id(unit): self._relative_weights(unit) for unit in units}
-        trials = [(unit, ratio) for unit in units for ratio in ratios]
 
-        def losses(trial: tuple[list[InputGroup], float | None]) -> list[float]:
-            unit, ratio = trial
-            return self._losses(unit, self._candidates(block, unit, ratio, weights[id(unit)]))
+        def candidates(unit: list[InputGroup], ratio: float | None) -> Tensor:
+            return self._candidates(block, unit, ratio, weights[id(unit)])
 
-        found = block.spread(trials, losses, cost=lambda trial: _products(trial[0]))
+        def losses(trial: tuple[list[InputGroup], list[float | None]]) -> Tensor:
+            unit, share = trial
+            return self._losses(unit, torch.stack([candidates(unit, ratio) for ratio in share]))
+
+        trials = [(unit, share) for unit in units for share in shares if share]
+        costs = block.spread(trials, losses, cost=lambda trial: _products(*trial))
+        tried = len(trials) // max(1, len(units))
         for number, unit in enumerate(units):
-            own = found[number * len(ratios) : (number + 1) * len(ratios)]
-            best = [column.index(min(column)) for column in zip(*own, strict=True)]
+            own = torch.cat(costs[number * tried : (number + 1) * tried]).T.tolist()
+            best = [column.index(min(column)) for column in own]
             for place in sorted({*best}):
-                scales = self._candidates(block, unit, ratios[place], weights[id(unit)])
+                scales = candidates(unit, ratios[place])
                 for group, scale, chosen in zip(unit, scales, best, strict=True):
                     if chosen == place:
                         block.smooth(group, scale)
@@ -154,24 +161,22 @@ class AWQ(Algorithm[Params]):
             return None
         return torch.stack([_relative_weight(group.linears) for group in groups])
 
-    def _losses(self, groups: list[InputGroup], scales: Tensor) -> list[float]:
-        """The loss of each of ``groups`` under its own of ``scales: [n, in]``."""
+    def _losses(self, groups: list[InputGroup], scales: Tensor) -> Tensor:
+        """The losses of ``groups`` under ``scales: [ratios, n, in]``: float64 ``[ratios, n]``."""
         steps = self.params.clip_in_search if self.params.clip else 0
         smallest = self.params.clip_smallest
-        if groups[0].by_expert:
-            return [
-                scaling_error(group, own, steps=steps, smallest=smallest)
-                for group, own in zip(groups, scales, strict=True)
-            ]
-        losses: list[float] = scaling_errors(
-            groups, scales, steps=steps, smallest=smallest
-        ).tolist()
-        return losses
+        if not groups[0].by_expert:
+            return scaling_errors(groups, scales, steps=steps, smallest=smallest)
+        of_groups = zip(groups, scales.unbind(1), strict=True)
+        return torch.stack(
+            [candidate_errors(*one, steps=steps, smallest=smallest) for one in of_groups], 1
+        )
 
 
-def _products(groups: list[InputGroup]) -> float:
-    """The cost of multiplying the errors of all linears by the Gram matrix."""
-    return sum(group.width * sum(one.weight.numel() for one in group.linears) for group in groups)
+def _products(groups: list[InputGroup], ratios: list[float | None]) -> float:
+    """The cost of multiplying the errors of all linears by the Gram matrix, for each ratio."""
+    weights = sum(one.weight.numel() * group.width for group in groups for one in group.linears)
+    return len(ratios) * weights
 
 
 def _clip_cost(linears: list[Linear]) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import qplug
-from qplug import PRESETS, InputGroup, Linear, QuantArgs
+from qplug import PRESETS, InputGroup, QuantArgs
 from qplug.calibration import observation
 from qplug.calibration.channels import Channels
 from qplug.calibration.hidden_states import HiddenStates
@@ -119,9 +119,9 @@ def test_scaled_differences_are_those_of_plain_torch(
     scale = torch.rand(3, shape[1]) + 0.5
     losses, differences = [], []
     for device in ("cpu", "cuda"):
-        linears = [Linear("linear", own.to(device), scheme_args) for own in weight]
+        blocks = diagonal_blocks(gram.to(device), size)
         made = scaled_differences(
-            linears, scale.to(device), gram.to(device), steps=steps, smallest=0.6
+            weight.to(device), scheme_args, scale.to(device), blocks, steps=steps, smallest=0.6
         )
         losses.append(output_errors(made, gram.to(device)).cpu())
         differences.append(made.float().cpu())
@@ -129,6 +129,18 @@ def test_scaled_differences_are_those_of_plain_torch(
     # Equal but for bfloat16, save where two clips are about as good.
     close = torch.isclose(differences[0], differences[1], rtol=1e-2, atol=1e-6)
     assert close.float().mean() > 0.97
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 100), (257, 777), (300, 5000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_errors_of_outputs_are_those_of_plain_torch(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    weight, gram = random_layers(*shape)
+    difference = weight.to(dtype)
+    found = output_errors(difference.cuda(), gram.cuda()).cpu()
+    wanted = ((difference.double() @ gram.double()) * difference.double()).sum((1, 2))
+    assert torch.allclose(found, wanted, rtol=1e-3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -21,7 +21,7 @@ from qplug import QplugError
 from qplug.checkpoint.open import open_checkpoint
 from qplug.machine.session import Session
 from qplug.model.architectures import by_linear
-from qplug.model.tower_writers import TOWERS
+from qplug.model.known_towers import TOWERS
 from qplug.model.view import model_view
 from qplug.recipe.recipe import Recipe
 from qplug.recipe.spellings import parse_scheme
