@@ -1,9 +1,9 @@
 """Triton interprets the GPU's kernels here, on tensors of the CPU.
 
 The interpreter computes what a kernel says, in order, one program after the other. It differs from
-a GPU in this: ``tl.dot`` multiplies in float32, not in TF32; sums have another order; any division
-is rounded to nearest, not ``div_rn`` alone. Whether a kernel compiles, and how much memory and time
-it takes, is seen on a GPU only: ``make test-gpu``.
+a GPU in this: ``tl.dot`` multiplies in float32, not in TF32; products and sums are not fused; sums
+have another order; any division is rounded to nearest, not ``div_rn`` alone. Whether a kernel
+compiles, and how much memory and time it takes, is seen on a GPU only: ``make test-gpu``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def _interpreting_triton() -> Iterator[None]:
             from triton.runtime import interpreter
 
             patch.setattr(interpreter, "_convert_float", _converting(interpreter))
+            patch.setattr(interpreter.InterpreterBuilder, "create_dot", _multiplying(interpreter))
             watch(interpreter, patch)
             yield
     finally:
@@ -82,3 +83,21 @@ def _converting(interpreter: Any) -> Any:
         return numbers.to(narrow[target]).view(as_bits[target]).numpy()
 
     return convert
+
+
+def _multiplying(interpreter: Any) -> Any:
+    """The interpreter's ``tl.dot``, which would multiply the bits of bfloat16 as whole numbers."""
+    import triton.language as tl
+
+    own = interpreter.InterpreterBuilder.create_dot
+
+    def widened(factor: Any) -> Any:
+        if factor.dtype.scalar != tl.bfloat16:
+            return factor
+        numbers = torch.from_numpy(factor.data.copy()).view(torch.bfloat16)
+        return interpreter.TensorHandle(numbers.float().numpy(), tl.float32)
+
+    def dot(self: Any, left: Any, right: Any, *rest: Any) -> Any:
+        return own(self, widened(left), widened(right), *rest)
+
+    return dot

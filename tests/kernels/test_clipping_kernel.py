@@ -103,7 +103,13 @@ def test_errors_of_one_candidate_and_of_strided_weights_are_those_of_plain_torch
 
 
 def assert_differences_are_those_of_plain_torch(
-    weight: Tensor, scale: Tensor, gram: Tensor, args: QuantArgs, *, steps: int
+    weight: Tensor,
+    scale: Tensor,
+    gram: Tensor,
+    args: QuantArgs,
+    *,
+    steps: int,
+    products: torch.dtype = torch.float32,
 ) -> None:
     from qplug.numerics.clipping_kernel import scaled_difference_on_gpu
 
@@ -113,7 +119,7 @@ def assert_differences_are_those_of_plain_torch(
     made = scaled_difference_on_gpu(
         weight,
         scale,
-        blocks,
+        blocks.to(products),
         args,
         steps=steps,
         largest=unclipped_ratio(args) if steps else 1.0,
@@ -123,7 +129,8 @@ def assert_differences_are_those_of_plain_torch(
     assert made.dtype == torch.bfloat16
     found = made.float()
     assert torch.allclose(output_errors(found, gram), output_errors(wanted, gram), rtol=2e-2)
-    # Equal but for bfloat16, save where a weight is half-way between two codes.
+    # Equal but for bfloat16, save where a weight is half-way between two codes, or two clips are
+    # about as good.
     close = torch.isclose(wanted, found, rtol=1e-2, atol=1e-5 * float(weight.abs().max()))
     assert close.float().mean() > 0.99
 
@@ -166,3 +173,18 @@ def test_scaled_differences_of_tiny_weights_are_those_of_plain_torch() -> None:
     args = replace(GRIDS["int4, asymmetric"], scale_dtype="float16")
     scale = torch.rand(1, 64) + 0.5
     assert_differences_are_those_of_plain_torch(weight.abs() * -4e-5, scale, gram, args, steps=2)
+
+
+@every_grid
+@every_size
+def test_scaled_differences_by_products_of_bfloat16_are_those_of_plain_torch(
+    size: int, grid: str
+) -> None:
+    """GPUs that have such products compute them so."""
+    weight, gram = layers(1, 40, size)
+    scale = torch.rand(1, 2 * size) + 0.5
+    args = replace(GRIDS[grid], group_size=size)
+    products = torch.bfloat16
+    assert_differences_are_those_of_plain_torch(
+        weight, scale, gram, args, steps=5, products=products
+    )
