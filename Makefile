@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SHELL := /bin/bash
+# What Python and pytest compile is kept: each process of a run would compile it again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: quickstart test test-newer test-slow coverage test-examples lint types docs reference
 .PHONY: test-engines test-engines-full test-gpu wheel clean

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoints
 from pathlib import Path
 from typing import IO
 
@@ -98,7 +100,13 @@ DECLARED_CPU = ("avx2", "avx512f", "avx512_vnni")
 
 @pytest.fixture(scope="session")
 def _cpuinfo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cpu") / "cpuinfo"
+    file = tmp_path_factory.mktemp("cpu") / "cpuinfo"
+    _write_flags(file, DECLARED_CPU)
+    return file
+
+
+def _write_flags(file: Path, flags: Sequence[str]) -> None:
+    file.write_text(f"flags\t\t: {' '.join(flags)}\n")
 
 
 @pytest.fixture(autouse=True)
@@ -109,13 +117,40 @@ def declare_cpu(_cpuinfo: Path) -> Iterator[Callable[..., None]]:
     """
     from qplug_vllm import cpu
 
+    declared = False
+
     def declare(*flags: str) -> None:
-        _cpuinfo.write_text(f"flags\t\t: {' '.join(flags)}\n")
+        nonlocal declared
+        declared = True
+        _write_flags(_cpuinfo, flags)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "CPUINFO", _cpuinfo)
-        declare(*DECLARED_CPU)
         yield declare
+    if declared:
+        _write_flags(_cpuinfo, DECLARED_CPU)
+
+
+# --- installed plugins ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", autouse=True)
+def look_for_plugins_once() -> Iterator[None]:
+    """What is installed does not change meanwhile: thousands of registries need not read it again.
+
+    Where a test adds a folder to Python's path, all is read each time.
+    """
+    from qplug.registry import registry
+
+    path, read = list(sys.path), registry.entry_points
+    read_once = cache(read)
+
+    def found(*, group: str) -> EntryPoints:
+        return (read_once if sys.path == path else read)(group=group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "entry_points", found)
+        yield
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -154,8 +189,8 @@ class Started:
 class Starter:
     """``start("eval", "qplug:demo")`` is that command line, ``start("-c", code)`` is Python's.
 
-    In ``count`` processes, in ``folder``. Unless they ``end_together``, one that fails leaves the
-    others as they are.
+    In ``count`` processes, in ``folder``. If one fails, the others are ended after ``patience``
+    seconds, by default as soon as torchrun does; never if it is None.
     """
 
     starter: subprocess.Popen[str]
@@ -166,7 +201,7 @@ class Starter:
         *words: object,
         count: int = 1,
         folder: Path | None = None,
-        end_together: bool = True,
+        patience: float | None = 0.1,
         **environment: str,
     ) -> Started:
         assert self.starter.stdin is not None
@@ -175,7 +210,7 @@ class Starter:
         told = {"words": [str(word) for word in words], "count": count, "log": str(log)}
         environment = {"HF_HUB_OFFLINE": "1", **environment}
         told |= {"folder": str(folder or Path.cwd()), "environment": environment}
-        self.starter.stdin.write(json.dumps({**told, "end_together": end_together}) + "\n")
+        self.starter.stdin.write(json.dumps({**told, "patience": patience}) + "\n")
         self.starter.stdin.flush()
         ids = json.loads(self.starter.stdout.readline())
         return Started(ids, log, self.starter.stdout, time.monotonic())

@@ -9,6 +9,7 @@ the processes' ids, and with a line of their exit codes once they ended.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -90,16 +91,24 @@ def free_port() -> int:
         return port
 
 
-def wait_for(children: list[int], *, end_together: bool) -> list[int]:
-    """Returns the exit codes. If ``end_together``, a process that fails ends the others."""
+def wait_for(children: list[int], patience: float | None) -> list[int]:
+    """Returns the exit codes. If a process fails, the others are ended after that many seconds."""
     codes: dict[int, int] = {}
+    give_up = math.inf
     while len(codes) < len(children):
-        child, status = os.wait()
-        codes[child] = os.waitstatus_to_exitcode(status)
-        if codes[child] != 0 and end_together:
-            time.sleep(0.1)
+        # Once one has failed, what the others do meanwhile is looked at now and then.
+        child, status = os.waitpid(-1, 0 if math.isinf(give_up) else os.WNOHANG)
+        if child:
+            codes[child] = os.waitstatus_to_exitcode(status)
+            if codes[child] != 0 and patience is not None and math.isinf(give_up):
+                give_up = time.monotonic() + patience
+        elif time.monotonic() < give_up:
+            time.sleep(0.01)
+        else:
             for other in set(children) - set(codes):
                 os.kill(other, signal.SIGTERM)
+            give_up = math.inf
+            patience = None
     return [codes[child] for child in children]
 
 
@@ -112,7 +121,7 @@ def answer(request: dict[str, Any]) -> None:
             be_child(request, rank, port)
         children.append(child)
     print(json.dumps(children), flush=True)
-    codes = wait_for(children, end_together=request["end_together"])
+    codes = wait_for(children, request["patience"])
     print(json.dumps(codes), flush=True)
 
 

@@ -167,7 +167,7 @@ def run_three(start: Starter) -> Callable[..., str]:
     """What three processes print that run some code and must end with these exit codes."""
 
     def run(code: str, *codes: int) -> str:
-        ended = start("-c", code, count=3, end_together=False).wait()
+        ended = start("-c", code, count=3, patience=None).wait()
         assert ended.codes == list(codes), ended.output
         return ended.output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,7 +54,7 @@ def parse_json(text: str | bytes, where: str, *, strict: bool = True) -> Any:
             value = json.loads(text, parse_constant=_refuse, object_pairs_hook=_mapping)
         else:
             value = json.loads(text)
-        _check(value, finite=strict)
+        _check(value, finite=strict, halves=_may_have_halves(text))
     except RecursionError:
         raise QplugError(f"{where}: its values are nested more than {MAX_DEPTH} deep") from None
     except UnicodeDecodeError as error:
@@ -76,36 +77,49 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
-def _check(value: Any, *, finite: bool) -> None:
-    """Raises ValueError for a value, at any depth, that no file of a model has."""
+def _check(value: Any, *, finite: bool, halves: bool) -> None:
+    """Raises ValueError for a value, at any depth, that no file of a model has.
+
+    ``halves``: strings may hold half of a surrogate pair.
+    """
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH + 1):
         if not level:
             return
         inner: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
+        for item in level:  # nearly all are strings or small numbers, a million in some files
+            if isinstance(item, str):
+                if halves:
+                    _refuse_half(item)
+            elif isinstance(item, dict):
                 inner.extend(item)
                 inner.extend(item.values())
             elif isinstance(item, list):
                 inner.extend(item)
-            else:
-                _check_scalar(item, finite)
+            elif isinstance(item, float):
+                if finite and not math.isfinite(item):
+                    raise ValueError("it has a number that is too large")
+            elif isinstance(item, int) and abs(item) >= _TOO_LARGE:
+                raise ValueError(f"it has a number of more than {MAX_DIGITS} digits")
         level = inner
     raise ValueError(f"its values are nested more than {MAX_DEPTH} deep")
 
 
-def _check_scalar(value: Any, finite: bool) -> None:
-    if isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-            raise ValueError(f"{value[:40]!a} has half of a surrogate pair")
-    elif isinstance(value, float):
-        if finite and not math.isfinite(value):
-            raise ValueError("it has a number that is too large")
-    elif isinstance(value, int) and abs(value) >= _TOO_LARGE:
-        raise ValueError(f"it has a number of more than {MAX_DIGITS} digits")
+def _may_have_halves(text: str) -> bool:
+    """Whether ``text`` holds or names a surrogate, of which a string may have one half alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return _SURROGATE.search(text) is not None
 
 
+def _refuse_half(value: str) -> None:
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f"{value[:40]!a} has half of a surrogate pair")
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON names it
 _TOO_LARGE = 10**MAX_DIGITS
 
 

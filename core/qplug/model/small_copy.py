@@ -48,6 +48,8 @@ _EXPERT_INNER = "moe_intermediate_size"
 # The fields that hold a word for each block.
 _LAYER_TYPES = ("layer_types", "layers_block_type")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# Tokens that a mixer with a state computes at once: fewer tokens are padded to as many.
+_AT_ONCE = ("chunk_size", "mamba_chunk_size")
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,8 @@ class SmallCopy:
             self.model.get_submodule(name).register_forward_hook(partial(_keep_hidden, hidden))
             for name in self.blocks
         ]
-        handles += rotate_inputs(modules_on_disk(self.model, self._numbers), online)
+        if online:  # a rewrite is tried in hundreds of runs, and names take as long as a run
+            handles += rotate_inputs(modules_on_disk(self.model, self._numbers), online)
         with hooked(handles):
             output = self.model(input_ids=tokens[None], use_cache=False)
         logits: Tensor | None = getattr(output, "logits", None)
@@ -310,6 +313,7 @@ def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
         **dict.fromkeys(_INNER, 2 * text.hidden_size),
         _EXPERT_INNER: text.hidden_size // 2,
         **dict.fromkeys(_EXPERT_COUNTS, experts),
+        **dict.fromkeys(_AT_ONCE, _TOKENS),
     }
     for name, limit in most.items():
         if isinstance(size_now := getattr(text, name, None), int):
