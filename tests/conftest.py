@@ -14,11 +14,16 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoints
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import pytest
 from click.testing import CliRunner, Result
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from pluggy import PluginManager
+
+    from qplug.registry.plugin import Plugin
 
 # Matrices here are small, and threads that wait for a busy core cost seconds. It must be said
 # before torch is imported; processes that tests start inherit it.
@@ -150,6 +155,31 @@ def look_for_plugins_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "entry_points", found)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def make_managers_of_own_plugins_once() -> Iterator[None]:
+    """Managers of hooks take half of a registry's time, and thousands of registries are made.
+
+    A plugin whose hooks a test has replaced has a manager of its own, as has one that is traced.
+    """
+    from qplug.registry import registry
+
+    make = registry._new_manager
+    made: dict[tuple[object, ...], PluginManager] = {}
+
+    def manager(plugin: Plugin, plugged: object) -> PluginManager:
+        if not plugin.ships_with_qplug or "QPLUG_TRACE" in os.environ:
+            return make(plugin, plugged)
+        hooks = [hook for hook in vars(plugged).values() if hasattr(hook, f"{registry.GROUP}_impl")]
+        key = (plugin.name, plugged, *hooks)
+        if key not in made:
+            made[key] = make(plugin, plugged)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_new_manager", manager)
         yield
 
 

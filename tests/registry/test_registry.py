@@ -95,21 +95,6 @@ def test_offers_are_listed_by_kind_in_order_of_name(install: Install) -> None:
     assert "letters" not in registry.algorithms
 
 
-def test_registries_share_what_they_know_of_a_module(
-    install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As long as its hooks are the same: a notebook may have loaded it again."""
-    install("mine", offering("mine"))
-    first, second = Registry.installed().load(), Registry.installed().load()
-    assert first.plugins[0].manager is second.plugins[0].manager is not None
-    (module,) = (m for name, m in sys.modules.items() if name.startswith("face_mine"))
-    names: dict[str, Any] = {}
-    exec(offering("other"), names)
-    monkeypatch.setattr(module, "qplug_algorithms", names["qplug_algorithms"])
-    assert list(Registry.installed().algorithms) == ["other"]
-    assert list(second.algorithms) == ["mine"]
-
-
 def test_hooks_are_called_once(install: Install) -> None:
     code = offering("mine").replace("    return", "    calls.append(1)\n    return")
     install("mine", "calls = []\n" + code)

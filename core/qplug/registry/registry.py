@@ -276,13 +276,9 @@ def _manager(plugin: Plugin) -> pluggy.PluginManager:
         began = time.monotonic()
         plugged = plugin.open()
         plugin.import_seconds = time.monotonic() - began
+        manager = _new_manager(plugin, plugged)
         if os.environ.get("QPLUG_TRACE", "0") not in ("", "0"):
-            manager = _new_manager(plugin, plugged)
             manager.add_hookcall_monitoring(lambda *_: None, partial(_trace, plugin))
-        elif isinstance(plugged, ModuleType):
-            manager = _manager_of_module(plugin, plugged)
-        else:
-            manager = _new_manager(plugin, plugged)
         plugin.manager = manager
     return plugin.manager
 
@@ -296,30 +292,6 @@ def _new_manager(plugin: Plugin, plugged: object) -> pluggy.PluginManager:
     if not manager.get_hookcallers(plugged):
         raise TypeError(f"{plugin.module} implements no hook; is @hookimpl missing?")
     return manager
-
-
-#: The managers of modules by their names, each with what it was made of. Making those of all
-#: plugins takes as long as all else that a registry does.
-_MANAGERS: dict[str, tuple[tuple[object, ...], pluggy.PluginManager]] = {}
-
-
-def _manager_of_module(plugin: Plugin, module: ModuleType) -> pluggy.PluginManager:
-    """Returns the manager of ``module``, which registries share while its hooks are the same."""
-    marked = (v for v in tuple(vars(module).values()) if hasattr(v, f"{GROUP}_impl"))
-    made_of = (module, plugin.name, *marked)
-    known = _MANAGERS.get(module.__name__)
-    if known is not None and _are_same(known[0], made_of):
-        return known[1]
-    manager = _new_manager(plugin, module)
-    _MANAGERS[module.__name__] = made_of, manager
-    return manager
-
-
-def _are_same(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
-    # The name of the plugin alone is not the same object each time.
-    return len(one) == len(other) and all(
-        a is b or (isinstance(a, str) and a == b) for a, b in zip(one, other, strict=True)
-    )
 
 
 def _warn_if_slow(plugin: Plugin) -> None:
