@@ -127,7 +127,8 @@ def relative_output_errors(
 
     ``weight: [n, out, in]``, ``gram: [n, in, in]``.
     """
-    norms = output_errors(weight.float(), gram)
+    factor = as_factor(gram)
+    norms = output_errors(weight.float(), factor)
     joined = as_one(quantized) if weight.is_cuda else None
     if joined is not None:
         difference = dequantize(joined).view(weight.shape).sub_(weight)
@@ -137,7 +138,7 @@ def relative_output_errors(
         for own, original, each in zip(difference, weight, quantized, strict=True):
             for rows, _, part in _differences(original, each):
                 own[rows] = part
-    errors = output_errors(difference, gram)
+    errors = output_errors(difference, factor)
     pairs = zip(errors.tolist(), norms.tolist(), strict=True)
     return [(max(error, 0.0) / norm) ** 0.5 if norm > 0 else 0.0 for error, norm in pairs]
 
