@@ -40,11 +40,11 @@ def read_and_imported(*words: str | Path, out: Path) -> str:
         # No algorithm is named, and rtn is chosen.
         (("--scheme", "W8A16", "--no-check"), NOT_NEEDED),
         (("--algo", "rtn", "--check", "--dry-run"), NOT_NEEDED),
-        # The ranges of inputs are measured.
-        (("--algo", "rtn", "--scheme", "FP8", "--no-check", *FEW), NEEDED),
         *(
             pytest.param(words, expected, marks=pytest.mark.slow)
             for words, expected in (
+                # The ranges of inputs are measured.
+                (("--algo", "rtn", "--scheme", "FP8", "--no-check", *FEW), NEEDED),
                 # Another algorithm without data.
                 (("--algo", "hqq", "--scheme", "W4A16", "--no-check"), NOT_NEEDED),
                 # A rewrite is tried on a small copy.
