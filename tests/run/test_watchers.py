@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qplug import BlockReport, PluginWarning, QplugError, Result, RunStart, hookimpl, quantize
+from qplug.calibration.live_block import LiveBlock
 from qplug.checkpoint.open import open_checkpoint
 from qplug.registry.registry import Registry
 from qplug.testing import tiny_model, tiny_tokenizer
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from click.testing import Result as CliResult
+    from torch import Tensor
 
     Cli = Callable[..., CliResult]
 
@@ -124,6 +126,31 @@ def test_each_block_of_a_calibrated_run_with_what_it_held(tiny: Path, tmp_path: 
     assert (plan.dataset, plan.samples, plan.seq_len) == ("demo", 2, 16)
     assert plan.estimate is not None
     assert 0 < sum(plan.block_seconds) < plan.estimate.seconds
+
+
+def test_statistics_are_there_for_watchers_and_then_free_their_memory(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes next copies the whole block, for which a GPU may have no room beside them."""
+    told: list[int] = []
+    kept: list[int] = []
+    effective = LiveBlock.effective_parameters
+
+    class Reading:
+        @hookimpl
+        def qplug_block_done(self, report: BlockReport) -> None:
+            if report.block is not None:
+                told.extend(group.gram.numel() for group in report.block.groups)
+
+    def watched(self: LiveBlock, *args: Any) -> dict[str, Tensor]:
+        kept.extend(group.gram.numel() for group in self.groups)
+        return effective(self, *args)
+
+    monkeypatch.setattr(LiveBlock, "effective_parameters", watched)
+    run(tiny, tmp_path / "out", Reading(), **DATA)
+    assert len(told) == len(kept) == 8
+    assert all(told)
+    assert not any(kept)
 
 
 @pytest.mark.parametrize("error", [ValueError("no disk"), SystemExit(3)])

@@ -218,9 +218,10 @@ def _part(steps: Steps, walk: Walk, step: Step, block: LiveBlock, *, again: bool
         block.forget_statistics()
     packed = stages.pack(codes, step, steps.prepared.view.dtype)
     floats = block.stored_floats(step.others)
-    parameters = block.effective_parameters(codes, floats, walk.dtype)
     if block.is_whole:
         steps.watchers.block_done(step.name, report, block, codes, again=again)
+        block.forget_statistics()  # of experts they take as much as the next copies
+    parameters = block.effective_parameters(codes, floats, walk.dtype)
     return _Part(packed, floats, walk.room.parked(step.name, parameters), report)
 
 
