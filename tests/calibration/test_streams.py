@@ -168,7 +168,7 @@ def test_a_factor_made_in_panels_is_that_of_the_whole(
     panel: int, make_inputs: MakeInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(solver, "_PANEL", panel)
-    monkeypatch.setattr(solver, "_PANEL_OF_SEVERAL", panel)
+    monkeypatch.setattr(solver, "_PANEL_OF_SEVERAL", {"cpu": panel})
     several = [make_inputs(200, 23, seed=seed) for seed in range(3)]
     grams = [(x.T @ x).double() for x in several]
     generator = torch.Generator().manual_seed(0)

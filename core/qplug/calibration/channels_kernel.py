@@ -16,7 +16,7 @@ _ROWS, _COLUMNS = 64, 16
 
 
 # Triton accepts no annotations but its own.
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add(  # type: ignore[no-untyped-def]
     x,
     starts,

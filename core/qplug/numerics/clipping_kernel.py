@@ -13,7 +13,7 @@ _ROWS = 64
 
 
 # Triton accepts no annotations but its own.
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups", "candidates"])
 def _clip_errors(  # type: ignore[no-untyped-def]
     weight,
     blocks,
@@ -89,7 +89,7 @@ def clip_errors_on_gpu(
     return errors
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "steps"])
 def _scaled_differences(  # type: ignore[no-untyped-def]
     weight,
     column_scales,

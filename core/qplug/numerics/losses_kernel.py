@@ -15,7 +15,7 @@ _GROUP = 8  # tiles of rows that are worked on at once, with all columns: they s
 
 
 # Triton accepts no annotations but its own.
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "row_tiles", "column_tiles"])
 def _output_errors(  # type: ignore[no-untyped-def]
     difference,
     gram,

@@ -40,7 +40,7 @@ def _nearest(values):  # type: ignore[no-untyped-def]
     return (tl.minimum(tl.maximum(values, -4194304.0), 4194304.0) + 12582912.0) - 12582912.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups"])
 def _round(  # type: ignore[no-untyped-def]
     weight,
     low_parts,
@@ -82,7 +82,7 @@ def _round(  # type: ignore[no-untyped-def]
     tl.store(rounded + place, result.to(rounded.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "groups"])
 def _round_backward(  # type: ignore[no-untyped-def]
     weight,
     low_parts,

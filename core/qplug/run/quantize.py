@@ -27,6 +27,7 @@ from qplug.run.choose import Chosen, choose
 from qplug.run.planned import PlannedRun, plan_run
 from qplug.run.stages import Stages
 from qplug.run.stop_at import Limit, OnStop
+from qplug.run.warm_up import warmed_up
 from qplug.run.watchers import Watcher, Watchers
 from qplug.run.written import WrittenRun, write_run
 
@@ -190,6 +191,8 @@ def run(
             refuse_existing(out, overwrite=overwrite)
 
         session.processes.from_first(begin)
+        if not dry_run:
+            stack.enter_context(warmed_up(stages, session))
         planned = plan_run(
             model,
             out,

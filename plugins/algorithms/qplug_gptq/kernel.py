@@ -13,7 +13,7 @@ _ROWS = 32  # rows of the weight in one program: a warp with one row per thread
 
 
 # Triton accepts no annotations but its own.
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "work_step", "factor_step"])
 def _round_block(  # type: ignore[no-untyped-def]
     work,
     scales,

@@ -22,9 +22,11 @@ Rounder: TypeAlias = Callable[
 
 #: The largest damping; it is raised tenfold until the matrix can be factored.
 _MOST_DAMP = 10.0
-#: Rows of a matrix that are factored at a time: of one matrix, and of several side by side, for
-#: which a GPU has a kernel that is fast on small matrices.
-_PANEL, _PANEL_OF_SEVERAL = 1024, 128
+#: Rows of a matrix that are factored at a time.
+_PANEL = 1024
+#: The same of several side by side, by device. On an H200 larger panels are slower from four
+#: matrices of 4096 or 7168 columns, smaller ones wait for the start of more kernels.
+_PANEL_OF_SEVERAL = {"cuda": 512, "cpu": 128}
 #: Bytes of a Gram matrix that is factored in its own memory: from a width of 16384.
 _LARGE = 1 << 30
 
@@ -152,7 +154,7 @@ def _damp(matrix: Tensor, diagonal: Tensor, mean: Tensor, damp: float) -> None:
 
 
 def _panel(matrices: Tensor) -> int:
-    return _PANEL if len(matrices) == 1 else _PANEL_OF_SEVERAL
+    return _PANEL if len(matrices) == 1 else _PANEL_OF_SEVERAL.get(matrices.device.type, _PANEL)
 
 
 def _factor(matrices: Tensor, *, keep_lower: bool = False) -> list[int]:

@@ -143,6 +143,18 @@ def test_errors_of_outputs_are_those_of_plain_torch(
     assert torch.allclose(found, wanted, rtol=1e-3)
 
 
+def test_a_kernel_is_compiled_once_for_all_numbers_of_rows() -> None:
+    from qplug.numerics.losses_kernel import _output_errors
+
+    device = torch.cuda.current_device()
+    before = len(_output_errors.device_caches[device][0])
+    for rows, width in ((16, 1024), (130, 2048), (2048, 1024), (4096, 4096), (40, 7168)):
+        output_errors(
+            torch.ones(1, rows, width, device="cuda"), torch.eye(width, device="cuda")[None]
+        )
+    assert len(_output_errors.device_caches[device][0]) <= before + 1
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [24, 32, 128, None])
 @pytest.mark.parametrize("symmetric", [True, False])
