@@ -26,6 +26,8 @@ from qplug.model.hooks import hooked
 Call = Callable[[], Tensor]
 
 _RTOL = 1e-3
+#: What float32 may change of an input that is the same, relative to it.
+_SAME = 1e-5
 #: Bytes of a matrix of which a trial keeps no copy: it is undone, which may change last bits.
 _LARGE = 1 << 28
 
@@ -134,11 +136,14 @@ def _behind_experts(
 
 
 def _is_last(block: nn.Module, call: Call, seen: _Seen, mixture: str, experts: Experts) -> bool:
-    """Whether all other linears read the same if ``experts`` return zeros."""
+    """Whether all other linears read the same if ``experts`` return zeros.
+
+    The same up to rounding: trials before have changed the last bits of large matrices.
+    """
     with silent([experts]):
         without = _watch(block, call)
     return all(
-        torch.equal(tensor, seen.inputs[name])
+        bool((tensor - seen.inputs[name]).norm() <= _SAME * tensor.norm())
         for name, tensor in without.inputs.items()
         if name == mixture or not is_within(mixture, name)
     )
