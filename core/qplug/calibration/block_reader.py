@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from qplug.api.tensors import Checkpoint
 from qplug.checkpoint.into_memory import READERS, all_into_memory
@@ -12,6 +12,10 @@ from qplug.machine.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+#: Called with the name of a stored tensor and its value, in the thread that has read it.
+See: TypeAlias = "Callable[[str, Tensor], None]"
 
 
 class BlockReader:
@@ -27,9 +31,13 @@ class BlockReader:
         clock: Stopwatch,
         *,
         pinned: bool = False,
+        see: See | None = None,
     ) -> None:
-        """``pinned``: use page-locked memory, from which a GPU copies asynchronously."""
-        self._pinned = pinned
+        """``pinned``: use page-locked memory, from which a GPU copies asynchronously.
+
+        ``see`` is called for tensors whose values are stored bytes, and not computed.
+        """
+        self._pinned, self._see = pinned, see
         self._source, self._parameters, self._clock = source, parameters, clock
         self._following = dict(zip(parameters, [*parameters][1:], strict=False))
         self._thread = ThreadPoolExecutor(1, "qplug-block-reader")
@@ -54,7 +62,7 @@ class BlockReader:
         return weights
 
     def _read(self, block: str) -> dict[str, Tensor]:
-        tensors = {
-            local: self._source.tensors[f"{block}.{local}"] for local in self._parameters[block]
-        }
-        return all_into_memory(tensors, self._readers, page_locked=self._pinned)
+        names = {f"{block}.{local}": local for local in self._parameters[block]}
+        tensors = {name: self._source.tensors[name] for name in names}
+        read = all_into_memory(tensors, self._readers, page_locked=self._pinned, see=self._see)
+        return {names[name]: value for name, value in read.items()}

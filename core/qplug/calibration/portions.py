@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 PER_WEIGHT = 2 + 4 + 1 + 4
 #: Bytes for each entry of a Gram matrix.
 PER_ENTRY = 4
-#: Bytes that steps on a part take besides: copies of a few layers, and of a batch.
-BESIDES = 2 << 30
+#: Bytes that steps on a part take besides: copies of the layers that are worked on side by side,
+#: and of a batch.
+BESIDES = 3 << 30
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from qplug.api.tensors import Checkpoint
 from qplug.calibration.batches import counted_tokens, samples_in_a_batch
 from qplug.calibration.block_modules import BlockModules
 from qplug.calibration.block_parts import BlockParts
-from qplug.calibration.block_reader import BlockReader
+from qplug.calibration.block_reader import BlockReader, See
 from qplug.calibration.block_room import BlockRoom
 from qplug.calibration.block_structures import PROBE, BlockStructures
 from qplug.calibration.cache_scales import (
@@ -39,6 +39,7 @@ from qplug.calibration.stream import Compute, Stream
 from qplug.calibration.stream_distance import StreamDistance
 from qplug.checkpoint.names import within
 from qplug.errors import QplugError
+from qplug.machine.memory import free_workspaces
 from qplug.machine.session import Session
 from qplug.model.block_call import BlockCall, Output, hidden_states
 from qplug.model.experts import alike_in
@@ -77,6 +78,7 @@ class Walk:
         skeleton: Skeleton | None = None,
         memory: int | None = None,
         by_group: bool = False,
+        see: See | None = None,
     ) -> None:
         """Each process of ``session`` takes a part of the ``samples``.
 
@@ -86,7 +88,8 @@ class Walk:
         whose inputs are rotated while the model runs. ``cache``: how keys and values are stored,
         None if not quantized. ``skeleton``: of the source, if it is made already. ``memory``: bytes
         that a block may take; by default those that are free. ``by_group``: whether input groups
-        may come one after another if a block takes more. Raises QplugError if there are fewer
+        may come one after another if a block takes more. ``see``: what ``BlockReader`` tells of
+        tensors that it reads. Raises QplugError if there are fewer
         samples than processes.
         """
         device, processes = session.device, session.processes
@@ -108,7 +111,7 @@ class Walk:
         )
         self._structures = BlockStructures(device)
         self._reader = BlockReader(
-            source, self._blocks.parameters, session.clock, pinned=device.type == "cuda"
+            source, self._blocks.parameters, session.clock, pinned=device.type == "cuda", see=see
         )
         self._reader.start(view.blocks[0])
         self._with_drift = with_drift and propagate == "quantized"
@@ -155,6 +158,7 @@ class Walk:
         self._agree = True
         self._targets: HiddenStates | None = None
         entrance.free_embeddings()
+        free_workspaces(device)  # each pass has a thread, which has multiplied positions
 
     def _begin(self, entrance: Entrance, batches: Sequence[Samples]) -> Stream:
         stream = Stream([entrance.begin(batch) for batch in batches], self._device)

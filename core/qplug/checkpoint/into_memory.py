@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
@@ -37,15 +37,27 @@ def into_memory(tensor: StoredTensor, *, page_locked: bool) -> Tensor:
 
 
 def all_into_memory(
-    tensors: Mapping[str, StoredTensor], threads: Executor, *, page_locked: bool
+    tensors: Mapping[str, StoredTensor],
+    threads: Executor,
+    *,
+    page_locked: bool,
+    see: Callable[[str, Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
     """Returns ``into_memory`` of ``tensors``, by name.
 
-    Plain tensors are read by ``threads``, at once. Tensors that are computed are read one after the
-    other, since each computation needs memory of its own.
+    Plain tensors are read by ``threads``, at once, which call ``see`` with the name and the value.
+    Tensors that are computed are read one after the other, since each computation needs memory of
+    its own.
     """
+
+    def read(name: str, tensor: StoredTensor) -> Tensor:
+        value = into_memory(tensor, page_locked=page_locked)
+        if see is not None:
+            see(name, value)
+        return value
+
     plain = {
-        name: threads.submit(into_memory, tensor, page_locked=page_locked)
+        name: threads.submit(read, name, tensor)
         for name, tensor in tensors.items()
         if is_plain(tensor)
     }

@@ -59,6 +59,15 @@ def free_memory(device: torch.device) -> int | None:
     return None if available is None else available * 9 // 10
 
 
+def free_workspaces(device: torch.device) -> None:
+    """Frees the memory in which cuBLAS works on ``device``, 128 MiB for each thread that used it.
+
+    torch keeps it as long as the process lives, and takes it again where a thread needs it.
+    """
+    if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 def memory_of_each(device: torch.device, processes: int, stated: int | None) -> int | None:
     """The bytes that a block may take in each of ``processes``; None if nothing limits them.
 

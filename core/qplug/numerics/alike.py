@@ -15,8 +15,8 @@ from qplug.api import InputGroup, QuantizedWeight
 from qplug.api.groups import row_scales, row_step
 
 #: Values of the largest matrix of each layer, in layers that are worked on at a time. Those of a
-#: CPU stay in the cache of a core.
-_ROOM = {"cuda": 1 << 26, "cpu": 1 << 20}
+#: CPU stay in the cache of a core; a GPU waits for launches if they are few.
+_ROOM = {"cuda": 1 << 28, "cpu": 1 << 20}
 
 
 def side_by_side(groups: Sequence[InputGroup], processes: int = 1) -> list[list[InputGroup]]:

@@ -74,11 +74,10 @@ class SharedWriter:
         number: int,
         contents: Mapping[str, Content],
         report: dict[str, Any],
-        read: Mapping[str, int],
     ) -> None:
         """Calls ``Writer.write`` in the first process; the others do not read ``contents``."""
         if self._writer is not None:
-            self._writer.write(number, contents, report, read)
+            self._writer.write(number, contents, report)
 
     def finish(
         self,

@@ -1,8 +1,8 @@
 """Checksums of the float tensors that each step of a run read, so that no other model is mixed in.
 
-A run notes them as it goes, where it can of bytes that are in memory anyway. A resumed run computes
-them again for the steps that are finished, as fast as the disk reads: the files may have the same
-sizes and times, and other weights.
+A run notes them as it goes: of bytes that it reads or copies anyway, and of few others. A resumed
+run computes them again for the steps that are finished, as fast as the disk reads: the files may
+have the same sizes and times, and other weights.
 """
 
 from __future__ import annotations
@@ -32,31 +32,32 @@ class SourceBytes:
     def __init__(self, plan: Plan, checkpoint: Checkpoint, blocks: Sequence[str] = ()) -> None:
         self._plan, self._tensors = plan, checkpoint.tensors
         self._blocks = blocks
+        self._known: dict[str, int] = {}  # the CRC-32 of stored bytes, by name of their tensor
 
-    def of_values(self, values: Mapping[str, Tensor]) -> dict[str, int]:
-        """Returns the CRC-32 of ``values`` by name, where they are the bytes of stored tensors.
+    def see(self, name: str, value: Tensor) -> None:
+        """Notes the checksum of tensor ``name``, whose stored bytes were read as ``value``.
 
-        ``values``: tensors as they were read, by name.
+        Threads may call this at once. A tensor that is computed as it is read is passed over.
         """
-        return {
-            name: crc32([tensor_bytes(value)])
-            for name, value in values.items()
-            if is_plain(self._tensors[name])
-        }
+        if is_plain(self._tensors[name]):
+            self.note(name, crc32([tensor_bytes(value)]))
 
-    def of_step(self, number: int, known: Mapping[str, int] | None = None) -> int:
+    def note(self, name: str, crc: int) -> None:
+        """Notes ``crc``, the CRC-32 of the stored bytes of tensor ``name``."""
+        self._known[name] = crc
+
+    def of_step(self, number: int) -> int:
         """Returns the checksum of the tensors that step ``number`` depends on.
 
-        ``known``: the CRC-32 of stored bytes, by name of their tensor. All other tensors are read.
+        Tensors of which none was noted are read.
         """
-        known = known or {}
         crcs = []
         for step in self._steps(number):
             for name in _names(step):
                 tensor = self._tensors.get(name)
                 for leaf in self._leaves_of(name):
-                    is_known = leaf is tensor and name in known
-                    crcs.append(known[name] if is_known else crc32(leaf.chunks()))
+                    known = self._known.get(name) if leaf is tensor else None
+                    crcs.append(crc32(leaf.chunks()) if known is None else known)
         return self._joined(crcs)
 
     def of_model(self) -> int:

@@ -63,15 +63,11 @@ Content: TypeAlias = Tensor | Iterable[bytes]
 
 @dataclass(frozen=True)
 class _Written:
-    """A step that is written to ``files``, whose bytes the disk may not have yet.
-
-    ``known``: as for ``SourceBytes.of_step``.
-    """
+    """A step that is written to ``files``, whose bytes the disk may not have yet."""
 
     number: int
     files: Sequence[int]
     crcs: tuple[int, ...]
-    known: Mapping[str, int]
     report: dict[str, Any]
 
 
@@ -278,18 +274,16 @@ class Writer:
         number: int,
         contents: Mapping[str, Content],
         report: dict[str, Any],
-        read: Mapping[str, int] | None = None,
     ) -> None:
         """Writes the tensors of step ``number`` in the background, then enters it in the journal.
 
-        ``contents`` are by full name; bytes in pieces are those of a tensor of the source. ``read``
-        are the checksums of further tensors of the source, as far as they are known. Waits if too
-        many steps are pending. Raises the error of an earlier step that could not be written.
+        ``contents`` are by full name; bytes in pieces are those of a tensor of the source. Waits if
+        too many steps are pending. Raises the error of an earlier step that could not be written.
         """
         size = self._plan.steps[number].nbytes
         while self._has_no_room(size):
             self._wait()
-        done = self._thread.submit(self._write, number, contents, report, read or {})
+        done = self._thread.submit(self._write, number, contents, report)
         self._pending.append((size, done))
 
     def _has_no_room(self, size: int) -> bool:
@@ -307,21 +301,19 @@ class Writer:
         number: int,
         contents: Mapping[str, Content],
         report: dict[str, Any],
-        read: Mapping[str, int],
     ) -> Future[None]:
         """Writes a step; returns when it will be in the journal."""
         step = self._plan.steps[number]
         files: dict[int, None] = {}
-        known = dict(read)
         for name in step.outputs:
             content, place = contents[name], self._layout.places[name]
             file = self._file(place.path)
             self._crcs[name] = self._write_tensor(content, file, place.start)
             if not isinstance(content, Tensor):
-                known[name] = self._crcs[name]
+                self._source.note(name, self._crcs[name])
             files[file] = None
         crcs = tuple(self._crcs[name] for name in step.outputs)
-        self._written.append(_Written(number, [*files], crcs, known, report))
+        self._written.append(_Written(number, [*files], crcs, report))
         # Another thread waits for the disk, while this one writes the next step.
         return self._noting.submit(self._note)
 
@@ -336,7 +328,7 @@ class Writer:
             # Now, while the next step is computed; at the end of the run it would have to wait.
             os.fsync(file)
         for step in steps:
-            source = self._source.of_step(step.number, step.known)
+            source = self._source.of_step(step.number)
             entry = Entry(step.number, step.crcs, source, step.report)
             try:
                 self._folder.journal.append(entry.to_dict())

@@ -17,6 +17,7 @@ from qplug.model.kv_cache import KVCache
 from qplug.model.skeleton import Skeleton
 from qplug.output.plan import Step
 from qplug.output.shared_writer import SharedWriter
+from qplug.output.source_bytes import SourceBytes
 from qplug.output.step_report import Report
 from qplug.run.steps import Finished, Steps
 
@@ -30,11 +31,12 @@ def start_walk(
     samples: Samples,
     cache: KVCache | None,
     skeleton: Skeleton,
+    source_bytes: SourceBytes,
 ) -> Walk:
     """Returns a walk of ``samples`` that stands at the first block.
 
     ``cache`` are the modules that fill a KV cache, if its scales are to be stored. The walk takes
-    the model of ``skeleton``.
+    the model of ``skeleton``. The process that writes has ``source_bytes`` see what is read.
     """
     stages, prepared, session = steps.stages, steps.prepared, steps.session
     data = stages.recipe.calibration
@@ -57,6 +59,7 @@ def start_walk(
             skeleton=skeleton,
             memory=session.memory,
             by_group=stages.by_group,
+            see=source_bytes.see if session.processes.is_first else None,
         )
 
 

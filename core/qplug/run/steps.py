@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,16 +33,11 @@ Quantize = Callable[[Block], Mapping[str, QuantizedWeight]]
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """A computed step: its number, the tensors to write by full name, and its report.
-
-    ``read``: the CRC-32 of tensors of the source that were read for the step, by name, as far as
-    they are known already.
-    """
+    """A computed step: its number, the tensors to write by full name, and its report."""
 
     number: int
     contents: Mapping[str, Content]
     report: Report
-    read: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

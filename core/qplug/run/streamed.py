@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qplug.checkpoint.into_memory import READERS, is_plain, nbytes_of
@@ -19,29 +18,20 @@ if TYPE_CHECKING:
 _AHEAD = 1 << 28
 
 
-@dataclass(frozen=True, eq=False)
-class _Read:
-    """The weights that a step reads, by full name, and the CRC-32 of those that are stored so."""
-
-    weights: dict[str, Tensor]
-    crcs: dict[str, int]
-
-
 def streamed(steps: Steps, done: Collection[int], source: SourceBytes) -> Iterator[Finished]:
     """Yields every step that is not ``done``, in order, computed.
 
-    ``source`` computes the checksums of what was read. The first process does all the work, since
+    ``source`` sees what is read. The first process does all the work, since
     most of the time goes into reading and writing.
     """
     if not steps.session.processes.is_first:
         return
     with _ReadAhead(steps, source, done) as ahead:
-        for number, read in ahead:
-            if read.weights:
-                finished = steps.quantized(number, read.weights, steps.stages.quantize)
+        for number, weights in ahead:
+            if weights:
+                yield steps.quantized(number, weights, steps.stages.quantize)
             else:
-                finished = steps.copied(number)
-            yield replace(finished, read=read.crcs)
+                yield steps.copied(number)
 
 
 class _ReadAhead:
@@ -55,7 +45,8 @@ class _ReadAhead:
     def __init__(self, steps: Steps, source: SourceBytes, done: Collection[int]) -> None:
         self._steps, self._source = steps, source
         self._todo = deque(n for n in range(len(steps.plan.steps)) if n not in done)
-        self._coming: deque[tuple[int, int, Future[_Read]]] = deque()  # number, bytes, weights
+        # Steps by number, the bytes of their weights, and the weights.
+        self._coming: deque[tuple[int, int, Future[dict[str, Tensor]]]] = deque()
         self._threads = ThreadPoolExecutor(READERS, "qplug-reader")
 
     def __enter__(self) -> _ReadAhead:
@@ -64,16 +55,16 @@ class _ReadAhead:
     def __exit__(self, *error: object) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def __iter__(self) -> Iterator[tuple[int, _Read]]:
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yields each step's number and its weights."""
         self._read_on()
         while self._coming:
             number, _, coming = self._coming.popleft()
             with self._steps.session.clock("reading"):
-                read = coming.result()
+                weights = coming.result()
             del coming  # it would keep the weights in memory
             self._read_on()
-            yield number, read
+            yield number, weights
 
     def _read_on(self) -> None:
         """Begins to read further steps, as far as there is room for them."""
@@ -86,6 +77,8 @@ class _ReadAhead:
             number = self._todo.popleft()
             self._coming.append((number, size, self._threads.submit(self._read, number)))
 
-    def _read(self, number: int) -> _Read:
+    def _read(self, number: int) -> dict[str, Tensor]:
         weights = self._steps.weights(self._steps.plan.steps[number])
-        return _Read(weights, self._source.of_values(weights))
+        for name, value in weights.items():
+            self._source.see(name, value)
+        return weights

@@ -76,14 +76,14 @@ def first_uses(
     ``grids``: those of the weights. ``efforts``: of the run's algorithms, as far as they are known.
     """
     yield partial(_multiply, device)
+    if "solves" in efforts:
+        yield partial(_factor, device)
     yield partial(_add_channels, device)
     for args in grids:
         if "searches" in efforts:
             yield partial(_scale, args, device)
         if args.bits < 8:
             yield partial(_clip, args, device)
-    if "solves" in efforts:
-        yield partial(_factor, device)
     yield partial(_judge, device)
 
 

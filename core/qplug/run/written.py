@@ -75,7 +75,7 @@ def write_run(
         steps = Steps(run.stages, plan, prepared, watchers, session, watch)
         for step in _computed(run, steps, output, source_bytes, done):
             with clock("writing"):
-                output.write(step.number, step.contents, step.report.to_dict(), step.read)
+                output.write(step.number, step.contents, step.report.to_dict())
             reports[step.number] = step.report
             watchers.step_written(plan.steps[step.number].name, step.report)
         watchers.stage_begun("writing")
@@ -126,7 +126,7 @@ def _computed(
     # The walk is not a local: a stored traceback would keep its hidden states alive.
     finished = calibrated(
         steps,
-        start_walk(steps, run.decision.schemes, run.samples, run.cache, run.skeleton),
+        start_walk(steps, run.decision.schemes, run.samples, run.cache, run.skeleton, source_bytes),
         output,
         done,
     )

@@ -5,7 +5,7 @@ Linears that read one tensor share its Gram matrix, so they are solved with one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -31,6 +31,10 @@ from qplug.numerics import (
 )
 from qplug_gptq.choosing import order_of_columns, solve_choosing
 from qplug_gptq.solver import corrected, factored, inverse_factor, solve
+
+#: Values of a weight that is solved together with others, at most: a GPU waits for launches of
+#: small ones.
+_JOINED = {"cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -121,11 +125,11 @@ class GPTQ(Algorithm[Params]):
             size = groups[0].linears[0].args.group_size if on_the_way else None
             order = order_of_columns(diagonal, size or 1)
         drifts = [g.drift for g in groups if g.drift is not None] if params.correct else []
-        sets = [*zip(*(group.linears for group in groups), strict=True)]
-        scales: list[tuple[Tensor, Tensor | None]] = []
+        sets = [[*linears] for linears in zip(*(group.linears for group in groups), strict=True)]
+        scaled: list[_Scaled] = []
         if not drifts and not on_the_way:
             # Before the factor, which may take the memory of the Gram matrix.
-            scales = [self._scale(linears, _weights(linears), gram) for linears in sets]
+            scaled = [self._scaled(linears, _weights(linears), gram) for linears in sets]
         factoring = (
             nullcontext(inverse_factor(gram, order, params.damp))
             if drifts
@@ -133,23 +137,42 @@ class GPTQ(Algorithm[Params]):
         )
         codes: dict[str, QuantizedWeight] = {}
         with factoring as (factor, dampings):
-            for number, linears in enumerate(sets):
+            for run in _at_once(scaled):
+                codes |= self._codes(run, factor, order)
+            for linears in sets if not scaled else ():
                 weight = _weights(linears)
                 if drifts:
                     weight = corrected(weight, together(drifts), factor, order, params.correct)
                 if on_the_way:
                     codes |= self._choosing(linears, weight, factor, order)
-                    continue
-                scale, zero = scales[number] if scales else self._scale(linears, weight, gram)
-                args, size = linears[0].args, params.block_size
-                solution = solve(weight, scale, zero, args, factor, order, size)
-                codes |= _by_name(linears, solution, scale, zero)
+                else:
+                    codes |= self._codes([self._scaled(linears, weight, gram)], factor, order)
         notes = []
         for group, damp in zip(groups, dampings, strict=True):
             if damp > params.damp:
                 names = ", ".join(linear.name for linear in group.linears)
                 notes.append(f"{names}: damping was raised from {params.damp:g} to {damp:g}")
         return _Solved(codes, notes)
+
+    def _codes(
+        self, run: Sequence[_Scaled], factor: Tensor, order: Tensor
+    ) -> dict[str, QuantizedWeight]:
+        """The codes of linears that are solved as one, one below the other."""
+        scales, zeros = [each.scale for each in run], [each.zero for each in run]
+        solution = solve(
+            _below([each.weight for each in run]),
+            _below(scales),
+            _below([zero for zero in zeros if zero is not None]) if zeros[0] is not None else None,
+            run[0].linears[0].args,
+            factor,
+            order,
+            self.params.block_size,
+        )
+        codes: dict[str, QuantizedWeight] = {}
+        rows = [each.weight.shape[1] for each in run]
+        for each, own in zip(run, solution.split(rows, dim=1), strict=True):
+            codes |= _by_name(each.linears, own, each.scale, each.zero)
+        return codes
 
     def _choosing(
         self, linears: Sequence[Linear], weight: Tensor, factor: Tensor, order: Tensor
@@ -177,6 +200,9 @@ class GPTQ(Algorithm[Params]):
             for linear in group.linears
         )
 
+    def _scaled(self, linears: Sequence[Linear], weight: Tensor, gram: Tensor) -> _Scaled:
+        return _Scaled(linears, weight, *self._scale(linears, weight, gram))
+
     def _scale(
         self, linears: Sequence[Linear], weight: Tensor, gram: Tensor
     ) -> tuple[Tensor, Tensor | None]:
@@ -201,6 +227,39 @@ class GPTQ(Algorithm[Params]):
             low, high = weight_range(own, args)
             found.append(range_scale(low * ratio, high * ratio, args, linear.global_scale))
         return _stacked(found)
+
+
+@dataclass(frozen=True, eq=False)
+class _Scaled:
+    """A linear of each of the groups that are alike, with its ``weight: [n, out, in]`` and grid.
+
+    ``scale`` and ``zero``: ``[n, *scale_shape]``.
+    """
+
+    linears: Sequence[Linear]
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+
+def _at_once(scaled: Sequence[_Scaled]) -> Iterator[list[_Scaled]]:
+    """Yields ``scaled`` in lists that are solved as one, if there is one grid for all of a list.
+
+    Rows must have scales of their own.
+    """
+
+    def kind(each: _Scaled) -> object:
+        args, weight = each.linears[0].args, each.weight
+        is_small = weight.numel() <= _JOINED.get(weight.device.type, 0)
+        return args if is_small and args.strategy in ("group", "channel") else id(each)
+
+    for _, alike in groupby(scaled, kind):
+        yield [*alike]
+
+
+def _below(tensors: Sequence[Tensor]) -> Tensor:
+    """``tensors``, ``[n, rows, columns]``, one below the other."""
+    return tensors[0] if len(tensors) == 1 else torch.cat([*tensors], dim=1)
 
 
 def _weights(linears: Sequence[Linear]) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from qplug import Block, InputGroup, Linear, QplugError, QuantArgs, QuantizedWeight
 from qplug.api.groups import dequantize
 from qplug.numerics.rounding import nearest
-from qplug_gptq import solver
+from qplug_gptq import gptq, solver
 from qplug_gptq.gptq import GPTQ, Params
 
 MakeInputs = Callable[..., Tensor]
@@ -230,11 +230,25 @@ def test_blocks_of_any_size_give_the_same_codes(
 
 
 @every_grid
+@pytest.mark.parametrize("joined", [0, 64 * 96], ids=["apart", "joined"])
 def test_linears_of_a_group_are_solved_as_each_alone(
-    grid: str, make_inputs: MakeInputs, make_linear: MakeLinear, make_group: MakeGroup
+    grid: str,
+    joined: int,
+    make_inputs: MakeInputs,
+    make_linear: MakeLinear,
+    make_group: MakeGroup,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Queries, keys and values read one tensor, and differ in height."""
     x, args = make_inputs(300, 96), GRIDS[grid]
+    monkeypatch.setattr(gptq, "_JOINED", {"cpu": joined})
+    solved: list[int] = []
+
+    def counted(weight: Tensor, *others: Any) -> Tensor:
+        solved.append(weight.shape[1])
+        return solver.solve(weight, *others)
+
+    monkeypatch.setattr(gptq, "solve", counted)
 
     def linears() -> list[Linear]:
         return [
@@ -244,6 +258,8 @@ def test_linears_of_a_group_are_solved_as_each_alone(
 
     _, together = quantized(make_group(x, *linears()))
     assert list(together) == ["q", "k", "v"]
+    is_one = joined and args.strategy in ("group", "channel")
+    assert solved == ([105] if is_one else [64, 20, 21])
     for linear in linears():
         _, alone = quantized(make_group(x, linear))
         assert torch.equal(alone[linear.name].codes.float(), together[linear.name].codes.float())

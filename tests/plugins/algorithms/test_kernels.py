@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from qplug.calibration.samples import Samples
 from qplug.calibration.statistics import Statistics
 from qplug.calibration.walk import Walk
 from qplug.checkpoint.open import open_checkpoint
+from qplug.machine.memory import free_workspaces
 from qplug.machine.session import Session
 from qplug.model.view import model_view
 from qplug.numerics.clipping import clip_errors, diagonal_blocks, scaled_differences
@@ -184,6 +187,23 @@ def test_rounding_in_a_range_and_its_gradients_are_those_of_plain_torch(
         # A scale or code that is half-way between two may fall on the other side.
         close = torch.isclose(plain, kernel, rtol=1e-3, atol=1e-5 * float(plain.abs().max()))
         assert close.float().mean() > 0.999
+
+
+def test_workspaces_of_threads_are_freed() -> None:
+    matrix = torch.ones(256, 256, device="cuda")
+
+    def multiply() -> None:
+        torch.mm(matrix, matrix)
+
+    free_workspaces(matrix.device)
+    before = torch.cuda.memory_allocated()
+    with ThreadPoolExecutor(4) as threads:
+        barrier = Barrier(4)
+        for _ in range(4):
+            threads.submit(lambda: (barrier.wait(), multiply()))
+    assert torch.cuda.memory_allocated() > before
+    free_workspaces(matrix.device)
+    assert torch.cuda.memory_allocated() <= before
 
 
 def test_hidden_states_come_back_as_they_went() -> None:
