@@ -49,16 +49,16 @@ class SourceBytes:
     def of_step(self, number: int) -> int:
         """Returns the checksum of the tensors that step ``number`` depends on.
 
-        Tensors of which none was noted are read.
+        Those of which none was noted are read.
         """
-        crcs = []
-        for step in self._steps(number):
-            for name in _names(step):
-                tensor = self._tensors.get(name)
-                for leaf in self._leaves_of(name):
-                    known = self._known.get(name) if leaf is tensor else None
-                    crcs.append(crc32(leaf.chunks()) if known is None else known)
-        return self._joined(crcs)
+        known: dict[int, int] = {}  # by id of the tensor in a file
+        for name in (name for step in self._steps(number) for name in _names(step)):
+            tensor = self._tensors.get(name)
+            if tensor is not None and name in self._known:
+                known[id(tensor)] = self._known[name]
+        leaves = self._leaves(self._steps(number))
+        crcs = known | _read({id(leaf): leaf for leaf in leaves if id(leaf) not in known})
+        return self._joined(crcs[id(leaf)] for leaf in leaves)
 
     def of_model(self) -> int:
         """Returns the checksum of all tensors; reads them."""
@@ -72,9 +72,7 @@ class SourceBytes:
         wanted = {number: self._leaves(self._steps(number)) for number in steps}
         whole = self._leaves(self._plan.steps) if model is not None else []
         each = {id(leaf): leaf for leaves in (*wanted.values(), whole) for leaf in leaves}
-        with ThreadPoolExecutor(READERS, "qplug-checker") as pool:
-            computed = pool.map(lambda leaf: crc32(leaf.chunks()), each.values())
-            crcs = dict(zip(each, computed, strict=True))
+        crcs = _read(each)
         now = {n: self._joined(crcs[id(leaf)] for leaf in wanted[n]) for n in wanted}
         return now == dict(steps) and (
             model is None or model == self._joined(crcs[id(leaf)] for leaf in whole)
@@ -98,6 +96,15 @@ class SourceBytes:
     @staticmethod
     def _joined(crcs: Iterable[int]) -> int:
         return zlib.crc32(" ".join(map(str, crcs)).encode())
+
+
+def _read(tensors: Mapping[int, StoredTensor]) -> dict[int, int]:
+    """Returns the CRC-32 of the bytes of ``tensors``, by their keys; several are read at once."""
+    if not tensors:
+        return {}
+    with ThreadPoolExecutor(READERS, "qplug-checker") as pool:
+        computed = pool.map(lambda tensor: crc32(tensor.chunks()), tensors.values())
+        return dict(zip(tensors, computed, strict=True))
 
 
 def _names(step: Step) -> list[str]:
