@@ -109,6 +109,7 @@ class Observation:
         self.statistics: dict[str, Statistics] = {}
         #: What begins the statistics of the experts of a layer, by layer, number and path.
         self._of_experts: dict[str, dict[int, dict[str, _Begin]]] = {}
+        self._layers = experts_in(block)
         own = quota.batches[quota.rank]
         for group in structure:
             quantized = [path for path in group.linears if path in schemes]
@@ -130,7 +131,7 @@ class Observation:
                 kept = max(_LEAST_OF_EXPERT, SAMPLE // max(1, len(of_experts)))
             else:
                 of_experts = [group.at]
-                kept = max(_LEAST_OF_EXPERT, SAMPLE // len(experts_in(block)[group.experts]))
+                kept = max(_LEAST_OF_EXPERT, SAMPLE // len(self._layers[group.experts]))
             for path in of_experts:
                 self._sampled[path] = quota.of_sample(kept)[0] * own
                 # A process may see all tokens of an expert, or none.
@@ -142,7 +143,6 @@ class Observation:
                 of_layer.setdefault(number, {})[path] = _Begin(linear.in_features, begin)
         #: The paths at which whole tensors are read.
         self._whole = [*self.statistics]
-        self._layers = experts_in(block)
         self._last = {group.experts for group in structure if group.is_last}
         self._passes: dict[str, list[Passed]] = {path: [] for path in self._of_experts}
         self._float_passes: dict[str, list[Passed]] = {path: [] for path in self._of_experts}
