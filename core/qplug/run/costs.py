@@ -28,6 +28,7 @@ _RATIOS, _STEPS, _CLIP_STEPS = 21, 5, 20
 _BYTES = 2  # of an element of hidden states
 _PENDING = 2  # results of steps that wait for the disk
 _AHEAD = 1 << 28  # bytes that a run without data reads ahead
+_SIDE_BY_SIDE = 1 << 27  # weights of one shape whose errors a GPU measures at a time, at most
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,12 @@ def block_seconds(work: Workload, machine: Machine) -> tuple[float, ...]:
 def _seconds(work: Workload, machine: Machine, *, warm: bool) -> dict[str, float]:
     """The seconds of each stage; ``reading`` and ``writing`` are those in which a run waits."""
     rates = machine.rates
-    once = {} if warm else {"opening": rates.start}
+    once = {} if warm else {"opening": rates.start if work.tokens else rates.bare}
     if not work.tokens:
         return once | _streamed(work, rates)
     once["data"] = rates.data
     if not warm:
-        has_experts = any(one.experts for block in work.blocks for one in block.readers)
-        once["kernels"] = rates.kernels + (rates.expert_kernels if has_experts else 0)
+        once["kernels"] = rates.kernels + (rates.expert_kernels if _has_experts(work) else 0)
     total = defaultdict(float, once)
     # The run waits for the first block and for the last result. Half of what is outside is a head.
     total["reading"] = (work.blocks[0].read + work.outside / 2) / rates.read
@@ -196,7 +196,7 @@ def _memory(work: Workload, machine: Machine) -> tuple[float, float]:
     budget = machine.budget
     device = max((_peak(block, work, tokens, budget) for block in work.blocks), default=0)
     if machine.on_gpu:
-        device += _passes(work, tokens)
+        device += _passes(work, tokens) + _copies(work)
     in_memory = min(2, len(work.blocks))
     if not machine.on_gpu and any(_parts(block, work, budget) for block in work.blocks):
         in_memory -= 1  # counted with the parts
@@ -234,11 +234,23 @@ def _groups(block: BlockWork, work: Workload) -> GroupRoom | None:
 def _passes(work: Workload, tokens: float) -> float:
     """The bytes that passes through the model, which stop at blocks, keep on a GPU.
 
-    They keep the embeddings of all tokens, and the states that entered the first block. Where a
-    block has experts, the states of all tokens are counted there already.
+    They keep the embeddings of all tokens. Where a block has experts, the states of all tokens are
+    counted there already.
     """
-    has_experts = any(one.experts for block in work.blocks for one in block.readers)
-    return (1 if has_experts else 2) * tokens * work.width * _BYTES
+    return 0 if _has_experts(work) else tokens * work.width * _BYTES
+
+
+def _copies(work: Workload) -> float:
+    """The bytes of copies of layers of one shape, whose errors are measured side by side.
+
+    In a block with experts there is room for them when the errors are measured.
+    """
+    most = max((block.weights for block in work.blocks), default=0) / 2
+    return 0 if _has_experts(work) else 8 * min(_SIDE_BY_SIDE, most)
+
+
+def _has_experts(work: Workload) -> bool:
+    return any(one.experts for block in work.blocks for one in block.readers)
 
 
 def room(block: BlockWork, tokens: float) -> Room:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 class Rates:
     """The rates of one device and its host.
 
-    Once: ``start`` seconds for imports and the device, ``data`` seconds for the calibration text,
-    ``kernels`` and ``expert_kernels`` seconds to build kernels of a calibrated run, and of experts.
+    Once: ``start`` seconds for imports and the device, ``bare`` of a run without data, ``data``
+    seconds for the calibration text, ``kernels`` and ``expert_kernels`` seconds for the first use
+    of kernels of a calibrated run, and of experts.
 
     FLOP/s: ``forward`` of dense products, ``gram`` of dense Gram matrices (``2 n in²`` for ``n``
     tokens), ``experts`` of both in experts, ``factoring`` of factorisations in float32 and of the
@@ -33,6 +34,7 @@ class Rates:
 
     name: str
     start: float
+    bare: float
     data: float
     kernels: float
     expert_kernels: float
@@ -67,31 +69,32 @@ class Rates:
         )
 
 
-#: One H100 80 GB and a host with a local disk, fitted by hand to runs of 2026-11: ``start`` and the
-#: kernels to first and second runs of a process; ``read`` and ``write`` to a layer of DeepSeek-V3's
-#: shape; ``experts``, ``nearest``, ``trial``, ``packing`` and ``linear`` to layers of
-#: Qwen3-30B-A3B's; ``factoring`` and ``column`` to both, and to 28 layers of Llama-3-8B's; ``base``
-#: is a guess, ``exchange`` is not measured, and ``exchanged`` is of four GPUs. ``forward``,
-#: ``gram`` and ``search`` are rates that dense products were seen to have on their own;
-#: ``streamed`` is of one run.
+#: One GPU and its host, fitted by hand to runs on H200s of 2026-11, with files in memory: ``start``
+#: and the kernels to first and second runs of a process; ``experts``, ``packing`` and ``linear`` to
+#: six layers of Qwen3-30B-A3B's shape; ``trial`` and ``column`` to these and to Llama-3-8B's;
+#: ``factoring``, ``forward``, ``gram`` and ``search`` to rates that dense products were seen to have
+#: on their own; ``bare``, ``nearest``, ``read`` and ``write`` to Llama-3-8B by ``rtn``, of which the
+#: run waits for reading alone; ``base`` is a guess, ``exchange`` is not measured, and ``exchanged``
+#: is of four GPUs and an earlier version. ``streamed`` is of one run.
 H100 = Rates(
     name="H100",
     start=9.0,
-    data=1.1,
-    kernels=3.0,
-    expert_kernels=7.0,
-    forward=7e14,
-    gram=7e14,
+    bare=1.0,
+    data=1.0,
+    kernels=1.5,
+    expert_kernels=4.0,
+    forward=6.4e14,
+    gram=6.4e14,
     experts=1e14,
-    factoring=1.04e13,
-    search=7e14,
-    column=0.43e-9,
-    nearest=0.26e-9,
-    trial=1.15e-11,
-    packing=0.4e-9,
-    linear=2.2e-3,
-    read=1.33e9,
-    write=0.37e9,
+    factoring=2.6e13,
+    search=1.1e15,
+    column=0.28e-9,
+    nearest=0.115e-9,
+    trial=3.6e-12,
+    packing=0.15e-9,
+    linear=1e-3,
+    read=2.3e9,
+    write=0.9e9,
     exchange=1e11,
     exchanged=2.5e-3,
     base=2.0 * 2**30,
@@ -104,6 +107,7 @@ H100 = Rates(
 CPU_CORE = Rates(
     name="CPU core",
     start=4.5,
+    bare=4.5,
     data=0.3,
     kernels=0.0,
     expert_kernels=0.0,
