@@ -138,28 +138,33 @@ def _scaled_differences(  # type: ignore[no-untyped-def]
         if not SYMMETRIC:
             zero = (-bottom * ratio * inverse + 12582912.0) - 12582912.0
             zero = tl.minimum(tl.maximum(zero, 0.0), high)
-        difference = _difference(values, scale, inverse, zero, undone, low, high)
+        difference = _difference(values, scale, inverse, zero, undone, low, high, SYMMETRIC)
         product = tl.dot(difference.to(PRODUCTS), gram)
         error = tl.sum(product * difference, axis=1)
         better = error < best_error
         best_error = tl.where(better, error, best_error)
         best_scale = tl.where(better, scale, best_scale)
         best_zero = tl.where(better, zero, best_zero)
-    best = _difference(values, best_scale, 1.0 / best_scale, best_zero, undone, low, high)
+    inverse = 1.0 / best_scale
+    best = _difference(values, best_scale, inverse, best_zero, undone, low, high, SYMMETRIC)
     tl.store(differences + place, best.to(tl.bfloat16), mask=inside[:, None])
 
 
 @triton.jit
-def _difference(values, scale, inverse, zero, undone, low, high):  # type: ignore[no-untyped-def]
+def _difference(  # type: ignore[no-untyped-def]
+    values, scale, inverse, zero, undone, low, high, SYMMETRIC: tl.constexpr
+):
     """Rounded minus true weights, with the columns' factors, whose inverses are ``undone``, undone.
 
     Multiplies by the inverse of a scale, so a weight half-way between two codes may get the other
-    code, which makes no difference to the error.
+    code, which makes no difference to the error. Scales are those of ranges that hold more than a
+    part of the weights, so no ratio is too large for rounding by 1.5 * 2^23.
     """
-    ratio = values * inverse[:, None]
-    ratio = tl.minimum(tl.maximum(ratio, -4194304.0), 4194304.0)
-    code = (ratio + 12582912.0) - 12582912.0 + zero[:, None]
-    code = tl.minimum(tl.maximum(code, low), high) - zero[:, None]
+    code = (values * inverse[:, None] + 12582912.0) - 12582912.0
+    if SYMMETRIC:
+        code = tl.minimum(tl.maximum(code, low), high)
+    else:
+        code = tl.minimum(tl.maximum(code + zero[:, None], low), high) - zero[:, None]
     return (code * scale[:, None] - values) * undone
 
 

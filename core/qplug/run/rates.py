@@ -72,10 +72,10 @@ class Rates:
 #: One GPU and its host, fitted by hand to runs on H200s of 2026-11, with files in memory: ``start``
 #: and the kernels to first and second runs of a process; ``experts``, ``packing`` and ``linear`` to
 #: six layers of Qwen3-30B-A3B's shape; ``trial`` and ``column`` to these and to Llama-3-8B's;
-#: ``factoring``, ``forward``, ``gram`` and ``search`` to rates that dense products were seen to have
-#: on their own; ``bare``, ``nearest``, ``read`` and ``write`` to Llama-3-8B by ``rtn``, of which the
-#: run waits for reading alone; ``base`` is a guess, ``exchange`` is not measured, and ``exchanged``
-#: is of four GPUs and an earlier version. ``streamed`` is of one run.
+#: ``factoring``, ``forward``, ``gram`` and ``search`` to rates that dense products were seen to
+#: have on their own; ``bare``, ``nearest``, ``read`` and ``write`` to Llama-3-8B by ``rtn``, a run
+#: that waits for reading alone; ``base`` is a guess, ``exchange`` is not measured, and
+#: ``exchanged`` is of four GPUs and an earlier version. ``streamed`` is of one run.
 H100 = Rates(
     name="H100",
     start=9.0,
