@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def import_tokenizers() -> None:
+    """Imports the code that tokenizers need, which is most of what models need."""
+    from transformers import AutoTokenizer  # noqa: F401
+
+
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of ``model`` (a folder, a Hub id, ``qplug:demo``), for texts of any length.
 

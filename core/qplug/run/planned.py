@@ -15,6 +15,7 @@ from qplug.calibration.tokens import calibration_tokens
 from qplug.machine.session import Session
 from qplug.model.kv_cache import KVCache
 from qplug.model.skeleton import Skeleton
+from qplug.model.tokenizer import import_tokenizers
 from qplug.output.manifest import RAISED
 from qplug.output.plan import Plan, make_plan
 from qplug.run.choose import CHOICE, Chosen
@@ -215,6 +216,8 @@ def _samples(
         return None
     watchers.stage_begun("data")
     with session.clock("data"):
+        if not session.processes.is_first:
+            import_tokenizers()  # as the first process does; it would wait for this one later
         return session.processes.from_first(
             lambda: calibration_tokens(data, model, view, session, seed=stages.recipe.seed)
         )
