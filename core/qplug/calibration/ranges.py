@@ -6,7 +6,7 @@ A run gives the same numbers each time, so reports find them in ``qplug.json``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class InputRange:
 
     def to_list(self) -> list[float]:
         """The range as plain numbers, for JSON."""
-        return [*astuple(self)]
+        return [self.low, self.high, self.typical]
 
     @classmethod
     def from_list(cls, plain: Sequence[float]) -> InputRange:

@@ -34,7 +34,7 @@ from qplug_gptq.solver import corrected, factored, inverse_factor, solve
 
 #: Values of a weight that is solved together with others, at most: a GPU waits for launches of
 #: small ones.
-_JOINED = {"cuda": 1 << 26}
+_JOINED = {"cuda": 1 << 27}
 
 
 @dataclass(frozen=True)
