@@ -44,7 +44,7 @@ def test_each_process_has_about_as_many_experts(count: int, processes: int) -> N
 
 
 def test_lists_have_no_more_than_are_worked_on_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qplug.numerics.alike._ROOM", {"cpu": 10 * 32 * 48})
+    monkeypatch.setattr("qplug.numerics.alike.ROOM", {"cpu": 10 * 32 * 48})
     groups = [expert(number, 32, 48) for number in range(42)]
     assert [len(alike) for alike in side_by_side(groups)] == [10, 10, 10, 10, 2]
     assert sorted(len(alike) for alike in side_by_side(groups, 4)) == [5, 5, 5, 5, 5, 5, 6, 6]

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from qplug.api.tensors import Checkpoint
-from qplug.checkpoint.into_memory import READERS, all_into_memory
+from qplug.checkpoint.into_memory import READERS, See, all_into_memory
 from qplug.machine.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-#: Called with the name of a stored tensor and its value, in the thread that has read it.
-See: TypeAlias = "Callable[[str, Tensor], None]"
 
 
 class BlockReader:

@@ -19,7 +19,7 @@ from qplug.api.tensors import Checkpoint
 from qplug.calibration.batches import counted_tokens, samples_in_a_batch
 from qplug.calibration.block_modules import BlockModules
 from qplug.calibration.block_parts import BlockParts
-from qplug.calibration.block_reader import BlockReader, See
+from qplug.calibration.block_reader import BlockReader
 from qplug.calibration.block_room import BlockRoom
 from qplug.calibration.block_structures import PROBE, BlockStructures
 from qplug.calibration.cache_scales import (
@@ -37,6 +37,7 @@ from qplug.calibration.samples import Samples
 from qplug.calibration.statistics import Statistics, share
 from qplug.calibration.stream import Compute, Stream
 from qplug.calibration.stream_distance import StreamDistance
+from qplug.checkpoint.into_memory import See
 from qplug.checkpoint.names import within
 from qplug.errors import QplugError
 from qplug.machine.memory import free_workspaces
@@ -89,8 +90,7 @@ class Walk:
         None if not quantized. ``skeleton``: of the source, if it is made already. ``memory``: bytes
         that a block may take; by default those that are free. ``by_group``: whether input groups
         may come one after another if a block takes more. ``see``: what ``BlockReader`` tells of
-        tensors that it reads. Raises QplugError if there are fewer
-        samples than processes.
+        tensors that it reads. Raises QplugError if there are fewer samples than processes.
         """
         device, processes = session.device, session.processes
         if len(samples) < processes.count:

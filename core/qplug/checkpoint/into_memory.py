@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -14,6 +14,9 @@ from qplug.checkpoint.tensor_file import FileTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: Called with the name of a stored tensor and its value, in the thread that has read it.
+See: TypeAlias = "Callable[[str, Tensor], None]"
 
 #: Threads that read at once: one thread is slower than a disk, since it also copies the bytes.
 READERS = 4
@@ -41,7 +44,7 @@ def all_into_memory(
     threads: Executor,
     *,
     page_locked: bool,
-    see: Callable[[str, Tensor], None] | None = None,
+    see: See | None = None,
 ) -> dict[str, Tensor]:
     """Returns ``into_memory`` of ``tensors``, by name.
 

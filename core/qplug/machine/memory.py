@@ -60,9 +60,10 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def free_workspaces(device: torch.device) -> None:
-    """Frees the memory in which cuBLAS works on ``device``, 128 MiB for each thread that used it.
+    """Frees the memory in which cuBLAS works on ``device``.
 
-    torch keeps it as long as the process lives, and takes it again where a thread needs it.
+    On an H200 these are 128 MiB for each thread that used it. torch keeps them as long as the
+    process lives, and takes them again where a thread needs them.
     """
     if device.type == "cuda":
         torch._C._cuda_clearCublasWorkspaces()

@@ -16,7 +16,7 @@ from qplug.api.groups import row_scales, row_step
 
 #: Values of the largest matrix of each layer, in layers that are worked on at a time. Those of a
 #: CPU stay in the cache of a core; a GPU waits for launches if they are few.
-_ROOM = {"cuda": 1 << 28, "cpu": 1 << 20}
+ROOM = {"cuda": 1 << 28, "cpu": 1 << 20}
 
 
 def side_by_side(groups: Sequence[InputGroup], processes: int = 1) -> list[list[InputGroup]]:
@@ -30,7 +30,7 @@ def side_by_side(groups: Sequence[InputGroup], processes: int = 1) -> list[list[
     found: list[list[InputGroup]] = []
     for _, neighbours in groupby(groups, key=_likeness):
         alike = [*neighbours]
-        room = _ROOM.get(alike[0].mean.device.type, 0)
+        room = ROOM.get(alike[0].mean.device.type, 0)
         size = max(alike[0].width ** 2, *(linear.weight.numel() for linear in alike[0].linears))
         starts = [*range(0, len(alike), max(1, room // size))]
         if processes > 1:
@@ -80,7 +80,7 @@ def of_one_shape(weights: Sequence[Tensor]) -> list[list[int]]:
     found = []
     for alike in places.values():
         first = weights[alike[0]]
-        size = max(1, _ROOM.get(first.device.type, 0) // 2 // max(1, first.numel()))
+        size = max(1, ROOM.get(first.device.type, 0) // 2 // max(1, first.numel()))
         found += [alike[start : start + size] for start in range(0, len(alike), size)]
     return found
 

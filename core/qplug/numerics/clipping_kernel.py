@@ -157,8 +157,8 @@ def _difference(  # type: ignore[no-untyped-def]
     """Rounded minus true weights, with the columns' factors, whose inverses are ``undone``, undone.
 
     Multiplies by the inverse of a scale, so a weight half-way between two codes may get the other
-    code, which makes no difference to the error. Scales are those of ranges that hold more than a
-    part of the weights, so no ratio is too large for rounding by 1.5 * 2^23.
+    code, which makes no difference to the error. A range is a part of the weights' own, at least
+    a twentieth, so no ratio of a weight and its scale is too large for rounding by 1.5 * 2^23.
     """
     code = (values * inverse[:, None] + 12582912.0) - 12582912.0
     if SYMMETRIC:

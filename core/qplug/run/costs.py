@@ -19,6 +19,7 @@ from qplug.calibration.groups_apart import GroupRoom
 from qplug.calibration.portions import PER_ENTRY, PER_WEIGHT, Room
 from qplug.machine.memory import memory_of_each
 from qplug.machine.session import Session
+from qplug.numerics.alike import ROOM
 from qplug.run.rates import CPU_CORE, H100, Rates
 from qplug.run.workload import BlockWork, Readers, Workload
 
@@ -28,7 +29,6 @@ _RATIOS, _STEPS, _CLIP_STEPS = 21, 5, 20
 _BYTES = 2  # of an element of hidden states
 _PENDING = 2  # results of steps that wait for the disk
 _AHEAD = 1 << 28  # bytes that a run without data reads ahead
-_SIDE_BY_SIDE = 1 << 27  # weights of one shape whose errors a GPU measures at a time, at most
 
 
 @dataclass(frozen=True)
@@ -243,10 +243,11 @@ def _passes(work: Workload, tokens: float) -> float:
 def _copies(work: Workload) -> float:
     """The bytes of copies of layers of one shape, whose errors are measured side by side.
 
+    These are the layers that ``of_one_shape`` has in a list.
     In a block with experts there is room for them when the errors are measured.
     """
     most = max((block.weights for block in work.blocks), default=0) / 2
-    return 0 if _has_experts(work) else 8 * min(_SIDE_BY_SIDE, most)
+    return 0 if _has_experts(work) else 8 * min(ROOM["cuda"] // 2, most)
 
 
 def _has_experts(work: Workload) -> bool:

@@ -21,8 +21,8 @@ _AHEAD = 1 << 28
 def streamed(steps: Steps, done: Collection[int], source: SourceBytes) -> Iterator[Finished]:
     """Yields every step that is not ``done``, in order, computed.
 
-    ``source`` sees what is read. The first process does all the work, since
-    most of the time goes into reading and writing.
+    ``source`` sees what is read. The first process does all the work, since most of the time goes
+    into reading and writing.
     """
     if not steps.session.processes.is_first:
         return

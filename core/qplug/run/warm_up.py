@@ -71,8 +71,9 @@ def beside(uses: Iterable[FirstUse]) -> Iterator[None]:
 def first_uses(
     grids: Sequence[QuantArgs], efforts: frozenset[Effort], device: torch.device
 ) -> Iterator[FirstUse]:
-    """Yields what a calibrated run uses ``device`` for, in the order of the run.
+    """Yields what a calibrated run uses ``device`` for, in about the order of the run.
 
+    Users of cuBLAS come first: the run frees its workspaces once it has imported all code.
     ``grids``: those of the weights. ``efforts``: of the run's algorithms, as far as they are known.
     """
     yield partial(_multiply, device)
@@ -104,30 +105,28 @@ def _add_channels(device: torch.device) -> None:
 
 
 def _scale(args: QuantArgs, device: torch.device) -> None:
-    weight, gram = _linear(device)
-    ones = torch.ones(1, _WIDTH, device=device)
-    blocks = searched_blocks(gram[None], args)
-    moved = scaled_differences(weight[None], args, ones, blocks, steps=1, smallest=0.6)
-    output_errors(moved, gram[None])
+    eye, ones = _identity(device)[None], torch.ones(1, _WIDTH, device=device)
+    blocks = searched_blocks(eye, args)
+    moved = scaled_differences(eye, args, ones, blocks, steps=1, smallest=0.6)
+    output_errors(moved, eye)
 
 
 def _clip(args: QuantArgs, device: torch.device) -> None:
-    weight, gram = _linear(device)
-    search_clip(Linear("", weight, args), gram, steps=2, smallest=0.6)
+    eye = _identity(device)
+    search_clip(Linear("", eye, args), eye, steps=2, smallest=0.6)
 
 
 def _judge(device: torch.device) -> None:
-    weight, gram = _linear(device)
-    output_errors(weight[None], gram[None])
+    eye = _identity(device)[None]
+    output_errors(eye, eye)
 
 
 def _factor(device: torch.device) -> None:
-    gram = torch.eye(_WIDTH, device=device)
-    lower, _ = torch.linalg.cholesky_ex(gram)
-    torch.linalg.solve_triangular(lower, gram, upper=False)
+    eye = _identity(device)
+    lower, _ = torch.linalg.cholesky_ex(eye)
+    torch.linalg.solve_triangular(lower, eye, upper=False)
 
 
-def _linear(device: torch.device) -> tuple[Tensor, Tensor]:
-    """A weight ``[out, in]`` and a Gram matrix ``[in, in]``, of no randomness."""
-    gram = torch.eye(_WIDTH, device=device)
-    return gram, gram
+def _identity(device: torch.device) -> Tensor:
+    """A weight, or a Gram matrix: drawn values would move the generator of the run."""
+    return torch.eye(_WIDTH, device=device)

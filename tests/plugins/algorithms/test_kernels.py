@@ -14,6 +14,7 @@ from torch import Tensor
 
 import qplug
 from qplug import PRESETS, InputGroup, QuantArgs
+from qplug.api.algorithm import Effort
 from qplug.calibration import observation
 from qplug.calibration.channels import Channels
 from qplug.calibration.hidden_states import HiddenStates
@@ -29,6 +30,7 @@ from qplug.numerics.losses import output_errors
 from qplug.numerics.scales import minmax_scale, range_scale, weight_range
 from qplug.numerics.straight_through import round_in_range
 from qplug.registry.registry import Registry
+from qplug.run.warm_up import first_uses
 from qplug_gptq import solver
 
 pytestmark = pytest.mark.gpu
@@ -156,6 +158,15 @@ def test_a_kernel_is_compiled_once_for_all_numbers_of_rows() -> None:
             torch.ones(1, rows, width, device="cuda"), torch.eye(width, device="cuda")[None]
         )
     assert len(_output_errors.device_caches[device][0]) <= before + 1
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A8"])
+def test_every_first_use_works_on_a_gpu(scheme: str) -> None:
+    """A run leaves their errors to what comes after, so that nobody would see them."""
+    efforts: frozenset[Effort] = frozenset({"searches", "solves"})
+    for use in first_uses([PRESETS[scheme].weights], efforts, torch.device("cuda")):
+        use()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
